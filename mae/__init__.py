@@ -1,0 +1,1 @@
+"""Masked-autoencoder pretraining with four masking methods; start at `python -m mae --help`."""

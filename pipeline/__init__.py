@@ -1,0 +1,1 @@
+"""What benchmark.py stands on. It starts mae and segmenter as programs and imports neither."""
