@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets the environment up, then runs every check: ruff, mypy, pytest. Fails when one of them does.
+#
+#   ./run_tests.sh                       everything
+#   ./run_tests.sh -m "not slow"         arguments go to pytest
+#
+# PYTHON=/path/to/python uses an existing environment, VENV_DIR=DIR makes it elsewhere than in .venv.
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./environment.sh
+
+failed=()
+check() {
+    echo "== $*"
+    "$python" -m "$@" || failed+=("$1")
+}
+check ruff check .
+check ruff format --check .
+check mypy
+check pytest "$@"  # last, so that its summary closes the output
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "Failed: ${failed[*]}" >&2
+    exit 1
+fi
