@@ -1,1 +1,1 @@
-"""What benchmark.py stands on. It starts mae and segmenter as programs and imports neither."""
+"""What benchmark.py stands on: settings, plan, launchers, bookkeeping and report. No torch here."""

@@ -1,0 +1,212 @@
+"""Runs steps on this machine: starts them, shows their output, records how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from pipeline import layout, process
+from pipeline.layout import Layout
+from pipeline.plan import Step
+from pipeline.records import Record, State, output_sizes, read_record, write_record
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: a part saved and ended because it was asked to
+_TAIL_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How a step ended."""
+
+    step: Step
+    state: State
+    message: str = ""
+    """For a failed step: what happened, with the last lines of its log."""
+
+
+@dataclass
+class _Running:
+    step: Step
+    child: process.Child
+    record: Record
+    started: float
+
+
+class LocalLauncher:
+    """Up to one step in each lane: one lane, or one for each kind if evaluations overlap."""
+
+    def __init__(self, paths: Layout, *, overlaps: bool, output: BinaryIO | None = None):
+        """`output` is where the steps' output is shown, standard output unless given."""
+        self.paths = paths
+        self.overlaps = overlaps
+        self.output = output or sys.stdout.buffer
+        self.running: list[_Running] = []
+        self._line_drawn = False
+
+    def has_room_for(self, step: Step) -> bool:
+        """Whether the step could start now."""
+        if not self.overlaps:
+            return not self.running
+        return all(other.step.kind != step.kind for other in self.running)
+
+    def start(self, step: Step) -> None:
+        """Starts the step; an orphan of an earlier, killed run is waited for first."""
+        mark = f"{self.paths.root}:{step.name}"
+        process.end_orphans(mark)
+        earlier = read_record(self.paths, step.name)
+        # A rolling progress file of the round before would be taken for this one's.
+        layout.progress(step.folder).unlink(missing_ok=True)
+        now = time.time()
+        child = process.Child(step.command, step.console_log, mark, _environment(step))
+        record = Record(
+            name=step.name,
+            state="running",
+            run=str(step.run),
+            kind=step.kind,
+            fingerprint=step.fingerprint(self.paths.root),
+            started=now,
+            seconds=earlier.seconds if earlier else 0.0,
+            attempts=(earlier.attempts if earlier else 0) + 1,
+            devices=step.devices,
+            host=socket.gethostname(),
+            pid=child.pid,
+            job_id=os.environ.get("SLURM_JOB_ID", ""),
+        )
+        write_record(self.paths, record)
+        self.running.append(_Running(step, child, record, now))
+
+    def poll(self) -> list[Finished]:
+        """Shows new output; returns the steps that ended since the last call, recorded."""
+        finished = []
+        for running in list(self.running):
+            exit_code = running.child.exit_code()  # before its last output is read
+            self._show(running.child.new_output())
+            if exit_code is not None:
+                process.end_marked(running.child.mark)
+                self.running.remove(running)
+                finished.append(self._judge(running, exit_code))
+        self._draw_progress()
+        return finished
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Asks all running steps to save and end, or ends them at once."""
+        for running in self.running:
+            if at_once:
+                running.child.kill()
+            else:
+                running.child.stop()
+
+    def _judge(self, running: _Running, exit_code: int) -> Finished:
+        """By exit code and by the files it had to leave."""
+        step, message = running.step, ""
+        outputs: dict[str, int] = {}
+        state: State = "done"
+        if exit_code == EXIT_STOPPED or _progress_state(step) == "stopped":
+            state = "stopped"
+        elif exit_code != 0:
+            state, message = "failed", f"ended with exit code {exit_code}"
+        else:
+            try:
+                outputs = output_sizes(step, self.paths)
+            except FileNotFoundError as error:
+                state, message = "failed", f"ended with exit code 0 but did not leave {error}"
+        record = replace(
+            running.record,
+            state=state,
+            outputs=outputs,
+            exit_code=exit_code,
+            seconds=running.record.seconds + time.time() - running.started,
+        )
+        write_record(self.paths, record)
+        if state == "failed":
+            message = failure_message(step, message)
+        return Finished(step=step, state=state, message=message)
+
+    def _show(self, output: bytes) -> None:
+        if output:
+            if self._line_drawn:
+                self.output.write(b"\r\x1b[2K")
+                self._line_drawn = False
+            self.output.write(output)
+            self.output.flush()
+
+    def _draw_progress(self) -> None:
+        """On a terminal, one line for what runs now, drawn over itself."""
+        if not self.running or not self.output.isatty():
+            return
+        parts = [f"{r.step.name} {progress_text(r.step)}" for r in self.running]
+        line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
+        self.output.write(b"\r\x1b[2K" + line.encode())
+        self.output.flush()
+        self._line_drawn = True
+
+
+def _environment(step: Step) -> dict[str, str]:
+    if step.gpus is None:
+        return {}
+    from pipeline.options import visible_gpus
+
+    visible = visible_gpus()
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[gpu] for gpu in step.gpus)}
+
+
+def read_progress(step: Step) -> dict[str, float | str]:
+    """The child's progress.json, empty if it has not written one."""
+    try:
+        return json.loads(layout.progress(step.folder).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _progress_state(step: Step) -> str:
+    return str(read_progress(step).get("state", ""))
+
+
+def progress_text(step: Step) -> str:
+    """Epoch, rate and time left in words, as far as they are known."""
+    now = read_progress(step)
+    if "epoch" not in now:
+        return "starting"
+    if now.get("stage") == "evaluate":
+        parts = [f"scoring after epoch {float(now['epoch']):.1f}"]
+    else:
+        parts = [f"epoch {float(now['epoch']):.2f} of {now.get('epochs_total', '?')}"]
+    if now.get("images_per_second"):
+        parts.append(f"{float(now['images_per_second']):.0f} images/s")
+    if now.get("seconds_left") is not None:
+        parts.append(f"{duration(float(now['seconds_left']))} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 48 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def failure_message(step: Step, what: str) -> str:
+    """Step, command, exit code, log path and the log's last lines."""
+    import shlex
+
+    try:
+        lines = step.console_log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+    except OSError:
+        lines = []
+    tail = "".join(f"\n    {line}" for line in lines)
+    return (
+        f"step {step.name} {what}\n  command: {shlex.join(step.command)}\n"
+        f"  log: {step.console_log}, which ends:{tail or ' (empty)'}"
+    )
