@@ -1,0 +1,31 @@
+"""The programs that the pipeline's tests start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.plan import Step
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+
+
+def standin(step: Step, **behaviour: object) -> Step:
+    """The step, done by tests/pipeline/standin.py."""
+    return replace(step, module="tests.pipeline.standin", options={**step.options, **behaviour})
+
+
+def run_benchmark(
+    *words: str | Path, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """benchmark.py as a user calls it."""
+    return subprocess.run(
+        [sys.executable, str(REPO_ROOT / "benchmark.py"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )

@@ -1,0 +1,67 @@
+"""A stand-in for a part: leaves what a real part leaves, in a fraction of a second.
+
+For the launchers' tests only; the tests of the whole use the real parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+stop_asked = False
+
+
+def ask_to_stop(number: int, frame: object) -> None:
+    global stop_asked
+    stop_asked = True
+
+
+def value(name: str, default: str = "") -> str:
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    folder = Path(value("--output-dir"))
+    behaviour = value("--behaviour")
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.write(f"started {os.getpid()}\n")
+    if behaviour == "fail":
+        sys.stdout.write("the reason\n")
+        return 3
+    if behaviour == "with-orphan":
+        subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True
+        )
+        return 3
+    if behaviour == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    log = folder / "log.txt"
+    epochs = int(value("--stop-after", "1"))
+    first = len(log.read_text().splitlines()) if log.exists() else 0
+    for epoch in range(first, epochs):
+        deadline = time.monotonic() + float(value("--seconds", "0.05"))
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        with log.open("a") as stream:
+            stream.write(json.dumps({"epoch": epoch + 1}) + "\n")
+        state = "stopped" if stop_asked else "running"
+        progress = {"state": state, "epoch": epoch + 1, "epochs_total": epochs}
+        (folder / "progress.json").write_text(json.dumps(progress))
+        if stop_asked and epoch + 1 < epochs:
+            return 75
+    if behaviour != "leaves-nothing":
+        for name in (f"checkpoint-{epochs}.pth", f"reconstructions-{epochs}.png"):
+            (folder / name).write_text("x" * 10)
+        for name in ("result.json", "predictions.png"):
+            (folder / name).write_text(json.dumps({"mean_iou": 1.0}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

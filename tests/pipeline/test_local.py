@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from programs import REPO_ROOT, standin
+
+import benchmark
+from pipeline import process
+from pipeline.layout import Layout
+from pipeline.local import LocalLauncher
+from pipeline.plan import Step, make_plan
+from pipeline.records import is_done, read_record, write_record
+from pipeline.settings import Settings
+
+Make = Callable[..., Settings]
+
+
+def alternate(steps: list[Step], paths: Layout, *, overlaps: bool = False, **how: bool) -> int:
+    launcher = LocalLauncher(paths, overlaps=overlaps, output=io.BytesIO())
+    return benchmark.alternate(steps, launcher, keep_going=how.get("keep_going", True))
+
+
+def plan(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]:
+    steps = [standin(step, **behaviour) for step in make_plan(settings)]
+    return steps, Layout(settings.output_dir)
+
+
+def test_steps_run_in_order_and_count_as_done(settings: Make) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 2 --eval-freq 1"))
+    assert alternate(steps, paths) == 0
+    assert all(is_done(step, paths) for step in steps)
+    started = [read_record(paths, step.name).started for step in steps]
+    assert started == sorted(started)
+    assert "started" in steps[0].console_log.read_text()
+
+
+def test_a_second_run_starts_nothing(settings: Make) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 1"))
+    alternate(steps, paths)
+    assert alternate(steps, paths) == 0
+    assert [read_record(paths, step.name).attempts for step in steps] == [1, 1]
+
+
+def test_an_output_of_another_size_is_made_again(settings: Make) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 1"))
+    alternate(steps, paths)
+    steps[0].outputs[0].write_text("cut")
+    assert not is_done(steps[0], paths)
+    assert alternate(steps, paths) == 0
+    assert read_record(paths, steps[0].name).attempts == 2
+
+
+def test_failed_step_says_what_where_and_why_and_others_go_on(
+    settings: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 1 --mask-method patches,segments"))
+    steps[0] = standin(steps[0], behaviour="fail")
+    assert alternate(steps, paths) == 1
+    assert [is_done(step, paths) for step in steps] == [False, False, True, True]
+    said = capsys.readouterr().err
+    for part in ("pretrain_patches_1", "exit code 3", "console.log", "the reason", "standin"):
+        assert part in said
+
+
+def test_fail_fast_starts_nothing_more(settings: Make) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 1 --mask-method patches,segments"))
+    steps[0] = standin(steps[0], behaviour="fail")
+    assert alternate(steps, paths, keep_going=False) == 1
+    assert read_record(paths, steps[2].name) is None
+
+
+def test_exit_code_0_without_its_files_is_a_failure(
+    settings: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 1"), behaviour="leaves-nothing")
+    assert alternate(steps, paths) == 1
+    assert "did not leave" in capsys.readouterr().err
+
+
+def test_overlapping_evaluations_run_beside_the_next_round(settings: Make) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 2 --eval-freq 1"), seconds=0.4)
+    assert alternate(steps, paths, overlaps=True) == 0
+    records = {step.name: read_record(paths, step.name) for step in steps}
+    evaluation, second = records["evaluate_four_channels_1"], records["pretrain_four_channels_2"]
+    assert second.started < evaluation.started + evaluation.seconds
+
+
+def test_descendants_with_their_own_session_are_ended_with_the_step(settings: Make) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 1"), behaviour="with-orphan")
+    assert alternate(steps, paths) == 1
+    assert process.marked_pids(f"{paths.root}:{steps[0].name}") == []
+
+
+def _start_elsewhere(
+    root: Path, name: str, seconds: float, behaviour: str = ""
+) -> subprocess.Popen:
+    """A benchmark.py-like parent, in a process of its own, with one long step."""
+    program = f"""
+import benchmark, io, signal, sys
+from pathlib import Path
+from pipeline import local, plan
+from pipeline.layout import Layout, RunName
+root = Path({str(root)!r})
+step = plan.Step(name={name!r}, kind="pretrain", run=RunName(method="patches"), epochs=100,
+    module="tests.pipeline.standin", processes=1, needs=(), folder=root / "x",
+    options=dict(output_dir=root / "x", stop_after=100, seconds={seconds}, behaviour={behaviour!r}),
+    outputs=(root / "x/checkpoint-100.pth",))
+launcher = local.LocalLauncher(Layout(root), overlaps=False, output=io.BytesIO())
+sys.exit(benchmark.alternate([step], launcher, keep_going=True))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPO_ROOT)
+    log = root / "x/console.log"
+    _wait_until(lambda: log.exists() and "started" in log.read_text())
+    return parent
+
+
+def _wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_save_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
+    parent.send_signal(number)
+    assert parent.wait(30) == 75
+    assert read_record(Layout(tmp_path), "long").state == "stopped"
+    assert process.marked_pids(f"{tmp_path}:long") == []
+
+
+def test_a_second_signal_ends_a_step_that_does_not_listen(tmp_path: Path) -> None:
+    parent = _start_elsewhere(tmp_path, "long", seconds=0.1, behaviour="stubborn")
+    parent.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert parent.poll() is None
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(30) == 75
+    assert process.marked_pids(f"{tmp_path}:long") == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_killed_parent_takes_its_step_along(tmp_path: Path) -> None:
+    parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
+    parent.kill()
+    parent.wait(30)
+    _wait_until(lambda: not process.marked_pids(f"{tmp_path}:long"))
+    assert len((tmp_path / "x/log.txt").read_text().splitlines()) < 100
+
+
+def test_an_orphan_that_does_not_end_is_ended_before_its_step_restarts(tmp_path: Path) -> None:
+    parent = _start_elsewhere(tmp_path, "long", seconds=0.1, behaviour="stubborn")
+    parent.kill()
+    parent.wait(30)
+    assert process.marked_pids(f"{tmp_path}:long")
+    process.end_orphans(f"{tmp_path}:long", grace_seconds=0.2)
+    assert process.marked_pids(f"{tmp_path}:long") == []
+
+
+def test_a_damaged_record_is_named(settings: Make) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 1"))
+    paths.records.mkdir(parents=True)
+    paths.record(steps[0].name).write_text("{")
+    with pytest.raises(ValueError, match="not a step record"):
+        is_done(steps[0], paths)
+
+
+def test_a_record_names_the_process_while_it_runs(tmp_path: Path) -> None:
+    parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
+    record = read_record(Layout(tmp_path), "long")
+    assert record.state == "running"
+    assert Path(f"/proc/{record.pid}").exists() or sys.platform != "linux"
+    write_record(Layout(tmp_path), record)
+    parent.terminate()
+    assert parent.wait(30) == 75
