@@ -1,0 +1,214 @@
+"""Everything a pretraining call is built from, and where it continues."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mae.checkpoint import check_same_settings, load_checkpoint
+from mae.config import PretrainConfig, make_method
+from mae.data import Batch, FixedImages, MaskedImages, default_workers
+from mae.devices import make_accelerator
+from mae.listing import Listing, make_listing
+from mae.model import MaskedAutoencoder
+from mae.official import read_official_weights, start_from_official
+from mae.optimisation import GuardedUpdate, make_optimizer
+from mae.paths import find_resumable
+from mae.reconstruct import FIXED_SET_SIZE, make_fixed_set, unpack_fixed_set
+from mae.schedule import BatchPlan, make_batch_plan
+
+logger = logging.getLogger(__name__)
+
+# What is summed over an epoch, in this order; part of every checkpoint.
+EPOCH_SUMS = ("loss", "coverage", "coverage_square", "unreadable")
+
+
+@dataclass
+class State:
+    """Where a run stands.
+
+    sums: [4] float64 on the device, see EPOCH_SUMS, over the steps and processes of this epoch.
+    seconds, waited_seconds: spent on this epoch, and of that waiting for data.
+    """
+
+    sums: Tensor
+    epochs_completed: int = 0
+    steps_completed: int = 0
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What stays the same during a call.
+
+    model and prepared share their weights: plain for saving and evaluating, wrapped for training.
+    """
+
+    config: PretrainConfig
+    accelerator: Accelerator
+    listing: Listing
+    plan: BatchPlan
+    workers: int
+    images: MaskedImages
+    heldout: FixedImages | None
+    fixed_set: Batch
+    model: MaskedAutoencoder
+    prepared: nn.Module
+    optimizer: torch.optim.Optimizer
+    update: GuardedUpdate
+
+
+def build_run(config: PretrainConfig) -> tuple[Run, State]:
+    """Build the run; continue from its newest checkpoint if there is one. Writes nothing.
+
+    Raises ValueError for what the user can fix.
+    """
+    accelerator = make_accelerator(config.run)
+    method = make_method(config.method, config.model)
+    listing = make_listing(config.data, method)
+    plan = make_batch_plan(
+        config.optimisation,
+        num_images=len(listing.train),
+        processes=accelerator.num_processes,
+        batch_size=config.run.batch_size,
+    )
+    checkpoint = open_own_checkpoint(config)
+    if checkpoint is not None:
+        check_same_images(checkpoint, listing)
+    images = MaskedImages(
+        config.data.in1k_dir / "train",
+        listing.train,
+        listing.source,
+        method=method,
+        wanted=config.method,
+        seed=config.optimisation.seed,
+    )
+    torch.manual_seed(config.optimisation.seed)
+    model = MaskedAutoencoder(config.model, method).to(accelerator.device)
+    optimizer = make_optimizer(model, config.optimisation)
+    state = State(sums=torch.zeros(len(EPOCH_SUMS), dtype=torch.float64, device=accelerator.device))
+    if checkpoint is not None:
+        _continue_from(checkpoint, model, optimizer, state)
+        fixed_set = unpack_fixed_set(checkpoint["fixed_set"])
+    else:
+        _start(config, model)
+        fixed_set = _choose_fixed_set(images)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        listing=listing,
+        plan=plan,
+        workers=_workers(config),
+        images=images,
+        heldout=_heldout_images(images, config.data.in1k_dir / "val", listing.val),
+        fixed_set=fixed_set,
+        model=model,
+        prepared=accelerator.prepare_model(model),
+        optimizer=optimizer,
+        update=GuardedUpdate(optimizer, config.optimisation.clip_grad),
+    ), state
+
+
+def describe(run: Run, state: State) -> None:
+    """Tell what is about to happen."""
+    plan, optimisation, accelerator = run.plan, run.config.optimisation, run.accelerator
+    logger.info(
+        "%s, %s, %d images (%d without a segment left out), %d held out",
+        run.config.model.model, run.config.method.mask_method,
+        plan.num_images, run.listing.left_out, len(run.listing.val),
+    )  # fmt: skip
+    logger.info(
+        "effective batch %d = %d process(es) x %d step(s) x %d images; "
+        "learning rate %g = %g x %d / 256; %d steps per epoch",
+        plan.effective_batch_size, plan.processes, plan.accumulation_steps, plan.micro_batch_size,
+        optimisation.learning_rate, optimisation.base_lr, plan.effective_batch_size,
+        plan.steps_per_epoch,
+    )  # fmt: skip
+    logger.info(
+        "%s, precision %s, %d loader workers per process; epochs %d to %d of %d, from step %d",
+        accelerator.device, accelerator.mixed_precision.replace("no", "fp32"), run.workers,
+        state.epochs_completed + 1, run.config.epochs_this_round, optimisation.epochs,
+        state.steps_completed,
+    )  # fmt: skip
+
+
+def open_own_checkpoint(config: PretrainConfig, *, lazily: bool = False) -> dict[str, Any] | None:
+    """The checkpoint that this run continues, if any.
+
+    Raises ValueError if --resume does not allow what is there, if it cannot be read, or if it was
+    made with other settings.
+    """
+    output_dir, resume = config.run.output_dir, config.run.resume
+    path = find_resumable(output_dir)
+    if path is None:
+        if resume == "required":
+            raise ValueError(f"--resume required: there is no checkpoint in {output_dir}")
+        return None
+    if resume == "never":
+        raise ValueError(
+            f"--resume never: {path} is there already; remove it or use another --output-dir"
+        )
+    checkpoint = load_checkpoint(path, lazily=lazily)
+    check_same_settings(checkpoint["config"], config.settings(), path)
+    return checkpoint
+
+
+def check_same_images(checkpoint: dict[str, Any], listing: Listing) -> None:
+    """Raise ValueError if a checkpoint was trained on another list of images."""
+    stored = checkpoint["images"]
+    if stored["digest"] != listing.digest:
+        raise ValueError(
+            f"the training images are not those of the checkpoint ({stored['count']} then, "
+            f"{len(listing.train)} now, or other names); use another --output-dir"
+        )
+
+
+def _continue_from(
+    checkpoint: dict[str, Any],
+    model: MaskedAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+) -> None:
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    state.epochs_completed = checkpoint["epochs_completed"]
+    state.steps_completed = checkpoint["steps_completed"]
+    state.seconds = checkpoint["seconds"]
+    state.waited_seconds = checkpoint["waited_seconds"]
+    state.sums.copy_(checkpoint["sums"])
+
+
+def _start(config: PretrainConfig, model: MaskedAutoencoder) -> None:
+    if config.run.init is None:
+        return
+    try:
+        fresh = start_from_official(model, read_official_weights(config.run.init))
+    except ValueError as error:
+        raise ValueError(f"--init {config.run.init}: {error}") from error
+    logger.info("started from %s; fresh: %s", config.run.init, ", ".join(fresh) or "nothing")
+
+
+def _choose_fixed_set(images: MaskedImages) -> Batch:
+    """The training images that every round's picture shows: evenly spread, with their segments."""
+    size = min(FIXED_SET_SIZE, len(images))
+    chosen = images.paths[[index * len(images) // size for index in range(size)]]
+    return make_fixed_set(FixedImages(images, chosen, images.folder, lenders=chosen), size)
+
+
+def _heldout_images(images: MaskedImages, folder: Path, paths: np.ndarray) -> FixedImages | None:
+    return FixedImages(images, paths, folder, lenders=images.paths) if len(paths) else None
+
+
+def _workers(config: PretrainConfig) -> int:
+    if config.run.workers is not None:
+        return config.run.workers
+    return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

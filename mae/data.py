@@ -1,0 +1,257 @@
+"""Samples and loaders: from a list of files to uint8 batches, the same on any number of workers.
+
+What happens to a sample is a pure function of (seed, epoch, image index), so neither the worker,
+nor the process, nor the batch it falls into matters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mae.config import MethodConfig
+from mae.decode import read_image
+from mae.listing import segment_key
+from mae.masking import MaskingMethod
+from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, BatchPlan
+from mae.segments import SegmentSource
+from mae.transforms import Crop, centre_crop, crop_image, crop_segment, random_crop
+
+logger = logging.getLogger(__name__)
+
+MOST_UNREADABLE_IN_A_ROW = 100
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One image [C, S, S] uint8, its pattern (see `mae.masking`), and what had to be skipped."""
+
+    image: Tensor
+    pattern: np.ndarray
+    hidden_pixels: int
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """images [B, C, S, S] uint8, pattern [B, ...], hidden_pixels [B] int64, unreadable: texts."""
+
+    images: Tensor
+    pattern: Tensor
+    hidden_pixels: Tensor
+    unreadable: list[str]
+
+    def pin_memory(self) -> Batch:
+        """Into page-locked memory; the loader calls it where there is a GPU."""
+        self.images, self.pattern = self.images.pin_memory(), self.pattern.pin_memory()
+        return self
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class MaskedImages(Dataset[Sample]):
+    """Training samples by (epoch, index): random crop and flip, the pattern of the method.
+
+    An unreadable image is replaced by the next one in the list and named in the sample.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        paths: np.ndarray,
+        source: SegmentSource | None,
+        *,
+        method: MaskingMethod,
+        wanted: MethodConfig,
+        seed: int,
+    ) -> None:
+        self.folder = folder
+        self.paths = paths
+        self.source = source
+        self.method = method
+        self.wanted = wanted
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = int(key[0]), int(key[1])
+        unreadable: list[str] = []
+        for offset in range(min(len(self.paths), MOST_UNREADABLE_IN_A_ROW)):
+            candidate = (index + offset) % len(self.paths)
+            try:
+                sample = self._load(epoch, candidate)
+            except ValueError as error:
+                unreadable.append(f"{self.relative_path(candidate)} ({error})")
+                continue
+            sample.unreadable = tuple(unreadable)
+            return sample
+        raise ValueError(f"{len(unreadable)} images in a row are unreadable: {unreadable[0]} ...")
+
+    def relative_path(self, index: int) -> str:
+        """Path of an image relative to its folder."""
+        return self.paths[index].decode()
+
+    def _load(self, epoch: int, index: int) -> Sample:
+        relative = self.relative_path(index)
+        image = read_image(self.folder / relative)
+        rng = np.random.default_rng([self.seed, SAMPLE_STREAM, epoch, index])
+        crop = random_crop(rng, image.shape[1], image.shape[2])
+        segment = None
+        if self.source is not None:
+            segment = self._segment(relative, image, crop)
+        return make_sample(self.method, image, crop, rng, segment)
+
+    def _segment(self, relative: str, image: Tensor, crop: Crop) -> np.ndarray:
+        assert self.source is not None
+        key = segment_key(relative)
+        segment = self.source.nearest(key, self.wanted.coverage_ratio)
+        if segment is None:
+            raise ValueError("it has no segment")
+        if (segment.height, segment.width) != tuple(image.shape[1:]):
+            raise ValueError(
+                f"it is {image.shape[2]}x{image.shape[1]} pixels, upright, but its segments are "
+                f"{segment.width}x{segment.height}"
+            )
+        return crop_segment(segment.decode(), crop, self.method.image_size)
+
+
+class FixedImages(Dataset[Sample]):
+    """Samples without chance, by index: centre crop, the same pattern every time.
+
+    Image i gets the segment of a lender: itself, or, for held-out images, which have no segments,
+    one of the training images, evenly spread. A segment is cut in its own middle.
+    """
+
+    def __init__(
+        self, images: MaskedImages, paths: np.ndarray, folder: Path, *, lenders: np.ndarray
+    ) -> None:
+        self.images = images
+        self.paths = paths
+        self.folder = folder
+        self.lenders = lenders
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        for offset in range(len(self.paths)):
+            candidate = (index + offset) % len(self.paths)
+            try:
+                return self._load(candidate)
+            except ValueError as error:
+                logger.warning("skipped %s: %s", self.paths[candidate].decode(), error)
+        raise ValueError(f"no image in {self.folder} is readable")
+
+    def _load(self, index: int) -> Sample:
+        image = read_image(self.folder / self.paths[index].decode())
+        rng = np.random.default_rng([self.images.seed, FIXED_STREAM, index])
+        method, segment = self.images.method, None
+        if self.images.source is not None:
+            lender = self.lenders[index * len(self.lenders) // len(self.paths)].decode()
+            found = self.images.source.nearest(
+                segment_key(lender), self.images.wanted.coverage_ratio
+            )
+            if found is None:
+                raise ValueError("it has no segment")
+            whole = found.decode()
+            segment = crop_segment(whole, centre_crop(*whole.shape), method.image_size)
+        crop = centre_crop(image.shape[1], image.shape[2])
+        return make_sample(method, image, crop, rng, segment)
+
+
+def make_sample(
+    method: MaskingMethod,
+    image: Tensor,
+    crop: Crop,
+    rng: np.random.Generator,
+    segment: np.ndarray | None,
+) -> Sample:
+    """Cut the image [C, H, W] and draw its pattern; `segment` is cut already."""
+    pattern = method.pattern(rng, segment)
+    return Sample(
+        image=crop_image(image, crop, method.image_size),
+        pattern=pattern,
+        hidden_pixels=method.hidden_pixels(pattern),
+    )
+
+
+def make_loader(
+    images: MaskedImages,
+    plan: BatchPlan,
+    *,
+    rank: int,
+    start: tuple[int, int],
+    epochs: int,
+    workers: int,
+    pin_memory: bool,
+) -> DataLoader[Sample]:
+    """One loader for the whole round: workers read on across the ends of epochs."""
+    return DataLoader(
+        images,
+        batch_sampler=_Keys(plan, rank, start, epochs),  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def make_fixed_loader(
+    images: Dataset[Sample], *, batch_size: int, workers: int
+) -> DataLoader[Sample]:
+    """A loader of fixed samples, in order."""
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+
+
+def default_workers(local_processes: int) -> int:
+    """Loader processes per training process: its share of the cores, at most 12."""
+    return max(1, min(12, len(os.sched_getaffinity(0)) // local_processes))
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Samples to a batch."""
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        pattern=torch.from_numpy(np.stack([sample.pattern for sample in samples])),
+        hidden_pixels=torch.tensor([sample.hidden_pixels for sample in samples]),
+        unreadable=[text for sample in samples for text in sample.unreadable],
+    )
+
+
+class _Keys:
+    """The batch sampler: lists of (epoch, index)."""
+
+    def __init__(self, plan: BatchPlan, rank: int, start: tuple[int, int], epochs: int) -> None:
+        self.plan, self.rank, self.start, self.epochs = plan, rank, start, epochs
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for keys in self.plan.micro_batches(self.rank, self.start, self.epochs):
+            yield [(int(epoch), int(index)) for epoch, index in keys]
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A signal to the whole process group must not kill workers while a step is being finished.
+
+    They end with their parent all the same: the loader watches it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

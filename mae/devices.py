@@ -1,0 +1,58 @@
+"""Devices, processes and precision, all by accelerate; and what a device can do."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from mae.config import RunConfig
+
+# Dense bf16 peak in FLOP/s by the name that CUDA gives, from the makers' data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "A10G": 70e12,
+}
+
+
+def make_accelerator(run: RunConfig) -> Accelerator:
+    """Join the process group that torchrun or Slurm describe, if any, and choose the device.
+
+    Raises ValueError if the wanted device or precision is not there.
+    """
+    has_cuda = torch.cuda.is_available()
+    if run.device == "cuda" and not has_cuda:
+        raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
+    on_cuda = has_cuda and run.device != "cpu"
+    precision = run.precision
+    if precision == "auto":
+        precision = "bf16" if on_cuda and torch.cuda.is_bf16_supported() else "fp32"
+    compiled = on_cuda if run.compile == "auto" else run.compile == "on"
+    return Accelerator(
+        cpu=not on_cuda,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        dynamo_backend="inductor" if compiled else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Most memory in use so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known GPU in FLOP/s, None for any other device."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,138 @@
+"""Which images a run trains on. No torch here: `--check` uses it too."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from mae.config import DataConfig
+from mae.masking import MaskingMethod
+from mae.segments import SegmentSource, open_segments
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+MOST_MISSING = 0.5  # a larger share of images without segments means the wrong folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The images of a run.
+
+    train: paths relative to train/, posix, sorted, as an array of bytes: a million Python strings
+    would be copied into every loader worker bit by bit, as their reference counts change.
+    val: the same for val/. left_out: training images without a segment. source: their segments.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    left_out: int
+    source: SegmentSource | None
+
+    @property
+    def digest(self) -> str:
+        """Changes when the list of training images does."""
+        return hashlib.sha256(b"\n".join(self.train.tolist())).hexdigest()[:16]
+
+
+def make_listing(data: DataConfig, method: MaskingMethod) -> Listing:
+    """Find the images of a run, and their segments.
+
+    Raises ValueError if folders are missing or empty, or too many images have no segment.
+    """
+    if not data.in1k_dir.is_dir():
+        raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
+    train = find_images(data.in1k_dir / "train")
+    val = data.in1k_dir / "val"
+    listed_val = find_images(val) if val.is_dir() and data.val_images else []
+    source = _open_source(data, method)
+    left_out = 0
+    if source is not None and not data.use_unmasked_images:
+        with_segment = source.images()
+        kept = [path for path in train if segment_key(path) in with_segment]
+        _check_missing(train, kept, source, data)
+        left_out = len(train) - len(kept)
+        train = kept
+    return Listing(
+        train=_encode(train),
+        val=_encode(_spread(listed_val, data.val_images)),
+        left_out=left_out,
+        source=source if method.uses_segments else None,
+    )
+
+
+def find_images(folder: Path) -> list[str]:
+    """Image files below a folder, at any depth, as sorted posix paths relative to it.
+
+    Raises ValueError if the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; images are expected there")
+    found: list[str] = []
+    for parent, _, names in os.walk(folder, followlinks=True):
+        relative = Path(parent).relative_to(folder).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        found += [prefix + name for name in names if _is_image(name)]
+    if not found:
+        known = " ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"no image below {folder} (looked for {known})")
+    return sorted(found)
+
+
+def segment_key(relative_path: str) -> str:
+    """The name that segments know an image by: its path without suffix."""
+    return str(PurePosixPath(relative_path).with_suffix(""))
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
+
+
+def _open_source(data: DataConfig, method: MaskingMethod) -> SegmentSource | None:
+    """The segments; None if the method can do without and there are none."""
+    path = data.segments_path
+    if not path.exists():
+        if data.masks_dir is None and not method.uses_segments:
+            return None
+        raise ValueError(
+            f"{path} does not exist; {method.name} needs segments there (or name --masks-dir)"
+            if method.uses_segments
+            else f"--masks-dir {path} does not exist"
+        )
+    return open_segments(path)
+
+
+def _check_missing(
+    train: list[str], kept: list[str], source: SegmentSource, data: DataConfig
+) -> None:
+    """Refuse a folder of segments that fits less than half of the images."""
+    with_segment, accounted = set(kept), source.listed_empty()
+    missing = [
+        path for path in train if path not in with_segment and segment_key(path) not in accounted
+    ]
+    if not missing:
+        if not kept:
+            raise ValueError(f"{data.segments_path} lists every image as having no segment")
+        return
+    some = ", ".join(missing[:3])
+    text = f"{len(missing)} of {len(train)} images have no segment in {data.segments_path}: {some}"
+    if not kept or (len(missing) > MOST_MISSING * len(train) and not data.allow_missing_segments):
+        advice = "" if not kept else "; add --allow-missing-segments if that is meant"
+        raise ValueError(f"{text}. Is that the right --masks-dir?{advice}")
+    logger.info("%s ...; they are left out", text)
+
+
+def _spread(paths: list[str], most: int) -> list[str]:
+    """At most so many paths, evenly spread."""
+    if len(paths) <= most:
+        return paths
+    return [paths[index * len(paths) // most] for index in range(most)]
+
+
+def _encode(paths: list[str]) -> np.ndarray:
+    return np.array([path.encode() for path in paths], dtype=np.bytes_)

@@ -1,0 +1,210 @@
+"""The four masking methods: what is hidden, what the encoder sees, where the loss looks.
+
+A method is one class here; its name in `METHODS` is all that the command line and the
+configuration know. Importing this file does not import torch, so that `--help` and `--check`
+stay fast; only what runs on the device does.
+
+Shapes: B images, C image channels, H x W pixels, P patch size, N = (H / P) * (W / P) patches.
+A *pattern* is what is drawn for one sample on the CPU and decides what is hidden: the visible map
+[H, W] uint8 (1 = shown to the encoder, 0 = hidden) or one noise value per patch [N] float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+VISIBLE = 1  # what the fourth channel holds where a pixel is shown; everywhere, after pretraining
+HIDDEN = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedView:
+    """What one masking method makes of a batch.
+
+    encoder_input: [B, C_in, H, W] float, the encoder's (or pre-encoder's) input.
+    hidden: [B, N, P * P] or [B, N, 1] float, 1 = this pixel counts in the loss, pixels row by row.
+    kept_tokens: [B, K] indices of the patches that enter the encoder; None: all of them.
+    restore_order: [B, N] where each patch stands in (kept, removed); None when all are kept.
+    """
+
+    encoder_input: torch.Tensor
+    hidden: torch.Tensor
+    kept_tokens: torch.Tensor | None = None
+    restore_order: torch.Tensor | None = None
+
+
+class MaskingMethod:
+    """The interface. One object serves loader workers (numpy) and the device (torch)."""
+
+    name: ClassVar[str]
+    uses_segments: ClassVar[bool] = True
+    removes_tokens: ClassVar[bool] = False  # then the decoder needs mask tokens
+    extra_channels: ClassVar[int] = 0  # input channels of the patch embedding beyond the image's
+    settings: ClassVar[tuple[str, ...]] = ("coverage_ratio", "hide")  # those that matter to it
+
+    def __init__(self, *, image_size: int, patch_size: int, mask_ratio: float, hide: str) -> None:
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.mask_ratio = mask_ratio
+        self.hide = hide
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_kept_patches(self) -> int:
+        """Patches per image that enter the encoder."""
+        return self.num_patches
+
+    def pattern(self, rng: np.random.Generator, segment: np.ndarray | None) -> np.ndarray:
+        """Draw one sample's pattern.
+
+        segment: [H, W] uint8, 1 inside, already cropped, flipped and resized with the image.
+        """
+        assert segment is not None
+        inside = HIDDEN if self.hide == "segment" else VISIBLE
+        return np.where(segment > 0, inside, VISIBLE + HIDDEN - inside).astype(np.uint8)
+
+    def hidden_pixels(self, pattern: np.ndarray) -> int:
+        """How many pixels the pattern hides."""
+        return int(pattern.size - np.count_nonzero(pattern))
+
+    def visible_map(self, pattern: torch.Tensor) -> torch.Tensor:
+        """Patterns of a batch to [B, 1, H, W] float, 1 = shown, 0 = hidden."""
+        return pattern.unsqueeze(1).float()
+
+    def view(self, images: torch.Tensor, pattern: torch.Tensor) -> MaskedView:
+        """Hide parts of normalised images [B, C, H, W]; pattern is the batch's [B, ...]."""
+        visible = self.visible_map(pattern)
+        return MaskedView(
+            encoder_input=self.encoder_input(images, visible),
+            hidden=patchify(VISIBLE - visible, self.patch_size),
+        )
+
+    def encoder_input(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] and the visible map [B, 1, H, W] to [B, C + extra_channels, H, W]."""
+        return images * visible
+
+    def preencoder(self, image_channels: int) -> torch.nn.Module | None:
+        """A layer in front of the patch embedding that lives only during pretraining."""
+        return None
+
+
+class Patches(MaskingMethod):
+    """MAE (He et al. 2022): a random share of the patches never enters the encoder."""
+
+    name = "patches"
+    uses_segments = False
+    removes_tokens = True
+    settings = ("mask_ratio",)
+
+    @property
+    def num_kept_patches(self) -> int:
+        """The share that `mask_ratio` leaves, rounded down as MAE does."""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    def pattern(self, rng: np.random.Generator, segment: np.ndarray | None) -> np.ndarray:
+        """One noise value per patch; the patches with the smallest are kept."""
+        return rng.random(self.num_patches, dtype=np.float32)
+
+    def hidden_pixels(self, pattern: np.ndarray) -> int:
+        """Every pixel of the removed patches."""
+        return (self.num_patches - self.num_kept_patches) * self.patch_size**2
+
+    def visible_map(self, pattern: torch.Tensor) -> torch.Tensor:
+        """Noise [B, N] to [B, 1, H, W]: 1 on the patches that are kept."""
+        removed = self._removed(pattern).expand(-1, -1, self.patch_size**2)
+        return VISIBLE - unpatchify(removed, self.patch_size)
+
+    def view(self, images: torch.Tensor, pattern: torch.Tensor) -> MaskedView:
+        """Whole images, and which of their patches the encoder gets."""
+        order = pattern.argsort(dim=1, stable=True)
+        return MaskedView(
+            encoder_input=images,
+            hidden=self._removed(pattern),
+            kept_tokens=order[:, : self.num_kept_patches],
+            restore_order=order.argsort(dim=1),
+        )
+
+    def _removed(self, pattern: torch.Tensor) -> torch.Tensor:
+        """[B, N, 1] float, 1 = removed from the encoder."""
+        rank = pattern.argsort(dim=1, stable=True).argsort(dim=1)
+        return (rank >= self.num_kept_patches).float().unsqueeze(-1)
+
+
+class Segments(MaskingMethod):
+    """The hidden pixels are set to 0, the mean colour after normalising; all tokens are encoded."""
+
+    name = "segments"
+
+
+class FourChannels(MaskingMethod):
+    """As `segments`, and the visible map is the encoder's fourth input channel."""
+
+    name = "four_channels"
+    extra_channels = 1
+
+    def encoder_input(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """[B, C + 1, H, W]: what is shown, then where it is shown."""
+        import torch
+
+        return torch.cat([images * visible, visible], dim=1)
+
+
+class Preencoder(FourChannels):
+    """A convolution of the four channels to three, in front of the encoder; thrown away later."""
+
+    name = "preencoder"
+    extra_channels = 0  # of the encoder; the convolution takes the fourth
+
+    def preencoder(self, image_channels: int) -> torch.nn.Module:
+        """Conv2d over one patch size; it starts by passing the image channels through unchanged.
+
+        A start from noise would feed the encoder something unlike the images that it meets after
+        pretraining, and make an official checkpoint (`--init`) useless.
+        """
+        import torch
+
+        convolution = torch.nn.Conv2d(
+            image_channels + 1, image_channels, self.patch_size, padding="same"
+        )
+        centre = (self.patch_size - 1) // 2  # "same" pads the shorter half before
+        with torch.no_grad():
+            convolution.weight.zero_()
+            for channel in range(image_channels):
+                convolution.weight[channel, channel, centre, centre] = 1
+            assert convolution.bias is not None
+            convolution.bias.zero_()
+        return convolution
+
+
+METHODS: dict[str, type[MaskingMethod]] = {
+    method.name: method for method in (Patches, Segments, FourChannels, Preencoder)
+}
+
+
+def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[B, C, H, W] to [B, N, P * P * C]: patches row by row, in each the channel runs fastest."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    tiles = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    tiles = tiles.permute(0, 2, 4, 3, 5, 1)  # [B, rows, columns, P, P, C]
+    return tiles.reshape(batch, rows * columns, patch_size**2 * channels)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[B, N, P * P * C] of a square image back to [B, C, H, W]; the inverse of `patchify`."""
+    batch, num_patches, values = patches.shape
+    side = round(num_patches**0.5)
+    channels = values // patch_size**2
+    tiles = patches.reshape(batch, side, side, patch_size, patch_size, channels)
+    tiles = tiles.permute(0, 5, 1, 3, 2, 4)  # [B, C, rows, P, columns, P]
+    return tiles.reshape(batch, channels, side * patch_size, side * patch_size)

@@ -1,0 +1,219 @@
+"""The masked autoencoder (He et al. 2022, arXiv:2111.06377) for all masking methods.
+
+Names in the state dict are those of the official MAE release, so that its checkpoints load here
+and ours load there. B images, C channels, H x W pixels, P patch size, N patches, D encoder width,
+E decoder width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import LayerNorm, PatchEmbed  # its LayerNorm has eps 1e-6
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mae.config import IMAGE_CHANNELS, ModelConfig
+from mae.masking import MaskedView, MaskingMethod, patchify, unpatchify
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for pixels from 0 to 1
+IMAGE_STD = (0.229, 0.224, 0.225)
+PATCH_VARIANCE_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Pictures [B, C, H, W] of one batch, normalised like the input, and visible [B, 1, H, W]."""
+
+    predicted: Tensor
+    visible: Tensor
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder, decoder, and a masking method that is chosen once, here."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, method: MaskingMethod) -> None:
+        super().__init__()
+        self.config = config
+        self.method = method
+        encoder, num_patches = config.encoder, config.num_patches
+
+        preencoder = method.preencoder(IMAGE_CHANNELS)
+        self.preencoder = preencoder if preencoder is not None else nn.Identity()
+        self.patch_embed = PatchEmbed(
+            config.image_size,
+            config.patch_pixels,
+            IMAGE_CHANNELS + method.extra_channels,
+            encoder.width,
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, encoder.width))
+        self.pos_embed = _fixed_positions(num_patches, encoder.width)
+        self.blocks = nn.ModuleList(
+            Block(encoder.width, encoder.heads, qkv_bias=True, norm_layer=LayerNorm)
+            for _ in range(encoder.depth)
+        )
+        self.norm = LayerNorm(encoder.width)
+
+        self.decoder_embed = nn.Linear(encoder.width, config.decoder_width)
+        # A method that keeps all tokens has no use for the mask token; it stays in the file, as in
+        # the official one, but takes no gradient: DDP need not look for unused parameters.
+        self.mask_token = nn.Parameter(
+            torch.zeros(1, 1, config.decoder_width), requires_grad=method.removes_tokens
+        )
+        self.decoder_pos_embed = _fixed_positions(num_patches, config.decoder_width)
+        self.decoder_blocks = nn.ModuleList(
+            Block(config.decoder_width, config.decoder_heads, qkv_bias=True, norm_layer=LayerNorm)
+            for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = LayerNorm(config.decoder_width)
+        self.decoder_pred = nn.Linear(config.decoder_width, config.patch_pixels**2 * IMAGE_CHANNELS)
+
+        self.register_buffer("mean", _per_channel(IMAGE_MEAN), persistent=False)
+        self.register_buffer("std", _per_channel(IMAGE_STD), persistent=False)
+        self._initialise()
+
+    def forward(self, images_uint8: Tensor, pattern: Tensor) -> Tensor:
+        """Squared error of each image, summed over its hidden pixels and channels: [B] float32.
+
+        images_uint8: [B, C, H, W], 0 to 255; pattern: [B, ...] as the masking method draws it.
+        """
+        return self.squared_error(self.normalise(images_uint8), pattern)
+
+    def normalise(self, images_uint8: Tensor) -> Tensor:
+        """[B, C, H, W] uint8 to float32 with ImageNet's mean 0 and deviation 1."""
+        return (images_uint8.float() / 255 - self.mean) / self.std
+
+    def squared_error(self, images: Tensor, pattern: Tensor) -> Tensor:
+        """As `forward`, from normalised images [B, C, H, W] float32."""
+        view = self.method.view(images, pattern)
+        predicted = self.decode(self.encode(view), view).float()
+        target = self.target(images)
+        error = (predicted - target).square().unflatten(-1, (-1, IMAGE_CHANNELS))  # [B, N, P*P, C]
+        return (error * view.hidden.unsqueeze(-1)).sum(dim=(1, 2, 3))
+
+    def encode(self, view: MaskedView) -> Tensor:
+        """Class token and kept patches, encoded and normalised: [B, 1 + K, D]."""
+        tokens = self.patch_embed(self.preencoder(view.encoder_input)) + self.pos_embed[:, 1:]
+        if view.kept_tokens is not None:
+            tokens = _pick(tokens, view.kept_tokens)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([cls_token, tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def decode(self, encoded: Tensor, view: MaskedView) -> Tensor:
+        """Predicted patches [B, N, P * P * C], laid out as `patchify` does."""
+        tokens = self.decoder_embed(encoded)
+        if view.restore_order is not None:
+            cls_token, kept = tokens[:, :1], tokens[:, 1:]
+            num_removed = view.restore_order.shape[1] - kept.shape[1]
+            mask_tokens = self.mask_token.to(kept.dtype).expand(len(kept), num_removed, -1)
+            patches = _pick(torch.cat([kept, mask_tokens], dim=1), view.restore_order)
+            tokens = torch.cat([cls_token, patches], dim=1)
+        tokens = tokens + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens)[:, 1:])
+
+    def target(self, images: Tensor) -> Tensor:
+        """What the decoder should predict: [B, N, P * P * C]."""
+        patches = patchify(images, self.config.patch_pixels)
+        if not self.config.norm_pix_loss:
+            return patches
+        mean, deviation = _patch_statistics(patches)
+        return (patches - mean) / deviation
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, pattern: Tensor) -> Reconstruction:
+        """Predict normalised images [B, C, H, W] from what their patterns show.
+
+        Under norm-pix-loss a prediction is relative to its patch; the patch's true mean and
+        deviation bring it back to colours.
+        """
+        view = self.method.view(images, pattern)
+        predicted = self.decode(self.encode(view), view).float()
+        if self.config.norm_pix_loss:
+            mean, deviation = _patch_statistics(patchify(images, self.config.patch_pixels))
+            predicted = predicted * deviation + mean
+        return Reconstruction(
+            predicted=unpatchify(predicted, self.config.patch_pixels),
+            visible=self.method.visible_map(pattern),
+        )
+
+    def _initialise(self) -> None:
+        """Initial weights as MAE has them: Xavier for matrices, 0.02 for tokens."""
+        for part in (self.blocks, self.decoder_blocks, self.decoder_embed, self.decoder_pred):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+        # The patch embedding is a linear layer in the form of a convolution.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.encoder.width, -1))
+        assert self.patch_embed.proj.bias is not None
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """Two-dimensional sine-cosine position embeddings [1 + side * side, width], class token first.
+
+    Half of the width encodes the column, half the row (Chen et al. 2021, arXiv:2104.02057), each
+    as sines then cosines at `width / 4` frequencies from 1 down to 1/10000. The class token has 0.
+    """
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # [side, width / 4]
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    columns = line[None, :, :].expand(side, side, -1)
+    rows = line[:, None, :].expand(side, side, -1)
+    patches = torch.cat([columns, rows], dim=2).reshape(side * side, width)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches]).float()
+
+
+def training_flops(config: ModelConfig, method: MaskingMethod) -> float:
+    """Floating-point operations of one image's forward and backward pass, by its matrix products.
+
+    Twice the multiply-adds, and the backward pass counted as two forward passes, as is usual for
+    model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
+    """
+    kept = method.num_kept_patches
+    encoder, patch_values = config.encoder, config.patch_pixels**2 * IMAGE_CHANNELS
+    forward = (
+        _transformer_flops(kept + 1, encoder.width, encoder.depth)
+        + _transformer_flops(config.num_patches + 1, config.decoder_width, config.decoder_depth)
+        + 2 * config.num_patches * patch_values * (encoder.width + config.decoder_width)
+        + 2 * (kept + 1) * encoder.width * config.decoder_width
+    )
+    return 3.0 * forward
+
+
+def _transformer_flops(tokens: int, width: int, depth: int) -> int:
+    """Forward pass of `depth` blocks: 12 width^2 weights each, and tokens x tokens attention."""
+    return depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+
+
+def _fixed_positions(num_patches: int, width: int) -> nn.Parameter:
+    """[1, 1 + N, width], not trained."""
+    positions = sincos_positions(round(num_patches**0.5), width)
+    return nn.Parameter(positions.unsqueeze(0), requires_grad=False)
+
+
+def _pick(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens [B, N, D] at index [B, K]: [B, K, D]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [B, N, 1] of each patch over all its pixels, hidden or not."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    variance = patches.var(dim=-1, keepdim=True)
+    return mean, (variance + PATCH_VARIANCE_EPSILON).sqrt()
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(1, -1, 1, 1)

@@ -1,0 +1,154 @@
+"""Pictures of what a model reconstructs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mae.checkpoint import load_checkpoint
+from mae.config import make_method, parse_settings
+from mae.data import Batch, Sample, collate, make_sample
+from mae.decode import read_image
+from mae.model import MaskedAutoencoder
+from mae.paths import beside
+from mae.segments import SegmentSource, open_segments
+from mae.transforms import centre_crop, crop_image, crop_segment
+
+COLUMNS = ("original", "seen by the encoder", "prediction", "pasted into the original")
+FIXED_SET_SIZE = 8
+
+
+def reconstruct_files(
+    checkpoint_path: Path, images: Sequence[Path], *, out: Path, masks_dir: Path | None
+) -> None:
+    """Draw what a checkpoint reconstructs of given images, or of its fixed set if there are none.
+
+    An image of its own segments needs `masks_dir`; else it takes one of the fixed set's patterns.
+    Raises ValueError if a file cannot be used.
+    """
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: {out.absolute().parent} is not a folder")
+    checkpoint = load_checkpoint(checkpoint_path, lazily=True)
+    model = load_model(checkpoint, checkpoint_path)
+    batch = unpack_fixed_set(checkpoint["fixed_set"])
+    if images:
+        source = open_segments(masks_dir) if masks_dir else None
+        coverage = checkpoint["config"]["coverage_ratio"]
+        segments = [_own_segment(path, source, coverage) if source else None for path in images]
+        batch = _samples(model, images, segments, batch)
+    draw_reconstructions(model, batch, out)
+
+
+def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> None:
+    """Write one row per image: original, seen, predicted, and predicted pasted where hidden."""
+    device = model.mean.device
+    was_training = model.training
+    model.eval()
+    images = model.normalise(batch.images.to(device))
+    result = model.reconstruct(images, batch.pattern.to(device))
+    model.train(was_training)
+    original, predicted = (_colours(model, pictures) for pictures in (images, result.predicted))
+    visible = result.visible.cpu()
+    seen = original * visible + model.mean.cpu() * (1 - visible)  # hidden is 0, the mean colour
+    pasted = original * visible + predicted * (1 - visible)
+    _save_grid([original, seen, predicted, pasted], path)
+
+
+def make_fixed_set(images: Dataset[Sample], size: int) -> Batch:
+    """The first samples of a set of fixed images, as the pictures of every round show them."""
+    return collate([images[index] for index in range(size)])
+
+
+def pack_fixed_set(batch: Batch) -> dict[str, Tensor]:
+    """Plain tensors for a checkpoint, so that it can draw its fixed set without the dataset."""
+    return {"images": batch.images, "pattern": batch.pattern, "hidden_pixels": batch.hidden_pixels}
+
+
+def unpack_fixed_set(stored: dict[str, Tensor]) -> Batch:
+    """The inverse of `pack_fixed_set`."""
+    return Batch(**stored, unreadable=[])
+
+
+def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
+    """The whole model of a checkpoint, ready to reconstruct.
+
+    Raises ValueError if the decoder is missing, as in files that hold an encoder only.
+    """
+    method, model_config = parse_settings(checkpoint["config"])
+    weights = checkpoint["model"]
+    if not any(name.startswith("decoder_blocks.") for name in weights):
+        raise ValueError(f"{path} holds an encoder only; reconstructing needs the decoder too")
+    model = MaskedAutoencoder(model_config, make_method(method, model_config))
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _own_segment(path: Path, source: SegmentSource, coverage_percent: float) -> np.ndarray:
+    """The segment [H, W] of an image, found by the end of its path: class/stem, or stem."""
+    absolute = path.absolute().with_suffix("")
+    for key in (f"{absolute.parent.name}/{absolute.name}", absolute.name):
+        segment = source.nearest(key, coverage_percent)
+        if segment is not None:
+            return segment.decode()
+    raise ValueError(f"--masks-dir has no segment of {path}")
+
+
+def _samples(
+    model: MaskedAutoencoder,
+    paths: Sequence[Path],
+    segments: Sequence[np.ndarray | None],
+    fixed_set: Batch,
+) -> Batch:
+    """Centre crops of image files, hidden by their segments or as the fixed set is."""
+    samples = []
+    for number, (path, segment) in enumerate(zip(paths, segments, strict=True)):
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        crop, size = centre_crop(*image.shape[1:]), model.config.image_size
+        if segment is not None and model.method.uses_segments:
+            if segment.shape != image.shape[1:]:
+                raise ValueError(f"{path}: its segments are of another size")
+            cut = crop_segment(segment, crop, size)
+            rng = np.random.default_rng(number)
+            samples.append(make_sample(model.method, image, crop, rng, cut))
+            continue
+        row = number % len(fixed_set)
+        samples.append(
+            Sample(
+                image=crop_image(image, crop, size),
+                pattern=fixed_set.pattern[row].numpy(),
+                hidden_pixels=int(fixed_set.hidden_pixels[row]),
+            )
+        )
+    return collate(samples)
+
+
+def _colours(model: MaskedAutoencoder, normalised: Tensor) -> Tensor:
+    """Normalised [B, C, H, W] to colours from 0 to 1 on the CPU."""
+    return (normalised.float() * model.std + model.mean).clamp(0, 1).cpu()
+
+
+def _save_grid(pictures: Sequence[Tensor], path: Path) -> None:
+    rows, side = len(pictures[0]), pictures[0].shape[-1]
+    inches = max(1.2, min(side, 224) / 100)
+    figure = Figure(figsize=(inches * len(COLUMNS), inches * rows + 0.3), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = np.atleast_2d(figure.subplots(rows, len(COLUMNS)))
+    for column, (title, images) in enumerate(zip(COLUMNS, pictures, strict=True)):
+        axes[0][column].set_title(title, fontsize=8)
+        for row in range(rows):
+            axes[row][column].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[row][column].axis("off")
+    figure.tight_layout(pad=0.3)
+    unfinished = beside(path)
+    figure.savefig(unfinished, format="png")
+    unfinished.replace(path)

@@ -1,0 +1,197 @@
+"""Pretraining: set up, then per epoch train, evaluate, log, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from mae.build import EPOCH_SUMS, Run, State, build_run, describe
+from mae.checkpoint import also_save_as, save_checkpoint
+from mae.config import PretrainConfig
+from mae.data import make_loader
+from mae.devices import peak_flops, peak_memory_mib
+from mae.epoch import EpochTrainer
+from mae.heldout import heldout_loss
+from mae.interruption import Interruption
+from mae.logbook import Logbook, Progress
+from mae.model import training_flops
+from mae.paths import LAST, checkpoint_path, reconstructions_path
+from mae.reconstruct import draw_reconstructions, pack_fixed_set
+from mae.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config: PretrainConfig) -> bool:
+    """Run one round of pretraining, or what is left of it.
+
+    Returns True when the round is complete, False if a signal stopped it, after saving. Raises
+    ValueError for what the user can fix, before anything is written, and RuntimeError when the
+    run fails (a loss that is not finite, too many unreadable images).
+    """
+    with Interruption() as interruption:
+        run, state = build_run(config)
+        if state.epochs_completed >= config.epochs_this_round:
+            _check_round_is_there(config, state)
+            logger.info("nothing to do: %d epochs are completed", state.epochs_completed)
+            return True
+        describe(run, state)
+        return _fit(run, state, interruption)
+
+
+def _fit(run: Run, state: State, interruption: Interruption) -> bool:
+    """Train to the end of the round. Returns False if stopped by a signal."""
+    logbook, progress = _open_books(run, state)
+    trainer = EpochTrainer(run, interruption, lambda: _save_last(run, state), progress)
+    batches = iter(_make_loader(run, state))
+    outcome = "failed"
+    try:
+        while state.epochs_completed < run.config.epochs_this_round:
+            stopped = trainer.train_one_epoch(state, batches)
+            if state.steps_completed < run.plan.steps_per_epoch:
+                _save_last(run, state)
+            else:
+                _finish_epoch(run, state, logbook, progress)
+            if stopped and state.epochs_completed < run.config.epochs_this_round:
+                logger.warning("stopped by a signal; run the same command again to continue")
+                outcome = "stopped"
+                break
+        else:
+            outcome = "done"
+    finally:
+        if logbook is not None and progress is not None:
+            logbook.close()
+            progress.close(outcome)
+    run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
+    return outcome == "done"
+
+
+def _make_loader(run: Run, state: State) -> Any:
+    return make_loader(
+        run.images,
+        run.plan,
+        rank=run.accelerator.process_index,
+        start=(state.epochs_completed, state.steps_completed),
+        epochs=run.config.epochs_this_round,
+        workers=run.workers,
+        pin_memory=run.accelerator.device.type == "cuda",
+    )
+
+
+def _open_books(run: Run, state: State) -> tuple[Logbook | None, Progress | None]:
+    """Log and progress of the first process; the others have none."""
+    if not run.accelerator.is_main_process:
+        return None, None
+    output_dir = run.config.run.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    progress = Progress(
+        output_dir,
+        epochs_total=run.config.epochs_this_round,
+        images_per_epoch=run.plan.steps_per_epoch * run.plan.effective_batch_size,
+    )
+    return Logbook(output_dir, state.epochs_completed), progress
+
+
+def _finish_epoch(
+    run: Run, state: State, logbook: Logbook | None, progress: Progress | None
+) -> None:
+    """Evaluate, log, draw and save, in an order in which a kill loses nothing.
+
+    The log is cut back to the checkpoint on resume, so it is written first; a round's own
+    checkpoint comes before `last.pth`, so that whatever continues from there can rely on it.
+    """
+    heldout = None
+    if run.heldout is not None:
+        if progress is not None:
+            progress.write("running", "evaluate")
+        heldout = heldout_loss(
+            run.accelerator,
+            run.model,
+            run.heldout,
+            batch_size=run.plan.micro_batch_size,
+            workers=run.workers,
+        )
+    record = _epoch_record(run, state, heldout)
+    state.epochs_completed += 1
+    state.steps_completed = 0
+    state.seconds = state.waited_seconds = 0.0
+    state.sums.zero_()
+    if logbook is None:
+        return
+    logbook.add_epoch(record)
+    config = run.config
+    if state.epochs_completed < config.epochs_this_round:
+        _save_last(run, state)
+        return
+    draw_reconstructions(
+        run.model,
+        run.fixed_set,
+        reconstructions_path(config.run.output_dir, state.epochs_completed),
+    )
+    path = checkpoint_path(config.run.output_dir, state.epochs_completed)
+    save_checkpoint(_checkpoint(run, state), path)
+    also_save_as(path, config.run.output_dir / LAST)
+
+
+def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, Any]:
+    """The line of log.txt about the epoch that just ended."""
+    sums = dict(zip(EPOCH_SUMS, state.sums.tolist(), strict=True))
+    steps = run.plan.steps_per_epoch
+    images = steps * run.plan.effective_batch_size
+    coverage = sums["coverage"] / images
+    variance = max(0.0, sums["coverage_square"] / images - coverage**2)
+    last_step = state.epochs_completed + (steps - 1) / steps
+    optimisation, device = run.config.optimisation, run.accelerator.device
+    record: dict[str, Any] = {
+        "epoch": state.epochs_completed + 1,
+        "train_loss": sums["loss"] / steps,
+        "val_loss": heldout,
+        "train_lr": learning_rate(optimisation, last_step / optimisation.epochs),
+        "coverage_percent_mean": coverage,
+        "coverage_percent_std": math.sqrt(variance),
+        "unreadable_images": round(sums["unreadable"]),
+        "images_per_second": images / state.seconds,
+        "data_wait_share": state.waited_seconds / state.seconds,
+        "epoch_seconds": state.seconds,
+        "peak_memory_mib": peak_memory_mib(device),
+    }
+    peak = peak_flops(device)
+    if peak is not None:
+        flops = training_flops(run.config.model, run.images.method) * images / state.seconds
+        record["mfu"] = flops / (peak * run.accelerator.num_processes)
+    if heldout is None:
+        del record["val_loss"]
+    return record
+
+
+def _save_last(run: Run, state: State) -> None:
+    """Save where the run stands; only the first process does."""
+    if run.accelerator.is_main_process:
+        save_checkpoint(_checkpoint(run, state), run.config.run.output_dir / LAST)
+
+
+def _checkpoint(run: Run, state: State) -> dict[str, Any]:
+    return {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "epochs_completed": state.epochs_completed,
+        "steps_completed": state.steps_completed,
+        "config": run.config.settings(),
+        "images": {"count": len(run.listing.train), "digest": run.listing.digest},
+        "fixed_set": pack_fixed_set(run.fixed_set),
+        "sums": state.sums.cpu(),
+        "seconds": state.seconds,
+        "waited_seconds": state.waited_seconds,
+        "learning_rate": run.config.optimisation.learning_rate,
+        "processes": run.plan.processes,
+    }
+
+
+def _check_round_is_there(config: PretrainConfig, state: State) -> None:
+    """Raise ValueError if this round was passed but its checkpoint is gone."""
+    path = checkpoint_path(config.run.output_dir, config.epochs_this_round)
+    if not path.is_file():
+        raise ValueError(
+            f"the run is at {state.epochs_completed} epochs already, but {path} is missing"
+        )

@@ -1,0 +1,80 @@
+"""Crop, flip and resize of an image together with its segment. Images are uint8 [C, H, W]."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+
+CROP_AREA = (0.2, 1.0)  # of the image, as MAE crops
+CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
+CENTRE_CROP = 224 / 256  # of the shorter side, the usual crop for held-out images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """A box in pixels of the image, and whether it is mirrored left to right."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
+def random_crop(rng: np.random.Generator, height: int, width: int) -> Crop:
+    """A box of random area and shape, half of them mirrored (Szegedy et al. 2014).
+
+    Falls back to the largest centred box of an allowed shape when ten tries do not fit.
+    """
+    flip = bool(rng.random() < 0.5)
+    log_aspect = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
+    for _ in range(10):
+        area = height * width * rng.uniform(*CROP_AREA)
+        aspect = math.exp(rng.uniform(*log_aspect))
+        box_width = round(math.sqrt(area * aspect))
+        box_height = round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return Crop(top=top, left=left, height=box_height, width=box_width, flip=flip)
+    box_width = min(width, max(1, round(height * CROP_ASPECT[1])))
+    box_height = min(height, max(1, round(width / CROP_ASPECT[0])))
+    return _centred(height, width, box_height, box_width, flip)
+
+
+def centre_crop(height: int, width: int) -> Crop:
+    """The middle square of an image, for held-out loss and pictures: no chance in it."""
+    side = max(1, round(min(height, width) * CENTRE_CROP))
+    return _centred(height, width, side, side, False)
+
+
+def crop_image(image: Tensor, crop: Crop, size: int) -> Tensor:
+    """Cut a box out of [C, H, W] uint8 and resize it (bicubic, antialiased) to [C, size, size]."""
+    box = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width].unsqueeze(
+        0
+    )
+    resized = F.interpolate(box, (size, size), mode="bicubic", antialias=True)[0]
+    return resized.flip(-1) if crop.flip else resized
+
+
+def crop_segment(segment: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """The same for a segment [H, W] uint8, by nearest neighbour, so that it stays binary."""
+    rows = crop.top + _nearest(crop.height, size)
+    columns = crop.left + _nearest(crop.width, size)
+    if crop.flip:
+        columns = columns[::-1]
+    return segment[rows[:, None], columns]
+
+
+def _nearest(length: int, size: int) -> np.ndarray:
+    """Source pixel under the centre of each of `size` target pixels."""
+    return ((np.arange(size) + 0.5) * (length / size)).astype(np.int64)
+
+
+def _centred(height: int, width: int, box_height: int, box_width: int, flip: bool) -> Crop:
+    top, left = (height - box_height) // 2, (width - box_width) // 2
+    return Crop(top=top, left=left, height=box_height, width=box_width, flip=flip)
