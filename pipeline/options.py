@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -76,12 +77,25 @@ class AbsolutePath(click.ParamType):
 _PATH = AbsolutePath()
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML where only true and false are booleans: `compile: off` stays a word, as in YAML 1.2."""
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF")
+)
+
+
 def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """--config: the file's top level becomes the options' defaults, its sections are kept aside."""
     if value is None:
         return None
     try:
-        loaded = yaml.safe_load(value.read_text(encoding="utf-8"))
+        loaded = yaml.load(value.read_text(encoding="utf-8"), _PlainLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise click.UsageError(f"--config {value} cannot be read: {reason}") from None
@@ -115,7 +129,7 @@ def _key_values(ctx: click.Context, param: click.Parameter, value: Any) -> dict[
         key, equals, given = text.partition("=")
         if not equals or not key:
             raise click.BadParameter(f"{text!r} is not KEY=VALUE", ctx, param)
-        merged[key.strip().lstrip("-").replace("-", "_")] = yaml.safe_load(given)
+        merged[key.strip().lstrip("-").replace("-", "_")] = yaml.load(given, _PlainLoader)
     return merged
 
 

@@ -1,0 +1,77 @@
+"""IoU class by class: what each method gains and loses against plain MAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from pipeline.curves import REFERENCE, Line
+from pipeline.layout import BASELINES
+
+_MOST_CLASSES = 8  # shown for each method: those with the largest change
+
+
+def class_breakdown(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """Tables for the report, at the last epoch at which all methods were evaluated."""
+    trained = [line for line in lines if line.method not in BASELINES]
+    common = set.intersection(*(set(line.epochs) for line in trained)) if trained else set()
+    if not common:
+        return None
+    epochs = max(common)
+    iou = {line.label: _class_iou(line, epochs) for line in trained}
+    reference = next((line.label for line in trained if line.method == REFERENCE), None)
+    others = [line.label for line in trained if line.label != reference] if reference else []
+    names = list(dict.fromkeys(name for values in iou.values() for name in values))
+    caption = f"IoU in percent after {epochs} epochs of pretraining."
+    if others:
+        caption += f" First the classes that change most against {reference}."
+    return {
+        "caption": caption,
+        "reference": reference,
+        "changes": [
+            {"label": label, "rows": _changes(iou[label], iou[reference])}
+            for label in others
+            if reference is not None
+        ],
+        "names": list(iou),
+        "all": [
+            {"name": name, "cells": [_shown(values.get(name)) for values in iou.values()]}
+            for name in names
+        ],
+    }
+
+
+def _class_iou(line: Line, epochs: int) -> dict[str, float | None]:
+    """Class -> mean IoU over seeds in percent; None for a class that did not occur."""
+    found: dict[str, list[float]] = {}
+    for evaluation in line.evaluations:
+        if evaluation.epochs == epochs:
+            for name, value in (evaluation.result.get("class_iou") or {}).items():
+                found.setdefault(name, []).extend([] if value is None else [value])
+    return {name: mean(values) if values else None for name, values in found.items()}
+
+
+def _changes(
+    values: Mapping[str, float | None], reference: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    """The largest changes, gains first."""
+    rows: list[dict[str, Any]] = []
+    for name, value in values.items():
+        before = reference.get(name)
+        if value is not None and before is not None:
+            change = value - before
+            rows.append(
+                {
+                    "name": name,
+                    "reference": _shown(before),
+                    "value": _shown(value),
+                    "change": change,
+                }
+            )
+    largest = sorted(rows, key=lambda row: -abs(row["change"]))[:_MOST_CLASSES]
+    return sorted(largest, key=lambda row: -row["change"])
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"

@@ -1,0 +1,77 @@
+"""Evaluations put together into the lines that the report compares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.layout import BASELINES, Layout
+from pipeline.results import Evaluation, read_evaluations, read_run_yml
+from pipeline.settings import METHODS
+
+REFERENCE = "patches"  # plain MAE, what the others are compared with
+# Settings that say where and how a run was made, not what was compared.
+_NOT_COMPARED = ("output_dir", "compute", "cluster", "launcher", "keep_going")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What the charts show as one line: a method, and its ratio, over seeds and epochs."""
+
+    label: str
+    method: str
+    style: int
+    evaluations: Sequence[Evaluation]
+
+    def scores(self, epochs: int) -> list[float]:
+        """Mean IoU after `epochs`, in percent: one for each seed."""
+        found: list[float] = []
+        for evaluation in self.evaluations:
+            if evaluation.epochs == epochs:
+                seeds = evaluation.result.get("seeds") or [evaluation.result]
+                found += [seed["mean_iou"] for seed in seeds if seed.get("mean_iou") is not None]
+        return found
+
+    @property
+    def epochs(self) -> list[int]:
+        """Where it was evaluated, ascending."""
+        return sorted({evaluation.epochs for evaluation in self.evaluations})
+
+
+def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
+    """All evaluations sorted into lines; baselines come first."""
+    compared = [json.dumps(_compared(read_run_yml(p)), sort_keys=True) for p in all_paths]
+    apart = len(set(compared)) > 1
+    groups: dict[tuple[str, str], list[Evaluation]] = {}
+    for paths in all_paths:
+        for evaluation in read_evaluations(paths):
+            label = f"{evaluation.label} ({paths.root.name})" if apart else evaluation.label
+            groups.setdefault((label, evaluation.method), []).append(evaluation)
+    order = {method: index for index, method in enumerate((*BASELINES, *METHODS))}
+    ordered = sorted(groups.items(), key=lambda item: order.get(item[0][1], len(order)))
+    return [
+        Line(label=label, method=method, style=style, evaluations=evaluations)
+        for style, ((label, method), evaluations) in enumerate(ordered)
+    ]
+
+
+def _compared(run_yml: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that have to agree before results are put on one line."""
+    settings = {k: v for k, v in run_yml.get("settings", {}).items() if k not in _NOT_COMPARED}
+    varies = ("mask_methods", "coverage_ratios", "seeds", "eval_epochs", "eval_only")
+    experiment = settings.get("experiment", {})
+    settings["experiment"] = {k: v for k, v in experiment.items() if k not in varies}
+    return settings
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log.txt; a line that is being written is left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    complete = text[: text.rfind("\n") + 1].splitlines()
+    return [json.loads(line) for line in complete if line.strip()]

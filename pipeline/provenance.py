@@ -1,0 +1,73 @@
+"""What a report's numbers came from: settings, versions, hardware, GPU-hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.layout import Layout
+from pipeline.records import read_all_records
+
+
+def provenance(
+    all_paths: Sequence[Layout], run_ymls: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Titled tables of name and value; settings that differ between runs stand elsewhere."""
+    tables = []
+    flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
+    if flat and any(flat):
+        common = [(k, v) for k, v in flat[0].items() if all(f.get(k) == v for f in flat)]
+        tables.append(("Common settings" if len(flat) > 1 else "Settings", common))
+    for name in ("versions", "hardware"):
+        rows: dict[str, list[str]] = {}
+        for run_yml in run_ymls:
+            for key, value in flatten(run_yml.get(name, {})):
+                rows.setdefault(key, []).append(value)
+        found = [(key, ", ".join(dict.fromkeys(values))) for key, values in rows.items()]
+        if found:
+            tables.append((name.capitalize(), found))
+    tables.append(("Time spent", _time_spent(all_paths)))
+    return tables
+
+
+def differing_settings(
+    all_paths: Sequence[Layout], run_ymls: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """A column for each run, a row for each setting in which they differ; None for one run."""
+    if len(all_paths) < 2:
+        return None
+    flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = [
+        (key, [settings.get(key, "not given") for settings in flat])
+        for key in keys
+        if len({settings.get(key) for settings in flat}) > 1
+    ]
+    return {"names": [paths.root.name for paths in all_paths], "rows": rows}
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as "group: name" and text; what was not given is left out."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}: {key}" if prefix else str(key))
+    elif isinstance(value, list | tuple):
+        yield prefix, ", ".join(str(item) for item in value) or "none"
+    elif value is not None:
+        yield prefix, str(value)
+
+
+def _time_spent(all_paths: Sequence[Layout]) -> list[tuple[str, str]]:
+    """Hours by kind of step, from the records: finished attempts, interrupted ones included."""
+    hours: dict[str, list[float]] = {}
+    for paths in all_paths:
+        for record in read_all_records(paths):
+            spent = hours.setdefault(record.kind, [0.0, 0.0])
+            spent[0] += record.seconds / 3600
+            spent[1] += record.seconds * record.devices / 3600
+    rows = [
+        (f"{kind}, hours (times devices)", f"{wall:.2f} ({device:.2f})")
+        for kind, (wall, device) in hours.items()
+    ]
+    total = sum(device for _, device in hours.values())
+    return [*rows, ("total device-hours (GPUs, or the CPU as one)", f"{total:.2f}")]
