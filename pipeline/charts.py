@@ -63,11 +63,12 @@ def line_chart(series: Sequence[Series], *, title: str, x_title: str, y_title: s
     scale = _Scale(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
     parts = [_axes(scale, x_ticks, y_ticks, x_title, y_title)]
     parts += [_line(line, scale) for line in series]
+    styles = {line.label: line.style for line in series}  # several seeds: one entry
     legend = "".join(
         f'<li><svg width="40" height="14" aria-hidden="true"><line x1="2" y1="7" x2="38" y2="7" '
-        f'{_stroke(line.style)}/><svg x="20" y="7" class="mark">{_marker(line.style)}</svg></svg>'
-        f"{escape(line.label)}</li>"
-        for line in series
+        f'{_stroke(style)}/><svg x="20" y="7" class="mark">{_marker(style)}</svg></svg>'
+        f"{escape(label)}</li>"
+        for label, style in styles.items()
     )
     svg = f'<svg class="plot" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return Chart(svg=svg, legend=f'<ul class="legend">{legend}</ul>')
@@ -128,8 +129,7 @@ def _axes(
     parts.append(f'<line x1="0" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}" class="axis"/>')
     parts.append(f'<line x1="0" x2="0" y1="0" y2="{HEIGHT}" class="axis"/>')
     parts.append(f'<text x="50%" y="{HEIGHT + 38}" text-anchor="middle">{escape(x_title)}</text>')
-    turned = f'transform="translate(-50 {HEIGHT // 2}) rotate(-90)"'
-    parts.append(f'<text {turned} text-anchor="middle">{escape(y_title)}</text>')
+    parts.append(f'<text x="-48" y="-12">{escape(y_title)}</text>')
     return "".join(parts)
 
 

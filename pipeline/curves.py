@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.layout import BASELINES, Layout
-from pipeline.results import Evaluation, read_evaluations, read_run_yml
+from pipeline.layout import BASELINES, Layout, RunName
+from pipeline.results import Evaluation, coverage_of, read_evaluations, read_run_yml
 from pipeline.settings import METHODS
 
 REFERENCE = "patches"  # plain MAE, what the others are compared with
@@ -43,8 +43,7 @@ class Line:
 
 def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
     """All evaluations sorted into lines; baselines come first."""
-    compared = [json.dumps(_compared(read_run_yml(p)), sort_keys=True) for p in all_paths]
-    apart = len(set(compared)) > 1
+    apart = kept_apart(all_paths)
     groups: dict[tuple[str, str], list[Evaluation]] = {}
     for paths in all_paths:
         for evaluation in read_evaluations(paths):
@@ -58,6 +57,12 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
     ]
 
 
+def kept_apart(all_paths: Sequence[Layout]) -> bool:
+    """Whether the directories' settings differ, so that each has lines of its own."""
+    compared = [json.dumps(_compared(read_run_yml(p)), sort_keys=True) for p in all_paths]
+    return len(set(compared)) > 1
+
+
 def _compared(run_yml: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that have to agree before results are put on one line."""
     settings = {k: v for k, v in run_yml.get("settings", {}).items() if k not in _NOT_COMPARED}
@@ -65,6 +70,13 @@ def _compared(run_yml: Mapping[str, Any]) -> dict[str, Any]:
     experiment = settings.get("experiment", {})
     settings["experiment"] = {k: v for k, v in experiment.items() if k not in varies}
     return settings
+
+
+def line_label(run: RunName, paths: Layout, *, apart: bool) -> str:
+    """The label of the line that a run belongs to, as `make_lines` has it."""
+    ratio = coverage_of(run, read_run_yml(paths))
+    label = run.method if ratio is None else f"{run.method} {ratio:g}%"
+    return f"{label} ({paths.root.name})" if apart else label
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,12 +18,21 @@ from typing import Any
 from pipeline import layout
 from pipeline.breakdown import class_breakdown
 from pipeline.charts import HEIGHT, Chart, Point, Series, line_chart
-from pipeline.curves import REFERENCE, Line, make_lines, read_log
+from pipeline.curves import REFERENCE, Line, kept_apart, line_label, make_lines, read_log
 from pipeline.layout import BASELINES, Layout, RunName
 from pipeline.pictures import picture_sections
 from pipeline.provenance import differing_settings, flatten, provenance
 from pipeline.records import read_all_records, write_text
 from pipeline.results import Evaluation, read_run_yml
+
+
+@dataclass(frozen=True)
+class _Log:
+    """A log.txt and how its line looks."""
+
+    label: str
+    style: int
+    entries: list[dict[str, Any]]
 
 
 def write_report(folders: Sequence[Path], page: Path) -> None:
@@ -214,44 +224,37 @@ def _training_charts(all_paths: Sequence[Layout], lines: Sequence[Line]) -> list
         ("val_loss", "held-out loss", "Reconstruction loss on the images in val/."),
         ("train_lr", "learning rate", "Learning rate of pretraining."),
     ):  # fmt: skip
-        charts += _log_chart(logs, "epoch", key, "epochs of pretraining", title, caption)
-    last = {
-        line.label: (line.style, read_log(layout.epoch_log(line.evaluations[-1].folder)))
+        charts += _log_chart(logs, key, "epochs of pretraining", title, caption)
+    last = [
+        _Log(line.label, line.style, read_log(layout.epoch_log(line.evaluations[-1].folder)))
         for line in lines
-    }
+    ]
     caption = "Finetuning loss of each line's last evaluation."
-    charts += _log_chart(
-        last, "epoch", "train_loss", "epochs of finetuning", "finetuning loss", caption
-    )
+    charts += _log_chart(last, "train_loss", "epochs of finetuning", "finetuning loss", caption)
     caption = "Mean IoU while finetuning, at each line's last evaluation."
     return charts + _log_chart(
-        last, "epoch", "val_mean_iou", "epochs of finetuning", "mean IoU (%)", caption
+        last, "val_mean_iou", "epochs of finetuning", "mean IoU (%)", caption
     )
 
 
-def _pretrain_logs(
-    all_paths: Sequence[Layout], lines: Sequence[Line]
-) -> dict[str, tuple[int, list[dict[str, Any]]]]:
-    """Label -> style and log of every pretraining run."""
-    styles: dict[str, int] = {}
-    for line in lines:
-        styles.setdefault(line.method, line.style)
-    logs: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+def _pretrain_logs(all_paths: Sequence[Layout], lines: Sequence[Line]) -> list[_Log]:
+    """The log of every pretraining run, looking like its line; runs of other seeds look alike."""
+    styles = {line.label: line.style for line in lines}
+    apart, logs = kept_apart(all_paths), []
     for paths in all_paths:
         for folder in sorted(paths.pretrain_output.glob("*/")):
             try:
                 run = RunName.parse(folder.name)
             except ValueError:
                 continue
-            label = str(run) if len(all_paths) == 1 else f"{run} ({paths.root.name})"
-            style = styles.get(run.method, len(styles) + len(logs))
-            logs[label] = (style, read_log(layout.epoch_log(folder)))
-    return logs
+            label = line_label(run, paths, apart=apart)
+            style = styles.setdefault(label, len(styles))
+            logs.append(_Log(label, style, read_log(layout.epoch_log(folder))))
+    return sorted(logs, key=lambda log: log.style)
 
 
 def _log_chart(
-    logs: Mapping[str, tuple[int, list[dict[str, Any]]]],
-    x_key: str,
+    logs: Sequence[_Log],
     y_key: str,
     x_title: str,
     y_title: str,
@@ -259,14 +262,14 @@ def _log_chart(
 ) -> list[tuple[Chart, str]]:
     """One chart of a log's column, or none where no log has it."""
     series = []
-    for label, (style, entries) in logs.items():
+    for log in logs:
         points = [
-            Point(x=entry[x_key], y=entry[y_key])
-            for entry in entries
+            Point(x=entry["epoch"], y=entry[y_key])
+            for entry in log.entries
             if isinstance(entry.get(y_key), int | float) and math.isfinite(entry[y_key])
         ]
         if points:
-            series.append(Series(label=label, points=points, style=style))
+            series.append(Series(label=log.label, points=points, style=log.style))
     if not series:
         return []
     chart = line_chart(series, title=caption, x_title=x_title, y_title=y_title)

@@ -48,7 +48,7 @@ class Evaluation:
 
 def read_evaluations(paths: Layout) -> list[Evaluation]:
     """All finished evaluations: methods in their usual order, then ratio, seed and epochs."""
-    common = read_run_yml(paths).get("settings", {}).get("experiment", {})
+    run_yml = read_run_yml(paths)
     found = []
     for folder in paths.eval_output.glob("*"):
         try:
@@ -56,7 +56,7 @@ def read_evaluations(paths: Layout) -> list[Evaluation]:
             result = json.loads(layout.result(folder).read_text(encoding="utf-8"))
         except (ValueError, FileNotFoundError, NotADirectoryError):
             continue  # not an evaluation, or not finished
-        found.append(_evaluation(paths, folder, run, epochs, result, common))
+        found.append(_evaluation(paths, folder, run, epochs, result, run_yml))
     order = {method: index for index, method in enumerate((*BASELINES, *METHODS))}
     return sorted(
         found,
@@ -70,25 +70,28 @@ def _evaluation(
     run: RunName,
     epochs: int,
     result: dict[str, Any],
-    common: dict[str, Any],
+    run_yml: dict[str, Any],
 ) -> Evaluation:
-    """Fills in from run.yml what the name leaves out because it did not vary."""
-    coverage_ratio = run.coverage_ratio
-    ratios = common.get("coverage_ratios", [])
-    if coverage_ratio is None and run.method in METHODS_WITH_SEGMENTS and len(ratios) == 1:
-        coverage_ratio = float(ratios[0])
     names = (f"pretrain_{run}_{epochs}", f"evaluate_{run}_{epochs}")
     records = [read_record(paths, name) for name in names]
     seconds = [record.seconds for record in records if record is not None]
     return Evaluation(
         folder=folder,
         method=run.method,
-        coverage_ratio=coverage_ratio,
+        coverage_ratio=coverage_of(run, run_yml),
         seed=result.get("seed", run.seed),
         epochs=epochs,
         minutes=sum(seconds) / 60 if seconds else float(result.get("minutes") or 0),
         result=result,
     )
+
+
+def coverage_of(run: RunName, run_yml: dict[str, Any]) -> float | None:
+    """A run's coverage ratio: in its name if it varies, else in run.yml; None if it has none."""
+    ratios = run_yml.get("settings", {}).get("experiment", {}).get("coverage_ratios", [])
+    if run.coverage_ratio is None and run.method in METHODS_WITH_SEGMENTS and len(ratios) == 1:
+        return float(ratios[0])
+    return run.coverage_ratio
 
 
 def read_run_yml(paths: Layout) -> dict[str, Any]:
