@@ -20,7 +20,7 @@ import click
 
 from pipeline import options, preview, records
 from pipeline.layout import Layout
-from pipeline.local import EXIT_STOPPED, Finished, LocalLauncher
+from pipeline.local import EXIT_STOPPED, LocalLauncher
 from pipeline.lock import LockedError, hold
 from pipeline.plan import Step, make_plan
 from pipeline.settings import Settings
@@ -53,37 +53,32 @@ def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -
     """
     done = {step.name for step in steps if records.is_done(step, launcher.paths)}
     waiting = [step for step in steps if step.name not in done]
-    failed: list[Finished] = []
-    stopping = False
+    failed = stopping = False
     with stop_signals() as signals:
         while waiting or launcher.running:
+            refused = []
             for step in [s for s in waiting if done.issuperset(s.needs)]:
-                if launcher.has_room_for(step) and not stopping:
+                if launcher.has_room_for(step):
                     click.echo(f"\n== {step.name} ({len(done)} of {len(steps)} steps done)")
-                    launcher.start(step)
                     waiting.remove(step)
-            for finished in launcher.poll():
-                if finished.state == "done":
-                    done.add(finished.step.name)
-                elif finished.state == "stopped":
-                    stopping = True
-                else:
-                    failed.append(finished)
-                    click.echo(f"Error: {finished.message}", err=True)
+                    refused += launcher.start(step)
+            for end in [*refused, *launcher.poll()]:
+                done |= {end.step.name} if end.state == "done" else set()
+                failed = failed or end.state == "failed"
+                stopping = stopping or end.state == "stopped"
+                if end.message:
+                    click.echo(f"Error: {end.message}", err=True)
             stopping = stopping or bool(signals)
             if stopping or (failed and not keep_going):
                 launcher.stop(at_once=len(signals) > 1)
                 waiting = []
-            reachable = {step.name for step in waiting if _may_run(step, waiting, done, launcher)}
-            waiting = [step for step in waiting if step.name in reachable]
+            waiting = [step for step in waiting if _may_run(step, waiting, done, launcher)]
             time.sleep(_POLL_SECONDS if launcher.running else 0)
-    if stopping:
-        click.echo("Stopped; the same command continues.", err=True)
-        return EXIT_STOPPED
     left = len(steps) - len(done)
-    if failed:
-        click.echo(f"Error: {len(failed)} failed, {left} of {len(steps)} steps left", err=True)
-    return 1 if left else 0
+    if left:
+        what = "Stopped" if stopping else "Error: the plan could not be finished"
+        click.echo(f"{what}; {left} of {len(steps)} steps left, the same command goes on", err=True)
+    return 0 if not left else EXIT_STOPPED if stopping else 1
 
 
 def _may_run(step: Step, waiting: list[Step], done: set[str], launcher: LocalLauncher) -> bool:
@@ -146,8 +141,8 @@ def main(ctx: click.Context, dry_run: bool, estimate: bool, **given: Any) -> Non
     if len(sys.argv) == 1:
         click.echo(ctx.get_help())
         return
-    settings = options.settings_from(given)
-    try:
+    with user_errors():
+        settings = options.settings_from(given)
         if dry_run:
             preview.show(settings)
         elif estimate:
@@ -156,6 +151,13 @@ def main(ctx: click.Context, dry_run: bool, estimate: bool, **given: Any) -> Non
             click.echo(estimate_run(settings))
         else:
             ctx.exit(run(settings))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can fix ends with its one line and exit code 2."""
+    try:
+        yield
     except (ValueError, LockedError) as error:
         raise click.UsageError(str(error)) from None
 
@@ -173,6 +175,34 @@ def sample(folder: Path, seed: int) -> None:
         f"  python benchmark.py --config configs/sample.yml --in1k-dir {folder}/in1k "
         f"--eval-dataset {folder}/segmentation/dataset.yml --output-dir DIR"
     )
+
+
+@main.command()
+@click.argument("folder", type=options.AbsolutePath(), default=".")
+def status(folder: Path) -> None:
+    """Show what is done, running, waiting and failed in FOLDER."""
+    from pipeline.status import status_text
+
+    with user_errors():
+        click.echo(status_text(Layout(folder)))
+
+
+@main.command()
+@click.argument("folders", type=options.AbsolutePath(), nargs=-1, required=True)
+@click.option(
+    "--out", type=options.AbsolutePath(), help="The page.  [default: in the first folder]"
+)
+def report(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Write results.csv in each of FOLDERS, and one report.html over all of them."""
+    from pipeline.report import write_report
+    from pipeline.results import write_results_csv
+
+    page = out or Layout(folders[0]).report_html
+    with user_errors():
+        write_report(folders, page)
+    for folder in folders:
+        write_results_csv(Layout(folder))
+    click.echo(page)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import BinaryIO
 
-from pipeline import layout, process
+from pipeline import disk, layout, process
 from pipeline.layout import Layout
 from pipeline.plan import Step
 from pipeline.records import Record, State, output_sizes, read_record, write_record
@@ -55,8 +56,14 @@ class LocalLauncher:
             return not self.running
         return all(other.step.kind != step.kind for other in self.running)
 
-    def start(self, step: Step) -> None:
-        """Starts the step; an orphan of an earlier, killed run is waited for first."""
+    def start(self, step: Step) -> list[Finished]:
+        """Starts the step; an orphan of an earlier, killed run is waited for first.
+
+        When the disk is nearly full nothing is started and that failure is returned.
+        """
+        lacking = disk.shortage(step)
+        if lacking:
+            return [Finished(step=step, state="failed", message=lacking)]
         mark = f"{self.paths.root}:{step.name}"
         process.end_orphans(mark)
         earlier = read_record(self.paths, step.name)
@@ -80,6 +87,7 @@ class LocalLauncher:
         )
         write_record(self.paths, record)
         self.running.append(_Running(step, child, record, now))
+        return []
 
     def poll(self) -> list[Finished]:
         """Shows new output; returns the steps that ended since the last call, recorded."""
@@ -140,7 +148,7 @@ class LocalLauncher:
         """On a terminal, one line for what runs now, drawn over itself."""
         if not self.running or not self.output.isatty():
             return
-        parts = [f"{r.step.name} {progress_text(r.step)}" for r in self.running]
+        parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
         line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
         self.output.write(b"\r\x1b[2K" + line.encode())
         self.output.flush()
@@ -156,21 +164,21 @@ def _environment(step: Step) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[gpu] for gpu in step.gpus)}
 
 
-def read_progress(step: Step) -> dict[str, float | str]:
-    """The child's progress.json, empty if it has not written one."""
+def read_progress(folder: Path) -> dict[str, float | str]:
+    """A step's progress.json, empty if it has not written one."""
     try:
-        return json.loads(layout.progress(step.folder).read_text())
+        return json.loads(layout.progress(folder).read_text())
     except (OSError, ValueError):
         return {}
 
 
 def _progress_state(step: Step) -> str:
-    return str(read_progress(step).get("state", ""))
+    return str(read_progress(step.folder).get("state", ""))
 
 
-def progress_text(step: Step) -> str:
+def progress_text(folder: Path) -> str:
     """Epoch, rate and time left in words, as far as they are known."""
-    now = read_progress(step)
+    now = read_progress(folder)
     if "epoch" not in now:
         return "starting"
     if now.get("stage") == "evaluate":
