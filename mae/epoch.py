@@ -150,7 +150,8 @@ class EpochTrainer:
             f"the loss is not finite on {', '.join(where)}" if where else "a gradient is not finite"
         )
         raise RuntimeError(
-            f"{what} of {self.run.plan.steps_per_epoch} in epoch {state.epochs_completed + 1}; the last checkpoint is from before. A lower --base-lr or --clip-grad 1 may help"
+            f"{what} of {self.run.plan.steps_per_epoch} in epoch {state.epochs_completed + 1}; "
+            "the last checkpoint is from before. A lower --base-lr or --clip-grad 1 may help"
         )
 
     def _note_unreadable(self, micro_batches: list[Batch]) -> None:

@@ -173,17 +173,17 @@ class Preencoder(FourChannels):
         """
         import torch
 
-        convolution = torch.nn.Conv2d(
-            image_channels + 1, image_channels, self.patch_size, padding="same"
-        )
-        centre = (self.patch_size - 1) // 2  # "same" pads the shorter half before
+        # "Same" padding of an even kernel, the shorter half before, as torch's own would copy.
+        before, after = (self.patch_size - 1) // 2, self.patch_size // 2
+        padding = torch.nn.ZeroPad2d((before, after, before, after))
+        convolution = torch.nn.Conv2d(image_channels + 1, image_channels, self.patch_size)
         with torch.no_grad():
             convolution.weight.zero_()
             for channel in range(image_channels):
-                convolution.weight[channel, channel, centre, centre] = 1
+                convolution.weight[channel, channel, before, before] = 1
             assert convolution.bias is not None
             convolution.bias.zero_()
-        return convolution
+        return torch.nn.Sequential(padding, convolution)
 
 
 METHODS: dict[str, type[MaskingMethod]] = {

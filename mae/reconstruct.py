@@ -21,7 +21,7 @@ from mae.paths import beside
 from mae.segments import SegmentSource, open_segments
 from mae.transforms import centre_crop, crop_image, crop_segment
 
-COLUMNS = ("original", "seen by the encoder", "prediction", "pasted into the original")
+COLUMNS = ("original", "seen by the encoder", "prediction", "pasted in")
 FIXED_SET_SIZE = 8
 
 
