@@ -34,14 +34,16 @@ def run(settings: Settings) -> int:
     steps = make_plan(settings)
     preview.check(settings, steps, paths)
     if settings.launcher == "slurm":
-        from pipeline import slurm
+        from pipeline.slurm import run as run_on_cluster
 
-        return slurm.run(settings, steps, paths)
+        return run_on_cluster(settings, steps, paths)
+    from pipeline.report import write_all
+
     with hold(paths.lock):
         preview.write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
         exit_code = alternate(steps, launcher, keep_going=settings.keep_going)
-        finish(paths)
+        click.echo(write_all(paths))
     return exit_code
 
 
@@ -104,17 +106,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def finish(paths: Layout) -> None:
-    """Writes results.csv and report.html from what there is, and shows the table."""
-    from pipeline import report, results
-
-    evaluations = results.write_results_csv(paths)
-    report.write_report([paths.root], paths.report_html)
-    if evaluations:
-        click.echo("\n" + results.table(evaluations))
-        click.echo(f"\n{paths.results_csv}\n{paths.report_html}")
 
 
 @click.group(

@@ -102,13 +102,16 @@ class LocalLauncher:
         self._draw_progress()
         return finished
 
-    def stop(self, *, at_once: bool = False) -> None:
-        """Asks all running steps to save and end, or ends them at once."""
+    def stop(self, *, at_once: bool = False, grace_seconds: float = process.GRACE_SECONDS) -> None:
+        """Asks all running steps to save and end, or ends them at once.
+
+        Called again, it ends steps that have not ended `grace_seconds` after they were asked.
+        """
         for running in self.running:
             if at_once:
                 running.child.kill()
             else:
-                running.child.stop()
+                running.child.stop(grace_seconds)
 
     def _judge(self, running: _Running, exit_code: int) -> Finished:
         """By exit code and by the files it had to leave."""

@@ -45,6 +45,8 @@ class Step:
     """Files that have to be there, and not empty, afterwards."""
     gpus: tuple[int, ...] | None = None
     """GPUs to pin the step to; None = all that are visible."""
+    rendezvous: tuple[str, ...] = ("--standalone",)
+    """How torchrun's processes find each other; one machine picks a free port by itself."""
 
     @property
     def console_log(self) -> Path:
@@ -60,8 +62,8 @@ class Step:
     def command(self) -> list[str]:
         """The command line; torchrun's module form when there are several processes."""
         launch = ["-m"]
-        if self.processes > 1:
-            launch = ["-m", "torch.distributed.run", "--standalone"]
+        if self.processes > 1 or self.rendezvous != ("--standalone",):
+            launch = ["-m", "torch.distributed.run", *self.rendezvous]
             launch += [f"--nproc-per-node={self.processes}", "-m"]
         return [sys.executable, *launch, *self.module.split(), *as_arguments(self.options)]
 

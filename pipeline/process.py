@@ -49,7 +49,7 @@ class Child:
                 cwd=REPO_ROOT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, MARK: self.mark},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_in_child,
             )
         self.pid = self._process.pid
         self._stop_asked: float | None = None
@@ -81,8 +81,13 @@ class Child:
         end_marked(self.mark)
 
 
-def _die_with_parent() -> None:
-    """In the new child: have the kernel send SIGTERM when benchmark.py dies (Linux)."""
+def _in_child() -> None:
+    """In the new child: have the kernel send SIGTERM when benchmark.py dies (Linux).
+
+    SIGUSR2 is how submitit tells a Slurm job that its end is near. Slurm sends it to all processes
+    of the job; it is meant for the wrapper alone, which then asks the step to save.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

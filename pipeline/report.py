@@ -23,7 +23,7 @@ from pipeline.layout import BASELINES, Layout, RunName
 from pipeline.pictures import picture_sections
 from pipeline.provenance import differing_settings, flatten, provenance
 from pipeline.records import read_all_records, write_text
-from pipeline.results import Evaluation, read_run_yml
+from pipeline.results import Evaluation, read_run_yml, table, write_results_csv
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ class _Log:
     label: str
     style: int
     entries: list[dict[str, Any]]
+
+
+def write_all(paths: Layout) -> str:
+    """Writes results.csv and report.html from what there is; returns the table to show."""
+    evaluations = write_results_csv(paths)
+    write_report([paths.root], paths.report_html)
+    if not evaluations:
+        return f"no evaluation has finished; {paths.report_html}"
+    return f"\n{table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
 
 
 def write_report(folders: Sequence[Path], page: Path) -> None:

@@ -1,0 +1,271 @@
+"""Runs the plan on a Slurm cluster: one job for each step, depending on the jobs it needs.
+
+Pretraining rounds form a chain; an evaluation depends on its round only, so it runs beside the next
+one. A job that is preempted or reaches its time limit lets its step save and puts itself back into
+the queue (submitit); the same job then continues. The queue is read through squeue only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from pipeline import preview, slurm_queue
+from pipeline.layout import Layout
+from pipeline.local import EXIT_STOPPED, LocalLauncher
+from pipeline.lock import hold
+from pipeline.plan import Step
+from pipeline.process import REPO_ROOT
+from pipeline.records import Record, is_done, read_record, write_json, write_record
+from pipeline.report import write_all
+from pipeline.settings import Cluster, Settings
+from pipeline.status import read_status, status_text
+
+_POLL_SECONDS = 0.2
+_FOLLOW_SECONDS = 2.0
+_SIGNAL_SECONDS = 120  # before its time limit a job is told to save
+_MOST_REQUEUES = 10_000  # a job may reach its time limit this often
+
+
+def run(settings: Settings, steps: list[Step], paths: Layout) -> int:
+    """Submits what is not done and not in the queue; with --wait follows it. Returns the exit code.
+
+    Without --wait, 0 means that everything left is in the queue.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError("--launcher slurm needs Slurm's sbatch, which is not on the PATH here")
+    with hold(paths.lock):
+        preview.write_run_files(settings, steps, paths)
+        submitted = submit(settings, steps, paths)
+    click.echo(f"{submitted} jobs submitted\n{status_text(paths)}")
+    if not settings.cluster.wait:
+        click.echo(f"benchmark.py status {paths.root} shows how they get on")
+        return 0
+    return follow(paths)
+
+
+def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
+    """Submits the steps that need it, in order; returns their number."""
+    known = {step.name: read_record(paths, step.name) for step in steps}
+    queue = slurm_queue.job_states(r.job_id for r in known.values() if r is not None and r.job_id)
+    job_ids: dict[str, str] = {}  # step -> the job that will do it
+    submitted = 0
+    for step in steps:
+        record = known[step.name]
+        if is_done(step, paths):
+            continue
+        if record and record.job_id and slurm_queue.is_live(queue.get(record.job_id, "")):
+            job_ids[step.name] = record.job_id
+            continue
+        needed = [job_ids[need] for need in step.needs if need in job_ids]
+        job_ids[step.name] = _submit_one(settings, step, paths, needed)
+        submitted += 1
+        write_record(paths, _submitted_record(step, paths, record, job_ids[step.name]))
+    return submitted
+
+
+def _submit_one(settings: Settings, step: Step, paths: Layout, needed: list[str]) -> str:
+    """Submits one step; returns its job's number."""
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder=paths.slurm, max_num_timeout=_MOST_REQUEUES)
+    executor.update_parameters(**job_parameters(settings, step, needed))
+    return str(executor.submit(StepJob(paths.root, step, settings.cluster.nodes)).job_id)
+
+
+def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[str, Any]:
+    """Submitit's parameters of a step's job; `needed` are the jobs that have to succeed before."""
+    cluster = settings.cluster
+    nodes = cluster.nodes if step.processes > 1 or settings.compute.num_gpus else 1
+    additional = {
+        "chdir": str(REPO_ROOT),
+        "requeue": True,
+        **{key.replace("_", "-"): value for key, value in cluster.sbatch.items()},
+    }
+    if needed:
+        additional |= {
+            "dependency": "afterok:" + ":".join(needed),
+            "kill-on-invalid-dep": "yes",
+        }
+    chosen: dict[str, Any] = {
+        "job_name": step.name,
+        "nodes": nodes,
+        "ntasks_per_node": 1,
+        "gpus_per_node": settings.compute.num_gpus or None,
+        "partition": cluster.partition,
+        "qos": cluster.qos,
+        "time": minutes_of(cluster),
+        "signal_delay_s": _SIGNAL_SECONDS,
+        "stderr_to_stdout": True,
+        "additional_parameters": additional,
+    }
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
+def minutes_of(cluster: Cluster) -> int:
+    """The time limit in whole minutes; a day unless set. ValueError if it is not a time.
+
+    Slurm's forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+    """
+    text = cluster.time or "1-0"
+    days, dash, rest = text.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        seconds_per_part = [3600, 60, 1] if dash or len(parts) == 3 else [60, 1]
+        if len(parts) > len(seconds_per_part) or min(parts) < 0:
+            raise ValueError
+        seconds = sum(p * s for p, s in zip(parts, seconds_per_part, strict=False))
+        seconds += int(days) * 86400 if dash else 0
+    except ValueError:
+        raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS") from None
+    if seconds < 60:
+        raise ValueError(f"--time {text} is less than a minute")
+    return -(-seconds // 60)
+
+
+def _submitted_record(step: Step, paths: Layout, earlier: Record | None, job_id: str) -> Record:
+    return Record(
+        name=step.name,
+        state="submitted",
+        run=str(step.run),
+        kind=step.kind,
+        fingerprint=step.fingerprint(paths.root),
+        seconds=earlier.seconds if earlier else 0.0,
+        attempts=earlier.attempts if earlier else 0,
+        devices=step.devices,
+        job_id=job_id,
+    )
+
+
+def follow(paths: Layout) -> int:
+    """Prints changes of state until no job is left; 0 if every step is done then.
+
+    Ctrl-C ends the following only: the jobs go on.
+    """
+    shown: dict[str, str] = {}
+    try:
+        while True:
+            found = read_status(paths)
+            for step in found:
+                if shown.get(step.name) != step.state:
+                    click.echo(f"{time.strftime('%T')} {step.name}: {step.state}  {step.detail}")
+                    shown[step.name] = step.state
+            if all(step.state not in ("submitted", "running") for step in found):
+                break
+            time.sleep(_FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        click.echo("\nThe jobs go on; scancel ends them, the same command follows them again.")
+        return EXIT_STOPPED
+    click.echo(write_all(paths))
+    return 0 if all(step.state == "done" for step in found) else 1
+
+
+class StepJob:
+    """What runs inside a job: one step, told to save when the job is to end."""
+
+    def __init__(self, root: Path, step: Step, nodes: int) -> None:
+        self.root = root
+        self.step = step
+        self.nodes = nodes
+        self._launcher: LocalLauncher | None = None
+        self._ending = False
+
+    def __call__(self) -> str:
+        """Runs the step; returns its state. Raises RuntimeError if it fails, so the job fails."""
+        paths = Layout(self.root)
+        if int(os.environ.get("SLURM_NODEID", "0")) > 0:
+            return self._assist()
+        step = on_this_cluster(self.step, paths, self.nodes)
+        if is_done(self.step, paths):
+            return "done"
+        signal.signal(signal.SIGTERM, self._end)  # scancel, scontrol requeue
+        self._launcher = LocalLauncher(paths, overlaps=False)
+        ended = self._launcher.start(step)
+        while not ended:
+            if self._ending:
+                self._launcher.stop()
+            time.sleep(_POLL_SECONDS)
+            ended = self._launcher.poll()
+        if ended[0].state == "failed":
+            raise RuntimeError(ended[0].message)
+        if ended[0].state == "stopped":
+            raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
+        if step.kind == "evaluate":
+            write_all(paths)
+        return ended[0].state
+
+    def checkpoint(self) -> Any:
+        """Submitit's hook, called in its handler of the end signal: save, then queue up again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._launcher is not None:
+            while self._launcher.running:
+                self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
+                self._launcher.poll()
+                time.sleep(_POLL_SECONDS)
+        return DelayedSubmission(StepJob(self.root, self.step, self.nodes))
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self._ending = True
+
+    def _assist(self) -> str:
+        """On the job's other nodes: this node's processes of the step, without bookkeeping."""
+        import subprocess
+
+        step = on_this_cluster(self.step, Layout(self.root), self.nodes)
+        child = subprocess.Popen(step.command, cwd=REPO_ROOT)
+        signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+        if child.wait() not in (0, EXIT_STOPPED):
+            raise RuntimeError(f"{step.name} ended with exit code {child.returncode} on this node")
+        return "done"
+
+
+def on_this_cluster(step: Step, paths: Layout, nodes: int) -> Step:
+    """The step as this node starts it: across nodes, torchrun meets at the job's first node.
+
+    MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them.
+    """
+    if nodes == 1:
+        return step
+    address = os.environ.get("MASTER_ADDR") or _first_host()
+    port = os.environ.get("MASTER_PORT") or str(_agreed_port(paths))
+    return replace(
+        step,
+        rendezvous=(
+            f"--nnodes={nodes}",
+            f"--node-rank={os.environ.get('SLURM_NODEID', '0')}",
+            f"--master-addr={address}",
+            f"--master-port={port}",
+        ),
+    )
+
+
+def _first_host() -> str:
+    from submitit import JobEnvironment
+
+    return JobEnvironment().hostnames[0]
+
+
+def _agreed_port(paths: Layout) -> int:
+    """A free port of the first node, which writes it down for the others."""
+    job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    file = paths.slurm / f"{job}_{restart}_port.json"
+    if os.environ.get("SLURM_NODEID", "0") == "0":
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            write_json(file, probe.getsockname()[1])
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the first node has not written {file}")
+        time.sleep(0.5)
+    return int(file.read_text())
