@@ -23,7 +23,7 @@ def _ours(model_name, norm_pix_loss):
 
 def _theirs(config):
     encoder = config.encoder
-    model = ViTMAEForPreTraining(
+    return ViTMAEForPreTraining(
         ViTMAEConfig(
             hidden_size=encoder.width,
             num_hidden_layers=encoder.depth,
@@ -39,7 +39,6 @@ def _theirs(config):
             layer_norm_eps=1e-6,
         )
     )
-    return model
 
 
 def _translate(name, tensor):
@@ -106,7 +105,7 @@ def test_patches_has_the_loss_prediction_and_gradients_of_transformers(model_nam
 
 
 def test_position_embeddings_are_sines_and_cosines_of_column_then_row():
-    """timm computes the same values in the order sine of row, of column, cosine of row, of column."""
+    """timm has the same values as sines of row and column, then cosines of row and column."""
     sine_row, sine_column, cosine_row, cosine_column = build_sincos2d_pos_embed([5, 5], 64).chunk(
         4, 1
     )

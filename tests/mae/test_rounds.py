@@ -1,0 +1,214 @@
+"""Rounds, kills, restarts, accumulation and processes change nothing."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import assert_same_weights, make_config, read_epochs
+
+from mae.paths import find_resumable
+
+SPLIT = {"batch_size": 2}  # 4 forward passes per step on one process, 2 on each of two
+
+
+@pytest.fixture(scope="module")
+def whole(in1k_dir, tmp_path_factory, processes):
+    """One uninterrupted run: 4 epochs of 3 steps, accumulating."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    assert processes.run(make_config(in1k_dir, output_dir, **SPLIT)) == [0]
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def whole_on_two(in1k_dir, tmp_path_factory, processes):
+    """The same on two processes."""
+    output_dir = tmp_path_factory.mktemp("whole_on_two")
+    assert processes.run(make_config(in1k_dir, output_dir, **SPLIT), processes=2) == [0, 0]
+    return output_dir
+
+
+def test_a_run_leaves_log_checkpoint_pictures_and_progress(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {
+        "log.txt", "checkpoint-4.pth", "last.pth", "reconstructions-4.png", "progress.json",
+        "tensorboard",
+    }  # fmt: skip
+    epochs = read_epochs(whole)
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4]
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+    assert all(record["val_loss"] > 0 for record in epochs)
+    assert all(5 < record["coverage_percent_mean"] < 30 for record in epochs)
+    checkpoint = torch.load(whole / "checkpoint-4.pth", weights_only=True)
+    assert checkpoint["epochs_completed"] == 4
+    assert checkpoint["config"]["mask_method"] == "four_channels"
+    assert checkpoint["model"]["patch_embed.proj.weight"].shape == (192, 4, 16, 16)
+
+
+def test_rounds_give_the_weights_and_log_of_one_run(whole, in1k_dir, tmp_path, processes):
+    for epochs in (1, 3, 4):
+        config = make_config(in1k_dir, tmp_path, stop_after=epochs, **SPLIT)
+        assert processes.run(config) == [0]
+        assert (tmp_path / f"checkpoint-{epochs}.pth").is_file()
+    assert read_epochs(tmp_path) == read_epochs(whole)
+    assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")
+    assert processes.run(config) == [0]  # a finished round has nothing to do
+    assert read_epochs(tmp_path) == read_epochs(whole)
+
+
+def _kill_in_second_save(rank):
+    """SIGKILL when the file beside is written, but not renamed."""
+    calls = []
+    fsync = os.fsync
+
+    def kill(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".pth.part"):
+            calls.append(descriptor)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = kill
+
+
+def _kill_after_the_log_line(rank):
+    """SIGKILL when epoch 3 is in the log, but not in a checkpoint."""
+    from mae import logbook
+
+    add_epoch = logbook.Logbook.add_epoch
+
+    def add_and_kill(self, record):
+        add_epoch(self, record)
+        if record["epoch"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    logbook.Logbook.add_epoch = add_and_kill
+
+
+def _kill_before_step_11(rank):
+    """SIGKILL inside the last epoch."""
+    from mae import optimisation
+
+    step, calls = optimisation.GuardedUpdate.step, []
+
+    def count_and_kill(self, *arguments):
+        calls.append(1)
+        if len(calls) == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, *arguments)
+
+    optimisation.GuardedUpdate.step = count_and_kill
+
+
+def _save_after_every_step(rank):
+    from mae import epoch
+
+    epoch.time = type("Clock", (), {"monotonic": staticmethod(_Hours())})
+
+
+class _Hours:
+    """A clock on which every look is an hour later."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 3600
+        return self.now
+
+
+def _save_after_every_step_and_kill_before_step_5(rank):
+    from mae import optimisation
+
+    _save_after_every_step(rank)
+    step, calls = optimisation.GuardedUpdate.step, []
+
+    def count_and_kill(self, *arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, *arguments)
+
+    optimisation.GuardedUpdate.step = count_and_kill
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "minutes", "epochs_completed", "steps_completed"),
+    [
+        (_kill_in_second_save, None, 1, 0),
+        (_kill_after_the_log_line, None, 2, 0),
+        (_kill_before_step_11, None, 3, 0),
+        (_save_after_every_step_and_kill_before_step_5, 1.0, 1, 1),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    whole, in1k_dir, tmp_path, processes, sabotage, minutes, epochs_completed, steps_completed
+):
+    config = make_config(in1k_dir, tmp_path, save_every_minutes=minutes, **SPLIT)
+    assert processes.run(config, sabotage=sabotage) == [-signal.SIGKILL]
+    kept = torch.load(find_resumable(tmp_path), weights_only=True)
+    assert (kept["epochs_completed"], kept["steps_completed"]) == (
+        epochs_completed,
+        steps_completed,
+    )
+    assert processes.run(config) == [0]
+    assert read_epochs(tmp_path) == read_epochs(whole)
+    assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_the_step_and_exits_with_75(whole, in1k_dir, tmp_path, processes, number):
+    config = make_config(in1k_dir, tmp_path, **SPLIT)
+    (process,) = processes.start(config)
+    wait_for(lambda: (tmp_path / "last.pth").exists())
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode in (75, 0)  # 0: the signal came after the end
+    assert process.exitcode == 75
+    assert '"state": "stopped"' in (tmp_path / "progress.json").read_text()
+    assert processes.run(config) == [0]
+    assert read_epochs(tmp_path) == read_epochs(whole)
+    assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")
+
+
+def test_two_processes_stop_at_the_same_step_and_go_on(whole_on_two, in1k_dir, tmp_path, processes):
+    config = make_config(in1k_dir, tmp_path, **SPLIT)
+    started = processes.start(config, processes=2)
+    wait_for(lambda: (tmp_path / "last.pth").exists())
+    os.kill(started[1].pid, signal.SIGTERM)  # the one that does not save
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [75, 75]
+    assert processes.run(config, processes=2) == [0, 0]
+    assert read_epochs(tmp_path) == read_epochs(whole_on_two)
+    assert_same_weights(tmp_path / "checkpoint-4.pth", whole_on_two / "checkpoint-4.pth")
+
+
+def test_one_process_of_two_killed_and_the_run_goes_on(whole_on_two, in1k_dir, tmp_path, processes):
+    config = make_config(in1k_dir, tmp_path, **SPLIT)
+    started = processes.start(config, processes=2)
+    wait_for(lambda: (tmp_path / "last.pth").exists())
+    for process in started:
+        process.kill()
+        process.join(60)
+    assert processes.run(config, processes=2) == [0, 0]
+    assert read_epochs(tmp_path) == read_epochs(whole_on_two)
+    assert_same_weights(tmp_path / "checkpoint-4.pth", whole_on_two / "checkpoint-4.pth")
+
+
+def test_the_effective_batch_decides_not_the_number_of_processes(whole, whole_on_two):
+    for one, two in zip(read_epochs(whole), read_epochs(whole_on_two), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=1e-4), name
+    a, b = (torch.load(run / "last.pth", weights_only=True) for run in (whole, whole_on_two))
+    for name, weight in a["model"].items():
+        assert torch.allclose(weight, b["model"][name], atol=2e-3), name
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
