@@ -196,5 +196,17 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
     click.echo(page)
 
 
+@main.command()
+@options.run_options
+@click.pass_context
+def doctor(ctx: click.Context, **given: Any) -> None:
+    """Look at this machine and, given the flags of a run, at its data; say what to fix."""
+    from pipeline.doctor import examine, findings_text
+
+    findings = examine(given)
+    click.echo(findings_text(findings))
+    ctx.exit(1 if any(finding.fix for finding in findings) else 0)
+
+
 if __name__ == "__main__":
     main()

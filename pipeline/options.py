@@ -224,7 +224,7 @@ def _settings(given: Mapping[str, Any]) -> s.Settings:
             model=given["model"].replace("-", "_"),
             pretrain_epochs=given["pretrain_epochs"],
             eval_epochs=tuple(sorted(points)),
-            recipe=given["recipe"],
+            recipe=_recipe(given["recipe"]),
             stack=given["stack"],
             mae_checkpoint=given["mae_checkpoint"],
             eval_only=eval_only,
@@ -245,6 +245,12 @@ def _settings(given: Mapping[str, Any]) -> s.Settings:
         pretrain=pretrain,
         finetune=given["finetune"],
     )
+
+
+def _recipe(given: str) -> str:
+    """A recipe's name as it is; a YAML file's path absolute, because the parts run elsewhere."""
+    is_file = given.endswith((".yml", ".yaml"))
+    return str(Path(given).expanduser().resolve()) if is_file else given
 
 
 def _split_schedule(

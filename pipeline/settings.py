@@ -13,8 +13,7 @@ from pathlib import Path
 
 METHODS = ("patches", "segments", "four_channels", "preencoder")
 METHODS_WITH_SEGMENTS = METHODS[1:]
-SLURM_TIME_UNIT = "minutes, or Slurm's D-HH:MM:SS"
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 # A part's options as given: name in the underscore spelling -> value as YAML has it.
 Options = Mapping[str, object]
@@ -46,7 +45,7 @@ class Data:
             raise ValueError(f"--in1k-dir {self.in1k_dir} is not a directory")
         if not train.is_dir():
             raise ValueError(f"--in1k-dir {self.in1k_dir} has no folder train/ with the images")
-        if not any(path.suffix.lower() in _IMAGE_SUFFIXES for path in train.rglob("*")):
+        if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in train.rglob("*")):
             raise ValueError(f"{train} holds no image; put class folders of images there")
 
     def check_segments(self, method: str) -> None:
