@@ -30,6 +30,7 @@ TABLE = "table.txt"
 METADATA = "metadata.csv"
 # A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
 COVERAGE_TOLERANCE = 0.01
+SHORT_FILE = 256  # bytes; whatever lists an image's segments and is longer lists at least one
 
 
 class SegmentSource(Protocol):
@@ -63,8 +64,16 @@ class _Folder:
         return set().union(*(read_empty_list(path) for path in self.empty_lists))
 
     def images(self) -> set[str]:
-        """By listing; an image's file may still hold no segment."""
-        return {self.key_of(path) for path in self.root.rglob(self.pattern)}
+        """By listing; files too short to be sure of are read."""
+        keys = ((self.key_of(path), path) for path in self.root.rglob(self.pattern))
+        return {key for key, path in keys if path.stat().st_size > SHORT_FILE or self._any(key)}
+
+    def _any(self, key: str) -> bool:
+        """Whether a short file holds a segment; a damaged one counts, and is named when used."""
+        try:
+            return bool(self.segments(key))
+        except ValueError:
+            return True
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """Reads all segments; a form that can choose before it reads does."""
