@@ -33,22 +33,24 @@ MOST_UNREADABLE_IN_A_ROW = 100
 
 @dataclass(kw_only=True)
 class Sample:
-    """One image [C, S, S] uint8, its pattern (see `mae.masking`), and what had to be skipped."""
+    """One image [C, S, S] uint8, its pattern (see `mae.masking`), and what was skipped for it."""
 
     image: Tensor
     pattern: np.ndarray
     hidden_pixels: int
     unreadable: tuple[str, ...] = ()
+    without_segment: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
 class Batch:
-    """images [B, C, S, S] uint8, pattern [B, ...], hidden_pixels [B] int64, unreadable: texts."""
+    """images [B, C, S, S] uint8, pattern [B, ...], hidden_pixels [B] int64, names of skipped ones."""
 
     images: Tensor
     pattern: Tensor
     hidden_pixels: Tensor
     unreadable: list[str]
+    without_segment: list[str]
 
     def pin_memory(self) -> Batch:
         """Into page-locked memory; the loader calls it where there is a GPU."""
@@ -59,10 +61,15 @@ class Batch:
         return len(self.images)
 
 
+class NoSegmentError(ValueError):
+    """An image without any segment."""
+
+
 class MaskedImages(Dataset[Sample]):
     """Training samples by (epoch, index): random crop and flip, the pattern of the method.
 
-    An unreadable image is replaced by the next one in the list and named in the sample.
+    An unreadable image is replaced by the next one in the list and named in the sample; so is one
+    whose file of segments turns out to be empty, which a folder's listing cannot tell.
     """
 
     def __init__(
@@ -88,16 +95,22 @@ class MaskedImages(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = int(key[0]), int(key[1])
         unreadable: list[str] = []
+        without_segment: list[str] = []
         for offset in range(min(len(self.paths), MOST_UNREADABLE_IN_A_ROW)):
             candidate = (index + offset) % len(self.paths)
             try:
                 sample = self._load(epoch, candidate)
+            except NoSegmentError:
+                without_segment.append(self.relative_path(candidate))
+                continue
             except ValueError as error:
                 unreadable.append(f"{self.relative_path(candidate)} ({error})")
                 continue
             sample.unreadable = tuple(unreadable)
+            sample.without_segment = tuple(without_segment)
             return sample
-        raise ValueError(f"{len(unreadable)} images in a row are unreadable: {unreadable[0]} ...")
+        skipped = [*unreadable, *without_segment]
+        raise RuntimeError(f"{len(skipped)} images in a row cannot be used: {skipped[0]} ...")
 
     def relative_path(self, index: int) -> str:
         """Path of an image relative to its folder."""
@@ -118,7 +131,7 @@ class MaskedImages(Dataset[Sample]):
         key = segment_key(relative)
         segment = self.source.nearest(key, self.wanted.coverage_ratio)
         if segment is None:
-            raise ValueError("it has no segment")
+            raise NoSegmentError("it has no segment")
         if (segment.height, segment.width) != tuple(image.shape[1:]):
             raise ValueError(
                 f"it is {image.shape[2]}x{image.shape[1]} pixels, upright, but its segments are "
@@ -164,7 +177,7 @@ class FixedImages(Dataset[Sample]):
                 segment_key(lender), self.images.wanted.coverage_ratio
             )
             if found is None:
-                raise ValueError("it has no segment")
+                raise NoSegmentError("it has no segment")
             whole = found.decode()
             segment = crop_segment(whole, centre_crop(*whole.shape), method.image_size)
         crop = centre_crop(image.shape[1], image.shape[2])
@@ -234,6 +247,7 @@ def collate(samples: list[Sample]) -> Batch:
         pattern=torch.from_numpy(np.stack([sample.pattern for sample in samples])),
         hidden_pixels=torch.tensor([sample.hidden_pixels for sample in samples]),
         unreadable=[text for sample in samples for text in sample.unreadable],
+        without_segment=[path for sample in samples for path in sample.without_segment],
     )
 
 

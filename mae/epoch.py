@@ -41,6 +41,7 @@ class EpochTrainer:
         self.save = save
         self.progress = progress
         self.unreadable: dict[str, None] = {}  # texts seen by this process, in order
+        self.without_segment: set[str] = set()
         self.steps_between_looks = 1 if self.device.type == "cpu" else STEPS_BETWEEN_LOOKS
         self.stop = torch.zeros((), device=self.device)
         self.first_bad_step = torch.full((), -1, device=self.device)  # by this process's own loss
@@ -57,7 +58,7 @@ class EpochTrainer:
             began = time.monotonic()
             micro_batches = [next(batches) for _ in range(plan.accumulation_steps)]
             state.waited_seconds += time.monotonic() - began
-            self._note_unreadable(micro_batches)
+            self._note_skipped(micro_batches)
             self._step(state, micro_batches)
             state.steps_completed += 1
             at_end = state.steps_completed == plan.steps_per_epoch
@@ -154,8 +155,12 @@ class EpochTrainer:
             "the last checkpoint is from before. A lower --base-lr or --clip-grad 1 may help"
         )
 
-    def _note_unreadable(self, micro_batches: list[Batch]) -> None:
-        """Name each unreadable image once."""
+    def _note_skipped(self, micro_batches: list[Batch]) -> None:
+        """Name each skipped image once."""
+        for path in (path for batch in micro_batches for path in batch.without_segment):
+            if path not in self.without_segment:
+                self.without_segment.add(path)
+                logger.warning("skipped an image without a segment: %s", path)
         for text in (text for batch in micro_batches for text in batch.unreadable):
             if text not in self.unreadable:
                 self.unreadable[text] = None

@@ -53,7 +53,7 @@ def make_listing(data: DataConfig, method: MaskingMethod) -> Listing:
     source = _open_source(data, method)
     left_out = 0
     if source is not None and not data.use_unmasked_images:
-        with_segment = source.images()
+        with_segment = source.images() - source.listed_empty()
         kept = [path for path in train if segment_key(path) in with_segment]
         _check_missing(train, kept, source, data)
         left_out = len(train) - len(kept)

@@ -73,7 +73,7 @@ def pack_fixed_set(batch: Batch) -> dict[str, Tensor]:
 
 def unpack_fixed_set(stored: dict[str, Tensor]) -> Batch:
     """The inverse of `pack_fixed_set`."""
-    return Batch(**stored, unreadable=[])
+    return Batch(**stored, unreadable=[], without_segment=[])
 
 
 def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
