@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from finished_run import write_evaluation, write_run
+from programs import run_benchmark
+
+from pipeline import charts, layout
+from pipeline.charts import Point, Series, line_chart, ticks
+from pipeline.layout import RunName
+from pipeline.report import write_all, write_report
+from pipeline.results import read_evaluations, table, write_results_csv
+
+
+def text_of(page: Path) -> str:
+    """The page's words, without tags and images."""
+    html = re.sub(r"<style.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", html).split())
+
+
+def test_results_csv_has_a_row_per_evaluation(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches", "four_channels"))
+    write_results_csv(paths)
+    with paths.results_csv.open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["method"], row["epochs"]) for row in rows] == [
+        *(("scratch", "0"), ("patches", "5"), ("patches", "10")),
+        *(("four_channels", "5"), ("four_channels", "10")),
+    ]
+    assert [row["coverage_ratio"] for row in rows] == ["", "", "", "15", "15"]
+    assert float(rows[-1]["mean_iou"]) == 34
+
+
+def test_the_table_has_the_scores(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",))
+    lines = table(read_evaluations(paths)).splitlines()
+    assert lines[0].split() == [
+        *("method", "epochs", "pixel", "accuracy", "mean", "accuracy", "mean", "IoU", "minutes")
+    ]
+    assert lines[-1].split() == ["patches", "10", "60.00", "40.00", "30.00", "1.5"]
+
+
+def test_the_answer_comes_first(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", seeds=(0, 1))
+    write_all(paths)
+    words = text_of(paths.report_html)
+    answer = "After 10 epochs of pretraining, four_channels 15% is best: 34.50%"
+    assert answer in words
+    assert words.index(answer) < words.index("Scores")
+    assert "four_channels 15% +4.00" in words
+
+
+def test_differences_within_the_spread_are_remarked_on(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", seeds=(0, 1), spread=3.0)
+    write_all(paths)
+    words = text_of(paths.report_html)
+    assert "within the spread over seeds for segments 15%, preencoder 15%" in words
+
+
+def test_one_seed_is_said_to_prove_nothing(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run")
+    write_all(paths)
+    assert "one seed per method" in text_of(paths.report_html)
+
+
+def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",))
+    layout.result(paths.eval_dir(RunName(method="patches"), 10)).unlink()
+    with layout.epoch_log(paths.pretrain_dir(RunName(method="patches"))).open("a") as log:
+        log.write('{"epoch": 11, "train_lo')  # is being written
+    layout.predictions(paths.eval_dir(RunName(method="patches"), 10)).write_bytes(b"\x89PNG half")
+    paths.bookkeeping.mkdir()
+    paths.plan.write_text(json.dumps([{"name": "a"}, {"name": "b"}]))
+    write_all(paths)
+    words = text_of(paths.report_html)
+    assert "0 of 2 steps are done" in words
+    assert "After 5 epochs of pretraining, patches reaches 25.00%" in words
+
+
+def test_a_run_without_an_evaluation_has_a_report(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=(), epochs=(1,), seeds=())
+    paths.pretrain_output.mkdir()
+    assert "no evaluation has finished" in write_all(paths)
+    assert "No evaluation has finished yet" in text_of(paths.report_html)
+
+
+def test_several_directories_of_equal_settings_share_lines(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", methods=("patches",))
+    second = write_run(tmp_path / "b", methods=("patches",), spread=0)
+    page = tmp_path / "both.html"
+    write_report([first.root, second.root], page)
+    assert "patches reaches 30.00% (30.00 to 30.00, 2 seeds)" in text_of(page)
+
+
+def test_directories_of_other_settings_are_kept_apart_and_differences_shown(
+    tmp_path: Path,
+) -> None:
+    first = write_run(tmp_path / "a", methods=("patches",))
+    second = write_run(tmp_path / "b", methods=("patches",))
+    run = yaml.safe_load(second.run_yml.read_text())
+    run["settings"]["finetune"]["lr"] = 0.002
+    second.run_yml.write_text(yaml.safe_dump(run))
+    page = tmp_path / "both.html"
+    write_report([first.root, second.root], page)
+    words = text_of(page)
+    assert "patches (a)" in words
+    assert "finetune: lr 0.001 0.002" in words
+
+
+def test_classes_that_change_most_are_named(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches", "segments"))
+    write_all(paths)
+    assert "disc 33.0 35.0 +2.0" in text_of(paths.report_html)
+
+
+def test_the_page_asks_for_nothing_from_outside_and_runs_nothing(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run")
+    write_all(paths)
+    html = paths.report_html.read_text()
+    assert "<script" not in html
+    assert re.findall(r'(?:src|href)="(?!data:)', html) == []
+    assert "url(" not in html
+    assert len(html) < 2_000_000
+
+
+def test_text_from_a_run_cannot_break_the_page(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",))
+    result = layout.result(paths.eval_dir(RunName(method="patches"), 10))
+    content = json.loads(result.read_text())
+    content["dataset"]["name"] = "<b>&"
+    result.write_text(json.dumps(content))
+    write_all(paths)
+    assert "&lt;b&gt;&amp;" in paths.report_html.read_text()
+
+
+def test_other_folders_and_unfinished_evaluations_are_passed_over(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",))
+    (paths.eval_output / "notes").mkdir()
+    (paths.eval_output / "patches_20").mkdir()
+    write_evaluation(paths, RunName(method="fifth"), 3, 0, 1.0)
+    assert [e.method for e in read_evaluations(paths)][-1] == "fifth"
+    write_all(paths)
+
+
+def test_the_report_command_writes_csv_and_page_or_says_what_is_wrong(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",))
+    done = run_benchmark("report", paths.root)
+    assert (done.returncode, done.stdout.strip()) == (0, str(paths.report_html))
+    assert paths.results_csv.exists()
+    wrong = run_benchmark("report", tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr == f"Error: {tmp_path} is not the output directory of a run\n"
+
+
+@pytest.mark.parametrize(
+    ("values", "whole", "expected"),
+    [
+        ([0.0, 1.0], False, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        ([5.0], True, [4.0, 5.0, 6.0]),
+        ([1, 50], True, [0, 10, 20, 30, 40, 50]),
+        ([0.0, 2.0], True, [0.0, 1.0, 2.0]),
+    ],
+)
+def test_ticks_are_round_numbers_around_the_values(
+    values: list[float], whole: bool, expected: list[float]
+) -> None:
+    assert ticks(values, whole=whole) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [-3.2, 1e-7], [1e9, 1e9 + 1], []])
+def test_ticks_enclose_any_values(values: list[float]) -> None:
+    found = ticks(values)
+    assert 2 <= len(found) <= 7
+    assert not values or (found[0] <= min(values) and found[-1] >= max(values))
+
+
+def test_a_chart_has_axes_with_titles_and_a_legend() -> None:
+    points = [Point(x=1, y=2.0), Point(x=2, y=3.0, low=2.5, high=3.5)]
+    chart = line_chart(
+        [Series(label="a<b", points=points, style=0)], title="t", x_title="epochs", y_title="%"
+    )
+    assert ">epochs</text>" in chart.svg
+    assert "a&lt;b" in chart.legend
+    assert "viewBox" not in chart.svg.split(">")[0]  # a scaled viewBox would shrink the text
+
+
+def test_long_lines_are_thinned_and_keep_their_end() -> None:
+    points = [Point(x=i, y=i) for i in range(10_001)]
+    thin = charts._thinned(points, 200)
+    assert len(thin) <= 202
+    assert thin[-1] == points[-1]

@@ -1,0 +1,114 @@
+"""The page in a real browser, at the widths of a desk and of a phone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished_run import write_run
+
+from pipeline.report import write_all
+
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+MEASURE = """
+<script>
+addEventListener("load", () => {
+  const visible = [...document.querySelectorAll("body *")].filter(e =>
+    [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())
+    && e.getClientRects().length && !["SCRIPT", "STYLE", "TITLE", "title"].includes(e.tagName));
+  const clipped = e => e.closest("thead")
+    && getComputedStyle(e.closest("thead")).position === "absolute";
+  const scale = e => e.getScreenCTM ? Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b) : 1;
+  const shown = visible.filter(e => !clipped(e));
+  const width = document.documentElement.clientWidth;
+  const measured = {
+    width, scrolls: document.documentElement.scrollWidth,
+    smallest: Math.min(...shown.map(e => parseFloat(getComputedStyle(e).fontSize) * scale(e))),
+    outside: shown.filter(e => { const r = e.getBoundingClientRect();
+      return r.right > width + 0.5 || r.left < -0.5; }).map(e => e.textContent.slice(0, 40)),
+    requests: performance.getEntriesByType("resource").map(r => r.name)
+      .filter(name => !name.startsWith("data:")),
+    images: [...document.images].every(i => i.complete && i.naturalWidth > 0),
+    texts: shown.length,
+  };
+  (parent.document.body.dataset || {}).measured = JSON.stringify(measured);
+});
+</script>
+"""
+
+
+def measure(page: Path, width: int, folder: Path) -> dict[str, Any]:
+    """The page's measures at a width, taken by a script in a copy of it, inside a frame."""
+    copy = folder / f"copy-{width}.html"
+    copy.write_text(page.read_text().replace("</body>", MEASURE + "</body>"))
+    frame = folder / f"frame-{width}.html"
+    frame.write_text(
+        f'<body><iframe src="{copy.name}" style="border:0;width:{width}px;height:3000px"></iframe>'
+    )
+    dump = subprocess.run(
+        [
+            *(
+                str(CHROMIUM),
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+            ),
+            *("--allow-file-access-from-files", "--disable-web-security"),
+            *(f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000"),
+            *("--window-size=1400,3000", "--dump-dom", frame.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r'data-measured="([^"]*)"', dump.stdout)
+    assert found, dump.stderr[-500:]
+    return json.loads(unescape(found[1]))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    paths = write_run(tmp_path_factory.mktemp("report") / "run", seeds=(0, 1))
+    write_all(paths)
+    return paths.report_html
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_fits_and_can_be_read(page: Path, width: int, tmp_path: Path) -> None:
+    found = measure(page, width, tmp_path)
+    assert found["width"] == width
+    assert found["scrolls"] <= width, "it scrolls sideways"
+    assert found["outside"] == []
+    assert found["smallest"] >= 12
+    assert found["requests"] == []
+    assert found["images"]
+    assert found["texts"] > 100
+
+
+def test_page_prints(page: Path, tmp_path: Path) -> None:
+    paper = tmp_path / "report.pdf"
+    subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={paper}", page.as_uri()),
+        ],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert paper.read_bytes().startswith(b"%PDF")
