@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from programs import run_benchmark
+
+from pipeline import disk, layout
+from pipeline.layout import Layout
+from pipeline.local import duration, progress_text
+from pipeline.plan import make_plan
+from pipeline.preview import write_run_files
+from pipeline.process import MARK
+from pipeline.records import Record, differences, read_record, write_record
+from pipeline.settings import Settings
+from pipeline.status import read_status
+
+Make = Callable[..., Settings]
+
+
+@pytest.fixture
+def started(settings: Make) -> Layout:
+    """A plan of two rounds, of which nothing has run yet."""
+    chosen = settings("--pretrain-epochs 2 --eval-freq 1")
+    paths = Layout(chosen.output_dir)
+    write_run_files(chosen, make_plan(chosen), paths)
+    return paths
+
+
+def record(paths: Layout, name: str, state: str, **more: object) -> None:
+    empty = Record(name=name, state="running", run="x", kind="pretrain", fingerprint={})
+    import socket
+
+    host = socket.gethostname()
+    write_record(paths, replace(empty, **{"state": state, "host": host, **more}))
+
+
+def states(paths: Layout) -> list[str]:
+    return [step.state for step in read_status(paths)]
+
+
+def test_a_run_that_has_not_begun_waits(started: Layout) -> None:
+    assert states(started) == ["waiting"] * 4
+
+
+def test_each_state_is_shown(started: Layout) -> None:
+    record(started, "pretrain_four_channels_1", "done", seconds=100.0)
+    record(started, "evaluate_four_channels_1", "failed", exit_code=3)
+    record(started, "pretrain_four_channels_2", "running", host="elsewhere")
+    assert states(started) == ["done", "failed", "running", "waiting"]
+    details = [step.detail for step in read_status(started)]
+    assert details[0] == "took 2 min"
+    assert "exit code 3" in details[1]
+    assert "console.log" in details[1]
+
+
+def test_a_step_whose_processes_are_gone_was_interrupted(started: Layout) -> None:
+    record(started, "pretrain_four_channels_1", "running")
+    assert states(started)[0] == "interrupted"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+def test_a_running_step_shows_epoch_rate_and_time_left(started: Layout) -> None:
+    name = "pretrain_four_channels_1"
+    record(started, name, "running")
+    folder = started.pretrain_output / "four_channels"
+    folder.mkdir(parents=True)
+    now = {"epoch": 0.5, "epochs_total": 1, "images_per_second": 210.4, "seconds_left": 754}
+    layout.progress(folder).write_text(json.dumps(now))
+    process = subprocess.Popen(["sleep", "60"], env={MARK: f"{started.root}:{name}"})
+    try:
+        step = read_status(started)[0]
+    finally:
+        process.kill()
+        process.wait()
+    assert (step.state, step.detail) == ("running", "epoch 0.50 of 1, 210 images/s, 13 min left")
+
+
+def test_the_status_command_works_while_another_run_holds_the_lock(started: Layout) -> None:
+    started.lock.write_text("{}")
+    shown = run_benchmark("status", started.root)
+    assert shown.returncode == 0
+    assert shown.stdout.splitlines()[-1] == "4 waiting"
+
+
+def test_scoring_is_told_from_training(tmp_path: Path) -> None:
+    layout.progress(tmp_path).write_text(json.dumps({"epoch": 2.0, "stage": "evaluate"}))
+    assert progress_text(tmp_path) == "scoring after epoch 2.0"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(48, "48 s"), (754, "13 min"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
+)
+def test_durations_in_words(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_other_settings_are_named_with_both_values(settings: Make) -> None:
+    before, now = settings("--pretrain-epochs 2 --seed 0"), settings("--pretrain-epochs 3 --seed 1")
+    paths = Layout(before.output_dir)
+    for step in make_plan(before):
+        fingerprint = step.fingerprint(paths.root)
+        record(paths, step.name, "done", run=str(step.run), kind=step.kind, fingerprint=fingerprint)
+    assert differences(make_plan(before), paths) == []
+    assert differences(make_plan(now), paths) == [
+        "four_channels: epochs was 2, is now 3",
+        "four_channels: seed was 0, is now 1",
+    ]
+
+
+def test_more_evaluation_points_are_no_other_settings(settings: Make) -> None:
+    before = settings("--pretrain-epochs 4 --eval-freq 4")
+    paths = Layout(before.output_dir)
+    step = make_plan(before)[0]
+    fingerprint = step.fingerprint(paths.root)
+    record(paths, step.name, "done", run=str(step.run), kind=step.kind, fingerprint=fingerprint)
+    assert differences(make_plan(settings("--pretrain-epochs 4 --eval-freq 2")), paths) == []
+
+
+def test_a_nearly_full_disk_stops_a_step_before_it_starts(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.local import LocalLauncher
+
+    chosen = settings("--pretrain-epochs 1 --model vit_huge")
+    step, paths = make_plan(chosen)[0], Layout(chosen.output_dir)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 10**9)
+    [refused] = LocalLauncher(paths, overlaps=False).start(step)
+    assert refused.state == "failed"
+    assert "make room" in refused.message
+    assert read_record(paths, step.name) is None
+
+
+def test_a_step_needs_room_for_the_checkpoint_it_has_and_its_successors(settings: Make) -> None:
+    step = make_plan(settings("--pretrain-epochs 1"))[0]
+    guessed = disk.step_bytes(step)
+    step.folder.mkdir(parents=True)
+    (step.folder / "last.pth").write_bytes(b"x" * 1000)
+    assert disk.step_bytes(step) < guessed
+    assert disk.checkpoint_bytes("vit_large") == 330_000_000 * 12
