@@ -1,0 +1,98 @@
+"""How checkpoint files are written and read. A file that exists is complete."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segmenter.config import differing_settings
+
+FORMAT_VERSION = 1
+REQUIRED = ("model", "shape", "classes", "palette", "config", "epochs_completed", "steps_completed")
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write beside, flush, rename: a kill at any moment leaves the old file or the new one."""
+    unfinished = beside(path)
+    with unfinished.open("wb") as file:
+        torch.save({"format_version": FORMAT_VERSION, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def also_save_as(existing: Path, path: Path) -> None:
+    """Give a complete file a second name, without writing it twice where links work.
+
+    Files are only ever replaced, never changed, so that the two names do not disturb each other.
+    """
+    second = beside(path)
+    second.unlink(missing_ok=True)
+    try:
+        second.hardlink_to(existing)
+    except OSError:
+        shutil.copyfile(existing, second)
+    second.replace(path)
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of `python -m segmenter train` onto the CPU. Raises ValueError.
+
+    lazily: tensors come from disk when they are used, for a look at the settings.
+    """
+    content = read_torch_file(path, lazily=lazily)
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise ValueError(f"{path} is not a checkpoint of `python -m segmenter train`")
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {content['format_version']}; this version reads {FORMAT_VERSION}"
+        )
+    missing = [name for name in REQUIRED if name not in content]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: it is not a checkpoint of `python -m segmenter train`"
+        )
+    return content
+
+
+def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
+    """What a file of torch.save or safetensors holds. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        mapped = lazily and zipfile.is_zipfile(path)  # older files can only be read as a whole
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        # safetensors has its own exception, torch a handful; all mean the same to the user.
+        if not isinstance(
+            error, (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError)
+        ):
+            if type(error).__name__ != "SafetensorError":
+                raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+
+
+def check_same_settings(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Raise ValueError naming the settings in which a run differs from what it left."""
+    differences = differing_settings(stored, wanted)
+    if differences:
+        raise ValueError(
+            f"{path} was made with other settings ({'; '.join(differences)}); "
+            "use those, or another --output-dir"
+        )

@@ -1,0 +1,218 @@
+"""What a dataset consists of: folders, classes, pairs of image and annotation. No torch here.
+
+A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are relative to it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TRAIN, VAL = "train", "val"
+SPLITS = (TRAIN, VAL)
+DESCRIPTIONS = Path(__file__).parent / "datasets"
+IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
+MOST_NAMED = 3
+KEYS = (
+    "name", "images", "annotations", "image_suffix", "annotation_suffix", "splits",
+    "classes", "palette", "reduce_zero_label", "ignore_index",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One image and its annotation. name: path within the split, without suffix."""
+
+    name: str
+    image: Path
+    annotation: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetDescription:
+    """A dataset as its YAML file describes it.
+
+    source: that file, or the ADE20K folder. images, annotations: folder by split.
+    splits: file with the names of a split, for splits that share a folder.
+    classes: their names, or the name of an mmsegmentation dataset that knows them.
+    palette: RGB 0-255 by class, empty: mmsegmentation's, or generated.
+    reduce_zero_label: label 0 is ignored and label 1 is the first class.
+    ignore_index: the label that is neither trained nor scored, after reduce_zero_label.
+    """
+
+    source: Path
+    name: str
+    images: dict[str, Path]
+    annotations: dict[str, Path]
+    splits: dict[str, Path]
+    image_suffix: str
+    annotation_suffix: str
+    classes: tuple[str, ...] | str
+    palette: tuple[tuple[int, int, int], ...]
+    reduce_zero_label: bool
+    ignore_index: int
+
+    def pairs(self, split: str) -> list[Pair]:
+        """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
+        images = self._folder(self.images, split, "images")
+        annotations = self._folder(self.annotations, split, "annotations")
+        names = self._names(images, split)
+        if not names:
+            raise ValueError(f"{self.source}: no *{self.image_suffix} in {images} ({split} images)")
+        pairs = [
+            Pair(
+                name=name,
+                image=images / f"{name}{self.image_suffix}",
+                annotation=annotations / f"{name}{self.annotation_suffix}",
+            )
+            for name in names
+        ]
+        present = _relative_files(annotations)
+        missing = [
+            pair.annotation for pair in pairs
+            if f"{pair.name}{self.annotation_suffix}" not in present
+        ]  # fmt: skip
+        if missing:
+            raise ValueError(
+                f"{self.source}: {len(missing)} of {len(pairs)} {split} images have no annotation: "
+                f"{_some(missing)}"
+            )
+        _check_not_empty(pairs, split)
+        return pairs
+
+    def _folder(self, folders: dict[str, Path], split: str, what: str) -> Path:
+        if split not in folders:
+            raise ValueError(f"{self.source} names no {what} for the split {split!r}")
+        if not folders[split].is_dir():
+            raise ValueError(
+                f"{self.source}: the {split} {what} are missing: no folder {folders[split]}"
+            )
+        return folders[split]
+
+    def _names(self, images: Path, split: str) -> list[str]:
+        suffix = self.image_suffix
+        present = _relative_files(images)
+        if split not in self.splits:
+            return sorted(name.removesuffix(suffix) for name in present if name.endswith(suffix))
+        path = self.splits[split]
+        if not path.is_file():
+            raise ValueError(f"{self.source}: the list of {split} names is missing: {path}")
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        missing = [images / f"{name}{suffix}" for name in names if f"{name}{suffix}" not in present]
+        if missing:
+            raise ValueError(
+                f"{path} lists {len(missing)} images that are not there: {_some(missing)}"
+            )
+        return names
+
+
+def read_description(path: Path) -> DatasetDescription:
+    """The description of an ADE20K folder or of a YAML file. Raises ValueError."""
+    if path.is_dir():
+        if not (path / "images").is_dir() or not (path / "annotations").is_dir():
+            raise ValueError(
+                f"{path} is not an ADEChallengeData2016 folder (no images/ and annotations/ in it)"
+                "; give one, or the .yml file of a dataset"
+            )
+        return _describe(_read_yaml(DESCRIPTIONS / "ade20k.yml"), path, path)
+    if not path.is_file():
+        raise ValueError(f"the dataset {path} does not exist")
+    return _describe(_read_yaml(path), path, path.parent)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not describe a dataset: it needs {', '.join(KEYS[:7])}")
+    return content
+
+
+def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDescription:
+    for key in content:
+        if key not in KEYS:
+            near = difflib.get_close_matches(str(key), KEYS)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+    missing = [key for key in ("images", "annotations", "classes") if not content.get(key)]
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}")
+    classes = content["classes"]
+    if not isinstance(classes, str):
+        if not isinstance(classes, list) or len(classes) < 2:
+            raise ValueError(f"{source}: classes has to be a list of two or more names")
+        classes = tuple(str(name) for name in classes)
+    description = DatasetDescription(
+        source=source,
+        name=str(content.get("name", source.stem)),
+        images=_folders(content, "images", source, folder),
+        annotations=_folders(content, "annotations", source, folder),
+        splits=_folders({"splits": {}} | content, "splits", source, folder),
+        image_suffix=str(content.get("image_suffix", ".jpg")),
+        annotation_suffix=str(content.get("annotation_suffix", ".png")),
+        classes=classes,
+        palette=_palette(content.get("palette") or [], classes, source),
+        reduce_zero_label=bool(content.get("reduce_zero_label", False)),
+        ignore_index=_ignore_index(content.get("ignore_index", IGNORED), source),
+    )
+    if description.reduce_zero_label and description.ignore_index != IGNORED:
+        raise ValueError(f"{source}: with reduce_zero_label, ignore_index has to be {IGNORED}")
+    return description
+
+
+def _folders(
+    content: dict[str, Any], key: str, source: Path, folder: Path
+) -> dict[str, Path]:  # fmt: skip
+    value = content[key]
+    if not isinstance(value, dict) or not set(value) <= set(SPLITS):
+        raise ValueError(f"{source}: {key} has to name a folder for each of {', '.join(SPLITS)}")
+    return {split: folder / str(path) for split, path in value.items()}
+
+
+def _palette(
+    rows: Any, classes: tuple[str, ...] | str, source: Path
+) -> tuple[tuple[int, int, int], ...]:
+    try:
+        palette = tuple((int(row[0]), int(row[1]), int(row[2])) for row in rows)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{source}: palette has to be a list of [red, green, blue]") from error
+    if any(not 0 <= value <= 255 for colour in palette for value in colour):
+        raise ValueError(f"{source}: a value of the palette is not in 0 to 255")
+    if palette and not isinstance(classes, str) and len(palette) != len(classes):
+        raise ValueError(f"{source}: {len(palette)} colours for {len(classes)} classes")
+    return palette
+
+
+def _ignore_index(value: Any, source: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
+        raise ValueError(f"{source}: ignore_index is {value!r}; give a number from 0 to 255")
+    return value
+
+
+def _relative_files(folder: Path) -> set[str]:
+    """Files below a folder, at any depth, as posix paths."""
+    files: set[str] = set()
+    for parent, _, names in os.walk(folder, followlinks=True):
+        relative = Path(parent).relative_to(folder).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        files.update(f"{prefix}{name}" for name in names)
+    return files
+
+
+def _check_not_empty(pairs: list[Pair], split: str) -> None:
+    for pair in pairs:
+        for path in (pair.image, pair.annotation):
+            if path.stat().st_size == 0:
+                raise ValueError(f"{path} ({split}) is an empty file of 0 bytes")
+
+
+def _some(paths: list[Path]) -> str:
+    more = ", ..." if len(paths) > MOST_NAMED else ""
+    return ", ".join(str(path) for path in paths[:MOST_NAMED]) + more

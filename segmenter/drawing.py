@@ -1,0 +1,109 @@
+"""Pictures of segmentations: overlays, legends, and the sheet that a run leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
+
+from segmenter.data import Classes, WholeImages
+from segmenter.inference import predict_classes
+from segmenter.model import Segmenter
+
+SHEET_IMAGES = 4
+PANEL_WIDTH = 360
+STRENGTH = 0.6  # of the classes' colours over the image
+LINE, MARGIN = 22, 8  # pixels
+BACKGROUND, INK, VOID = (255, 255, 255), (20, 20, 20), (0, 0, 0)
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
+    """[H, W, 3] uint8 RGB: the image, coloured by class; labels beyond the classes stay dark."""
+    colours = np.zeros((256, 3), dtype=np.float32)
+    colours[: len(classes)] = classes.palette
+    colours[len(classes) :] = VOID
+    mixed = (1 - STRENGTH) * image + STRENGTH * colours[labels]
+    return mixed.round().astype(np.uint8)
+
+
+def with_legend(picture: np.ndarray, labels: Sequence[int], classes: Classes) -> Image.Image:
+    """The picture with a strip below that names the given classes and shows their colours."""
+    width = picture.shape[1]
+    font = ImageFont.load_default(13)
+    entries = [(label, classes.names[label]) for label in labels if label < len(classes)]
+    columns = max(1, width // 130)
+    rows = max(1, -(-len(entries) // columns))
+    sheet = Image.new("RGB", (width, picture.shape[0] + rows * LINE + 2 * MARGIN), BACKGROUND)
+    sheet.paste(Image.fromarray(picture), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    step = width // columns
+    for number, (label, name) in enumerate(entries):
+        left = MARGIN + number % columns * step
+        top = picture.shape[0] + MARGIN + number // columns * LINE
+        colour = tuple(int(value) for value in classes.palette[label])
+        draw.rectangle((left, top + 2, left + 14, top + 16), fill=colour, outline=INK)
+        draw.text((left + 20, top + 1), _shortened(name, font, step - 30), fill=INK, font=font)
+    return sheet
+
+
+def draw_predictions(
+    accelerator: Accelerator,
+    model: Segmenter,
+    images: WholeImages,
+    classes: Classes,
+    path: Path,
+) -> None:
+    """Image, annotation and prediction of a few test images, one row each, with a legend."""
+    from segmenter.evaluate import evaluating
+
+    chosen = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
+    rows, present = [], set()
+    for index in dict.fromkeys(chosen.tolist()):
+        sample = images[index]
+        size = sample.labels.shape[0], sample.labels.shape[1]
+        with evaluating(accelerator, model):
+            (predicted,) = predict_classes(
+                model, [sample.scaled], [size], images.protocol, accelerator.device
+            )
+        photo = np.asarray(_resized(sample.scaled[0].permute(1, 2, 0).numpy(), size))
+        labels, guess = sample.labels.numpy(), predicted.cpu().numpy()
+        present |= {int(label) for label in np.unique(np.stack([labels, guess]))}
+        panels = [photo, overlay(photo, labels, classes), overlay(photo, guess, classes)]
+        rows.append(np.hstack([_panel(panel) for panel in panels]))
+    body = np.vstack([_titles(rows[0].shape[1]), *rows])
+    save_image(with_legend(body, sorted(present), classes), path)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write beside and rename."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    image.save(unfinished, format="PNG")
+    unfinished.replace(path)
+
+
+def _panel(picture: np.ndarray) -> np.ndarray:
+    height = max(1, round(picture.shape[0] * PANEL_WIDTH / picture.shape[1]))
+    return np.asarray(_resized(picture, (height, PANEL_WIDTH)))
+
+
+def _titles(width: int) -> np.ndarray:
+    strip = Image.new("RGB", (width, LINE), BACKGROUND)
+    draw = ImageDraw.Draw(strip)
+    for number, title in enumerate(("image", "annotation", "prediction")):
+        draw.text(
+            (number * PANEL_WIDTH + MARGIN, 3), title, fill=INK, font=ImageFont.load_default(13)
+        )
+    return np.asarray(strip)
+
+
+def _resized(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+
+def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-1]
+    return text

@@ -1,0 +1,81 @@
+"""The encoder: timm's ViT at any image size, with 3 or 4 input channels.
+
+Shapes: B images, C channels, H x W pixels, h x w patches, N = h * w tokens, D features.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from segmenter.config import VIT_SIZES
+
+IMAGE_CHANNELS = 3
+VISIBLE = 1.0  # what a fourth channel holds: everything is shown, padding included
+MAE_NORM_EPS = 1e-6
+POSITIONS = "pos_embed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """All that decides the shapes of an encoder's weights, and its arithmetic.
+
+    model: a key of `VIT_SIZES`; patch_size: pixels per side; in_channels: 3, or 4.
+    grid: patches per side that the position embeddings are stored for.
+    extra_tokens: tokens beside patches and class token (1: the distillation token of DeiT).
+    norm_eps: of the layer norms.
+    """
+
+    model: str
+    patch_size: int
+    in_channels: int
+    grid: int
+    extra_tokens: int = 0
+    norm_eps: float = MAE_NORM_EPS
+
+
+class Encoder(VisionTransformer):
+    """A ViT whose state dict has the names of the official MAE release."""
+
+    def __init__(self, shape: EncoderShape, *, drop_path: float = 0.0, dropout: float = 0.0):
+        size = VIT_SIZES[shape.model]
+        super().__init__(
+            img_size=shape.grid * shape.patch_size,
+            patch_size=shape.patch_size,
+            in_chans=shape.in_channels,
+            num_classes=0,
+            global_pool="",
+            embed_dim=size.width,
+            depth=size.depth,
+            num_heads=size.heads,
+            reg_tokens=shape.extra_tokens,
+            dynamic_img_size=True,
+            drop_path_rate=drop_path,
+            pos_drop_rate=dropout,
+            proj_drop_rate=dropout,
+            attn_drop_rate=dropout,
+            norm_layer=functools.partial(nn.LayerNorm, eps=shape.norm_eps),
+        )
+        self.shape = shape
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised pixels to patch tokens [B, N, D]; H, W multiples of a patch."""
+        return self.forward_features(self.with_all_channels(images))[:, self.num_prefix_tokens :]
+
+    def with_all_channels(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, C, H, W]: further channels say that everything is shown."""
+        missing = self.shape.in_channels - images.shape[1]
+        if not missing:
+            return images
+        shown = images.new_full((len(images), missing, *images.shape[2:]), VISIBLE)
+        return torch.cat([images, shown], dim=1)
+
+
+def resample_positions(positions: Tensor, grid: int, prefix_tokens: int) -> Tensor:
+    """[1, P + N, D] of a square grid to [1, P + grid * grid, D], bicubic, as timm does."""
+    return resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=prefix_tokens)

@@ -1,0 +1,153 @@
+"""Sliding windows over whole images, the windows of several images in one batch.
+
+Shapes: K classes, H x W original pixels, h x w pixels at a scale of the protocol.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from segmenter.config import ProtocolConfig
+from segmenter.model import Segmenter
+
+MOST_WINDOWS = 32  # in one forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Where a window lies in an image of a group, in pixels."""
+
+    image: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def predict_classes(
+    model: Segmenter,
+    images: Sequence[Sequence[Tensor]],
+    sizes: Sequence[tuple[int, int]],
+    protocol: ProtocolConfig,
+    device: torch.device,
+) -> Iterable[Tensor]:
+    """Yield the class of every pixel, [H, W] uint8, image by image.
+
+    images: for each image its versions by scale, [3, h, w] uint8 RGB; sizes: original H and W.
+    The result for an image depends on the group it is in only by rounding, so whoever wants equal
+    numbers from several processes has to form the same groups.
+    """
+    several = len(protocol.scales) > 1 or protocol.flip
+    if not several:
+        canvases = window_logits(model, [versions[0] for versions in images], protocol, device)
+        for canvas, size in zip(canvases, sizes, strict=True):
+            yield _resize(canvas, size).argmax(0).to(torch.uint8)
+        return
+    for versions, size in zip(images, sizes, strict=True):
+        yield _multi_scale(model, versions, size, protocol, device).argmax(0).to(torch.uint8)
+
+
+def _multi_scale(
+    model: Segmenter,
+    versions: Sequence[Tensor],
+    size: tuple[int, int],
+    protocol: ProtocolConfig,
+    device: torch.device,
+) -> Tensor:
+    """[K, H, W]: class probabilities summed over scales and flips, as the Segmenter paper does."""
+    total = torch.zeros(model.shape.num_classes, *size, device=device)
+    for version in versions:
+        both = [version, version.flip(-1)] if protocol.flip else [version]
+        for flipped, canvas in enumerate(window_logits(model, both, protocol, device)):
+            probabilities = _resize(canvas, size).softmax(0)
+            total += probabilities.flip(-1) if flipped else probabilities
+    return total
+
+
+def window_logits(
+    model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig, device: torch.device
+) -> list[Tensor]:
+    """Class logits [K, h, w] of images [3, h, w], averaged where windows overlap."""
+    pixels = [model.normalise(image.to(device, non_blocking=True)) for image in images]
+    by_size: dict[tuple[int, int], list[Window]] = defaultdict(list)
+    for number, image in enumerate(pixels):
+        for window in windows(number, image.shape[-2], image.shape[-1], protocol):
+            by_size[window.height, window.width].append(window)
+    canvases: list[Tensor | None] = [None] * len(pixels)
+    for same_size in by_size.values():
+        for first in range(0, len(same_size), MOST_WINDOWS):
+            _run_windows(model, pixels, same_size[first : first + MOST_WINDOWS], canvases)
+    return [_average(canvas, protocol) for canvas in canvases if canvas is not None]
+
+
+def _run_windows(
+    model: Segmenter, pixels: list[Tensor], group: list[Window], canvases: list[Tensor | None]
+) -> None:
+    """Add the logits of windows of one size to their images' canvases, created when needed."""
+    batch = torch.stack([_cut(pixels[window.image], window) for window in group])
+    patch_logits = model.patch_logits(batch)
+    for window, logits in zip(group, patch_logits, strict=True):
+        # One window at a time: full-size logits of all of them would be the peak of memory.
+        full = model.upsample(logits[None], window.height, window.width)[0]
+        height, width = pixels[window.image].shape[-2:]
+        canvas = canvases[window.image]
+        if canvas is None:
+            if (window.height, window.width) == (height, width):
+                canvases[window.image] = full
+                continue
+            canvas = full.new_zeros(len(full), height, width)
+            canvases[window.image] = canvas
+        _cut(canvas, window).add_(full)
+
+
+def _average(canvas: Tensor, protocol: ProtocolConfig) -> Tensor:
+    """Divide by the number of windows over each pixel."""
+    height, width = canvas.shape[-2:]
+    rows = _coverage(height, protocol, canvas)
+    columns = _coverage(width, protocol, canvas)
+    if rows.max() == 1 and columns.max() == 1:
+        return canvas
+    return canvas.div_(rows[:, None] * columns)
+
+
+def _coverage(length: int, protocol: ProtocolConfig, like: Tensor) -> Tensor:
+    """[length]: how many windows cover each position along one side."""
+    counts = torch.zeros(length)
+    for start in _starts(length, protocol):
+        counts[start : start + protocol.window_size] += 1
+    return counts.to(like.device)
+
+
+def windows(image: int, height: int, width: int, protocol: ProtocolConfig) -> list[Window]:
+    """The windows over an image; the last of a row or column ends at the border."""
+    side = protocol.window_size
+    return [
+        Window(image=image, top=top, left=left, height=min(side, height), width=min(side, width))
+        for top in _starts(height, protocol)
+        for left in _starts(width, protocol)
+    ]
+
+
+def _starts(length: int, protocol: ProtocolConfig) -> list[int]:
+    side, stride = protocol.window_size, protocol.window_stride
+    last = max(0, length - side)
+    return [min(start, last) for start in range(0, last + stride, stride)]
+
+
+def _cut(image: Tensor, window: Window) -> Tensor:
+    """The window's part of [..., h, w], a view."""
+    bottom, right = window.top + window.height, window.left + window.width
+    return image[..., window.top : bottom, window.left : right]
+
+
+def _resize(canvas: Tensor, size: tuple[int, int]) -> Tensor:
+    """[K, h, w] to [K, H, W]."""
+    if canvas.shape[-2:] == size:
+        return canvas
+    return F.interpolate(canvas[None], size, mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,81 @@
+"""Do annotations fit their images and classes? Looked at before any work starts. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from segmenter.dataset import DatasetDescription, Pair
+
+MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
+
+
+def check_labels(
+    description: DatasetDescription, pairs: Sequence[Pair], num_classes: int, *, everything: bool
+) -> None:
+    """Raise ValueError about the first pair that does not fit.
+
+    everything: look at all pairs, not only at MOST_CHECKED evenly spaced ones.
+    """
+    step = 1 if everything else max(1, len(pairs) // MOST_CHECKED)
+    allowed = allowed_labels(description, num_classes)
+    for pair in pairs[::step]:
+        check_pair(pair, allowed)
+
+
+def allowed_labels(description: DatasetDescription, num_classes: int) -> np.ndarray:
+    """[256] bool: what an annotation file may hold."""
+    allowed = np.zeros(256, dtype=bool)
+    if description.reduce_zero_label:
+        allowed[: num_classes + 1] = True
+    else:
+        allowed[:num_classes] = True
+        allowed[description.ignore_index] = True
+    return allowed
+
+
+def check_pair(pair: Pair, allowed: np.ndarray) -> None:
+    """Raise ValueError if the files cannot be read or do not fit each other or the classes."""
+    labels = read_label_file(pair.annotation)
+    width, height = _image_size(pair.image)
+    if labels.shape != (height, width):
+        raise ValueError(
+            f"{pair.annotation} is {labels.shape[1]} x {labels.shape[0]} pixels, its image "
+            f"{pair.image} is {width} x {height}"
+        )
+    wrong = [int(label) for label in np.unique(labels) if not allowed[label]]
+    if wrong:
+        limits = np.flatnonzero(allowed)
+        raise ValueError(
+            f"{pair.annotation} holds label {wrong[0]}, which is none of the "
+            f"{len(limits)} allowed ones ({limits[0]} to {limits[-1]})"
+        )
+
+
+def read_label_file(path: Path) -> np.ndarray:
+    """[H, W] uint8 labels of an annotation or prediction. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        with Image.open(path) as file:
+            if file.mode not in ("L", "P", "1", "I", "I;16"):
+                raise ValueError(f"{path} is a {file.mode} image; labels have one channel")
+            labels = np.asarray(file)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if labels.size and labels.max() > 255:
+        raise ValueError(f"{path} holds label {labels.max()}; at most 255 is possible")
+    return labels.astype(np.uint8)
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Width and height, as decoders turn it: by the EXIF orientation."""
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(0x0112, 1) >= 5
+            return (file.height, file.width) if turned else (file.width, file.height)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error

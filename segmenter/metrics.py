@@ -1,0 +1,65 @@
+"""Accuracy and intersection over union, from mmsegmentation's metric, summed up as areas.
+
+Areas need a few numbers per class whatever the size of the dataset, and are integers, so that
+sums over processes are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segmenter.quiet import quiet_imports
+
+with quiet_imports():
+    from mmseg.evaluation import IoUMetric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Percent, 0 to 100. class_iou: by name; None for a class that neither side has."""
+
+    pixel_accuracy: float
+    mean_accuracy: float
+    mean_iou: float
+    class_iou: dict[str, float | None]
+
+
+class Areas:
+    """Intersection, union, prediction and label areas in pixels, by class: [4, K] float64."""
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.total = torch.zeros(4, num_classes, dtype=torch.float64)
+
+    def add(self, predicted: Tensor, labels: Tensor) -> None:
+        """Count one image: [H, W] predicted classes and labels, uint8, on any device."""
+        areas = IoUMetric.intersect_and_union(
+            predicted, labels, self.num_classes, self.ignore_index
+        )
+        self.total += torch.stack(areas).double()
+
+    def scores(self, names: Sequence[str]) -> Scores:
+        """What the areas amount to, by mmsegmentation's formulas."""
+        metrics = IoUMetric.total_area_to_metrics(*self.total)
+        iou = metrics["IoU"] * 100
+        return Scores(
+            pixel_accuracy=float(metrics["aAcc"]) * 100,
+            mean_accuracy=_mean(metrics["Acc"] * 100),
+            mean_iou=_mean(iou),
+            class_iou={
+                name: None if np.isnan(value) else float(value)
+                for name, value in zip(names, iou, strict=True)
+            },
+        )
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean over the classes that occur; 0 if none does."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 0.0

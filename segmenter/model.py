@@ -1,0 +1,120 @@
+"""Segmenter: encoder, decoder, and the pixels in between.
+
+Shapes: B images, H x W pixels, K classes, P pixels per patch side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segmenter.config import VIT_SIZES, ModelConfig
+from segmenter.decoder import LinearDecoder, MaskTransformer
+from segmenter.encoder import Encoder, EncoderShape
+
+# Mean and deviation of RGB pixels in 0 to 1, by `ProtocolConfig.normalization`.
+PIXEL_STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterShape:
+    """All that decides the shapes of the weights, so that a checkpoint can be rebuilt."""
+
+    encoder: EncoderShape
+    decoder: Literal["mask_transformer", "linear"]
+    decoder_layers: int
+    num_classes: int
+    normalization: str
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> SegmenterShape:
+        """The inverse of `plain`."""
+        return SegmenterShape(**{**values, "encoder": EncoderShape(**values["encoder"])})
+
+
+class Segmenter(nn.Module):
+    """From uint8 pixels of any size to class logits of that size."""
+
+    def __init__(self, shape: SegmenterShape, rates: ModelConfig | None = None) -> None:
+        """rates: drop path and dropout for training; None: none."""
+        super().__init__()
+        self.shape = shape
+        width = VIT_SIZES[shape.encoder.model].width
+        self.encoder = Encoder(
+            shape.encoder,
+            drop_path=rates.drop_path if rates else 0.0,
+            dropout=rates.dropout if rates else 0.0,
+        )
+        self.decoder: nn.Module
+        if shape.decoder == "linear":
+            self.decoder = LinearDecoder(width, shape.num_classes)
+        else:
+            self.decoder = MaskTransformer(
+                width,
+                shape.num_classes,
+                layers=shape.decoder_layers,
+                drop_path=rates.decoder_drop_path if rates else 0.0,
+                dropout=rates.decoder_dropout if rates else 0.0,
+            )
+        mean, deviation = PIXEL_STATISTICS[shape.normalization]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(deviation).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] uint8 RGB to class logits [B, K, H, W].
+
+        sizes [B, 2]: height and width that are image; the rest is padding and counts as the mean.
+        """
+        pixels = self.normalise(images)
+        if sizes is not None:
+            pixels = pixels * _inside(sizes, images.shape[-2], images.shape[-1])
+        return self.upsample(self.patch_logits(pixels), images.shape[-2], images.shape[-1])
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """[..., 3, H, W] uint8 RGB to pixels of mean 0 and deviation 1."""
+        return (images - self.mean) / self.std
+
+    def patch_logits(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised pixels to [B, K, ceil(H / P), ceil(W / P)]."""
+        patch = self.shape.encoder.patch_size
+        height, width = pixels.shape[-2:]
+        pixels = F.pad(pixels, (0, -width % patch, 0, -height % patch))
+        logits = self.decoder(self.encoder(pixels))
+        rows = pixels.shape[-2] // patch
+        return logits.transpose(1, 2).unflatten(2, (rows, -1))
+
+    def upsample(self, patch_logits: Tensor, height: int, width: int) -> Tensor:
+        """[B, K, h, w] to [B, K, H, W]: bilinear, then the padding of the last patches cut off."""
+        patch = self.shape.encoder.patch_size
+        size = [side * patch for side in patch_logits.shape[-2:]]
+        logits = F.interpolate(patch_logits.float(), size, mode="bilinear", align_corners=False)
+        return logits[..., :height, :width]
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Sum of the cross entropy over all pixels whose label counts; 0 if there are none.
+
+    logits [B, K, H, W]; labels [B, H, W], integers.
+    """
+    return F.cross_entropy(
+        logits.float(), labels.long(), ignore_index=ignore_index, reduction="sum"
+    )
+
+
+def _inside(sizes: Tensor, height: int, width: int) -> Tensor:
+    """[B, 2] sizes to [B, 1, H, W], 1 where a pixel is image and 0 where it is padding."""
+    rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
+    columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
+    return (rows[:, None, :, None] & columns[:, None, None, :]).float()

@@ -1,0 +1,68 @@
+"""What happens when: batches, order of the images, learning rate, seeds. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from segmenter.config import OptimisationConfig
+
+# Streams of random numbers that must not meet.
+ORDER_STREAM, SAMPLE_STREAM, STEP_STREAM = 0, 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """How a batch is spread. batch_size: images of a step on all processes together."""
+
+    num_images: int
+    batch_size: int
+    processes: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches only, as is usual; a dataset smaller than a batch makes one step."""
+        return max(1, self.num_images // self.batch_size)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images trained on in an epoch."""
+        return min(self.num_images, self.steps_per_epoch * self.batch_size)
+
+    def indices(self, seed: int, epoch: int, rank: int, first_step: int) -> Iterator[list[int]]:
+        """This process's images of every step from `first_step` on."""
+        order = np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(self.num_images)
+        for step in range(first_step, self.steps_per_epoch):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield batch[rank :: self.processes].tolist()
+
+
+def make_batch_plan(num_images: int, batch_size: int, processes: int) -> BatchPlan:
+    """Raises ValueError if a process would have nothing to do."""
+    if min(batch_size, num_images) < processes:
+        raise ValueError(
+            f"a batch of {min(batch_size, num_images)} images cannot be spread over {processes} "
+            "processes; raise --batch-size or use fewer processes"
+        )
+    return BatchPlan(num_images=num_images, batch_size=batch_size, processes=processes)
+
+
+def learning_rate(optimisation: OptimisationConfig, progress: float) -> float:
+    """The rate at `progress`, the completed share of the run, from 0 to 1."""
+    warmup = optimisation.warmup_fraction
+    if progress < warmup:
+        return optimisation.lr * progress / warmup
+    left = 1 - (progress - warmup) / (1 - warmup)
+    if optimisation.schedule == "poly":
+        factor = left**optimisation.poly_power
+    else:
+        factor = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    return optimisation.min_lr + (optimisation.lr - optimisation.min_lr) * factor
+
+
+def step_seed(seed: int, global_step: int, rank: int) -> int:
+    """Seed of dropout and drop path in one step of one process."""
+    return int(np.random.SeedSequence([seed, STEP_STREAM, global_step, rank]).generate_state(1)[0])
