@@ -9,32 +9,28 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from mae.segments.segment import (
-    Segment,
-    nearest,
-    segment_from_pixels,
-    segment_from_rle,
-    verify,
-)
+from mae.segments.segment import Segment, nearest, segment_from_rle, verify, verify_all
 
 logger = logging.getLogger(__name__)
 
 EMPTY_LIST = "emptyfiles.txt"
-TABLE = "table.txt"
-METADATA = "metadata.csv"
+IMAGENET_NAME = re.compile(r"(n\d{8})_\d+")
 # A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
 COVERAGE_TOLERANCE = 0.01
-SHORT_FILE = 256  # bytes; whatever lists an image's segments and is longer lists at least one
 
 
 class SegmentSource(Protocol):
     """Where segments come from."""
+
+    name: str
+    """What this form is called."""
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """The segment closest to a coverage in percent; None: the image has none."""
@@ -43,77 +39,97 @@ class SegmentSource(Protocol):
         """All segments of an image, the smallest first."""
 
     def images(self) -> set[str]:
-        """The keys of the images that have a segment, or at least a file that should hold some."""
+        """The keys of the images that have a segment, or a damaged file that should hold some."""
 
     def listed_empty(self) -> set[str]:
         """The keys of the images that are known to have none."""
 
 
-class _Folder:
+class SegmentFolder:
     """What the folder forms share: keys from file names, the list of images without segments."""
 
-    pattern: str
-    """What a file that describes one image's segments is called, for `rglob`."""
+    name: str
 
     def __init__(self, root: Path, empty_lists: tuple[Path, ...]) -> None:
         self.root = root
         self.empty_lists = empty_lists
+        self._found: tuple[set[str], set[str]] | None = None
 
-    def listed_empty(self) -> set[str]:
-        """What the lists beside the class folders name."""
-        return set().union(*(read_empty_list(path) for path in self.empty_lists))
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the listing: a million names do not travel into every worker."""
+        return {**self.__dict__, "_found": None}
 
     def images(self) -> set[str]:
-        """By listing; files too short to be sure of are read."""
-        keys = ((self.key_of(path), path) for path in self.root.rglob(self.pattern))
-        return {key for key, path in keys if path.stat().st_size > SHORT_FILE or self._any(key)}
+        """By listing, once; only files that are small enough to be empty are opened."""
+        return set(self._scanned()[0])
 
-    def _any(self, key: str) -> bool:
-        """Whether a short file holds a segment; a damaged one counts, and is named when used."""
-        try:
-            return bool(self.segments(key))
-        except ValueError:
-            return True
+    def listed_empty(self) -> set[str]:
+        """What the lists beside the class folders name, and images whose file holds nothing."""
+        listed = set().union(*(read_empty_list(path) for path in self.empty_lists))
+        return (listed | self._scanned()[1]) - self._scanned()[0]
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """Reads all segments; a form that can choose before it reads does."""
         return nearest(self.segments(key), coverage_percent)
 
-    def key_of(self, path: Path) -> str:
-        """The key of the image that a file of this form describes."""
-        raise NotImplementedError
-
     def segments(self, key: str) -> list[Segment]:
         """All segments of an image, the smallest first; raises ValueError naming a bad file."""
         raise NotImplementedError
 
+    def _scanned(self) -> tuple[set[str], set[str]]:
+        if self._found is None:
+            found: tuple[set[str], set[str]] = (set(), set())
+            for key, is_empty in self._scan():
+                found[is_empty].add(key)
+            self._found = found
+        return self._found
 
-class JsonFolder(_Folder):
+    def _scan(self) -> Iterator[tuple[str, bool]]:
+        """Every key for which there are files, and whether they hold no segment."""
+        raise NotImplementedError
+
+
+class JsonFolder(SegmentFolder):
     """One JSON file per image: `amg.py --convert-to-rle` or SA-1B."""
 
-    pattern = "*.json"
-
-    def key_of(self, path: Path) -> str:
-        """The path itself, without suffix."""
-        return path.relative_to(self.root).with_suffix("").as_posix()
+    name = "RLE JSON"
+    suffix = ".json"
+    bytes_of_one_segment = 400  # a shorter file may be SA-1B's header without a segment
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """Verifies the chosen segment only."""
         chosen = nearest(self._read(key), coverage_percent)
-        return None if chosen is None else self._verified(key, chosen)
+        try:
+            return None if chosen is None else verify(chosen)
+        except ValueError as error:
+            raise ValueError(f"{self._path(key)}: a segment is damaged: {error}") from None
 
     def segments(self, key: str) -> list[Segment]:
         """All segments, verified."""
-        return _by_coverage(self._verified(key, segment) for segment in self._read(key))
-
-    def _path(self, key: str) -> Path:
-        return self.root / f"{key}.json"
-
-    def _verified(self, key: str, segment: Segment) -> Segment:
+        read = self._read(key)
         try:
-            return verify(segment)
+            return verify_all(read)
         except ValueError as error:
             raise ValueError(f"{self._path(key)}: a segment is damaged: {error}") from None
+
+    def _scan(self) -> Iterator[tuple[str, bool]]:
+        for parent, _, names in os.walk(self.root, followlinks=True):
+            prefix = _prefix(parent, self.root)
+            for name in names:
+                if name.endswith(self.suffix) and not name.startswith("."):
+                    key = prefix + name[: -len(self.suffix)]
+                    yield key, self._is_empty(Path(parent, name))
+
+    def _is_empty(self, path: Path) -> bool:
+        try:
+            if path.stat().st_size >= self.bytes_of_one_segment:
+                return False
+            return not _annotations(json.loads(path.read_bytes()))
+        except (OSError, ValueError):
+            return False  # damaged: it is named when it is read
+
+    def _path(self, key: str) -> Path:
+        return self.root / f"{key}{self.suffix}"
 
     def _read(self, key: str) -> list[Segment]:
         path = self._path(key)
@@ -121,10 +137,12 @@ class JsonFolder(_Folder):
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
             return []
-        except ValueError as error:  # UnicodeDecodeError is one, too
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one, too
             raise ValueError(f"{path}: not JSON, or cut short: {error}") from None
-        annotations = content.get("annotations") if isinstance(content, dict) else content
-        if not isinstance(annotations, list):
+        annotations = _annotations(content)
+        if annotations is None:
             raise ValueError(f"{path}: neither a list of segments nor SA-1B's annotations")
         return [self._segment(path, number, entry) for number, entry in enumerate(annotations)]
 
@@ -138,135 +156,48 @@ class JsonFolder(_Folder):
         stated = entry.get("area")
         if isinstance(stated, int | float):
             percent = 100 * stated / (segment.height * segment.width)
-            _warn_of_difference(path, f"entry {number}", percent, segment.coverage_percent)
+            warn_of_difference(path, f"entry {number}", percent, segment.coverage_percent)
         return segment
-
-
-class _PngFolder(_Folder):
-    """One folder per image with a PNG per segment, and a file that lists them."""
-
-    def key_of(self, path: Path) -> str:
-        """The path of its folder."""
-        return path.parent.relative_to(self.root).as_posix()
-
-    def segments(self, key: str) -> list[Segment]:
-        """All segments; reads every PNG that is listed."""
-        return _by_coverage(self._segment(path, stated) for path, stated in self._listed(key))
-
-    def _segment(self, path: Path, stated_percent: float | None) -> Segment:
-        segment = segment_from_pixels(read_segment_png(path))
-        if stated_percent is not None:
-            _warn_of_difference(path, "the PNG", stated_percent, segment.coverage_percent)
-        return segment
-
-    def _listed(self, key: str) -> list[tuple[Path, float | None]]:
-        """The PNGs of an image, each with its stated coverage in percent, where one is stated."""
-        raise NotImplementedError
-
-
-class PngTableFolder(_PngFolder):
-    """PNGs and a `table.txt`: a line `<coverage percent> <file>` per segment."""
-
-    pattern = TABLE
-
-    def nearest(self, key: str, coverage_percent: float) -> Segment | None:
-        """Trusts the table for the choice, so that one PNG is read, not all."""
-        best = min(
-            ((abs(stated - coverage_percent), stated, path) for path, stated in self._listed(key)),
-            default=None,
-        )
-        return None if best is None else self._segment(best[2], best[1])
-
-    def _listed(self, key: str) -> list[tuple[Path, float]]:  # type: ignore[override]
-        table = self.root / key / TABLE
-        try:
-            lines = table.read_text().splitlines()
-        except FileNotFoundError:
-            return []
-        except ValueError:
-            raise ValueError(f"{table}: not text") from None
-        return [self._entry(table, number, line) for number, line in enumerate(lines, 1) if line]
-
-    def _entry(self, table: Path, number: int, line: str) -> tuple[Path, float]:
-        try:
-            percent, name = line.split(maxsplit=1)
-            return table.parent / name.strip(), float(percent)
-        except ValueError:
-            raise ValueError(f"{table}:{number}: not '<coverage percent> <file>'") from None
-
-
-class PngMetadataFolder(_PngFolder):
-    """PNGs and a `metadata.csv`, as `amg.py` writes them."""
-
-    pattern = METADATA
-
-    def _listed(self, key: str) -> list[tuple[Path, float | None]]:
-        import csv
-
-        table = self.root / key / METADATA
-        try:
-            with table.open(newline="") as file:
-                numbers = [row["id"] for row in csv.DictReader(file)]
-        except FileNotFoundError:
-            return []
-        except (ValueError, KeyError):
-            raise ValueError(f"{table}: not the metadata.csv of amg.py") from None
-        return [(table.parent / f"{number}.png", None) for number in numbers]
-
-
-def read_segment_png(path: Path) -> np.ndarray:
-    """The pixels of a segment's PNG as [H, W] uint8, anything but 0 = inside.
-
-    Raises ValueError naming the file if it is missing or no image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: listed, but not there") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-        raise ValueError(f"{path}: not an image, or cut short: {error}") from None
 
 
 def read_empty_list(path: Path) -> set[str]:
     """The keys in a list of images without segments: a file name per line, class folder optional.
 
     A name without its class folder gets it from ImageNet's naming: `n01735189_1185.JPEG` lies in
-    `n01735189`.
+    `n01735189`; other names lie in no folder.
     """
     if not path.is_file():
         return set()
     keys = set()
-    for line in path.read_text().split():
-        name = Path(line).with_suffix("").as_posix()
-        keys.add(name if "/" in name else f"{name.rpartition('_')[0]}/{name}")
+    for line in path.read_text(errors="replace").splitlines():
+        if line.strip():
+            name = Path(line.strip()).with_suffix("").as_posix()
+            imagenet = IMAGENET_NAME.fullmatch(name)
+            keys.add(f"{imagenet[1]}/{name}" if imagenet else name)
     return keys
 
 
-def _by_coverage(segments: Iterator[Segment]) -> list[Segment]:
-    return sorted(segments, key=lambda segment: segment.coverage_percent)
-
-
-def _warn_of_difference(path: Path, what: str, stated: float, counted: float) -> None:
-    if abs(stated - counted) > COVERAGE_TOLERANCE:
-        logger.warning(
-            "%s: %s states %.3f %% of the image, its pixels are %.3f %%; the pixels count",
-            path,
-            what,
-            stated,
-            counted,
-        )
-
-
-def open_folder(root: Path) -> SegmentSource:
-    """Find out in which form a folder keeps its segments. Raises ValueError if in none."""
-    empty_lists = (root / EMPTY_LIST, root.parent / "train" / EMPTY_LIST)
-    for form in (PngTableFolder, PngMetadataFolder, JsonFolder):
-        if next(root.rglob(form.pattern), None) is not None:
-            return form(root, empty_lists)
-    raise ValueError(
-        f"{root} holds no segments: expected masks.sqlite, or per image a .json, "
-        f"a folder with {METADATA} or a folder with {TABLE}"
+def warn_of_difference(path: Path, what: str, stated: float, counted: float) -> bool:
+    """Whether a stated coverage in percent is not that of the pixels; logged, once per file."""
+    if abs(stated - counted) <= COVERAGE_TOLERANCE:
+        return False
+    _warn_once(
+        f"{path}: {what} states {stated:.3f} % of the image, its pixels are {counted:.3f} %; "
+        "the pixels count"
     )
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _annotations(content: Any) -> list[Any] | None:
+    annotations = content.get("annotations") if isinstance(content, dict) else content
+    return annotations if isinstance(annotations, list) else None
+
+
+def _prefix(parent: str, root: Path) -> str:
+    relative = Path(parent).relative_to(root).as_posix()
+    return "" if relative == "." else f"{relative}/"

@@ -7,12 +7,18 @@ segment then takes some hundred bytes, and decodes in microseconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_rle
+
+# Characters of COCO's code, the last one not announcing another. pycocotools reads past the end of
+# anything else.
+COMPLETE_CODE = re.compile(rb"[0-o]*[0-O]")
+FIRST_CHARACTER, LOW_BITS, SIGN_BIT, MORE_BIT, BITS = 48, 0x1F, 0x10, 0x20, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +64,54 @@ def segment_from_rle(segmentation: Any) -> Segment:
 
 def verify(segment: Segment) -> Segment:
     """Return the segment, or raise ValueError if its runs do not fill the image exactly."""
-    runs = _run_lengths(segment.counts)
-    if min(runs, default=0) < 0 or sum(runs) != segment.height * segment.width:
+    runs = run_lengths(segment.counts)
+    if runs.min() < 0 or int(runs.sum()) != segment.height * segment.width:
         size = f"{segment.height} x {segment.width}"
-        raise ValueError(f"its runs cover {sum(runs)} pixels, its size is {size}")
+        raise ValueError(f"its runs cover {int(runs.sum())} pixels, its size is {size}")
     return segment
+
+
+def verify_all(segments: Iterable[Segment]) -> list[Segment]:
+    """Verified segments, ordered by coverage; raises ValueError if their sizes differ, too."""
+    verified = sorted(map(verify, segments), key=_order)
+    sizes = {(segment.height, segment.width) for segment in verified}
+    if len(sizes) > 1:
+        raise ValueError(f"its segments have different sizes: {sorted(sizes)}")
+    return verified
 
 
 def nearest(segments: Iterable[Segment], coverage_percent: float) -> Segment | None:
     """The segment whose coverage is closest to the wanted one; on a tie the smaller."""
     return min(
         segments,
-        key=lambda s: (abs(s.coverage_percent - coverage_percent), s.coverage_percent),
+        key=lambda s: (abs(s.coverage_percent - coverage_percent), *_order(s)),
         default=None,
     )
+
+
+def _order(segment: Segment) -> tuple[float, bytes]:
+    """By coverage; by code where that is equal, so that every form of the files agrees."""
+    return segment.coverage_percent, segment.counts
+
+
+def run_lengths(counts: bytes) -> np.ndarray:
+    """COCO's compressed counts as run lengths, outside and inside in turn.
+
+    The code of pycocotools' `rleFrString`: five bits a character, least significant first, bit 5 =
+    more follow, sign in bit 4 of the last, and from the fourth run on the difference to the run
+    before the last. `counts` must be a complete code.
+    """
+    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - FIRST_CHARACTER
+    last = (codes & MORE_BIT) == 0
+    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
+    lengths = np.diff(starts, append=len(codes))
+    shifts = BITS * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((codes & LOW_BITS) << np.minimum(shifts, 58), starts)
+    negative = (codes[last] & SIGN_BIT) != 0
+    values[negative] -= 1 << np.minimum(BITS * lengths[negative], 62)
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values
 
 
 def _parts_of_rle(segmentation: Any) -> tuple[int, int, bytes | list[int]]:
@@ -83,36 +123,12 @@ def _parts_of_rle(segmentation: Any) -> tuple[int, int, bytes | list[int]]:
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
         raise ValueError(f"its size is {segmentation['size']}")
     if isinstance(counts, str):
-        try:
-            return height, width, counts.encode("ascii")
-        except UnicodeEncodeError:
-            raise ValueError("its counts are not ASCII") from None
-    if isinstance(counts, list) and all(isinstance(run, int) for run in counts):
+        encoded = counts.encode("utf-8", "replace")
+        if not COMPLETE_CODE.fullmatch(encoded):
+            raise ValueError("its counts stop in the middle of a number, or are no counts at all")
+        return height, width, encoded
+    if isinstance(counts, list) and all(
+        isinstance(run, int) and 0 <= run <= height * width for run in counts
+    ):
         return height, width, counts
     raise ValueError("its counts are neither text nor a list of run lengths")
-
-
-def _run_lengths(counts: bytes) -> list[int]:
-    """COCO's compressed counts as run lengths, outside and inside in turn.
-
-    The code of pycocotools' `rleFrString`, which reads past the end of a code cut short: five bits
-    a character, least significant first, bit 5 = more follow, sign in bit 4 of the last, and from
-    the fourth run on the difference to the run before the last.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        code = character - 48
-        if not 0 <= code < 64:
-            raise ValueError(f"its counts hold the byte {character}")
-        value |= (code & 0x1F) << shift
-        shift += 5
-        if code & 0x20:
-            continue
-        if code & 0x10:
-            value |= -1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise ValueError("its counts stop in the middle of a number")
-    return runs

@@ -1,0 +1,172 @@
+"""The packed store: all segments of a dataset in one SQLite file.
+
+Schema (format 1; `README.md` describes the columns):
+
+    meta(name, value)                        format_version, complete, source, settings
+    images(id, key, height, width, segments) one row per image, `segments` = 0: known to have none
+    segments(id, image, coverage, counts)    one row per segment, counts compressed by zlib
+    failures(key, reason)                    images that could not be packed or segmented
+
+zlib, a segment at a time, takes 55% of the bytes of COCO's code (2231 segments of 96 photographs:
+1.91 MB become 1.04 MB; with level 9 no less), costs 6 microseconds to undo, and carries a checksum.
+A zlib stream per image would take 50%, but then one segment could not be read alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import zlib
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from mae.segments.segment import Segment
+
+STORE_NAME = "masks.sqlite"
+FORMAT_VERSION = 1
+SQLITE_START = b"SQLite format 3\x00"
+
+NEAREST = """
+    SELECT i.height, i.width, s.coverage, s.counts
+    FROM images AS i JOIN segments AS s ON s.image = i.id
+    WHERE i.key = ?1 AND s.coverage = (
+        SELECT coverage FROM (
+            SELECT max(coverage) AS coverage FROM segments WHERE image = i.id AND coverage <= ?2
+            UNION ALL
+            SELECT min(coverage) FROM segments WHERE image = i.id AND coverage >= ?2
+        ) WHERE coverage NOT NULL ORDER BY abs(coverage - ?2), coverage LIMIT 1
+    )
+    ORDER BY s.id LIMIT 1
+"""
+ALL = """
+    SELECT i.height, i.width, s.coverage, s.counts
+    FROM images AS i JOIN segments AS s ON s.image = i.id
+    WHERE i.key = ? ORDER BY s.coverage, s.id
+"""
+
+
+class PackedStore:
+    """Reads a finished store; a `SegmentSource`.
+
+    The file is opened when first asked, and again in every process that this object is pickled or
+    forked into. It is opened as immutable: no locks and no files beside it, so it may lie on
+    read-only media and be read from many nodes.
+    """
+
+    name = "packed store"
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError if the file is no complete store of a format that is known."""
+        self.path = path
+        self._connection: sqlite3.Connection | None = None
+        self._process_id = 0
+        self.meta = check_store(path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_connection": None, "_process_id": 0}
+
+    def nearest(self, key: str, coverage_percent: float) -> Segment | None:
+        """One indexed query that reads one segment."""
+        rows = self._query(NEAREST, (key, coverage_percent))
+        return self._segment(key, rows[0]) if rows else None
+
+    def segments(self, key: str) -> list[Segment]:
+        """All segments of an image, the smallest first."""
+        return [self._segment(key, row) for row in self._query(ALL, (key,))]
+
+    def images(self) -> set[str]:
+        """The keys of the images that have a segment."""
+        return {key for (key,) in self._query("SELECT key FROM images WHERE segments > 0")}
+
+    def listed_empty(self) -> set[str]:
+        """The keys of the images that are known to have none."""
+        return {key for (key,) in self._query("SELECT key FROM images WHERE segments = 0")}
+
+    def failures(self) -> dict[str, str]:
+        """Why images are not in the store, by their keys."""
+        return dict(self._query("SELECT key, reason FROM failures ORDER BY key"))
+
+    def _segment(self, key: str, row: tuple[int, int, float, bytes]) -> Segment:
+        height, width, coverage, counts = row
+        return Segment(
+            height=height, width=width, coverage_percent=coverage, counts=self._unpack(key, counts)
+        )
+
+    def _unpack(self, key: str, counts: bytes) -> bytes:
+        try:
+            return zlib.decompress(counts)
+        except (zlib.error, TypeError) as error:
+            raise ValueError(f"{self.path}: a segment of {key} is damaged: {error}") from None
+
+    def _query(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        try:
+            if self._connection is None or self._process_id != os.getpid():
+                self._connection = connect_for_reading(self.path)
+                self._process_id = os.getpid()
+            return self._connection.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise ValueError(f"{self.path}: damaged: {error}") from None
+
+
+def check_store(path: Path) -> dict[str, str]:
+    """What `meta` says about a complete store.
+
+    Raises ValueError if the file is none, cut short, unfinished, or of a format not known here.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if not header.startswith(SQLITE_START) or len(header) < 100:
+        raise ValueError(f"{path} is not a packed store of segments (an SQLite file)")
+    _check_length(path, header)
+    try:
+        with closing(connect_for_reading(path)) as connection:
+            meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+    except sqlite3.Error as error:
+        raise ValueError(f"{path} is not a packed store of segments: {error}") from None
+    _check_format(path, meta)
+    if meta.get("complete") != "1":
+        raise ValueError(f"{path} was not finished; run the command that writes it again")
+    return meta
+
+
+def connect_for_reading(path: Path) -> sqlite3.Connection:
+    """A connection that neither locks nor writes anything."""
+    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+    connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+    connection.execute("PRAGMA mmap_size = 1073741824")
+    return connection
+
+
+def _check_length(path: Path, header: bytes) -> None:
+    """SQLite notices a missing page when it needs it, perhaps after days; this notices now."""
+    page_size = int.from_bytes(header[16:18], "big")
+    page_size = 65536 if page_size == 1 else page_size
+    expected = page_size * int.from_bytes(header[28:32], "big")
+    actual = path.stat().st_size
+    if actual < expected:
+        raise ValueError(
+            f"{path} is cut short: {actual} of {expected} bytes; copy or pack it again"
+        )
+
+
+def _check_format(path: Path, meta: dict[str, str]) -> None:
+    version = meta.get("format_version", "")
+    if not version.isdigit():
+        raise ValueError(f"{path} is not a packed store of segments")
+    if int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is of format {version}, newer than this code, which reads {FORMAT_VERSION}; "
+            "update SegMAE, or pack it again"
+        )
+
+
+def store_settings(meta: dict[str, str]) -> dict[str, Any]:
+    """How the segments of a store were made, as far as is known."""
+    return json.loads(meta.get("settings", "{}"))
