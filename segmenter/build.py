@@ -155,6 +155,10 @@ def checkpoint_content(run: Run, state: State) -> dict[str, Any]:
         "shape": run.model.shape.plain(),
         "classes": list(run.task.classes.names),
         "palette": run.task.classes.palette.tolist(),
+        "dataset": {
+            "name": run.task.description.name,
+            "reduce_zero_label": run.task.description.reduce_zero_label,
+        },
         "protocol": run.config.protocol.described(),
         "epochs_completed": state.epochs_completed,
         "steps_completed": state.steps_completed,

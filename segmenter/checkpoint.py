@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from segmenter.config import differing_settings
 
 FORMAT_VERSION = 1
-REQUIRED = ("model", "shape", "classes", "palette", "config", "epochs_completed", "steps_completed")
+REQUIRED = (
+    "model", "shape", "classes", "palette", "dataset", "protocol", "config", "epochs_completed",
+    "steps_completed",
+)  # fmt: skip
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError)
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -61,7 +67,8 @@ def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     missing = [name for name in REQUIRED if name not in content]
     if missing:
         raise ValueError(
-            f"{path} lacks {', '.join(missing)}: it is not a checkpoint of `python -m segmenter train`"
+            f"{path} lacks {', '.join(missing)}; "
+            "it is not a checkpoint of `python -m segmenter train`"
         )
     return content
 
@@ -72,18 +79,10 @@ def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
         raise ValueError(f"{path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         mapped = lazily and zipfile.is_zipfile(path)  # older files can only be read as a whole
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
-        # safetensors has its own exception, torch a handful; all mean the same to the user.
-        if not isinstance(
-            error, (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError)
-        ):
-            if type(error).__name__ != "SafetensorError":
-                raise
+    except (*UNREADABLE, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 

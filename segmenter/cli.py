@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from segmenter.commands import evaluate, predict, prepare
+from segmenter.console import log_to_stderr, rank
 from segmenter.options import CONTEXT, TRAIN_OPTIONS, build_config
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -40,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _report(message: str, code: int) -> int:
-    rank = _rank()
-    click.echo(f"{f'process {rank}: ' if rank else ''}Error: {message}", err=True)
+    prefix = f"process {rank()}: " if rank() else ""
+    click.echo(f"{prefix}Error: {message}", err=True)
     return code
 
 
@@ -56,7 +57,7 @@ def _train(check: bool, **options: Any) -> int:
     from segmenter.interruption import EXIT_INTERRUPTED
     from segmenter.train import finetune
 
-    _log_to_stderr()
+    log_to_stderr()
     return 0 if finetune(config) else EXIT_INTERRUPTED
 
 
@@ -69,15 +70,5 @@ cli.add_command(
         context_settings=CONTEXT,
     )
 )
-
-
-def _log_to_stderr() -> None:
-    level = logging.WARNING if _rank() else logging.INFO
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-
-
-def _rank() -> int:
-    """This process among those of torchrun or Slurm, known before torch is imported."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+for command in (evaluate, predict, prepare):
+    cli.add_command(command)

@@ -144,11 +144,18 @@ class TrainingCrops(Dataset[tuple[Tensor, Tensor, Tensor]]):
         )
 
 
-class WholeImages(Dataset[tuple[int, Tensor, Tensor]]):
-    """Test images by index, scaled by `scale` times the protocol's: index, image, labels.
+@dataclass(kw_only=True)
+class TestImage:
+    """index of the pair; scaled: one image [3, h, w] uint8 RGB per scale of the protocol;
+    labels [H, W] uint8 at the original size."""
 
-    image [3, h, w] uint8 RGB; labels [H, W] uint8 at the original size.
-    """
+    index: int
+    scaled: list[Tensor]
+    labels: Tensor
+
+
+class WholeImages(Dataset[TestImage]):
+    """Test images by index, at the scales of the protocol."""
 
     def __init__(
         self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig
@@ -168,16 +175,6 @@ class WholeImages(Dataset[tuple[int, Tensor, Tensor]]):
             scaled=scaled_images(sample["img"], self.protocol),
             labels=torch.from_numpy(sample["gt_seg_map"]),
         )
-
-
-@dataclass(kw_only=True)
-class TestImage:
-    """index of the pair; scaled: one image [3, h, w] uint8 RGB per scale of the protocol;
-    labels [H, W] uint8 at the original size."""
-
-    index: int
-    scaled: list[Tensor]
-    labels: Tensor
 
 
 def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:

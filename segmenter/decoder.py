@@ -54,7 +54,7 @@ class MaskTransformer(nn.Module):
                 proj_drop=dropout,
                 attn_drop=dropout,
                 drop_path=rate,
-                norm_layer=functools.partial(nn.LayerNorm, eps=NORM_EPS),
+                norm_layer=functools.partial(nn.LayerNorm, eps=NORM_EPS),  # type: ignore[arg-type]
             )
             for rate in rates
         )

@@ -63,7 +63,7 @@ class Encoder(VisionTransformer):
         )
         self.shape = shape
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """[B, 3, H, W] normalised pixels to patch tokens [B, N, D]; H, W multiples of a patch."""
         return self.forward_features(self.with_all_channels(images))[:, self.num_prefix_tokens :]
 

@@ -150,7 +150,11 @@ def folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Path
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    yield unfinished
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.replace(unfinished, path)  # noqa: PTH105  (says that an empty folder may be there)

@@ -47,6 +47,9 @@ class SegmenterShape:
 class Segmenter(nn.Module):
     """From uint8 pixels of any size to class logits of that size."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, shape: SegmenterShape, rates: ModelConfig | None = None) -> None:
         """rates: drop path and dropout for training; None: none."""
         super().__init__()

@@ -191,6 +191,6 @@ TRAIN_OPTIONS: list[click.Parameter] = [
     _option("eval_batch_size", int, "Images whose windows are evaluated together.", 4),
     *DEVICE_OPTIONS,
     _option("compile", click.Choice(["auto", "on", "off"]), "auto: on a GPU.", "auto"),
-    _option("resume", click.Choice(["auto", "never", "required"]), "Continue what is there?", "auto"),
+    _option("resume", click.Choice(["auto", "never", "required"]), "Continue a run?", "auto"),
     _option("save_every_minutes", float, "Also save inside an epoch."),
 ]  # fmt: skip

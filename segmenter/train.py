@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -79,7 +80,7 @@ def _finetune_seeds(
     return True
 
 
-def write_combined(config: TrainConfig, results: list[dict]) -> None:  # type: ignore[type-arg]
+def write_combined(config: TrainConfig, results: list[dict[str, Any]]) -> None:
     """The first seed's files, and the result of all seeds, in the output directory."""
     output_dir = config.run.output_dir
     first = seed_dir(output_dir, config.optimisation.seed)
@@ -194,7 +195,7 @@ def _finish_epoch(run: Run, state: State, books: Books | None, interruption: Int
 
 def _evaluate(
     run: Run, state: State, books: Books | None, interruption: Interruption
-) -> dict[str, object] | None:
+) -> dict[str, Any] | None:
     """Plain scores, None if told to stop."""
     began = time.monotonic()
     areas = evaluate_model(
@@ -211,7 +212,7 @@ def _evaluate(
     return None if areas is None else vars(areas.scores(run.task.classes.names)).copy()
 
 
-def _epoch_record(run: Run, state: State) -> dict[str, object]:
+def _epoch_record(run: Run, state: State) -> dict[str, Any]:
     """The line of log.txt about the epoch that just ended, but for its scores."""
     steps, optimisation = run.plan.steps_per_epoch, run.config.optimisation
     updates = (state.epochs_completed + 1) * steps

@@ -1,0 +1,167 @@
+"""`prepare`: get ADE20K, and check datasets down to every label. No torch here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from segmenter.dataset import SPLITS, TRAIN, VAL, DatasetDescription, Pair, read_description
+from segmenter.download import digest_of, download
+from segmenter.labels import allowed_labels, check_pair
+
+logger = logging.getLogger(__name__)
+
+ADE20K_NAME = "ADEChallengeData2016"
+ADE20K_URLS = (
+    "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+    "https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+)
+# The source gives no digest; this one is in the dataset loaders of several open projects.
+ADE20K_DIGEST = "md5:7328b3957e407ddae1d3cbf487f149ef"
+ADE20K_PAIRS = {TRAIN: 20_210, VAL: 2_000}
+ADE20K_CLASSES = 150
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedDataset:
+    """A dataset without fault: its name, and pairs by split."""
+
+    name: str
+    pairs: dict[str, int]
+
+
+def prepare_ade20k(
+    folder: Path,
+    *,
+    urls: Sequence[str] = ADE20K_URLS,
+    digest: str | None = ADE20K_DIGEST,
+    keep_zip: bool = False,
+) -> Path:
+    """Download and unpack ADE20K below `folder`, unless it is there; then check every pair.
+
+    Returns the ADEChallengeData2016 folder. Raises ValueError if it is wrong or partial,
+    RuntimeError if it cannot be downloaded.
+    """
+    ready = find_ade20k(folder)
+    if ready is None:
+        archive = folder / f"{ADE20K_NAME}.zip"
+        if not archive.is_file() or (
+            digest is not None and digest_of(archive, digest.split(":")[0]) != digest
+        ):
+            download(urls, archive, digest=digest)
+        unpack(archive, folder, ADE20K_NAME)
+        ready = folder / ADE20K_NAME
+        if not keep_zip:
+            archive.unlink()
+    logger.info("checking %s", ready)
+    check_ade20k(ready)
+    return ready
+
+
+def find_ade20k(folder: Path) -> Path | None:
+    """An ADEChallengeData2016 folder: `folder` itself, or in it."""
+    for candidate in (folder, folder / ADE20K_NAME):
+        if (candidate / "images").is_dir() and (candidate / "annotations").is_dir():
+            return candidate
+    return None
+
+
+def check_ade20k(folder: Path, expected: dict[str, int] = ADE20K_PAIRS) -> CheckedDataset:
+    """Raise ValueError unless the folder holds the whole of ADE20K."""
+    description = read_description(folder)
+    problems = []
+    found = {}
+    for split, wanted in expected.items():
+        try:
+            found[split] = description.pairs(split)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if len(found[split]) != wanted:
+            problems.append(f"{len(found[split])} of {wanted} pairs in the {split} split")
+    if problems:
+        raise ValueError(f"{folder} is not the whole of ADE20K: {'; '.join(problems)}")
+    return _check_pairs(description, found, ADE20K_CLASSES)
+
+
+def check_dataset(path: Path, count_classes: Callable[[DatasetDescription], int]) -> CheckedDataset:
+    """Look at every pair of the splits that the dataset names. Raises ValueError."""
+    description = read_description(path)
+    found = {split: description.pairs(split) for split in SPLITS if _is_there(description, split)}
+    if not found:
+        raise ValueError(f"{path}: neither of the splits {', '.join(SPLITS)} is there")
+    return _check_pairs(description, found, count_classes(description))
+
+
+def _is_there(description: DatasetDescription, split: str) -> bool:
+    """A split that neither side has may be left out, as test servers' datasets do."""
+    folders = [description.images.get(split), description.annotations.get(split)]
+    return any(folder is not None and folder.is_dir() for folder in folders)
+
+
+def _check_pairs(
+    description: DatasetDescription, found: dict[str, list[Pair]], num_classes: int
+) -> CheckedDataset:
+    allowed = allowed_labels(description, num_classes)
+
+    def problem_of(pair: Pair) -> str | None:
+        try:
+            check_pair(pair, allowed)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    pairs = [pair for split in found.values() for pair in split]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = [text for text in pool.map(problem_of, pairs) if text is not None]
+    if problems:
+        more = f" ({len(problems)} of {len(pairs)} pairs are bad)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more}")
+    return CheckedDataset(
+        name=description.name, pairs={split: len(pairs) for split, pairs in found.items()}
+    )
+
+
+def unpack(archive: Path, folder: Path, name: str) -> None:
+    """Unpack `<name>/...` of a zip into `folder`; it appears under its name when it is complete.
+
+    Raises ValueError, before anything is written, if a member would leave the folder, is a link,
+    or if the disk is too small.
+    """
+    unfinished = folder / f".{name}.unfinished"
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = file.infolist()
+            for member in members:
+                _check_member(member, archive, name)
+            needed = sum(member.file_size for member in members)
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise ValueError(
+                    f"{folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are to unpack"
+                )
+            shutil.rmtree(unfinished, ignore_errors=True)
+            logger.info("unpacking %d files, %.1f GB", len(members), needed / 1e9)
+            file.extractall(unfinished)
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ValueError(f"{archive} is not a sound zip file: {error}") from error
+    (unfinished / name).replace(folder / name)
+    shutil.rmtree(unfinished)
+
+
+def _check_member(member: zipfile.ZipInfo, archive: Path, name: str) -> None:
+    path = PurePosixPath(member.filename.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        raise ValueError(f"{archive} is refused: {member.filename!r} would leave the folder")
+    if stat.S_ISLNK(member.external_attr >> 16):
+        raise ValueError(f"{archive} is refused: {member.filename!r} is a link")
+    if path.parts[0] != name:
+        raise ValueError(f"{archive} is refused: {member.filename!r} is not in {name}/")
