@@ -1,4 +1,4 @@
-"""The whole alternation on real photographs and real street scenes, small enough for two CPU cores."""
+"""The whole alternation on real photographs and street scenes, small enough for two CPU cores."""
 
 import csv
 import json
