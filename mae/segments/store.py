@@ -19,6 +19,7 @@ import os
 import sqlite3
 import zlib
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ ALL = """
     FROM images AS i JOIN segments AS s ON s.image = i.id
     WHERE i.key = ? ORDER BY s.coverage, s.id
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedImage:
+    """One image's rows. segments: (coverage in percent, compressed counts), the smallest first."""
+
+    key: str
+    height: int | None
+    width: int | None
+    segments: tuple[tuple[float, bytes], ...]
 
 
 class PackedStore:
@@ -88,6 +99,14 @@ class PackedStore:
         """Why images are not in the store, by their keys."""
         return dict(self._query("SELECT key, reason FROM failures ORDER BY key"))
 
+    def packed(self, key: str) -> PackedImage:
+        """The rows of an image that is in `images` or `listed_empty`, checked, for copying."""
+        rows = self._query("SELECT height, width FROM images WHERE key = ?", (key,))
+        segments = [(row[2], row[3]) for row in self._query(ALL, (key,))]
+        for _, counts in segments:
+            self._unpack(key, counts)
+        return PackedImage(key=key, height=rows[0][0], width=rows[0][1], segments=tuple(segments))
+
     def _segment(self, key: str, row: tuple[int, int, float, bytes]) -> Segment:
         height, width, coverage, counts = row
         return Segment(
@@ -130,7 +149,7 @@ def check_store(path: Path) -> dict[str, str]:
             meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
     except sqlite3.Error as error:
         raise ValueError(f"{path} is not a packed store of segments: {error}") from None
-    _check_format(path, meta)
+    check_format(path, meta)
     if meta.get("complete") != "1":
         raise ValueError(f"{path} was not finished; run the command that writes it again")
     return meta
@@ -156,7 +175,8 @@ def _check_length(path: Path, header: bytes) -> None:
         )
 
 
-def _check_format(path: Path, meta: dict[str, str]) -> None:
+def check_format(path: Path, meta: dict[str, str]) -> None:
+    """Raise ValueError unless `meta` is that of a store of a format known here."""
     version = meta.get("format_version", "")
     if not version.isdigit():
         raise ValueError(f"{path} is not a packed store of segments")

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from mae.segments.segment import Segment
-from mae.segments.store import FORMAT_VERSION, _check_format
+from mae.segments.store import FORMAT_VERSION, PackedImage, check_format
 
 SCHEMA = """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -32,13 +32,15 @@ COMPRESSION_LEVEL = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedImage:
-    """One image's rows. segments: (coverage in percent, compressed counts), the smallest first."""
+class Summary:
+    """What a command did. images: with segments; without: known to have none; left_out: damaged."""
 
-    key: str
-    height: int | None
-    width: int | None
-    segments: tuple[tuple[float, bytes], ...]
+    out: Path
+    images: int
+    without: int
+    left_out: int
+    already_there: int = 0
+    interrupted: bool = False
 
 
 def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
@@ -46,8 +48,8 @@ def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
     first = segments[0] if segments else None
     return PackedImage(
         key=key,
-        height=first and first.height,
-        width=first and first.width,
+        height=first.height if first else None,
+        width=first.width if first else None,
         segments=tuple(
             (segment.coverage_percent, zlib.compress(segment.counts, COMPRESSION_LEVEL))
             for segment in segments
@@ -96,6 +98,17 @@ class StoreWriter:
         """The images that are done."""
         return {key for (key,) in self.connection.execute("SELECT key FROM images")}
 
+    def summary(self, *, already_there: int, interrupted: bool = False) -> Summary:
+        """What is there now."""
+        return Summary(
+            out=self.out,
+            images=self._count("images WHERE segments > 0"),
+            without=self._count("images WHERE segments = 0"),
+            left_out=self._count("failures"),
+            already_there=already_there,
+            interrupted=interrupted,
+        )
+
     def add(self, image: PackedImage) -> None:
         """Add an image that is not there; it counts as no failure any more."""
         try:
@@ -141,6 +154,9 @@ class StoreWriter:
             os.fsync(file.fileno())
         self.part.replace(self.out)
 
+    def _count(self, rows: str) -> int:
+        return int(self.connection.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])
+
     def _begin(self, wanted: dict[str, str]) -> None:
         """Make the tables, or go on with those that are there."""
         if not self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -151,7 +167,7 @@ class StoreWriter:
             self.commit()
             return
         meta = dict(self.connection.execute("SELECT name, value FROM meta").fetchall())
-        _check_format(self.part, meta)
+        check_format(self.part, meta)
         for name, value in wanted.items():
             if meta[name] != value:
                 raise ValueError(
