@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 VISIBLE = 1  # what the fourth channel holds where a pixel is shown; everywhere, after pretraining
-HIDDEN = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +69,7 @@ class MaskingMethod:
         segment: [H, W] uint8, 1 inside, already cropped, flipped and resized with the image.
         """
         assert segment is not None
-        inside = HIDDEN if self.hide == "segment" else VISIBLE
-        return np.where(segment > 0, inside, VISIBLE + HIDDEN - inside).astype(np.uint8)
+        return VISIBLE - segment if self.hide == "segment" else segment
 
     def hidden_pixels(self, pattern: np.ndarray) -> int:
         """How many pixels the pattern hides."""

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def _kill_in_second_save(rank):
     fsync = os.fsync
 
     def kill(descriptor):
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".pth.part"):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name.endswith(".pth.part"):
             calls.append(descriptor)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,235 @@
+"""Load training samples: this loader against the usual ways. `python -m perf.loader --help`.
+
+Everything runs on one core in one process, our turn and the peer's in alternation, on the same
+images in the same order; the figures are medians over the rounds, in processor time, which other
+users of a machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as vision
+
+from mae.config import MethodConfig, ModelConfig, make_method
+from mae.data import MaskedImages
+from mae.listing import find_images, segment_key
+from mae.model import IMAGE_MEAN, IMAGE_STD
+from mae.segments import SegmentSource, open_segments
+
+SIZE = 224
+COVERAGE_PERCENT = 15.0
+MODEL = ModelConfig(model="vit_base", image_size=SIZE)
+
+
+class PngSamples(Dataset[tuple[Tensor, Tensor]]):
+    """The peer for masked samples: a PNG per segment, a text table, float tensors of full size."""
+
+    def __init__(self, folder: Path, masks: Path, paths: list[str]) -> None:
+        self.folder, self.masks, self.paths = folder, masks, paths
+        self.crop = transforms.RandomResizedCrop(
+            SIZE, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
+        )
+        self.flip = transforms.RandomHorizontalFlip()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        path = self.paths[index]
+        image = vision.to_tensor(Image.open(self.folder / path).convert("RGB"))
+        image = vision.normalize(image, IMAGE_MEAN, IMAGE_STD)
+        folder = self.masks / segment_key(path)
+        table = [line.split() for line in (folder / "table.txt").read_text().splitlines()]
+        name = min(table, key=lambda row: abs(float(row[0]) - COVERAGE_PERCENT))[1]
+        segment = vision.to_tensor(Image.open(folder / name).convert("L"))
+        both = self.flip(self.crop(torch.cat([image, segment])))
+        return both[:3], both[3:]
+
+
+def make_peer_of_patches(folder: Path) -> ImageFolder:
+    """The usual MAE loader: ImageFolder, PIL, ToTensor, Normalize."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                SIZE, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC
+            ),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGE_MEAN, IMAGE_STD),
+        ]
+    )
+    return ImageFolder(str(folder), transform)
+
+
+def make_ours(
+    folder: Path,
+    paths: list[str],
+    source: SegmentSource | None,
+    model: ModelConfig,
+    mask_method: str,
+) -> MaskedImages:
+    """Our samples of one masking method."""
+    wanted = MethodConfig(mask_method=mask_method, coverage_ratio=COVERAGE_PERCENT)
+    method = make_method(wanted, model)
+    source = source if method.uses_segments else None
+    listed = np.array([path.encode() for path in paths])
+    return MaskedImages(folder, listed, source, method=method, wanted=wanted, seed=0)
+
+
+def write_png_form(source: SegmentSource, paths: list[str], masks: Path) -> None:
+    """The segments as the peer reads them: PNGs and `<coverage percent> <file>` lines."""
+    for path in paths:
+        folder = masks / segment_key(path)
+        folder.mkdir(parents=True)
+        lines = []
+        for number, segment in enumerate(source.segments(segment_key(path))):
+            Image.fromarray(segment.decode() * 255).save(folder / f"{number}.png")
+            lines.append(f"{segment.coverage_percent:.4f} {number}.png\n")
+        (folder / "table.txt").write_text("".join(lines))
+
+
+def milliseconds_per_sample(load: Callable[[int], Any], count: int) -> float:
+    """Processor time of one pass over all samples, per sample."""
+    began = time.process_time()
+    for index in range(count):
+        load(index)
+    return (time.process_time() - began) / count * 1e3
+
+
+def compare(
+    work: str,
+    peer: str,
+    ours: Callable[[int], Any],
+    theirs: Callable[[int], Any],
+    count: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Both in turn; medians in milliseconds, and how many times faster ours is."""
+    times: list[tuple[float, float]] = []
+    for number in range(rounds + 1):
+        pair = milliseconds_per_sample(ours, count), milliseconds_per_sample(theirs, count)
+        if number:  # the first round warms the caches up
+            times.append(pair)
+    ours_ms = statistics.median(pair[0] for pair in times)
+    peer_ms = statistics.median(pair[1] for pair in times)
+    ratio = statistics.median(pair[1] / pair[0] for pair in times)
+    return {"work": work, "peer": peer, "ours_ms": ours_ms, "peer_ms": peer_ms, "ratio": ratio}
+
+
+def measure(images: Path, masks: Path, rounds: int, limit: int) -> list[dict[str, Any]]:
+    """All rows. images: a folder with class folders, or one with train/; masks: its segments."""
+    folder = images / "train" if (images / "train").is_dir() else images
+    source = open_segments(masks)
+    usable = source.images() - source.listed_empty()
+    paths = [path for path in find_images(folder) if segment_key(path) in usable]
+    paths = [path for path in paths if source.nearest(segment_key(path), COVERAGE_PERCENT)][:limit]
+    count = len(paths)
+    print(f"{count} images of {folder}, segments of {masks}, {rounds} rounds, one core", flush=True)
+    encoded = [
+        torch.frombuffer(bytearray((folder / p).read_bytes()), dtype=torch.uint8) for p in paths
+    ]
+    patches = make_ours(folder, paths, None, MODEL, "patches")
+    theirs = make_peer_of_patches(folder)
+    index_of = {Path(path): index for index, (path, _) in enumerate(theirs.samples)}
+    order = [index_of[folder / path] for path in paths]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        write_png_form(source, paths, Path(scratch))
+        peer = PngSamples(folder, Path(scratch), paths)
+        ours = make_ours(folder, paths, source, MODEL, "four_channels")
+        rows.append(
+            compare(
+                "masked sample",
+                "PIL, float tensors, PNG per segment",
+                lambda i: ours[(0, i)],
+                lambda i: peer[i],
+                count,
+                rounds,
+            )
+        )
+    rows.append(
+        compare(
+            "patches sample",
+            "torchvision ImageFolder",
+            lambda i: patches[(0, i)],
+            lambda i: theirs[order[i]],
+            count,
+            rounds,
+        )
+    )
+    rows.append(
+        compare(
+            "patches sample",
+            "JPEG decoding alone",
+            lambda i: patches[(0, i)],
+            lambda i: _decode(encoded[i]),
+            count,
+            rounds,
+        )
+    )
+    return rows
+
+
+def _decode(encoded: Tensor) -> Tensor:
+    return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    print(f"{'work':<16} {'against':<38} {'ours ms':>8} {'peer ms':>8} {'ratio':>6}")
+    for row in rows:
+        print(
+            f"{row['work']:<16} {row['peer']:<38} {row['ours_ms']:8.2f} {row['peer_ms']:8.2f} "
+            f"{row['ratio']:5.1f}x"
+        )
+
+
+def sample_data(folder: Path) -> tuple[Path, Path]:
+    """Generated images and their segments, by this repository's own benchmark.py."""
+    repository = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "benchmark.py", "sample", str(folder)]
+    subprocess.run(command, cwd=repository, check=True, stdout=subprocess.DEVNULL)
+    return folder / "in1k", folder / "in1k/masks"
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=Path, help="folder with train/; default: generated images")
+    parser.add_argument("--masks", type=Path, help="their segments; default: IMAGES/masks")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--limit", type=int, default=200, help="most images to use")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        images, masks = arguments.images, arguments.masks
+        if images is None:
+            images, masks = sample_data(Path(scratch) / "sample")
+        rows = measure(images, masks or images / "masks", arguments.rounds, arguments.limit)
+    print_rows(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
