@@ -122,6 +122,81 @@ def generate(
     return _report(generate_segments(images, out, made, shard=shard, processes=_cores(processes)))
 
 
+@masks.command(context_settings=CONTEXT)
+@click.argument("masks_dir", type=PATH)
+@click.option("--images", type=PATH, help="Folder of the images. Default: train beside masks.")
+@click.option(
+    "--coverage-ratio",
+    "ratios",
+    type=click.FloatRange(0, 100),
+    multiple=True,
+    default=(5.0, 15.0, 30.0, 50.0),
+    help="May be repeated. Default: 5, 15, 30, 50.",
+)
+@click.option("--out", type=PATH, default=Path("segments"), help="Writes OUT.png and OUT.html.")
+@click.option("--limit", type=click.IntRange(1), default=2000, help="Most images to read.")
+@click.option("--rows", type=click.IntRange(0), default=8, help="Images on the contact sheet.")
+@processes_option
+def inspect(
+    masks_dir: Path,
+    images: Path | None,
+    ratios: tuple[float, ...],
+    out: Path,
+    limit: int,
+    rows: int,
+    processes: int | None,
+) -> None:
+    """Print and draw what the segments of a dataset are like."""
+    from mae.listing import find_images, segment_key
+    from mae.segments import open_segments
+    from mae.segments.look import write_pictures
+    from mae.segments.statistics import collect, describe
+
+    source = open_segments(masks_dir)
+    folder = images or _train_beside(masks_dir)
+    paths = find_images(folder) if images or folder.is_dir() else []
+    found = {segment_key(path): folder / path for path in paths}
+    statistics = collect(source, limit=limit, processes=_cores(processes))
+    for what, value in describe(statistics, ratios):
+        click.echo(f"{what + ':':28}{value}")
+    missing = found.keys() - source.images() - source.listed_empty()
+    if missing:
+        click.echo(
+            f"{len(missing)} images have no segments and no list says so: {min(missing)} ..."
+        )
+    title = f"Segments in {masks_dir.resolve().name} ({source.name})"
+    written = write_pictures(
+        statistics, source, found, ratios=ratios, title=title, out=out, rows=rows
+    )
+    click.echo(f"wrote {written[0]} and {written[1]}")
+
+
+def _train_beside(masks_dir: Path) -> Path:
+    folder = masks_dir.resolve().parent
+    return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), folder)
+
+
+@masks.command(context_settings=CONTEXT)
+@click.argument("in1k_dir", type=PATH)
+@click.option("--masks-dir", type=PATH, help="Default: IN1K_DIR/masks.")
+@click.option("--out", type=PATH, default=Path("offenders.txt"), show_default=True)
+@processes_option
+def check(in1k_dir: Path, masks_dir: Path | None, out: Path, processes: int | None) -> int:
+    """Check that every training image opens and its segments fit; exit code 1 if not."""
+    from mae.segments.check import check as check_dataset
+
+    result = check_dataset(
+        in1k_dir, masks_dir or in1k_dir / "masks", out, processes=_cores(processes)
+    )
+    if result.interrupted:
+        click.echo(f"stopped after {result.checked} of {result.total}; run the same command again")
+        return EXIT_INTERRUPTED
+    click.echo(f"{result.checked} images checked, {len(result.offenders)} offenders, in {out}")
+    for path, reason in list(result.offenders.items())[:5]:
+        click.echo(f"  {path}: {reason}")
+    return EXIT_FAILED if result.offenders else 0
+
+
 def _generator(name: str, device: str, given: dict[str, Any]) -> Generator:
     """Raises ValueError for options of the other generator."""
     from dataclasses import fields

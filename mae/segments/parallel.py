@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ def available_cores() -> int:
 
 def in_order(
     work: Callable[[Item], Result], items: Sequence[Item], *, processes: int, chunk: int = 8
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield `work(item)` for each item; `work` is pickled once per process.
 
     What `work` raises is raised here. With one process, or few items, there is no other process.

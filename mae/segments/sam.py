@@ -87,7 +87,7 @@ class Sam:
         """Segments of each image [H, W, 3] uint8, the smallest first."""
         import torch
 
-        inputs = self.processor(images=list(images), return_tensors="pt")
+        inputs = self.processor(images=[image.copy() for image in images], return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.device)
         sizes = inputs.get("reshaped_input_sizes")
         low_precision = torch.autocast(
