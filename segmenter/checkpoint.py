@@ -20,7 +20,9 @@ REQUIRED = (
     "model", "shape", "classes", "palette", "dataset", "protocol", "config", "epochs_completed",
     "steps_completed",
 )  # fmt: skip
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError)
+# What torch raises for files that are none of its own: its unpickler stumbles in many ways.
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError,
+              TypeError, AttributeError)  # fmt: skip
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:

@@ -206,7 +206,7 @@ def _apply(transform: Any, description: DatasetDescription, pair: Pair) -> dict[
                 "seg_fields": [],
             }
         )
-    except (OSError, AttributeError, TypeError) as error:  # mmcv fails on None for unreadable files
+    except (OSError, AssertionError, AttributeError) as error:  # mmcv asserts that it could decode
         raise ValueError(f"{pair.image} or its annotation cannot be read: {error}") from error
 
 

@@ -1,0 +1,126 @@
+"""A tiny dataset of coloured boxes, and the command line called here or in real processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CLASSES = ["ground", "box", "sky"]
+IGNORE = 3
+SIZES = [(40, 56), (48, 48), (56, 40)]  # height and width; no multiples of a window of 32
+
+
+def write_pair(folder: Path, split: str, number: int) -> None:
+    rng = np.random.default_rng(number)
+    height, width = SIZES[number % len(SIZES)]
+    labels = np.zeros((height, width), dtype=np.uint8)
+    labels[: height // 3] = 2
+    top, left = rng.integers(8, 20, 2)
+    labels[top : top + 16, left : left + 16] = 1
+    labels[:2] = IGNORE
+    colours = np.array([[90, 60, 30], [200, 30, 40], [90, 160, 220], [0, 0, 0]])
+    image = colours[labels] + rng.integers(-20, 20, (height, width, 3))
+    for kind, array, suffix in (
+        ("images", image.clip(0, 255).astype(np.uint8), ".jpg"),
+        ("annotations", labels, ".png"),
+    ):
+        path = folder / kind / split / f"{number:03d}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+
+
+def write_dataset(folder: Path, train: int = 7, val: int = 3, **changes: object) -> Path:
+    """A dataset of three classes; returns its YAML file."""
+    for number in range(train):
+        write_pair(folder, "training", number)
+    for number in range(100, 100 + val):
+        write_pair(folder, "validation", number)
+    description = {
+        "name": "boxes",
+        "images": {"train": "images/training", "val": "images/validation"},
+        "annotations": {"train": "annotations/training", "val": "annotations/validation"},
+        "classes": CLASSES,
+        "ignore_index": IGNORE,
+        **changes,
+    }
+    path = folder / "dataset.yml"
+    path.write_text(yaml.safe_dump(description))
+    return path
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def call(*arguments: object, capsys: pytest.CaptureFixture[str] | None = None) -> Outcome:
+    """`python -m segmenter ...` in this process."""
+    from segmenter.cli import main
+
+    if capsys is not None:
+        capsys.readouterr()
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        captured = capsys.readouterr() if capsys is not None else None
+        return Outcome(
+            int(error.code or 0), captured.out if captured else "", captured.err if captured else ""
+        )
+    raise AssertionError("main returned")
+
+
+def train_arguments(dataset: Path, output_dir: Path, **changes: object) -> list[str]:
+    """Two epochs of two steps of a vit_tiny with dropout and drop path."""
+    options: dict[str, object] = {
+        "dataset": dataset,
+        "output_dir": output_dir,
+        "init": "random",
+        "model": "vit_tiny",
+        "recipe": "fast",
+        "decoder": "mask_transformer",
+        "epochs": 2,
+        "batch_size": 3,
+        "lr": 1e-3,
+        "drop_path": 0.1,
+        "decoder_dropout": 0.1,
+        "image_size": 40,
+        "crop_size": 32,
+        "window_size": 32,
+        "window_stride": 24,
+        "eval_every": 1,
+        "eval_batch_size": 1,
+        "device": "cpu",
+        "workers": 0,
+        **changes,
+    }
+    arguments = ["train"]
+    for name, value in options.items():
+        if value is not None:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def start(arguments: list[str], processes: int = 1, **more: object) -> subprocess.Popen[str]:
+    """`python -m segmenter ...` as one real process, or as several through torchrun."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*launcher, "-m", "segmenter", *arguments],
+        cwd=REPOSITORY,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(Path.home())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **more,  # type: ignore[call-overload]
+    )

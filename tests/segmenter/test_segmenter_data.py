@@ -1,0 +1,114 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from segmenter.config import ProtocolConfig
+from segmenter.data import TrainingCrops, WholeImages, test_images, training_batches
+from segmenter.dataset import read_description
+from segmenter.schedule import BatchPlan
+
+test_images.__test__ = False  # a loader, not a test
+PROTOCOL = ProtocolConfig(
+    image_size=40, crop_size=48, window_size=32, window_stride=24, normalization="imagenet"
+)
+
+
+def crops(path, seed=0, protocol=PROTOCOL):
+    description = read_description(path)
+    return TrainingCrops(description, description.pairs("train"), protocol, seed)
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_only(dataset):
+    first = crops(dataset)[3, 2]
+    np.random.seed(99)
+    random.seed(99)
+    assert equal(first, crops(dataset)[3, 2])
+    assert not equal(first, crops(dataset)[4, 2])
+    assert not equal(first, crops(dataset, seed=1)[3, 2])
+
+
+def test_drawing_a_sample_leaves_the_global_generators_alone(dataset):
+    np.random.seed(1)
+    random.seed(1)
+    expected = np.random.rand(), random.random()
+    np.random.seed(1)
+    random.seed(1)
+    crops(dataset)[0, 0]
+    assert (np.random.rand(), random.random()) == expected
+
+
+def test_padding_is_ignored_and_its_size_is_told(dataset):
+    found = 0
+    for index in range(7):
+        image, labels, (height, width) = crops(dataset)[0, index]
+        assert image.shape == (3, 48, 48)
+        assert image.dtype == labels.dtype == torch.uint8
+        outside = torch.ones(48, 48, dtype=torch.bool)
+        outside[:height, :width] = False
+        assert (labels[outside] == 3).all()
+        found += int(outside.sum())
+    assert found
+
+
+def test_workers_and_processes_change_no_batch(dataset):
+    plan = BatchPlan(num_images=7, batch_size=3, processes=1)
+
+    def batches(rank=0, processes=1, workers=0, start=(0, 0)):
+        plan = BatchPlan(num_images=7, batch_size=3, processes=processes)
+        return list(
+            training_batches(
+                crops(dataset), plan, rank=rank, start=start, epochs=2, workers=workers,
+                pin_memory=False,
+            )
+        )  # fmt: skip
+
+    whole = batches()
+    assert len(whole) == 2 * plan.steps_per_epoch == 4
+    for one, other in zip(whole, batches(workers=2), strict=True):
+        assert torch.equal(one.images, other.images)
+    for one, other in zip(whole[3:], batches(start=(1, 1)), strict=True):
+        assert torch.equal(one.labels, other.labels)
+    first, second = batches(0, 2), batches(1, 2)
+    for one, *parts in zip(whole, first, second, strict=True):
+        assert one.valid_pixels == sum(part.valid_pixels for part in parts)
+        assert torch.equal(one.images[0::2], parts[0].images)
+        assert torch.equal(one.images[1::2], parts[1].images)
+
+
+def test_camvid_void_is_neither_class_nor_255(camvid):
+    labels = torch.stack([crops(camvid)[0, index][1] for index in range(10)])
+    assert set(labels.unique().tolist()) <= set(range(12))
+
+
+def test_test_images_keep_their_ratio_and_the_labels_their_size(dataset):
+    description = read_description(dataset)
+    images = WholeImages(description, description.pairs("val"), PROTOCOL.multi_scale())
+    sample = next(test_images(images, [1], workers=0, pin_memory=False))
+    assert sample.labels.shape == (56, 40)  # the second size of the generated pairs
+    assert [tuple(scaled.shape[1:]) for scaled in sample.scaled] == [
+        (28, 20), (42, 30), (56, 40), (70, 50), (84, 60), (98, 70)
+    ]  # fmt: skip
+
+
+def test_ade20k_labels_are_shifted_and_0_is_ignored(ade20k):
+    from PIL import Image
+
+    description = read_description(ade20k)
+    pairs = description.pairs("val")
+    images = WholeImages(description, pairs, PROTOCOL)
+    for index, pair in enumerate(pairs):
+        stored = np.array(Image.open(pair.annotation)).astype(int)
+        expected = np.where(stored == 0, 255, stored - 1)
+        assert np.array_equal(images[index].labels.numpy(), expected)
+
+
+def test_an_unreadable_image_is_named(own_dataset):
+    (own_dataset.parent / "images/training/004.jpg").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"004\.jpg"):
+        crops(own_dataset)[0, 4]

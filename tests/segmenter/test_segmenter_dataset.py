@@ -1,0 +1,134 @@
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from boxes import write_dataset
+from PIL import Image
+
+from segmenter.data import read_classes
+from segmenter.dataset import DESCRIPTIONS, read_description
+from segmenter.labels import check_labels
+
+
+def change(path, **changes):
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
+def test_pairs_come_sorted_with_their_annotations(dataset):
+    pairs = read_description(dataset).pairs("train")
+    assert [pair.name for pair in pairs] == [f"{number:03d}" for number in range(7)]
+    assert all(pair.image.is_file() and pair.annotation.is_file() for pair in pairs)
+
+
+def test_a_missing_annotation_is_counted_and_named(own_dataset):
+    missing = own_dataset.parent / "annotations/training/002.png"
+    missing.unlink()
+    with pytest.raises(ValueError, match=r"1 of 7 train images have no annotation: .*002\.png"):
+        read_description(own_dataset).pairs("train")
+
+
+def test_an_empty_split_is_named(own_dataset):
+    shutil.rmtree(own_dataset.parent / "images/validation")
+    with pytest.raises(ValueError, match="the val images are missing"):
+        read_description(own_dataset).pairs("val")
+    (own_dataset.parent / "images/validation").mkdir()
+    with pytest.raises(ValueError, match=r"no \*\.jpg in .*validation"):
+        read_description(own_dataset).pairs("val")
+
+
+def test_a_file_of_0_bytes_is_named(own_dataset):
+    (own_dataset.parent / "images/training/001.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"001\.jpg \(train\) is an empty file"):
+        read_description(own_dataset).pairs("train")
+
+
+def test_a_label_outside_the_classes_is_named(own_dataset):
+    path = own_dataset.parent / "annotations/training/000.png"
+    labels = np.array(Image.open(path))
+    labels[5, 5] = 77
+    Image.fromarray(labels).save(path)
+    description = read_description(own_dataset)
+    with pytest.raises(ValueError, match=r"000\.png holds label 77, .* \(0 to 3\)"):
+        check_labels(description, description.pairs("train"), 3, everything=True)
+
+
+def test_an_annotation_of_another_size_is_named(own_dataset):
+    path = own_dataset.parent / "annotations/validation/101.png"
+    Image.open(path).resize((20, 30)).save(path)
+    description = read_description(own_dataset)
+    with pytest.raises(ValueError, match=r"101\.png is 20 x 30 pixels, its image .* is 40 x 56"):
+        check_labels(description, description.pairs("val"), 3, everything=True)
+
+
+def test_a_colour_annotation_is_refused(own_dataset):
+    path = own_dataset.parent / "annotations/training/000.png"
+    Image.open(path).convert("RGB").save(path)
+    description = read_description(own_dataset)
+    with pytest.raises(ValueError, match="labels have one channel"):
+        check_labels(description, description.pairs("train"), 3, everything=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clases": ["a", "b"]}, "unknown key 'clases'; did you mean classes"),
+        ({"classes": []}, "lacks classes"),
+        ({"classes": "NoSuchDataset"}, "mmsegmentation has no dataset NoSuchDataset"),
+        ({"palette": [[1, 2, 3]]}, "1 colours for 3 classes"),
+        ({"palette": [[1, 2, 300]] * 3}, "not in 0 to 255"),
+        ({"ignore_index": 999}, "ignore_index is 999"),
+        ({"reduce_zero_label": True}, "ignore_index has to be 255"),
+        ({"images": {"test": "x"}}, "images has to name a folder"),
+    ],
+)
+def test_a_wrong_description_is_explained(own_dataset, changes, message):
+    change(own_dataset, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_classes(read_description(own_dataset))
+
+
+def test_classes_without_a_palette_get_distinct_colours(dataset):
+    palette = read_classes(read_description(dataset)).palette
+    assert len({tuple(colour) for colour in palette}) == 3
+
+
+def test_camvid_keeps_its_own_void_label(camvid):
+    description = read_description(camvid)
+    assert (description.ignore_index, len(description.classes)) == (11, 11)
+    assert len(description.pairs("train")) == 100
+    assert len(description.pairs("val")) == 30
+
+
+def test_an_ade20k_folder_is_used_where_it_lies(ade20k):
+    description = read_description(ade20k)
+    assert len(description.pairs("val")) == 3
+    classes = read_classes(description)
+    assert len(classes) == 150
+    assert classes.names[:4] == ("wall", "building", "sky", "floor")
+    with pytest.raises(ValueError, match="the train images are missing"):
+        description.pairs("train")
+
+
+@pytest.mark.parametrize(("name", "number"), [("cityscapes", 19), ("pascal_context", 60)])
+def test_the_further_datasets_have_their_classes(name, number):
+    assert len(read_classes(read_description(DESCRIPTIONS / f"{name}.yml"))) == number
+
+
+def test_cityscapes_suffixes_and_city_folders_make_pairs(tmp_path):
+    shutil.copy(DESCRIPTIONS / "cityscapes.yml", tmp_path / "dataset.yml")
+    for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelTrainIds")):
+        path = tmp_path / kind / "train/aachen" / f"aachen_000001_{suffix}.png"
+        path.parent.mkdir(parents=True)
+        Image.new("L", (4, 4)).save(path)
+    (pair,) = read_description(tmp_path / "dataset.yml").pairs("train")
+    assert pair.name == "aachen/aachen_000001"
+
+
+def test_split_lists_choose_from_a_shared_folder(tmp_path):
+    path = write_dataset(tmp_path, train=4, val=0, splits={"train": "train.txt"})
+    (tmp_path / "train.txt").write_text("003\n001\n")
+    assert [pair.name for pair in read_description(path).pairs("train")] == ["003", "001"]
+    (tmp_path / "train.txt").write_text("003\n009\n")
+    with pytest.raises(ValueError, match=r"lists 1 images that are not there: .*009\.jpg"):
+        read_description(path).pairs("train")
