@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -70,8 +69,8 @@ def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
     try:
         mapped = lazily and zipfile.is_zipfile(path)  # older files can only be read as a whole
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # reading a file of another kind can raise anything
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 

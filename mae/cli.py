@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _report(message: str, code: int) -> int:
     rank = _rank()
+    if message.startswith("Caught "):  # an error of a loader process comes with its traceback
+        message = message.strip().splitlines()[-1].partition(": ")[2]
     click.echo(f"{f'process {rank}: ' if rank else ''}Error: {message}", err=True)
     return code
 

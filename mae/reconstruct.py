@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae.checkpoint import load_checkpoint
+from mae.checkpoint import load_checkpoint, read_torch_file
 from mae.config import make_method, parse_settings
 from mae.data import Batch, Sample, collate, make_sample
 from mae.decode import read_image
@@ -35,8 +35,9 @@ def reconstruct_files(
     """
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: {out.absolute().parent} is not a folder")
-    checkpoint = load_checkpoint(checkpoint_path, lazily=True)
-    model = load_model(checkpoint, checkpoint_path)
+    _refuse_encoder_only(checkpoint_path)
+    checkpoint = load_checkpoint(checkpoint_path)
+    model = load_model(checkpoint)
     batch = unpack_fixed_set(checkpoint["fixed_set"])
     if images:
         source = open_segments(masks_dir) if masks_dir else None
@@ -76,18 +77,25 @@ def unpack_fixed_set(stored: dict[str, Tensor]) -> Batch:
     return Batch(**stored, unreadable=[], without_segment=[])
 
 
-def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
-    """The whole model of a checkpoint, ready to reconstruct.
-
-    Raises ValueError if the decoder is missing, as in files that hold an encoder only.
-    """
+def load_model(checkpoint: dict[str, Any]) -> MaskedAutoencoder:
+    """The whole model of a checkpoint, ready to reconstruct."""
     method, model_config = parse_settings(checkpoint["config"])
     weights = checkpoint["model"]
-    if not any(name.startswith("decoder_blocks.") for name in weights):
-        raise ValueError(f"{path} holds an encoder only; reconstructing needs the decoder too")
     model = MaskedAutoencoder(model_config, make_method(method, model_config))
     model.load_state_dict(weights)
     return model.eval()
+
+
+def _refuse_encoder_only(path: Path) -> None:
+    """Raise ValueError for files that have no decoder: exports, and most official checkpoints."""
+    content = {} if path.suffix == ".safetensors" else read_torch_file(path, lazily=True)
+    weights = content.get("model", {}) if isinstance(content, dict) else {}
+    if path.suffix == ".safetensors" or (
+        "patch_embed.proj.weight" in weights and "decoder_pred.weight" not in weights
+    ):
+        raise ValueError(
+            f"{path} holds an encoder only; reconstructing needs the decoder of a checkpoint-N.pth"
+        )
 
 
 def _own_segment(path: Path, source: SegmentSource, coverage_percent: float) -> np.ndarray:

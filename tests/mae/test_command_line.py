@@ -1,0 +1,189 @@
+"""`python -m mae` as a user meets it: real processes, exit codes, one clear line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import SMALL_RUN, make_config, read_epochs
+
+from mae.cli import cli, main
+from mae.interruption import EXIT_INTERRUPTED
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SAMPLE = REPOSITORY / "../shared/data/imagenet-sample"
+
+
+def run(*arguments, launcher=()):
+    command = [sys.executable, *launcher, "-m", "mae", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+
+
+def exit_code(capsys, *arguments):
+    """Run in this process: exit code and the lines on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.fixture
+def settings(in1k_dir, tmp_path):
+    """A configuration file for a small run."""
+    path = tmp_path / "small.yml"
+    path.write_text(yaml.safe_dump({"in1k-dir": str(in1k_dir), **SMALL_RUN}))
+    return path
+
+
+@pytest.mark.slow
+def test_torchrun_trains_on_two_processes_over_gloo(settings, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    out = tmp_path / "out"
+    done = run("pretrain", "--config", settings, "--output-dir", out, "--epochs", 1,
+               launcher=launcher)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "effective batch 8 = 2 process(es) x 1 step(s) x 4 images" in done.stderr
+    assert done.stderr.count("epoch 1  train_loss") == 1
+    assert [record["epoch"] for record in read_epochs(out)] == [1]
+    assert json.loads((out / "progress.json").read_text())["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masks", ["masks-amg-rle", "masks"])
+def test_real_photographs_with_real_segments(tmp_path, masks):
+    if not SAMPLE.is_dir():
+        pytest.skip(f"the sample of ImageNet is not at {SAMPLE}")
+    options = {
+        "in1k_dir": SAMPLE, "masks_dir": SAMPLE / masks, "output_dir": tmp_path / "out",
+        "allow_missing_segments": True, "epochs": 1, "image_size": 64, "mask_method": "preencoder",
+    }  # fmt: skip
+    from mae.train import pretrain
+
+    assert pretrain(make_config(**options))
+    record = read_epochs(tmp_path / "out")[0]
+    assert record["unreadable_images"] == 0
+    assert 8 < record["coverage_percent_mean"] < 25
+    assert 0 < record["train_loss"] < 10
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("pretrain", "--help"), ("export", "--help")])
+def test_help_comes_without_torch(arguments):
+    code = (
+        "import sys\n"
+        "from mae.cli import main\n"
+        f"sys.argv[1:] = {list(arguments)!r}\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+def test_check_says_and_writes_nothing_and_imports_no_torch(settings, tmp_path):
+    code = (
+        "import sys\n"
+        "from mae.cli import main\n"
+        f"sys.argv[1:] = ['pretrain', '--check', '--config', {str(settings)!r}, "
+        f"'--output-dir', {str(tmp_path / 'new/out')!r}]\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_exit_codes_are_those_of_the_contract():
+    assert EXIT_INTERRUPTED == 75
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mask-method", "segment"], "'four-channels'"),
+        (["--coverage-ratio", "150"], "--coverage-ratio is 150; give 0 to 100 (percent)"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--stop-after", "9"], "give 1 to the 4 epochs"),
+        (["--image-size", "40"], "not a multiple of the patch size 16"),
+        (["--decoder-heads", "5"], "cannot be split into 5 heads"),
+        (["--model", "vit_giant"], "vit-huge"),
+        (["--effective-batch-size", "999"], "more than the 24 training images; give at most 24"),
+        (["--masks-dir", "/nowhere"], "/nowhere does not exist"),
+        (["--in1k-dir", "/nowhere"], "/nowhere is not a folder"),
+        (["--init", "/nowhere.pth"], "/nowhere.pth does not exist"),
+        (["--resume", "required"], "there is no checkpoint"),
+        (["--use-unmasked-images"], "four_channels needs them"),
+        (["--base-lr", "fast"], "'fast' is not a valid float"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_written(
+    capsys, settings, tmp_path, arguments, message, check
+):
+    out = tmp_path / "out"
+    code, lines = exit_code(
+        capsys, "pretrain", "--config", settings, "--output-dir", out, *arguments, *check
+    )
+    errors = [line for line in lines if "Error: " in line]
+    assert code == 2
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not out.exists()
+
+
+def test_images_of_a_missing_or_empty_folder(capsys, settings, tmp_path):
+    (tmp_path / "in1k/train").mkdir(parents=True)
+    code, lines = exit_code(
+        capsys, "pretrain", "--config", settings, "--in1k-dir", tmp_path / "in1k",
+        "--output-dir", tmp_path / "out", "--check",
+    )  # fmt: skip
+    assert code == 2
+    assert "no image below" in lines[-1]
+
+
+def test_an_output_directory_that_is_a_file(capsys, settings, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    code, lines = exit_code(
+        capsys, "pretrain", "--config", settings, "--output-dir", tmp_path / "out", "--check"
+    )
+    assert code == 2
+    assert "is not a folder" in lines[-1]
+
+
+def parse(*arguments):
+    """The options as the command understands them."""
+    return cli.commands["pretrain"].make_context("pretrain", list(arguments)).params
+
+
+def test_dashes_and_underscores_are_equal(settings):
+    required = ("--in1k_dir", "a", "--output-dir", "b")
+    for option, value in (("--mask_method", "four-channels"), ("--mask-method", "four_channels")):
+        assert parse(*required, option, value)["mask_method"] == "four_channels"
+
+
+def test_config_file_gives_defaults_and_the_command_line_wins(settings):
+    values = parse("--config", str(settings), "--output-dir", "b", "--epochs", "7")
+    assert values["epochs"] == 7
+    assert values["patch_size"] == 16
+    assert values["mask_method"] == "four_channels"
+
+
+def test_config_file_with_an_unknown_key_names_near_ones(capsys, tmp_path):
+    (tmp_path / "a.yml").write_text("mask-metod: patches\n")
+    code, lines = exit_code(capsys, "pretrain", "--config", tmp_path / "a.yml")
+    assert code == 2
+    assert "unknown option 'mask-metod'; did you mean mask_method" in lines[-1]
+
+
+def test_every_option_has_help_and_a_field(settings):
+    for option in cli.commands["pretrain"].params:
+        assert option.help
+    help_text = CliRunner().invoke(cli, ["pretrain", "--help"]).output
+    assert "--effective-batch-size" in help_text

@@ -1,0 +1,226 @@
+"""Runs that must not go on, and what they leave behind."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_config, read_epochs, write_image, write_segments
+
+from mae.checkpoint import load_checkpoint, save_checkpoint
+from mae.listing import make_listing
+from mae.optimisation import GuardedUpdate, make_optimizer
+from mae.train import pretrain
+
+
+def _poison_step_8_of_process_1(rank):
+    """The loss of one forward pass turns to NaN: epoch 3, step 2."""
+    from mae.model import MaskedAutoencoder
+
+    forward, calls = MaskedAutoencoder.forward, []
+
+    def poisoned(self, *arguments):
+        loss = forward(self, *arguments)
+        if self.training:
+            calls.append(1)
+        return loss * float("nan") if len(calls) == 8 and rank == 1 else loss
+
+    MaskedAutoencoder.forward = poisoned
+
+
+def test_a_loss_that_is_not_finite_names_epoch_step_and_process(in1k_dir, tmp_path, processes):
+    config = make_config(in1k_dir, tmp_path, batch_size=4, val_images=0)
+    codes = processes.run(config, processes=2, sabotage=_poison_step_8_of_process_1)
+    assert codes == [1, 1]
+    for rank in (0, 1):
+        message = (tmp_path / f"error-{rank}.txt").read_text()
+        assert "not finite on process 1, step 2 of 3 in epoch 3" in message
+    assert [record["epoch"] for record in read_epochs(tmp_path)] == [1, 2]
+    kept = load_checkpoint(tmp_path / "last.pth")
+    assert kept["epochs_completed"] == 2
+    assert all(torch.isfinite(weight).all() for weight in kept["model"].values())
+    assert '"state": "failed"' in (tmp_path / "progress.json").read_text()
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_nothing_is_updated_from_the_first_bad_step_on(tmp_path, bad):
+    layer = torch.nn.Linear(3, 2)
+    optimisation = make_config(tmp_path, tmp_path).optimisation
+    update = GuardedUpdate(make_optimizer(layer, optimisation), None)
+
+    def step(factor, loss):
+        (layer(torch.ones(1, 3)).sum() * factor).backward()
+        update.step(torch.tensor(loss), 0.1)
+        return layer.weight.detach().clone()
+
+    before = layer.weight.detach().clone()
+    good = step(1.0, 0.5)
+    assert not torch.equal(good, before)
+    nan = float("nan")
+    assert torch.equal(step(nan if bad == "gradient" else 1.0, nan if bad == "loss" else 0.5), good)
+    assert torch.equal(step(1.0, 0.5), good)
+    assert update.failed == 1
+    state = update.optimizer.state_dict()["state"]
+    assert all(torch.isfinite(value).all() for entry in state.values() for value in entry.values())
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path):
+    layer = torch.nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
+    update = GuardedUpdate(optimizer, 0.5)
+    before = layer.weight.detach().clone()
+    (layer(torch.ones(1, 3)).sum() * 100).backward()
+    update.step(torch.tensor(1.0), 1.0)
+    assert (before - layer.weight).norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_biases_norms_and_fixed_parts_do_not_decay(in1k_dir, tmp_path):
+    from mae.config import make_method
+    from mae.model import MaskedAutoencoder
+
+    config = make_config(in1k_dir, tmp_path)
+    model = MaskedAutoencoder(config.model, make_method(config.method, config.model))
+    decayed, plain = make_optimizer(model, config.optimisation).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(
+        names[id(p)].endswith("weight") or "token" in names[id(p)] for p in decayed["params"]
+    )
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {names[id(p)] for p in decayed["params"] + plain["params"]} == trained
+    assert "pos_embed" not in trained
+    assert (decayed["betas"], decayed["weight_decay"], plain["weight_decay"]) == (
+        (0.9, 0.95),
+        0.05,
+        0,
+    )
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        write_image(tmp_path / f"in1k/train/{number:02}.jpg", rng)
+        write_segments(tmp_path / f"in1k/masks/{number:02}.json", rng)
+    return tmp_path / "in1k"
+
+
+def test_one_corrupt_image_is_named_counted_and_survived(few_images, tmp_path, caplog):
+    (few_images / "train/03.jpg").write_bytes(b"\xff\xd8\xff")
+    assert pretrain(make_config(few_images, tmp_path / "out", epochs=2, effective_batch_size=4))
+    assert [record["unreadable_images"] for record in read_epochs(tmp_path / "out")] == [1, 1]
+    assert caplog.text.count("skipped an unreadable image: 03.jpg") == 1
+
+
+def test_more_than_one_percent_corrupt_stops_the_run(few_images, tmp_path):
+    for number in (3, 5):
+        (few_images / f"train/{number:02}.jpg").write_bytes(b"\xff\xd8\xff")
+    config = make_config(few_images, tmp_path / "out", epochs=2, effective_batch_size=4)
+    with pytest.raises(RuntimeError, match=r"2 of 12 images are unreadable .*03\.jpg"):
+        pretrain(config)
+    assert not (tmp_path / "out/last.pth").exists()
+
+
+def test_an_image_whose_segment_file_is_empty_is_skipped_not_unreadable(
+    few_images, tmp_path, caplog
+):
+    for number in (2, 3, 4):
+        (few_images / f"masks/{number:02}.json").write_text("[]" + " " * 300)
+    assert pretrain(make_config(few_images, tmp_path / "out", epochs=1, effective_batch_size=4))
+    assert read_epochs(tmp_path / "out")[0]["unreadable_images"] == 0
+
+
+def test_the_wrong_folder_of_segments_is_refused(few_images, tmp_path):
+    for number in range(9):
+        (few_images / f"masks/{number:02}.json").unlink()
+    config = make_config(few_images, tmp_path / "out", effective_batch_size=2)
+    with pytest.raises(
+        ValueError, match=r"9 of 12 images have no segment .*00\.jpg.*right --masks-dir"
+    ):
+        pretrain(config)
+    allowed = make_config(
+        few_images, tmp_path / "out", effective_batch_size=2, allow_missing_segments=True
+    )
+    assert len(make_listing(allowed.data, _method(allowed)).train) == 3
+
+
+def test_images_that_a_list_accounts_for_are_not_missing(few_images, tmp_path):
+    for number in range(9):
+        (few_images / f"masks/{number:02}.json").unlink()
+    names = "".join(f"{number:02}\n" for number in range(9))
+    (few_images / "masks/emptyfiles.txt").write_text(names)
+    config = make_config(few_images, tmp_path / "out", effective_batch_size=2)
+    assert len(make_listing(config.data, _method(config)).train) == 3
+
+
+def _method(config):
+    from mae.config import make_method
+
+    return make_method(config.method, config.model)
+
+
+@pytest.fixture(scope="module")
+def finished(in1k_dir, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("finished")
+    assert pretrain(make_config(in1k_dir, output_dir, epochs=2, stop_after=1))
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("base_lr", 0.5), ("epochs", 3), ("mask_method", "segments"), ("seed", 1), ("image_size", 48),
+     ("coverage_ratio", 30.0), ("effective_batch_size", 4), ("norm_pix_loss", True)],
+)  # fmt: skip
+def test_other_settings_are_refused_by_name(in1k_dir, finished, option, value):
+    options = {"epochs": 2, option: value}
+    with pytest.raises(ValueError, match=rf"other settings \(.*{option}: .* -> {value}"):
+        pretrain(make_config(in1k_dir, finished, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"workers": 1}, {"batch_size": 2}, {"mask_ratio": 0.5}, {"save_every_minutes": 9.0}],
+)
+def test_settings_that_change_nothing_are_not_compared(in1k_dir, finished, options):
+    assert pretrain(make_config(in1k_dir, finished, epochs=2, stop_after=1, **options))
+
+
+def test_other_images_are_refused(few_images, tmp_path):
+    options = {"epochs": 2, "effective_batch_size": 4}
+    assert pretrain(make_config(few_images, tmp_path / "out", stop_after=1, **options))
+    write_image(few_images / "train/99.jpg", np.random.default_rng(0))
+    write_segments(few_images / "masks/99.json", np.random.default_rng(0))
+    with pytest.raises(ValueError, match="12 then, 13 now"):
+        pretrain(make_config(few_images, tmp_path / "out", **options))
+
+
+def test_resume_never_and_required_keep_their_word(in1k_dir, finished, tmp_path):
+    with pytest.raises(ValueError, match=r"never: .*last\.pth is there already"):
+        pretrain(make_config(in1k_dir, finished, epochs=2, resume="never"))
+    with pytest.raises(ValueError, match="required: there is no checkpoint"):
+        pretrain(make_config(in1k_dir, tmp_path, epochs=2, resume="required"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_no_fresh_start(in1k_dir, tmp_path):
+    (tmp_path / "last.pth").write_bytes(b"PK damaged")
+    with pytest.raises(ValueError, match=r"last\.pth cannot be read as a checkpoint"):
+        pretrain(make_config(in1k_dir, tmp_path))
+
+
+def test_killed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    content = {
+        "model": {},
+        "optimizer": {},
+        "epochs_completed": 1,
+        "steps_completed": 0,
+        "config": {},
+    }
+    path = tmp_path / "last.pth"
+    save_checkpoint(content, path)
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint({**content, "epochs_completed": 2}, path)
+    assert load_checkpoint(path)["epochs_completed"] == 1
