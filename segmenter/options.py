@@ -34,6 +34,18 @@ PATH = click.Path(path_type=Path)
 RECIPES = Path(__file__).parent / "recipes"
 
 
+class Choice(click.Choice[str]):
+    """A choice that is named as it is written, whatever spelling was typed."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What is allowed."""
+        return f"{value!r} is not one of {', '.join(self.choices)}."
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """For --help."""
+        return f"[{'|'.join(self.choices)}]"
+
+
 def _option(name: str, kind: Any, help_text: str, default: Any = None) -> click.Option:
     return click.Option(
         [f"--{name.replace('_', '-')}", name],
@@ -45,23 +57,23 @@ def _option(name: str, kind: Any, help_text: str, default: Any = None) -> click.
 RECIPE_OPTIONS: list[click.Option] = [
     _option("epochs", int, "Epochs of the run."),
     _option("batch_size", int, "Images per step, on all devices together."),
-    _option("optimizer", click.Choice(OPTIMIZERS), "How the weights are updated."),
+    _option("optimizer", Choice(OPTIMIZERS), "How the weights are updated."),
     _option("lr", float, "Peak learning rate."),
     _option("momentum", float, "Momentum of SGD, first beta of AdamW."),
     _option("weight_decay", float, "Of weight matrices."),
     _option("layer_decay", float, "A block's rate is the next one's times this; 1: all alike."),
-    _option("schedule", click.Choice(SCHEDULES), "How the rate falls."),
+    _option("schedule", Choice(SCHEDULES), "How the rate falls."),
     _option("poly_power", float, "Power of the poly schedule."),
     _option("min_lr", float, "Learning rate at the end."),
     _option("warmup_fraction", float, "Share of the run in which the rate rises."),
     _option("clip_grad", float, "Largest gradient norm."),
-    _option("decoder", click.Choice(DECODERS), "What turns tokens into classes."),
+    _option("decoder", Choice(DECODERS), "What turns tokens into classes."),
     _option("decoder_layers", int, "Blocks of the mask transformer."),
     _option("drop_path", float, "Stochastic depth of the encoder."),
     _option("dropout", float, "Dropout of the encoder."),
     _option("decoder_drop_path", float, "Stochastic depth of the decoder."),
     _option("decoder_dropout", float, "Dropout of the decoder."),
-    _option("normalization", click.Choice(NORMALIZATIONS), "Mean and deviation of the pixels."),
+    _option("normalization", Choice(NORMALIZATIONS), "Mean and deviation of the pixels."),
     _option("image_size", int, "Scale of the images: short side; the long side is at most 4x it."),
     _option("crop_size", int, "Side of the training crops."),
     _option("window_size", int, "Side of the sliding window."),
@@ -82,7 +94,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     for key, value in values.items():
         try:
             kind = options[key].type
-            if isinstance(kind, click.Choice):
+            if isinstance(kind, Choice):
                 value = str(value).replace("-", "_")
             values[key] = kind.convert(value, options[key], None)
         except click.BadParameter as error:
@@ -165,10 +177,8 @@ def config_option() -> click.Option:
 
 DEVICE_OPTIONS: list[click.Option] = [
     _option("workers", int, "Loader processes per device.  [default: by the number of cores]"),
-    _option(
-        "device", click.Choice(["auto", "cpu", "cuda"]), "auto: a GPU if there is one.", "auto"
-    ),
-    _option("precision", click.Choice(["auto", "bf16", "fp32"]), "auto: bf16 on a GPU.", "auto"),
+    _option("device", Choice(["auto", "cpu", "cuda"]), "auto: a GPU if there is one.", "auto"),
+    _option("precision", Choice(["auto", "bf16", "fp32"]), "auto: bf16 on a GPU.", "auto"),
 ]
 TRAIN_OPTIONS: list[click.Parameter] = [
     config_option(),
@@ -181,7 +191,7 @@ TRAIN_OPTIONS: list[click.Parameter] = [
         ["--init"], required=True, help="Checkpoint of the encoder, or 'random'.", metavar="FILE"
     ),
     click.Option(["--output-dir"], type=PATH, required=True, help="Where everything goes."),
-    _option("model", click.Choice(list(VIT_SIZES)), "Size of the encoder.", "vit_large"),
+    _option("model", Choice(list(VIT_SIZES)), "Size of the encoder.", "vit_large"),
     _option("patch_size", int, "Pixels per side.  [default: the checkpoint's, else the model's]"),
     _option("recipe", str, "segmenter, mae, fast, or a YAML file.", "segmenter"),
     *RECIPE_OPTIONS,
@@ -190,7 +200,7 @@ TRAIN_OPTIONS: list[click.Parameter] = [
     _option("device_batch_size", int, "Most images per device at once.  [default: no limit]"),
     _option("eval_batch_size", int, "Images whose windows are evaluated together.", 4),
     *DEVICE_OPTIONS,
-    _option("compile", click.Choice(["auto", "on", "off"]), "auto: on a GPU.", "auto"),
-    _option("resume", click.Choice(["auto", "never", "required"]), "Continue a run?", "auto"),
+    _option("compile", Choice(["auto", "on", "off"]), "auto: on a GPU.", "auto"),
+    _option("resume", Choice(["auto", "never", "required"]), "Continue a run?", "auto"),
     _option("save_every_minutes", float, "Also save inside an epoch."),
 ]  # fmt: skip

@@ -79,7 +79,7 @@ def call(*arguments: object, capsys: pytest.CaptureFixture[str] | None = None) -
     raise AssertionError("main returned")
 
 
-def train_arguments(dataset: Path, output_dir: Path, **changes: object) -> list[str]:
+def train_arguments(dataset: Path, output_dir: Path, /, **changes: object) -> list[str]:
     """Two epochs of two steps of a vit_tiny with dropout and drop path."""
     options: dict[str, object] = {
         "dataset": dataset,

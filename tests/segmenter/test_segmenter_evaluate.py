@@ -1,0 +1,160 @@
+"""Scores and predictions of checkpoints and of stored label maps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from boxes import IGNORE
+from PIL import Image
+
+from segmenter.quiet import quiet_imports
+
+
+@pytest.fixture(scope="module")
+def scored(dataset, finished, tmp_path_factory):
+    """Scores of the finished run with their stored predictions."""
+    from boxes import call
+
+    folder = tmp_path_factory.mktemp("scored")
+    outcome = call(
+        "evaluate", finished / "checkpoint.pth", "--dataset", dataset, "--device", "cpu",
+        "--workers", "0", "--eval-batch-size", "1", "--save-predictions", folder / "predictions",
+        "--out", folder / "scores.json",
+    )  # fmt: skip
+    assert outcome.code == 0
+    return folder
+
+
+def scores_of(folder):
+    return json.loads((folder / "scores.json").read_text())
+
+
+def test_a_checkpoint_scores_as_it_did_in_training(scored, finished):
+    result = json.loads((finished / "result.json").read_text())
+    scores = scores_of(scored)
+    for key in ("pixel_accuracy", "mean_accuracy", "mean_iou", "class_iou", "protocol"):
+        assert scores[key] == result[key]
+
+
+def test_scores_equal_mmsegmentations_metric_on_the_stored_predictions(scored, dataset):
+    with quiet_imports():
+        from mmseg.evaluation import IoUMetric
+    metric = IoUMetric(ignore_index=IGNORE, iou_metrics=["mIoU"])
+    metric.dataset_meta = {"classes": ["ground", "box", "sky"]}
+    for path in sorted((scored / "predictions").iterdir()):
+        labels = Image.open(dataset.parent / "annotations/validation" / path.name)
+        predicted = np.array(Image.open(path))
+        sample = {
+            "pred_sem_seg": {"data": torch.from_numpy(predicted)},
+            "gt_sem_seg": {"data": torch.from_numpy(np.array(labels))},
+        }
+        metric.process({}, [sample])
+    expected = metric.compute_metrics(metric.results)
+    scores = scores_of(scored)
+    assert scores["mean_iou"] == pytest.approx(expected["mIoU"], abs=0.006)  # they round
+    assert scores["pixel_accuracy"] == pytest.approx(expected["aAcc"], abs=0.006)
+
+
+def test_stored_predictions_score_the_same(scored, dataset, command, tmp_path):
+    outcome = command(
+        "evaluate", "--predictions", scored / "predictions", "--dataset", dataset,
+        "--out", tmp_path / "scores.json",
+    )  # fmt: skip
+    assert outcome.code == 0
+    assert scores_of(tmp_path)["class_iou"] == scores_of(scored)["class_iou"]
+    assert "mean iou" in outcome.out
+
+
+def test_ade20k_against_its_own_annotations_is_exactly_100(ade20k, command, tmp_path):
+    outcome = command(
+        "evaluate", "--predictions", ade20k / "annotations/validation", "--dataset", ade20k,
+        "--out", tmp_path / "scores.json",
+    )  # fmt: skip
+    assert outcome.code == 0
+    scores = scores_of(tmp_path)
+    assert scores["mean_iou"] == scores["mean_accuracy"] == scores["pixel_accuracy"] == 100
+    assert len(scores["class_iou"]) == 150
+    assert set(scores["class_iou"].values()) == {100, None}
+
+
+def test_a_missing_prediction_is_named(scored, dataset, command, tmp_path):
+    tmp_path.joinpath("some").mkdir()
+    outcome = command("evaluate", "--predictions", tmp_path / "some", "--dataset", dataset)
+    assert outcome.code == 2
+    assert "100.png is missing" in outcome.err
+
+
+def test_multi_scale_and_other_windows_stand_in_the_protocol(finished, dataset, command, tmp_path):
+    outcome = command(
+        "evaluate", finished / "checkpoint.pth", "--dataset", dataset, "--device", "cpu",
+        "--workers", "0", "--multi-scale", "--window-stride", "32", "--out", tmp_path / "s.json",
+    )  # fmt: skip
+    assert outcome.code == 0
+    protocol = json.loads((tmp_path / "s.json").read_text())["protocol"]
+    assert protocol["scales"] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+    assert protocol["flip"]
+    assert protocol["window_stride"] == 32
+
+
+def test_images_of_every_mode_and_size_are_predicted(finished, command, tmp_path):
+    rng = np.random.default_rng(0)
+    sources = {
+        "grey.png": Image.fromarray(rng.integers(0, 255, (30, 50), dtype=np.uint8)),
+        "alpha.png": Image.fromarray(rng.integers(0, 255, (33, 31, 4), dtype=np.uint8)),
+        "deep.png": Image.fromarray(rng.integers(0, 65535, (20, 90)).astype(np.uint16)),
+        "cmyk.jpg": Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).convert(
+            "CMYK"
+        ),
+        "palette.gif": Image.fromarray(rng.integers(0, 255, (17, 23, 3), dtype=np.uint8)).convert(
+            "P"
+        ),
+        "pixel.png": Image.new("1", (1, 1)),
+    }
+    for name, image in sources.items():
+        image.save(tmp_path / name)
+    files = [tmp_path / name for name in sources]
+    out = tmp_path / "out"
+    outcome = command("predict", finished / "best.pth", *files, "--out", out, "--device", "cpu")
+    assert outcome.code == 0
+    for path in files:
+        labels = np.array(Image.open(out / f"{path.stem}.png"))
+        assert labels.shape == Image.open(path).size[::-1]
+        assert labels.max() < 3
+        overlay = Image.open(out / f"{path.stem}_overlay.png")
+        assert overlay.width == labels.shape[1]
+        assert overlay.height > labels.shape[0]  # the legend
+
+
+def test_attention_is_drawn_and_sums_to_1(finished, dataset, command, tmp_path):
+    from segmenter.attention import attention_maps
+    from segmenter.loading import load_segmenter
+
+    image = dataset.parent / "images/validation/100.jpg"
+    outcome = command(
+        "predict", finished / "best.pth", image, "--out", tmp_path, "--device", "cpu",
+        "--attention",
+    )  # fmt: skip
+    assert outcome.code == 0
+    assert (tmp_path / "100_attention.png").is_file()
+    model = load_segmenter(finished / "best.pth").model
+    with torch.no_grad():
+        maps = attention_maps(model, torch.zeros(3, 40, 56, dtype=torch.uint8), [0, 2])
+    assert list(maps) == [
+        "encoder block 1", "encoder block 6", "encoder block 12", "decoder 0", "decoder 2"
+    ]  # fmt: skip
+    for values in maps.values():
+        assert values.shape == (3, 4)
+        assert values.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_images_that_would_overwrite_each_other_are_refused(finished, command, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "same.png")
+    outcome = command(
+        "predict", finished / "best.pth", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "o"
+    )
+    assert outcome.code == 2
+    assert "would both become same.png" in outcome.err
+    assert not (tmp_path / "o").exists()
