@@ -70,7 +70,7 @@ def draw(
     _draw_coverages(charts[1], statistics, ratios)
     _draw_distances(charts[2], statistics, ratios)
     if images:
-        parts[1].suptitle("What is hidden (pink) at each --coverage-ratio", fontsize=12)
+        parts[1].suptitle("What --hide segment hides (pink) at each --coverage-ratio", fontsize=12)
         axes = parts[1].subplots(len(images), columns, squeeze=False)
         for row, (key, path) in zip(axes, images.items(), strict=True):
             _draw_row(row, source, key, path, ratios)
@@ -79,8 +79,9 @@ def draw(
 
 def _draw_numbers(axes: Any, statistics: Statistics) -> None:
     numbers = statistics.segments_per_image
-    axes.hist(numbers, bins=min(30, int(numbers.max()) + 1), color=COLOURS[0])
-    axes.set(xlabel="segments of an image", ylabel="images", xlim=(0, None))
+    step = numbers.max() // 30 + 1
+    axes.hist(numbers, bins=np.arange(0.5, numbers.max() + step + 1, step), color=COLOURS[0])
+    axes.set(xlabel="segments of an image", ylabel="images", xlim=(0, numbers.max() + step))
     axes.set_title(f"{len(statistics.without)} more images are known to have none", fontsize=10)
 
 

@@ -130,7 +130,7 @@ class PngMetadataFolder(PngFolder):
             rows = list(csv.DictReader(self._read_table(key)))
             if any(None in row.values() for row in rows):
                 raise ValueError
-            return [
+            listed = [
                 (
                     table.parent / f"{int(row['id'])}.png",
                     float(row["area"]) if "area" in row else None,
@@ -139,6 +139,16 @@ class PngMetadataFolder(PngFolder):
             ]
         except (ValueError, KeyError, TypeError, csv.Error):
             raise ValueError(f"{table}: not the metadata.csv of amg.py, or cut short") from None
+        self._check_complete(table, {path.name for path, _ in listed})
+        return listed
+
+    def _check_complete(self, table: Path, listed: set[str]) -> None:
+        """`amg.py` lists every PNG it writes, so one that is not listed tells of a lost line."""
+        if not listed:
+            return
+        there = {name for name in os.listdir(table.parent) if name.endswith(".png")}  # noqa: PTH208
+        if there - listed:
+            raise ValueError(f"{table}: does not list {min(there - listed)}; it was cut short")
 
     def _percent(self, stated: float, segment: Segment) -> float:
         return 100 * stated / (segment.height * segment.width)
