@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mae.config import MethodConfig
-from mae.decode import read_image
+from mae.decode import CroppedImage, read_crop
 from mae.listing import segment_key
 from mae.masking import MaskingMethod
 from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, BatchPlan
 from mae.segments import SegmentSource
-from mae.transforms import Crop, centre_crop, crop_image, crop_segment, random_crop
+from mae.transforms import centre_crop, crop_segment, random_crop
 
 logger = logging.getLogger(__name__)
 
@@ -118,26 +118,26 @@ class MaskedImages(Dataset[Sample]):
 
     def _load(self, epoch: int, index: int) -> Sample:
         relative = self.relative_path(index)
-        image = read_image(self.folder / relative)
-        rng = np.random.default_rng([self.seed, SAMPLE_STREAM, epoch, index])
-        crop = random_crop(rng, image.shape[1], image.shape[2])
-        segment = None
-        if self.source is not None:
-            segment = self._segment(relative, image, crop)
-        return make_sample(self.method, image, crop, rng, segment)
+        stream = [self.seed, SAMPLE_STREAM, epoch, index]
+        image = read_crop(
+            self.folder / relative,
+            lambda height, width: random_crop(np.random.default_rng([*stream, 0]), height, width),
+            self.method.image_size,
+        )
+        segment = None if self.source is None else self._segment(self.source, relative, image)
+        return make_sample(self.method, image.pixels, np.random.default_rng([*stream, 1]), segment)
 
-    def _segment(self, relative: str, image: Tensor, crop: Crop) -> np.ndarray:
-        assert self.source is not None
+    def _segment(self, source: SegmentSource, relative: str, image: CroppedImage) -> np.ndarray:
         key = segment_key(relative)
-        segment = self.source.nearest(key, self.wanted.coverage_ratio)
+        segment = source.nearest(key, self.wanted.coverage_ratio)
         if segment is None:
             raise NoSegmentError("it has no segment")
-        if (segment.height, segment.width) != tuple(image.shape[1:]):
+        if (segment.height, segment.width) != (image.height, image.width):
             raise ValueError(
-                f"it is {image.shape[2]}x{image.shape[1]} pixels, upright, but its segments are "
+                f"it is {image.width}x{image.height} pixels, upright, but its segments are "
                 f"{segment.width}x{segment.height}"
             )
-        return crop_segment(segment.decode(), crop, self.method.image_size)
+        return crop_segment(segment.decode(), image.crop, self.method.image_size)
 
 
 class FixedImages(Dataset[Sample]):
@@ -168,9 +168,10 @@ class FixedImages(Dataset[Sample]):
         raise ValueError(f"no image in {self.folder} is readable")
 
     def _load(self, index: int) -> Sample:
-        image = read_image(self.folder / self.paths[index].decode())
-        rng = np.random.default_rng([self.images.seed, FIXED_STREAM, index])
         method, segment = self.images.method, None
+        path = self.folder / self.paths[index].decode()
+        image = read_crop(path, centre_crop, method.image_size)
+        rng = np.random.default_rng([self.images.seed, FIXED_STREAM, index])
         if self.images.source is not None:
             lender = self.lenders[index * len(self.lenders) // len(self.paths)].decode()
             found = self.images.source.nearest(
@@ -180,24 +181,15 @@ class FixedImages(Dataset[Sample]):
                 raise NoSegmentError("it has no segment")
             whole = found.decode()
             segment = crop_segment(whole, centre_crop(*whole.shape), method.image_size)
-        crop = centre_crop(image.shape[1], image.shape[2])
-        return make_sample(method, image, crop, rng, segment)
+        return make_sample(method, image.pixels, rng, segment)
 
 
 def make_sample(
-    method: MaskingMethod,
-    image: Tensor,
-    crop: Crop,
-    rng: np.random.Generator,
-    segment: np.ndarray | None,
+    method: MaskingMethod, image: Tensor, rng: np.random.Generator, segment: np.ndarray | None
 ) -> Sample:
-    """Cut the image [C, H, W] and draw its pattern; `segment` is cut already."""
+    """Draw the pattern of an image [C, S, S]; `segment` [S, S] is cut as the image is."""
     pattern = method.pattern(rng, segment)
-    return Sample(
-        image=crop_image(image, crop, method.image_size),
-        pattern=pattern,
-        hidden_pixels=method.hidden_pixels(pattern),
-    )
+    return Sample(image=image, pattern=pattern, hidden_pixels=method.hidden_pixels(pattern))
 
 
 def make_loader(

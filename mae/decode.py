@@ -1,8 +1,10 @@
-"""Image files of any kind to RGB uint8 [3, H, W]."""
+"""Image files of any kind to RGB uint8 [3, H, W], and crops of them."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,23 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from mae.transforms import Crop, crop_image
+
 JPEG_START = b"\xff\xd8\xff"
 JPEG_END = b"\xff\xd9"
+LARGE_FILE_BYTES = 150_000  # smaller ones are rarely large enough to be worth a look at their size
+ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CroppedImage:
+    """pixels [3, size, size] uint8: a crop of an upright image of height x width pixels."""
+
+    pixels: Tensor
+    crop: Crop
+    height: int
+    width: int
 
 
 def read_image(path: Path) -> Tensor:
@@ -21,10 +38,65 @@ def read_image(path: Path) -> Tensor:
     Greyscale, palette, CMYK and 16-bit images are converted, transparency is dropped and the EXIF
     orientation is applied. Raises ValueError if the file is damaged or is no image.
     """
+    return _decode(_read(path))
+
+
+def read_crop(path: Path, choose_crop: Callable[[int, int], Crop], size: int) -> CroppedImage:
+    """Read an image file, crop it as `choose_crop(height, width)` says, and resize the crop.
+
+    Where the crop of a large JPEG is going to be shrunk by 2 or more, the file is decoded at 1/2,
+    1/4 or 1/8 of its size, which takes a fraction of the time. Raises ValueError as `read_image`.
+    """
+    content = _read(path)
+    if len(content) > LARGE_FILE_BYTES and content.startswith(JPEG_START):
+        try:
+            reduced = _read_reduced(content, choose_crop, size)
+        except PILLOW_ERRORS as error:
+            raise ValueError(_reason(error)) from error
+        if reduced is not None:
+            return reduced
+    image = _decode(content)
+    height, width = image.shape[1:]
+    crop = choose_crop(height, width)
+    pixels = crop_image(image, crop, size)
+    return CroppedImage(pixels=pixels, crop=crop, height=height, width=width)
+
+
+def _read(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
+
+
+def _read_reduced(
+    content: bytes, choose_crop: Callable[[int, int], Crop], size: int
+) -> CroppedImage | None:
+    """None if the image lies on its side, or the crop needs the full size.
+
+    `choose_crop` gives the same crop again when it is called anew.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = image.size
+        crop = choose_crop(height, width)
+        reduction = min(8, min(crop.height, crop.width) // size)
+        if reduction < 2 or image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
+            return None
+        image.draft("RGB", (width // reduction, height // reduction))
+        reduction = round(width / image.width)  # draft knows powers of two only
+        box = (
+            crop.left / reduction,
+            crop.top / reduction,
+            (crop.left + crop.width) / reduction,
+            (crop.top + crop.height) / reduction,
+        )
+        resized = _to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)
+    pixels = pixels.flip(-1) if crop.flip else pixels
+    return CroppedImage(pixels=pixels, crop=crop, height=height, width=width)
+
+
+def _decode(content: bytes) -> Tensor:
     # libjpeg fills the rest of a truncated file with grey and goes on; Pillow refuses it.
     if content.startswith(JPEG_START) and JPEG_END in content[-64:]:
         try:
@@ -44,10 +116,14 @@ def _decode_with_pillow(content: bytes) -> Tensor:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image)
             pixels = np.asarray(_to_rgb(upright))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(reason.replace(" <_io.BytesIO", "").split(" object at ")[0]) from error
+    except PILLOW_ERRORS as error:
+        raise ValueError(_reason(error)) from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _reason(error: Exception) -> str:
+    """What Pillow says, without the address of our buffer."""
+    return (str(error) or type(error).__name__).replace(" <_io.BytesIO", "").split(" object at ")[0]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 from mae.checkpoint import load_checkpoint, read_torch_file
 from mae.config import make_method, parse_settings
 from mae.data import Batch, Sample, collate, make_sample
-from mae.decode import read_image
+from mae.decode import read_crop
 from mae.model import MaskedAutoencoder
 from mae.paths import beside
 from mae.segments import SegmentSource, open_segments
-from mae.transforms import centre_crop, crop_image, crop_segment
+from mae.transforms import centre_crop, crop_segment
 
 COLUMNS = ("original", "seen by the encoder", "prediction", "pasted in")
 FIXED_SET_SIZE = 8
@@ -115,24 +115,24 @@ def _samples(
     fixed_set: Batch,
 ) -> Batch:
     """Centre crops of image files, hidden by their segments or as the fixed set is."""
-    samples = []
+    samples, size = [], model.config.image_size
     for number, (path, segment) in enumerate(zip(paths, segments, strict=True)):
         try:
-            image = read_image(path)
+            image = read_crop(path, centre_crop, size)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        crop, size = centre_crop(*image.shape[1:]), model.config.image_size
         if segment is not None and model.method.uses_segments:
-            if segment.shape != image.shape[1:]:
+            if segment.shape != (image.height, image.width):
                 raise ValueError(f"{path}: its segments are of another size")
-            cut = crop_segment(segment, crop, size)
-            rng = np.random.default_rng(number)
-            samples.append(make_sample(model.method, image, crop, rng, cut))
+            cut = crop_segment(segment, image.crop, size)
+            samples.append(
+                make_sample(model.method, image.pixels, np.random.default_rng(number), cut)
+            )
             continue
         row = number % len(fixed_set)
         samples.append(
             Sample(
-                image=crop_image(image, crop, size),
+                image=image.pixels,
                 pattern=fixed_set.pattern[row].numpy(),
                 hidden_pixels=int(fixed_set.hidden_pixels[row]),
             )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae.config import MODELS, MethodConfig, ModelConfig, OptimisationConfig, make_method
 from mae.data import collate
@@ -77,7 +77,7 @@ def make_their_step(
 
     torch.manual_seed(0)
     encoder = config.encoder
-    model: nn.Module = ViTMAEForPreTraining(
+    model: Any = ViTMAEForPreTraining(
         ViTMAEConfig(
             hidden_size=encoder.width,
             num_hidden_layers=encoder.depth,
@@ -89,10 +89,10 @@ def make_their_step(
             decoder_num_hidden_layers=config.decoder_depth,
             decoder_num_attention_heads=config.decoder_heads,
             decoder_intermediate_size=4 * config.decoder_width,
-            attn_implementation="sdpa",
         )
-    ).to(device)
-    model.train()
+    )
+    model.set_attn_implementation("sdpa")
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     if device.type == "cuda":
         batch = batch.pin_memory()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.data import FixedImages, MaskedImages
-from mae.decode import read_image
+from mae.decode import read_crop, read_image
 from mae.listing import find_images, make_listing, segment_key
 from mae.schedule import make_batch_plan
 from mae.segments import open_segments
@@ -95,6 +95,36 @@ def test_a_text_file_named_jpg_is_refused(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(ValueError, match="cannot identify"):
         read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(1200, 1601), (901, 700)])
+def test_reading_at_reduced_scale_changes_neither_crop_nor_colours(tmp_path, height, width, flip):
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    smooth = smooth.resize((width, height), Image.Resampling.BICUBIC)
+    path = tmp_path / "large.jpg"
+    smooth.save(path, quality=97)
+    path.write_bytes(path.read_bytes()[:2] + _comment(200_000) + path.read_bytes()[2:])
+    crop = Crop(top=101, left=33, height=700, width=650, flip=flip)
+    full = crop_image(read_image(path), crop, 224).float()
+    asked = []
+
+    def choose(*size):
+        asked.append(size)
+        return crop
+
+    reduced = read_crop(path, choose, 224)
+    assert asked == [(height, width)]  # and not once more for a full decode
+    assert (reduced.height, reduced.width, reduced.crop) == (height, width, crop)
+    assert (reduced.pixels.float() - full).abs().mean() < 1.0
+    shifted = (reduced.pixels.float().roll(1, -1) - full)[..., 1:].abs().mean()
+    assert (reduced.pixels.float() - full).abs().mean() < shifted / 3
+
+
+def _comment(length):
+    """JPEG comment segments that make a file large."""
+    return b"".join(b"\xff\xfe\xff\xff" + bytes(65533) for _ in range(-(-length // 65537)))
 
 
 def test_flat_nested_and_class_folders_are_found(tmp_path):

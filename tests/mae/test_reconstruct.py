@@ -36,9 +36,9 @@ def test_a_round_draws_its_fixed_set(checkpoint):
 
 def test_the_fixed_set_travels_in_the_checkpoint(checkpoint, tmp_path):
     reconstruct_files(checkpoint, [], out=tmp_path / "out.png", masks_dir=None)
-    with Image.open(tmp_path / "out.png") as ours:
-        with Image.open(checkpoint.with_name("reconstructions-1.png")) as theirs:
-            assert ours.size == theirs.size
+    earlier = checkpoint.with_name("reconstructions-1.png")
+    with Image.open(tmp_path / "out.png") as ours, Image.open(earlier) as theirs:
+        assert ours.size == theirs.size
     assert is_a_picture(tmp_path / "out.png")
 
 
