@@ -11,6 +11,7 @@ working (per image) come apart:
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import time
@@ -32,7 +33,7 @@ from pipeline.datasets import (
     link_pair_subset,
 )
 from pipeline.layout import Layout
-from pipeline.local import duration
+from pipeline.local import duration, environment
 from pipeline.plan import Step, make_plan
 from pipeline.process import REPO_ROOT
 from pipeline.records import is_done
@@ -185,7 +186,13 @@ def _run(step: Step, options: Mapping[str, object]) -> tuple[float, list[dict[st
     """Runs the step with other options; wall seconds and its log. ValueError if it fails."""
     changed = replace(step, options={**step.options, **options})
     begin = time.monotonic()
-    done = subprocess.run(changed.command, cwd=REPO_ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        changed.command,
+        cwd=REPO_ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment(changed)},
+    )
     total = time.monotonic() - begin
     if done.returncode != 0:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])

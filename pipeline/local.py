@@ -70,7 +70,7 @@ class LocalLauncher:
         # A rolling progress file of the round before would be taken for this one's.
         layout.progress(step.folder).unlink(missing_ok=True)
         now = time.time()
-        child = process.Child(step.command, step.console_log, mark, _environment(step))
+        child = process.Child(step.command, step.console_log, mark, environment(step))
         record = Record(
             name=step.name,
             state="running",
@@ -158,13 +158,19 @@ class LocalLauncher:
         self._line_drawn = True
 
 
-def _environment(step: Step) -> dict[str, str]:
-    if step.gpus is None:
-        return {}
-    from pipeline.options import visible_gpus
+def environment(step: Step) -> dict[str, str]:
+    """What the step's process needs beside this process's environment."""
+    added = {}
+    if step.options.get("device") == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait by spinning take the cores from those that work: on two busy cores
+        # ten times slower than threads that sleep (measured with vit_tiny).
+        added["OMP_WAIT_POLICY"] = "PASSIVE"
+    if step.gpus is not None:
+        from pipeline.options import visible_gpus
 
-    visible = visible_gpus()
-    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[gpu] for gpu in step.gpus)}
+        visible = visible_gpus()
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] for gpu in step.gpus)
+    return added
 
 
 def read_progress(folder: Path) -> dict[str, float | str]:

@@ -26,12 +26,14 @@ CLASSES = (*BACKGROUNDS, *SHAPES)
 _COLORS = np.array(
     [
         *([70, 130, 60], [205, 180, 120], [60, 110, 180]),  # backgrounds
-        *([200, 50, 50], [140, 70, 170], [235, 140, 40], [240, 240, 230]),  # shapes
+        *([200, 50, 50], [140, 70, 170], [235, 140, 40], [235, 170, 200]),  # shapes
     ],
     dtype=np.float32,
 )
 _HEIGHT, _WIDTH = 96, 128  # pixels
 _JPEG_QUALITY = 90
+# Each background has a shape of its own, mostly: what is hidden can be guessed from what is seen.
+_USUAL_SHAPE_SHARE = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,8 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     shapes_hw: list[np.ndarray] = []
     areas: dict[str, int] = {}
     for _ in range(int(rng.integers(2, 5))):
-        kind = int(rng.integers(len(SHAPES)))
+        usual = rng.random() < _USUAL_SHAPE_SHARE
+        kind = background if usual else int(rng.integers(len(SHAPES)))
         class_index = len(BACKGROUNDS) + kind
         shape_hw = _shape(SHAPES[kind], rng)
         image_hwc = np.where(shape_hw[..., None], _texture(class_index, rng), image_hwc)

@@ -1,0 +1,214 @@
+"""The whole as a user meets it: benchmark.py, its real parts, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.append(str(Path(__file__).parent / "pipeline"))
+from programs import REPO_ROOT, run_benchmark
+from whole_run import scores, write_inputs
+
+ROUNDS = ("--mask-method", "four_channels", "--pretrain-epochs", "2", "--eval-freq", "1")
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a run that was left alone: two rounds of four_channels."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    done = run_benchmark("--config", config, "--output-dir", out, *ROUNDS)
+    assert done.returncode == 0, done.stderr
+    (out / "stdout.txt").write_text(done.stdout)
+    return out
+
+
+def files_below(folder: Path) -> dict[str, float]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime for p in folder.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_run_leaves_the_directory_of_the_design_and_prints_the_table(reference: Path) -> None:
+    for name in (
+        *("run.yml", "results.csv", "report.html"),
+        *("pretrain_output/four_channels/log.txt", "pretrain_output/four_channels/console.log"),
+        *(f"pretrain_output/four_channels/checkpoint-{n}.pth" for n in (1, 2)),
+        *(f"pretrain_output/four_channels/reconstructions-{n}.png" for n in (1, 2)),
+        *(f"eval_output/four_channels_{n}/result.json" for n in (1, 2)),
+        *(f"eval_output/four_channels_{n}/predictions.png" for n in (1, 2)),
+        *(f"eval_output/four_channels_{n}/checkpoint.pth" for n in (1, 2)),
+    ):
+        assert (reference / name).stat().st_size > 0, name
+    log = (reference / "pretrain_output/four_channels/log.txt").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [1, 2]
+    printed = (reference / "stdout.txt").read_text()
+    assert "method" in printed
+    assert "mean IoU" in printed
+    assert [row["epochs"] for row in scores(reference)] == ["1", "2"]
+    assert yaml.safe_load((reference / "run.yml").read_text())["versions"]["torch"]
+
+
+@pytest.mark.slow
+def test_the_same_command_again_does_nothing(reference: Path, config: Path) -> None:
+    before = files_below(reference / "pretrain_output") | files_below(reference / "eval_output")
+    done = run_benchmark("--config", config, "--output-dir", reference, *ROUNDS)
+    assert done.returncode == 0
+    after = files_below(reference / "pretrain_output") | files_below(reference / "eval_output")
+    assert after == before
+
+
+@pytest.mark.slow
+def test_other_settings_in_the_same_directory_are_refused_by_name(
+    reference: Path, config: Path
+) -> None:
+    before = files_below(reference)
+    done = run_benchmark(
+        *("--config", config, "--output-dir", reference, *ROUNDS, "--coverage-ratio", "20")
+    )
+    assert done.returncode == 2
+    assert "coverage_ratio was 15, is now 20" in done.stderr
+    assert files_below(reference) == before
+
+
+@pytest.mark.slow
+def test_four_methods_in_one_call_beside_each_other_end_in_one_report(
+    reference: Path, config: Path, tmp_path: Path
+) -> None:
+    methods = "patches,segments,four-channels,preencoder"
+    out = tmp_path / "out"
+    done = run_benchmark(
+        *("--config", config, "--output-dir", out, "--mask_method", methods, "--overlap"),
+        *("--pretrain-epochs", "2", "--eval-epochs", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = scores(out)
+    assert [row["method"] for row in rows] == ["patches", "segments", "four_channels", "preencoder"]
+    # Neither the cut into rounds nor what ran beside it makes a difference.
+    assert rows[2] == scores(reference)[1]
+    page = (out / "report.html").read_text()
+    assert all(f"{row['method']}" in page for row in rows)
+
+
+def _wait_for_step(out: Path, seconds: float) -> None:
+    """Until a step has run for about so long."""
+    deadline = time.monotonic() + 60
+    while not list((out / ".segmae/steps").glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(seconds)
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_results(
+    reference: Path, config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, str(REPO_ROOT / "benchmark.py"), "--config", str(config)]
+    command += ["--output-dir", str(out), *ROUNDS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for kill, seconds in ((_kill_child, 4.0), (_kill_parent, 6.0), (_kill_parent, 2.5)):
+        parent = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        _wait_for_step(out, seconds)
+        kill(parent, out)
+        assert parent.wait(60) != 0
+    done = run_benchmark(*command[2:])
+    assert done.returncode == 0, done.stderr
+    assert scores(out) == scores(reference)
+    logs = [folder / "pretrain_output/four_channels/log.txt" for folder in (out, reference)]
+    assert _results_in(logs[0]) == _results_in(logs[1])
+
+
+def _kill_parent(parent: subprocess.Popen[bytes], out: Path) -> None:
+    parent.kill()
+
+
+def _kill_child(parent: subprocess.Popen[bytes], out: Path) -> None:
+    for file in (out / ".segmae/steps").glob("*.json"):
+        record = json.loads(file.read_text())
+        if record["state"] == "running":
+            os.kill(record["pid"], signal.SIGKILL)
+
+
+def _results_in(log: Path) -> list[dict[str, object]]:
+    timing = ("images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib", "mfu")
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k not in timing} for entry in entries]
+
+
+@pytest.mark.slow
+def test_two_processes_on_the_cpu(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_benchmark(
+        *("--config", config, "--output-dir", out, "--mask-method", "patches"),
+        *("--pretrain-epochs", "1", "--num-gpus", "0", "--num-processes", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["method"] for row in scores(out)] == ["patches"]
+
+
+def test_dry_run_shows_the_commands_and_changes_nothing(config: Path, tmp_path: Path) -> None:
+    before = files_below(config.parent)
+    out = tmp_path / "out"
+    done = run_benchmark("--config", config, "--output-dir", out, *ROUNDS, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "4 steps, 0 done" in done.stdout
+    assert done.stdout.count("-m mae pretrain") == 2
+    assert done.stdout.count("-m segmenter train") == 2
+    assert "effective batch 4 = 4 per device x 1 devices x 1 accumulated" in done.stdout
+    assert "end of warm-up" in done.stdout
+    assert not out.exists()
+    assert files_below(config.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--mask-method pathces", "patches, segments, four_channels, preencoder"),
+        ("--in1k-dir /nowhere", "/nowhere is not a directory"),
+        ("--masks-dir /nowhere", "needs segments"),
+        ("--coverage-ratio -3", "0 to 100"),
+        ("--pretrain patch_size=5", "patch"),
+        ("--pretrain no_such_option=1", "no-such-option"),
+        ("--finetune decoder=deep", "decoder"),
+        ("--recipe nonsense", "recipe"),
+        ("--eval 7", "does not exist"),
+        ("--launcher cloud", "slurm"),
+        ("--mae-checkpoint dataset.yml --stack", "mae"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    config: Path, tmp_path: Path, words: str, said: str
+) -> None:
+    words = words.replace("dataset.yml", str(config))
+    out = tmp_path / "out"
+    done = run_benchmark("--config", config, "--output-dir", out, *words.split())
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert len(done.stderr.splitlines()) <= 2
+    assert not out.exists()
+
+
+def test_help_lists_flags_and_commands() -> None:
+    done = run_benchmark("--help")
+    assert done.returncode == 0
+    for word in ("--in1k-dir", "--mask-method", "sample", "status", "report", "doctor"):
+        assert word in done.stdout
+
+
+def test_sample_writes_data_and_says_how_to_use_them(tmp_path: Path) -> None:
+    done = run_benchmark("sample", tmp_path / "s")
+    assert done.returncode == 0
+    assert (tmp_path / "s/in1k/train").is_dir()
+    assert f"--in1k-dir {tmp_path}/s/in1k" in done.stdout
