@@ -1,0 +1,170 @@
+"""Checking a dataset before a run, and looking at its segments."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import pytest
+from PIL import Image
+
+from mae.segments.check import check
+
+IMAGES = 6
+
+
+@pytest.fixture
+def dataset(sample, json_folder):
+    """train/ and masks/ of the images of `json_folder`."""
+    root = json_folder.parent
+    for path in json_folder.rglob("*.json"):
+        name = path.relative_to(json_folder).with_suffix(".JPEG")
+        (root / "train" / name).parent.mkdir(parents=True)
+        shutil.copyfile(sample / "train" / name, root / "train" / name)
+    return root
+
+
+def images_of(dataset):
+    return sorted((dataset / "train").rglob("*.JPEG"))
+
+
+def json_of(dataset, image):
+    return dataset / "masks" / image.relative_to(dataset / "train").with_suffix(".json")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_good_dataset_passes(dataset, tmp_path, masks_command, packed):
+    if packed:
+        assert masks_command("pack", dataset / "masks")[0] == 0
+    out = tmp_path / "offenders.txt"
+    code, said = masks_command("check", dataset, "--out", out)
+    assert code == 0, said
+    assert f"{IMAGES} images checked, 0 offenders" in said
+    assert out.read_text() == ""
+
+
+def test_every_kind_of_offender_is_listed_with_its_reason(dataset, tmp_path, masks_command):
+    images = images_of(dataset)
+    images[0].write_bytes(images[0].read_bytes()[:-2000])
+    json_of(dataset, images[1]).unlink()
+    turned = Image.open(images[2]).transpose(Image.Transpose.ROTATE_90)
+    turned.save(images[2], "JPEG")
+    content = json.loads(json_of(dataset, images[3]).read_text())
+    content[4]["area"] += 5000
+    json_of(dataset, images[3]).write_text(json.dumps(content))
+    damaged = json_of(dataset, images[4])
+    damaged.write_text(damaged.read_text()[:-30])
+    out = tmp_path / "offenders.txt"
+    code, said = masks_command("check", dataset, "--out", out)
+    assert code == 1, said
+    lines = dict(line.split("\t") for line in out.read_text().splitlines())
+    names = [image.relative_to(dataset / "train").as_posix() for image in images]
+    assert lines.keys() == set(names[:5])
+    assert "cannot be read" in lines[names[0]]
+    assert "no list says so" in lines[names[1]]
+    assert "transposed" in lines[names[2]]
+    assert "the pixels count" in lines[names[3]]
+    assert damaged.name in lines[names[4]]
+
+
+def test_an_image_listed_as_empty_is_no_offender(dataset, tmp_path, masks_command):
+    image = images_of(dataset)[0]
+    json_of(dataset, image).unlink()
+    (dataset / "train/emptyfiles.txt").write_text(f"{image.name}\n")
+    assert masks_command("check", dataset, "--out", tmp_path / "offenders.txt")[0] == 0
+
+
+def test_segments_of_the_displayed_orientation_fit_a_rotated_photograph(
+    dataset, tmp_path, masks_command
+):
+    path = images_of(dataset)[0]
+    image = Image.open(path)
+    exif = image.getexif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(path, "JPEG", exif=exif.tobytes())
+    code, said = masks_command("check", dataset, "--out", tmp_path / "offenders.txt")
+    assert code == 0, said
+
+
+def check_and_stop(dataset, out, how):
+    from mae.segments import check as module
+
+    check_one = module._CheckOne.__call__
+    seen = []
+
+    def stop_at_the_third(self, path):
+        seen.append(path)
+        if len(seen) == 3:
+            os.kill(os.getpid(), how)
+        return check_one(self, path)
+
+    module.LINES_PER_FLUSH = 1
+    module._CheckOne.__call__ = stop_at_the_third
+    from mae.cli import main
+
+    main(["masks", "check", str(dataset), "--out", str(out), "--processes", "1"])
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "left"), [(signal.SIGTERM, 75, 3), (signal.SIGKILL, -signal.SIGKILL, 4)]
+)
+def test_a_stopped_check_goes_on_where_it_was(dataset, tmp_path, in_child, how, code, left):
+    images_of(dataset)[0].write_bytes(b"broken")
+    out = tmp_path / "offenders.txt"
+    assert in_child(check_and_stop, dataset, out, how) == code
+    assert not out.exists()
+    state = tmp_path / "offenders.txt.state"
+    assert len(state.read_text().splitlines()) == 1 + IMAGES - left
+    result = check(dataset, dataset / "masks", out, processes=1)
+    assert (result.checked, len(result.offenders)) == (IMAGES, 1)
+    assert len(out.read_text().splitlines()) == 1
+    assert not state.exists()
+
+
+def test_the_state_of_another_check_is_refused(dataset, tmp_path, in_child):
+    out = tmp_path / "offenders.txt"
+    in_child(check_and_stop, dataset, out, signal.SIGTERM)
+    shutil.copytree(dataset / "masks", dataset / "other")
+    with pytest.raises(ValueError, match="is of a check of"):
+        check(dataset, dataset / "other", out, processes=1)
+
+
+def test_inspect_prints_draws_and_writes_one_page_without_links(dataset, tmp_path, masks_command):
+    Image.open(images_of(dataset)[0]).save(dataset / "train/stranger.jpeg")
+    out = tmp_path / "look"
+    ratios = ["--coverage-ratio", 10, "--coverage_ratio", 25]
+    code, said = masks_command("inspect", dataset / "masks", "--out", out, *ratios)
+    assert code == 0, said
+    assert re.search(r"images with segments: +5 \(5 looked at\)", said)
+    assert "nearest to 10 %" in said
+    assert "nearest to 25 %" in said
+    assert "1 images have no segments and no list says so: stranger" in said
+    assert min(Image.open(tmp_path / "look.png").size) > 800
+    page = (tmp_path / "look.html").read_text()
+    assert "data:image/png;base64," in page
+    assert not re.search(r"(src|href)=\"?http", page)
+
+
+def test_inspect_counts_exactly(tmp_path):
+    from mae.segments import open_segments
+    from mae.segments.statistics import collect
+
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for name, areas in {"a": [10, 20], "b": [40], "c": []}.items():
+        (folder / f"{name}.json").write_text(
+            json.dumps(
+                [
+                    {"segmentation": {"size": [10, 10], "counts": [100 - area, area]}}
+                    for area in areas
+                ]
+            )
+        )
+    (folder / "d.json").write_text("[{")
+    statistics = collect(open_segments(folder), limit=100, processes=1)
+    assert statistics.keys == ["a", "b"]
+    assert statistics.without == ["c"]
+    assert [reason for reason in statistics.damaged if "d.json" in reason]
+    assert statistics.segments_per_image.tolist() == [2, 1]
+    assert statistics.distances(15).tolist() == [5, 25]

@@ -1,0 +1,353 @@
+"""Making segments: the same however the work was interrupted or shared."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae.segments import open_segments
+from mae.segments.felzenszwalb import Felzenszwalb
+from mae.segments.generate import Shard, generate
+from mae.segments.images import read_rgb
+from mae.segments.pack import merge
+from mae.segments.sam import Sam, SamSettings
+from mae.segments.store import PackedStore, store_settings
+
+FAST = Felzenszwalb(scales=(100, 800), longest_side=64)
+SAM_OPTIONS = {
+    "points_per_side": 3,
+    "points_per_batch": 4,
+    "pred_iou_thresh": -1000.0,
+    "stability_score_thresh": 0.5,
+    "stability_score_offset": 0.1,
+    "box_nms_thresh": 1.0,
+    "batch_size": 2,
+}
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Five images of boxes, in two class folders and one more level."""
+    rng = np.random.default_rng(0)
+    names = ["a/one.jpg", "a/two.png", "b/three.jpg", "b/deep/four.jpg", "b/five.jpg"]
+    for name in names:
+        pixels = np.full((48, 64, 3), rng.integers(0, 256, 3), np.uint8)
+        for _ in range(3):
+            y, x = rng.integers(0, 30), rng.integers(0, 40)
+            pixels[y : y + 16, x : x + 20] = rng.integers(0, 256, 3)
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "images"
+
+
+def run(images, out, generator=FAST, index=0, count=1, processes=1):
+    shard = Shard(index=index, count=count)
+    return generate(images, out, generator, shard=shard, processes=processes)
+
+
+def all_segments(path):
+    source = open_segments(path)
+    return {key: source.segments(key) for key in source.images()}
+
+
+def test_flat_boxes_are_found_exactly():
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[10:30, 10:40] = 255
+    (found,) = Felzenszwalb(scales=(100, 400), sigma=0.1).segments([pixels])
+    assert [segment.decode().sum() for segment in found] == [600, 1800]
+    assert found[0].decode()[10:30, 10:40].all()
+
+
+def test_segments_have_the_size_of_a_large_image_and_no_near_copies(sample):
+    image = read_rgb(min((sample / "train").rglob("*.JPEG")))
+    (found,) = Felzenszwalb(longest_side=128).segments([image])
+    assert len(found) > 5
+    assert {(segment.height, segment.width) for segment in found} == {image.shape[:2]}
+    assert all(0.5 <= segment.coverage_percent <= 90 for segment in found)
+    pixels = np.stack([segment.decode().ravel() for segment in found]).astype(np.float32)
+    common = pixels @ pixels.T
+    areas = pixels.sum(1)
+    overlap = common / (areas[:, None] + areas[None] - common)
+    assert (overlap - np.eye(len(found))).max() <= 0.85
+
+
+def test_a_folder_and_a_store_get_the_same_segments(images, tmp_path, masks_command):
+    options = ["--scales", "100,800", "--longest_side", "64", "--generator", "felzenszwalb"]
+    for out in ("json", "masks.sqlite"):
+        code, said = masks_command(
+            "generate", "--images", images, "--out", tmp_path / out, *options
+        )
+        assert code == 0, said
+    segments = all_segments(tmp_path / "json")
+    assert segments.keys() == {"a/one", "a/two", "b/three", "b/deep/four", "b/five"}
+    assert segments == all_segments(tmp_path / "masks.sqlite")
+    settings = store_settings(PackedStore(tmp_path / "masks.sqlite").meta)
+    assert settings["scales"] == [100, 800]
+    assert settings["generator"] == "felzenszwalb"
+
+
+@pytest.mark.parametrize("out", ["json", "masks.sqlite"])
+def test_what_is_done_is_skipped_and_new_images_are_added(images, tmp_path, out):
+    assert run(images, tmp_path / out).already_there == 0
+    assert run(images, tmp_path / out).already_there == 5
+    Image.new("RGB", (64, 48), (9, 9, 9)).save(images / "a/new.png")
+    summary = run(images, tmp_path / out)
+    assert (summary.already_there, summary.images + summary.without) == (5, 6)
+
+
+@pytest.mark.parametrize("out", ["json", "masks.sqlite"])
+def test_other_settings_are_refused_naming_the_difference(images, tmp_path, out):
+    run(images, tmp_path / out)
+    with pytest.raises(ValueError, match="longest_side 64 there, 48 now"):
+        run(images, tmp_path / out, Felzenszwalb(scales=(100, 800), longest_side=48))
+
+
+def kill_during(images, out, generator, after):
+    from mae.segments import sinks
+
+    for sink in (sinks.StoreSink, sinks.FolderSink):
+        add, added = sink.add, []
+
+        def add_or_die(self, key, segments, add=add, added=added):
+            added.append(key)
+            if len(added) > after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            add(self, key, segments)
+            if hasattr(self, "writer"):
+                self.writer.commit()
+
+        sink.add = add_or_die
+    run(images, out, generator)
+
+
+@pytest.mark.parametrize("out", ["json", "masks.sqlite"])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_killed_run_equals_one_that_was_not(images, tmp_path, in_child, out, after):
+    run(images, tmp_path / "whole" / out) if out == "json" else run(
+        images, tmp_path / "whole.sqlite"
+    )
+    whole = tmp_path / "whole" / out if out == "json" else tmp_path / "whole.sqlite"
+    assert in_child(kill_during, images, tmp_path / out, FAST, after) == -signal.SIGKILL
+    assert run(images, tmp_path / out).already_there == after
+    assert all_segments(tmp_path / out) == all_segments(whole)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_two_merged_shards_equal_one_run(images, tmp_path, dump, monkeypatch):
+    run(images, tmp_path / "whole.sqlite", processes=2)
+    for index in (0, 1):
+        run(images, tmp_path / "masks.sqlite", index=index, count=2)
+    shards = [tmp_path / f"masks-{index}-of-2.sqlite" for index in (0, 1)]
+    assert [len(PackedStore(path).images()) for path in shards] == [3, 2]
+    merge(shards, tmp_path / "masks.sqlite", overwrite=False)
+    assert dump(tmp_path / "masks.sqlite") == dump(tmp_path / "whole.sqlite")
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_torchrun_and_slurm_share_the_images(monkeypatch, names):
+    assert Shard.from_environment() == Shard()
+    monkeypatch.setenv(names[0], "2")
+    monkeypatch.setenv(names[1], "4")
+    assert Shard.from_environment() == Shard(index=2, count=4)
+
+
+@pytest.mark.parametrize("out", ["json", "masks.sqlite"])
+def test_a_failed_image_is_named_recorded_and_tried_again(images, tmp_path, out, masks_command):
+    (images / "b/broken.jpg").write_bytes(b"no image")
+    arguments = ["generate", "--images", images, "--out", tmp_path / out]
+    arguments += ["--generator", "felzenszwalb", "--longest-side", "64"]
+    code, said = masks_command(*arguments)
+    assert code == 1
+    assert "b/broken.jpg" in said
+    assert len(open_segments(tmp_path / out).images()) == 5
+    if out == "json":
+        assert "b/broken" in (tmp_path / out / "failed.txt").read_text()
+    else:
+        assert "b/broken" in PackedStore(tmp_path / out).failures()
+    Image.new("RGB", (64, 48), (200, 0, 0)).save(images / "b/broken.jpg")
+    assert masks_command(*arguments)[0] == 0
+    source = open_segments(tmp_path / out)
+    assert "b/broken" in source.images() | source.listed_empty()
+    assert not (tmp_path / out / "failed.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shard", "2/2"], "counts from 0"),
+        (["--shard", "first"], "write it as 0/4"),
+        (["--scales", "a,b"], "write numbers"),
+        (["--points-per-side", "3"], "no option of --generator felzenszwalb"),
+        (["--min-coverage", "95"], "below --max-coverage"),
+        (["--images", "/nowhere/at/all"], "is not a folder"),
+    ],
+)
+def test_bad_options_are_one_line_and_write_nothing(
+    images, tmp_path, masks_command, arguments, said
+):
+    out = tmp_path / "out"
+    basic = ["generate", "--images", images, "--out", out, "--generator", "felzenszwalb"]
+    code, text = masks_command(*basic, *arguments)
+    assert code == 2
+    assert said in text
+    assert len(text.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_images_that_differ_in_suffix_only_are_refused(images, tmp_path):
+    Image.new("RGB", (8, 8)).save(images / "a/one.png")
+    with pytest.raises(ValueError, match=r"a/one\.jpg and a/one\.png"):
+        run(images, tmp_path / "json")
+
+
+@pytest.fixture(scope="session")
+def tiny_sam(tmp_path_factory):
+    """A random SAM in a folder, as `from_pretrained` reads it."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "image_size": 64, "patch_size": 16}
+    config = transformers.SamConfig(
+        vision_config={
+            **size, "output_channels": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 64, "num_pos_feats": 16,
+        },
+        prompt_encoder_config={**size, "mask_input_channels": 8},
+        mask_decoder_config=DECODER,
+    )  # fmt: skip
+    processor = transformers.SamImageProcessor(
+        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
+        mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16},
+    )  # fmt: skip
+    return save_random(transformers.SamModel(config), processor, tmp_path_factory.mktemp("sam"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sam2(tmp_path_factory):
+    """A random SAM 2 in a folder."""
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.Sam2HieraDetConfig(
+        hidden_size=16, num_attention_heads=1, blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[3], image_size=[64, 64],
+        window_positional_embedding_background_size=[4, 4],
+    )  # fmt: skip
+    vision = transformers.Sam2VisionConfig(
+        backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32,
+    )  # fmt: skip
+    prompts = {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 8}
+    config = transformers.Sam2Config(
+        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=DECODER
+    )
+    processor = transformers.Sam2ImageProcessor(
+        size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16}
+    )
+    return save_random(transformers.Sam2Model(config), processor, tmp_path_factory.mktemp("sam2"))
+
+
+DECODER = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
+
+
+def save_random(model, processor, folder):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("model", "size"), [("tiny_sam", (40, 56)), ("tiny_sam2", (56, 56))])
+def test_segments_are_those_of_the_transformers_pipeline(model, size, request):
+    # A square for SAM 2: the pipeline spreads its points as if the image were padded, yet SAM 2
+    # stretches it, so that on others the pipeline leaves a part of the image without points.
+    from transformers import pipeline
+
+    folder = str(request.getfixturevalue(model))
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    theirs = pipeline("mask-generation", model=folder, device="cpu")
+    for overlap, fewest in ((1.0, 5), (0.9, 1)):
+        settings = SamSettings(model=folder, **{**SAM_OPTIONS, "box_nms_thresh": overlap})
+        expected = theirs(
+            Image.fromarray(image),
+            points_per_crop=settings.points_per_side,
+            points_per_batch=settings.points_per_batch,
+            pred_iou_thresh=settings.pred_iou_thresh,
+            stability_score_thresh=settings.stability_score_thresh,
+            stability_score_offset=settings.stability_score_offset,
+            crops_nms_thresh=overlap,
+        )["masks"]
+        assert len(expected) >= fewest
+        for segments in Sam(settings, device="cpu").segments([image, image]):
+            assert sorted(segment.decode().tobytes() for segment in segments) == sorted(
+                np.asarray(pixels, np.uint8).tobytes() for pixels in expected
+            )
+
+
+def test_sam_leaves_equal_stores_whether_killed_or_not(images, tmp_path, tiny_sam, dump):
+    # One process after another, as fork and torch's threads do not go together.
+    def sam():
+        return Sam(SamSettings(model=str(tiny_sam), **SAM_OPTIONS), device="cpu")
+
+    run(images, tmp_path / "whole.sqlite", sam())
+    broken, calls = sam(), []
+    segments = broken.segments
+
+    def fail_later(batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return segments(batch)
+
+    broken.segments = fail_later
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "stopped.sqlite", broken)
+    run(images, tmp_path / "stopped.sqlite", sam())
+    assert dump(tmp_path / "stopped.sqlite") == dump(tmp_path / "whole.sqlite")
+    for index in (0, 1):
+        run(images, tmp_path / "masks.sqlite", sam(), index=index, count=2)
+    shards = [tmp_path / f"masks-{index}-of-2.sqlite" for index in (0, 1)]
+    merge(shards, tmp_path / "merged.sqlite", overwrite=False)
+    assert dump(tmp_path / "merged.sqlite") == dump(tmp_path / "whole.sqlite")
+    settings = store_settings(PackedStore(tmp_path / "merged.sqlite").meta)
+    assert settings["pred_iou_thresh"] == -1000
+    assert settings["model"] == str(tiny_sam)
+
+
+def test_thresholds_take_segments_away(images, tiny_sam):
+    image = read_rgb(images / "a/two.png")
+
+    def count(**changed):
+        settings = SamSettings(model=str(tiny_sam), **{**SAM_OPTIONS, **changed})
+        return len(Sam(settings, device="cpu").segments([image])[0])
+
+    everything = count()
+    assert count(pred_iou_thresh=1000.0) == 0
+    assert count(box_nms_thresh=0.1) < everything
+    assert count(points_per_side=1) < everything
+
+
+def test_a_missing_transformers_is_named(images, tmp_path, masks_command, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, said = masks_command(
+        "generate", "--images", images, "--out", tmp_path / "out", "--generator", "sam"
+    )
+    assert code == 2
+    assert "pip install transformers" in said
+
+
+def test_a_folder_that_is_no_model_is_named(images, tmp_path, masks_command):
+    code, said = masks_command(
+        "generate", "--images", images, "--out", tmp_path / "out", "--generator", "sam",
+        "--model", tmp_path,
+    )  # fmt: skip
+    assert code == 2
+    assert f"--model {tmp_path} cannot be loaded" in said
+    assert not (tmp_path / "out").exists()
