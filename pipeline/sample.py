@@ -33,7 +33,7 @@ _COLORS = np.array(
 _HEIGHT, _WIDTH = 96, 128  # pixels
 _JPEG_QUALITY = 90
 # Each background has a shape of its own, mostly: what is hidden can be guessed from what is seen.
-_USUAL_SHAPE_SHARE = 0.6
+_USUAL_SHAPE_SHARE = 0.72
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 
 sys.path.append(str(Path(__file__).parent / "pipeline"))
 from programs import REPO_ROOT, run_benchmark
+from slurm_cluster import SlurmCluster, SlurmError
 from whole_run import scores, write_inputs
 
 ROUNDS = ("--mask-method", "four_channels", "--pretrain-epochs", "2", "--eval-freq", "1")
@@ -157,6 +159,69 @@ def test_two_processes_on_the_cpu(config: Path, tmp_path: Path) -> None:
     assert [row["method"] for row in scores(out)] == ["patches"]
 
 
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
+    """A real Slurm with one node; the test is skipped where it cannot be started."""
+    slurm = SlurmCluster(tmp_path / "slurm")
+    try:
+        slurm.start()
+    except SlurmError as error:
+        slurm.stop()
+        pytest.skip(f"no Slurm: {error}")
+    yield slurm
+    slurm.stop()
+
+
+@pytest.mark.slow
+def test_slurm_runs_the_plan_side_by_side_requeues_and_ends_like_the_local_run(
+    reference: Path, config: Path, tmp_path: Path, cluster: SlurmCluster
+) -> None:
+    out = tmp_path / "out"
+    # The nodes' processors are fewer than the jobs believe: threads would slow each other down.
+    call = ("--config", config, "--output-dir", out, *ROUNDS, "--launcher", "slurm")
+    call = (*call, "--sbatch", "cpus-per-task=1")
+    submitted = run_benchmark(*call)
+    assert submitted.returncode == 0, submitted.stderr
+    assert "4 jobs submitted" in submitted.stdout
+    assert "4 jobs submitted" not in run_benchmark(*call).stdout, "they were submitted twice"
+
+    first, beside = _job_of(out, "pretrain_four_channels_1"), set()
+    _until(lambda: _is_running(out, first))
+    cluster.query("scontrol", "requeue", first)
+    _until(lambda: "BeginTime" in cluster.query("squeue", "-h", "-j", first, "-o", "%r"))
+    cluster.query("scontrol", "update", f"JobId={first}", "StartTime=now")
+
+    def nothing_left() -> bool:
+        jobs = cluster.query("squeue", "-h", "-o", "%j %T").splitlines()
+        beside.add(frozenset(job.split()[0] for job in jobs if job.endswith("RUNNING")))
+        return not jobs
+
+    _until(nothing_left, seconds=240)
+    assert {"evaluate_four_channels_1", "pretrain_four_channels_2"} in beside
+    record = json.loads((out / ".segmae/steps/pretrain_four_channels_1.json").read_text())
+    assert (record["state"], record["attempts"]) == ("done", 2)
+    followed = run_benchmark(*call, "--wait")
+    assert followed.returncode == 0, followed.stderr
+    assert scores(out) == scores(reference)
+
+
+def _job_of(out: Path, step: str) -> str:
+    return str(json.loads((out / f".segmae/steps/{step}.json").read_text())["job_id"])
+
+
+def _is_running(out: Path, job: str) -> bool:
+    """Whether the job's step has started, as its record says."""
+    records = [json.loads(p.read_text()) for p in (out / ".segmae/steps").glob("*.json")]
+    return any(r["job_id"] == job and r["state"] == "running" for r in records)
+
+
+def _until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.2)
+
+
 def test_dry_run_shows_the_commands_and_changes_nothing(config: Path, tmp_path: Path) -> None:
     before = files_below(config.parent)
     out = tmp_path / "out"
@@ -184,7 +249,7 @@ def test_dry_run_shows_the_commands_and_changes_nothing(config: Path, tmp_path: 
         ("--recipe nonsense", "recipe"),
         ("--eval 7", "does not exist"),
         ("--launcher cloud", "slurm"),
-        ("--mae-checkpoint dataset.yml --stack", "mae"),
+        ("--mae-checkpoint dataset.yml --stack", "cannot be read as a checkpoint"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
