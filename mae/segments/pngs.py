@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mae.segments.forms import COVERAGE_TOLERANCE, SegmentFolder, warn_of_difference
 from mae.segments.segment import Segment, nearest, segment_from_pixels, verify_all
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TABLE = "table.txt"
 METADATA = "metadata.csv"
@@ -31,6 +36,31 @@ class PngFolder(SegmentFolder):
             return verify_all(read)
         except ValueError as error:
             raise ValueError(f"{self.root / key}: {error}") from None
+
+    def nearest(self, key: str, coverage_percent: float) -> Segment | None:
+        """Reads only the PNGs that the table, within its rounding, says may be the nearest.
+
+        Where the table is wrong about one of them, or silent, all are read.
+        """
+        listed = self._listed(key)
+        percents = self._percents(listed)
+        if not listed or percents is None:
+            return nearest(self.segments(key), coverage_percent)
+        distances = [abs(percent - coverage_percent) for percent in percents]
+        limit = min(distances) + 2 * COVERAGE_TOLERANCE
+        read = [
+            self._segment(*entry)
+            for entry, distance in zip(listed, distances, strict=True)
+            if distance <= limit
+        ]
+        if any(wrong for _, wrong in read):
+            return nearest(self.segments(key), coverage_percent)
+        return nearest((segment for segment, _ in read), coverage_percent)
+
+    def _percents(self, listed: list[tuple[Path, float | None]]) -> list[float] | None:
+        """What the table says in percent of the image; None: nothing about some PNG."""
+        stated = [value for _, value in listed if value is not None]
+        return stated if len(stated) == len(listed) else None
 
     def _segment(self, path: Path, stated: float | None) -> tuple[Segment, bool]:
         """The segment of a PNG, and whether its stated coverage is wrong."""
@@ -81,23 +111,6 @@ class PngTableFolder(PngFolder):
     table = TABLE
     bytes_of_header = 2
 
-    def nearest(self, key: str, coverage_percent: float) -> Segment | None:
-        """Reads only the PNGs that the table, within its rounding, says may be the nearest.
-
-        Where the table is wrong about one of them, all are read.
-        """
-        listed = self._listed(key)
-        distances = [abs((stated or 0) - coverage_percent) for _, stated in listed]
-        limit = min(distances, default=0) + 2 * COVERAGE_TOLERANCE
-        read = [
-            self._segment(*entry)
-            for entry, distance in zip(listed, distances, strict=True)
-            if distance <= limit
-        ]
-        if any(wrong for _, wrong in read):
-            return nearest(self.segments(key), coverage_percent)
-        return nearest((segment for segment, _ in read), coverage_percent)
-
     def _listed(self, key: str) -> list[tuple[Path, float | None]]:
         table = self.root / key / TABLE
         lines = enumerate(self._read_table(key), 1)
@@ -142,6 +155,14 @@ class PngMetadataFolder(PngFolder):
         self._check_complete(table, {path.name for path, _ in listed})
         return listed
 
+    def _percents(self, listed: list[tuple[Path, float | None]]) -> list[float] | None:
+        """Areas are stated in pixels; the header of one PNG tells the size of the image."""
+        areas = super()._percents(listed)
+        if not areas:
+            return None
+        width, height = png_size(listed[0][0])
+        return [100 * area / (width * height) for area in areas]
+
     def _check_complete(self, table: Path, listed: set[str]) -> None:
         """`amg.py` lists every PNG it writes, so one that is not listed tells of a lost line."""
         if not listed:
@@ -159,14 +180,26 @@ def read_segment_png(path: Path) -> np.ndarray:
 
     Raises ValueError naming the file if it is missing or no image.
     """
+    with _opened(path) as image:
+        return np.asarray(image.convert("L"))
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG, from its header. Raises ValueError as `read_segment_png`."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
+    """An image, with whatever Pillow raises about damaged files as a ValueError."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("L"))
+            yield image
     except FileNotFoundError:
         raise ValueError(f"{path}: listed, but not there") from None
-    # what Pillow raises on damaged files
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).split(" '")[0]
         raise ValueError(f"{path}: not an image, or cut short: {reason}") from None
