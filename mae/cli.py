@@ -141,8 +141,15 @@ def fetch(model: str, out: Path, url: str | None) -> None:
 def _log_to_stderr() -> None:
     level = logging.WARNING if _rank() else logging.INFO
     logging.basicConfig(
-        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[_ToStderr()]
     )
+
+
+class _ToStderr(logging.Handler):
+    """Writes to whatever stderr is at the moment: a progress bar puts itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), file=sys.stderr)
 
 
 def _rank() -> int:

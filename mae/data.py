@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,14 +119,10 @@ class MaskedImages(Dataset[Sample]):
 
     def _load(self, epoch: int, index: int) -> Sample:
         relative = self.relative_path(index)
-        stream = [self.seed, SAMPLE_STREAM, epoch, index]
-        image = read_crop(
-            self.folder / relative,
-            lambda height, width: random_crop(np.random.default_rng([*stream, 0]), height, width),
-            self.method.image_size,
-        )
+        rng = np.random.default_rng([self.seed, SAMPLE_STREAM, epoch, index])
+        image = read_crop(self.folder / relative, partial(random_crop, rng), self.method.image_size)
         segment = None if self.source is None else self._segment(self.source, relative, image)
-        return make_sample(self.method, image.pixels, np.random.default_rng([*stream, 1]), segment)
+        return make_sample(self.method, image.pixels, rng, segment)
 
     def _segment(self, source: SegmentSource, relative: str, image: CroppedImage) -> np.ndarray:
         key = segment_key(relative)

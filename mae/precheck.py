@@ -14,7 +14,16 @@ from mae.schedule import make_batch_plan
 
 def check_pretraining(config: PretrainConfig) -> None:
     """Raise ValueError for whatever would stop the run at once. Says nothing else."""
-    logging.getLogger("mae").setLevel(logging.ERROR)
+    logger = logging.getLogger("mae")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        _check(config)
+    finally:
+        logger.setLevel(level)
+
+
+def _check(config: PretrainConfig) -> None:
     listing = make_listing(config.data, make_method(config.method, config.model))
     make_batch_plan(
         config.optimisation,

@@ -64,6 +64,7 @@ def _fit(run: Run, state: State, interruption: Interruption) -> bool:
             logbook.close()
             progress.close(outcome)
     run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
+    run.accelerator.end_training()
     return outcome == "done"
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mae.listing import find_images, segment_key
 from mae.model import IMAGE_MEAN, IMAGE_STD
 from mae.segments import SegmentSource, open_segments
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE = 224
 COVERAGE_PERCENT = 15.0
 MODEL = ModelConfig(model="vit_base", image_size=SIZE)
@@ -136,7 +138,7 @@ def compare(
 
 
 def measure(images: Path, masks: Path, rounds: int, limit: int) -> list[dict[str, Any]]:
-    """All rows. images: a folder with class folders, or one with train/; masks: its segments."""
+    """All rows. images: a folder with train/, or with class folders; masks: its segments."""
     folder = images / "train" if (images / "train").is_dir() else images
     source = open_segments(masks)
     usable = source.images() - source.listed_empty()
@@ -144,70 +146,67 @@ def measure(images: Path, masks: Path, rounds: int, limit: int) -> list[dict[str
     paths = [path for path in paths if source.nearest(segment_key(path), COVERAGE_PERCENT)][:limit]
     count = len(paths)
     print(f"{count} images of {folder}, segments of {masks}, {rounds} rounds, one core", flush=True)
-    encoded = [
-        torch.frombuffer(bytearray((folder / p).read_bytes()), dtype=torch.uint8) for p in paths
-    ]
-    patches = make_ours(folder, paths, None, MODEL, "patches")
-    theirs = make_peer_of_patches(folder)
-    index_of = {Path(path): index for index, (path, _) in enumerate(theirs.samples)}
-    order = [index_of[folder / path] for path in paths]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        write_png_form(source, paths, Path(scratch))
-        peer = PngSamples(folder, Path(scratch), paths)
-        ours = make_ours(folder, paths, source, MODEL, "four_channels")
-        rows.append(
-            compare(
-                "masked sample",
-                "PIL, float tensors, PNG per segment",
-                lambda i: ours[(0, i)],
-                lambda i: peer[i],
-                count,
-                rounds,
-            )
-        )
-    rows.append(
-        compare(
-            "patches sample",
-            "torchvision ImageFolder",
-            lambda i: patches[(0, i)],
-            lambda i: theirs[order[i]],
-            count,
-            rounds,
-        )
-    )
-    rows.append(
-        compare(
-            "patches sample",
-            "JPEG decoding alone",
-            lambda i: patches[(0, i)],
-            lambda i: _decode(encoded[i]),
-            count,
-            rounds,
-        )
-    )
+        write_png_form(source, paths, Path(scratch, "png"))
+        peer = PngSamples(folder, Path(scratch, "png"), paths)
+        for form, opened in (
+            ("as they are", source),
+            ("packed store", pack(masks, Path(scratch, "masks.sqlite"))),
+        ):
+            ours = make_ours(folder, paths, opened, MODEL, "four_channels")
+            rows.append(
+                compare(f"masked sample, {form}", "PIL, float tensors, PNG per segment",
+                        partial(_ours, ours), partial(_theirs, peer), count, rounds)
+            )  # fmt: skip
+    patches = make_ours(folder, paths, None, MODEL, "patches")
+    images_of_peer = make_peer_of_patches(folder)
+    numbers = {path: number for number, (path, _) in enumerate(images_of_peer.samples)}
+    order = [numbers[str(folder / path)] for path in paths]
+    encoded = [_bytes(folder / path) for path in paths]
+    for name, load in (
+        ("torchvision ImageFolder", lambda index: images_of_peer[order[index]]),
+        ("JPEG decoding alone", lambda index: decode_jpeg(encoded[index], ImageReadMode.RGB)),
+    ):
+        rows.append(compare("patches sample", name, partial(_ours, patches), load, count, rounds))
     return rows
 
 
-def _decode(encoded: Tensor) -> Tensor:
-    return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+def pack(masks: Path, store: Path) -> SegmentSource:
+    """The segments as a packed store."""
+    if masks.suffix == ".sqlite":
+        return open_segments(masks)
+    command = [sys.executable, "-m", "mae", "masks", "pack", str(masks), "--out", str(store)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    return open_segments(store)
+
+
+def _ours(images: MaskedImages, index: int) -> Any:
+    return images[(0, index)]
+
+
+def _theirs(samples: PngSamples, index: int) -> Any:
+    return samples[index]
+
+
+def _bytes(path: Path) -> Tensor:
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table."""
-    print(f"{'work':<16} {'against':<38} {'ours ms':>8} {'peer ms':>8} {'ratio':>6}")
+    print(f"{'work':<27} {'against':<38} {'ours ms':>8} {'peer ms':>8} {'ratio':>6}")
     for row in rows:
         print(
-            f"{row['work']:<16} {row['peer']:<38} {row['ours_ms']:8.2f} {row['peer_ms']:8.2f} "
+            f"{row['work']:<27} {row['peer']:<38} {row['ours_ms']:8.2f} {row['peer_ms']:8.2f} "
             f"{row['ratio']:5.1f}x"
         )
 
 
 def sample_data(folder: Path) -> tuple[Path, Path]:
     """Generated images and their segments, by this repository's own benchmark.py."""
-    repository = Path(__file__).resolve().parents[1]
     command = [sys.executable, "benchmark.py", "sample", str(folder)]
-    subprocess.run(command, cwd=repository, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
     return folder / "in1k", folder / "in1k/masks"
 
 
