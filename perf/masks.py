@@ -115,28 +115,24 @@ def measure(
     for key in keys:  # they agree, and everything is in the page cache
         expected = readers["packed store"](key)
         assert all((read(key) == expected).all() for read in readers.values()), key
-    times: dict[str, list[list[float]]] = {name: [] for name in readers}
-    for key in keys:
-        for samples in times.values():
-            samples.append([])
-        for _ in range(rounds):
-            for name, read in readers.items():  # one after the other: noise hits all alike
-                start = time.perf_counter()
+    times: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(rounds):
+        for name, read in readers.items():
+            start = time.perf_counter()
+            for key in keys:
                 read(key)
-                times[name][-1].append((time.perf_counter() - start) * 1000)
-    medians = {
-        name: statistics.mean(statistics.median(of_key) for of_key in samples)
-        for name, samples in times.items()
-    }
+            times[name].append((time.perf_counter() - start) / len(keys) * 1000)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    pairs = [(name, PEER) for name in sources] + [("packed store", "PNG + table")]
     return [
         {
             "work": f"fetch and decode one segment: {name}",
-            "peer": PEER,
+            "peer": peer,
             "ours_ms": round(medians[name], 4),
-            "peer_ms": round(medians[PEER], 4),
-            "ratio": round(medians[PEER] / medians[name], 2),
+            "peer_ms": round(medians[peer], 4),
+            "ratio": round(medians[peer] / medians[name], 2),
         }
-        for name in sources
+        for name, peer in pairs
     ]
 
 
