@@ -94,14 +94,16 @@ def _run_windows(
     patch_logits = model.patch_logits(batch)
     for window, logits in zip(group, patch_logits, strict=True):
         # One window at a time: full-size logits of all of them would be the peak of memory.
-        full = model.upsample(logits[None], window.height, window.width)[0]
+        full = model.upsample(_as_batch(logits), window.height, window.width)[0]
         height, width = pixels[window.image].shape[-2:]
         canvas = canvases[window.image]
         if canvas is None:
             if (window.height, window.width) == (height, width):
                 canvases[window.image] = full
                 continue
-            canvas = full.new_zeros(len(full), height, width)
+            # The decoder's output has the classes innermost, which is what interpolation and
+            # argmax over many classes like best: the canvas keeps that order in memory.
+            canvas = full.new_zeros(height, width, len(full)).permute(2, 0, 1)
             canvases[window.image] = canvas
         _cut(canvas, window).add_(full)
 
@@ -150,4 +152,12 @@ def _resize(canvas: Tensor, size: tuple[int, int]) -> Tensor:
     """[K, h, w] to [K, H, W]."""
     if canvas.shape[-2:] == size:
         return canvas
-    return F.interpolate(canvas[None], size, mode="bilinear", align_corners=False)[0]
+    return F.interpolate(_as_batch(canvas), size, mode="bilinear", align_corners=False)[0]
+
+
+def _as_batch(canvas: Tensor) -> Tensor:
+    """[K, h, w] to [1, K, h, w] with strides that torch recognises as classes-innermost.
+
+    Plain `canvas[None]` has not, and interpolation then copies its whole output.
+    """
+    return canvas.permute(1, 2, 0)[None].permute(0, 3, 1, 2)

@@ -111,8 +111,10 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tens
 
     logits [B, K, H, W]; labels [B, H, W], integers.
     """
+    # With the classes innermost, as the decoder leaves them in memory, this is a view.
+    by_pixel = logits.float().permute(0, 2, 3, 1).flatten(0, 2)
     return F.cross_entropy(
-        logits.float(), labels.long(), ignore_index=ignore_index, reduction="sum"
+        by_pixel, labels.flatten().long(), ignore_index=ignore_index, reduction="sum"
     )
 
 
