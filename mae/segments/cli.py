@@ -154,8 +154,8 @@ def inspect(
 
     source = open_segments(masks_dir)
     folder = images or _train_beside(masks_dir)
-    paths = find_images(folder) if images or folder.is_dir() else []
-    found = {segment_key(path): folder / path for path in paths}
+    paths = find_images(folder) if folder else []
+    found = {segment_key(path): folder / path for path in paths if folder}
     statistics = collect(source, limit=limit, processes=_cores(processes))
     for what, value in describe(statistics, ratios):
         click.echo(f"{what + ':':28}{value}")
@@ -171,9 +171,9 @@ def inspect(
     click.echo(f"wrote {written[0]} and {written[1]}")
 
 
-def _train_beside(masks_dir: Path) -> Path:
+def _train_beside(masks_dir: Path) -> Path | None:
     folder = masks_dir.resolve().parent
-    return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), folder)
+    return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), None)
 
 
 @masks.command(context_settings=CONTEXT)

@@ -146,6 +146,12 @@ def test_inspect_prints_draws_and_writes_one_page_without_links(dataset, tmp_pat
     assert not re.search(r"(src|href)=\"?http", page)
 
 
+def test_inspect_needs_no_images(packed_table, tmp_path, masks_command):
+    code, said = masks_command("inspect", packed_table, "--out", tmp_path / "look")
+    assert code == 0, said
+    assert (tmp_path / "look.png").stat().st_size > 1000
+
+
 def test_inspect_counts_exactly(tmp_path):
     from mae.segments import open_segments
     from mae.segments.statistics import collect
