@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-sys.path.append(str(Path(__file__).parent / "pipeline"))
-from programs import REPO_ROOT, run_benchmark
-from slurm_cluster import SlurmCluster, SlurmError
-from whole_run import scores, write_inputs
+from tests.pipeline.programs import REPO_ROOT, run_benchmark
+from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
+from tests.pipeline.whole_run import scores, write_inputs
 
 ROUNDS = ("--mask-method", "four_channels", "--pretrain-epochs", "2", "--eval-freq", "1")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import SMALL_RUN, make_config, read_epochs
 
 from mae.cli import cli, main
 from mae.interruption import EXIT_INTERRUPTED
+from tests.mae.conftest import SMALL_RUN, make_config, read_epochs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLE = REPOSITORY / "../shared/data/imagenet-sample"

@@ -5,7 +5,6 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import as_annotation, make_config, write_image, write_segments
 from PIL import Image
 
 from mae.config import MethodConfig, ModelConfig, make_method
@@ -15,6 +14,7 @@ from mae.listing import find_images, make_listing, segment_key
 from mae.schedule import make_batch_plan
 from mae.segments import open_segments
 from mae.transforms import Crop, crop_image, crop_segment, random_crop
+from tests.mae.conftest import as_annotation, make_config, write_image, write_segments
 
 MODEL = ModelConfig(model="vit_tiny", image_size=64, patch_size=16)
 

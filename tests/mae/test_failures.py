@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, read_epochs, write_image, write_segments
 
 from mae.checkpoint import load_checkpoint, save_checkpoint
 from mae.listing import make_listing
 from mae.optimisation import GuardedUpdate, make_optimizer
 from mae.train import pretrain
+from tests.mae.conftest import make_config, read_epochs, write_image, write_segments
 
 
 def _poison_step_8_of_process_1(rank):

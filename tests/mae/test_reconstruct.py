@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, write_image
 from PIL import Image
 
 from mae.checkpoint import load_checkpoint
@@ -13,6 +12,7 @@ from mae.masking import patchify, unpatchify
 from mae.model import MaskedAutoencoder
 from mae.reconstruct import load_model, reconstruct_files
 from mae.train import pretrain
+from tests.mae.conftest import make_config, write_image
 
 
 @pytest.fixture(scope="module")

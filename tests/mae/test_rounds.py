@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights, make_config, read_epochs
 
 from mae.interruption import Interruption
 from mae.paths import find_resumable
+from tests.mae.conftest import assert_same_weights, make_config, read_epochs
 
 SPLIT = {"batch_size": 2}  # 4 forward passes per step on one process, 2 on each of two
 

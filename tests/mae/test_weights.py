@@ -3,7 +3,6 @@
 import pytest
 import timm
 import torch
-from conftest import make_config
 from safetensors.torch import load_file
 
 from mae.config import METHODS, MethodConfig, ModelConfig, make_method
@@ -11,6 +10,7 @@ from mae.export import encoder_weights, export_encoder
 from mae.masking import VISIBLE
 from mae.model import MaskedAutoencoder, sincos_positions
 from mae.official import read_official_weights, resample_positions, start_from_official
+from tests.mae.conftest import make_config
 
 TINY = ModelConfig(model="vit_tiny", decoder_width=64, decoder_depth=1, decoder_heads=4)
 

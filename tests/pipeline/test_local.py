@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import REPO_ROOT, standin
 
 import benchmark
 from pipeline import process
@@ -18,6 +17,7 @@ from pipeline.local import LocalLauncher
 from pipeline.plan import Step, make_plan
 from pipeline.records import is_done, read_record, write_record
 from pipeline.settings import Settings
+from tests.pipeline.programs import REPO_ROOT, standin
 
 Make = Callable[..., Settings]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from finished_run import write_evaluation, write_run
-from programs import run_benchmark
 
 from pipeline import charts, layout
 from pipeline.charts import Point, Series, line_chart, ticks
 from pipeline.layout import RunName
 from pipeline.report import write_all, write_report
 from pipeline.results import read_evaluations, table, write_results_csv
+from tests.pipeline.finished_run import write_evaluation, write_run
+from tests.pipeline.programs import run_benchmark
 
 
 def text_of(page: Path) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_run import write_run
 
 from pipeline.report import write_all
+from tests.pipeline.finished_run import write_run
 
 CHROMIUM = next(
     (

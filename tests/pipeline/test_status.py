@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from programs import run_benchmark
 
 from pipeline import disk, layout
 from pipeline.layout import Layout
@@ -19,6 +18,7 @@ from pipeline.process import MARK
 from pipeline.records import Record, differences, read_record, write_record
 from pipeline.settings import Settings
 from pipeline.status import read_status
+from tests.pipeline.programs import run_benchmark
 
 Make = Callable[..., Settings]
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from boxes import REPOSITORY, Outcome, call, train_arguments, write_dataset
+
+from tests.segmenter.boxes import REPOSITORY, Outcome, call, train_arguments, write_dataset
 
 SAMPLES = REPOSITORY / "../shared/data"
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from boxes import REPOSITORY, train_arguments
 from PIL import Image
 
 from segmenter.options import RECIPES, read_recipe
+from tests.segmenter.boxes import REPOSITORY, train_arguments
 
 
 def assert_refused(outcome, *messages):

@@ -3,12 +3,12 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from boxes import write_dataset
 from PIL import Image
 
 from segmenter.data import read_classes
 from segmenter.dataset import DESCRIPTIONS, read_description
 from segmenter.labels import check_labels
+from tests.segmenter.boxes import write_dataset
 
 
 def change(path, **changes):

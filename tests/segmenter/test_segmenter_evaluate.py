@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from boxes import IGNORE
 from PIL import Image
 
 from segmenter.quiet import quiet_imports
+from tests.segmenter.boxes import IGNORE
 
 
 @pytest.fixture(scope="module")
 def scored(dataset, finished, tmp_path_factory):
     """Scores of the finished run with their stored predictions."""
-    from boxes import call
+    from tests.segmenter.boxes import call
 
     folder = tmp_path_factory.mktemp("scored")
     outcome = call(

@@ -7,11 +7,11 @@ import time
 
 import pytest
 import torch
-from boxes import call, start, train_arguments
 
 import segmenter.checkpoint
 import segmenter.epoch
 from segmenter.logbook import TIMING_KEYS, read_log
+from tests.segmenter.boxes import call, start, train_arguments
 
 
 def log_of(output_dir):
