@@ -23,7 +23,7 @@ from mae.config import MethodConfig
 from mae.decode import CroppedImage, read_crop
 from mae.listing import segment_key
 from mae.masking import MaskingMethod
-from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, BatchPlan
+from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, BatchPlan, sample_rng
 from mae.segments import SegmentSource
 from mae.transforms import centre_crop, crop_segment, random_crop
 
@@ -119,8 +119,10 @@ class MaskedImages(Dataset[Sample]):
 
     def _load(self, epoch: int, index: int) -> Sample:
         relative = self.relative_path(index)
-        rng = np.random.default_rng([self.seed, SAMPLE_STREAM, epoch, index])
-        image = read_crop(self.folder / relative, partial(random_crop, rng), self.method.image_size)
+        rng = sample_rng(self.seed, SAMPLE_STREAM, epoch, index)
+        image = read_crop(
+            f"{self.folder}/{relative}", partial(random_crop, rng), self.method.image_size
+        )
         segment = None if self.source is None else self._segment(self.source, relative, image)
         return make_sample(self.method, image.pixels, rng, segment)
 
@@ -168,7 +170,7 @@ class FixedImages(Dataset[Sample]):
         method, segment = self.images.method, None
         path = self.folder / self.paths[index].decode()
         image = read_crop(path, centre_crop, method.image_size)
-        rng = np.random.default_rng([self.images.seed, FIXED_STREAM, index])
+        rng = sample_rng(self.images.seed, FIXED_STREAM, 0, index)
         if self.images.source is not None:
             lender = self.lenders[index * len(self.lenders) // len(self.paths)].decode()
             found = self.images.source.nearest(

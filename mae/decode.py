@@ -17,6 +17,7 @@ from mae.transforms import Crop, crop_image
 
 JPEG_START = b"\xff\xd8\xff"
 JPEG_END = b"\xff\xd9"
+HEADER_BYTES = 1 << 16  # where a frame's size is looked for
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # markers before the size: baseline, extended, progressive
 ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -32,7 +33,7 @@ class CroppedImage:
     width: int
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path | str) -> Tensor:
     """Read an image file, whatever its suffix claims, as [3, H, W] uint8.
 
     Greyscale, palette, CMYK and 16-bit images are converted, transparency is dropped and the EXIF
@@ -41,7 +42,7 @@ def read_image(path: Path) -> Tensor:
     return _decode(_read(path))
 
 
-def read_crop(path: Path, choose_crop: Callable[[int, int], Crop], size: int) -> CroppedImage:
+def read_crop(path: Path | str, choose_crop: Callable[[int, int], Crop], size: int) -> CroppedImage:
     """Read an image file, crop it as `choose_crop(height, width)` says, and resize the crop.
 
     Where the crop of a large JPEG is going to be shrunk by 2 or more, the file is decoded at 1/2,
@@ -62,32 +63,32 @@ def read_crop(path: Path, choose_crop: Callable[[int, int], Crop], size: int) ->
     return CroppedImage(pixels=pixels, crop=crop, height=height, width=width)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path | str) -> np.ndarray:
+    """The bytes of a file, [L] uint8."""
     try:
-        return path.read_bytes()
+        return np.fromfile(path, np.uint8)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
 
 
-def _jpeg_size(content: bytes) -> tuple[int, int]:
+def _jpeg_size(content: np.ndarray) -> tuple[int, int]:
     """Height and width that a JPEG states, (0, 0) for any other file; much faster than Pillow."""
-    at = 2
-    while content.startswith(JPEG_START) and at + 9 <= len(content) and content[at] == 0xFF:
-        if content[at + 1] in JPEG_FRAMES:
-            height, width = content[at + 5 : at + 7], content[at + 7 : at + 9]
-            return int.from_bytes(height), int.from_bytes(width)
-        at += 2 + int.from_bytes(content[at + 2 : at + 4])
+    start, at = bytes(content[:HEADER_BYTES]), 2
+    while start.startswith(JPEG_START) and at + 9 <= len(start) and start[at] == 0xFF:
+        if start[at + 1] in JPEG_FRAMES:
+            return int.from_bytes(start[at + 5 : at + 7]), int.from_bytes(start[at + 7 : at + 9])
+        at += 2 + int.from_bytes(start[at + 2 : at + 4])
     return 0, 0
 
 
 def _read_reduced(
-    content: bytes, choose_crop: Callable[[int, int], Crop], size: int
+    content: np.ndarray, choose_crop: Callable[[int, int], Crop], size: int
 ) -> CroppedImage | None:
     """None if the image lies on its side, or the crop needs the full size.
 
     In that rare case `choose_crop` is called a second time.
     """
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content.tobytes())) as image:
         width, height = image.size
         crop = choose_crop(height, width)
         reduction = min(8, min(crop.height, crop.width) // size)
@@ -107,24 +108,21 @@ def _read_reduced(
     return CroppedImage(pixels=pixels, crop=crop, height=height, width=width)
 
 
-def _decode(content: bytes) -> Tensor:
+def _decode(content: np.ndarray) -> Tensor:
     # libjpeg fills the rest of a truncated file with grey and goes on; Pillow refuses it.
-    if content.startswith(JPEG_START) and JPEG_END in content[-64:]:
+    if bytes(content[:3]) == JPEG_START and JPEG_END in bytes(content[-64:]):
         try:
-            return _decode_jpeg(content)
+            return decode_jpeg(
+                torch.from_numpy(content), mode=ImageReadMode.RGB, apply_exif_orientation=True
+            )
         except RuntimeError:
             pass  # CMYK and other rarities: Pillow knows more
     return _decode_with_pillow(content)
 
 
-def _decode_jpeg(content: bytes) -> Tensor:
-    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)  # torch wants it writable
-    return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-
-
-def _decode_with_pillow(content: bytes) -> Tensor:
+def _decode_with_pillow(content: np.ndarray) -> Tensor:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content.tobytes())) as image:
             upright = ImageOps.exif_transpose(image)
             pixels = np.asarray(_to_rgb(upright))
     except PILLOW_ERRORS as error:

@@ -14,6 +14,16 @@ from mae.config import OptimisationConfig
 ORDER_STREAM, SAMPLE_STREAM, FIXED_STREAM = 0, 1, 2
 
 
+def sample_rng(seed: int, stream: int, epoch: int, index: int) -> np.random.Generator:
+    """Random numbers of one sample, whoever loads it.
+
+    Philox is made for this: any place of its sequence can be named, without seeding anew
+    (Salmon et al. 2011).
+    """
+    place = np.random.Philox(key=[seed, stream], counter=[0, 0, epoch, index])
+    return np.random.Generator(place)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """How an effective batch is split over processes and forward passes.

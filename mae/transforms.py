@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 CROP_AREA = (0.2, 1.0)  # of the image, as MAE crops
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
+CROP_TRIES = 10
 CENTRE_CROP = 224 / 256  # of the shorter side, the usual crop for held-out images
 
 
@@ -31,20 +32,25 @@ def random_crop(rng: np.random.Generator, height: int, width: int) -> Crop:
 
     Falls back to the largest centred box of an allowed shape when ten tries do not fit.
     """
-    flip = bool(rng.random() < 0.5)
-    log_aspect = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
-    for _ in range(10):
-        area = height * width * rng.uniform(*CROP_AREA)
-        aspect = math.exp(rng.uniform(*log_aspect))
+    flip, *numbers = rng.random(1 + 4 * CROP_TRIES).tolist()  # one call: numpy's are slow to enter
+    low, high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
+    for at in range(0, len(numbers), 4):
+        in_area, in_aspect, in_rows, in_columns = numbers[at : at + 4]
+        area = height * width * (CROP_AREA[0] + in_area * (CROP_AREA[1] - CROP_AREA[0]))
+        aspect = math.exp(low + in_aspect * (high - low))
         box_width = round(math.sqrt(area * aspect))
         box_height = round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(rng.integers(height - box_height + 1))
-            left = int(rng.integers(width - box_width + 1))
-            return Crop(top=top, left=left, height=box_height, width=box_width, flip=flip)
+            return Crop(
+                top=int(in_rows * (height - box_height + 1)),
+                left=int(in_columns * (width - box_width + 1)),
+                height=box_height,
+                width=box_width,
+                flip=flip < 0.5,
+            )
     box_width = min(width, max(1, round(height * CROP_ASPECT[1])))
     box_height = min(height, max(1, round(width / CROP_ASPECT[0])))
-    return _centred(height, width, box_height, box_width, flip)
+    return _centred(height, width, box_height, box_width, flip < 0.5)
 
 
 def centre_crop(height: int, width: int) -> Crop:
