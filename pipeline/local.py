@@ -202,9 +202,11 @@ def progress_text(folder: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 48 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """Seconds in words: 48 s, 2 min 5 s, 12 min, 3 h 20 min, 2 d 4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
     minutes = round(seconds / 60)
     if minutes < 90:
         return f"{minutes} min"

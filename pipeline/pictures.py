@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import layout
-from pipeline.layout import Layout
+from pipeline.layout import BASELINES, Layout
+from pipeline.settings import METHODS
 
 _WIDTH = 1000  # pixels at most
 _QUALITY = 80  # of the WebP
@@ -21,12 +22,13 @@ def picture_sections(all_paths: Sequence[Layout]) -> list[dict[str, Any]]:
     predictions: dict[int, list[dict[str, str]]] = {}
     for paths in all_paths:
         suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
-        for image in sorted(paths.pretrain_output.glob("*/reconstructions-*.png")):
+        images = paths.pretrain_output.glob("*/reconstructions-*.png")
+        for image in sorted(images, key=lambda path: _rank(path.parent.name)):
             epochs = layout.reconstructions_epochs(image)
             if epochs is not None:
                 label = image.parent.name + suffix
                 _add(reconstructions, epochs, image, label, "Reconstructions of")
-        for folder in sorted(paths.eval_output.glob("*/")):
+        for folder in sorted(paths.eval_output.glob("*/"), key=lambda path: _rank(path.name)):
             image = layout.predictions(folder)
             try:
                 run, epochs = layout.parse_eval_name(folder.name)
@@ -52,6 +54,13 @@ def picture_sections(all_paths: Sequence[Layout]) -> list[dict[str, Any]]:
         for title, caption, groups in sections
         if groups
     ]
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Baselines first, then the methods in their usual order."""
+    order = (*BASELINES, *METHODS)
+    rank = next((i for i, method in enumerate(order) if name.startswith(method)), len(order))
+    return rank, name
 
 
 def _add(

@@ -241,9 +241,9 @@ def _training_charts(all_paths: Sequence[Layout], lines: Sequence[Line]) -> list
     caption = "Finetuning loss of each line's last evaluation."
     charts += _log_chart(last, "train_loss", "epochs of finetuning", "finetuning loss", caption)
     caption = "Mean IoU while finetuning, at each line's last evaluation."
-    return charts + _log_chart(
-        last, "val_mean_iou", "epochs of finetuning", "mean IoU (%)", caption
-    )
+    scored = [log for log in last if sum("val_mean_iou" in entry for entry in log.entries) > 1]
+    x_title, y_title = "epochs of finetuning", "mean IoU (%)"
+    return charts + _log_chart(scored, "val_mean_iou", x_title, y_title, caption)
 
 
 def _pretrain_logs(all_paths: Sequence[Layout], lines: Sequence[Line]) -> list[_Log]:

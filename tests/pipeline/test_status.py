@@ -54,7 +54,7 @@ def test_each_state_is_shown(started: Layout) -> None:
     record(started, "pretrain_four_channels_2", "running", host="elsewhere")
     assert states(started) == ["done", "failed", "running", "waiting"]
     details = [step.detail for step in read_status(started)]
-    assert details[0] == "took 2 min"
+    assert details[0] == "took 1 min 40 s"
     assert "exit code 3" in details[1]
     assert "console.log" in details[1]
 
@@ -95,7 +95,7 @@ def test_scoring_is_told_from_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(48, "48 s"), (754, "13 min"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
+    [(48, "48 s"), (125, "2 min 5 s"), (754, "13 min"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
 )
 def test_durations_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text
