@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -29,7 +30,16 @@ from segmenter.drawing import draw_predictions
 from segmenter.epoch import EpochTrainer
 from segmenter.evaluate import Watch, evaluate_model
 from segmenter.interruption import Interruption
-from segmenter.layout import BEST, CHECKPOINT, PREDICTIONS, read_result, seed_dir, write_json
+from segmenter.layout import (
+    BEST,
+    CHECKPOINT,
+    LOG,
+    PREDICTIONS,
+    PROGRESS,
+    read_result,
+    seed_dir,
+    write_json,
+)
 from segmenter.logbook import Logbook, Progress
 from segmenter.results import RESULT, combined_result, run_result
 from segmenter.schedule import learning_rate
@@ -68,6 +78,8 @@ def _finetune_seeds(
             run=dataclasses.replace(config.run, output_dir=folder, eval_seeds=1),
         )
         logger.info("seed %d: %s", seed, folder)
+        if accelerator.is_main_process:
+            _show_progress_of(folder)
         if not _finetune_seed(part, accelerator, task, interruption):
             return False
         accelerator.free_memory()
@@ -75,16 +87,24 @@ def _finetune_seeds(
         assert result is not None
         results.append(result)
     if accelerator.is_main_process:
-        write_combined(config, results)
+        _write_combined(config, results)
     accelerator.wait_for_everyone()
     return True
 
 
-def write_combined(config: TrainConfig, results: list[dict[str, Any]]) -> None:
+def _show_progress_of(folder: Path) -> None:
+    """Whoever watches the output directory sees the progress of the seed that is running."""
+    link = folder.parent / PROGRESS
+    folder.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(folder.name) / PROGRESS)
+
+
+def _write_combined(config: TrainConfig, results: list[dict[str, Any]]) -> None:
     """The first seed's files, and the result of all seeds, in the output directory."""
     output_dir = config.run.output_dir
     first = seed_dir(output_dir, config.optimisation.seed)
-    for name in ("log.txt", PREDICTIONS, CHECKPOINT, BEST, "progress.json"):
+    for name in (LOG, PREDICTIONS, CHECKPOINT, BEST, PROGRESS):
         also_save_as(first / name, output_dir / name)
     write_json(output_dir / RESULT, combined_result(results))
 
