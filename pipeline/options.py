@@ -209,6 +209,12 @@ def _settings(given: Mapping[str, Any]) -> s.Settings:
     points = given["eval_epochs"]
     if points is None:
         points = s.eval_points(given["pretrain_epochs"], given["eval_freq"])
+        if given["pretrain_epochs"] % given["eval_freq"] and given["eval_only"] is None:
+            click.echo(
+                f"Note: {given['pretrain_epochs']} epochs are not a multiple of --eval-freq "
+                f"{given['eval_freq']}: a shorter last round ends at {points[-1]}",
+                err=True,
+            )
     schedule, pretrain = _split_schedule(given["pretrain"])
     return s.Settings(
         output_dir=given["output_dir"],

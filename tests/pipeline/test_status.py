@@ -95,7 +95,13 @@ def test_scoring_is_told_from_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(48, "48 s"), (125, "2 min 5 s"), (754, "13 min"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
+    [
+        (48, "48 s"),
+        (125, "2 min 5 s"),
+        (754, "13 min"),
+        (12_000, "3 h 20 min"),
+        (187_200, "2 d 4 h"),
+    ],
 )
 def test_durations_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -1,0 +1,98 @@
+"""Jobs on a real Slurm with stand-ins for the parts; tests/test_benchmark.py has the real ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import slurm
+from pipeline.layout import Layout
+from pipeline.plan import Step, make_plan
+from pipeline.preview import write_run_files
+from pipeline.records import read_record
+from pipeline.settings import Settings
+from pipeline.status import read_status
+from tests.pipeline.programs import standin
+from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
+
+Make = Callable[..., Settings]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    slurm_cluster = SlurmCluster(tmp_path_factory.mktemp("slurm") / "it")
+    try:
+        slurm_cluster.start()
+    except SlurmError as error:
+        slurm_cluster.stop()
+        pytest.skip(f"no Slurm: {error}")
+    yield slurm_cluster
+    slurm_cluster.stop()
+
+
+def submit(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]:
+    steps = [standin(step, **behaviour) for step in make_plan(settings)]
+    paths = Layout(settings.output_dir)
+    write_run_files(settings, steps, paths)
+    assert slurm.submit(settings, steps, paths) == len(steps)
+    return steps, paths
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.1)
+
+
+def test_a_job_told_that_its_time_is_up_saves_queues_up_again_and_continues(
+    settings: Make, cluster: SlurmCluster
+) -> None:
+    call = "--launcher slurm --pretrain-epochs 8 --sbatch cpus-per-task=1"
+    steps, paths = submit(settings(call + " --eval-freq 8"), seconds=0.5)
+    job = read_record(paths, steps[0].name).job_id
+    log = steps[0].folder / "log.txt"
+    until(lambda: log.exists() and len(log.read_text().splitlines()) >= 2)
+    cluster.query("scancel", "--signal=USR2", job)
+    until(lambda: "BeginTime" in cluster.query("squeue", "-h", "-j", job, "-o", "%r"))
+    record = read_record(paths, steps[0].name)
+    assert record.state == "stopped"
+    assert 2 <= len(log.read_text().splitlines()) < 8
+    cluster.query("scontrol", "update", f"JobId={job}", "StartTime=now")
+    until(lambda: [step.state for step in read_status(paths)] == ["done", "done"])
+    assert read_record(paths, steps[0].name).attempts == 2
+    assert len(log.read_text().splitlines()) == 8
+
+
+def test_what_needs_a_failed_job_is_not_run_and_can_be_submitted_again(
+    settings: Make, cluster: SlurmCluster
+) -> None:
+    chosen = settings("--launcher slurm --pretrain-epochs 1 --sbatch cpus-per-task=1")
+    paths = submit(chosen, behaviour="fail")[1]
+    until(lambda: not cluster.query("squeue", "-h", "-o", "%i").split())
+    first, second = read_status(paths)
+    assert first.state == "failed"
+    assert second.state not in ("done", "running")
+    again = [standin(step) for step in make_plan(chosen)]
+    for step in again:  # the same settings, mended
+        record = read_record(paths, step.name)
+        assert record.state != "done"
+    assert slurm.submit(chosen, again, paths) == 2
+    until(lambda: [step.state for step in read_status(paths)] == ["done", "done"])
+
+
+def test_status_shows_jobs_of_which_none_has_started(settings: Make, cluster: SlurmCluster) -> None:
+    chosen = settings("--launcher slurm --pretrain-epochs 1 --sbatch begin=now+1hour")
+    steps, paths = submit(chosen)
+    assert [step.state for step in read_status(paths)] == ["submitted", "submitted"]
+    assert "pending" in read_status(paths)[0].detail
+    cluster.query("scancel", *(read_record(paths, step.name).job_id for step in steps))
+
+
+def test_output_of_the_step_is_in_its_console_log(settings: Make, cluster: SlurmCluster) -> None:
+    steps, paths = submit(settings("--launcher slurm --pretrain-epochs 1 --sbatch cpus-per-task=1"))
+    until(lambda: read_record(paths, steps[0].name).state == "done")
+    assert "started" in Path(steps[0].console_log).read_text()
