@@ -1,15 +1,14 @@
 """Load training samples: this loader against the usual ways. `python -m perf.loader --help`.
 
-Everything runs on one core in one process, our turn and the peer's in alternation, on the same
-images in the same order; the figures are medians over the rounds, in processor time, which other
-users of a machine disturb less.
+Everything runs on one core in one process. Each sample is loaded by us and by the peer in turn, in
+processor time. A sample's time is its median over the rounds, and the figures are means over the
+samples; beside them stands the ratio of each sample's best times, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -109,14 +108,6 @@ def write_png_form(source: SegmentSource, paths: list[str], masks: Path) -> None
         (folder / "table.txt").write_text("".join(lines))
 
 
-def milliseconds_per_sample(load: Callable[[int], Any], count: int) -> float:
-    """Processor time of one pass over all samples, per sample."""
-    began = time.process_time()
-    for index in range(count):
-        load(index)
-    return (time.process_time() - began) / count * 1e3
-
-
 def compare(
     work: str,
     peer: str,
@@ -125,16 +116,21 @@ def compare(
     count: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Both in turn; medians in milliseconds, and how many times faster ours is."""
-    times: list[tuple[float, float]] = []
-    for number in range(rounds + 1):
-        pair = milliseconds_per_sample(ours, count), milliseconds_per_sample(theirs, count)
-        if number:  # the first round warms the caches up
-            times.append(pair)
-    ours_ms = statistics.median(pair[0] for pair in times)
-    peer_ms = statistics.median(pair[1] for pair in times)
-    ratio = statistics.median(pair[1] / pair[0] for pair in times)
-    return {"work": work, "peer": peer, "ours_ms": ours_ms, "peer_ms": peer_ms, "ratio": ratio}
+    """Both in turn, sample by sample; each sample's median over the rounds, in milliseconds."""
+    seconds = np.zeros((rounds, count, 2))
+    for number in range(-1, rounds):  # the first round warms the caches up
+        for index in range(count):
+            for side, load in enumerate((ours, theirs)):
+                began = time.process_time()
+                load(index)
+                seconds[max(number, 0), index, side] = time.process_time() - began
+    ours_ms, peer_ms = (np.median(seconds, axis=0).mean(axis=0) * 1e3).tolist()
+    ours_best_ms, peer_best_ms = (seconds.min(axis=0).mean(axis=0) * 1e3).tolist()
+    return {
+        "work": work, "peer": peer, "ours_ms": ours_ms, "peer_ms": peer_ms,
+        "ratio": peer_ms / ours_ms, "ours_best_ms": ours_best_ms, "peer_best_ms": peer_best_ms,
+        "best_ratio": peer_best_ms / ours_best_ms,
+    }  # fmt: skip
 
 
 def measure(images: Path, masks: Path, rounds: int, limit: int) -> list[dict[str, Any]]:
@@ -195,11 +191,12 @@ def _bytes(path: Path) -> Tensor:
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table."""
-    print(f"{'work':<27} {'against':<38} {'ours ms':>8} {'peer ms':>8} {'ratio':>6}")
+    print(f"{'work':<27} {'against':<38} {'ours ms':>8} {'peer ms':>8} {'ratio':>6} {'best':>17}")
     for row in rows:
         print(
             f"{row['work']:<27} {row['peer']:<38} {row['ours_ms']:8.2f} {row['peer_ms']:8.2f} "
-            f"{row['ratio']:5.1f}x"
+            f"{row['ratio']:5.1f}x {row['ours_best_ms']:5.2f} {row['peer_best_ms']:5.2f} "
+            f"{row['best_ratio']:4.1f}x"
         )
 
 
