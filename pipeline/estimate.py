@@ -175,7 +175,7 @@ def _recipe_value(settings: Settings, name: str) -> object:
     """A finetuning option: as given, else from the recipe's file."""
     if name in settings.finetune:
         return settings.finetune[name]
-    recipe = settings.experiment.recipe
+    recipe = str(settings.finetune.get("recipe", settings.experiment.recipe))
     is_file = recipe.endswith((".yml", ".yaml"))
     path = Path(recipe) if is_file else REPO_ROOT / "segmenter" / "recipes" / f"{recipe}.yml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,12 @@ def _check_parts(waiting: list[Step], paths: Layout) -> None:
 
 def _with_existing_init(step: Step) -> list[str]:
     """The step's check; a checkpoint that an earlier step will make cannot be looked at yet."""
-    command, init = step.check_command, str(step.options.get("init"))
-    if init in command and init != "random" and not Path(init).exists():
-        at = command.index(init)
-        return [*command[:at], "random", *command[at + 1 :]]
-    return command
+    init = step.options.get("init")
+    if init in (None, "random") or Path(str(init)).exists():
+        return step.check_command
+    # To pretrain from nothing, --init is left out; to finetune, it is "random".
+    instead = "random" if step.kind == "evaluate" else None
+    return replace(step, options={**step.options, "init": instead}).check_command
 
 
 def write_run_files(settings: Settings, steps: list[Step], paths: Layout) -> None:

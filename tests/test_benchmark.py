@@ -235,6 +235,23 @@ def test_dry_run_shows_the_commands_and_changes_nothing(config: Path, tmp_path: 
     assert files_below(config.parent) == before
 
 
+def test_dry_run_of_a_stacked_run_needs_no_download(config: Path, tmp_path: Path) -> None:
+    call = ("--stack", "--model", "vit_base", "--dry-run", "--eval-epochs", "0,1")
+    done = run_benchmark(
+        "--config", config, "--output-dir", tmp_path / "out", *call, "--pretrain-epochs", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "-m mae fetch --model vit_base" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_epochs_that_do_not_divide_are_told_what_happens(config: Path, tmp_path: Path) -> None:
+    call = ("--pretrain-epochs", "5", "--eval-freq", "2", "--dry-run")
+    done = run_benchmark("--config", config, "--output-dir", tmp_path / "out", *call)
+    assert done.returncode == 0
+    assert "a shorter last round ends at 5" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

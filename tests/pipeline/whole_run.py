@@ -21,7 +21,7 @@ pretrain:
   decoder_heads: 2
   batch_size: 4
   effective_batch_size: 4
-  base_lr: 1.0e-3
+  base_lr: 0.06 # x 4 / 256 = 9.4e-4
   workers: 0
 finetune:
   epochs: 2
