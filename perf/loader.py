@@ -1,9 +1,9 @@
 """Load training samples: this loader against the usual ways. `python -m perf.loader --help`.
 
-Everything runs on one core in one process, a pass of ours over all samples and one of the peer's in
-turn, in processor time. A sample's time is its median over the passes, and the figures are means over
-the samples; beside them stand the same for each sample's best time, which a busy machine disturbs
-less.
+Everything runs on one core in one process, a pass of ours over all samples and one of the peer's
+in turn, in processor time. A sample's time is its median over the passes, and the figures are means
+over the samples; beside them stand the same of each sample's best time, which a busy machine
+disturbs less.
 """
 
 from __future__ import annotations
