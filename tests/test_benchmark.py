@@ -187,8 +187,7 @@ def test_slurm_runs_the_plan_side_by_side_requeues_and_ends_like_the_local_run(
     first, beside = _job_of(out, "pretrain_four_channels_1"), set()
     _until(lambda: _is_running(out, first))
     cluster.query("scontrol", "requeue", first)
-    _until(lambda: "BeginTime" in cluster.query("squeue", "-h", "-j", first, "-o", "%r"))
-    cluster.query("scontrol", "update", f"JobId={first}", "StartTime=now")
+    cluster.start_requeued(first)
 
     def nothing_left() -> bool:
         jobs = cluster.query("squeue", "-h", "-o", "%j %T").splitlines()

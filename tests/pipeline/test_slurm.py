@@ -57,11 +57,9 @@ def test_a_job_told_that_its_time_is_up_saves_queues_up_again_and_continues(
     log = steps[0].folder / "log.txt"
     until(lambda: log.exists() and len(log.read_text().splitlines()) >= 2)
     cluster.query("scancel", "--signal=USR2", job)
-    until(lambda: "BeginTime" in cluster.query("squeue", "-h", "-j", job, "-o", "%r"))
-    record = read_record(paths, steps[0].name)
-    assert record.state == "stopped"
+    until(lambda: read_record(paths, steps[0].name).state == "stopped")
     assert 2 <= len(log.read_text().splitlines()) < 8
-    cluster.query("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.start_requeued(job)
     until(lambda: [step.state for step in read_status(paths)] == ["done", "done"])
     assert read_record(paths, steps[0].name).attempts == 2
     assert len(log.read_text().splitlines()) == 8
