@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.curves import REFERENCE, Line
 from pipeline.layout import BASELINES
 
+_LEAST_CHANGE = 0.05  # in points; less is shown as 0.0
 _MOST_CLASSES = 8  # shown for each method: those with the largest change
 
 
@@ -61,6 +62,8 @@ def _changes(
         before = reference.get(name)
         if value is not None and before is not None:
             change = value - before
+            if abs(change) < _LEAST_CHANGE:
+                continue
             rows.append(
                 {
                     "name": name,
