@@ -75,15 +75,20 @@ class SlurmCluster:
         return done.stdout
 
     def start_requeued(self, job: str, seconds: float = 60) -> None:
-        """Waits until the job is back in the queue, and spares it Slurm's two minutes there."""
+        """Waits until the job is back in the queue, and spares it most of two minutes there.
+
+        Slurm waits so long because slurmd refuses a job whose credential may be from before it was
+        killed ("already killed"); some seconds are enough where there is one clock.
+        """
         deadline = time.monotonic() + seconds
         waited = False
         while time.monotonic() < deadline:
             waits = "BeginTime" in self.query("squeue", "-h", "-j", job, "-o", "%r")
             if waited and not waits:
                 return
-            if waits:  # asked again: Slurm refuses while the first attempt's end is being noted
+            if waits:
                 waited = True
+                time.sleep(4)
                 self.query("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.2)
         raise AssertionError(f"job {job} did not start again")
