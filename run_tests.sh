@@ -17,7 +17,8 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest "$@"  # last, so that its summary closes the output
+# A file's tests stay together, for what they share; last, so that the summary closes the output.
+OMP_NUM_THREADS=1 check pytest -n auto --maxprocesses 4 --dist loadfile --durations 15 "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "Failed: ${failed[*]}" >&2
