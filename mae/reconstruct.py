@@ -21,7 +21,7 @@ from mae.paths import beside
 from mae.segments import SegmentSource, open_segments
 from mae.transforms import centre_crop, crop_segment
 
-COLUMNS = ("original", "seen by the encoder", "prediction", "pasted in")
+COLUMNS = ("original", "seen", "predicted", "pasted in")
 FIXED_SET_SIZE = 8
 
 
@@ -148,11 +148,12 @@ def _colours(model: MaskedAutoencoder, normalised: Tensor) -> Tensor:
 def _save_grid(pictures: Sequence[Tensor], path: Path) -> None:
     rows, side = len(pictures[0]), pictures[0].shape[-1]
     inches = max(1.2, min(side, 224) / 100)
-    figure = Figure(figsize=(inches * len(COLUMNS), inches * rows + 0.3), dpi=100)
+    figure = Figure(figsize=(inches * len(COLUMNS), inches * (rows + 0.25)), dpi=100)
     FigureCanvasAgg(figure)
     axes = np.atleast_2d(figure.subplots(rows, len(COLUMNS)))
     for column, (title, images) in enumerate(zip(COLUMNS, pictures, strict=True)):
-        axes[0][column].set_title(title, fontsize=8)
+        # Large enough to be read on a phone, where the four columns share 370 pixels.
+        axes[0][column].set_title(title, fontsize=9.5 * inches)
         for row in range(rows):
             axes[row][column].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[row][column].axis("off")

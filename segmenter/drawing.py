@@ -17,6 +17,7 @@ SHEET_IMAGES = 4
 PANEL_WIDTH = 360
 STRENGTH = 0.6  # of the classes' colours over the image
 LINE, MARGIN = 22, 8  # pixels
+PHONE_SHARE = 30  # text is at least a thirtieth of the width high: 12 pixels on a phone
 BACKGROUND, INK, VOID = (255, 255, 255), (20, 20, 20), (0, 0, 0)
 
 
@@ -32,20 +33,22 @@ def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarr
 def with_legend(picture: np.ndarray, labels: Sequence[int], classes: Classes) -> Image.Image:
     """The picture with a strip below that names the given classes and shows their colours."""
     width = picture.shape[1]
-    font = ImageFont.load_default(13)
+    size = _text_size(width)
+    line, font = 5 * size // 3, ImageFont.load_default(size)
     entries = [(label, classes.names[label]) for label in labels if label < len(classes)]
-    columns = max(1, width // 130)
+    columns = max(1, width // (10 * size))
     rows = max(1, -(-len(entries) // columns))
-    sheet = Image.new("RGB", (width, picture.shape[0] + rows * LINE + 2 * MARGIN), BACKGROUND)
+    sheet = Image.new("RGB", (width, picture.shape[0] + rows * line + 2 * MARGIN), BACKGROUND)
     sheet.paste(Image.fromarray(picture), (0, 0))
     draw = ImageDraw.Draw(sheet)
     step = width // columns
     for number, (label, name) in enumerate(entries):
         left = MARGIN + number % columns * step
-        top = picture.shape[0] + MARGIN + number // columns * LINE
+        top = picture.shape[0] + MARGIN + number // columns * line
         colour = tuple(int(value) for value in classes.palette[label])
-        draw.rectangle((left, top + 2, left + 14, top + 16), fill=colour, outline=INK)
-        draw.text((left + 20, top + 1), _shortened(name, font, step - 30), fill=INK, font=font)
+        draw.rectangle((left, top + 2, left + size, top + 2 + size), fill=colour, outline=INK)
+        shown = _shortened(name, font, step - 2 * size - MARGIN)
+        draw.text((left + 3 * size // 2, top), shown, fill=INK, font=font)
     return sheet
 
 
@@ -90,13 +93,17 @@ def _panel(picture: np.ndarray) -> np.ndarray:
 
 
 def _titles(width: int) -> np.ndarray:
-    strip = Image.new("RGB", (width, LINE), BACKGROUND)
-    draw = ImageDraw.Draw(strip)
+    size = _text_size(width)
+    strip = Image.new("RGB", (width, 5 * size // 3), BACKGROUND)
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size)
     for number, title in enumerate(("image", "annotation", "prediction")):
-        draw.text(
-            (number * PANEL_WIDTH + MARGIN, 3), title, fill=INK, font=ImageFont.load_default(13)
-        )
+        draw.text((number * PANEL_WIDTH + MARGIN, size // 4), title, fill=INK, font=font)
     return np.asarray(strip)
+
+
+def _text_size(width: int) -> int:
+    """Height of text in pixels, on a sheet of this width."""
+    return max(13, width // PHONE_SHARE)
 
 
 def _resized(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:
