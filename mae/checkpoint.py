@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from mae.config import differing_settings
 from mae.paths import beside
 
 FORMAT_VERSION = 1
+NOT_TENSORS = "it is no file of torch.save, or holds more than tensors and plain values"
 REQUIRED = ("model", "optimizer", "epochs_completed", "steps_completed", "config")
 
 
@@ -69,6 +71,8 @@ def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
     try:
         mapped = lazily and zipfile.is_zipfile(path)  # older files can only be read as a whole
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:  # torch's text advises to load it unsafely
+        raise ValueError(f"{path} cannot be read as a checkpoint: {NOT_TENSORS}") from error
     except Exception as error:  # reading a file of another kind can raise anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error

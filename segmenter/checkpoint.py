@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from segmenter.config import differing_settings
 
 FORMAT_VERSION = 1
+NOT_TENSORS = "it is no file of torch.save, or holds more than tensors and plain values"
 REQUIRED = (
     "model", "shape", "classes", "palette", "dataset", "protocol", "config", "epochs_completed",
     "steps_completed",
 )  # fmt: skip
 # What torch raises for files that are none of its own: its unpickler stumbles in many ways.
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError,
-              TypeError, AttributeError)  # fmt: skip
+UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -84,6 +84,8 @@ def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
             return load_file(path)
         mapped = lazily and zipfile.is_zipfile(path)  # older files can only be read as a whole
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:  # torch's text advises to load it unsafely
+        raise ValueError(f"{path} cannot be read as a checkpoint: {NOT_TENSORS}") from error
     except (*UNREADABLE, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
