@@ -14,7 +14,7 @@ from pipeline.layout import Layout
 from pipeline.local import duration, progress_text
 from pipeline.plan import make_plan
 from pipeline.preview import write_run_files
-from pipeline.process import MARK
+from pipeline.process import MARK, marked_pids
 from pipeline.records import Record, differences, read_record, write_record
 from pipeline.settings import Settings
 from pipeline.status import read_status
@@ -74,6 +74,8 @@ def test_a_running_step_shows_epoch_rate_and_time_left(started: Layout) -> None:
     layout.progress(folder).write_text(json.dumps(now))
     process = subprocess.Popen(["sleep", "60"], env={MARK: f"{started.root}:{name}"})
     try:
+        while not marked_pids(f"{started.root}:{name}"):  # Linux shows it a moment after the start
+            assert process.poll() is None
         step = read_status(started)[0]
     finally:
         process.kill()
