@@ -21,7 +21,7 @@ cd "$start"  # relative paths in OPTIONS are the caller's
 if [ $# -gt 0 ]; then
     exec "$python" "$here/benchmark.py" "$@"
 fi
-echo "No options given: running on generated sample data (output/sample); see the head of run_benchmark.sh for the real call."
+echo "No options given: running on generated data, sample/ to output/; see the head of run_benchmark.sh for the real call."
 cd "$here"
 "$python" benchmark.py sample sample
 exec "$python" benchmark.py --config configs/sample.yml
