@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.plan import Step
@@ -35,13 +36,18 @@ def step_bytes(step: Step) -> int:
     return files * one + _LOGS_BYTES
 
 
-def kept_bytes(steps: list[Step]) -> int:
-    """About what the whole plan leaves on the disk."""
-    runs = {str(step.run) for step in steps if step.kind == "pretrain"}
-    model = next((str(step.options["model"]) for step in steps if "model" in step.options), "")
-    evaluations = sum(step.kind == "evaluate" for step in steps)
-    rounds = sum(step.kind == "pretrain" for step in steps)
-    return (rounds + len(runs) + 2 * evaluations) * checkpoint_bytes(model)
+def kept_bytes(steps: Sequence[Step], sizes: Mapping[str, int] | None = None) -> int:
+    """About what the whole plan leaves on the disk.
+
+    sizes: bytes of a checkpoint by kind of step, where they are known from a real one.
+    """
+    total = 0
+    for step in steps:
+        known = (sizes or {}).get(step.kind)
+        one = known if known is not None else checkpoint_bytes(str(step.options.get("model")))
+        # A round leaves its checkpoint, of which last.pth is a second name; an evaluation two.
+        total += 2 * one if step.kind == "evaluate" else one
+    return total
 
 
 def free_bytes(folder: Path) -> int:

@@ -78,7 +78,17 @@ def estimate_run(settings: Settings) -> str:
     left = [step for step in steps if not is_done(step, paths)]
     with tempfile.TemporaryDirectory(prefix="segmae-estimate-") as folder:
         seconds = step_seconds(settings, left, Path(folder))
-    return _text(settings, steps, left, seconds)
+        kept = disk.kept_bytes(steps, _checkpoint_sizes(left, Path(folder)))
+    return f"{_text(settings, left, seconds)}\n{_disk_text(settings, kept)}"
+
+
+def _checkpoint_sizes(steps: Sequence[Step], folder: Path) -> dict[str, int]:
+    """Kind of step -> bytes of the largest checkpoint that timing it left."""
+    sizes: dict[str, int] = {}
+    for step in steps:
+        for path in (folder / step.name).glob("out*/*.pth"):
+            sizes[step.kind] = max(sizes.get(step.kind, 0), path.stat().st_size)
+    return sizes
 
 
 def step_seconds(settings: Settings, steps: Sequence[Step], folder: Path) -> dict[str, float]:
@@ -200,9 +210,7 @@ def _run(step: Step, options: Mapping[str, object]) -> tuple[float, list[dict[st
     return total, read_log(layout.epoch_log(Path(str(options["output_dir"]))))
 
 
-def _text(
-    settings: Settings, steps: list[Step], left: list[Step], seconds: Mapping[str, float]
-) -> str:
+def _text(settings: Settings, left: list[Step], seconds: Mapping[str, float]) -> str:
     """A line for each kind of step and run, and the sums."""
     groups: dict[str, list[Step]] = {}
     for step in left:
@@ -214,10 +222,12 @@ def _text(
     lines.append(_line("all", left, seconds, width))
     total = wall_seconds(settings, left, seconds)
     lines.append(f"wall time: {duration(total)} ({total / 3600:.2f} h)")
-    kept = disk.kept_bytes(steps) / 2**30
-    free = disk.free_bytes(settings.output_dir) / 2**30
-    lines.append(f"disk: about {kept:.1f} GiB will be kept, {free:.0f} GiB are free")
     return "\n".join(lines)
+
+
+def _disk_text(settings: Settings, kept: int) -> str:
+    free = disk.free_bytes(settings.output_dir)
+    return f"disk: about {kept / 2**30:.1f} GiB will be kept, {free / 2**30:.0f} GiB are free"
 
 
 def _line(name: str, group: Sequence[Step], seconds: Mapping[str, float], width: int) -> str:

@@ -15,17 +15,12 @@ TIMES_THE_BASELINE = 3
 
 
 def majority_mean_iou(dataset_yml: Path) -> float:
-    """Mean IoU in percent of calling every test pixel the most frequent training class."""
-    description = yaml.safe_load(dataset_yml.read_text())
-    num_classes = len(description["classes"])
-    counts = {}
-    for split in ("train", "val"):
-        folder = dataset_yml.parent / description["annotations"][split]
-        labels = [np.asarray(Image.open(path)).ravel() for path in folder.glob("*.png")]
-        counts[split] = np.bincount(np.concatenate(labels), minlength=256)[:num_classes]
-    majority = counts["train"].argmax()
-    iou = counts["val"][majority] / counts["val"].sum()  # its union is every labelled pixel
-    return 100 * iou / np.count_nonzero(counts["val"])
+    """Mean IoU in percent of calling every test pixel the most frequent class among them."""
+    folder = dataset_yml.parent / yaml.safe_load(dataset_yml.read_text())["annotations"]["val"]
+    labels = [np.asarray(Image.open(path)).ravel() for path in folder.glob("*.png")]
+    pixels = np.bincount(np.concatenate(labels))
+    # The union of that class is every pixel; the others have an IoU of 0.
+    return 100 * pixels.max() / pixels.sum() / np.count_nonzero(pixels)
 
 
 @pytest.mark.slow
