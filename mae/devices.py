@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import resource
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +49,11 @@ def peak_memory_mib(device: torch.device) -> int:
     """Most memory in use so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+    status = Path("/proc/self/status")
+    # Linux: getrusage would count the process that started this one, from before the exec.
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    kibibytes = int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes // 2**10
 
 
 def peak_flops(device: torch.device) -> float | None:
