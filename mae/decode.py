@@ -18,7 +18,6 @@ from mae.transforms import Crop, crop_image
 
 JPEG_START = b"\xff\xd8\xff"
 JPEG_END = b"\xff\xd9"
-HEADER_BYTES = 1 << 16  # where a frame's size is looked for
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # markers before the size: baseline, extended, progressive
 JPEG_APP1, EXIF_START = 0xE1, b"Exif\0\0"
 ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
@@ -74,37 +73,37 @@ def read_crop(path: Path | str, choose_crop: Callable[[int, int], Crop], size: i
     return CroppedImage(pixels=pixels, crop=crop, height=height, width=width)
 
 
-def _read(path: Path | str) -> np.ndarray:
-    """The bytes of a file, [L] uint8."""
+def _read(path: Path | str) -> bytearray:
     try:
-        return np.fromfile(path, np.uint8)
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123, read for every sample
+            return bytearray(file.read())
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
 
 
-def _upright_frame(content: np.ndarray) -> _Frame | None:
+def _upright_frame(content: bytearray) -> _Frame | None:
     """What the header of a complete JPEG states; None if that lies on its side, or is CMYK.
 
     None for any other file, too. Walks from marker to marker, much faster than Pillow.
     """
     if not _is_complete_jpeg(content):
         return None
-    start, at = bytes(content[:HEADER_BYTES]), 2
-    while at + 10 <= len(start) and start[at] == 0xFF:
-        marker, length = start[at + 1], int.from_bytes(start[at + 2 : at + 4])
+    at = len(JPEG_START) - 1
+    while at + 10 <= len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
         if marker in JPEG_FRAMES:
-            height, width = (int.from_bytes(start[n : n + 2]) for n in (at + 5, at + 7))
-            usual = height * width > 0 and start[at + 9] in (1, 3)  # colours
+            height, width = (int.from_bytes(content[n : n + 2]) for n in (at + 5, at + 7))
+            usual = height * width > 0 and content[at + 9] in (1, 3)  # colours
             return _Frame(height=height, width=width, height_at=at + 5) if usual else None
-        if marker == JPEG_APP1 and not _is_upright(start[at + 4 : at + 2 + length]):
+        if marker == JPEG_APP1 and not _is_upright(bytes(content[at + 4 : at + 2 + length])):
             return None
         at += 2 + length
     return None
 
 
-def _is_complete_jpeg(content: np.ndarray) -> bool:
+def _is_complete_jpeg(content: bytearray) -> bool:
     """libjpeg fills the rest of a truncated file with grey and goes on; Pillow refuses it."""
-    return bytes(content[:3]) == JPEG_START and JPEG_END in bytes(content[-64:])
+    return content.startswith(JPEG_START) and JPEG_END in content[-64:]
 
 
 def _is_upright(block: bytes) -> bool:
@@ -119,7 +118,7 @@ def _is_upright(block: bytes) -> bool:
     return exif.get(ORIENTATION, UPRIGHT) == UPRIGHT
 
 
-def _decode_crop(content: np.ndarray, frame: _Frame, crop: Crop, size: int) -> Tensor | None:
+def _decode_crop(content: bytearray, frame: _Frame, crop: Crop, size: int) -> Tensor | None:
     """The crop as [3, size, size] uint8; None if only the other decoders can read the file."""
     reduction = min(8, min(crop.height, crop.width) // size)
     if reduction >= 2:
@@ -127,19 +126,19 @@ def _decode_crop(content: np.ndarray, frame: _Frame, crop: Crop, size: int) -> T
     # A decoder that believes the image to be lower stops early. Interpolating the colours of a
     # row takes one row more.
     rows = min(frame.height, crop.top + crop.height + 1)
-    content[frame.height_at : frame.height_at + 2] = divmod(rows, 256)
+    content[frame.height_at : frame.height_at + 2] = rows.to_bytes(2)
     try:
         # "Not strict", because the data that is left over would count as damage.
         image = simplejpeg.decode_jpeg(content, "RGB", strict=False)
     except ValueError:
-        content[frame.height_at : frame.height_at + 2] = divmod(frame.height, 256)
+        content[frame.height_at : frame.height_at + 2] = frame.height.to_bytes(2)
         return None
     return crop_image(torch.from_numpy(image).permute(2, 0, 1), crop, size)
 
 
-def _decode_reduced(content: np.ndarray, crop: Crop, size: int, reduction: int) -> Tensor:
+def _decode_reduced(content: bytearray, crop: Crop, size: int, reduction: int) -> Tensor:
     try:
-        with Image.open(io.BytesIO(content.tobytes())) as image:
+        with Image.open(io.BytesIO(content)) as image:
             width = image.width
             image.draft("RGB", (width // reduction, image.height // reduction))
             reduction = round(width / image.width)  # draft knows powers of two only
@@ -156,20 +155,19 @@ def _decode_reduced(content: np.ndarray, crop: Crop, size: int, reduction: int) 
     return pixels.flip(-1) if crop.flip else pixels
 
 
-def _decode(content: np.ndarray) -> Tensor:
+def _decode(content: bytearray) -> Tensor:
     if _is_complete_jpeg(content):
         try:
-            return decode_jpeg(
-                torch.from_numpy(content), mode=ImageReadMode.RGB, apply_exif_orientation=True
-            )
+            encoded = torch.frombuffer(content, dtype=torch.uint8)
+            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:
             pass  # CMYK and other rarities: Pillow knows more
     return _decode_with_pillow(content)
 
 
-def _decode_with_pillow(content: np.ndarray) -> Tensor:
+def _decode_with_pillow(content: bytearray) -> Tensor:
     try:
-        with Image.open(io.BytesIO(content.tobytes())) as image:
+        with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image)
             pixels = np.asarray(_to_rgb(upright))
     except PILLOW_ERRORS as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -81,7 +82,12 @@ def crop_segment(segment: np.ndarray, crop: Crop, size: int) -> np.ndarray:
 
 def _nearest(length: int, size: int) -> np.ndarray:
     """Source pixel under the centre of each of `size` target pixels."""
-    return ((np.arange(size) + 0.5) * (length / size)).astype(np.int64)
+    return (_centres(size) * (length / size)).astype(np.int64)
+
+
+@lru_cache(maxsize=8)
+def _centres(size: int) -> np.ndarray:
+    return np.arange(size) + 0.5
 
 
 def _centred(height: int, width: int, box_height: int, box_width: int, flip: bool) -> Crop:

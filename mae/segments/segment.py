@@ -110,13 +110,11 @@ def run_lengths(counts: bytes) -> np.ndarray:
     """
     codes = np.frombuffer(counts, dtype=np.uint8) - FIRST_CHARACTER
     last = np.flatnonzero(codes < MORE_BIT)
-    lengths = np.diff(last, prepend=-1)
-    values = (codes[last].astype(np.int64) ^ SIGN_BIT) - SIGN_BIT  # bit 4 becomes the sign
-    longer, step = np.flatnonzero(lengths > 1), 1
-    while len(longer):  # most significant first, so backwards
-        values[longer] = (values[longer] << BITS) | (codes[last[longer] - step] & LOW_BITS)
-        step += 1
-        longer = longer[lengths[longer] > step]
+    first = np.append(0, last[:-1] + 1)
+    place = np.arange(len(codes)) - first.repeat(last - first + 1)  # of a character in its number
+    values = np.add.reduceat((codes & LOW_BITS).astype(np.int64) << (BITS * place), first)
+    # The sign bit, twice: what it was counted as, and what it takes away.
+    values -= (codes[last] & SIGN_BIT).astype(np.int64) << (BITS * place[last] + 1)
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
     return values
