@@ -162,6 +162,15 @@ def test_crops_are_of_the_upright_image(tmp_path, orientation):
     assert torch.equal(read.pixels, crop_image(whole, crop, 16))
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*", b"Exif\0\0II*\0\x08\0\0", b"Exif\0\0"])
+def test_a_jpeg_whose_exif_is_cut_short_is_read_all_the_same(tmp_path, exif):
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert exif in (tmp_path / "a.jpg").read_bytes()
+    crop = Crop(top=3, left=2, height=20, width=25)
+    read = read_crop(tmp_path / "a.jpg", lambda *_: crop, 16)
+    assert torch.equal(read.pixels, crop_image(read_image(tmp_path / "a.jpg"), crop, 16))
+
+
 def test_a_cmyk_jpeg_is_cropped_as_it_is_read(tmp_path):
     Image.fromarray(gradient()).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
     crop = Crop(top=3, left=2, height=20, width=25)
