@@ -20,13 +20,25 @@ REQUIRED = ("model", "optimizer", "epochs_completed", "steps_completed", "config
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write beside, flush, rename: a kill at any moment leaves the old file or the new one."""
+    """Write beside, flush, rename: a kill at any moment leaves the old file or the new one.
+
+    Raises RuntimeError if it cannot be written as a whole (full disk); then nothing is left.
+    """
     unfinished = beside(path)
-    with unfinished.open("wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished.unlink(missing_ok=True)  # it may be a second name of a file that is whole
+    try:
+        with unfinished.open("wb") as file:
+            torch.save({"format_version": FORMAT_VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        said = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(said, "strerror", None) or str(said).splitlines()[0]
+        raise RuntimeError(
+            f"{path} cannot be written: {reason}. Make room and run the same command again"
+        ) from error
 
 
 def also_save_as(existing: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from mae.transforms import centre_crop, crop_segment, random_crop
 logger = logging.getLogger(__name__)
 
 MOST_UNREADABLE_IN_A_ROW = 100
+OPEN_FILES = 65536
 
 
 @dataclass(kw_only=True)
@@ -189,6 +191,18 @@ def make_sample(
     """Draw the pattern of an image [C, S, S]; `segment` [S, S] is cut as the image is."""
     pattern = method.pattern(rng, segment)
     return Sample(image=image, pattern=pattern, hidden_pixels=method.hidden_pixels(pattern))
+
+
+def allow_many_files() -> None:
+    """Raise the number of files this process may have open, as far as the machine lets it.
+
+    Every tensor that comes from a loader process is one until it is used, and a step of hundreds of
+    small batches holds them all.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def make_loader(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import resource
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from mae.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 # Dense bf16 peak in FLOP/s by the name that CUDA gives, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -25,24 +30,50 @@ PEAK_FLOPS = {
 
 
 def make_accelerator(run: RunConfig) -> Accelerator:
-    """Join the process group that torchrun or Slurm describe, if any, and choose the device.
+    """Join the process group that torchrun describes, if any, and choose the device.
 
     Raises ValueError if the wanted device or precision is not there.
     """
+    _refuse_unconnected_processes()
     has_cuda = torch.cuda.is_available()
     if run.device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
     on_cuda = has_cuda and run.device != "cpu"
     precision = run.precision
     if precision == "auto":
-        precision = "bf16" if on_cuda and torch.cuda.is_bf16_supported() else "fp32"
-    compiled = on_cuda if run.compile == "auto" else run.compile == "on"
+        precision = "bf16" if on_cuda and _has_bf16() else "fp32"
+    compiled = run.compile == "on"
+    if run.compile == "auto" and on_cuda:
+        compiled = _has_c_compiler()
+        if not compiled:
+            logger.warning("no C compiler (gcc or clang) here: the model is not compiled")
     return Accelerator(
         cpu=not on_cuda,
         mixed_precision="bf16" if precision == "bf16" else "no",
         dynamo_backend="inductor" if compiled else "no",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def _refuse_unconnected_processes() -> None:
+    """srun alone starts processes that know nothing of each other: each would train on its own."""
+    started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if started > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun started {started} processes, which are not connected: start one torchrun on "
+            "each node instead (srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS ...), or "
+            "one process (srun --ntasks=1)"
+        )
+
+
+def _has_c_compiler() -> bool:
+    """torch.compile builds a piece of C at run time, on a GPU too."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang", "cc"))
+
+
+def _has_bf16() -> bool:
+    """In hardware; torch also emulates it, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def peak_memory_mib(device: torch.device) -> int:

@@ -19,10 +19,15 @@ from mae.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
-STEPS_BETWEEN_LOOKS = 10  # of the host at a GPU; a CPU is looked at after every step
+PASSES_BETWEEN_LOOKS = 10  # of the host at a GPU; a CPU is looked at after every step
 MOST_UNREADABLE = 0.01  # share of an epoch's images; one image is forgiven in any case
 # Sums over the images of a step, in this order.
 HIDDEN, COVERAGE, COVERAGE_SQUARE, UNREADABLE, STOP = range(5)
+
+
+def steps_between_looks(device: torch.device, accumulation_steps: int) -> int:
+    """How many steps a signal may have to wait: few enough that saving in time is possible."""
+    return 1 if device.type == "cpu" else max(1, PASSES_BETWEEN_LOOKS // accumulation_steps)
 
 
 class EpochTrainer:
@@ -42,7 +47,7 @@ class EpochTrainer:
         self.progress = progress
         self.unreadable: dict[str, None] = {}  # texts seen by this process, in order
         self.without_segment: set[str] = set()
-        self.steps_between_looks = 1 if self.device.type == "cpu" else STEPS_BETWEEN_LOOKS
+        self.steps_between_looks = steps_between_looks(self.device, run.plan.accumulation_steps)
         self.stop = torch.zeros((), device=self.device)
         self.first_bad_step = torch.full((), -1, device=self.device)  # by this process's own loss
         self.saved_at = time.monotonic()

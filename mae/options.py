@@ -72,6 +72,18 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: Path
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
+class _AutoOnOff(click.Choice[str]):
+    """auto, on or off; YAML reads the last two as true and false."""
+
+    def __init__(self) -> None:
+        super().__init__(["auto", "on", "off"])
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Click's hook."""
+        words = {True: "on", False: "off"} if isinstance(value, bool) else {}
+        return super().convert(words.get(value, value), param, ctx)
+
+
 def _default(name: str) -> Any:
     """The default of an option, written once, in its dataclass."""
     for group in GROUPS.values():
@@ -137,7 +149,7 @@ PRETRAIN_OPTIONS: list[click.Parameter] = [
     # how it runs
     _option("device", click.Choice(["auto", "cpu", "cuda"]), "auto: a GPU if there is one."),
     _option("precision", click.Choice(["auto", "bf16", "fp32"]), "auto: bf16 where a GPU has it."),
-    _option("compile", click.Choice(["auto", "on", "off"]), "torch.compile; auto: on a GPU."),
+    _option("compile", _AutoOnOff(), "torch.compile; auto: on a GPU."),
     _option("workers", int, "Loader processes per device. Default: by the number of cores."),
     _option("resume", click.Choice(["auto", "never", "required"]), "Continue what is there?"),
     _option("save_every_minutes", float, "Also save inside an epoch."),

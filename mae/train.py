@@ -9,7 +9,7 @@ from typing import Any
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
 from mae.checkpoint import also_save_as, save_checkpoint
 from mae.config import PretrainConfig
-from mae.data import make_loader
+from mae.data import allow_many_files, make_loader
 from mae.devices import peak_flops, peak_memory_mib
 from mae.epoch import EpochTrainer
 from mae.heldout import heldout_loss
@@ -69,6 +69,7 @@ def _fit(run: Run, state: State, interruption: Interruption) -> bool:
 
 
 def _make_loader(run: Run, state: State) -> Any:
+    allow_many_files()
     return make_loader(
         run.images,
         run.plan,

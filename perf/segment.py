@@ -171,7 +171,7 @@ def evaluate_ours(
     accelerator: Accelerator, model: Segmenter, images: WholeImages, group_size: int
 ) -> float:
     """Mean IoU, as `segmenter evaluate` gets it."""
-    workers = default_workers(1)
+    workers = default_workers()
     areas = evaluate_model(
         accelerator, model, images, group_size=group_size, workers=workers, watch=Watch()
     )
@@ -183,7 +183,7 @@ def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: Whol
     """The usual way: one image, one window at a time; all predictions are kept to the end."""
     kept: list[tuple[Tensor, Tensor]] = []
     loader = test_images(
-        images, range(len(images)), workers=default_workers(1), pin_memory=False
+        images, range(len(images)), workers=default_workers(), pin_memory=False
     )  # fmt: skip
     with evaluating(accelerator, model), one_window_at_a_time():
         for sample in loader:

@@ -131,7 +131,7 @@ def build_run(config: TrainConfig, accelerator: Accelerator, task: Task) -> tupl
         accelerator=accelerator,
         task=task,
         plan=plan,
-        workers=default_workers(accelerator.num_processes) if workers is None else workers,
+        workers=default_workers() if workers is None else workers,
         crops=TrainingCrops(
             task.description, task.train, config.protocol, config.optimisation.seed
         ),

@@ -268,9 +268,12 @@ def test_images(
     return iter(loader)
 
 
-def default_workers(processes: int) -> int:
-    """Loader processes for one of the processes on this machine: at most 10, none on few cores."""
-    cores = len(os.sched_getaffinity(0)) // processes
+def default_workers() -> int:
+    """Loader processes for one of the processes on this machine: at most 10, none on few cores.
+
+    torchrun says how many there are on each machine (LOCAL_WORLD_SIZE).
+    """
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 0 if cores < 3 else min(10, cores - 1)
 
 

@@ -164,6 +164,12 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
     )
     if description.reduce_zero_label and description.ignore_index != IGNORED:
         raise ValueError(f"{source}: with reduce_zero_label, ignore_index has to be {IGNORED}")
+    if not isinstance(classes, str) and description.ignore_index < len(classes):
+        raise ValueError(
+            f"{source}: ignore_index {description.ignore_index} is the class "
+            f"{classes[description.ignore_index]!r}, which would score 0; if label 0 is no class, "
+            "leave that name out and set reduce_zero_label: true"
+        )
     return description
 
 

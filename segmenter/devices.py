@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import resource
+import shutil
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+
+logger = logging.getLogger(__name__)
 
 
 def make_accelerator(
@@ -18,23 +23,49 @@ def make_accelerator(
     precision: Literal["auto", "bf16", "fp32"],
     compile: Literal["auto", "on", "off"] = "off",
 ) -> Accelerator:
-    """Join the process group that torchrun or Slurm describe, if any, and choose the device.
+    """Join the process group that torchrun describes, if any, and choose the device.
 
     Raises ValueError if the wanted device is not there.
     """
+    _refuse_unconnected_processes()
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
     on_cuda = has_cuda and device != "cpu"
     if precision == "auto":
-        precision = "bf16" if on_cuda and torch.cuda.is_bf16_supported() else "fp32"
-    compiled = on_cuda if compile == "auto" else compile == "on"
+        precision = "bf16" if on_cuda and _has_bf16() else "fp32"
+    compiled = compile == "on"
+    if compile == "auto" and on_cuda:
+        compiled = _has_c_compiler()
+        if not compiled:
+            logger.warning("no C compiler (gcc or clang) here: the model is not compiled")
     return Accelerator(
         cpu=not on_cuda,
         mixed_precision="bf16" if precision == "bf16" else "no",
         dynamo_backend="inductor" if compiled else "no",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def _refuse_unconnected_processes() -> None:
+    """srun alone starts processes that know nothing of each other: each would train on its own."""
+    started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if started > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun started {started} processes, which are not connected: start one torchrun on "
+            "each node instead (srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS ...), or "
+            "one process (srun --ntasks=1)"
+        )
+
+
+def _has_c_compiler() -> bool:
+    """torch.compile builds a piece of C at run time, on a GPU too."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang", "cc"))
+
+
+def _has_bf16() -> bool:
+    """In hardware; torch also emulates it, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def device_name(device: torch.device) -> str:

@@ -37,6 +37,11 @@ RECIPES = Path(__file__).parent / "recipes"
 class Choice(click.Choice[str]):
     """A choice that is named as it is written, whatever spelling was typed."""
 
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Click's hook. YAML reads on and off as true and false."""
+        words = {True: "on", False: "off"} if isinstance(value, bool) else {}
+        return super().convert(words.get(value, value), param, ctx)
+
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         """What is allowed."""
         return f"{value!r} is not one of {', '.join(self.choices)}."

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 from segmenter.config import TrainConfig, differing_settings
 from segmenter.dataset import TRAIN, VAL, read_description
 from segmenter.layout import CHECKPOINT, RESULT, read_result, seed_dir
+from segmenter.schedule import make_batch_plan
 
 
 def check_training(config: TrainConfig) -> None:
     """Raise ValueError for what would stop `train` from starting. torch only reads checkpoints."""
     description = read_description(config.run.dataset)
     counts = {f"num_{split}": len(description.pairs(split)) for split in (TRAIN, VAL)}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    make_batch_plan(counts[f"num_{TRAIN}"], config.optimisation.batch_size, processes)
     if config.run.init is not None:
         from segmenter.pretrained import check_encoder_file
 
@@ -43,7 +48,7 @@ def _check_output_dir(config: TrainConfig, wanted: dict[str, object]) -> None:
     if differences:
         raise ValueError(
             f"{source} was made with other settings ({'; '.join(differences)}); "
-            "use those, or another --output-dir"
+            f"use those or another --output-dir, or remove {output_dir} to begin anew"
         )
 
 

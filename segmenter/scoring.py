@@ -70,7 +70,7 @@ def evaluate_checkpoint(
     protocol = changed_protocol(loaded.protocol, changes, multi_scale)
     model = loaded.model.to(accelerator.device)
     if workers is None:
-        workers = default_workers(accelerator.num_processes)
+        workers = default_workers()
     with folder_at_once(predictions_dir, accelerator) as folder:
 
         def save(index: int, predicted: torch.Tensor) -> None:

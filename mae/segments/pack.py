@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from mae.segments.writing import StoreWriter, Summary, pack_image
 
 logger = logging.getLogger(__name__)
 
+SHARD_NAME = re.compile(r"-(?P<index>\d+)-of-(?P<count>\d+)$")  # of `generate`, without suffix
 MOST_DAMAGED = 0.01  # a larger share is no accident
 
 
@@ -98,9 +100,11 @@ def unpack(store_path: Path, out: Path, *, processes: int) -> Summary:
 def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     """Join stores, say the shards of a generator, into one.
 
-    Raises ValueError if they were made in different ways or disagree about an image.
+    Raises ValueError if they were made in different ways, disagree about an image, or are shards by
+    their names (`-I-of-N`) of which one is missing.
     """
     _refuse_to_overwrite(out, overwrite)
+    _refuse_missing_shards(shards)
     stores = [PackedStore(path) for path in shards]
     settings = _common_settings(stores)
     owner: dict[str, PackedStore] = {}
@@ -193,6 +197,19 @@ def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out.parent} is not a folder")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} is finished; add --overwrite to replace it")
+
+
+def _refuse_missing_shards(shards: Sequence[Path]) -> None:
+    named = [match for path in shards if (match := SHARD_NAME.search(path.stem))]
+    if len(named) < len(shards) or len({match["count"] for match in named}) > 1:
+        return  # stores of other origin
+    count, there = int(named[0]["count"]), {int(match["index"]) for match in named}
+    missing = sorted(set(range(count)) - there)
+    if missing:
+        raise ValueError(
+            f"of the {count} shards {', '.join(map(str, missing))} are missing (they count from "
+            "0); finish them first, or rename the others to merge what there is"
+        )
 
 
 def _common_settings(stores: Sequence[PackedStore]) -> dict[str, Any]:

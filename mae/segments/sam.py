@@ -211,7 +211,12 @@ def _precision(wanted: str, device: torch.device) -> str:
     import torch
 
     if wanted == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        # In hardware; torch also emulates it, slowly.
+        return (
+            "bf16"
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp32"
+        )
     return wanted
 
 

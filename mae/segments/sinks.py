@@ -18,7 +18,7 @@ SETTINGS_FILE = "generator.yml"
 
 
 class StoreSink:
-    """A packed store. What is finished is reopened only if an image is missing."""
+    """A packed store. A finished one is reopened only when there is something new to add."""
 
     def __init__(self, out: Path, source: str, settings: dict[str, Any]) -> None:
         self.out, self.source, self.settings = out, source, settings
@@ -39,9 +39,8 @@ class StoreSink:
             return writer.keys()
 
     def __enter__(self) -> StoreSink:
-        if self.finished:
-            self.out.replace(part_path(self.out))
-        self.writer = self._open()
+        if not self.finished:
+            self.writer = self._open()
         return self
 
     def __exit__(
@@ -50,33 +49,32 @@ class StoreSink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self.writer is not None
-        self.writer.__exit__(kind, error, trace)
+        if self.writer:
+            self.writer.__exit__(kind, error, trace)
 
     def add(self, key: str, segments: list[Segment]) -> None:
         """Keep an image's segments."""
-        assert self.writer is not None
-        self.writer.add(pack_image(key, segments))
+        self._reopened().add(pack_image(key, segments))
 
     def add_failure(self, failure: Failure) -> None:
         """Record an image that could not be done."""
-        assert self.writer is not None
-        self.writer.add_failure(failure.key, failure.reason)
+        if self.finished and self.finished.failures().get(failure.key) == failure.reason:
+            return
+        self._reopened().add_failure(failure.key, failure.reason)
 
     def pause(self) -> None:
         """Keep what is there for the next run."""
-        assert self.writer is not None
-        self.writer.commit()
+        if self.writer:
+            self.writer.commit()
 
     def finish(self) -> None:
         """Everything was tried."""
-        assert self.writer is not None
-        self.writer.finish()
+        if self.writer:
+            self.writer.finish()
 
     def summary(self, *, already_there: int, interrupted: bool = False) -> Summary:
         """What is there now."""
-        if interrupted:
-            assert self.writer is not None
+        if interrupted and self.writer:
             return self.writer.summary(already_there=already_there, interrupted=True)
         store = PackedStore(self.out)
         return Summary(
@@ -85,7 +83,16 @@ class StoreSink:
             without=len(store.listed_empty()),
             left_out=len(store.failures()),
             already_there=already_there,
+            interrupted=interrupted,
         )
+
+    def _reopened(self) -> StoreWriter:
+        """The writer; takes a finished store away from its readers until `finish`."""
+        if self.writer is None:
+            self.out.replace(part_path(self.out))
+            self.finished = None
+            self.writer = self._open()
+        return self.writer
 
     def _open(self) -> StoreWriter:
         return StoreWriter(self.out, source=self.source, settings=self.settings)

@@ -175,6 +175,21 @@ def test_config_file_gives_defaults_and_the_command_line_wins(settings):
     assert values["mask_method"] == "four_channels"
 
 
+def test_on_and_off_in_a_config_file_are_no_booleans(tmp_path):
+    for word in ("on", "off", "auto"):
+        (tmp_path / "a.yml").write_text(f"compile: {word}\n")
+        values = parse("--config", str(tmp_path / "a.yml"), "--in1k-dir", "a", "--output-dir", "b")
+        assert values["compile"] == word
+
+
+def test_processes_that_srun_started_without_torchrun_are_refused(capsys, settings, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    code, lines = exit_code(capsys, "pretrain", "--config", settings)
+    assert code == 2
+    assert "srun started 2 processes, which are not connected" in lines[0]
+
+
 def test_config_file_with_an_unknown_key_names_near_ones(capsys, tmp_path):
     (tmp_path / "a.yml").write_text("mask-metod: patches\n")
     code, lines = exit_code(capsys, "pretrain", "--config", tmp_path / "a.yml")

@@ -1,10 +1,13 @@
 """Runs that must not go on, and what they leave behind."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
 
 from mae.checkpoint import load_checkpoint, save_checkpoint
+from mae.epoch import steps_between_looks
 from mae.listing import make_listing
 from mae.optimisation import GuardedUpdate, make_optimizer
 from mae.train import pretrain
@@ -224,3 +227,28 @@ def test_killed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint({**content, "epochs_completed": 2}, path)
     assert load_checkpoint(path)["epochs_completed"] == 1
+
+
+def test_a_save_that_finds_no_room_leaves_the_old_file_alone(tmp_path):
+    content = {
+        "model": {"weight": torch.zeros(10)}, "optimizer": {}, "epochs_completed": 1,
+        "steps_completed": 0, "config": {},
+    }  # fmt: skip
+    save_checkpoint(content, tmp_path / "last.pth")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"last\.pth cannot be written: File too large. Make"
+        ):
+            save_checkpoint({**content, "model": {"w": torch.rand(90_000)}}, tmp_path / "last.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+    assert load_checkpoint(tmp_path / "last.pth")["model"]["weight"].shape == (10,)
+
+
+def test_on_a_gpu_a_signal_waits_for_few_forward_passes():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [steps_between_looks(cuda, passes) for passes in (1, 4, 10, 64)] == [10, 2, 1, 1]
+    assert steps_between_looks(cpu, 1) == 1

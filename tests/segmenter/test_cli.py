@@ -45,6 +45,12 @@ def test_check_prints_nothing_and_writes_nothing(dataset, tmp_path, command):
     assert not (tmp_path / "run").exists()
 
 
+def test_check_knows_how_many_processes_there_will_be(dataset, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    arguments = [*train_arguments(dataset, tmp_path / "run"), "--check"]
+    assert_refused(command(*arguments), "cannot be spread over 16 processes")
+
+
 def test_recipes_are_complete_and_segmenter_is_the_papers():
     assert {path.stem for path in RECIPES.glob("*.yml")} == {"segmenter", "mae", "fast"}
     for path in RECIPES.glob("*.yml"):
@@ -61,6 +67,8 @@ def test_config_files_take_either_spelling_and_the_command_line_wins(dataset, tm
     config.write_text("crop-size: 0\nwindow_size: 32\ndecoder: mask-transformer\n")
     arguments = [*train_arguments(dataset, tmp_path / "run", crop_size=None), "--config", config]
     assert_refused(command(*arguments, "--check"), "--crop-size is 0")
+    assert command(*arguments, "--check", "--crop-size", "32").code == 0
+    config.write_text("window_size: 32\ncompile: off\n")  # false, as YAML reads it
     assert command(*arguments, "--check", "--crop-size", "32").code == 0
     config.write_text("crop_sise: 3\n")
     assert_refused(command(*arguments, "--check"), "unknown option 'crop_sise'", "crop_size")

@@ -1,3 +1,4 @@
+import os
 import random
 
 import numpy as np
@@ -5,7 +6,13 @@ import pytest
 import torch
 
 from segmenter.config import ProtocolConfig
-from segmenter.data import TrainingCrops, WholeImages, test_images, training_batches
+from segmenter.data import (
+    TrainingCrops,
+    WholeImages,
+    default_workers,
+    test_images,
+    training_batches,
+)
 from segmenter.dataset import read_description
 from segmenter.schedule import BatchPlan
 
@@ -94,6 +101,14 @@ def test_test_images_keep_their_ratio_and_the_labels_their_size(dataset):
     assert [tuple(scaled.shape[1:]) for scaled in sample.scaled] == [
         (28, 20), (42, 30), (56, 40), (70, 50), (84, 60), (98, 70)
     ]  # fmt: skip
+
+
+def test_workers_share_the_cores_of_their_own_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(96))
+    assert default_workers() == 10
+    monkeypatch.setenv("WORLD_SIZE", "48")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
+    assert default_workers() == 3
 
 
 def test_ade20k_labels_are_shifted_and_0_is_ignored(ade20k):

@@ -78,6 +78,7 @@ def test_a_colour_annotation_is_refused(own_dataset):
         ({"palette": [[1, 2, 3]]}, "1 colours for 3 classes"),
         ({"palette": [[1, 2, 300]] * 3}, "not in 0 to 255"),
         ({"ignore_index": 999}, "ignore_index is 999"),
+        ({"ignore_index": 1}, "ignore_index 1 is the class .* reduce_zero_label"),
         ({"reduce_zero_label": True}, "ignore_index has to be 255"),
         ({"images": {"test": "x"}}, "images has to name a folder"),
     ],

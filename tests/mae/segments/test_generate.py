@@ -14,6 +14,7 @@ from mae.segments.images import read_rgb
 from mae.segments.pack import merge
 from mae.segments.sam import Sam, SamSettings
 from mae.segments.store import PackedStore, store_settings
+from mae.segments.writing import StoreWriter
 
 FAST = Felzenszwalb(scales=(100, 800), longest_side=64)
 SAM_OPTIONS = {
@@ -142,6 +143,8 @@ def test_two_merged_shards_equal_one_run(images, tmp_path, dump, monkeypatch):
         run(images, tmp_path / "masks.sqlite", index=index, count=2)
     shards = [tmp_path / f"masks-{index}-of-2.sqlite" for index in (0, 1)]
     assert [len(PackedStore(path).images()) for path in shards] == [3, 2]
+    with pytest.raises(ValueError, match="of the 2 shards 0 are missing"):
+        merge(shards[1:], tmp_path / "masks.sqlite", overwrite=False)
     merge(shards, tmp_path / "masks.sqlite", overwrite=False)
     assert dump(tmp_path / "masks.sqlite") == dump(tmp_path / "whole.sqlite")
 
@@ -172,6 +175,25 @@ def test_a_failed_image_is_named_recorded_and_tried_again(images, tmp_path, out,
     source = open_segments(tmp_path / out)
     assert "b/broken" in source.images() | source.listed_empty()
     assert not (tmp_path / out / "failed.txt").exists()
+
+
+def test_trying_a_broken_image_again_leaves_the_finished_store_to_its_readers(
+    images, tmp_path, monkeypatch
+):
+    (images / "b/broken.jpg").write_bytes(b"no image")
+    store = tmp_path / "masks.sqlite"
+    with pytest.raises(RuntimeError, match="1 of 6 images failed"):
+        run(images, store)
+    before = store.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "__init__", lambda *_, **__: pytest.fail("reopened"))
+        with pytest.raises(RuntimeError, match="1 of 6 images failed"):
+            run(images, store)
+    assert (store.stat().st_ino, store.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    (images / "b/broken.jpg").unlink()
+    Image.new("RGB", (64, 48), (200, 0, 0)).save(images / "b/broken.jpg")
+    run(images, store)
+    assert not PackedStore(store).failures()
 
 
 @pytest.mark.parametrize(
