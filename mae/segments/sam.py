@@ -107,11 +107,14 @@ class Sam:
     def _segments_of(
         self, features: Any, *, size: tuple[int, int], input_size: tuple[int, int]
     ) -> list[Segment]:
-        """Segments of one image. size: H, W; input_size: what of the model's input it fills."""
+        """Segments of one image. size: H, W; input_size: what of the model's input it fills.
+
+        Hundreds of candidates wait for their boxes to be compared: each is kept as bits.
+        """
         import torch
         from torchvision.ops import masks_to_boxes, nms
 
-        inside, quality = [], []
+        bits, boxes, quality = [], [], []
         for points in self._grid(input_size).split(self.wanted.points_per_batch):
             logits, scores = self._predict(features, points)
             chosen = scores > self.wanted.pred_iou_thresh
@@ -121,13 +124,15 @@ class Sam:
                 if len(part):
                     full = self._upsample(part, size, input_size)
                     stable = self._is_stable(full)
-                    inside.append(full[stable] > 0)
+                    inside = full[stable] > 0
+                    boxes.append(masks_to_boxes(inside))
+                    bits += list(np.packbits(inside.cpu().numpy(), axis=-1))
                     quality.append(part_scores[stable])
-        if not sum(map(len, inside)):
+        if not bits:
             return []
-        masks, scores = torch.cat(inside), torch.cat(quality)
-        kept = nms(masks_to_boxes(masks), scores, self.wanted.box_nms_thresh)
-        return verify_all(segment_from_pixels(pixels) for pixels in masks[kept].cpu().numpy())
+        kept = nms(torch.cat(boxes), torch.cat(quality), self.wanted.box_nms_thresh).tolist()
+        unpacked = (np.unpackbits(bits[index], axis=-1, count=size[1]) for index in kept)
+        return verify_all(map(segment_from_pixels, unpacked))
 
     def _grid(self, input_size: tuple[int, int]) -> Tensor:
         """Points [N, 2], x and y in pixels of the model's input, evenly over the image.
@@ -211,12 +216,10 @@ def _precision(wanted: str, device: torch.device) -> str:
     import torch
 
     if wanted == "auto":
-        # In hardware; torch also emulates it, slowly.
-        return (
-            "bf16"
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else "fp32"
-        )
+        # torch also emulates bf16, slowly, on GPUs that have none.
+        on_cuda = device.type == "cuda"
+        has_it = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_it else "fp32"
     return wanted
 
 
