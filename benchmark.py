@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.1
 def run(settings: Settings) -> int:
     """Plans, checks, alternates, reports. Returns the exit code; 0 means that all of it is done."""
     paths = Layout(settings.output_dir)
-    steps = make_plan(settings)
+    steps = make_plan(settings, records.made_runs(paths))
     preview.check(settings, steps, paths)
     if settings.launcher == "slurm":
         from pipeline.slurm import run as run_on_cluster

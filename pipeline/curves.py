@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipeline.layout import BASELINES, Layout, RunName
@@ -27,13 +28,17 @@ class Line:
     evaluations: Sequence[Evaluation]
 
     def scores(self, epochs: int) -> list[float]:
-        """Mean IoU after `epochs`, in percent: one for each seed."""
-        found: list[float] = []
+        """Mean IoU after `epochs`, in percent: one for each seed of pretraining.
+
+        Several finetunings of one pretraining count as their mean, and so does a seed that is in
+        several directories: neither tells how much chance there is in pretraining.
+        """
+        by_seed: dict[int | None, list[float]] = {}
         for evaluation in self.evaluations:
-            if evaluation.epochs == epochs:
-                seeds = evaluation.result.get("seeds") or [evaluation.result]
-                found += [seed["mean_iou"] for seed in seeds if seed.get("mean_iou") is not None]
-        return found
+            score = evaluation.result.get("mean_iou")
+            if evaluation.epochs == epochs and score is not None:
+                by_seed.setdefault(evaluation.seed, []).append(score)
+        return [fmean(scores) for scores in by_seed.values()]
 
     @property
     def epochs(self) -> list[int]:
@@ -74,7 +79,7 @@ def _compared(run_yml: Mapping[str, Any]) -> dict[str, Any]:
 
 def line_label(run: RunName, paths: Layout, *, apart: bool) -> str:
     """The label of the line that a run belongs to, as `make_lines` has it."""
-    ratio = coverage_of(run, read_run_yml(paths))
+    ratio = coverage_of(run, paths)
     label = run.method if ratio is None else f"{run.method} {ratio:g}%"
     return f"{label} ({paths.root.name})" if apart else label
 
@@ -86,4 +91,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     complete = text[: text.rfind("\n") + 1].splitlines()
-    return [json.loads(line) for line in complete if line.strip()]
+    try:
+        return [json.loads(line) for line in complete if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} has a damaged line ({error}); mend or remove it") from None

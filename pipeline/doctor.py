@@ -20,6 +20,7 @@ from pipeline.datasets import (
 from pipeline.layout import Layout
 from pipeline.options import settings_from
 from pipeline.plan import make_plan
+from pipeline.records import made_runs
 from pipeline.settings import METHODS_WITH_SEGMENTS
 
 _SAMPLED_FILES = 100
@@ -193,7 +194,8 @@ def _plan(given: dict[str, Any]) -> Iterator[Finding]:
 
     try:
         settings = settings_from(given)
-        steps, paths = make_plan(settings), Layout(settings.output_dir)
+        paths = Layout(settings.output_dir)
+        steps = make_plan(settings, made_runs(paths))
         preview.check(settings, steps, paths)
     except (click.UsageError, ValueError) as error:
         message = error.format_message() if isinstance(error, click.UsageError) else str(error)

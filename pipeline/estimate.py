@@ -36,7 +36,7 @@ from pipeline.layout import Layout
 from pipeline.local import duration, environment
 from pipeline.plan import Step, make_plan
 from pipeline.process import REPO_ROOT
-from pipeline.records import is_done
+from pipeline.records import is_done, made_runs
 from pipeline.settings import Settings
 
 _STEPS = 12  # of an epoch that is timed
@@ -73,7 +73,7 @@ class EvaluationCost:
 def estimate_run(settings: Settings) -> str:
     """The costs of what is left of the plan, part by part, as text."""
     paths = Layout(settings.output_dir)
-    steps = make_plan(settings)
+    steps = make_plan(settings, made_runs(Layout(settings.output_dir)))
     preview.check(settings, steps, paths)
     left = [step for step in steps if not is_done(step, paths)]
     with tempfile.TemporaryDirectory(prefix="segmae-estimate-") as folder:

@@ -66,6 +66,8 @@ class LocalLauncher:
             return [Finished(step=step, state="failed", message=lacking)]
         mark = f"{self.paths.root}:{step.name}"
         process.end_orphans(mark)
+        for output in step.outputs:
+            output.parent.mkdir(parents=True, exist_ok=True)
         earlier = read_record(self.paths, step.name)
         # A rolling progress file of the round before would be taken for this one's.
         layout.progress(step.folder).unlink(missing_ok=True)

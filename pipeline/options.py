@@ -65,29 +65,38 @@ class CommaList(click.ParamType):
 
 
 class AbsolutePath(click.ParamType):
-    """A path that may be written with ~; becomes absolute."""
+    """A path that may be written with ~; becomes absolute, but symbolic links stay as they are."""
 
     name = "path"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         """Click's hook: text to an absolute path (it need not exist)."""
-        return Path(value).expanduser().resolve()
+        return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100, it resolves no links
 
 
 _PATH = AbsolutePath()
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML where only true and false are booleans: `compile: off` stays a word, as in YAML 1.2."""
+    """YAML 1.2 as far as it matters: `compile: off` and `time: 24:00:00` stay words."""
 
 
+_PLAIN = {
+    "bool": (r"true|True|false|False", "tTfF"),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?",
+        "-+.0123456789",
+    ),
+}
 _PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] not in _PLAIN]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF")
-)
+for _kind, (_form, _first) in _PLAIN.items():
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_form})$"), list(_first)
+    )
 
 
 def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -215,6 +224,8 @@ def _settings(given: Mapping[str, Any]) -> s.Settings:
                 f"{given['eval_freq']}: a shorter last round ends at {points[-1]}",
                 err=True,
             )
+    _refuse_what_the_plan_sets(given)
+    _mention_what_is_not_used(given)
     schedule, pretrain = _split_schedule(given["pretrain"])
     return s.Settings(
         output_dir=given["output_dir"],
@@ -253,6 +264,42 @@ def _settings(given: Mapping[str, Any]) -> s.Settings:
     )
 
 
+# Options of the parts that have a flag of their own here, or follow from the plan.
+_PLANNED = {
+    "pretrain": {
+        "in1k_dir": "--in1k-dir", "masks_dir": "--masks-dir", "mask_method": "--mask-method",
+        "coverage_ratio": "--coverage-ratio", "model": "--model", "epochs": "--pretrain-epochs",
+        "seed": "--seed", "init": "--stack", "device": "--num-gpus", "output_dir": "--output-dir",
+        "stop_after": "--eval-epochs",
+    },
+    "finetune": {
+        "dataset": "--ade20k-dir or --eval-dataset", "model": "--model", "recipe": "--recipe",
+        "seed": "--seed", "device": "--num-gpus", "output_dir": "--output-dir",
+        "init": "--mask-method, --stack or --eval",
+    },
+}  # fmt: skip
+
+
+def _refuse_what_the_plan_sets(given: Mapping[str, Any]) -> None:
+    for section, flags in _PLANNED.items():
+        for key in given[section].keys() & flags.keys():
+            raise ValueError(f"--{section} {key}=... would contradict the plan; use {flags[key]}")
+    if given["mae_checkpoint"] and not given["stack"] and given["eval_only"] != "mae":
+        raise ValueError("--mae-checkpoint is of use only with --stack or --eval mae; add one")
+
+
+def _mention_what_is_not_used(given: Mapping[str, Any]) -> None:
+    """What may well stand in a file for several machines, but does nothing now."""
+    names = ("gpus_per_node", "partition", "time", "qos", "sbatch", "wait")
+    unused = [name for name in names if given[name]] + ["nodes"] * (given["nodes"] > 1)
+    if given["launcher"] == "local" and unused:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        click.echo(f"Note: {flags}: only used with --launcher slurm", err=True)
+    small = [ratio for ratio in given["coverage_ratio"] if 0 < ratio < 1]
+    if small:
+        click.echo(f"Note: --coverage-ratio is in percent: {small[0]:g} % of the image", err=True)
+
+
 def _recipe(given: str) -> str:
     """A recipe's name as it is; a YAML file's path absolute, because the parts run elsewhere."""
     is_file = given.endswith((".yml", ".yaml"))
@@ -286,7 +333,8 @@ def _compute(given: Mapping[str, Any]) -> s.Compute:
     if total is None:
         total = len(visible_gpus())
     if any(not 0 <= gpu < total for gpu in eval_gpus):
-        raise ValueError(f"--eval-gpus {eval_gpus}: there are GPUs 0 to {total - 1}")
+        there = f"there are GPUs 0 to {total - 1}" if total else "there is no GPU here"
+        raise ValueError(f"--eval-gpus {','.join(map(str, eval_gpus))}: {there}")
     num_gpus = total - len(eval_gpus)
     if eval_gpus and not num_gpus:
         raise ValueError("--eval-gpus leaves no GPU for pretraining")

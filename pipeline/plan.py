@@ -21,6 +21,11 @@ from pipeline.settings import METHODS_WITH_SEGMENTS, Settings
 NEUTRAL = frozenset({"output_dir", "device", "compile", "workers", "save_every_minutes", "resume"})
 # Accumulation makes up for the batch; where a round ends changes nothing about its epochs.
 NEUTRAL_PRETRAIN = NEUTRAL | {"batch_size", "stop_after"}
+NEUTRAL_EVALUATE = NEUTRAL | {"device_batch_size", "eval_batch_size"}
+
+
+# Method, coverage ratio (0: it has none) and seed: what tells runs apart.
+Variant = tuple[str, float, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,12 @@ class Step:
     @property
     def devices(self) -> int:
         """What it occupies: GPUs, or 1 for the CPU."""
-        return self.processes if self.options.get("device") == "cuda" else 1
+        return self.processes if self.devices_are_gpus else 1
+
+    @property
+    def devices_are_gpus(self) -> bool:
+        """Whether it runs on GPUs."""
+        return self.options.get("device") == "cuda"
 
     @property
     def command(self) -> list[str]:
@@ -75,7 +85,7 @@ class Step:
 
     def fingerprint(self, root: Path) -> dict[str, str]:
         """What the results depend on, as text; paths inside `root` are relative to it."""
-        neutral = NEUTRAL_PRETRAIN if self.kind == "pretrain" else NEUTRAL
+        neutral = NEUTRAL_PRETRAIN if self.kind == "pretrain" else NEUTRAL_EVALUATE
         return {
             key: str(value).replace(f"{root}/", "")
             for key, value in sorted(self.options.items())
@@ -97,8 +107,12 @@ def as_arguments(options: Mapping[str, object]) -> list[str]:
     return words
 
 
-def make_plan(settings: Settings) -> list[Step]:
-    """The steps in the order in which one machine would take them."""
+def make_plan(settings: Settings, made: Mapping[Variant, RunName] | None = None) -> list[Step]:
+    """The steps in the order in which one machine would take them.
+
+    made: runs that are in the output directory already, which keep their names.
+    """
+    made = made or {}
     experiment = settings.experiment
     only = experiment.eval_only
     steps: list[Step] = []
@@ -106,11 +120,14 @@ def make_plan(settings: Settings) -> list[Step]:
         steps += _fetch(settings)
     if only in ("scratch", "mae") or (only is None and 0 in experiment.eval_epochs):
         baseline = only or ("mae" if experiment.stack else "scratch")
-        steps += [_evaluate_baseline(settings, baseline, seed) for seed in experiment.seeds]
+        for seed in experiment.seeds:
+            run = made.get((baseline, 0.0, seed)) or _run_name(settings, baseline, 0.0, seed)
+            steps.append(_evaluate_baseline(settings, run, seed))
     if only in ("scratch", "mae"):
         return steps
     for method, coverage_ratio, seed in _variants(settings):
-        run = _run_name(settings, method, coverage_ratio, seed)
+        variant = (method, coverage_ratio, seed)
+        run = made.get(variant) or _run_name(settings, *variant)
         if only is not None:
             steps.append(_evaluate(settings, run, seed, int(only), needs=()))
             continue
@@ -130,8 +147,8 @@ def _rounds(settings: Settings) -> list[int]:
     return sorted(points | {settings.experiment.pretrain_epochs})
 
 
-def _variants(settings: Settings) -> Iterator[tuple[str, float, int]]:
-    """Method, coverage ratio and seed of every pretraining run, `patches` once per seed."""
+def _variants(settings: Settings) -> Iterator[Variant]:
+    """What every pretraining run is about, `patches` once per seed."""
     experiment = settings.experiment
     for method, seed in product(experiment.mask_methods, experiment.seeds):
         uses_coverage = method in METHODS_WITH_SEGMENTS
@@ -222,6 +239,12 @@ def _pretrain(
     )
 
 
+def nodes_of(step: Step, settings: Settings) -> int:
+    """Machines of a step. Only pretraining is spread: a finetuning batch is small."""
+    spread = settings.launcher == "slurm" and (step.processes > 1 or step.devices_are_gpus)
+    return settings.cluster.nodes if spread and step.kind == "pretrain" else 1
+
+
 def _pretrain_gpus(settings: Settings) -> tuple[int, ...] | None:
     """All but the GPUs kept for evaluation."""
     compute = settings.compute
@@ -239,11 +262,9 @@ def _evaluate(
     return _evaluation(settings, run, seed, epochs, str(checkpoint), needs)
 
 
-def _evaluate_baseline(settings: Settings, baseline: str, seed: int) -> Step:
+def _evaluate_baseline(settings: Settings, run: RunName, seed: int) -> Step:
     """Finetunes and scores a random ViT (scratch) or the official checkpoint (mae)."""
-    several = len(settings.experiment.seeds) > 1
-    run = RunName(method=baseline, seed=seed if several else None)
-    if baseline == "scratch":
+    if run.method == "scratch":
         return _evaluation(settings, run, seed, 0, "random", needs=())
     needs = tuple(step.name for step in _fetch(settings))
     return _evaluation(settings, run, seed, 0, str(_official_checkpoint(settings)), needs)

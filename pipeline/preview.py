@@ -18,9 +18,11 @@ import click
 
 from pipeline import layout
 from pipeline.layout import Layout
-from pipeline.plan import Step, make_plan
+from pipeline.local import read_progress
+from pipeline.options import visible_gpus
+from pipeline.plan import Step, make_plan, nodes_of
 from pipeline.process import REPO_ROOT
-from pipeline.records import differences, is_done, write_json, write_text
+from pipeline.records import differences, is_done, made_runs, write_json, write_text
 from pipeline.settings import Settings
 
 _VERSIONS_OF = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "numpy")
@@ -31,12 +33,8 @@ def check(settings: Settings, steps: list[Step], paths: Layout) -> None:
 
     Our own checks first, then each part's `--check`, so that its own parser judges its options.
     """
-    changed = differences(steps, paths)
-    if changed:
-        raise ValueError(
-            f"{paths.root} holds a run with other settings: {'; '.join(changed[:5])}"
-            f"{' ...' if len(changed) > 5 else ''}. Use these or another --output-dir"
-        )
+    _check_same_settings(steps, paths)
+    _check_machine(settings)
     waiting = [step for step in steps if not is_done(step, paths)]
     made = {output for step in steps for output in step.outputs}
     for step in waiting:
@@ -44,7 +42,35 @@ def check(settings: Settings, steps: list[Step], paths: Layout) -> None:
         init = step.options.get("init")
         if init not in (None, "random") and init not in made and str(init) not in map(str, made):
             _check_init(step, Path(str(init)))
-    _check_parts(waiting, paths)
+    _check_parts(waiting, settings)
+
+
+def _check_same_settings(steps: list[Step], paths: Layout) -> None:
+    """Everything in an output directory is made alike."""
+    changed, remedy = differences(steps, paths), "Use these or another --output-dir"
+    if not changed:
+        return
+    if not differences([step for step in steps if step.kind != "evaluate"], paths):
+        remedy += f", or remove {paths.eval_output} to finetune every checkpoint anew"
+    raise ValueError(
+        f"{paths.root} holds a run with other settings: {'; '.join(changed[:5])}"
+        f"{' ...' if len(changed) > 5 else ''}. {remedy}"
+    )
+
+
+def _check_machine(settings: Settings) -> None:
+    """What the launcher needs."""
+    if settings.launcher == "slurm":
+        from pipeline.slurm import minutes_of
+
+        minutes_of(settings.cluster)
+        return
+    wanted, there = settings.compute.num_gpus + len(settings.compute.eval_gpus), visible_gpus()
+    if wanted > len(there):
+        raise ValueError(
+            f"--num-gpus {wanted}: there are {len(there)} here (nvidia-smi -L and "
+            "CUDA_VISIBLE_DEVICES were asked)"
+        )
 
 
 def _check_possible(step: Step, paths: Layout) -> None:
@@ -52,7 +78,8 @@ def _check_possible(step: Step, paths: Layout) -> None:
     if step.kind != "pretrain" or step.outputs[0].exists():
         return
     kept = [layout.checkpoint_epochs(path) for path in step.folder.glob("checkpoint-*.pth")]
-    later = sorted(epochs for epochs in kept if epochs is not None and epochs > step.epochs)
+    reached = int(float(read_progress(step.folder).get("epoch", 0)))  # inside a longer round
+    later = sorted(n for n in (*kept, reached) if n is not None and n > step.epochs)
     if later:
         raise ValueError(
             f"{step.outputs[0]} is not there and pretraining is past it (epoch {later[0]}): "
@@ -71,8 +98,11 @@ def _check_init(step: Step, init: Path) -> None:
         raise ValueError(f"{step.name} needs the checkpoint {init}, which does not exist{hint}")
 
 
-def _check_parts(waiting: list[Step], paths: Layout) -> None:
-    """Runs --check once for each kind of command, all beside each other."""
+def _check_parts(waiting: list[Step], settings: Settings) -> None:
+    """Runs --check once for each kind of command, all beside each other.
+
+    WORLD_SIZE tells it, as torchrun will, how many processes share a batch.
+    """
     commands = {}
     for step in waiting:
         if step.kind == "fetch":
@@ -80,13 +110,15 @@ def _check_parts(waiting: list[Step], paths: Layout) -> None:
         # Steps of one run differ in the epoch only: its first one stands for them.
         key = (step.kind, str(step.run))
         if key not in commands:
-            commands[key] = _with_existing_init(step)
+            world_size = step.processes * nodes_of(step, settings)
+            commands[key] = (_with_existing_init(step), {"WORLD_SIZE": str(world_size)})
     started = [
         subprocess.Popen(
-            command, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, cwd=REPO_ROOT, env={**os.environ, **environment},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for command in commands.values()
-    ]
+        for command, environment in commands.values()
+    ]  # fmt: skip
     complaints = []
     for process in started:
         output, errors = process.communicate()
@@ -195,7 +227,7 @@ def gpu_names() -> list[str]:
 def show(settings: Settings) -> None:
     """--dry-run: the checked plan with its commands, and what pretraining's schedule will be."""
     paths = Layout(settings.output_dir)
-    steps = make_plan(settings)
+    steps = make_plan(settings, made_runs(paths))
     check(settings, steps, paths)
     done = {step.name for step in steps if is_done(step, paths)}
     click.echo(f"{len(steps)} steps, {len(done)} done, in {paths.root}")
@@ -218,9 +250,10 @@ def schedule_text(settings: Settings) -> str:
         devices *= settings.cluster.nodes
     warm = schedule.warmup_fraction * epochs
     points = {0.0, warm, *map(float, settings.experiment.eval_epochs), epochs / 2, float(epochs)}
+    at_once, passes = schedule.split(devices)
     lines = [
-        f"pretraining: effective batch {schedule.effective_batch_size} = {schedule.batch_size} "
-        f"per device x {devices} devices x {schedule.accumulation_steps(devices)} accumulated",
+        f"pretraining: effective batch {schedule.effective_batch_size} = {at_once} "
+        f"per device x {devices} devices x {passes} accumulated",
         f"learning rate: {schedule.base_lr:g} x {schedule.effective_batch_size} / 256 = "
         f"{schedule.peak_lr:g} at its peak",
     ]
@@ -236,3 +269,5 @@ def read_plan(paths: Layout) -> list[dict[str, Any]]:
         return json.loads(paths.plan.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{paths.root} is not the output directory of a run") from None
+    except ValueError as error:
+        raise ValueError(f"{paths.plan} is damaged ({error}); call benchmark.py again") from None

@@ -13,8 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.layout import Layout
-from pipeline.plan import Step
+from pipeline.layout import BASELINES, Layout, RunName
+from pipeline.plan import Step, Variant
+
+# Options in which the steps of a kind may differ within one output directory.
+MAY_DIFFER = {
+    "fetch": frozenset({"model", "out"}),
+    "pretrain": frozenset({"mask_method", "coverage_ratio", "seed"}),
+    "evaluate": frozenset({"init", "patch_size", "seed"}),
+}
 
 State = Literal["submitted", "running", "done", "failed", "stopped"]
 
@@ -110,19 +117,48 @@ def is_done(step: Step, paths: Layout) -> bool:
 def differences(steps: Iterable[Step], paths: Layout) -> list[str]:
     """How the settings differ from those the output directory's steps were made with.
 
-    A pretraining step is compared with every record of its run, an evaluation with its own.
+    What is compared in one report has to be made alike, so a step is compared with all of its kind;
+    only what tells runs and checkpoints apart may differ between them.
     """
-    records = read_all_records(paths)
+    records = [record for record in read_all_records(paths) if _binds(record, paths)]
     found = []
     for step in steps:
         asked = step.fingerprint(paths.root)
-        for record in records:
-            same_run = record.kind == "pretrain" == step.kind and record.run == str(step.run)
-            if same_run or record.name == step.name:
-                found += [
-                    f"{step.run}: {key} was {record.fingerprint.get(key, 'not given')}, "
-                    f"is now {asked.get(key, 'not given')}"
-                    for key in sorted(asked.keys() | record.fingerprint.keys())
-                    if asked.get(key) != record.fingerprint.get(key)
-                ]
+        for record in (record for record in records if record.kind == step.kind):
+            own_run = step.kind == "pretrain" and record.run == str(step.run)
+            own = own_run or record.name == step.name
+            keys = asked.keys() | record.fingerprint.keys()
+            found += [
+                f"{step.run}: {key} was {record.fingerprint.get(key, 'not given')}"
+                f"{'' if own else f' for {record.run}'}, is now {asked.get(key, 'not given')}"
+                for key in sorted(keys if own else keys - MAY_DIFFER[step.kind])
+                if asked.get(key) != record.fingerprint.get(key)
+            ]
     return list(dict.fromkeys(found))
+
+
+def _binds(record: Record, paths: Layout) -> bool:
+    """Whether later calls have to keep to a record's settings.
+
+    Not when what it made was removed, and not when it is an evaluation that came to nothing: that
+    one's own part judges whether it can go on with other settings.
+    """
+    if record.kind == "pretrain":
+        return (paths.pretrain_output / record.run).exists()
+    if record.kind == "evaluate":
+        folder = paths.eval_output / record.name.removeprefix("evaluate_")
+        return folder.exists() and record.state not in ("failed", "stopped")
+    return True
+
+
+def made_runs(paths: Layout) -> dict[Variant, RunName]:
+    """The runs that are there, by what they vary in, so that a plan goes on with them by name."""
+    found: dict[Variant, RunName] = {}
+    for record in read_all_records(paths):
+        run = RunName.parse(record.run)
+        if record.kind == "fetch" or (record.kind == "evaluate") != (run.method in BASELINES):
+            continue
+        if _binds(record, paths):
+            ratio, seed = (record.fingerprint.get(key, "0") for key in ("coverage_ratio", "seed"))
+            found.setdefault((run.method, float(ratio), int(seed)), run)
+    return found

@@ -48,7 +48,6 @@ class Evaluation:
 
 def read_evaluations(paths: Layout) -> list[Evaluation]:
     """All finished evaluations: methods in their usual order, then ratio, seed and epochs."""
-    run_yml = read_run_yml(paths)
     found = []
     for folder in paths.eval_output.glob("*"):
         try:
@@ -56,7 +55,7 @@ def read_evaluations(paths: Layout) -> list[Evaluation]:
             result = json.loads(layout.result(folder).read_text(encoding="utf-8"))
         except (ValueError, FileNotFoundError, NotADirectoryError):
             continue  # not an evaluation, or not finished
-        found.append(_evaluation(paths, folder, run, epochs, result, run_yml))
+        found.append(_evaluation(paths, folder, run, epochs, result))
     order = {method: index for index, method in enumerate((*BASELINES, *METHODS))}
     return sorted(
         found,
@@ -70,7 +69,6 @@ def _evaluation(
     run: RunName,
     epochs: int,
     result: dict[str, Any],
-    run_yml: dict[str, Any],
 ) -> Evaluation:
     names = (f"pretrain_{run}_{epochs}", f"evaluate_{run}_{epochs}")
     records = [read_record(paths, name) for name in names]
@@ -78,7 +76,7 @@ def _evaluation(
     return Evaluation(
         folder=folder,
         method=run.method,
-        coverage_ratio=coverage_of(run, run_yml),
+        coverage_ratio=coverage_of(run, paths),
         seed=result.get("seed", run.seed),
         epochs=epochs,
         minutes=sum(seconds) / 60 if seconds else float(result.get("minutes") or 0),
@@ -86,12 +84,18 @@ def _evaluation(
     )
 
 
-def coverage_of(run: RunName, run_yml: dict[str, Any]) -> float | None:
-    """A run's coverage ratio: in its name if it varies, else in run.yml; None if it has none."""
-    ratios = run_yml.get("settings", {}).get("experiment", {}).get("coverage_ratios", [])
-    if run.coverage_ratio is None and run.method in METHODS_WITH_SEGMENTS and len(ratios) == 1:
-        return float(ratios[0])
-    return run.coverage_ratio
+def coverage_of(run: RunName, paths: Layout) -> float | None:
+    """A run's coverage ratio: in its name or in its pretraining's record; None if it has none.
+
+    run.yml holds what the latest call wanted, which may have been about other runs.
+    """
+    if run.coverage_ratio is not None or run.method not in METHODS_WITH_SEGMENTS:
+        return run.coverage_ratio
+    for path in sorted(paths.records.glob(f"pretrain_{run}_*.json")):
+        record = read_record(paths, path.stem)
+        if record is not None and record.run == str(run) and "coverage_ratio" in record.fingerprint:
+            return float(record.fingerprint["coverage_ratio"])
+    return None
 
 
 def read_run_yml(paths: Layout) -> dict[str, Any]:

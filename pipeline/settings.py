@@ -140,9 +140,22 @@ class PretrainSchedule:
         """The highest learning rate: base rate x effective batch / 256."""
         return self.base_lr * self.effective_batch_size / 256
 
-    def accumulation_steps(self, devices: int) -> int:
-        """Forward passes per optimizer update on that many devices (at least 1)."""
-        return max(1, round(self.effective_batch_size / (self.batch_size * devices)))
+    def split(self, devices: int) -> tuple[int, int]:
+        """Images per device at once, and forward passes per update: at most `batch_size` at once.
+
+        Raises ValueError if the effective batch is not a multiple of the devices.
+        """
+        share, rest = divmod(self.effective_batch_size, devices)
+        if rest or not share:
+            raise ValueError(
+                f"an effective batch of {self.effective_batch_size} images cannot be split over "
+                f"{devices} devices; give a multiple of {devices} (--pretrain "
+                f"effective_batch_size={max(1, share + bool(rest)) * devices}) or other devices"
+            )
+        passes = math.ceil(share / self.batch_size)
+        while share % passes:
+            passes += 1
+        return share // passes, passes
 
     def lr_at(self, progress: float) -> float:
         """Learning rate after `progress` (0 to 1) of the run: warm-up, then half a cosine."""

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 
 from pipeline import layout
 from pipeline.layout import Layout, RunName
+from pipeline.records import Record, write_record
+from pipeline.settings import METHODS_WITH_SEGMENTS
 
 CLASSES = ("grass", "sand", "water", "disc", "square", "triangle", "flower")
 GAIN = {"patches": 0.0, "segments": 2.0, "four_channels": 4.0, "preencoder": -1.0}
@@ -44,16 +46,33 @@ def write_run(
         write_evaluation(paths, RunName(method="scratch", seed=named_seed), 0, seed, 10 + seed)
         for method in methods:
             run = RunName(method=method, seed=named_seed)
-            write_pretraining(paths, run, epochs)
+            write_pretraining(paths, run, epochs, seed)
             for count in epochs:
                 score = 20 + count + GAIN[method] + spread * seed
                 write_evaluation(paths, run, count, seed, score)
     return paths
 
 
-def write_pretraining(paths: Layout, run: RunName, epochs: tuple[int, ...]) -> None:
+def write_pretraining(
+    paths: Layout, run: RunName, epochs: tuple[int, ...], seed: int = 0, ratio: str = "15"
+) -> None:
     folder = paths.pretrain_dir(run)
     folder.mkdir(parents=True)
+    made_with = {"mask_method": run.method, "seed": str(seed)}
+    made_with |= {"coverage_ratio": ratio} if run.method in METHODS_WITH_SEGMENTS else {}
+    for count in epochs:
+        name = f"pretrain_{run}_{count}"
+        write_record(
+            paths,
+            Record(
+                name=name,
+                state="done",
+                run=str(run),
+                kind="pretrain",
+                fingerprint=made_with,
+                seconds=90,
+            ),
+        )
     with layout.epoch_log(folder).open("w") as stream:
         for epoch in range(1, max(epochs) + 1):
             loss = 0.4 + math.exp(-epoch / 4)

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 import pytest
 
-from pipeline.plan import Step, as_arguments, make_plan
+from mae.config import OptimisationConfig
+from mae.schedule import make_batch_plan
+from pipeline.plan import Step, as_arguments, make_plan, nodes_of
 from pipeline.settings import PretrainSchedule, Settings, eval_points
 
 Make = Callable[..., Settings]
@@ -178,7 +180,12 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_minimum() -> None:
         ("--pretrain lr", "KEY=VALUE"),
         ("--num-gpus 2 --eval-gpus 2", "GPUs 0 to 1"),
         ("--eval-gpus 0 --num-gpus 1", "leaves no GPU"),
-        ("--mae-checkpoint /nowhere", "is not a file"),
+        ("--stack --mae-checkpoint /nowhere", "is not a file"),
+        ("--mae-checkpoint /nowhere", "--stack or --eval mae"),
+        ("--pretrain mask_method=patches", "use --mask-method"),
+        ("--pretrain seed=9", "use --seed"),
+        ("--finetune init=random", "contradict the plan"),
+        ("--num-gpus 0 --eval-gpus 1", "there is no GPU here"),
         ("--masks-dir /nowhere", "needs segments"),
         ("--in1k-dir /nowhere", "not a directory"),
         ("--eval-dataset /nowhere.yml", "does not exist"),
@@ -232,3 +239,53 @@ def test_a_config_with_mistakes_is_refused(
     with pytest.raises(click.UsageError) as error:
         settings(f"--config {config}")
     assert said in error.value.format_message()
+
+
+def test_times_and_words_in_a_config_stay_as_they_are_written(
+    settings: Make, tmp_path: Path
+) -> None:
+    config = tmp_path / "cluster.yml"
+    config.write_text("time: 24:00:00\nlauncher: slurm\nnum_gpus: 0\nfinetune: {compile: off}\n")
+    chosen = settings(f"--config {config}")
+    assert chosen.cluster.time == "24:00:00"
+    assert chosen.finetune["compile"] == "off"
+
+
+def test_links_stay_links(settings: Make, data: Path, tmp_path: Path) -> None:
+    link = tmp_path / "images"
+    link.symlink_to(data / "in1k")
+    assert settings(f"--in1k-dir {link}").data.in1k_dir == link
+
+
+def test_flags_without_effect_are_mentioned(
+    settings: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings("--nodes 2 --partition gpu --coverage-ratio 0.15")
+    said = capsys.readouterr().err
+    assert "Note: --partition, --nodes: only used with --launcher slurm" in said
+    assert "0.15 % of the image" in said
+
+
+@pytest.mark.parametrize(
+    ("effective", "batch", "devices", "expected"),
+    [(128, 16, 2, (16, 4)), (40, 16, 1, (10, 4)), (4104, 64, 6, (57, 12)), (8, 64, 8, (1, 1))],
+)
+def test_batches_are_split_as_pretraining_does(
+    effective: int, batch: int, devices: int, expected: tuple[int, int]
+) -> None:
+    schedule = PretrainSchedule(batch_size=batch, effective_batch_size=effective)
+    assert schedule.split(devices) == expected
+    optimisation = OptimisationConfig(effective_batch_size=effective)
+    plan = make_batch_plan(optimisation, num_images=5000, processes=devices, batch_size=batch)
+    assert (plan.micro_batch_size, plan.accumulation_steps) == expected
+
+
+def test_an_effective_batch_that_cannot_be_split_is_refused_with_one_that_can() -> None:
+    with pytest.raises(ValueError, match="effective_batch_size=4098"):
+        PretrainSchedule(effective_batch_size=4096).split(6)
+
+
+def test_only_pretraining_is_spread_over_nodes(settings: Make) -> None:
+    words = "--pretrain-epochs 1 --launcher slurm --nodes 2 --num-gpus 8 --stack --model vit_base"
+    chosen = settings(words)
+    assert [nodes_of(step, chosen) for step in make_plan(chosen)] == [1, 2, 1]

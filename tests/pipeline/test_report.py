@@ -74,7 +74,6 @@ def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> No
     with layout.epoch_log(paths.pretrain_dir(RunName(method="patches"))).open("a") as log:
         log.write('{"epoch": 11, "train_lo')  # is being written
     layout.predictions(paths.eval_dir(RunName(method="patches"), 10)).write_bytes(b"\x89PNG half")
-    paths.bookkeeping.mkdir()
     paths.plan.write_text(json.dumps([{"name": "a"}, {"name": "b"}]))
     write_all(paths)
     words = text_of(paths.report_html)
@@ -91,10 +90,41 @@ def test_a_run_without_an_evaluation_has_a_report(tmp_path: Path) -> None:
 
 def test_several_directories_of_equal_settings_share_lines(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", methods=("patches",))
-    second = write_run(tmp_path / "b", methods=("patches",), spread=0)
+    second = write_run(tmp_path / "b", methods=("patches",), seeds=(1,))
     page = tmp_path / "both.html"
     write_report([first.root, second.root], page)
-    assert "patches reaches 30.00% (30.00 to 30.00, 2 seeds)" in text_of(page)
+    assert "patches reaches 30.50% (30.00 to 31.00, 2 seeds)" in text_of(page)
+
+
+def test_a_seed_counts_once_however_often_it_was_scored(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", methods=("patches",))
+    second = write_run(tmp_path / "b", methods=("patches",))
+    for folder in first.eval_output.iterdir():
+        result = json.loads(layout.result(folder).read_text())
+        score = result["mean_iou"]
+        result["seeds"] = [{"seed": n, "mean_iou": score + n - 1} for n in range(3)]
+        layout.result(folder).write_text(json.dumps(result))
+    page = tmp_path / "both.html"
+    write_report([first.root, second.root], page)
+    assert "patches reaches 30.00% mean IoU" in text_of(page)
+
+
+def test_a_later_call_about_something_else_does_not_rename_results(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("four_channels",))
+    run = yaml.safe_load(paths.run_yml.read_text())
+    run["settings"]["experiment"]["coverage_ratios"] = [30.0]
+    paths.run_yml.write_text(yaml.safe_dump(run))
+    write_all(paths)
+    assert "four_channels 15%" in text_of(paths.report_html)
+    assert "30%" not in paths.results_csv.read_text()
+
+
+def test_a_damaged_log_is_named(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",))
+    log = layout.epoch_log(paths.pretrain_dir(RunName(method="patches")))
+    log.write_text("{broken\n")
+    with pytest.raises(ValueError, match=r"log\.txt has a damaged line"):
+        write_report([paths.root], tmp_path / "page.html")
 
 
 def test_directories_of_other_settings_are_kept_apart_and_differences_shown(

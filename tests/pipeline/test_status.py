@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import pytest
 from pipeline import disk, layout
 from pipeline.layout import Layout
 from pipeline.local import duration, progress_text
-from pipeline.plan import make_plan
+from pipeline.plan import Step, make_plan
 from pipeline.preview import write_run_files
 from pipeline.process import MARK, marked_pids
-from pipeline.records import Record, differences, read_record, write_record
+from pipeline.records import Record, differences, made_runs, read_record, write_record
 from pipeline.settings import Settings
 from pipeline.status import read_status
 from tests.pipeline.programs import run_benchmark
@@ -38,6 +39,13 @@ def record(paths: Layout, name: str, state: str, **more: object) -> None:
 
     host = socket.gethostname()
     write_record(paths, replace(empty, **{"state": state, "host": host, **more}))
+
+
+def made(step: Step, paths: Layout, state: str = "done") -> None:
+    """The step's record and folder."""
+    fingerprint = step.fingerprint(paths.root)
+    record(paths, step.name, state, run=str(step.run), kind=step.kind, fingerprint=fingerprint)
+    step.folder.mkdir(parents=True, exist_ok=True)
 
 
 def states(paths: Layout) -> list[str]:
@@ -113,8 +121,7 @@ def test_other_settings_are_named_with_both_values(settings: Make) -> None:
     before, now = settings("--pretrain-epochs 2 --seed 0"), settings("--pretrain-epochs 3 --seed 1")
     paths = Layout(before.output_dir)
     for step in make_plan(before):
-        fingerprint = step.fingerprint(paths.root)
-        record(paths, step.name, "done", run=str(step.run), kind=step.kind, fingerprint=fingerprint)
+        made(step, paths)
     assert differences(make_plan(before), paths) == []
     assert differences(make_plan(now), paths) == [
         "four_channels: epochs was 2, is now 3",
@@ -122,12 +129,64 @@ def test_other_settings_are_named_with_both_values(settings: Make) -> None:
     ]
 
 
+def test_methods_of_one_directory_have_to_be_made_alike(settings: Make) -> None:
+    first = settings("--pretrain-epochs 2 --pretrain base_lr=0.1 --finetune epochs=3")
+    paths = Layout(first.output_dir)
+    for step in make_plan(first):
+        made(step, paths)
+    other = "--mask-method patches --pretrain-epochs 2 --pretrain base_lr=0.1"
+    assert differences(make_plan(settings(f"{other} --finetune epochs=3")), paths) == []
+    assert differences(make_plan(settings(f"{other} --finetune epochs=4")), paths) == [
+        "patches: epochs was 3 for four_channels, is now 4"
+    ]
+    assert differences(make_plan(settings("--mask-method patches --pretrain-epochs 2")), paths) == [
+        "patches: base_lr was 0.1 for four_channels, is now 0.00015",
+        "patches: epochs was 3 for four_channels, is now not given",
+    ]
+
+
+def test_what_came_to_nothing_or_was_removed_binds_nobody(settings: Make) -> None:
+    first = settings("--pretrain-epochs 1 --finetune epochs=3")
+    paths = Layout(first.output_dir)
+    pretrain, evaluate = make_plan(first)
+    made(pretrain, paths)
+    made(evaluate, paths, state="failed")
+    clipped = make_plan(settings("--pretrain-epochs 1 --finetune epochs=3 --finetune clip_grad=1"))
+    assert differences(clipped, paths) == []
+    made(evaluate, paths)
+    assert differences(clipped, paths) == ["four_channels: clip_grad was not given, is now 1"]
+    shutil.rmtree(paths.eval_output)
+    assert differences(clipped, paths) == []
+
+
+def test_smaller_device_batches_are_no_other_settings(settings: Make) -> None:
+    first = settings("--pretrain-epochs 1")
+    paths = Layout(first.output_dir)
+    for step in make_plan(first):
+        made(step, paths)
+    words = "--pretrain-epochs 1 --finetune device_batch_size=2 --finetune eval_batch_size=1"
+    steps = make_plan(settings(f"{words} --pretrain batch_size=8"))
+    assert differences(steps, paths) == []
+
+
+def test_a_run_that_is_there_is_gone_on_with_when_seeds_or_ratios_are_added(settings: Make) -> None:
+    first = settings("--pretrain-epochs 1 --eval-epochs 0,1")
+    paths = Layout(first.output_dir)
+    for step in make_plan(first):
+        made(step, paths)
+    more = settings("--pretrain-epochs 1 --eval-epochs 0,1 --seed 0,1 --coverage-ratio 15,30")
+    runs = {str(step.run) for step in make_plan(more, made_runs(paths))}
+    assert runs == {
+        "scratch", "scratch-seed1", "four_channels", "four_channels-cov15-seed1",
+        "four_channels-cov30-seed0", "four_channels-cov30-seed1",
+    }  # fmt: skip
+
+
 def test_more_evaluation_points_are_no_other_settings(settings: Make) -> None:
     before = settings("--pretrain-epochs 4 --eval-freq 4")
     paths = Layout(before.output_dir)
     step = make_plan(before)[0]
-    fingerprint = step.fingerprint(paths.root)
-    record(paths, step.name, "done", run=str(step.run), kind=step.kind, fingerprint=fingerprint)
+    made(step, paths)
     assert differences(make_plan(settings("--pretrain-epochs 4 --eval-freq 2")), paths) == []
 
 
