@@ -146,11 +146,16 @@ def main(ctx: click.Context, dry_run: bool, estimate: bool, **given: Any) -> Non
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What a user can fix ends with its one line and exit code 2."""
+    """What a user can fix ends with its one line: exit code 2, or 1 where the system failed."""
     try:
         yield
     except (ValueError, LockedError) as error:
         raise click.UsageError(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(
+            f"{error.filename or 'a file'}: {error.strerror or error}; what is done is kept, and "
+            "the same command goes on"
+        ) from error
 
 
 @main.command()

@@ -58,14 +58,28 @@ class SegmentationData:
         return cls(name=name, root=path.parent, description=description, is_ade20k=False)
 
     def pairs(self, split: str) -> Iterator[tuple[Path, Path]]:
-        """Image and annotation of a split (train, val) by name; an annotation may be missing."""
+        """Image and annotation of a split (train, val) by name; an annotation may be missing.
+
+        Raises ValueError if the split is a list of names that cannot be read.
+        """
         images = self.root / self.description["images"][split]
         annotations = self.root / self.description["annotations"][split]
         suffix = str(self.description.get("image_suffix", ".jpg"))
         annotation_suffix = str(self.description.get("annotation_suffix", ".png"))
-        for image in sorted(images.rglob(f"*{suffix}")):
-            relative = str(image.relative_to(images)).removesuffix(suffix)
-            yield image, annotations / f"{relative}{annotation_suffix}"
+        for name in self._names(images, suffix, split):
+            yield images / f"{name}{suffix}", annotations / f"{name}{annotation_suffix}"
+
+    def _names(self, images: Path, suffix: str, split: str) -> list[str]:
+        """What the split's list names, else every image of its folder."""
+        listed = (self.description.get("splits") or {}).get(split)
+        if listed is None:
+            files = sorted(images.rglob(f"*{suffix}"))
+            return [str(file.relative_to(images)).removesuffix(suffix) for file in files]
+        try:
+            lines = (self.root / listed).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the list of {split} names cannot be read: {error}") from None
+        return [line.strip() for line in lines if line.strip()]
 
 
 def link_image_subset(in1k_dir: Path, count: int, folder: Path) -> int:
@@ -81,15 +95,20 @@ def link_image_subset(in1k_dir: Path, count: int, folder: Path) -> int:
 
 def link_pair_subset(data: SegmentationData, counts: Mapping[str, int], folder: Path) -> Path:
     """Makes a dataset like `data` with at most `counts[split]` linked pairs; returns its path."""
+    description = {key: value for key, value in data.description.items() if key != "splits"}
+    if not data.is_ade20k:  # splits may share their folders; in the subset each has its own
+        for kind in ("images", "annotations"):
+            description[kind] = {split: f"{kind}/{split}" for split in counts}
     for split, count in counts.items():
         pairs = dict(data.pairs(split))
         for image in sampled(list(pairs), count):
-            for file in (image, pairs[image]):
-                _link(file, folder / file.relative_to(data.root))
+            for kind, file in (("images", image), ("annotations", pairs[image])):
+                name = file.relative_to(data.root / data.description[kind][split])
+                _link(file, folder / description[kind][split] / name)
     if data.is_ade20k:
         return folder
     path = folder / "dataset.yml"
-    path.write_text(yaml.safe_dump(dict(data.description), sort_keys=False))
+    path.write_text(yaml.safe_dump(description, sort_keys=False))
     return path
 
 

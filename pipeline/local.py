@@ -18,7 +18,7 @@ from pipeline.plan import Step
 from pipeline.records import Record, State, output_sizes, read_record, write_record
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: a part saved and ended because it was asked to
-_TAIL_LINES = 12
+_TAIL_LINES, _SEARCHED_LINES = 12, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,11 +223,14 @@ def failure_message(step: Step, what: str) -> str:
     import shlex
 
     try:
-        lines = step.console_log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        lines = step.console_log.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    tail = "".join(f"\n    {line}" for line in lines)
+    tail = "".join(f"\n    {line}" for line in lines[-_TAIL_LINES:])
+    # With several processes, torchrun's own lines come after what the part said.
+    said = next((line for line in reversed(lines[-_SEARCHED_LINES:]) if "Error: " in line), "")
+    reason = f"\n  reason: {said.strip()}" if said and said not in lines[-_TAIL_LINES:] else ""
     return (
-        f"step {step.name} {what}\n  command: {shlex.join(step.command)}\n"
+        f"step {step.name} {what}{reason}\n  command: {shlex.join(step.command)}\n"
         f"  log: {step.console_log}, which ends:{tail or ' (empty)'}"
     )

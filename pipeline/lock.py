@@ -21,8 +21,9 @@ class LockedError(RuntimeError):
 def hold(path: Path) -> Iterator[None]:
     """Holds the lock file while the block runs; LockedError names a living holder.
 
-    A lock left by a dead process of this host is taken over. One of another host cannot be judged
-    from here and counts as living.
+    A lock left by a dead process of this host is taken over, and so is one of the same Slurm job,
+    which has been started again elsewhere. Another host's cannot be judged from here: it counts as
+    living.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _acquire(path)
@@ -35,6 +36,7 @@ def hold(path: Path) -> Iterator[None]:
 def _acquire(path: Path) -> None:
     pid = os.getpid()
     holder = {"host": socket.gethostname(), "pid": pid, "pid_started": start_ticks(pid)}
+    holder |= _slurm_job()
     # Write aside, then link: the lock appears complete or not at all, for one process only.
     aside = path.with_name(f"lock.{socket.gethostname()}.{pid}")
     aside.write_text(json.dumps({**holder, "since": time.strftime("%F %T")}))
@@ -51,6 +53,19 @@ def _acquire(path: Path) -> None:
         aside.unlink()
 
 
+def _slurm_job() -> dict[str, str]:
+    """The Slurm job this process works in, and how often it was started again."""
+    names = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT"}
+    return {key: os.environ.get(name, "") for key, name in names.items()}
+
+
+def _is_restarted(other: dict[str, object]) -> bool:
+    """Whether the holder was an earlier start of the job that this process works in."""
+    own = _slurm_job()
+    same_job = bool(own["job"]) and other.get("job") == own["job"]
+    return same_job and other.get("restart") != own["restart"]
+
+
 def _take_away_stale(path: Path) -> None:
     """Removes a dead process's lock; raises LockedError for a living one's."""
     try:
@@ -60,7 +75,7 @@ def _take_away_stale(path: Path) -> None:
     try:
         other = json.loads(text)
         here = other["host"] == socket.gethostname()
-        alive = not here or is_alive(other["pid"], other["pid_started"])
+        alive = is_alive(other["pid"], other["pid_started"]) if here else not _is_restarted(other)
     except (ValueError, KeyError, TypeError):
         raise LockedError(f"{path} is not a lock; remove it if nothing runs there") from None
     if alive:

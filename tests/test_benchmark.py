@@ -265,6 +265,10 @@ def test_epochs_that_do_not_divide_are_told_what_happens(config: Path, tmp_path:
         ("--eval 7", "does not exist"),
         ("--launcher cloud", "slurm"),
         ("--mae-checkpoint dataset.yml --stack", "cannot be read as a checkpoint"),
+        ("--num-processes 3", "cannot be split over 3 processes"),
+        ("--num-processes 4 --finetune batch_size=2", "cannot be spread over 4 processes"),
+        ("--num-gpus 2", "there are 0 here"),
+        ("--launcher slurm --num-gpus 0 --time 1h", "--time 1h: give minutes"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

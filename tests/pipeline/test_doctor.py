@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from pipeline.datasets import SegmentationData, image_files, link_image_subset, link_pair_subset
@@ -84,6 +86,33 @@ def test_subsets_are_links_in_the_same_layout(sample: Path, tmp_path: Path) -> N
     subset = SegmentationData.open(path)
     assert [len(list(subset.pairs(split))) for split in ("train", "val")] == [2, 1]
     assert all(label.exists() for _, label in subset.pairs("train"))
+
+
+def test_splits_that_are_lists_of_one_folder_are_kept_apart(sample: Path, tmp_path: Path) -> None:
+    """As Pascal Context has them."""
+    lists = ("train", "val")
+    description = yaml.safe_load((sample / "segmentation/dataset.yml").read_text())
+    for kind in ("images", "annotations"):
+        description[kind] = dict.fromkeys(lists, description[kind]["train"])
+    there = SegmentationData.open(sample / "segmentation/dataset.yml").pairs("train")
+    names = [image.stem for image, _ in there]
+    description["splits"] = {split: f"{split}.txt" for split in lists}
+    folder = tmp_path / "data"
+    shutil.copytree(sample / "segmentation", folder)
+    for split, chosen in zip(lists, (names[:3], names[3:4]), strict=True):
+        (folder / f"{split}.txt").write_text("\n".join(chosen))
+    (folder / "dataset.yml").write_text(yaml.safe_dump(description))
+    data = SegmentationData.open(folder / "dataset.yml")
+    assert [image.stem for image, _ in data.pairs("train")] == names[:3]
+    assert [image.stem for image, _ in data.pairs("val")] == names[3:4]
+    subset = SegmentationData.open(
+        link_pair_subset(data, {"train": 2, "val": 1}, tmp_path / "subset")
+    )
+    assert [len(list(subset.pairs(split))) for split in ("train", "val")] == [2, 1]
+    assert all(label.exists() for split in lists for _, label in subset.pairs(split))
+    (folder / "val.txt").unlink()
+    with pytest.raises(ValueError, match="list of val names"):
+        list(data.pairs("val"))
 
 
 def test_costs_grow_with_images_epochs_and_scorings() -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import http.server
 import io
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ import pytest
 import benchmark
 from pipeline import process
 from pipeline.layout import Layout
-from pipeline.local import LocalLauncher
+from pipeline.local import LocalLauncher, failure_message
 from pipeline.plan import Step, make_plan
 from pipeline.records import is_done, read_record, write_record
 from pipeline.settings import Settings
@@ -46,6 +50,30 @@ def test_a_second_run_starts_nothing(settings: Make) -> None:
     alternate(steps, paths)
     assert alternate(steps, paths) == 0
     assert [read_record(paths, step.name).attempts for step in steps] == [1, 1]
+
+
+def test_the_official_checkpoint_is_fetched_into_an_empty_output_directory(
+    settings: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "release.pth").write_bytes(b"9747179")  # its MD5 starts as the release's does
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        chosen = settings("--stack --model vit_base --pretrain-epochs 1")
+        fetch, paths = make_plan(chosen)[0], Layout(chosen.output_dir)
+        url = f"http://127.0.0.1:{server.server_port}/release.pth"
+        assert alternate([replace(fetch, options={**fetch.options, "url": url})], paths) == 0
+        server.shutdown()
+        thread.join()
+    assert fetch.outputs[0].read_bytes() == b"9747179"
+
+
+def test_the_reason_is_found_above_torchruns_own_lines(settings: Make) -> None:
+    step = make_plan(settings("--pretrain-epochs 1"))[0]
+    step.folder.mkdir(parents=True)
+    step.console_log.write_text("process 1: Error: the reason\n" + "torchrun's frame\n" * 30)
+    assert "reason: process 1: Error: the reason\n" in failure_message(step, "ended")
 
 
 def test_an_output_of_another_size_is_made_again(settings: Make) -> None:

@@ -49,6 +49,18 @@ def test_another_host_counts_as_living(tmp_path: Path) -> None:
         hold(tmp_path / "lock").__enter__()
 
 
+def test_a_slurm_job_that_was_started_again_elsewhere_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_lock(tmp_path / "lock", host="elsewhere", job="7", restart="")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(LockedError, match="on elsewhere"):  # another process of the same start
+        hold(tmp_path / "lock").__enter__()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with hold(tmp_path / "lock"):
+        assert json.loads((tmp_path / "lock").read_text())["restart"] == "1"
+
+
 def test_a_file_that_is_no_lock_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("what")
     with pytest.raises(LockedError, match="is not a lock"):
