@@ -52,6 +52,7 @@ class Child:
                 preexec_fn=_in_child,
             )
         self.pid = self._process.pid
+        self._is_torchrun = "torch.distributed.run" in command
         self._stop_asked: float | None = None
 
     def exit_code(self) -> int | None:
@@ -67,10 +68,19 @@ class Child:
         return output
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
-        """Asks it (once) to save and end; after `grace_seconds` of further calls, ends it."""
+        """Asks it (once) to save and end; after `grace_seconds` of further calls, ends it.
+
+        torchrun would end its workers 30 s after a SIGTERM of its own (fixed in its code), in the
+        middle of a long save. So the workers are asked; torchrun ends when they have ended.
+        """
         if self._stop_asked is None:
             self._stop_asked = time.monotonic()
-            _signal_group(self.pid, signal.SIGTERM)
+            workers = _torchrun_workers(self.pid, self.mark) if self._is_torchrun else []
+            for pid in workers:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGTERM)
+            if not workers:
+                _signal_group(self.pid, signal.SIGTERM)
         elif time.monotonic() - self._stop_asked > grace_seconds:
             self.kill()
 
@@ -116,17 +126,36 @@ def marked_pids(mark: str) -> list[int]:
     return found
 
 
-def start_ticks(pid: int) -> int | None:
-    """A process's start in clock ticks since boot, None if it is gone (or not on Linux).
+def _torchrun_workers(torchrun: int, mark: str) -> list[int]:
+    """torchrun's own children among the marked; their loaders and compilers are left alone.
 
-    Field 22 of /proc/PID/stat; the second, the name, may hold blanks and brackets (proc(5)).
+    LOCAL_RANK tells a worker from a fork of torchrun that is not yet one.
+    """
+    found = []
+    for pid in marked_pids(mark):
+        with contextlib.suppress(OSError):
+            names = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if any(name.startswith(b"LOCAL_RANK=") for name in names):
+                found.append(pid)
+    return [pid for pid in found if _stat(pid)[1:2] == [str(torchrun)]]
+
+
+def start_ticks(pid: int) -> int | None:
+    """A process's start in clock ticks since boot, None if it is gone (or not on Linux)."""
+    fields = _stat(pid)
+    is_gone = not fields or fields[0] == "Z"
+    return None if is_gone else int(fields[19])
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat from its third field on (state, parent, ...), empty if there is none.
+
+    The second field, the name, may hold blanks and brackets (proc(5)).
     """
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
-    is_zombie = after_name[0] == "Z"
-    return None if is_zombie else int(after_name[19])
+        return []
 
 
 def is_alive(pid: int, pid_started: int) -> bool:
