@@ -90,12 +90,17 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
 
 
 def _submit_one(settings: Settings, step: Step, paths: Layout, needed: list[str]) -> str:
-    """Submits one step; returns its job's number."""
+    """Submits one step; returns its job's number. ValueError if sbatch refuses it."""
     import submitit
+    from submitit.core.utils import FailedJobError
 
     executor = submitit.SlurmExecutor(folder=paths.slurm, max_num_timeout=_MOST_REQUEUES)
     executor.update_parameters(**job_parameters(settings, step, needed))
-    return str(executor.submit(StepJob(paths.root, step, _nodes(settings, step))).job_id)
+    try:
+        job = executor.submit(StepJob(paths.root, step, _nodes(settings, step)))
+    except FailedJobError as error:
+        raise ValueError(f"{step.name} was refused: {' '.join(str(error).split())}") from None
+    return str(job.job_id)
 
 
 def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[str, Any]:
@@ -276,12 +281,14 @@ class StepJob:
         job, deadline = os.environ["SLURM_JOB_ID"], time.monotonic() + _RECORD_SECONDS
         while True:
             record = read_record(paths, self.step.name)
-            if record is not None and record.job_id == job:
+            named = record.job_id if record else ""
+            if named == job:
                 return
             if self._ending:
                 raise SystemExit(EXIT_STOPPED)
-            if time.monotonic() > deadline:
-                owner = f"names {record.job_id or 'a local run'}" if record else "is missing"
+            is_newer = named.isdecimal() and int(named) > int(job)
+            if is_newer or time.monotonic() > deadline:
+                owner = f"names {named or 'a local run'}" if record else "is missing"
                 raise SystemExit(
                     f"job {job} does nothing: {self.step.name} is not its step any more, "
                     f"{paths.record(self.step.name)} {owner}"
