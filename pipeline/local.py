@@ -162,7 +162,8 @@ class LocalLauncher:
 
 def environment(step: Step) -> dict[str, str]:
     """What the step's process needs beside this process's environment."""
-    added = {}
+    # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
+    added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}"}
     if step.options.get("device") == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait by spinning take the cores from those that work: on two busy cores
         # ten times slower than threads that sleep (measured with vit_tiny).

@@ -181,7 +181,7 @@ _OPTIONS = [
     click.option("--launcher", type=click.Choice(["local", "slurm"]), default="local",
                  show_default=True),
     click.option("--nodes", type=int, default=1, show_default=True, help="Slurm: per step."),
-    click.option("--gpus-per-node", type=int, help="Slurm.  [default: --num-gpus]"),
+    click.option("--gpus-per-node", type=int, help="Slurm, 0 = CPU.  [default: --num-gpus]"),
     click.option("--partition", help="Slurm."),
     click.option("--time", help="Slurm: limit of a job, which then continues in a new one."),
     click.option("--qos", help="Slurm."),
@@ -325,11 +325,21 @@ def _split_schedule(
 
 
 def _compute(given: Mapping[str, Any]) -> s.Compute:
-    """Devices: all GPUs there are unless told; --eval-gpus are taken off pretraining."""
+    """Devices: all GPUs there are unless told; --eval-gpus are taken off pretraining.
+
+    The GPUs of the machine that submits jobs say nothing about those of the nodes.
+    """
     eval_gpus = given["eval_gpus"] or ()
     total = given["num_gpus"]
-    if given["launcher"] == "slurm" and given["gpus_per_node"] is not None:
-        total = given["gpus_per_node"]
+    if given["launcher"] == "slurm":
+        total = total if given["gpus_per_node"] is None else given["gpus_per_node"]
+        if total is None:
+            raise ValueError("--launcher slurm needs --gpus-per-node N (0 = CPU)")
+        if eval_gpus:
+            raise ValueError(
+                "--eval-gpus is for one machine: with --launcher slurm evaluations are jobs with "
+                "GPUs of their own, beside pretraining; leave it out"
+            )
     if total is None:
         total = len(visible_gpus())
     if any(not 0 <= gpu < total for gpu in eval_gpus):

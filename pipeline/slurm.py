@@ -2,7 +2,8 @@
 
 Pretraining rounds form a chain; an evaluation depends on its round only, so it runs beside the next
 one. A job that is preempted or reaches its time limit lets its step save and puts itself back into
-the queue (submitit); the same job then continues. The queue is read through squeue only.
+the queue (submitit); the same job then continues. The queue is read through squeue only. A step
+belongs to the job that its record names: any other job for it ends without touching anything.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import click
 
 from pipeline import preview, slurm_queue
 from pipeline.layout import Layout
-from pipeline.local import EXIT_STOPPED, LocalLauncher
+from pipeline.local import EXIT_STOPPED, LocalLauncher, environment, read_progress
 from pipeline.lock import hold
-from pipeline.plan import Step
-from pipeline.process import REPO_ROOT
+from pipeline.plan import Step, nodes_of
+from pipeline.process import REPO_ROOT, Child, end_marked
 from pipeline.records import Record, is_done, read_record, write_json, write_record
 from pipeline.report import write_all
 from pipeline.settings import Cluster, Settings
@@ -34,6 +35,9 @@ _POLL_SECONDS = 0.2
 _FOLLOW_SECONDS = 2.0
 _SIGNAL_SECONDS = 120  # before its time limit a job is told to save
 _MOST_REQUEUES = 10_000  # a job may reach its time limit this often
+_RECORD_SECONDS = 120.0  # a job waits so long for its record: written after it was submitted, and
+# shown on the node's side of a shared file system up to a minute later
+_CPUS_PER_PROCESS = 12  # beside a GPU, for one that chooses its number of loader workers itself
 
 
 def run(settings: Settings, steps: list[Step], paths: Layout) -> int:
@@ -54,17 +58,29 @@ def run(settings: Settings, steps: list[Step], paths: Layout) -> int:
 
 
 def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
-    """Submits the steps that need it, in order; returns their number."""
+    """Submits the steps that need it, in order; returns their number.
+
+    Raises ValueError if Slurm does not say whether jobs of an earlier call still live.
+    """
     known = {step.name: read_record(paths, step.name) for step in steps}
-    queue = slurm_queue.job_states(r.job_id for r in known.values() if r is not None and r.job_id)
+    unfinished = [r for r in known.values() if r is not None and r.state != "done"]
+    jobs = {record.name: slurm_queue.submitted_job(paths, record) for record in unfinished}
+    try:
+        queue = slurm_queue.job_states(job for job in jobs.values() if job)
+    except slurm_queue.QueueError as error:
+        raise ValueError(
+            f"{error}; jobs of an earlier call may still be live, so nothing was submitted: "
+            "give the same command again when squeue works"
+        ) from None
     job_ids: dict[str, str] = {}  # step -> the job that will do it
     submitted = 0
     for step in steps:
         record = known[step.name]
         if is_done(step, paths):
             continue
-        if record and record.job_id and slurm_queue.is_live(queue.get(record.job_id, "")):
-            job_ids[step.name] = record.job_id
+        job = jobs.get(step.name, "")
+        if slurm_queue.is_live(queue.get(job, "")):
+            job_ids[step.name] = job
             continue
         needed = [job_ids[need] for need in step.needs if need in job_ids]
         job_ids[step.name] = _submit_one(settings, step, paths, needed)
@@ -74,18 +90,24 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
 
 
 def _submit_one(settings: Settings, step: Step, paths: Layout, needed: list[str]) -> str:
-    """Submits one step; returns its job's number."""
+    """Submits one step; returns its job's number. ValueError if sbatch refuses it."""
     import submitit
+    from submitit.core.utils import FailedJobError
 
     executor = submitit.SlurmExecutor(folder=paths.slurm, max_num_timeout=_MOST_REQUEUES)
     executor.update_parameters(**job_parameters(settings, step, needed))
-    return str(executor.submit(StepJob(paths.root, step, settings.cluster.nodes)).job_id)
+    try:
+        job = executor.submit(StepJob(paths.root, step, nodes_of(step, settings)))
+    except FailedJobError as error:
+        raise ValueError(f"{step.name} was refused: {' '.join(str(error).split())}") from None
+    return str(job.job_id)
 
 
 def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[str, Any]:
     """Submitit's parameters of a step's job; `needed` are the jobs that have to succeed before."""
     cluster = settings.cluster
-    nodes = cluster.nodes if step.processes > 1 or settings.compute.num_gpus else 1
+    cpus = cpus_per_task(settings, step)
+    asked_cpus = cluster.sbatch.get("cpus_per_task", cpus)
     additional = {
         "chdir": str(REPO_ROOT),
         "requeue": True,
@@ -98,9 +120,12 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
         }
     chosen: dict[str, Any] = {
         "job_name": step.name,
-        "nodes": nodes,
+        "nodes": nodes_of(step, settings),
         "ntasks_per_node": 1,
-        "gpus_per_node": settings.compute.num_gpus or None,
+        "cpus_per_task": cpus,
+        # Since Slurm 22.05 srun does not take it over from sbatch: the task would get one core.
+        "srun_args": asked_cpus and [f"--cpus-per-task={asked_cpus}"],
+        "gpus_per_node": _gpus(settings, step) or None,
         "partition": cluster.partition,
         "qos": cluster.qos,
         "time": minutes_of(cluster),
@@ -109,6 +134,30 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
         "additional_parameters": additional,
     }
     return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _gpus(settings: Settings, step: Step) -> int:
+    """GPUs of a step's job on each node."""
+    return 0 if step.kind == "fetch" else settings.compute.num_gpus
+
+
+def cpus_per_task(settings: Settings, step: Step) -> int | None:
+    """CPUs of a job on each node: for its processes and their loader workers.
+
+    At most what the largest node has, so that the job can start. None leaves it to the user's
+    --sbatch, or for a single process on the CPU to the site.
+    """
+    gpus, cluster = _gpus(settings, step), settings.cluster
+    is_given = bool({"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys())
+    if is_given or not (gpus or step.processes > 1):
+        return None
+    per_process = _CPUS_PER_PROCESS if gpus else 1
+    workers = step.options.get("workers")
+    if workers is not None:
+        per_process = 1 + int(str(workers))
+    wanted = step.processes * per_process
+    most = slurm_queue.most_cpus(cluster.partition, with_gpus=bool(gpus))
+    return wanted if most is None else max(1, min(wanted, most))
 
 
 def minutes_of(cluster: Cluster) -> int:
@@ -182,12 +231,13 @@ class StepJob:
     def __call__(self) -> str:
         """Runs the step; returns its state. Raises RuntimeError if it fails, so the job fails."""
         paths = Layout(self.root)
-        if int(os.environ.get("SLURM_NODEID", "0")) > 0:
-            return self._assist()
-        step = on_this_cluster(self.step, paths, self.nodes)
+        signal.signal(signal.SIGTERM, self._end)  # scancel, scontrol requeue
         if is_done(self.step, paths):
             return "done"
-        signal.signal(signal.SIGTERM, self._end)  # scancel, scontrol requeue
+        self._await_record(paths)
+        step = on_this_cluster(self.step, paths, self.nodes)
+        if int(os.environ.get("SLURM_NODEID", "0")) > 0:
+            return self._assist(step, paths)
         self._launcher = LocalLauncher(paths, overlaps=False)
         ended = self._launcher.start(step)
         while not ended:
@@ -217,16 +267,50 @@ class StepJob:
     def _end(self, number: int, frame: FrameType | None) -> None:
         self._ending = True
 
-    def _assist(self) -> str:
-        """On the job's other nodes: this node's processes of the step, without bookkeeping."""
-        import subprocess
+    def _await_record(self, paths: Layout) -> None:
+        """Returns when the step's record names this job; ends the job if it does not come to.
 
-        step = on_this_cluster(self.step, Layout(self.root), self.nodes)
-        child = subprocess.Popen(step.command, cwd=REPO_ROOT)
-        signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
-        if child.wait() not in (0, EXIT_STOPPED):
-            raise RuntimeError(f"{step.name} ended with exit code {child.returncode} on this node")
-        return "done"
+        Two jobs of one step would write into the same folder.
+        """
+        job, deadline = os.environ["SLURM_JOB_ID"], time.monotonic() + _RECORD_SECONDS
+        while True:
+            record = read_record(paths, self.step.name)
+            named = record.job_id if record else ""
+            if named == job:
+                return
+            if self._ending:
+                raise SystemExit(EXIT_STOPPED)
+            is_newer = named.isdecimal() and int(named) > int(job)
+            if is_newer or time.monotonic() > deadline:
+                owner = f"names {named or 'a local run'}" if record else "is missing"
+                raise SystemExit(
+                    f"job {job} does nothing: {self.step.name} is not its step any more, "
+                    f"{paths.record(self.step.name)} {owner}"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _assist(self, step: Step, paths: Layout) -> str:
+        """On the job's other nodes: this node's processes of the step, without bookkeeping.
+
+        When the job is to end, the first node saves and queues the job up again; here exit code 0
+        keeps Slurm from ending that node's task too early. torchrun's code does not tell (it makes
+        1 of a worker's 75), so it is an error unless a stop was asked for, here or there.
+        """
+        signal.signal(signal.SIGUSR2, self._end)  # submitit's handler ends the first node only
+        node = os.environ["SLURM_NODEID"]
+        log = paths.slurm / f"{os.environ['SLURM_JOB_ID']}_node{node}.log"
+        mark = f"{paths.root}:{step.name}:node{node}"
+        child = Child(step.command, log, mark, environment(step))
+        while (exit_code := child.exit_code()) is None:
+            if self._ending:
+                child.stop()
+            time.sleep(_POLL_SECONDS)
+        end_marked(mark)
+        if exit_code == 0:
+            return "done"
+        if self._ending or read_progress(step.folder).get("state") == "stopped":
+            return "stopped"
+        raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
 
 
 def on_this_cluster(step: Step, paths: Layout, nodes: int) -> Step:
@@ -234,7 +318,7 @@ def on_this_cluster(step: Step, paths: Layout, nodes: int) -> Step:
 
     MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them.
     """
-    if nodes == 1:
+    if nodes == 1 or step.kind == "fetch":
         return step
     address = os.environ.get("MASTER_ADDR") or _first_host()
     port = os.environ.get("MASTER_PORT") or str(_agreed_port(paths))

@@ -13,6 +13,8 @@ from pipeline.preview import read_plan
 from pipeline.process import marked_pids
 from pipeline.records import Record, read_record
 
+_UNFINISHED = ("submitted", "running", "stopped")  # recorded states of which the queue knows more
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepStatus:
@@ -20,7 +22,7 @@ class StepStatus:
 
     name: str
     state: str
-    """done, running, waiting, submitted, interrupted, stopped or failed."""
+    """done, running, waiting, submitted, cancelled, interrupted, stopped or failed."""
     detail: str
 
 
@@ -28,40 +30,63 @@ def read_status(paths: Layout) -> list[StepStatus]:
     """The steps of the latest call in the plan's order; ValueError where no run has been."""
     plan = read_plan(paths)
     records = {step["name"]: read_record(paths, step["name"]) for step in plan}
-    jobs = {record.job_id for record in records.values() if record and record.job_id}
-    queue = slurm_queue.job_states(jobs)
+    unfinished = [r for r in records.values() if r is not None and r.state in _UNFINISHED]
+    jobs = [slurm_queue.submitted_job(paths, record) for record in unfinished]
+    queue: dict[str, str] | None
+    try:
+        queue = slurm_queue.job_states(job for job in jobs if job)
+    except slurm_queue.QueueError:
+        queue = None
     return [_status(paths, step, records[step["name"]], queue) for step in plan]
 
 
 def _status(
-    paths: Layout, step: dict[str, Any], record: Record | None, queue: dict[str, str]
+    paths: Layout, step: dict[str, Any], record: Record | None, queue: dict[str, str] | None
 ) -> StepStatus:
-    state, detail = "waiting", ""
-    if step["needs"]:
-        detail = f"for {', '.join(step['needs'])}"
-    if record is not None:
+    """`queue`: job -> state in Slurm, None if Slurm cannot be asked."""
+    if record is None:
+        detail = f"for {', '.join(step['needs'])}" if step["needs"] else ""
+        return StepStatus(name=step["name"], state="waiting", detail=detail)
+    job = slurm_queue.submitted_job(paths, record)
+    in_queue = "" if queue is None else queue.get(job, "")
+    if job and queue is not None and record.state in _UNFINISHED:
+        if not slurm_queue.is_live(in_queue):
+            # It may have ended since its record was read; then the record says how.
+            record = read_record(paths, record.name) or record
+        is_new = record.job_id != job  # submitted again since the queue was asked
+        state = record.state if is_new else _state_of_job(record, in_queue)
+    elif record.state == "running" and not job and not _is_running(paths, record):
+        state = "interrupted"
+    else:
         state = record.state
-        job = f"job {record.job_id}" if record.job_id else ""
-        in_queue = queue.get(record.job_id, "")
-        if state == "running" and not _is_running(paths, record, in_queue):
-            state = "interrupted"
-        if in_queue and in_queue != "RUNNING" and state not in ("done", "failed"):
-            state = "submitted"
-        details = {
-            "running": progress_text(paths.root / step["folder"]),
-            "done": f"took {duration(record.seconds)}",
-            "failed": f"exit code {record.exit_code}, see {step['folder']}/console.log",
-            "submitted": in_queue.lower(),
-        }
-        parts = [details.get(state, "the same command continues"), job]
-        detail = ", ".join(part for part in parts if part)
+    details = {
+        "running": progress_text(paths.root / step["folder"]),
+        "done": f"took {duration(record.seconds)}",
+        "failed": f"exit code {record.exit_code}, see {step['folder']}/console.log",
+        "submitted": in_queue.lower(),
+        "cancelled": "the same command submits it again",
+    }
+    parts = [details.get(state, "the same command continues")]
+    parts += [f"job {record.job_id}"] if record.job_id else []
+    if job and queue is None and record.state in _UNFINISHED:
+        parts.append("by its record: Slurm's queue cannot be asked")
+    detail = ", ".join(part for part in parts if part)
     return StepStatus(name=step["name"], state=state, detail=detail)
 
 
-def _is_running(paths: Layout, record: Record, in_queue: str) -> bool:
-    """By the queue for a job, by the process table here; another host's word is taken."""
-    if record.job_id:
-        return in_queue == "RUNNING"
+def _state_of_job(record: Record, in_queue: str) -> str:
+    """The step's state by its record and by its job's state in the queue ("" = gone)."""
+    if record.state not in _UNFINISHED:
+        return record.state
+    if not slurm_queue.is_live(in_queue):
+        return {"submitted": "cancelled", "running": "interrupted"}.get(record.state, record.state)
+    if record.state == "running" and not slurm_queue.is_waiting(in_queue):
+        return "running"
+    return "submitted"  # waiting, just begun, or about to be queued up again
+
+
+def _is_running(paths: Layout, record: Record) -> bool:
+    """By the process table here; another host's word is taken."""
     if record.host != socket.gethostname():
         return True
     return bool(marked_pids(f"{paths.root}:{record.name}"))

@@ -18,6 +18,13 @@ def standin(step: Step, **behaviour: object) -> Step:
     return replace(step, module="tests.pipeline.standin", options={**step.options, **behaviour})
 
 
+def fake_program(folder: Path, name: str, script: str) -> None:
+    """A shell script in the place of a program; `folder` belongs on the PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
 def run_benchmark(
     *words: str | Path, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:

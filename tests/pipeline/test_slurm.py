@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipeline import slurm
 from pipeline.layout import Layout
 from pipeline.plan import Step, make_plan
 from pipeline.preview import write_run_files
-from pipeline.records import read_record
+from pipeline.records import read_record, write_record
 from pipeline.settings import Settings
 from pipeline.status import read_status
 from tests.pipeline.programs import standin
@@ -73,7 +74,8 @@ def test_what_needs_a_failed_job_is_not_run_and_can_be_submitted_again(
     until(lambda: not cluster.query("squeue", "-h", "-o", "%i").split())
     first, second = read_status(paths)
     assert first.state == "failed"
-    assert second.state not in ("done", "running")
+    assert second.state == "cancelled"
+    assert slurm.follow(paths) == 1  # with --wait; it ends
     again = [standin(step) for step in make_plan(chosen)]
     for step in again:  # the same settings, mended
         record = read_record(paths, step.name)
@@ -87,7 +89,34 @@ def test_status_shows_jobs_of_which_none_has_started(settings: Make, cluster: Sl
     steps, paths = submit(chosen)
     assert [step.state for step in read_status(paths)] == ["submitted", "submitted"]
     assert "pending" in read_status(paths)[0].detail
+    assert slurm.submit(chosen, steps, paths) == 0
     cluster.query("scancel", *(read_record(paths, step.name).job_id for step in steps))
+    until(lambda: [step.state for step in read_status(paths)] == ["cancelled", "cancelled"])
+    assert slurm.submit(chosen, steps, paths) == 2
+    cluster.query("scancel", *(read_record(paths, step.name).job_id for step in steps))
+
+
+def test_several_processes_have_a_core_each(settings: Make, cluster: SlurmCluster) -> None:
+    chosen = settings("--launcher slurm --pretrain-epochs 1 --num-processes 2 --eval 0")
+    steps, paths = submit(chosen, seconds=1)
+    job = read_record(paths, steps[0].name).job_id
+    until(lambda: read_record(paths, steps[0].name).state == "running")
+    assert "CPUs=2" in cluster.query("scontrol", "show", "step", f"{job}.0")
+    until(lambda: read_status(paths)[0].state == "done")
+
+
+def test_a_job_that_was_replaced_leaves_the_step_alone(
+    settings: Make, cluster: SlurmCluster
+) -> None:
+    chosen = settings("--launcher slurm --pretrain-epochs 1 --sbatch begin=now+1hour")
+    steps, paths = submit(chosen)
+    record = read_record(paths, steps[0].name)
+    write_record(paths, replace(record, job_id="99999"))
+    cluster.query("scontrol", "update", f"JobId={record.job_id}", "StartTime=now")
+    log = paths.slurm / f"{record.job_id}_0_log.out"
+    until(lambda: log.exists() and "does nothing" in log.read_text())
+    assert not steps[0].folder.exists()
+    until(lambda: read_status(paths)[1].state == "cancelled")  # what it was needed for
 
 
 def test_output_of_the_step_is_in_its_console_log(settings: Make, cluster: SlurmCluster) -> None:

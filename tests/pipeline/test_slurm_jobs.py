@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import click
 import pytest
 
-from pipeline import slurm_queue
+from pipeline import options, slurm, slurm_queue
 from pipeline.layout import Layout
-from pipeline.plan import make_plan
+from pipeline.local import read_progress
+from pipeline.plan import Step, make_plan
+from pipeline.process import marked_pids
+from pipeline.records import Record, read_record, write_record
 from pipeline.settings import Cluster, Settings
 from pipeline.slurm import job_parameters, minutes_of, on_this_cluster
+from tests.pipeline.programs import REPO_ROOT, fake_program, standin
 
 Make = Callable[..., Settings]
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder at the front of the PATH, for programs that take Slurm's place."""
+    folder = tmp_path / "programs"
+    fake_program(folder, "sinfo", "exit 1")
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(slurm_queue, "_RETRY_SECONDS", 0.0)
+    return folder
+
+
+def record_job(paths: Layout, step: Step, job: str, state: str = "submitted") -> None:
+    """As `submit` leaves it."""
+    fingerprint = step.fingerprint(paths.root)
+    empty = Record(name=step.name, state="done", run="x", kind=step.kind, fingerprint=fingerprint)
+    write_record(paths, replace(empty, state=state, job_id=job))
+    paths.slurm.mkdir(parents=True, exist_ok=True)
+    (paths.slurm / f"{job}_submitted.pkl").touch()
 
 
 def test_a_job_asks_for_what_was_given(settings: Make) -> None:
@@ -66,3 +96,167 @@ def test_only_states_that_may_still_work_are_live() -> None:
 
 def test_without_jobs_the_queue_is_not_asked() -> None:
     assert slurm_queue.job_states([]) == {}
+
+
+def test_nothing_is_submitted_while_squeue_fails(settings: Make, programs: Path) -> None:
+    fake_program(programs, "squeue", "echo 'error: Socket timed out' >&2; exit 1")
+    fake_program(programs, "sbatch", f"touch {programs}/was-called; exit 1")
+    chosen = settings("--launcher slurm --pretrain-epochs 1")
+    steps, paths = make_plan(chosen), Layout(chosen.output_dir)
+    record_job(paths, steps[0], "11")
+    with pytest.raises(ValueError, match=r"Socket timed out.*nothing was submitted"):
+        slurm.submit(chosen, steps, paths)
+    assert not (programs / "was-called").exists()
+    assert read_record(paths, steps[0].name).job_id == "11"
+
+
+def test_a_squeue_that_fails_once_is_asked_again(programs: Path) -> None:
+    once = f"[ -e {programs}/failed ] || {{ touch {programs}/failed; exit 1; }}"
+    fake_program(programs, "squeue", f"{once}; echo '11 RUNNING'; echo '12 PENDING'")
+    assert slurm_queue.job_states(["11", "13"]) == {"11": "RUNNING"}
+
+
+def test_a_refused_job_is_told_in_one_line(settings: Make, programs: Path) -> None:
+    for name in ("squeue", "srun"):
+        fake_program(programs, name, "")
+    fake_program(programs, "sbatch", "echo 'error: Invalid account' >&2; exit 1")
+    chosen = settings("--launcher slurm --pretrain-epochs 1")
+    steps = make_plan(chosen)
+    with pytest.raises(ValueError, match=f"^{steps[0].name} was refused: .*Invalid account.*$"):
+        slurm.submit(chosen, steps, Layout(chosen.output_dir))
+
+
+@pytest.mark.parametrize(
+    ("words", "cpus"),
+    [
+        ("--gpus-per-node 8", 96),
+        ("--gpus-per-node 8 --pretrain workers=6", 56),
+        ("--gpus-per-node 2 --sbatch cpus-per-task=20", None),
+        ("--gpus-per-node 2 --sbatch cpus_per_gpu=8", None),
+        ("--num-processes 4", 4),
+        ("", None),
+    ],
+)
+def test_a_job_asks_for_cores_for_its_processes_and_their_loaders(
+    settings: Make, programs: Path, words: str, cpus: int | None
+) -> None:
+    chosen = settings(f"--launcher slurm --pretrain-epochs 1 {words}")
+    parameters = job_parameters(chosen, make_plan(chosen)[0], [])
+    assert parameters.get("cpus_per_task") == cpus
+    # srun does not take the number over from sbatch
+    given = 20 if "cpus-per-task" in words else cpus
+    assert parameters.get("srun_args") == (given and [f"--cpus-per-task={given}"])
+
+
+def test_no_more_cores_are_asked_for_than_a_node_has(settings: Make, programs: Path) -> None:
+    nodes = ("debug* 8 gpu:a100:8", "gpu 32 gpu:a100:8", "gpu 48 gpu:a100:8", "gpu 256 (null)")
+    fake_program(programs, "sinfo", "; ".join(f"echo '{node}'" for node in nodes))
+    call = "--launcher slurm --pretrain-epochs 1 --gpus-per-node 8"
+    named, default = settings(call + " --partition gpu"), settings(call)
+    assert job_parameters(named, make_plan(named)[0], [])["cpus_per_task"] == 48
+    assert job_parameters(default, make_plan(default)[0], [])["cpus_per_task"] == 8
+
+
+def test_fetching_takes_one_node_and_no_gpu(settings: Make, programs: Path) -> None:
+    chosen = settings("--launcher slurm --nodes 2 --gpus-per-node 8 --stack")
+    fetch, pretrain = make_plan(chosen)[0], make_plan(chosen)[1]
+    assert fetch.kind == "fetch"
+    parameters = job_parameters(chosen, fetch, [])
+    assert parameters["nodes"] == 1
+    assert not {"gpus_per_node", "cpus_per_task", "srun_args"} & parameters.keys()
+    assert on_this_cluster(fetch, Layout(chosen.output_dir), nodes=2) is fetch
+    assert job_parameters(chosen, pretrain, [])["nodes"] == 2
+
+
+def test_evaluation_gpus_are_refused_where_evaluations_have_jobs_of_their_own(
+    settings: Make,
+) -> None:
+    with pytest.raises(click.UsageError, match="leave it out"):
+        settings("--launcher slurm --gpus-per-node 8 --eval-gpus 6,7")
+
+
+def test_the_gpus_of_a_node_have_to_be_told(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"launcher": "slurm", "gpus_per_node": None, "num_gpus": None, "eval_gpus": None}
+    more = {"num_processes": None, "overlap": False}
+    with pytest.raises(ValueError, match="--gpus-per-node"):
+        options._compute(given | more)
+    assert options._compute(given | more | {"num_gpus": 0}).num_gpus == 0
+    assert options._compute(given | more | {"gpus_per_node": 4}).num_gpus == 4
+
+
+@pytest.mark.parametrize("owner", ["12", "10", ""])
+def test_a_job_that_its_record_does_not_name_does_nothing(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    chosen = settings("--launcher slurm --pretrain-epochs 1")
+    step, paths = standin(make_plan(chosen)[0]), Layout(chosen.output_dir)
+    record_job(paths, step, owner, state="running")
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    monkeypatch.setattr(slurm, "_RECORD_SECONDS", 0.3)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match=f"job 11 does nothing: .* names {owner or 'a local'}"):
+            slurm.StepJob(paths.root, step, 1)()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert not step.folder.exists()
+    assert read_record(paths, step.name).job_id == owner
+
+
+ASSIST = """
+import pickle, sys
+from pathlib import Path
+from pipeline.slurm import StepJob
+root, step = pickle.loads(bytes.fromhex(sys.argv[1]))
+print(StepJob(root, step, 1)())
+"""
+
+
+def assisting_node(paths: Layout, step: Step) -> subprocess.Popen[str]:
+    """What runs on the second node of job 11 (here alone), once its workers work."""
+    import pickle
+
+    given = pickle.dumps((paths.root, step)).hex()
+    node = subprocess.Popen(
+        [sys.executable, "-c", ASSIST, given],
+        env={**os.environ, "SLURM_JOB_ID": "11", "SLURM_NODEID": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO_ROOT,
+    )
+    log = paths.slurm / "11_node1.log"
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("started") < step.processes:
+        assert time.monotonic() < deadline, "it did not start"
+        time.sleep(0.1)
+    return node
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_on_the_other_nodes_a_stop_that_was_asked_for_is_no_error(
+    settings: Make, number: signal.Signals
+) -> None:
+    chosen = settings("--pretrain-epochs 100 --num-processes 2 --eval-freq 100")
+    step, paths = standin(make_plan(chosen)[0], seconds=0.2), Layout(chosen.output_dir)
+    record_job(paths, step, "11", state="running")
+    node = assisting_node(paths, step)
+    if number == signal.SIGUSR2:  # Slurm sends it to every process
+        for pid in marked_pids(f"{paths.root}:{step.name}:node1"):
+            os.kill(pid, number)
+    node.send_signal(number)
+    said, errors = node.communicate(timeout=60)
+    assert (node.returncode, said) == (0, "stopped\n"), errors
+    assert read_progress(step.folder)["state"] == "stopped"
+
+
+def test_on_the_other_nodes_a_failure_is_one(settings: Make) -> None:
+    chosen = settings("--pretrain-epochs 1")
+    step, paths = standin(make_plan(chosen)[0], behaviour="fail"), Layout(chosen.output_dir)
+    record_job(paths, step, "11", state="running")
+    node = assisting_node(paths, step)
+    errors = node.communicate(timeout=60)[1]
+    assert node.returncode == 1
+    assert "ended with exit code 3 on this node" in errors

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import disk, layout
+from pipeline import disk, layout, slurm_queue
 from pipeline.layout import Layout
 from pipeline.local import duration, progress_text
 from pipeline.plan import Step, make_plan
-from pipeline.preview import write_run_files
+from pipeline.preview import read_plan, write_run_files
 from pipeline.process import MARK, marked_pids
 from pipeline.records import Record, differences, made_runs, read_record, write_record
 from pipeline.settings import Settings
+from pipeline.slurm import follow
 from pipeline.status import read_status
-from tests.pipeline.programs import run_benchmark
+from tests.pipeline.programs import fake_program, run_benchmark
 
 Make = Callable[..., Settings]
 
@@ -89,6 +91,99 @@ def test_a_running_step_shows_epoch_rate_and_time_left(started: Layout) -> None:
         process.kill()
         process.wait()
     assert (step.state, step.detail) == ("running", "epoch 0.50 of 1, 210 images/s, 13 min left")
+
+
+def record_job(paths: Layout, name: str, job: str, state: str, **more: object) -> None:
+    record(paths, name, state, job_id=job, host="node7", **more)
+    paths.slurm.mkdir(parents=True, exist_ok=True)
+    (paths.slurm / f"{job}_submitted.pkl").touch()
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets what squeue does."""
+    monkeypatch.setenv("PATH", str(tmp_path / "programs"), prepend=os.pathsep)
+    monkeypatch.setattr(slurm_queue, "_RETRY_SECONDS", 0.0)
+    return lambda script: fake_program(tmp_path / "programs", "squeue", script)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "in_queue", "shown"),
+    [
+        ("submitted", "PENDING", "submitted"),
+        ("submitted", "RUNNING", "submitted"),  # it has just begun
+        ("submitted", "CANCELLED", "cancelled"),
+        ("submitted", "TIMEOUT", "cancelled"),
+        ("submitted", "", "cancelled"),
+        ("running", "RUNNING", "running"),
+        ("running", "COMPLETING", "running"),
+        ("running", "PENDING", "submitted"),
+        ("running", "FAILED", "interrupted"),
+        ("running", "", "interrupted"),
+        ("stopped", "COMPLETING", "submitted"),  # about to be queued up again
+        ("stopped", "CANCELLED", "stopped"),
+        ("failed", "COMPLETING", "failed"),
+        ("done", "", "done"),
+    ],
+)
+def test_a_jobs_state_is_that_of_its_record_and_the_queue(
+    started: Layout, squeue: Callable[[str], None], recorded: str, in_queue: str, shown: str
+) -> None:
+    squeue(f"echo '7 {in_queue}'" if in_queue else "")
+    record_job(started, "pretrain_four_channels_1", "7", recorded)
+    step = read_status(started)[0]
+    assert step.state == shown
+    if shown == "cancelled":
+        assert step.detail == "the same command submits it again, job 7"
+
+
+def test_a_job_that_ends_while_the_queue_is_asked_is_done(
+    started: Layout, squeue: Callable[[str], None]
+) -> None:
+    name = "pretrain_four_channels_1"
+    record_job(started, name, "7", "done")
+    done = started.record(name).read_text()
+    record_job(started, name, "7", "running")
+    (started.root / "done.json").write_text(done)
+    squeue(f"cp {started.root / 'done.json'} {started.record(name)}")
+    assert states(started)[0] == "done"
+
+
+@pytest.mark.parametrize("script", ["echo 'Socket timed out' >&2; exit 1", None])
+def test_without_an_answer_of_the_queue_the_records_are_shown(
+    started: Layout,
+    squeue: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    script: str | None,
+) -> None:
+    if script is None:
+        monkeypatch.setenv("PATH", str(started.root))
+    else:
+        squeue(script)
+    record_job(started, "pretrain_four_channels_1", "7", "running")
+    record_job(started, "evaluate_four_channels_1", "8", "submitted")
+    assert states(started)[:2] == ["running", "submitted"]
+    assert all("queue cannot be asked" in step.detail for step in read_status(started)[:2])
+
+
+def test_an_allocation_around_a_local_run_says_nothing_about_it(
+    started: Layout, squeue: Callable[[str], None]
+) -> None:
+    squeue("echo '7 RUNNING'")
+    record(started, "pretrain_four_channels_1", "stopped", job_id="7")
+    assert states(started)[0] == "stopped"
+    record(started, "pretrain_four_channels_1", "running", job_id="7")
+    assert states(started)[0] == "interrupted"
+
+
+def test_following_ends_when_the_jobs_were_cancelled(
+    started: Layout, squeue: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    squeue("echo '7 CANCELLED'")
+    for step in read_plan(started):
+        record_job(started, step["name"], "7", "submitted")
+    assert follow(started) == 1
+    assert capsys.readouterr().out.count("cancelled") == 4
 
 
 def test_the_status_command_works_while_another_run_holds_the_lock(started: Layout) -> None:
