@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 from typing import Any
 
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
@@ -19,6 +20,7 @@ from mae.model import training_flops
 from mae.paths import LAST, checkpoint_path, reconstructions_path
 from mae.reconstruct import draw_reconstructions, pack_fixed_set
 from mae.schedule import learning_rate
+from mae.sole_writer import sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,9 @@ def pretrain(config: PretrainConfig) -> bool:
             logger.info("nothing to do: %d epochs are completed", state.epochs_completed)
             return True
         describe(run, state)
-        return _fit(run, state, interruption)
+        first = run.accelerator.is_main_process  # the only one that writes
+        with sole_writer(config.run.output_dir) if first else nullcontext():
+            return _fit(run, state, interruption)
 
 
 def _fit(run: Run, state: State, interruption: Interruption) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from segmenter.layout import (
 from segmenter.logbook import Logbook, Progress
 from segmenter.results import RESULT, combined_result, run_result
 from segmenter.schedule import learning_rate
+from segmenter.sole_writer import sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,8 @@ def _finetune_seed(
         return True
     run, state = build_run(config, accelerator, task)
     describe(run, state)
-    return _fit(run, state, interruption)
+    with sole_writer(run.output_dir) if accelerator.is_main_process else nullcontext():
+        return _fit(run, state, interruption)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Runs that must not go on, and what they leave behind."""
 
 import resource
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from mae.checkpoint import load_checkpoint, save_checkpoint
 from mae.epoch import steps_between_looks
 from mae.listing import make_listing
 from mae.optimisation import GuardedUpdate, make_optimizer
+from mae.sole_writer import sole_writer
 from mae.train import pretrain
 from tests.mae.conftest import make_config, read_epochs, write_image, write_segments
 
@@ -252,3 +254,24 @@ def test_on_a_gpu_a_signal_waits_for_few_forward_passes():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [steps_between_looks(cuda, passes) for passes in (1, 4, 10, 64)] == [10, 2, 1, 1]
     assert steps_between_looks(cpu, 1) == 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
+    in1k_dir, tmp_path, processes
+):
+    config = make_config(in1k_dir, tmp_path, epochs=1000)
+    (first,) = processes.start(config)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "last.pth").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match="another process is writing into"):
+            pretrain(config)
+        assert first.is_alive()
+    finally:
+        first.kill()
+        first.join()
+    with sole_writer(tmp_path):
+        pass
+    assert not (tmp_path / ".lock").exists()
