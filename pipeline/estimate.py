@@ -125,7 +125,7 @@ def _time_pretraining(settings: Settings, step: Step, folder: Path) -> PretrainC
     count = link_image_subset(settings.data.in1k_dir, _STEPS * batch, folder / "in1k")
     options: dict[str, object] = {
         "in1k_dir": folder / "in1k",
-        "effective_batch_size": min(batch, count),
+        "effective_batch_size": min(batch, count // step.processes * step.processes),
         "epochs": _EPOCHS,
         "stop_after": _EPOCHS,
         "output_dir": folder / "out",
