@@ -273,7 +273,7 @@ _PLANNED = {
         "stop_after": "--eval-epochs",
     },
     "finetune": {
-        "dataset": "--ade20k-dir or --eval-dataset", "model": "--model", "recipe": "--recipe",
+        "dataset": "--ade20k-dir or --eval-dataset", "model": "--model",
         "seed": "--seed", "device": "--num-gpus", "output_dir": "--output-dir",
         "init": "--mask-method, --stack or --eval",
     },
