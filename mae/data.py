@@ -144,8 +144,8 @@ class MaskedImages(Dataset[Sample]):
 class FixedImages(Dataset[Sample]):
     """Samples without chance, by index: centre crop, the same pattern every time.
 
-    Image i gets the segment of a lender: itself, or, for held-out images, which have no segments,
-    one of the training images, evenly spread. A segment is cut in its own middle.
+    Image i gets its own segment, or, as held-out images often have none, that of a lender: one of
+    the training images, evenly spread. A segment is cut in its own middle.
     """
 
     def __init__(
@@ -169,20 +169,24 @@ class FixedImages(Dataset[Sample]):
         raise ValueError(f"no image in {self.folder} is readable")
 
     def _load(self, index: int) -> Sample:
-        method, segment = self.images.method, None
+        method = self.images.method
         path = self.folder / self.paths[index].decode()
         image = read_crop(path, centre_crop, method.image_size)
         rng = sample_rng(self.images.seed, FIXED_STREAM, 0, index)
-        if self.images.source is not None:
-            lender = self.lenders[index * len(self.lenders) // len(self.paths)].decode()
-            found = self.images.source.nearest(
-                segment_key(lender), self.images.wanted.coverage_ratio
-            )
-            if found is None:
-                raise NoSegmentError("it has no segment")
-            whole = found.decode()
-            segment = crop_segment(whole, centre_crop(*whole.shape), method.image_size)
+        source = self.images.source
+        segment = None if source is None else self._segment(source, index, image)
         return make_sample(method, image.pixels, rng, segment)
+
+    def _segment(self, source: SegmentSource, index: int, image: CroppedImage) -> np.ndarray:
+        own = self.paths[index].decode()
+        lender = self.lenders[index * len(self.lenders) // len(self.paths)].decode()
+        for path in (own, lender):
+            found = source.nearest(segment_key(path), self.images.wanted.coverage_ratio)
+            fits = found and (found.height, found.width) == (image.height, image.width)
+            if found and (fits or path == lender):
+                whole = found.decode()
+                return crop_segment(whole, centre_crop(*whole.shape), self.images.method.image_size)
+        raise NoSegmentError("it has no segment")
 
 
 def make_sample(

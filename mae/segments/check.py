@@ -46,7 +46,8 @@ def check(in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: i
     identity = {"train": str(train.resolve()), "masks": str(masks_dir.resolve())}
     seen = _read_state(state_path, identity)
     work = _CheckOne(train, source, frozenset(source.images()), frozenset(source.listed_empty()))
-    _mention_strangers(paths, work.with_segments)
+    val = in1k_dir / "val"
+    _mention_strangers([*paths, *(find_images(val) if val.is_dir() else [])], work.with_segments)
     todo = [path for path in paths if path not in seen]
     with (
         state_path.open("a") as state,
@@ -169,7 +170,11 @@ def _mention_strangers(paths: Iterable[str], with_segments: frozenset[str]) -> N
     strangers = sorted(with_segments - {segment_key(path) for path in paths})
     if strangers:
         some = ", ".join(strangers[:3])
-        logger.warning("%d images that have segments are not in train/: %s", len(strangers), some)
+        logger.warning(
+            "%d images that have segments are neither in train/ nor in val/: %s",
+            len(strangers),
+            some,
+        )
 
 
 def _write_offenders(path: Path, offenders: dict[str, str]) -> None:

@@ -314,6 +314,23 @@ def test_fixed_images_never_change_and_borrow_segments(folder):
     assert 0 < one.hidden_pixels < 64 * 64
 
 
+def test_a_held_out_image_hides_its_own_segment_if_it_has_one(folder):
+    inside = np.zeros((48, 60), np.uint8)
+    inside[10:30, 20:50] = 1
+    (folder / "val").mkdir()
+    for name in ("own", "none"):
+        white = np.repeat(inside[..., None] * 255, 3, 2)
+        Image.fromarray(white).save(folder / f"val/{name}.png")
+    (folder / "masks/own.json").write_text(as_text([as_annotation(inside)]))
+    images = open_images(folder)
+    val = np.array([b"own.png", b"none.png"])
+    fixed = FixedImages(images, val, folder / "val", lenders=images.paths)
+    own, borrowed = (fixed[index].pattern == 0 for index in (0, 1))
+    white = fixed[0].image[0].numpy() > 127
+    assert (own == white).mean() > 0.97
+    assert (borrowed == white).mean() < 0.95
+
+
 def test_images_without_segments_are_left_out_for_all_methods_alike(in1k_dir, tmp_path):
     listings = {}
     for mask_method in ("patches", "segments"):
