@@ -238,16 +238,15 @@ def show(settings: Settings) -> None:
         click.echo(f"  {shlex.join(step.command)}")
         click.echo(f"  leaves {', '.join(os.path.relpath(p, paths.root) for p in step.outputs)}")
         click.echo(f"  log    {os.path.relpath(step.console_log, paths.root)}")
-    if any(step.kind == "pretrain" for step in steps):
-        click.echo("\n" + schedule_text(settings))
+    first = next((step for step in steps if step.kind == "pretrain"), None)
+    if first is not None:
+        devices = first.processes * nodes_of(first, settings)
+        click.echo("\n" + schedule_text(settings, devices))
 
 
-def schedule_text(settings: Settings) -> str:
+def schedule_text(settings: Settings, devices: int) -> str:
     """Batch, accumulation and the learning rate at the points that matter."""
     schedule, epochs = settings.schedule, settings.experiment.pretrain_epochs
-    devices = settings.compute.num_processes
-    if settings.launcher == "slurm":
-        devices *= settings.cluster.nodes
     warm = schedule.warmup_fraction * epochs
     points = {0.0, warm, *map(float, settings.experiment.eval_epochs), epochs / 2, float(epochs)}
     at_once, passes = schedule.split(devices)
