@@ -34,10 +34,12 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        said = error if isinstance(error, OSError) else error.__context__ or error
-        reason = getattr(said, "strerror", None) or str(said).splitlines()[0]
+        # torch wraps what the file system said in an error of its own.
+        said = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(said, OSError):
+            raise
         raise RuntimeError(
-            f"{path} cannot be written: {reason}. Make room and run the same command again"
+            f"{path} cannot be written: {said.strerror}. Make room and run the same command again"
         ) from error
 
 

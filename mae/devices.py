@@ -68,7 +68,7 @@ def _refuse_unconnected_processes() -> None:
 
 def _has_c_compiler() -> bool:
     """torch.compile builds a piece of C at run time, on a GPU too."""
-    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang", "cc"))
+    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang"))
 
 
 def _has_bf16() -> bool:

@@ -83,7 +83,7 @@ def _machine(given: dict[str, Any]) -> Iterator[Finding]:
     if wanted is not None and wanted > len(gpus) and given.get("launcher") != "slurm":
         fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
     yield Finding(subject="devices", text=", ".join(gpus) or "no GPU, CPU only", fix=fix)
-    if gpus and not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang", "cc"))):
+    if gpus and not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
         fix = "install gcc (Debian: build-essential, python3-dev), or models run uncompiled"
         yield Finding(subject="C compiler", text="none", fix=fix)
     processes = given.get("num_processes") or (len(gpus) if wanted is None else wanted) or 1

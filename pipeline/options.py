@@ -65,16 +65,23 @@ class CommaList(click.ParamType):
 
 
 class AbsolutePath(click.ParamType):
-    """A path that may be written with ~; becomes absolute, but symbolic links stay as they are."""
+    """A path that may be written with ~; becomes absolute.
+
+    keep_links: symbolic links stay as they are, so that data may move behind them.
+    """
 
     name = "path"
 
+    def __init__(self, *, keep_links: bool = False) -> None:
+        self.keep_links = keep_links
+
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         """Click's hook: text to an absolute path (it need not exist)."""
-        return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100, it resolves no links
+        path = Path(value).expanduser()
+        return Path(os.path.abspath(path)) if self.keep_links else path.resolve()  # noqa: PTH100
 
 
-_PATH = AbsolutePath()
+_PATH, _DATA_PATH = AbsolutePath(), AbsolutePath(keep_links=True)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -83,7 +90,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 _PLAIN = {
     "bool": (r"true|True|false|False", "tTfF"),
-    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
     "float": (
         r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?",
         "-+.0123456789",
@@ -145,10 +152,10 @@ def _key_values(ctx: click.Context, param: click.Parameter, value: Any) -> dict[
 _OPTIONS = [
     click.option("--config", type=_PATH, is_eager=True, callback=_load_config,
                  help="YAML file with any of these options; the command line wins."),
-    click.option("--in1k-dir", type=_PATH, help="Images: train/, perhaps val/ and masks/."),
-    click.option("--masks-dir", type=_PATH, help="Segments.  [default: IN1K-DIR/masks]"),
-    click.option("--ade20k-dir", type=_PATH, help="ADEChallengeData2016, to evaluate on."),
-    click.option("--eval-dataset", type=_PATH, help="YAML file of another dataset."),
+    click.option("--in1k-dir", type=_DATA_PATH, help="Images: train/, perhaps val/ and masks/."),
+    click.option("--masks-dir", type=_DATA_PATH, help="Segments.  [default: IN1K-DIR/masks]"),
+    click.option("--ade20k-dir", type=_DATA_PATH, help="ADEChallengeData2016, to evaluate on."),
+    click.option("--eval-dataset", type=_DATA_PATH, help="YAML file of another dataset."),
     click.option("--output-dir", type=_PATH, default=".", show_default=True),
     click.option("--mask-method", type=CommaList(str, s.METHODS), default="four_channels",
                  show_default=True, help=f"One or several of {', '.join(s.METHODS)}."),
@@ -164,7 +171,7 @@ _OPTIONS = [
                  help="Evaluate at these instead; 0 = before pretraining."),
     click.option("--recipe", default="segmenter", show_default=True, help="Finetuning recipe."),
     click.option("--stack", is_flag=True, help="Start from the official MAE checkpoint."),
-    click.option("--mae-checkpoint", type=_PATH, help="A local copy of it, else downloaded."),
+    click.option("--mae-checkpoint", type=_DATA_PATH, help="A local copy of it, else downloaded."),
     click.option("--eval", "eval_only", metavar="N|scratch|mae",
                  help="Evaluate only the checkpoint after N epochs, a random or the MAE ViT."),
     click.option("--num-gpus", type=int, help="GPUs per machine, 0 = CPU.  [default: all]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -34,8 +35,9 @@ def check(settings: Settings, steps: list[Step], paths: Layout) -> None:
     Our own checks first, then each part's `--check`, so that its own parser judges its options.
     """
     _check_same_settings(steps, paths)
-    _check_machine(settings)
     waiting = [step for step in steps if not is_done(step, paths)]
+    if waiting:
+        _check_machine(settings)
     made = {output for step in steps for output in step.outputs}
     for step in waiting:
         _check_possible(step, paths)
@@ -68,8 +70,8 @@ def _check_machine(settings: Settings) -> None:
     wanted, there = settings.compute.num_gpus + len(settings.compute.eval_gpus), visible_gpus()
     if wanted > len(there):
         raise ValueError(
-            f"--num-gpus {wanted}: there are {len(there)} here (nvidia-smi -L and "
-            "CUDA_VISIBLE_DEVICES were asked)"
+            f"--num-gpus {wanted}: there are {len(there)} here, by CUDA_VISIBLE_DEVICES or else "
+            "nvidia-smi; set the former if that is wrong"
         )
 
 
@@ -78,7 +80,7 @@ def _check_possible(step: Step, paths: Layout) -> None:
     if step.kind != "pretrain" or step.outputs[0].exists():
         return
     kept = [layout.checkpoint_epochs(path) for path in step.folder.glob("checkpoint-*.pth")]
-    reached = int(float(read_progress(step.folder).get("epoch", 0)))  # inside a longer round
+    reached = math.ceil(float(read_progress(step.folder).get("epoch", 0)))  # in a longer round
     later = sorted(n for n in (*kept, reached) if n is not None and n > step.epochs)
     if later:
         raise ValueError(

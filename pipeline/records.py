@@ -140,11 +140,12 @@ def differences(steps: Iterable[Step], paths: Layout) -> list[str]:
 def _binds(record: Record, paths: Layout) -> bool:
     """Whether later calls have to keep to a record's settings.
 
-    Not when what it made was removed, and not when it is an evaluation that came to nothing: that
-    one's own part judges whether it can go on with other settings.
+    Not when what it made was removed, a pretraining's scores included, and not when it is an
+    evaluation that came to nothing: that one's own part judges whether it can go on with others.
     """
     if record.kind == "pretrain":
-        return (paths.pretrain_output / record.run).exists()
+        scores = paths.eval_output.glob(f"{record.run}_[0-9]*")
+        return (paths.pretrain_output / record.run).exists() or any(scores)
     if record.kind == "evaluate":
         folder = paths.eval_output / record.name.removeprefix("evaluate_")
         return folder.exists() and record.state not in ("failed", "stopped")
@@ -158,7 +159,7 @@ def made_runs(paths: Layout) -> dict[Variant, RunName]:
         run = RunName.parse(record.run)
         if record.kind == "fetch" or (record.kind == "evaluate") != (run.method in BASELINES):
             continue
-        if _binds(record, paths):
+        if _binds(record, paths) or record.state == "submitted":
             ratio, seed = (record.fingerprint.get(key, "0") for key in ("coverage_ratio", "seed"))
             found.setdefault((run.method, float(ratio), int(seed)), run)
     return found

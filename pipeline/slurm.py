@@ -72,6 +72,9 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
             f"{error}; jobs of an earlier call may still be live, so nothing was submitted: "
             "give the same command again when squeue works"
         ) from None
+    for step in steps:
+        if slurm_queue.is_live(queue.get(jobs.get(step.name, ""), "")):
+            _refuse_other_settings(step, paths, known[step.name])
     job_ids: dict[str, str] = {}  # step -> the job that will do it
     submitted = 0
     for step in steps:
@@ -87,6 +90,15 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
         submitted += 1
         write_record(paths, _submitted_record(step, paths, record, job_ids[step.name]))
     return submitted
+
+
+def _refuse_other_settings(step: Step, paths: Layout, record: Record | None) -> None:
+    """A job that is in the queue would work with the settings it was submitted with."""
+    if record is not None and record.fingerprint != step.fingerprint(paths.root):
+        raise ValueError(
+            f"{step.name} is in the queue with other settings as job {record.job_id}: scancel it "
+            "first, or give the settings it was submitted with"
+        )
 
 
 def _submit_one(settings: Settings, step: Step, paths: Layout, needed: list[str]) -> str:
@@ -156,7 +168,8 @@ def cpus_per_task(settings: Settings, step: Step) -> int | None:
     if workers is not None:
         per_process = 1 + int(str(workers))
     wanted = step.processes * per_process
-    most = slurm_queue.most_cpus(cluster.partition, with_gpus=bool(gpus))
+    partition = cluster.sbatch.get("partition", cluster.partition)
+    most = slurm_queue.most_cpus(None if partition is None else str(partition), gpus=gpus)
     return wanted if most is None else max(1, min(wanted, most))
 
 

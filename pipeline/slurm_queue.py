@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -82,8 +83,8 @@ def submitted_job(paths: Layout, record: Record | None) -> str:
     return record.job_id if left.exists() else ""
 
 
-def most_cpus(partition: str | None, *, with_gpus: bool) -> int | None:
-    """CPUs of the partition's largest node (the default partition's unless named).
+def most_cpus(partition: str | None, *, gpus: int) -> int | None:
+    """CPUs of the largest node with so many GPUs (of the default partition unless named).
 
     None where Slurm does not say.
     """
@@ -96,6 +97,7 @@ def most_cpus(partition: str | None, *, with_gpus: bool) -> int | None:
     for line in listing.splitlines():
         name, cpus, gres = line.split(maxsplit=2)
         chosen = name.rstrip("*") in named if partition else name.endswith("*")
-        if chosen and cpus.isdecimal() and ("gpu" in gres or not with_gpus):
+        there = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)))
+        if chosen and cpus.isdecimal() and there >= gpus:
             found.append(int(cpus))
     return max(found, default=None)

@@ -245,9 +245,13 @@ def test_times_and_words_in_a_config_stay_as_they_are_written(
     settings: Make, tmp_path: Path
 ) -> None:
     config = tmp_path / "cluster.yml"
-    config.write_text("time: 24:00:00\nlauncher: slurm\nnum_gpus: 0\nfinetune: {compile: off}\n")
+    config.write_text(
+        "time: 24:00:00\nlauncher: slurm\nnum_gpus: 0\nfinetune: {compile: off}\n"
+        "sbatch: {account: 0891234, begin: 010}\n"
+    )
     chosen = settings(f"--config {config}")
     assert chosen.cluster.time == "24:00:00"
+    assert chosen.cluster.sbatch == {"account": "0891234", "begin": "010"}
     assert chosen.finetune["compile"] == "off"
 
 

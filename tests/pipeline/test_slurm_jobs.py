@@ -110,6 +110,20 @@ def test_nothing_is_submitted_while_squeue_fails(settings: Make, programs: Path)
     assert read_record(paths, steps[0].name).job_id == "11"
 
 
+def test_a_job_that_waits_with_other_settings_is_not_taken_for_the_new_ones(
+    settings: Make, programs: Path
+) -> None:
+    fake_program(programs, "squeue", "echo '12 PENDING'")
+    fake_program(programs, "sbatch", f"touch {programs}/was-called; exit 1")
+    before = settings("--launcher slurm --pretrain-epochs 1 --finetune epochs=3")
+    now = settings("--launcher slurm --pretrain-epochs 1 --finetune epochs=4")
+    paths = Layout(before.output_dir)
+    record_job(paths, make_plan(before)[1], "12")
+    with pytest.raises(ValueError, match=r"in the queue with other settings as job 12: scancel"):
+        slurm.submit(now, make_plan(now), paths)
+    assert not (programs / "was-called").exists()
+
+
 def test_a_squeue_that_fails_once_is_asked_again(programs: Path) -> None:
     once = f"[ -e {programs}/failed ] || {{ touch {programs}/failed; exit 1; }}"
     fake_program(programs, "squeue", f"{once}; echo '11 RUNNING'; echo '12 PENDING'")
@@ -149,7 +163,8 @@ def test_a_job_asks_for_cores_for_its_processes_and_their_loaders(
 
 
 def test_no_more_cores_are_asked_for_than_a_node_has(settings: Make, programs: Path) -> None:
-    nodes = ("debug* 8 gpu:a100:8", "gpu 32 gpu:a100:8", "gpu 48 gpu:a100:8", "gpu 256 (null)")
+    nodes = ("debug* 8 gpu:a100:8", "gpu 32 gpu:a100:8", "gpu 48 gpu:a100:8(S:0-1)",
+             "gpu 96 gpu:h200:4", "gpu 256 (null)")  # fmt: skip
     fake_program(programs, "sinfo", "; ".join(f"echo '{node}'" for node in nodes))
     call = "--launcher slurm --pretrain-epochs 1 --gpus-per-node 8"
     named, default = settings(call + " --partition gpu"), settings(call)

@@ -254,6 +254,29 @@ def test_what_came_to_nothing_or_was_removed_binds_nobody(settings: Make) -> Non
     assert differences(clipped, paths) == []
 
 
+def test_a_removed_pretraining_binds_while_its_scores_are_there(settings: Make) -> None:
+    first = settings("--pretrain-epochs 1 --pretrain base_lr=0.1")
+    paths = Layout(first.output_dir)
+    for step in make_plan(first):
+        made(step, paths)
+    other = make_plan(settings("--pretrain-epochs 1 --pretrain base_lr=0.9"))
+    shutil.rmtree(paths.pretrain_output)
+    assert differences(other, paths) == ["four_channels: base_lr was 0.1, is now 0.9"]
+    shutil.rmtree(paths.eval_output)
+    assert differences(other, paths) == []
+
+
+def test_a_run_that_waits_in_the_queue_keeps_its_name(settings: Make) -> None:
+    first = settings("--pretrain-epochs 1")
+    paths = Layout(first.output_dir)
+    pretrain = make_plan(first)[0]
+    fingerprint = pretrain.fingerprint(paths.root)
+    record(paths, pretrain.name, "submitted", run="four_channels", fingerprint=fingerprint)
+    more = settings("--pretrain-epochs 1 --seed 0,1")
+    runs = [str(step.run) for step in make_plan(more, made_runs(paths)) if step.kind == "pretrain"]
+    assert runs == ["four_channels", "four_channels-seed1"]
+
+
 def test_smaller_device_batches_are_no_other_settings(settings: Make) -> None:
     first = settings("--pretrain-epochs 1")
     paths = Layout(first.output_dir)
