@@ -130,7 +130,7 @@ def differences(steps: Iterable[Step], paths: Layout) -> list[str]:
             keys = asked.keys() | record.fingerprint.keys()
             found += [
                 f"{step.run}: {key} was {record.fingerprint.get(key, 'not given')}"
-                f"{'' if own else f' for {record.run}'}, is now {asked.get(key, 'not given')}"
+                f"{'' if record.run == str(step.run) else f' for {record.run}'}, is now {asked.get(key, 'not given')}"
                 for key in sorted(keys if own else keys - MAY_DIFFER[step.kind])
                 if asked.get(key) != record.fingerprint.get(key)
             ]
