@@ -128,9 +128,10 @@ def differences(steps: Iterable[Step], paths: Layout) -> list[str]:
             own_run = step.kind == "pretrain" and record.run == str(step.run)
             own = own_run or record.name == step.name
             keys = asked.keys() | record.fingerprint.keys()
+            whose = "" if record.run == str(step.run) else f" for {record.run}"
             found += [
-                f"{step.run}: {key} was {record.fingerprint.get(key, 'not given')}"
-                f"{'' if record.run == str(step.run) else f' for {record.run}'}, is now {asked.get(key, 'not given')}"
+                f"{step.run}: {key} was {record.fingerprint.get(key, 'not given')}{whose}, "
+                f"is now {asked.get(key, 'not given')}"
                 for key in sorted(keys if own else keys - MAY_DIFFER[step.kind])
                 if asked.get(key) != record.fingerprint.get(key)
             ]
