@@ -73,7 +73,7 @@ class EvaluationCost:
 def estimate_run(settings: Settings) -> str:
     """The costs of what is left of the plan, part by part, as text."""
     paths = Layout(settings.output_dir)
-    steps = make_plan(settings, made_runs(Layout(settings.output_dir)))
+    steps = make_plan(settings, made_runs(paths))
     preview.check(settings, steps, paths)
     left = [step for step in steps if not is_done(step, paths)]
     with tempfile.TemporaryDirectory(prefix="segmae-estimate-") as folder:
