@@ -9,8 +9,11 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from common.files import beside
+from common.progress import Counter
 
 logger = logging.getLogger(__name__)
 
@@ -18,34 +21,27 @@ CHUNK = 2**20
 TIMEOUT_SECONDS = 60
 ATTEMPTS_WITHOUT_PROGRESS = 4  # per address
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416
-SECONDS_BETWEEN_LINES = 10.0
 ENOUGH_FREE = 1.05  # times what is still to come
 
 
-def download(
-    urls: Sequence[str],
-    path: Path,
-    *,
-    digest: str | None,
-    progress: Callable[[int, int | None], None] | None = None,
-) -> None:
+def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
     """Fetch the file from the first address that has it.
 
     What has arrived stays in `<path>.part` and is continued by the next call. digest: "md5:..." or
-    "sha256:..."; a file of another digest is thrown away. progress: gets bytes so far and in all.
-    Raises RuntimeError if no address works, the digest differs, or the disk is too small.
+    "sha256:...", perhaps its first digits only; a file of another digest is thrown away. Raises
+    RuntimeError if no address works, the digest differs, or the disk is too small.
     """
-    part = path.with_name(path.name + ".part")
+    part = beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     problems = []
     for url in urls:
         try:
-            _fetch(url, part, progress or _Lines(path.name))
+            _fetch(url, part)
         except (OSError, http.client.HTTPException) as error:
             problems.append(f"{url}: {error}")
             logger.warning("%s: %s", url, error)
             continue
-        if digest is not None and digest_of(part, digest.split(":")[0]) != digest:
+        if digest is not None and not has_digest(part, digest):
             part.unlink()
             problems.append(f"{url}: the file has not the digest {digest}")
             logger.warning("%s", problems[-1])
@@ -55,13 +51,14 @@ def download(
     raise RuntimeError(f"{path.name} could not be downloaded: {'; '.join(problems)}")
 
 
-def digest_of(path: Path, algorithm: str) -> str:
-    """`<algorithm>:<hex>` of a file."""
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether the file's digest begins so; digest: `md5:` or `sha256:`, then hexadecimal digits."""
+    algorithm, _, digits = digest.partition(":")
     with path.open("rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+        return hashlib.file_digest(file, algorithm).hexdigest().startswith(digits.lower())
 
 
-def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) -> None:
+def _fetch(url: str, part: Path) -> None:
     """Complete `part` from one address, over several connections if they break.
 
     Raises OSError when it refuses, or when nothing more arrives.
@@ -70,7 +67,7 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) ->
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            if _fetch_once(url, part, before, progress):
+            if _fetch_once(url, part, before):
                 return
             reason: Exception = OSError("the connection closed early")
         except urllib.error.HTTPError as error:
@@ -88,9 +85,7 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) ->
         time.sleep(0.2 * 4 ** max(0, failures - 1) if failures else 0)
 
 
-def _fetch_once(
-    url: str, part: Path, start: int, progress: Callable[[int, int | None], None]
-) -> bool:
+def _fetch_once(url: str, part: Path, start: int) -> bool:
     """Append what one connection gives. Returns True if the file is complete then."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
@@ -111,11 +106,15 @@ def _fetch_once(
         position = start if resumed else 0
         total_bytes = position + int(length) if length is not None else None
         _check_disk(part, 0 if total_bytes is None else total_bytes - position)
-        with part.open("ab" if resumed else "wb") as file:
+        megabytes = (total_bytes or 0) // 10**6
+        with (
+            part.open("ab" if resumed else "wb") as file,
+            Counter(part.stem, total=megabytes, done=position // 10**6, unit="MB") as counter,
+        ):
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 position += len(chunk)
-                progress(position, total_bytes)
+                counter.advance(position // 10**6 - counter.done)
     return total_bytes is None or position >= total_bytes
 
 
@@ -133,24 +132,3 @@ def _check_disk(part: Path, missing: int) -> None:
         raise _DiskFullError(
             f"{part.parent} has {free / 1e9:.1f} GB free; {missing / 1e9:.1f} GB are to come"
         )
-
-
-class _Lines:
-    """Tells every few seconds how far a download is."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.began = self.told = time.monotonic()
-        self.first: int | None = None
-
-    def __call__(self, done: int, total: int | None) -> None:
-        if self.first is None:
-            self.first = done
-        now = time.monotonic()
-        if now - self.told < SECONDS_BETWEEN_LINES:
-            return
-        self.told = now
-        rate = (done - self.first) / (now - self.began)
-        left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-        of = f" of {total / 1e6:.0f}" if total else ""
-        logger.info("%s: %.0f%s MB, %.1f MB/s%s", self.name, done / 1e6, of, rate / 1e6, left)

@@ -1,0 +1,87 @@
+"""Checkpoint files: written whole or not at all, read as tensors and plain values only."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from common.files import replacing
+
+FORMAT_VERSION = 1
+NOT_TENSORS = "it is no file of torch.save, or holds more than tensors and plain values"
+MOST_NAMED = 5
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Replace `path`; a kill at any moment leaves the old file or the new one. RuntimeError."""
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        torch.save({"format_version": FORMAT_VERSION, **content}, file)
+
+
+def load_checkpoint(
+    path: Path, *, program: str, required: Sequence[str], lazily: bool = False
+) -> dict[str, Any]:
+    """Read a checkpoint of `program` onto the CPU. Raises ValueError if the file is none.
+
+    lazily: tensors come from disk when they are used, for a look at the settings; not for a file
+    that is replaced meanwhile, perhaps by another machine.
+    """
+    content = read_torch_file(path, lazily=lazily)
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise ValueError(f"{path} is not a checkpoint of `{program}`")
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {content['format_version']}; this version reads {FORMAT_VERSION}"
+        )
+    missing = [name for name in required if name not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; is it a checkpoint of `{program}`?")
+    return content
+
+
+def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
+    """What a file of torch.save or safetensors holds. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mapped = lazily and zipfile.is_zipfile(path)  # older files can only be read as a whole
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:  # torch's text advises to load it unsafely
+        raise ValueError(f"{path} cannot be read as a checkpoint: {NOT_TENSORS}") from error
+    except Exception as error:  # reading a file of another kind can raise anything
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+
+
+def misfits(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: tuple[str, ...]
+) -> str:
+    """What keeps weights from being loaded, in words; empty if nothing does.
+
+    optional: beginnings of the names that may be missing.
+    """
+    problems = [f"{name} is not part of the model" for name in weights if name not in own]
+    for name, parameter in own.items():
+        if name not in weights:
+            if not name.startswith(optional):
+                problems.append(f"{name} is missing")
+        elif weights[name].shape != parameter.shape:
+            have, want = tuple(weights[name].shape), tuple(parameter.shape)
+            problems.append(f"{name} is {have} instead of {want}")
+    more = f" and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+    return "; ".join(problems[:MOST_NAMED]) + more
+
+
+def resample_positions(positions: Tensor, grid: int, prefix_tokens: int = 1) -> Tensor:
+    """[1, P + N, D] of a square grid to [1, P + grid * grid, D], bicubic, as timm does."""
+    return resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=prefix_tokens)

@@ -1,0 +1,37 @@
+"""Signals that ask a run to stop: the step is finished and saved first."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interruption:
+    """As a context: stop signals set `requested` and do nothing else."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: list[tuple[int, Any]] = []
+
+    def __enter__(self) -> Interruption:
+        self._previous = [(n, signal.signal(n, self._request)) for n in STOP_SIGNALS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous:
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """For loader processes: a signal to the whole group must not end them before the step is done.
+
+    They end with their parent all the same: the loader watches it.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,409 @@
+"""Options: one dataclass field is the command line's option, YAML's key, --help's line, the error.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Optimisation(OptionGroup):
+        title: ClassVar[str] = "Optimisation"
+        base_lr: float = option("Learning rate per 256 images.", 1.5e-4, above=0)
+
+    @command(cli, optimisation=Optimisation)
+    def train(optimisation: Optimisation) -> None: ...
+
+Values come in layers, the later ones win: the fields' defaults, a part's own files (a recipe), the
+file of --config, the command line. All of them are converted and judged here, in the same words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import click
+
+from common.yamlfile import check_names, parse_value, plain, read_yaml
+
+REQUIRED = dataclasses.MISSING
+# Dashes and underscores are the same.
+CONTEXT: dict[str, Any] = {
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+}
+Group = TypeVar("Group", bound="OptionGroup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a field's metadata say about an option.
+
+    choices: the allowed words, where the type is not a Literal; asked when a value is judged.
+    at_least, above, at_most, below: the range of a number.
+    neutral: it decides speed or place, not what comes out.
+    older: what a file counts as that was written before this option existed.
+    """
+
+    help: str
+    choices: Callable[[], Iterable[str]] | None
+    at_least: float | None
+    above: float | None
+    at_most: float | None
+    below: float | None
+    neutral: bool
+    older: Any
+
+    def range_text(self) -> str:
+        """The allowed numbers, in words."""
+        low = f"{self.at_least:g}" if self.at_least is not None else f"more than {self.above}"
+        if self.at_most is not None:
+            return f"{low} to {self.at_most:g}"
+        if self.below is not None:
+            return f"{low} to below {self.below:g}"
+        return low if self.at_least is None else f"{low} or more"
+
+    def allows(self, number: float) -> bool:
+        """Whether the number is in the range; NaN and infinity never are."""
+        return (
+            -math.inf < number < math.inf
+            and (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+
+def option(
+    help: str,
+    default: Any = REQUIRED,
+    *,
+    choices: Callable[[], Iterable[str]] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    neutral: bool = False,
+    older: Any = REQUIRED,
+) -> Any:
+    """A field of an `OptionGroup`; without `default` it has to be given. See `Spec`."""
+    spec = Spec(
+        help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, below=below,
+        neutral=neutral, older=default if older is REQUIRED else older,
+    )  # fmt: skip
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata={"option": spec})
+    return dataclasses.field(default=default, metadata={"option": spec})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionGroup:
+    """Options that belong together. Making one judges every value: ValueError names the option."""
+
+    title: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, field in fields_of(type(self)).items():
+            field.judge(getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option: its name, its type without `| None`, and what its metadata say."""
+
+    name: str
+    kind: Any
+    optional: bool
+    default: Any
+    spec: Spec
+
+    @property
+    def flag(self) -> str:
+        """As it is written on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether it holds KEY=VALUE pairs, which layers add to."""
+        return typing.get_origin(self.kind) is Mapping
+
+    def words(self) -> tuple[str, ...]:
+        """The allowed words, none if any will do."""
+        item = _item(self.kind)
+        if typing.get_origin(item) is Literal:
+            return typing.get_args(item)
+        return tuple(self.spec.choices()) if self.spec.choices else ()
+
+    def convert(self, value: Any) -> Any:
+        """What was written, as text or as YAML has it, in the field's type; ValueError if not."""
+        if value is None and self.optional:
+            return None
+        if self.is_mapping:
+            return self._pairs(value)
+        if typing.get_origin(self.kind) is tuple:
+            parts = value if isinstance(value, list | tuple) else str(value).split(",")
+            return tuple(self._one(p.strip() if isinstance(p, str) else p) for p in parts)
+        return self._one(value)
+
+    def judge(self, value: Any) -> None:
+        """Raise ValueError unless a converted value is among the choices and in the range."""
+        words = self.words()
+        for item in value if isinstance(value, tuple) else (value,):
+            if words and item is not None and item not in words:
+                raise self._refusal(item, f"choose one of {', '.join(words)}")
+            is_number = isinstance(item, int | float) and not isinstance(item, bool)
+            if is_number and not self.spec.allows(item):
+                limited = self.spec.at_least is not None or self.spec.above is not None
+                raise self._refusal(item, self.spec.range_text() if limited else "a finite number")
+
+    def _one(self, value: Any) -> Any:
+        kind, words = _item(self.kind), self.words()
+        if words:
+            normal = {word.replace("-", "_"): word for word in words}
+            return normal.get(str(value).replace("-", "_"), value)  # `judge` refuses what is none
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            raise self._refusal(value, "true or false")
+        if isinstance(value, bool | list | dict) or value is None:
+            raise self._refusal(value, _EXPECTED[kind])
+        if kind is Path:
+            return self._path(value)
+        if kind is str:
+            return str(value)
+        try:
+            number = kind(str(value).replace("_", "?"))  # Python's 1_000 is no one else's
+        except ValueError:
+            raise self._refusal(value, _EXPECTED[kind]) from None
+        return number
+
+    def _path(self, value: Any) -> Path:
+        """Absolute, with ~ filled in; links stay as they are, so that data may move behind them."""
+        if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+            raise self._refusal(value, _EXPECTED[Path])
+        try:
+            return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
+        except RuntimeError:
+            raise self._refusal(str(value), "a path; there is no such user") from None
+
+    def _pairs(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {str(key).replace("-", "_"): item for key, item in value.items()}
+        if not isinstance(value, list | tuple):
+            raise self._refusal(value, "`option: value` lines")
+        pairs = {}
+        for text in value:
+            key, equals, given = str(text).partition("=")
+            if not equals or not key.strip():
+                raise self._refusal(text, "KEY=VALUE")
+            name = key.strip().lstrip("-").replace("-", "_")
+            pairs[name] = parse_value(given, f"{self.flag} {text}")
+        return pairs
+
+    def _refusal(self, value: Any, expected: str) -> ValueError:
+        shown = f"{value:g}" if isinstance(value, float) else _shortened(value)
+        verb = "" if expected.startswith("choose") else "give "
+        return ValueError(f"{self.flag} is {shown}; {verb}{expected}")
+
+
+def _shortened(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_EXPECTED: dict[Any, str] = {
+    int: "a whole number", float: "a number", str: "text", Path: "a path",
+}  # fmt: skip
+
+
+def _item(kind: Any) -> Any:
+    """The type of a tuple's items, else the type itself."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+
+
+def fields_of(group: type[OptionGroup]) -> dict[str, Field]:
+    """The options of a group by name, in their order."""
+    hints, found = typing.get_type_hints(group), {}
+    for field in dataclasses.fields(group):
+        kind, optional = hints[field.name], False
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+            optional = True
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        found[field.name] = Field(field.name, kind, optional, default, field.metadata["option"])
+    return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one place. source: the file, for errors; empty: the command line."""
+
+    values: Mapping[str, Any]
+    source: str = ""
+
+
+def read_layer(path: Path, groups: Iterable[type[OptionGroup]], also: Iterable[str] = ()) -> Layer:
+    """A YAML file of options, in either spelling. Raises ValueError for a name that is none.
+
+    also: names that are known beside those of the groups.
+    """
+    values: dict[str, Any] = {}
+    for key, value in read_yaml(path).items():
+        name = key.replace("-", "_")
+        if name in values:
+            raise ValueError(f"{path}: {name} is given twice")
+        values[name] = value
+    known = {name for group in groups for name in fields_of(group)}
+    check_names(values, [*known, *also], str(path))
+    return Layer(values, str(path))
+
+
+def merge(groups: Iterable[type[OptionGroup]], layers: Iterable[Layer]) -> dict[str, Any]:
+    """The converted values of all layers by name. Raises ValueError, naming the file."""
+    fields = {name: field for group in groups for name, field in fields_of(group).items()}
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.values.items():
+            if name not in fields or (value is None and not fields[name].optional):
+                continue
+            try:
+                converted = fields[name].convert(value)
+                if fields[name].is_mapping:
+                    converted = {**merged.get(name, {}), **converted}
+                else:
+                    fields[name].judge(converted)
+            except ValueError as error:
+                raise ValueError(f"{layer.source}: {error}" if layer.source else error) from None
+            merged[name] = converted
+    return merged
+
+
+def make(group: type[Group], values: Mapping[str, Any]) -> Group:
+    """The group with these values. Raises ValueError for one that has to be given and is not."""
+    fields = fields_of(group)
+    for name, field in fields.items():
+        if name not in values and field.default is REQUIRED:
+            raise ValueError(f"{field.flag} is missing: {field.spec.help}")
+    return group(**{name: values[name] for name in fields if name in values})
+
+
+class OptionCommand(click.Command):
+    """A command whose options are groups; its function gets them, made, as keyword arguments.
+
+    own_layers: files of the part that lie below --config, such as a recipe; it gets what the
+    command line and --config say.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        groups: Mapping[str, type[OptionGroup]],
+        own_layers: Callable[[Mapping[str, Any]], Sequence[Layer]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups = groups
+        self.own_layers = own_layers
+        self.titles: dict[str, str] = {}
+        self.params.append(_config_option())
+        for group in groups.values():
+            for field in fields_of(group).values():
+                self.params.append(_click_option(field))
+                self.titles[field.name] = group.title
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Click's hook: makes the groups, then runs the function."""
+        given = {name: ctx.params.pop(name) for name in self.titles}
+        layers = [Layer({name: v for name, v in given.items() if v is not None and v != ()})]
+        config = ctx.params.pop("config")
+        groups = self.groups.values()
+        if config is not None:
+            layers.insert(0, read_layer(Path(config).expanduser(), groups))
+        if self.own_layers is not None:
+            layers = [*self.own_layers(merge(groups, layers)), *layers]
+        values = merge(groups, layers)
+        ctx.params |= {name: make(group, values) for name, group in self.groups.items()}
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Click's hook: --help has one section for each group."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(self.titles.get(str(param.name), "Options"), []).append(record)
+        for title in dict.fromkeys([*self.titles.values(), "Options"]):
+            if sections.get(title):
+                with formatter.section(title):
+                    formatter.write_dl(sections[title])
+
+
+def command(
+    parent: click.Group,
+    name: str | None = None,
+    *,
+    own_layers: Callable[[Mapping[str, Any]], Sequence[Layer]] | None = None,
+    epilog: str | None = None,
+    **groups: type[OptionGroup],
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Decorator: a command of `parent` with these groups; click's own decorators may follow it."""
+    return parent.command(
+        name, cls=OptionCommand, groups=groups, own_layers=own_layers, epilog=epilog,
+        context_settings=CONTEXT,
+    )  # fmt: skip
+
+
+def _config_option() -> click.Option:
+    text = "YAML file of `option: value` lines; the command line wins."
+    return click.Option(["--config"], metavar="FILE", help=text)
+
+
+def _click_option(field: Field) -> click.Option:
+    """Click only collects the words; `merge` converts and judges them."""
+    help_text, words = field.spec.help, field.words()
+    shown = plain(field.default) if field.default is not REQUIRED else None
+    if field.kind is bool:
+        if shown:
+            help_text += "  [default: on]"
+        return click.Option(
+            [f"{field.flag}/--no-{field.flag[2:]}", field.name], default=None, help=help_text
+        )
+    if field.is_mapping:
+        return click.Option(
+            [field.flag, field.name], multiple=True, metavar="KEY=VALUE", help=help_text
+        )
+    if field.default is REQUIRED:
+        help_text += "  [required]"
+    elif shown is not None and shown != []:
+        text = ",".join(map(str, shown)) if isinstance(shown, list) else shown
+        help_text += f"  [default: {text}]"
+    kind = _item(field.kind)
+    several = ",..." if typing.get_origin(field.kind) is tuple else ""
+    metavar = f"[{'|'.join(words)}]" if words else _METAVARS[kind]
+    return click.Option(
+        [field.flag, field.name], metavar=metavar + several, help=help_text, default=None
+    )
+
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def option_facts(groups: Iterable[type[OptionGroup]]) -> dict[str, dict[str, Any]]:
+    """By name: default, whether it is neutral, and what an older file counts as; plain values."""
+    return {
+        name: {
+            "default": None if field.default is REQUIRED else plain(field.default),
+            "neutral": field.spec.neutral,
+            "older": None if field.spec.older is REQUIRED else plain(field.spec.older),
+        }
+        for group in groups
+        for name, field in fields_of(group).items()
+    }

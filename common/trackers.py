@@ -1,0 +1,105 @@
+"""--log-with: the values of log.txt to TensorBoard, Weights & Biases, ... through accelerate.
+
+Trackers cannot take back what they got, so what they got is written down: trackers.json holds the
+last epoch sent and the names by which a run is found again.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import write_json
+
+PROJECT = "segmae"
+STATE = "trackers.json"
+NONE = "none"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a tracker that accelerate does not know, or whose package is missing."""
+    wanted = [name for name in names if name != NONE]
+    if set(wanted) <= {"tensorboard"}:
+        return  # always installed; accelerate takes seconds to import
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    there = {str(name) for name in get_available_trackers()}
+    for name in wanted:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted([*LOGGER_TYPE_TO_CLASS, NONE]))
+            raise ValueError(f"--log-with is {name!r}; choose of {known}")
+        if name not in there:
+            package = name.replace("_", "-")
+            raise ValueError(f"--log-with {name}: the package is missing; pip install {package}")
+
+
+class Trackers:
+    """Sends each epoch once, also over kills and restarts."""
+
+    def __init__(self, output_dir: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        self.path = output_dir / STATE
+        stored = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.ids: dict[str, str] = stored.get("ids", {})
+        self.sent: dict[str, int] = stored.get("sent", {})
+        self.trackers: dict[str, Any] = {}
+        for name in dict.fromkeys(name for name in names if name != NONE):
+            is_new = name not in self.ids
+            options = self._start_options(name, output_dir)
+            tracker = LOGGER_TYPE_TO_CLASS[name](_run_name(name), **options)
+            tracker.start()
+            if name == "mlflow":  # it gives the names itself
+                self.ids[name] = tracker.active_run.info.run_id
+            if is_new and name != "tensorboard":  # its hparams would be a second run there
+                tracker.store_init_configuration({k: _simple(v) for k, v in settings.items()})
+            self.trackers[name] = tracker
+        self._write()
+
+    def send(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Whatever of these epochs has not been sent."""
+        for name, tracker in self.trackers.items():
+            for record in records:
+                if record["epoch"] > self.sent.get(name, 0):
+                    values = {k: v for k, v in record.items() if k != "epoch" and v is not None}
+                    tracker.log(values, step=record["epoch"], **_LOG_OPTIONS.get(name, {}))
+                    self.sent[name] = record["epoch"]
+        self._write()
+
+    def close(self) -> None:
+        """Finish what the trackers still have to write."""
+        for tracker in self.trackers.values():
+            tracker.finish()
+
+    def _start_options(self, name: str, output_dir: Path) -> dict[str, Any]:
+        """What makes a tracker go on with the run of an earlier call."""
+        run_id = self.ids.get(name)
+        if name == "mlflow":
+            return {"run_id": run_id} if run_id else {"run_name": output_dir.name}
+        run_id = self.ids.setdefault(name, uuid.uuid4().hex[:12])
+        options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"logging_dir": output_dir, "purge_step": self.sent.get(name, 0) + 1},
+            "wandb": {
+                "id": run_id, "name": output_dir.name, "resume": "allow", "dir": str(output_dir),
+            },
+            "trackio": {"name": f"{output_dir.name}-{run_id}", "resume": "allow"},
+        }  # fmt: skip
+        return options.get(name, {})
+
+    def _write(self) -> None:
+        write_json(self.path, {"ids": self.ids, "sent": self.sent})
+
+
+_LOG_OPTIONS = {"wandb": {"commit": True}}  # it would hold a step back until the next
+
+
+def _run_name(tracker: str) -> str:
+    """TensorBoard takes it for the folder below logging_dir."""
+    return "tensorboard" if tracker == "tensorboard" else PROJECT
+
+
+def _simple(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else str(value)

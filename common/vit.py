@@ -1,0 +1,34 @@
+"""The encoders, in numbers: sizes of the ViTs, and the pixels that they expect. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IMAGE_CHANNELS = 3
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, for pixels from 0 to 1
+IMAGE_STD = (0.229, 0.224, 0.225)
+VISIBLE = 1  # what an input channel beyond the image's holds where a pixel is shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitSize:
+    """A ViT encoder: width, depth, heads, and the patch size that belongs to it."""
+
+    width: int
+    depth: int
+    heads: int
+    patch_size: int = 16
+
+
+VIT_SIZES: dict[str, VitSize] = {
+    "vit_tiny": VitSize(width=192, depth=12, heads=3),
+    "vit_small": VitSize(width=384, depth=12, heads=6),
+    "vit_base": VitSize(width=768, depth=12, heads=12),
+    "vit_large": VitSize(width=1024, depth=24, heads=16),
+    "vit_huge": VitSize(width=1280, depth=32, heads=16, patch_size=14),
+}
+
+
+def transformer_parameters(width: int, depth: int) -> int:
+    """Weights of so many blocks: 12 width^2 in four matrices, 13 width in biases and norms."""
+    return depth * (12 * width**2 + 13 * width)

@@ -1,0 +1,97 @@
+"""The one reader of YAML files: values as they are written, errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML 1.2 as far as it matters: `off` and `24:00:00` stay words, `1e-3` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML does, but a key that stands twice is an error and not the last one's value."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_PLAIN_FORMS = {
+    "bool": (r"true|True|false|False", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
+}
+_REPLACED = {*_PLAIN_FORMS, "timestamp"}  # a date stays a word, too
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, (_form, _first) in _PLAIN_FORMS.items():
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_form})$"), list(_first)
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of `key: value` lines. Raises ValueError, in one line, for anything else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path} cannot be read: {reason}") from None
+    content = _parse(text, str(path))
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has to hold `key: value` lines")
+    return {str(key): value for key, value in content.items()}
+
+
+def parse_value(text: str, what: str) -> Any:
+    """One value as a YAML file would have it. Raises ValueError that begins with `what`."""
+    return _parse(text, what)
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError:
+        raise ValueError(f"{what}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: an integer of a million digits
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{what} is not YAML: {where}{reason}") from None
+
+
+def check_names(given: Collection[str], known: Collection[str], what: str) -> None:
+    """Raise ValueError for a name that is not known, with those that are spelled alike."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{what}: there is no {name!r}{hint}")
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON know it: paths as text, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
