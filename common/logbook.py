@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json, write_text
+from common.layout import LOG, PROGRESS
 from common.progress import Display, clock
 from common.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
-LOG, PROGRESS = "log.txt", "progress.json"
 SECONDS_BETWEEN_PROGRESS = 2.0
 # Keys of log.txt that may differ between equal runs.
 TIMING_KEYS = ("images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib", "mfu")

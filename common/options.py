@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import click
 
+from common.plugins import load_plugin
 from common.yamlfile import check_names, parse_value, plain, read_yaml
 
 REQUIRED = dataclasses.MISSING
@@ -327,6 +328,10 @@ class OptionCommand(click.Command):
         groups = self.groups.values()
         if config is not None:
             layers.insert(0, read_layer(Path(config).expanduser(), groups))
+        for layer in layers:
+            if "plugin" in self.titles and layer.values.get("plugin"):
+                # Before anything is judged: it may bring a choice with it.
+                load_plugin(Path(str(layer.values["plugin"])).expanduser())
         if self.own_layers is not None:
             layers = [*self.own_layers(merge(groups, layers)), *layers]
         values = merge(groups, layers)
@@ -391,6 +396,11 @@ def _click_option(field: Field) -> click.Option:
     return click.Option(
         [field.flag, field.name], metavar=metavar + several, help=help_text, default=None
     )
+
+
+def plugin_option() -> Any:
+    """The field `plugin` of a group: it is loaded before any option is judged."""
+    return option("Python file with masking methods or models of your own.", None, neutral=True)
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}

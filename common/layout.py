@@ -1,0 +1,39 @@
+"""The files of a step's folder: the names by which the parts and the plan meet."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+LOG = "log.txt"  # one JSON object per epoch
+PROGRESS = "progress.json"  # where the step is now
+CONSOLE_LOG = "console.log"  # what it printed
+LOCK = ".lock"  # who writes here
+# Pretraining's; see also `checkpoint_path` and `reconstructions_path`.
+LAST = "last.pth"  # rolling, for resume
+# Finetuning's.
+CHECKPOINT, BEST = "checkpoint.pth", "best.pth"
+PREDICTIONS = "predictions.png"
+RESULT = "result.json"  # the scores; written last
+
+
+def checkpoint_path(folder: Path, epochs_completed: int) -> Path:
+    """The checkpoint that a round of pretraining leaves."""
+    return folder / f"checkpoint-{epochs_completed}.pth"
+
+
+def reconstructions_path(folder: Path, epochs_completed: int) -> Path:
+    """The picture that belongs to it."""
+    return folder / f"reconstructions-{epochs_completed}.png"
+
+
+def epochs_of(path: Path) -> int | None:
+    """Epochs completed, by the name of a round's checkpoint or picture; None for other files."""
+    match = re.fullmatch(r"(?:checkpoint-(\d+)\.pth)|(?:reconstructions-(\d+)\.png)", path.name)
+    return int(match[1] or match[2]) if match else None
+
+
+def round_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of the rounds, by epochs completed, ascending."""
+    found = {epochs_of(path): path for path in folder.glob("checkpoint-*.pth")}
+    return {epochs: found[epochs] for epochs in sorted(e for e in found if e is not None)}

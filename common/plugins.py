@@ -1,0 +1,24 @@
+"""--plugin FILE.py: masking methods or model sizes from outside of the project."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def load_plugin(path: Path) -> None:
+    """Import the file, once; what it defines registers itself. Raises ValueError if it cannot."""
+    name = f"segmae_plugin_{path.stem}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path) if path.suffix == ".py" else None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--plugin {path}: give a Python file")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is the user's code: whatever it raises, the user can mend
+        del sys.modules[name]
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--plugin {path}: {type(error).__name__}: {reason}") from error
