@@ -9,33 +9,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.files import check_output_file, replacing
+from common.vit import IMAGE_CHANNELS, VISIBLE
 from mae.checkpoint import load_checkpoint
-from mae.config import IMAGE_CHANNELS
-from mae.masking import VISIBLE
-from mae.paths import beside
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 PROJECTION_WEIGHT, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 
 
-def export_encoder(checkpoint_path: Path, out: Path, naming: str) -> None:
+def export_encoder(checkpoint_path: Path, out: Path) -> None:
     """Write the encoder of a checkpoint as .safetensors, or as .pth the way MAE publishes it.
 
-    naming: timm or official. MAE is built on timm, so both give an encoder the same names; they
-    are told apart in the metadata. Raises ValueError if a path cannot be used.
+    timm and MAE give an encoder's weights the same names. Raises ValueError if a path cannot be
+    used.
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: {out.absolute().parent} is not a folder")
+    check_output_file(out)
     checkpoint = load_checkpoint(checkpoint_path, lazily=True)
     weights = encoder_weights(checkpoint["model"])
-    unfinished = beside(out)
-    if out.suffix == ".pth":
-        torch.save({"model": weights}, unfinished)
-    else:
-        save_file(weights, unfinished, metadata=_metadata(checkpoint, naming))
-    unfinished.replace(out)
+    with replacing(out) as unfinished:
+        if out.suffix == ".pth":
+            torch.save({"model": weights}, unfinished)
+        else:
+            save_file(weights, unfinished, metadata=_metadata(checkpoint))
 
 
 def encoder_weights(model: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,8 +59,8 @@ def fold_constant_channels(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _metadata(checkpoint: dict[str, Any], naming: str) -> dict[str, str]:
+def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
     config = checkpoint["config"]
     kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
     values = {name: str(config[name]) for name in kept}
-    return {**values, "naming": naming, "epochs_completed": str(checkpoint["epochs_completed"])}
+    return {**values, "epochs_completed": str(checkpoint["epochs_completed"])}
