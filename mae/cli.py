@@ -21,6 +21,7 @@ from common.options import (
     plugin_option,
 )
 from mae.config import GROUPS, PretrainConfig
+from mae.download import OFFICIAL_FILES
 from mae.masking import METHODS
 
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_program(cli, "python -m mae", arguments)
 
 
-@command(cli, **GROUPS)
+@command(cli, **GROUPS)  # type: ignore[arg-type]  # no group has the name of an argument
 @click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
 @click.option(
@@ -149,7 +150,7 @@ def export(checkpoint: Path, options: _ExportOptions) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _FetchOptions(OptionGroup):
     title: ClassVar[str] = "Options"
-    model: str = option("Whose checkpoint: vit_base, vit_large or vit_huge.")
+    model: str = option("Whose checkpoint.", choices=lambda: OFFICIAL_FILES)
     out: Path = option("Where to keep it.")
     url: str | None = option("Another source of the same file.", None)
 
@@ -157,7 +158,7 @@ class _FetchOptions(OptionGroup):
 @command(cli, options=_FetchOptions)
 def fetch(options: _FetchOptions) -> None:
     """Download an official MAE checkpoint: resumable, and checked against its digest."""
-    from mae.official import fetch_official
+    from mae.download import fetch_official
 
     log_to_stderr()
     fetch_official(options.model, options.out, url=options.url)

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.layers import LayerNorm  # with MAE's eps of 1e-6
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from common.files import check_output_file, replacing
 from common.vit import IMAGE_CHANNELS, VISIBLE
 from mae.checkpoint import load_checkpoint
+from mae.config import parse_settings
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 PROJECTION_WEIGHT, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
@@ -33,6 +36,22 @@ def export_encoder(checkpoint_path: Path, out: Path) -> None:
             torch.save({"model": weights}, unfinished)
         else:
             save_file(weights, unfinished, metadata=_metadata(checkpoint))
+
+
+def load_encoder(checkpoint_path: Path) -> VisionTransformer:
+    """The encoder of a checkpoint as timm's ViT with 3 input channels, ready to embed images.
+
+    Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
+    """
+    checkpoint = load_checkpoint(checkpoint_path)
+    _, config = parse_settings(checkpoint["config"])
+    size = config.encoder
+    encoder = VisionTransformer(
+        img_size=config.image_size, patch_size=config.patch_pixels, num_classes=0,
+        embed_dim=size.width, depth=size.depth, num_heads=size.heads, norm_layer=LayerNorm,
+    )  # fmt: skip
+    encoder.load_state_dict(encoder_weights(checkpoint["model"]))
+    return encoder.eval()
 
 
 def encoder_weights(model: dict[str, Tensor]) -> dict[str, Tensor]:
