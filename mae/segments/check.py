@@ -76,9 +76,7 @@ def check(in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: i
     )
 
 
-def _check_one(
-    train: Path, source: SegmentSource, without: set[str], path: str
-) -> tuple[str, str]:
+def _check_one(train: Path, source: SegmentSource, without: set[str], path: str) -> tuple[str, str]:
     """The path of an image, and what is wrong with it or its segments; empty: nothing."""
     reports: list[str] = []
     try:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from common.interruption import leave_signals_to_the_main_process
@@ -46,7 +43,7 @@ def in_order(
         collate_fn=partial(_do_each, work),
         num_workers=processes,
         prefetch_factor=4,
-        worker_init_fn=_start_worker,
+        worker_init_fn=leave_signals_to_the_main_process,
         multiprocessing_context="fork",  # nothing is pickled but the results
     )
     for results in loader:
@@ -55,16 +52,3 @@ def in_order(
 
 def _do_each(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     return [work(item) for item in items]
-
-
-def _start_worker(worker: int) -> None:
-    leave_signals_to_the_main_process(worker)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """The loader's worker looks for its parent only between results, and hangs on a full pipe."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
