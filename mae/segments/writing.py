@@ -206,12 +206,16 @@ class StoreWriter:
     def _open(self) -> None:
         with self._explained():
             self.connection = sqlite3.connect(self.part, timeout=1, isolation_level=None)
-            self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self.connection.execute("BEGIN EXCLUSIVE")
-            if self._count("sqlite_master"):
-                self._continue()
-            else:
-                self._make_tables()
+            try:
+                self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+                self.connection.execute("BEGIN EXCLUSIVE")
+                if self._count("sqlite_master"):
+                    self._continue()
+                else:
+                    self._make_tables()
+            except BaseException:
+                self.connection.close()  # nobody else will, and it holds a lock
+                raise
 
     def _make_tables(self) -> None:
         for statement in SCHEMA.split(";"):
