@@ -35,7 +35,9 @@ class CheckResult:
     interrupted: bool
 
 
-def check(in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: int) -> CheckResult:
+def check(
+    in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: int | None
+) -> CheckResult:
     """Check every training image and its segments; offenders are written, one per line.
 
     What was checked stands in `<offenders_path>.state` until all is done, and is not checked again.

@@ -16,18 +16,19 @@ Result = TypeVar("Result")
 SECONDS_ALONE = 2.0  # torch takes as long to import: what is done by then needs no other process
 
 
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def in_order(
-    work: Callable[[Item], Result], items: Sequence[Item], *, processes: int, chunk: int = 8
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    processes: int | None,
+    chunk: int = 8,
 ) -> Generator[Result, None, None]:
     """Yield `work(item)` for each item; what it raises is raised here.
 
-    Closing the iterator ends the processes; they also end when this process is killed.
+    processes: None: one per core; 1: this one. Closing the iterator ends them; they also end when
+    this process is killed.
     """
+    processes = processes or len(os.sched_getaffinity(0))
     started, done = time.monotonic(), 0
     while done < len(items) and (processes == 1 or time.monotonic() - started < SECONDS_ALONE):
         yield work(items[done])
