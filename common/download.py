@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 CHUNK = 2**20
 TIMEOUT_SECONDS = 60
 ATTEMPTS_WITHOUT_PROGRESS = 4  # per address
+FIRST_PAUSE_SECONDS = 0.2
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416
 ENOUGH_FREE = 1.05  # times what is still to come
 
@@ -48,7 +49,8 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
             continue
         part.replace(path)
         return
-    raise RuntimeError(f"{path.name} could not be downloaded: {'; '.join(problems)}")
+    kept = f"; {part} is kept, run again to go on from there" if part.exists() else ""
+    raise RuntimeError(f"{path.name} could not be downloaded: {'; '.join(problems)}{kept}")
 
 
 def has_digest(path: Path, digest: str) -> bool:
@@ -82,7 +84,7 @@ def _fetch(url: str, part: Path) -> None:
         failures = 0 if arrived else failures + 1
         if failures == ATTEMPTS_WITHOUT_PROGRESS:
             raise reason
-        time.sleep(0.2 * 4 ** max(0, failures - 1) if failures else 0)
+        time.sleep(FIRST_PAUSE_SECONDS * 4 ** max(0, failures - 1) if failures else 0)
 
 
 def _fetch_once(url: str, part: Path, start: int) -> bool:
@@ -94,8 +96,8 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
         if error.code != RANGE_NOT_SATISFIABLE:
             raise
         total = error.headers.get("Content-Range", "").rpartition("/")[2]
-        if total == str(start):
-            return True
+        if total in ("", str(start)):
+            return True  # there is nothing after what we have; the digest decides
         part.unlink()  # longer than the file: of something else
         return False
     with response:

@@ -37,3 +37,10 @@ def round_checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints of the rounds, by epochs completed, ascending."""
     found = {epochs_of(path): path for path in folder.glob("checkpoint-*.pth")}
     return {epochs: found[epochs] for epochs in sorted(e for e in found if e is not None)}
+
+
+def find_resumable(folder: Path) -> Path | None:
+    """The furthest checkpoint of a pretraining run: last.pth, or the newest round's."""
+    if (folder / LAST).exists():
+        return folder / LAST
+    return next(reversed(round_checkpoints(folder).values()), None)

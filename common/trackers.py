@@ -1,6 +1,6 @@
 """--log-with: the values of log.txt to TensorBoard, Weights & Biases, ... through accelerate.
 
-Trackers cannot take back what they got, so what they got is written down: trackers.json holds the
+Trackers cannot take back what they got, so what they got is written down: .trackers.json holds the
 last epoch sent and the names by which a run is found again.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from common.files import write_json
 
 PROJECT = "segmae"
-STATE = "trackers.json"
+STATE = ".trackers.json"
 NONE = "none"
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mae.checkpoint import check_same_settings, load_checkpoint
+from common.devices import default_workers, make_accelerator
+from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
-from mae.data import Batch, FixedImages, MaskedImages, default_workers
-from mae.devices import make_accelerator
+from mae.data import Batch, FixedImages, MaskedImages
 from mae.listing import Listing, make_listing
 from mae.model import MaskedAutoencoder
 from mae.official import read_official_weights, start_from_official
 from mae.optimisation import GuardedUpdate, make_optimizer
-from mae.paths import find_resumable
 from mae.reconstruct import FIXED_SET_SIZE, make_fixed_set, unpack_fixed_set
 from mae.schedule import BatchPlan, make_batch_plan
 
@@ -59,7 +55,7 @@ class Run:
     plan: BatchPlan
     workers: int
     images: MaskedImages
-    heldout: FixedImages | None
+    heldout: FixedImages
     fixed_set: Batch
     model: MaskedAutoencoder
     prepared: nn.Module
@@ -72,24 +68,23 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
 
     Raises ValueError for what the user can fix.
     """
-    accelerator = make_accelerator(config.run)
+    run = config.run
+    accelerator = make_accelerator(device=run.device, precision=run.precision, compile=run.compile)
     method = make_method(config.method, config.model)
     listing = make_listing(config.data, method)
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),
         processes=accelerator.num_processes,
-        batch_size=config.run.batch_size,
+        batch_size=run.batch_size,
     )
-    checkpoint = open_own_checkpoint(config)
-    if checkpoint is not None:
-        check_same_images(checkpoint, listing)
+    checkpoint = open_own_checkpoint(config, listing)
     images = MaskedImages(
-        config.data.in1k_dir / "train",
-        listing.train,
-        listing.source,
+        folder=config.data.in1k_dir / "train",
+        paths=listing.train,
+        segments=listing.source,
         method=method,
-        wanted=config.method,
+        coverage_ratio=config.method.coverage_ratio,
         seed=config.optimisation.seed,
     )
     torch.manual_seed(config.optimisation.seed)
@@ -107,9 +102,9 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
         accelerator=accelerator,
         listing=listing,
         plan=plan,
-        workers=_workers(config),
+        workers=default_workers() if run.workers is None else run.workers,
         images=images,
-        heldout=_heldout_images(images, config.data.in1k_dir / "val", listing.val),
+        heldout=FixedImages(images, config.data.in1k_dir / "val", listing.val),
         fixed_set=fixed_set,
         model=model,
         prepared=accelerator.prepare_model(model),
@@ -141,37 +136,6 @@ def describe(run: Run, state: State) -> None:
     )  # fmt: skip
 
 
-def open_own_checkpoint(config: PretrainConfig, *, lazily: bool = False) -> dict[str, Any] | None:
-    """The checkpoint that this run continues, if any.
-
-    Raises ValueError if --resume does not allow what is there, if it cannot be read, or if it was
-    made with other settings.
-    """
-    output_dir, resume = config.run.output_dir, config.run.resume
-    path = find_resumable(output_dir)
-    if path is None:
-        if resume == "required":
-            raise ValueError(f"--resume required: there is no checkpoint in {output_dir}")
-        return None
-    if resume == "never":
-        raise ValueError(
-            f"--resume never: {path} is there already; remove it or use another --output-dir"
-        )
-    checkpoint = load_checkpoint(path, lazily=lazily)
-    check_same_settings(checkpoint["config"], config.settings(), path)
-    return checkpoint
-
-
-def check_same_images(checkpoint: dict[str, Any], listing: Listing) -> None:
-    """Raise ValueError if a checkpoint was trained on another list of images."""
-    stored = checkpoint["images"]
-    if stored["digest"] != listing.digest:
-        raise ValueError(
-            f"the training images are not those of the checkpoint ({stored['count']} then, "
-            f"{len(listing.train)} now, or other names); use another --output-dir"
-        )
-
-
 def _continue_from(
     checkpoint: dict[str, Any],
     model: MaskedAutoencoder,
@@ -201,14 +165,4 @@ def _choose_fixed_set(images: MaskedImages) -> Batch:
     """The training images that every round's picture shows: evenly spread, with their segments."""
     size = min(FIXED_SET_SIZE, len(images))
     chosen = images.paths[[index * len(images) // size for index in range(size)]]
-    return make_fixed_set(FixedImages(images, chosen, images.folder, lenders=chosen), size)
-
-
-def _heldout_images(images: MaskedImages, folder: Path, paths: np.ndarray) -> FixedImages | None:
-    return FixedImages(images, paths, folder, lenders=images.paths) if len(paths) else None
-
-
-def _workers(config: PretrainConfig) -> int:
-    if config.run.workers is not None:
-        return config.run.workers
-    return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return make_fixed_set(FixedImages(images, images.folder, chosen), size)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib
-import logging
-import os
-import sys
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from mae.options import CONTEXT, PRETRAIN_OPTIONS, build_config
-
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+from common.console import EXIT_STOPPED, log_to_stderr, run_program
+from common.options import (
+    CONTEXT,
+    OptionGroup,
+    command,
+    option,
+    option_facts,
+    plugin_option,
+)
+from mae.config import GROUPS, PretrainConfig
+from mae.download import OFFICIAL_FILES
+from mae.masking import METHODS
 
 
 class _Commands(click.Group):
@@ -36,122 +44,121 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 success, 1 failed, 2 bad input, 75 stopped by a signal."""
-    try:
-        code = cli.main(args=arguments, prog_name="python -m mae", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = EXIT_BAD_INPUT
-    except click.ClickException as error:
-        code = _report(error.format_message(), error.exit_code)
-    except click.Abort:
-        code = _report("interrupted", EXIT_FAILED)
-    except ValueError as error:
-        code = _report(str(error), EXIT_BAD_INPUT)
-    except (RuntimeError, OSError) as error:
-        logging.getLogger(__name__).debug("failed", exc_info=error)
-        code = _report(str(error), EXIT_FAILED)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_program(cli, "python -m mae", arguments)
 
 
-def _report(message: str, code: int) -> int:
-    rank = _rank()
-    if message.startswith("Caught "):  # an error of a loader process comes with its traceback
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    click.echo(f"{f'process {rank}: ' if rank else ''}Error: {message}", err=True)
-    return code
-
-
-def _pretrain(check: bool, **options: Any) -> int:
+@command(cli, **GROUPS)  # type: ignore[arg-type]  # no group has the name of an argument
+@click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
+@click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
+@click.option(
+    "--time-steps", type=click.IntRange(1), metavar="N",
+    help="Time N steps, print seconds as JSON; writes nothing.",
+)  # fmt: skip
+def pretrain(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> int:
     """Pretrain a masked autoencoder, or continue: the same command goes on where it stopped."""
-    config = build_config(options)
+    config = PretrainConfig(**groups)
     if check:
-        from mae.precheck import check_pretraining
+        from mae.check import check_pretraining
 
-        check_pretraining(config)
+        facts = check_pretraining(config)
+        if as_json:
+            click.echo(json.dumps(facts))
         return 0
-    from mae.interruption import EXIT_INTERRUPTED
-    from mae.train import pretrain
+    log_to_stderr()
+    if time_steps is not None:
+        from mae.timing import time_pretraining
 
-    _log_to_stderr()
-    return 0 if pretrain(config) else EXIT_INTERRUPTED
+        seconds = time_pretraining(config, time_steps)
+        if seconds is not None:
+            click.echo(json.dumps(seconds))
+        return 0
+    from mae.train import pretrain as train
 
-
-cli.add_command(
-    click.Command(
-        "pretrain",
-        callback=_pretrain,
-        params=PRETRAIN_OPTIONS,
-        help=_pretrain.__doc__,
-        context_settings=CONTEXT,
-    )
-)
+    return 0 if train(config) else EXIT_STOPPED
 
 
-@cli.command(context_settings=CONTEXT)
+@dataclass(frozen=True, kw_only=True)
+class _Plugin(OptionGroup):
+    title: ClassVar[str] = "Options"
+    plugin: Path | None = plugin_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Folders(_Plugin):
+    in1k_dir: Path | None = option("Also say in which form its masks/ are.", None)
+    masks_dir: Path | None = option("The same for segments elsewhere.", None)
+
+
+@command(cli, folders=_Folders)
+def methods(folders: _Folders) -> None:
+    """Print, as JSON, the masking methods and the options of `pretrain`; for benchmark.py."""
+    from mae.segments import form_of
+
+    masks = folders.masks_dir or (folders.in1k_dir and folders.in1k_dir / "masks")
+    segments = None
+    if masks:
+        form = form_of(masks)
+        packed = form in ("packed store", "none")
+        segments = {"path": str(masks), "form": form, "needs_packing": not packed}
+    facts = {
+        "methods": {
+            name: {"uses_segments": method.uses_segments, "settings": list(method.settings)}
+            for name, method in METHODS.items()
+        },
+        "options": option_facts(GROUPS.values()),
+        "segments": segments,
+    }
+    click.echo(json.dumps(facts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReconstructOptions(_Plugin):
+    out: Path = option("The PNG to write.")
+    masks_dir: Path | None = option(
+        "Packed segments of the given images, by their names; else the patterns of the fixed set "
+        "serve in turn.", None
+    )  # fmt: skip
+
+
+@command(cli, options=_ReconstructOptions)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The PNG to write.")
-@click.option(
-    "--masks-dir",
-    type=click.Path(path_type=Path),
-    help="Segments of the given images, by their names; else those of the fixed set serve in turn.",
-)
-def reconstruct(
-    checkpoint: Path, images: tuple[Path, ...], out: Path, masks_dir: Path | None
-) -> None:
+def reconstruct(checkpoint: Path, images: tuple[Path, ...], options: _ReconstructOptions) -> None:
     """Draw original, what the encoder sees, prediction, and prediction pasted into the original.
 
     Without IMAGES: the fixed set that the checkpoint carries along.
     """
     from mae.reconstruct import reconstruct_files
 
-    reconstruct_files(checkpoint, images, out=out, masks_dir=masks_dir)
+    reconstruct_files(checkpoint, images, out=options.out, masks_dir=options.masks_dir)
 
 
-@cli.command(context_settings=CONTEXT)
+@dataclass(frozen=True, kw_only=True)
+class _ExportOptions(_Plugin):
+    out: Path = option("A .safetensors or .pth file.")
+
+
+@command(cli, options=_ExportOptions)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="A .safetensors or .pth file."
-)
-@click.option(
-    "--naming",
-    type=click.Choice(["timm", "official"]),
-    default="timm",
-    show_default=True,
-    help="Names of the weights.",
-)
-def export(checkpoint: Path, out: Path, naming: str) -> None:
+def export(checkpoint: Path, options: _ExportOptions) -> None:
     """Write the encoder as a plain 3-channel ViT, whatever the masking method was."""
     from mae.export import export_encoder
 
-    export_encoder(checkpoint, out, naming)
+    export_encoder(checkpoint, options.out)
 
 
-@cli.command(context_settings=CONTEXT)
-@click.option("--model", type=click.Choice(["vit_base", "vit_large", "vit_huge"]), required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to keep it.")
-@click.option("--url", help="Another source of the same file.")
-def fetch(model: str, out: Path, url: str | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _FetchOptions(OptionGroup):
+    title: ClassVar[str] = "Options"
+    model: str = option("Whose checkpoint.", choices=lambda: OFFICIAL_FILES)
+    out: Path = option("Where to keep it.")
+    url: str | None = option("Another source of the same file.", None)
+
+
+@command(cli, options=_FetchOptions)
+def fetch(options: _FetchOptions) -> None:
     """Download an official MAE checkpoint: resumable, and checked against its digest."""
     from mae.download import fetch_official
 
-    fetch_official(model, out, url=url)
-
-
-def _log_to_stderr() -> None:
-    level = logging.WARNING if _rank() else logging.INFO
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[_ToStderr()]
-    )
-
-
-class _ToStderr(logging.Handler):
-    """Writes to whatever stderr is at the moment: a progress bar puts itself in between."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), file=sys.stderr)
-
-
-def _rank() -> int:
-    """This process among those of torchrun or Slurm, known before torch is imported."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    log_to_stderr()
+    fetch_official(options.model, options.out, url=options.url)

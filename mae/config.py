@@ -1,57 +1,35 @@
-"""What a pretraining run is made of, one frozen group per concern. No torch here."""
+"""What a pretraining run is made of: its options, one frozen group per concern. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from common.options import OptionGroup, fields_of, make, option, plugin_option
+from common.settings import check_same
+from common.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
 
-Resume = Literal["auto", "never", "required"]
-IMAGE_CHANNELS = 3
+MOST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitSize:
-    """A ViT encoder: width, depth, heads, and the patch size that belongs to it."""
+class DataConfig(OptionGroup):
+    """Where images and segments come from."""
 
-    width: int
-    depth: int
-    heads: int
-    patch_size: int = 16
-
-
-MODELS: dict[str, VitSize] = {
-    "vit_tiny": VitSize(width=192, depth=12, heads=3),
-    "vit_small": VitSize(width=384, depth=12, heads=6),
-    "vit_base": VitSize(width=768, depth=12, heads=12),
-    "vit_large": VitSize(width=1024, depth=24, heads=16),
-    "vit_huge": VitSize(width=1280, depth=32, heads=16, patch_size=14),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where images and segments come from.
-
-    in1k_dir: folder with train/, and perhaps val/ and masks/.
-    masks_dir: folder or packed store of segments; None: in1k_dir/masks.
-    allow_missing_segments: go on when more than half of the images have no segment.
-    use_unmasked_images: let a method without segments train on images that have none.
-    val_images: at most this many images of val/ make the held-out loss.
-    """
-
-    in1k_dir: Path
-    masks_dir: Path | None = None
-    allow_missing_segments: bool = False
-    use_unmasked_images: bool = False
-    val_images: int = 2000
-
-    def __post_init__(self) -> None:
-        if self.val_images < 0:
-            raise ValueError(f"--val-images is {self.val_images}; give 0 or more")
+    title: ClassVar[str] = "Data"
+    in1k_dir: Path = option("Folder with train/, and perhaps val/ and masks/.")
+    masks_dir: Path | None = option(
+        "Packed segments, or their folder. Default: IN1K_DIR/masks.", None
+    )
+    allow_missing_segments: bool = option(
+        "Go on if more than half of the images have no segment.", False, neutral=True
+    )
+    use_unmasked_images: bool = option("Train `patches` on images without segments too.", False)
+    val_images: int = option("Most images of val/ for the held-out loss.", 2000, at_least=0)
 
     @property
     def segments_path(self) -> Path:
@@ -60,65 +38,47 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """What is hidden.
+class MethodConfig(OptionGroup):
+    """What is hidden."""
 
-    mask_method: a key of `mae.masking.METHODS`.
-    coverage_ratio: wanted coverage of the segment in percent of the image, 0 to 100.
-    hide: the segment itself, or the background around it.
-    mask_ratio: share of the patches that `patches` removes, 0 to 1.
-    """
-
-    mask_method: str = "patches"
-    coverage_ratio: float = 15.0
-    hide: Literal["segment", "background"] = "segment"
-    mask_ratio: float = 0.75
-
-    def __post_init__(self) -> None:
-        if self.mask_method not in METHODS:
-            allowed = ", ".join(METHODS)
-            raise ValueError(f"--mask-method is {self.mask_method!r}; choose one of {allowed}")
-        if not 0 <= self.coverage_ratio <= 100:
-            raise ValueError(
-                f"--coverage-ratio is {self.coverage_ratio:g}; give 0 to 100 (percent)"
-            )
-        if not 0 <= self.mask_ratio < 1:
-            raise ValueError(f"--mask-ratio is {self.mask_ratio:g}; give a share from 0 to below 1")
+    title: ClassVar[str] = "Masking"
+    mask_method: str = option(
+        "What is hidden from the encoder.", "patches", choices=lambda: METHODS
+    )
+    coverage_ratio: float = option(
+        "Wanted coverage of the segment, percent of the image.", 15.0, at_least=0, at_most=100
+    )
+    hide: Literal["segment", "background"] = option("Which side of the segment.", "segment")
+    mask_ratio: float = option(
+        "Share of the patches that `patches` removes.", 0.75, at_least=0, below=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The masked autoencoder.
+class ModelConfig(OptionGroup):
+    """The masked autoencoder."""
 
-    model: a key of `MODELS`.
-    image_size, patch_size: pixels per side; patch_size None: the model's own.
-    decoder_width, decoder_depth, decoder_heads: of the transformer that predicts pixels.
-    norm_pix_loss: each patch of the target is normalised by its own mean and deviation.
-    """
-
-    model: str = "vit_large"
-    image_size: int = 224
-    patch_size: int | None = None
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    norm_pix_loss: bool = False
+    title: ClassVar[str] = "Model"
+    model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
+    image_size: int = option("Pixels per side.", 224, at_least=1)
+    patch_size: int | None = option(
+        "Pixels per side of a patch. Default: the model's.", None, at_least=1
+    )
+    decoder_width: int = option("Width of the decoder.", 512, at_least=1)
+    decoder_depth: int = option("Blocks of the decoder.", 8, at_least=1)
+    decoder_heads: int = option("Attention heads of the decoder.", 16, at_least=1)
+    norm_pix_loss: bool = option("Normalise each patch of the target by itself.", False)
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise ValueError(f"--model is {self.model!r}; choose one of {', '.join(MODELS)}")
+        super().__post_init__()
         if self.patch_size is None:
-            object.__setattr__(self, "patch_size", MODELS[self.model].patch_size)
-        for name in ("image_size", "patch_size", "decoder_width", "decoder_depth", "decoder_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; give 1 or more"
-                )
+            object.__setattr__(self, "patch_size", self.encoder.patch_size)
         if self.image_size % self.patch_pixels:
             raise ValueError(
                 f"--image-size {self.image_size} is not a multiple of the patch size "
                 f"{self.patch_pixels}"
             )
+        # Sines and cosines of rows and columns share the width of the positions.
         for name, width in (("the model", self.encoder.width), ("the decoder", self.decoder_width)):
             if width % 4:
                 raise ValueError(f"the width of {name} is {width}; it has to be a multiple of 4")
@@ -131,7 +91,7 @@ class ModelConfig:
     @property
     def encoder(self) -> VitSize:
         """The encoder's sizes."""
-        return MODELS[self.model]
+        return VIT_SIZES[self.model]
 
     @property
     def patch_pixels(self) -> int:
@@ -144,47 +104,39 @@ class ModelConfig:
         """Patches per image."""
         return (self.image_size // self.patch_pixels) ** 2
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: fp32 weights and AdamW's two moments."""
+        patch_values = self.patch_pixels**2 * IMAGE_CHANNELS
+        parameters = (
+            transformer_parameters(self.encoder.width, self.encoder.depth)
+            + transformer_parameters(self.decoder_width, self.decoder_depth)
+            + (self.encoder.width + self.decoder_width) * (patch_values + self.num_patches)
+        )
+        return 12 * parameters
+
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisationConfig:
-    """AdamW over the whole run.
+class OptimisationConfig(OptionGroup):
+    """AdamW over the whole run."""
 
-    epochs: of the whole run; the schedule ends there.
-    warmup_fraction: share of the run in which the rate rises, 0 to 1.
-    base_lr: learning rate per 256 images; min_lr: where the cosine ends.
-    weight_decay: on weight matrices only; clip_grad: largest gradient norm, None: off.
-    effective_batch_size: images per optimizer step, on any number of devices.
-    seed: of order, augmentation, masking and initial weights.
-    """
-
-    epochs: int = 50
-    warmup_fraction: float = 0.05
-    base_lr: float = 1.5e-4
-    min_lr: float = 0.0
-    weight_decay: float = 0.05
-    clip_grad: float | None = None
-    effective_batch_size: int = 4096
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"--epochs is {self.epochs}; give 1 or more")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"--warmup-fraction is {self.warmup_fraction:g}; give 0 to below 1")
-        if self.base_lr <= 0:
-            raise ValueError(f"--base-lr is {self.base_lr:g}; give more than 0")
-        if self.min_lr < 0 or self.weight_decay < 0:
-            raise ValueError("--min-lr and --weight-decay have to be 0 or more")
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise ValueError(
-                f"--clip-grad is {self.clip_grad:g}; give more than 0, or leave it out"
-            )
-        if self.effective_batch_size < 1:
-            raise ValueError(
-                f"--effective-batch-size is {self.effective_batch_size}; give 1 or more"
-            )
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; give 0 or more")
+    title: ClassVar[str] = "Optimisation"
+    epochs: int = option("Epochs of the whole run; the schedule ends there.", 50, at_least=1)
+    warmup_fraction: float = option(
+        "Share of the run in which the rate rises.", 0.05, at_least=0, below=1
+    )
+    base_lr: float = option("Learning rate per 256 images.", 1.5e-4, above=0)
+    min_lr: float = option("Learning rate at the end.", 0.0, at_least=0)
+    weight_decay: float = option(
+        "Of weight matrices; biases and norms have none.", 0.05, at_least=0
+    )
+    clip_grad: float | None = option("Largest gradient norm. Default: off.", None, above=0)
+    effective_batch_size: int = option(
+        "Images per optimizer step, on any number of devices.", 4096, at_least=1
+    )
+    seed: int = option(
+        "Of order, augmentation, masking and initial weights.", 0, at_least=0, at_most=MOST_SEED
+    )
 
     @property
     def learning_rate(self) -> float:
@@ -193,34 +145,47 @@ class OptimisationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How this call runs; nothing here changes the result (up to rounding).
+class RunConfig(OptionGroup):
+    """How this call runs; nothing here but `init` changes the result (up to rounding)."""
 
-    output_dir: where log and checkpoints go.
-    stop_after: this round ends after so many epochs of the run; None: at its end.
-    batch_size: most images per device and forward pass; workers: loader processes, None: by cores.
-    init: official MAE checkpoint to start from; it does change the result, and is compared by name.
-    save_every_minutes: also save inside an epoch; None: after epochs only.
-    """
+    title: ClassVar[str] = "Run"
+    output_dir: Path = option("Where log and checkpoints go.", neutral=True)
+    init: Path | None = option("Official MAE checkpoint to start from.", None)
+    stop_after: int | None = option(
+        "End this round after so many epochs of the run. Default: at its end.", None, neutral=True
+    )
+    batch_size: int = option("Most images per device at once.", 64, at_least=1, neutral=True)
+    workers: int | None = option(
+        "Loader processes per device. Default: by the number of cores.", None,
+        at_least=0, neutral=True,
+    )  # fmt: skip
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto: a GPU if there is one.", "auto", neutral=True
+    )
+    precision: Literal["auto", "bf16", "fp32"] = option("auto: bf16 where a GPU has it.", "auto")
+    compile: Literal["auto", "on", "off"] = option(
+        "torch.compile; auto: on a GPU.", "auto", neutral=True
+    )
+    resume: Literal["auto", "never", "required"] = option(
+        "Continue what is there?", "auto", neutral=True
+    )
+    save_every_minutes: float | None = option(
+        "Also save inside an epoch. Default: after epochs only.", None, above=0, neutral=True
+    )
+    log_with: tuple[str, ...] = option(
+        "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
+        ("tensorboard",), neutral=True,
+    )  # fmt: skip
+    plugin: Path | None = plugin_option()
 
-    output_dir: Path
-    stop_after: int | None = None
-    batch_size: int = 64
-    workers: int | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
-    resume: Resume = "auto"
-    save_every_minutes: float | None = None
-    init: Path | None = None
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size is {self.batch_size}; give 1 or more")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers is {self.workers}; give 0 or more")
-        if self.save_every_minutes is not None and self.save_every_minutes <= 0:
-            raise ValueError("--save-every-minutes has to be more than 0")
+GROUPS: dict[str, type[OptionGroup]] = {
+    "data": DataConfig,
+    "method": MethodConfig,
+    "model": ModelConfig,
+    "optimisation": OptimisationConfig,
+    "run": RunConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +199,7 @@ class PretrainConfig:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        if self.epochs_this_round < 1 or self.epochs_this_round > self.optimisation.epochs:
+        if not 1 <= self.epochs_this_round <= self.optimisation.epochs:
             raise ValueError(
                 f"--stop-after is {self.run.stop_after}; give 1 to the {self.optimisation.epochs} "
                 "epochs of the whole run (--epochs)"
@@ -263,6 +228,16 @@ class PretrainConfig:
             "init": self.run.init.name if self.run.init else None,
         }
 
+    def check_same(self, stored: Mapping[str, Any], path: Path) -> None:
+        """Raise ValueError naming the settings in which the run differs from its checkpoint's.
+
+        Settings of other masking methods do not count: `patches` is the same at any coverage ratio.
+        """
+        idle = {name for method in METHODS.values() for name in method.settings}
+        idle -= set(METHODS[self.method.mask_method].settings)
+        wanted = {name: value for name, value in self.settings().items() if name not in idle}
+        check_same(stored, wanted, _older(*GROUPS.values()), what=str(path))
+
 
 def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:
     """The run's masking method: the only place where its name turns into an object."""
@@ -274,25 +249,21 @@ def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:
     )
 
 
-def parse_settings(settings: dict[str, Any]) -> tuple[MethodConfig, ModelConfig]:
-    """Method and model of a checkpoint's `config`. Raises KeyError if one is missing."""
-    method_names = [field.name for field in dataclasses.fields(MethodConfig)]
-    model_names = [field.name for field in dataclasses.fields(ModelConfig)]
+def parse_settings(settings: Mapping[str, Any]) -> tuple[MethodConfig, ModelConfig]:
+    """Method and model of a checkpoint's `config`, also one of an earlier version.
+
+    Raises ValueError if it holds what is not known here, such as a method of a plugin.
+    """
     return (
-        MethodConfig(**{name: settings[name] for name in method_names}),
-        ModelConfig(**{name: settings[name] for name in model_names}),
+        make(MethodConfig, _of_group(MethodConfig, settings)),
+        make(ModelConfig, _of_group(ModelConfig, settings)),
     )
 
 
-def differing_settings(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """`name: stored -> wanted` for every setting that would change the run of a checkpoint.
+def _of_group(group: type[OptionGroup], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: settings.get(name, older) for name, older in _older(group).items()}
 
-    Settings of other masking methods do not count: `patches` is the same at any coverage ratio.
-    """
-    idle = {name for method in METHODS.values() for name in method.settings}
-    idle -= set(METHODS[wanted["mask_method"]].settings)
-    return [
-        f"{name}: {stored.get(name)} -> {value}"
-        for name, value in wanted.items()
-        if stored.get(name) != value and name not in idle
-    ]
+
+def _older(*groups: type[OptionGroup]) -> dict[str, Any]:
+    """What each setting counts as in a file that was written before it existed."""
+    return {name: field.spec.older for group in groups for name, field in fields_of(group).items()}

@@ -6,11 +6,10 @@ nor the process, nor the batch it falls into matters.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
 import resource
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +19,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mae.config import MethodConfig
+from common.interruption import leave_signals_to_the_main_process
 from mae.decode import CroppedImage, read_crop
 from mae.listing import segment_key
 from mae.masking import MaskingMethod
 from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, BatchPlan, sample_rng
-from mae.segments import SegmentSource
-from mae.transforms import centre_crop, crop_segment, random_crop
+from mae.segments.segment import Segment
+from mae.segments.store import PackedStore
+from mae.transforms import Crop, centre_crop, crop_segment, random_crop
 
 logger = logging.getLogger(__name__)
 
 MOST_UNREADABLE_IN_A_ROW = 100
 OPEN_FILES = 65536
+ChooseCrop = Callable[[int, int], Crop]  # from height and width
 
 
 @dataclass(kw_only=True)
@@ -42,7 +43,6 @@ class Sample:
     pattern: np.ndarray
     hidden_pixels: int
     unreadable: tuple[str, ...] = ()
-    without_segment: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,6 @@ class Batch:
     pattern: Tensor
     hidden_pixels: Tensor
     unreadable: list[str]
-    without_segment: list[str]
 
     def pin_memory(self) -> Batch:
         """Into page-locked memory; the loader calls it where there is a GPU."""
@@ -64,33 +63,20 @@ class Batch:
         return len(self.images)
 
 
-class NoSegmentError(ValueError):
-    """An image without any segment."""
-
-
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MaskedImages(Dataset[Sample]):
     """Training samples by (epoch, index): random crop and flip, the pattern of the method.
 
-    An unreadable image is replaced by the next one in the list and named in the sample; so is one
-    whose file of segments turns out to be empty, which a folder's listing cannot tell.
+    paths: relative to folder, as bytes. segments: None if the method does without.
+    An unreadable image is replaced by the next one in the list and named in the sample.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        paths: np.ndarray,
-        source: SegmentSource | None,
-        *,
-        method: MaskingMethod,
-        wanted: MethodConfig,
-        seed: int,
-    ) -> None:
-        self.folder = folder
-        self.paths = paths
-        self.source = source
-        self.method = method
-        self.wanted = wanted
-        self.seed = seed
+    folder: Path
+    paths: np.ndarray
+    segments: PackedStore | None
+    method: MaskingMethod
+    coverage_ratio: float
+    seed: int
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -98,95 +84,67 @@ class MaskedImages(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = int(key[0]), int(key[1])
         unreadable: list[str] = []
-        without_segment: list[str] = []
         for offset in range(min(len(self.paths), MOST_UNREADABLE_IN_A_ROW)):
             candidate = (index + offset) % len(self.paths)
             try:
-                sample = self._load(epoch, candidate)
-            except NoSegmentError:
-                without_segment.append(self.relative_path(candidate))
-                continue
+                rng = sample_rng(self.seed, SAMPLE_STREAM, epoch, candidate)
+                sample = self.load(candidate, partial(random_crop, rng), rng)
             except ValueError as error:
                 unreadable.append(f"{self.relative_path(candidate)} ({error})")
-                continue
-            sample.unreadable = tuple(unreadable)
-            sample.without_segment = tuple(without_segment)
-            return sample
-        skipped = [*unreadable, *without_segment]
-        raise RuntimeError(f"{len(skipped)} images in a row cannot be used: {skipped[0]} ...")
+            else:
+                sample.unreadable = tuple(unreadable)
+                return sample
+        raise RuntimeError(f"{len(unreadable)} images in a row cannot be used: {unreadable[0]} ...")
 
     def relative_path(self, index: int) -> str:
         """Path of an image relative to its folder."""
         return self.paths[index].decode()
 
-    def _load(self, epoch: int, index: int) -> Sample:
+    def load(self, index: int, choose_crop: ChooseCrop, rng: np.random.Generator) -> Sample:
+        """One image, cropped as `choose_crop` says. Raises ValueError if it cannot be used."""
         relative = self.relative_path(index)
-        rng = sample_rng(self.seed, SAMPLE_STREAM, epoch, index)
-        image = read_crop(
-            f"{self.folder}/{relative}", partial(random_crop, rng), self.method.image_size
-        )
-        segment = None if self.source is None else self._segment(self.source, relative, image)
+        image = read_crop(f"{self.folder}/{relative}", choose_crop, self.method.image_size)
+        segment = None if self.segments is None else self._segment(self.segments, relative, image)
         return make_sample(self.method, image.pixels, rng, segment)
 
-    def _segment(self, source: SegmentSource, relative: str, image: CroppedImage) -> np.ndarray:
-        key = segment_key(relative)
-        segment = source.nearest(key, self.wanted.coverage_ratio)
+    def _segment(self, store: PackedStore, relative: str, image: CroppedImage) -> np.ndarray:
+        segment = store.nearest(segment_key(relative), self.coverage_ratio)
         if segment is None:
-            raise NoSegmentError("it has no segment")
-        if (segment.height, segment.width) != (image.height, image.width):
-            raise ValueError(
-                f"it is {image.width}x{image.height} pixels, upright, but its segments are "
-                f"{segment.width}x{segment.height}"
-            )
-        return crop_segment(segment.decode(), image.crop, self.method.image_size)
+            raise ValueError("it has no segment")
+        return fitting_segment(segment, image, self.method.image_size)
 
 
 class FixedImages(Dataset[Sample]):
     """Samples without chance, by index: centre crop, the same pattern every time.
 
-    Image i gets its own segment, or, as held-out images often have none, that of a lender: one of
-    the training images, evenly spread. A segment is cut in its own middle.
+    An image that cannot be used is replaced by the next one.
     """
 
-    def __init__(
-        self, images: MaskedImages, paths: np.ndarray, folder: Path, *, lenders: np.ndarray
-    ) -> None:
-        self.images = images
-        self.paths = paths
-        self.folder = folder
-        self.lenders = lenders
+    def __init__(self, images: MaskedImages, folder: Path, paths: np.ndarray) -> None:
+        self.images = dataclasses.replace(images, folder=folder, paths=paths)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        for offset in range(len(self.paths)):
-            candidate = (index + offset) % len(self.paths)
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
             try:
-                return self._load(candidate)
+                rng = sample_rng(self.images.seed, FIXED_STREAM, 0, candidate)
+                return self.images.load(candidate, centre_crop, rng)
             except ValueError as error:
-                logger.warning("skipped %s: %s", self.paths[candidate].decode(), error)
-        raise ValueError(f"no image in {self.folder} is readable")
+                logger.warning("skipped %s: %s", self.images.relative_path(candidate), error)
+        raise ValueError(f"no image in {self.images.folder} is readable")
 
-    def _load(self, index: int) -> Sample:
-        method = self.images.method
-        path = self.folder / self.paths[index].decode()
-        image = read_crop(path, centre_crop, method.image_size)
-        rng = sample_rng(self.images.seed, FIXED_STREAM, 0, index)
-        source = self.images.source
-        segment = None if source is None else self._segment(source, index, image)
-        return make_sample(method, image.pixels, rng, segment)
 
-    def _segment(self, source: SegmentSource, index: int, image: CroppedImage) -> np.ndarray:
-        own = self.paths[index].decode()
-        lender = self.lenders[index * len(self.lenders) // len(self.paths)].decode()
-        for path in (own, lender):
-            found = source.nearest(segment_key(path), self.images.wanted.coverage_ratio)
-            fits = found and (found.height, found.width) == (image.height, image.width)
-            if found and (fits or path == lender):
-                whole = found.decode()
-                return crop_segment(whole, centre_crop(*whole.shape), self.images.method.image_size)
-        raise NoSegmentError("it has no segment")
+def fitting_segment(segment: Segment, image: CroppedImage, size: int) -> np.ndarray:
+    """The segment [size, size], cut as its image was. Raises ValueError if it is another's."""
+    if (segment.height, segment.width) != (image.height, image.width):
+        raise ValueError(
+            f"it is {image.width}x{image.height} pixels, upright, but its segments are "
+            f"{segment.width}x{segment.height}"
+        )
+    return crop_segment(segment.decode(), image.crop, size)
 
 
 def make_sample(
@@ -226,7 +184,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=leave_signals_to_the_main_process,
         prefetch_factor=4 if workers else None,
     )
 
@@ -240,13 +198,8 @@ def make_fixed_loader(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=leave_signals_to_the_main_process,
     )
-
-
-def default_workers(local_processes: int) -> int:
-    """Loader processes per training process: its share of the cores, at most 12."""
-    return max(1, min(12, len(os.sched_getaffinity(0)) // local_processes))
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -259,7 +212,6 @@ def collate(samples: list[Sample]) -> Batch:
         pattern=torch.from_numpy(np.stack([sample.pattern for sample in samples])),
         hidden_pixels=torch.tensor([sample.hidden_pixels for sample in samples]),
         unreadable=[text for sample in samples for text in sample.unreadable],
-        without_segment=[path for sample in samples for path in sample.without_segment],
     )
 
 
@@ -272,12 +224,3 @@ class _Keys:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for keys in self.plan.micro_batches(self.rank, self.start, self.epochs):
             yield [(int(epoch), int(index)) for epoch, index in keys]
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A signal to the whole process group must not kill workers while a step is being finished.
-
-    They end with their parent all the same: the loader watches it.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

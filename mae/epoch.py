@@ -10,11 +10,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from common.interruption import Interruption
+from common.logbook import Progress
+from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State
-from mae.config import IMAGE_CHANNELS
 from mae.data import Batch
-from mae.interruption import Interruption
-from mae.logbook import Progress
 from mae.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ class EpochTrainer:
         self,
         run: Run,
         interruption: Interruption,
-        save: Callable[[], None],
         progress: Progress | None,
+        save: Callable[[], None],
     ) -> None:
         self.run = run
         self.device = run.accelerator.device
@@ -46,7 +46,6 @@ class EpochTrainer:
         self.save = save
         self.progress = progress
         self.unreadable: dict[str, None] = {}  # texts seen by this process, in order
-        self.without_segment: set[str] = set()
         self.steps_between_looks = steps_between_looks(self.device, run.plan.accumulation_steps)
         self.stop = torch.zeros((), device=self.device)
         self.first_bad_step = torch.full((), -1, device=self.device)  # by this process's own loss
@@ -67,16 +66,15 @@ class EpochTrainer:
             self._step(state, micro_batches)
             state.steps_completed += 1
             at_end = state.steps_completed == plan.steps_per_epoch
-            stop = False
-            if at_end or state.steps_completed % self.steps_between_looks == 0:
-                stop = self._look(state)
-                state.seconds += time.monotonic() - began
+            looks = at_end or state.steps_completed % self.steps_between_looks == 0
+            stop = looks and self._look(state)
+            seconds = time.monotonic() - began
+            state.seconds += seconds
+            if looks:
                 self._save_if_due(at_end)
-            else:
-                state.seconds += time.monotonic() - began
             if self.progress is not None:
                 done = state.epochs_completed + state.steps_completed / plan.steps_per_epoch
-                self.progress.advance(done, plan.effective_batch_size)
+                self.progress.advance(done, plan.effective_batch_size, seconds)
             if stop:
                 return True
         return False
@@ -162,10 +160,6 @@ class EpochTrainer:
 
     def _note_skipped(self, micro_batches: list[Batch]) -> None:
         """Name each skipped image once."""
-        for path in (path for batch in micro_batches for path in batch.without_segment):
-            if path not in self.without_segment:
-                self.without_segment.add(path)
-                logger.warning("skipped an image without a segment: %s", path)
         for text in (text for batch in micro_batches for text in batch.unreadable):
             if text not in self.unreadable:
                 self.unreadable[text] = None

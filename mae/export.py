@@ -7,35 +7,51 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.layers import LayerNorm  # with MAE's eps of 1e-6
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from common.files import check_output_file, replacing
+from common.vit import IMAGE_CHANNELS, VISIBLE
 from mae.checkpoint import load_checkpoint
-from mae.config import IMAGE_CHANNELS
-from mae.masking import VISIBLE
-from mae.paths import beside
+from mae.config import parse_settings
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 PROJECTION_WEIGHT, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 
 
-def export_encoder(checkpoint_path: Path, out: Path, naming: str) -> None:
+def export_encoder(checkpoint_path: Path, out: Path) -> None:
     """Write the encoder of a checkpoint as .safetensors, or as .pth the way MAE publishes it.
 
-    naming: timm or official. MAE is built on timm, so both give an encoder the same names; they
-    are told apart in the metadata. Raises ValueError if a path cannot be used.
+    timm and MAE give an encoder's weights the same names. Raises ValueError if a path cannot be
+    used.
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: {out.absolute().parent} is not a folder")
+    check_output_file(out)
     checkpoint = load_checkpoint(checkpoint_path, lazily=True)
     weights = encoder_weights(checkpoint["model"])
-    unfinished = beside(out)
-    if out.suffix == ".pth":
-        torch.save({"model": weights}, unfinished)
-    else:
-        save_file(weights, unfinished, metadata=_metadata(checkpoint, naming))
-    unfinished.replace(out)
+    with replacing(out) as unfinished:
+        if out.suffix == ".pth":
+            torch.save({"model": weights}, unfinished)
+        else:
+            save_file(weights, unfinished, metadata=_metadata(checkpoint))
+
+
+def load_encoder(checkpoint_path: Path) -> VisionTransformer:
+    """The encoder of a checkpoint as timm's ViT with 3 input channels, ready to embed images.
+
+    Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
+    """
+    checkpoint = load_checkpoint(checkpoint_path)
+    _, config = parse_settings(checkpoint["config"])
+    size = config.encoder
+    encoder = VisionTransformer(
+        img_size=config.image_size, patch_size=config.patch_pixels, num_classes=0,
+        embed_dim=size.width, depth=size.depth, num_heads=size.heads, norm_layer=LayerNorm,
+    )  # fmt: skip
+    encoder.load_state_dict(encoder_weights(checkpoint["model"]))
+    return encoder.eval()
 
 
 def encoder_weights(model: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,8 +78,8 @@ def fold_constant_channels(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _metadata(checkpoint: dict[str, Any], naming: str) -> dict[str, str]:
+def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
     config = checkpoint["config"]
     kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
     values = {name: str(config[name]) for name in kept}
-    return {**values, "naming": naming, "epochs_completed": str(checkpoint["epochs_completed"])}
+    return {**values, "epochs_completed": str(checkpoint["epochs_completed"])}

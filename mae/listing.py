@@ -6,17 +6,17 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from common.images import find_images
 from mae.config import DataConfig
 from mae.masking import MaskingMethod
-from mae.segments import SegmentSource, open_segments
+from mae.segments import open_segments
+from mae.segments.store import PackedStore
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 MOST_MISSING = 0.5  # a larger share of images without segments means the wrong folder
 
 
@@ -26,13 +26,14 @@ class Listing:
 
     train: paths relative to train/, posix, sorted, as an array of bytes: a million Python strings
     would be copied into every loader worker bit by bit, as their reference counts change.
-    val: the same for val/. left_out: training images without a segment. source: their segments.
+    val: the same for val/; for a method that uses segments, the images that have some of their own.
+    left_out: training images without a segment. source: the segments, if the method uses them.
     """
 
     train: np.ndarray
     val: np.ndarray
     left_out: int
-    source: SegmentSource | None
+    source: PackedStore | None
 
     @property
     def digest(self) -> str:
@@ -53,7 +54,9 @@ def make_listing(data: DataConfig, method: MaskingMethod) -> Listing:
     source = _open_source(data, method)
     left_out = 0
     if source is not None and not data.use_unmasked_images:
-        with_segment = source.images() - source.listed_empty()
+        with_segment = source.images()
+        if method.uses_segments:
+            listed_val = [path for path in listed_val if segment_key(path) in with_segment]
         kept = [path for path in train if segment_key(path) in with_segment]
         _check_missing(train, kept, source, data)
         left_out = len(train) - len(kept)
@@ -66,34 +69,12 @@ def make_listing(data: DataConfig, method: MaskingMethod) -> Listing:
     )
 
 
-def find_images(folder: Path) -> list[str]:
-    """Image files below a folder, at any depth, as sorted posix paths relative to it.
-
-    Raises ValueError if the folder is missing or holds no image.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; images are expected there")
-    found: list[str] = []
-    for parent, _, names in os.walk(folder, followlinks=True):
-        relative = Path(parent).relative_to(folder).as_posix()
-        prefix = "" if relative == "." else f"{relative}/"
-        found += [prefix + name for name in names if _is_image(name)]
-    if not found:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"no image below {folder} (looked for {known})")
-    return sorted(found)
-
-
 def segment_key(relative_path: str) -> str:
     """The name that segments know an image by: its path without suffix."""
     return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
-
-
-def _open_source(data: DataConfig, method: MaskingMethod) -> SegmentSource | None:
+def _open_source(data: DataConfig, method: MaskingMethod) -> PackedStore | None:
     """The segments; None if the method can do without and there are none."""
     path = data.segments_path
     if not path.exists():
@@ -108,7 +89,7 @@ def _open_source(data: DataConfig, method: MaskingMethod) -> SegmentSource | Non
 
 
 def _check_missing(
-    train: list[str], kept: list[str], source: SegmentSource, data: DataConfig
+    train: list[str], kept: list[str], source: PackedStore, data: DataConfig
 ) -> None:
     """Refuse a folder of segments that fits less than half of the images."""
     with_segment, accounted = set(kept), source.listed_empty()

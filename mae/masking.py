@@ -1,8 +1,8 @@
-"""The four masking methods: what is hidden, what the encoder sees, where the loss looks.
+"""The masking methods: what is hidden, what the encoder sees, where the loss looks.
 
-A method is one class here; its name in `METHODS` is all that the command line and the
-configuration know. Importing this file does not import torch, so that `--help` and `--check`
-stay fast; only what runs on the device does.
+A method is one class, here or in a file given by --plugin: defining it registers its name, which is
+all that command lines, the plan and the report know. Importing this file does not import torch, so
+that `--help` and `--check` stay fast; only what runs on the device does.
 
 Shapes: B images, C image channels, H x W pixels, P patch size, N = (H / P) * (W / P) patches.
 A *pattern* is what is drawn for one sample on the CPU and decides what is hidden: the visible map
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from common.vit import VISIBLE
+
 if TYPE_CHECKING:
     import torch
 
-VISIBLE = 1  # what the fourth channel holds where a pixel is shown; everywhere, after pretraining
+METHODS: dict[str, type[MaskingMethod]] = {}  # by name, in the order of their definition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,14 @@ class MaskedView:
 
     encoder_input: [B, C_in, H, W] float, the encoder's (or pre-encoder's) input.
     hidden: [B, N, P * P] or [B, N, 1] float, 1 = this pixel counts in the loss, pixels row by row.
-    kept_tokens: [B, K] indices of the patches that enter the encoder; None: all of them.
-    restore_order: [B, N] where each patch stands in (kept, removed); None when all are kept.
+    ids_keep: [B, K] indices of the patches that enter the encoder; None: all of them.
+    ids_restore: [B, N] where each patch stands in (kept, removed); None when all are kept.
     """
 
     encoder_input: torch.Tensor
     hidden: torch.Tensor
-    kept_tokens: torch.Tensor | None = None
-    restore_order: torch.Tensor | None = None
+    ids_keep: torch.Tensor | None = None
+    ids_restore: torch.Tensor | None = None
 
 
 class MaskingMethod:
@@ -46,6 +48,11 @@ class MaskingMethod:
     removes_tokens: ClassVar[bool] = False  # then the decoder needs mask tokens
     extra_channels: ClassVar[int] = 0  # input channels of the patch embedding beyond the image's
     settings: ClassVar[tuple[str, ...]] = ("coverage_ratio", "hide")  # those that matter to it
+
+    def __init_subclass__(cls) -> None:
+        """A class with a name of its own is a method that can be chosen."""
+        if "name" in vars(cls):
+            METHODS[cls.name] = cls
 
     def __init__(self, *, image_size: int, patch_size: int, mask_ratio: float, hide: str) -> None:
         self.image_size = image_size
@@ -59,7 +66,7 @@ class MaskingMethod:
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def num_kept_patches(self) -> int:
+    def num_kept(self) -> int:
         """Patches per image that enter the encoder."""
         return self.num_patches
 
@@ -105,7 +112,7 @@ class Patches(MaskingMethod):
     settings = ("mask_ratio",)
 
     @property
-    def num_kept_patches(self) -> int:
+    def num_kept(self) -> int:
         """The share that `mask_ratio` leaves, rounded down as MAE does."""
         return int(self.num_patches * (1 - self.mask_ratio))
 
@@ -115,7 +122,7 @@ class Patches(MaskingMethod):
 
     def hidden_pixels(self, pattern: np.ndarray) -> int:
         """Every pixel of the removed patches."""
-        return (self.num_patches - self.num_kept_patches) * self.patch_size**2
+        return (self.num_patches - self.num_kept) * self.patch_size**2
 
     def visible_map(self, pattern: torch.Tensor) -> torch.Tensor:
         """Noise [B, N] to [B, 1, H, W]: 1 on the patches that are kept."""
@@ -124,18 +131,18 @@ class Patches(MaskingMethod):
 
     def view(self, images: torch.Tensor, pattern: torch.Tensor) -> MaskedView:
         """Whole images, and which of their patches the encoder gets."""
-        order = pattern.argsort(dim=1, stable=True)
+        ids_shuffle = pattern.argsort(dim=1, stable=True)
         return MaskedView(
             encoder_input=images,
             hidden=self._removed(pattern),
-            kept_tokens=order[:, : self.num_kept_patches],
-            restore_order=order.argsort(dim=1),
+            ids_keep=ids_shuffle[:, : self.num_kept],
+            ids_restore=ids_shuffle.argsort(dim=1),
         )
 
     def _removed(self, pattern: torch.Tensor) -> torch.Tensor:
         """[B, N, 1] float, 1 = removed from the encoder."""
         rank = pattern.argsort(dim=1, stable=True).argsort(dim=1)
-        return (rank >= self.num_kept_patches).float().unsqueeze(-1)
+        return (rank >= self.num_kept).float().unsqueeze(-1)
 
 
 class Segments(MaskingMethod):
@@ -182,11 +189,6 @@ class Preencoder(FourChannels):
             assert convolution.bias is not None
             convolution.bias.zero_()
         return torch.nn.Sequential(padding, convolution)
-
-
-METHODS: dict[str, type[MaskingMethod]] = {
-    method.name: method for method in (Patches, Segments, FourChannels, Preencoder)
-}
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:

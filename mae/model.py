@@ -14,11 +14,10 @@ from timm.layers import LayerNorm, PatchEmbed  # its LayerNorm has eps 1e-6
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mae.config import IMAGE_CHANNELS, ModelConfig
+from common.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD
+from mae.config import ModelConfig
 from mae.masking import MaskedView, MaskingMethod, patchify, unpatchify
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for pixels from 0 to 1
-IMAGE_STD = (0.229, 0.224, 0.225)
 PATCH_VARIANCE_EPSILON = 1e-6
 
 
@@ -98,8 +97,8 @@ class MaskedAutoencoder(nn.Module):
     def encode(self, view: MaskedView) -> Tensor:
         """Class token and kept patches, encoded and normalised: [B, 1 + K, D]."""
         tokens = self.patch_embed(self.preencoder(view.encoder_input)) + self.pos_embed[:, 1:]
-        if view.kept_tokens is not None:
-            tokens = _pick(tokens, view.kept_tokens)
+        if view.ids_keep is not None:
+            tokens = _pick(tokens, view.ids_keep)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
@@ -109,11 +108,11 @@ class MaskedAutoencoder(nn.Module):
     def decode(self, encoded: Tensor, view: MaskedView) -> Tensor:
         """Predicted patches [B, N, P * P * C], laid out as `patchify` does."""
         tokens = self.decoder_embed(encoded)
-        if view.restore_order is not None:
+        if view.ids_restore is not None:
             cls_token, kept = tokens[:, :1], tokens[:, 1:]
-            num_removed = view.restore_order.shape[1] - kept.shape[1]
+            num_removed = view.ids_restore.shape[1] - kept.shape[1]
             mask_tokens = self.mask_token.to(kept.dtype).expand(len(kept), num_removed, -1)
-            patches = _pick(torch.cat([kept, mask_tokens], dim=1), view.restore_order)
+            patches = _pick(torch.cat([kept, mask_tokens], dim=1), view.ids_restore)
             tokens = torch.cat([cls_token, patches], dim=1)
         tokens = tokens + self.decoder_pos_embed
         for block in self.decoder_blocks:
@@ -181,7 +180,7 @@ def training_flops(config: ModelConfig, method: MaskingMethod) -> float:
     Twice the multiply-adds, and the backward pass counted as two forward passes, as is usual for
     model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
     """
-    kept = method.num_kept_patches
+    kept = method.num_kept
     encoder, patch_values = config.encoder, config.patch_pixels**2 * IMAGE_CHANNELS
     forward = (
         _transformer_flops(kept + 1, encoder.width, encoder.depth)

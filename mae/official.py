@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae.checkpoint import read_torch_file
-from mae.config import IMAGE_CHANNELS
+from common.checkpoint import misfits, read_torch_file, resample_positions
+from common.vit import IMAGE_CHANNELS
 from mae.model import MaskedAutoencoder
 
 logger = logging.getLogger(__name__)
@@ -53,37 +52,15 @@ def fit_official(
     adapted = {name: weight for name, weight in weights.items() if name != DECODER_POSITIONS}
     own = {name: weight for name, weight in own.items() if name != DECODER_POSITIONS}
     fresh: list[str] = []
-    if "pos_embed" in adapted and adapted["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
-        adapted["pos_embed"] = resample_positions(adapted["pos_embed"], own["pos_embed"].shape[1])
-        logger.info("position embeddings resampled to %d patches", own["pos_embed"].shape[1] - 1)
+    num_patches = own["pos_embed"].shape[1] - 1
+    if "pos_embed" in adapted and adapted["pos_embed"].shape[1] != num_patches + 1:
+        adapted["pos_embed"] = resample_positions(adapted["pos_embed"], round(num_patches**0.5))
+        logger.info("position embeddings resampled to %d patches", num_patches)
     new_channels = own[EMBEDDING].shape[1] - adapted[EMBEDDING].shape[1]
     if new_channels > 0 and adapted[EMBEDDING].shape[1] == IMAGE_CHANNELS:
         adapted[EMBEDDING] = F.pad(adapted[EMBEDDING], (0, 0, 0, 0, 0, new_channels))
         fresh.append(f"{EMBEDDING} of input channel {IMAGE_CHANNELS + 1} (zeros)")
-    problems = _misfits(own, adapted)
+    problems = misfits(own, adapted, OPTIONAL)
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the checkpoint does not fit: {'; '.join(problems[:5])}{more}")
+        raise ValueError(f"the checkpoint does not fit: {problems}")
     return adapted, fresh + sorted({name.split(".")[0] for name in own if name not in adapted})
-
-
-def _misfits(own: dict[str, Tensor], adapted: dict[str, Tensor]) -> list[str]:
-    problems = [f"{name} is not part of the model" for name in adapted if name not in own]
-    for name, parameter in own.items():
-        if name not in adapted:
-            if not name.startswith(OPTIONAL):
-                problems.append(f"{name} is missing")
-        elif adapted[name].shape != parameter.shape:
-            have, want = tuple(adapted[name].shape), tuple(parameter.shape)
-            problems.append(f"{name} is {have} instead of {want}")
-    return problems
-
-
-def resample_positions(positions: Tensor, length: int) -> Tensor:
-    """[1, 1 + N, D] to [1, length, D] by bicubic interpolation; the class token's stays."""
-    old_side = round((positions.shape[1] - 1) ** 0.5)
-    new_side = round((length - 1) ** 0.5)
-    grid = positions[:, 1:].reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(grid, (new_side, new_side), mode="bicubic", antialias=True)
-    patches = resized.permute(0, 2, 3, 1).reshape(1, new_side**2, -1)
-    return torch.cat([positions[:, :1].float(), patches], dim=1)

@@ -12,14 +12,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae.checkpoint import load_checkpoint, read_torch_file
+from common.checkpoint import read_torch_file
+from common.files import check_output_file, replacing
+from mae.checkpoint import load_checkpoint
 from mae.config import make_method, parse_settings
-from mae.data import Batch, Sample, collate, make_sample
+from mae.data import Batch, Sample, collate, fitting_segment, make_sample
 from mae.decode import read_crop
 from mae.model import MaskedAutoencoder
-from mae.paths import beside
-from mae.segments import SegmentSource, open_segments
-from mae.transforms import centre_crop, crop_segment
+from mae.segments import open_segments
+from mae.segments.segment import Segment
+from mae.segments.store import PackedStore
+from mae.transforms import centre_crop
 
 COLUMNS = ("original", "seen", "predicted", "pasted in")
 FIXED_SET_SIZE = 8
@@ -33,8 +36,7 @@ def reconstruct_files(
     An image of its own segments needs `masks_dir`; else it takes one of the fixed set's patterns.
     Raises ValueError if a file cannot be used.
     """
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: {out.absolute().parent} is not a folder")
+    check_output_file(out)
     _refuse_encoder_only(checkpoint_path)
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint)
@@ -74,7 +76,7 @@ def pack_fixed_set(batch: Batch) -> dict[str, Tensor]:
 
 def unpack_fixed_set(stored: dict[str, Tensor]) -> Batch:
     """The inverse of `pack_fixed_set`."""
-    return Batch(**stored, unreadable=[], without_segment=[])
+    return Batch(**stored, unreadable=[])
 
 
 def load_model(checkpoint: dict[str, Any]) -> MaskedAutoencoder:
@@ -98,36 +100,34 @@ def _refuse_encoder_only(path: Path) -> None:
         )
 
 
-def _own_segment(path: Path, source: SegmentSource, coverage_percent: float) -> np.ndarray:
-    """The segment [H, W] of an image, found by the end of its path: class/stem, or stem."""
+def _own_segment(path: Path, source: PackedStore, coverage_percent: float) -> Segment:
+    """The segment of an image, found by the end of its path: class/stem, or stem."""
     absolute = path.absolute().with_suffix("")
     for key in (f"{absolute.parent.name}/{absolute.name}", absolute.name):
         segment = source.nearest(key, coverage_percent)
         if segment is not None:
-            return segment.decode()
+            return segment
     raise ValueError(f"--masks-dir has no segment of {path}")
 
 
 def _samples(
     model: MaskedAutoencoder,
     paths: Sequence[Path],
-    segments: Sequence[np.ndarray | None],
+    segments: Sequence[Segment | None],
     fixed_set: Batch,
 ) -> Batch:
     """Centre crops of image files, hidden by their segments or as the fixed set is."""
     samples, size = [], model.config.image_size
     for number, (path, segment) in enumerate(zip(paths, segments, strict=True)):
+        own = segment if model.method.uses_segments else None
         try:
             image = read_crop(path, centre_crop, size)
+            cut = None if own is None else fitting_segment(own, image, size)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if segment is not None and model.method.uses_segments:
-            if segment.shape != (image.height, image.width):
-                raise ValueError(f"{path}: its segments are of another size")
-            cut = crop_segment(segment, image.crop, size)
-            samples.append(
-                make_sample(model.method, image.pixels, np.random.default_rng(number), cut)
-            )
+        if cut is not None:
+            rng = np.random.default_rng(number)
+            samples.append(make_sample(model.method, image.pixels, rng, cut))
             continue
         row = number % len(fixed_set)
         samples.append(
@@ -158,6 +158,5 @@ def _save_grid(pictures: Sequence[Tensor], path: Path) -> None:
             axes[row][column].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[row][column].axis("off")
     figure.tight_layout(pad=0.3)
-    unfinished = beside(path)
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png")

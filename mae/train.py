@@ -7,22 +7,29 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+from torch.utils.data import Subset
+
+from common.checkpoint import save_checkpoint
+from common.devices import peak_flops, peak_memory_mib
+from common.files import also_save_as
+from common.interruption import Interruption
+from common.layout import LAST, LOCK, checkpoint_path, reconstructions_path
+from common.lock import hold
+from common.logbook import Logbook
+from common.trackers import check_trackers
+from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
-from mae.checkpoint import also_save_as, save_checkpoint
 from mae.config import PretrainConfig
-from mae.data import allow_many_files, make_loader
-from mae.devices import peak_flops, peak_memory_mib
+from mae.data import allow_many_files, make_fixed_loader, make_loader
 from mae.epoch import EpochTrainer
-from mae.heldout import heldout_loss
-from mae.interruption import Interruption
-from mae.logbook import Logbook, Progress
 from mae.model import training_flops
-from mae.paths import LAST, checkpoint_path, reconstructions_path
 from mae.reconstruct import draw_reconstructions, pack_fixed_set
 from mae.schedule import learning_rate
-from mae.sole_writer import sole_writer
 
 logger = logging.getLogger(__name__)
+
+FEW_IMAGES = 64  # not worth starting loader processes for
 
 
 def pretrain(config: PretrainConfig) -> bool:
@@ -33,6 +40,7 @@ def pretrain(config: PretrainConfig) -> bool:
     run fails (a loss that is not finite, too many unreadable images).
     """
     with Interruption() as interruption:
+        check_trackers(config.run.log_with)
         run, state = build_run(config)
         if state.epochs_completed >= config.epochs_this_round:
             _check_round_is_there(config, state)
@@ -40,23 +48,25 @@ def pretrain(config: PretrainConfig) -> bool:
             return True
         describe(run, state)
         first = run.accelerator.is_main_process  # the only one that writes
-        with sole_writer(config.run.output_dir) if first else nullcontext():
+        output_dir = config.run.output_dir
+        with hold(output_dir / LOCK, output_dir) if first else nullcontext():
             return _fit(run, state, interruption)
 
 
 def _fit(run: Run, state: State, interruption: Interruption) -> bool:
     """Train to the end of the round. Returns False if stopped by a signal."""
-    logbook, progress = _open_books(run, state)
-    trainer = EpochTrainer(run, interruption, lambda: _save_last(run, state), progress)
-    batches = iter(_make_loader(run, state))
+    logbook = _open_logbook(run, state)
+    progress = logbook.progress if logbook else None
+    trainer = EpochTrainer(run, interruption, progress, lambda: save_last(run, state))
+    batches = iter(make_batches(run, state, run.config.epochs_this_round))
     outcome = "failed"
     try:
         while state.epochs_completed < run.config.epochs_this_round:
             stopped = trainer.train_one_epoch(state, batches)
             if state.steps_completed < run.plan.steps_per_epoch:
-                _save_last(run, state)
+                save_last(run, state)
             else:
-                _finish_epoch(run, state, logbook, progress)
+                _finish_epoch(run, state, logbook)
             if stopped and state.epochs_completed < run.config.epochs_this_round:
                 logger.warning("stopped by a signal; run the same command again to continue")
                 outcome = "stopped"
@@ -64,61 +74,50 @@ def _fit(run: Run, state: State, interruption: Interruption) -> bool:
         else:
             outcome = "done"
     finally:
-        if logbook is not None and progress is not None:
-            logbook.close()
-            progress.close(outcome)
+        if logbook is not None:
+            logbook.close(outcome)
     run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
     run.accelerator.end_training()
     return outcome == "done"
 
 
-def _make_loader(run: Run, state: State) -> Any:
+def make_batches(run: Run, state: State, epochs: int) -> Any:
+    """This process's batches from where the state stands until `epochs` are completed."""
     allow_many_files()
     return make_loader(
         run.images,
         run.plan,
         rank=run.accelerator.process_index,
         start=(state.epochs_completed, state.steps_completed),
-        epochs=run.config.epochs_this_round,
+        epochs=epochs,
         workers=run.workers,
         pin_memory=run.accelerator.device.type == "cuda",
     )
 
 
-def _open_books(run: Run, state: State) -> tuple[Logbook | None, Progress | None]:
+def _open_logbook(run: Run, state: State) -> Logbook | None:
     """Log and progress of the first process; the others have none."""
     if not run.accelerator.is_main_process:
-        return None, None
-    output_dir = run.config.run.output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
-    progress = Progress(
-        output_dir,
+        return None
+    return Logbook(
+        run.config.run.output_dir,
+        epochs_completed=state.epochs_completed,
         epochs_total=run.config.epochs_this_round,
         images_per_epoch=run.plan.steps_per_epoch * run.plan.effective_batch_size,
+        log_with=run.config.run.log_with,
+        settings=run.config.settings(),
     )
-    return Logbook(output_dir, state.epochs_completed), progress
 
 
-def _finish_epoch(
-    run: Run, state: State, logbook: Logbook | None, progress: Progress | None
-) -> None:
+def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> None:
     """Evaluate, log, draw and save, in an order in which a kill loses nothing.
 
     The log is cut back to the checkpoint on resume, so it is written first; a round's own
     checkpoint comes before `last.pth`, so that whatever continues from there can rely on it.
     """
-    heldout = None
-    if run.heldout is not None:
-        if progress is not None:
-            progress.write("running", "evaluate")
-        heldout = heldout_loss(
-            run.accelerator,
-            run.model,
-            run.heldout,
-            batch_size=run.plan.micro_batch_size,
-            workers=run.workers,
-        )
-    record = _epoch_record(run, state, heldout)
+    if logbook is not None and len(run.heldout):
+        logbook.progress.evaluating(0, len(run.heldout))
+    record = _epoch_record(run, state, heldout_loss(run))
     state.epochs_completed += 1
     state.steps_completed = 0
     state.seconds = state.waited_seconds = 0.0
@@ -126,18 +125,37 @@ def _finish_epoch(
     if logbook is None:
         return
     logbook.add_epoch(record)
-    config = run.config
-    if state.epochs_completed < config.epochs_this_round:
-        _save_last(run, state)
-        return
-    draw_reconstructions(
-        run.model,
-        run.fixed_set,
-        reconstructions_path(config.run.output_dir, state.epochs_completed),
-    )
-    path = checkpoint_path(config.run.output_dir, state.epochs_completed)
-    save_checkpoint(_checkpoint(run, state), path)
-    also_save_as(path, config.run.output_dir / LAST)
+    if state.epochs_completed < run.config.epochs_this_round:
+        save_last(run, state)
+    else:
+        _save_round(run, state)
+    logbook.saved()
+
+
+@torch.no_grad()
+def heldout_loss(run: Run) -> float | None:
+    """Mean squared error over all hidden pixels and channels of val/, None if it is empty.
+
+    Its images are always cropped and hidden in the same way; the processes share them.
+    """
+    if not len(run.heldout):
+        return None
+    accelerator, model = run.accelerator, run.model
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    share = Subset(run.heldout, range(rank, len(run.heldout), processes))
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    model.eval()
+    if len(share):
+        workers = 0 if len(share) <= FEW_IMAGES else run.workers
+        loader = make_fixed_loader(share, batch_size=run.plan.micro_batch_size, workers=workers)
+        for batch in loader:
+            with accelerator.autocast():
+                errors = model(batch.images.to(sums.device), batch.pattern.to(sums.device))
+            sums[0] += errors.double().sum()
+            sums[1] += batch.hidden_pixels.sum() * IMAGE_CHANNELS
+    model.train()
+    total = accelerator.reduce(sums, reduction="sum")
+    return float(total[0] / total[1].clamp(min=1))
 
 
 def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, Any]:
@@ -171,7 +189,17 @@ def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, An
     return record
 
 
-def _save_last(run: Run, state: State) -> None:
+def _save_round(run: Run, state: State) -> None:
+    """The picture and the checkpoint of a round that is complete, in the first process."""
+    output_dir = run.config.run.output_dir
+    picture = reconstructions_path(output_dir, state.epochs_completed)
+    draw_reconstructions(run.model, run.fixed_set, picture)
+    path = checkpoint_path(output_dir, state.epochs_completed)
+    save_checkpoint(_checkpoint(run, state), path)
+    also_save_as(path, output_dir / LAST)
+
+
+def save_last(run: Run, state: State) -> None:
     """Save where the run stands; only the first process does."""
     if run.accelerator.is_main_process:
         save_checkpoint(_checkpoint(run, state), run.config.run.output_dir / LAST)

@@ -30,11 +30,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
+from common.images import find_images
+from common.vit import IMAGE_MEAN, IMAGE_STD
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.data import MaskedImages
-from mae.listing import find_images, segment_key
-from mae.model import IMAGE_MEAN, IMAGE_STD
-from mae.segments import SegmentSource, open_segments
+from mae.listing import segment_key
+from mae.segments import open_segments
+from mae.segments.store import PackedStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE = 224
@@ -85,7 +87,7 @@ def make_peer_of_patches(folder: Path) -> ImageFolder:
 def make_ours(
     folder: Path,
     paths: list[str],
-    source: SegmentSource | None,
+    source: PackedStore | None,
     model: ModelConfig,
     mask_method: str,
 ) -> MaskedImages:
@@ -94,10 +96,13 @@ def make_ours(
     method = make_method(wanted, model)
     source = source if method.uses_segments else None
     listed = np.array([path.encode() for path in paths])
-    return MaskedImages(folder, listed, source, method=method, wanted=wanted, seed=0)
+    return MaskedImages(
+        folder=folder, paths=listed, segments=source, method=method,
+        coverage_ratio=wanted.coverage_ratio, seed=0,
+    )  # fmt: skip
 
 
-def write_png_form(source: SegmentSource, paths: list[str], masks: Path) -> None:
+def write_png_form(source: PackedStore, paths: list[str], masks: Path) -> None:
     """The segments as the peer reads them: PNGs and `<coverage percent> <file>` lines."""
     for path in paths:
         folder = masks / segment_key(path)
@@ -137,25 +142,20 @@ def compare(
 def measure(images: Path, masks: Path, rounds: int, limit: int) -> list[dict[str, Any]]:
     """All rows. images: a folder with train/, or with class folders; masks: its segments."""
     folder = images / "train" if (images / "train").is_dir() else images
-    source = open_segments(masks)
-    usable = source.images() - source.listed_empty()
-    paths = [path for path in find_images(folder) if segment_key(path) in usable]
-    paths = [path for path in paths if source.nearest(segment_key(path), COVERAGE_PERCENT)][:limit]
-    count = len(paths)
-    print(f"{count} images of {folder}, segments of {masks}, {rounds} rounds, one core", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        write_png_form(source, paths, Path(scratch, "png"))
+        store = pack(masks, Path(scratch, "masks.sqlite"))
+        with_segments = store.images()
+        paths = [path for path in find_images(folder) if segment_key(path) in with_segments][:limit]
+        count = len(paths)
+        print(f"{count} images of {folder}, segments of {masks}, {rounds} rounds, one core")
+        write_png_form(store, paths, Path(scratch, "png"))
         peer = PngSamples(folder, Path(scratch, "png"), paths)
-        for form, opened in (
-            ("as they are", source),
-            ("packed store", pack(masks, Path(scratch, "masks.sqlite"))),
-        ):
-            ours = make_ours(folder, paths, opened, MODEL, "four_channels")
-            rows.append(
-                compare(f"masked sample, {form}", "PIL, float tensors, PNG per segment",
-                        partial(_ours, ours), partial(_theirs, peer), count, rounds)
-            )  # fmt: skip
+        ours = make_ours(folder, paths, store, MODEL, "four_channels")
+        rows.append(
+            compare("masked sample", "PIL, float tensors, PNG per segment",
+                    partial(_ours, ours), partial(_theirs, peer), count, rounds)
+        )  # fmt: skip
     patches = make_ours(folder, paths, None, MODEL, "patches")
     images_of_peer = make_peer_of_patches(folder)
     numbers = {path: number for number, (path, _) in enumerate(images_of_peer.samples)}
@@ -169,7 +169,7 @@ def measure(images: Path, masks: Path, rounds: int, limit: int) -> list[dict[str
     return rows
 
 
-def pack(masks: Path, store: Path) -> SegmentSource:
+def pack(masks: Path, store: Path) -> PackedStore:
     """The segments as a packed store."""
     if masks.suffix == ".sqlite":
         return open_segments(masks)

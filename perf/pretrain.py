@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae.config import MODELS, MethodConfig, ModelConfig, OptimisationConfig, make_method
+from common.devices import peak_flops
+from common.images import find_images
+from common.vit import VIT_SIZES
+from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method
 from mae.data import collate
-from mae.devices import peak_flops
-from mae.listing import find_images, segment_key
+from mae.listing import segment_key
 from mae.masking import METHODS
 from mae.model import MaskedAutoencoder, training_flops
 from mae.optimisation import GuardedUpdate, make_optimizer
-from mae.segments import SegmentSource, open_segments
+from mae.segments.store import PackedStore
 from perf.loader import make_ours, sample_data
 
 OPTIMISATION = OptimisationConfig(effective_batch_size=256)
@@ -109,10 +111,10 @@ def make_their_step(
 
 
 def load_batch(
-    folder: Path, source: SegmentSource, config: ModelConfig, mask_method: str, size: int
+    folder: Path, source: PackedStore, config: ModelConfig, mask_method: str, size: int
 ) -> tuple[Tensor, Tensor, int]:
     """One batch of real samples: images uint8, patterns, and how many pixels are hidden."""
-    usable = source.images() - source.listed_empty()
+    usable = source.images()
     paths = [path for path in find_images(folder) if segment_key(path) in usable]
     images = make_ours(folder, paths, source, config, mask_method)
     batch = collate([images[(0, index % len(paths))] for index in range(size)])
@@ -151,7 +153,7 @@ def measure(arguments: argparse.Namespace, folder: Path, masks: Path) -> list[di
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     config = ModelConfig(model=arguments.model, image_size=arguments.image_size)
-    source, size = open_segments(masks), arguments.batch_size
+    source, size = pack(masks, masks.parent / "perf.sqlite"), arguments.batch_size
     rounds, repeats = arguments.rounds, arguments.repeats
     name = (
         torch.cuda.get_device_name(device)
@@ -235,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, help="folder with train/; default: generated images")
     parser.add_argument("--masks", type=Path, help="their segments; default: IMAGES/masks")
-    parser.add_argument("--model", choices=list(MODELS), default="vit_base")
+    parser.add_argument("--model", choices=list(VIT_SIZES), default="vit_base")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)

@@ -41,8 +41,17 @@ def in1k_dir(tmp_path_factory):
         if number < NUM_TRAIN - 2:
             write_segments(folder / f"masks/class{number % 3}/image_{number}.json", rng)
     for number in range(NUM_VAL):
-        write_image(folder / f"val/class0/image_{number}.jpg", rng)
+        write_image(folder / f"val/class0/held_out_{number}.jpg", rng)
+        write_segments(folder / f"masks/class0/held_out_{number}.json", rng)
+    pack_segments(folder / "masks")
     return folder
+
+
+def pack_segments(masks_dir):
+    """As `python -m mae masks pack` does."""
+    from mae.segments.pack import pack
+
+    pack(masks_dir, None, overwrite=True, allow_damaged=False, processes=1)
 
 
 def write_image(path: Path, rng: np.random.Generator, width=60, height=48):
@@ -78,16 +87,17 @@ def as_annotation(inside):
 
 def make_config(in1k_dir, output_dir, **options):
     """The configuration that the command line would make of these options."""
-    from mae.options import PRETRAIN_OPTIONS, build_config
+    from common.options import make
+    from mae.config import GROUPS, PretrainConfig
 
-    values = {str(parameter.name): parameter.default for parameter in PRETRAIN_OPTIONS}
     paths = {"in1k_dir": Path(in1k_dir), "output_dir": Path(output_dir)}
-    return build_config({**values, **SMALL_RUN, **paths, **options})
+    values = {**SMALL_RUN, **paths, **options}
+    return PretrainConfig(**{name: make(group, values) for name, group in GROUPS.items()})
 
 
 def read_epochs(output_dir):
     """log.txt without what may differ between equal runs."""
-    from mae.logbook import TIMING_KEYS
+    from common.logbook import TIMING_KEYS
 
     lines = (Path(output_dir) / "log.txt").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -136,7 +146,7 @@ class Processes:
 def _child(config, rank, processes, port, sabotage):
     import torch
 
-    from mae.interruption import EXIT_INTERRUPTED
+    from common.console import EXIT_STOPPED
     from mae.train import pretrain
 
     torch.set_num_threads(1)
@@ -149,7 +159,7 @@ def _child(config, rank, processes, port, sabotage):
     if sabotage is not None:
         sabotage(rank)
     try:
-        sys.exit(0 if pretrain(config) else EXIT_INTERRUPTED)
+        sys.exit(0 if pretrain(config) else EXIT_STOPPED)
     except RuntimeError as error:
         (config.run.output_dir / f"error-{rank}.txt").write_text(str(error))
         sys.exit(1)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from common.console import EXIT_STOPPED
 from mae.cli import cli, main
-from mae.interruption import EXIT_INTERRUPTED
 from tests.mae.conftest import SMALL_RUN, make_config, read_epochs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,8 +55,10 @@ def test_torchrun_trains_on_two_processes_over_gloo(settings, tmp_path):
 def test_real_photographs_with_real_segments(tmp_path, masks):
     if not SAMPLE.is_dir():
         pytest.skip(f"the sample of ImageNet is not at {SAMPLE}")
+    store = tmp_path / "masks.sqlite"
+    assert run("masks", "pack", SAMPLE / masks, "--out", store).returncode == 0
     options = {
-        "in1k_dir": SAMPLE, "masks_dir": SAMPLE / masks, "output_dir": tmp_path / "out",
+        "in1k_dir": SAMPLE, "masks_dir": store, "output_dir": tmp_path / "out",
         "allow_missing_segments": True, "epochs": 1, "image_size": 64, "mask_method": "preencoder",
     }  # fmt: skip
     from mae.train import pretrain
@@ -100,26 +102,31 @@ def test_check_says_and_writes_nothing_and_imports_no_torch(settings, tmp_path):
 
 
 def test_exit_codes_are_those_of_the_contract():
-    assert EXIT_INTERRUPTED == 75
+    assert EXIT_STOPPED == 75
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mask-method", "segment"], "'four-channels'"),
-        (["--coverage-ratio", "150"], "--coverage-ratio is 150; give 0 to 100 (percent)"),
+        (
+            ["--mask-method", "segment"],
+            "choose one of patches, segments, four_channels, preencoder",
+        ),
+        (["--coverage-ratio", "150"], "--coverage-ratio is 150; give 0 to 100"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--stop-after", "9"], "give 1 to the 4 epochs"),
         (["--image-size", "40"], "not a multiple of the patch size 16"),
         (["--decoder-heads", "5"], "cannot be split into 5 heads"),
-        (["--model", "vit_giant"], "vit-huge"),
+        (["--model", "vit_giant"], "vit_huge"),
         (["--effective-batch-size", "999"], "more than the 24 training images; give at most 24"),
         (["--masks-dir", "/nowhere"], "/nowhere does not exist"),
         (["--in1k-dir", "/nowhere"], "/nowhere is not a folder"),
         (["--init", "/nowhere.pth"], "/nowhere.pth does not exist"),
         (["--resume", "required"], "there is no checkpoint"),
         (["--use-unmasked-images"], "four_channels needs them"),
-        (["--base-lr", "fast"], "'fast' is not a valid float"),
+        (["--base-lr", "fast"], "--base-lr is 'fast'; give a number"),
+        (["--base-lr", "nan"], "--base-lr is nan; give more than 0"),
+        (["--log-with", "tensorbord"], "--log-with is 'tensorbord'"),
         (["--no-such-option"], "No such option"),
     ],
 )
@@ -157,35 +164,72 @@ def test_an_output_directory_that_is_a_file(capsys, settings, tmp_path):
     assert "is not a folder" in lines[-1]
 
 
-def parse(*arguments):
-    """The options as the command understands them."""
-    return cli.commands["pretrain"].make_context("pretrain", list(arguments)).params
+def checked(*arguments):
+    """What --check --json tells of a command, in a process of its own."""
+    done = run("pretrain", "--check", "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_dashes_and_underscores_are_equal(settings):
-    required = ("--in1k_dir", "a", "--output-dir", "b")
+def test_dashes_and_underscores_are_equal(settings, tmp_path):
     for option, value in (("--mask_method", "four-channels"), ("--mask-method", "four_channels")):
-        assert parse(*required, option, value)["mask_method"] == "four_channels"
+        facts = checked("--config", settings, "--output_dir", tmp_path / "out", option, value)
+        assert facts["settings"]["mask_method"] == "four_channels"
 
 
-def test_config_file_gives_defaults_and_the_command_line_wins(settings):
-    values = parse("--config", str(settings), "--output-dir", "b", "--epochs", "7")
-    assert values["epochs"] == 7
-    assert values["patch_size"] == 16
-    assert values["mask_method"] == "four_channels"
+def test_check_tells_batch_rates_and_images(settings, tmp_path):
+    facts = checked("--config", settings, "--output-dir", tmp_path / "out", "--epochs", 7)
+    assert facts["images"] == {"train": 24, "left_out": 2, "val": 5}
+    assert facts["batch"] == {
+        "effective": 8, "per_process": 8, "processes": 1, "accumulation_steps": 1,
+        "steps_per_epoch": 3,
+    }  # fmt: skip
+    assert facts["epochs"] == facts["settings"]["epochs"] == 7  # the command line wins
+    assert facts["settings"]["patch_size"] == 16
+    peak = SMALL_RUN["base_lr"] * 8 / 256
+    assert facts["learning_rate"]["peak"] == pytest.approx(peak)
+    assert facts["learning_rate"]["points"] == [
+        [0.0, 0.0, "start"], [1.75, pytest.approx(peak), "end of warm-up"],
+        [3.5, pytest.approx(peak * 0.75), "middle"], [7.0, pytest.approx(0, abs=1e-9), "end"],
+    ]  # fmt: skip
+    assert 60e6 < facts["checkpoint_bytes"] < 80e6
 
 
-def test_on_and_off_in_a_config_file_are_no_booleans(tmp_path):
-    for word in ("on", "off", "auto"):
-        (tmp_path / "a.yml").write_text(f"compile: {word}\n")
-        values = parse("--config", str(tmp_path / "a.yml"), "--in1k-dir", "a", "--output-dir", "b")
-        assert values["compile"] == word
+def test_timing_gives_seconds_and_writes_nothing(settings, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    done = run(
+        "pretrain", "--time-steps", 2, "--config", settings, "--output-dir", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads(done.stdout)
+    assert seconds["setup_seconds"] > 0
+    # Three steps of eight images in an epoch, and the held-out loss.
+    assert seconds["epoch_seconds"] > 24 / seconds["images_per_second"] > 0
+    assert (seconds["evaluations"], seconds["evaluation_seconds"]) == (0, 0)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_methods_and_options_are_told_as_json_without_torch(in1k_dir):
+    code = (
+        "import sys\nfrom mae.cli import main\n"
+        f"sys.argv[1:] = ['methods', '--in1k-dir', {str(in1k_dir)!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+    facts = json.loads(done.stdout)
+    assert list(facts["methods"]) == ["patches", "segments", "four_channels", "preencoder"]
+    assert facts["methods"]["patches"] == {"uses_segments": False, "settings": ["mask_ratio"]}
+    assert facts["options"]["base_lr"] == {"default": 1.5e-4, "neutral": False, "older": 1.5e-4}
+    assert facts["options"]["workers"]["neutral"]
+    assert facts["segments"]["form"] == "packed store"
+    assert not facts["segments"]["needs_packing"]
 
 
 def test_processes_that_srun_started_without_torchrun_are_refused(capsys, settings, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
-    code, lines = exit_code(capsys, "pretrain", "--config", settings)
+    code, lines = exit_code(capsys, "pretrain", "--config", settings, "--output-dir", "out")
     assert code == 2
     assert "srun started 2 processes, which are not connected" in lines[0]
 
@@ -194,7 +238,7 @@ def test_config_file_with_an_unknown_key_names_near_ones(capsys, tmp_path):
     (tmp_path / "a.yml").write_text("mask-metod: patches\n")
     code, lines = exit_code(capsys, "pretrain", "--config", tmp_path / "a.yml")
     assert code == 2
-    assert "unknown option 'mask-metod'; did you mean mask_method" in lines[-1]
+    assert "there is no 'mask_metod'; did you mean mask_method" in lines[-1]
 
 
 def test_every_option_has_help_and_a_field(settings):

@@ -7,14 +7,21 @@ import pytest
 import torch
 from PIL import Image
 
+from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.data import FixedImages, MaskedImages
 from mae.decode import read_crop, read_image
-from mae.listing import find_images, make_listing, segment_key
+from mae.listing import make_listing, segment_key
 from mae.schedule import make_batch_plan
 from mae.segments import open_segments
 from mae.transforms import Crop, crop_image, crop_segment, random_crop
-from tests.mae.conftest import as_annotation, make_config, write_image, write_segments
+from tests.mae.conftest import (
+    as_annotation,
+    make_config,
+    pack_segments,
+    write_image,
+    write_segments,
+)
 
 MODEL = ModelConfig(model="vit_tiny", image_size=64, patch_size=16)
 
@@ -260,10 +267,14 @@ def open_images(folder, mask_method="segments", **settings):
     method_config = MethodConfig(mask_method=mask_method, **settings)
     method = make_method(method_config, MODEL)
     paths = np.array([p.encode() for p in find_images(folder / "train")])
-    source = open_segments(folder / "masks") if method.uses_segments else None
+    segments = None
+    if method.uses_segments:
+        pack_segments(folder / "masks")
+        segments = open_segments(folder / "masks")
     return MaskedImages(
-        folder / "train", paths, source, method=method, wanted=method_config, seed=7
-    )
+        folder=folder / "train", paths=paths, segments=segments, method=method,
+        coverage_ratio=method_config.coverage_ratio, seed=7,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -304,31 +315,44 @@ def test_a_segment_of_another_size_is_named_not_stretched(folder):
     assert "60x48" in sample.unreadable[0]
 
 
-def test_fixed_images_never_change_and_borrow_segments(folder):
+def test_fixed_images_never_change(folder):
     images = open_images(folder)
-    val = np.array([b"1.jpg", b"4.jpg"])
-    fixed = FixedImages(images, val, folder / "train", lenders=images.paths)
+    fixed = FixedImages(images, folder / "train", np.array([b"1.jpg", b"4.jpg"]))
     one, two = fixed[1], fixed[1]
     assert torch.equal(one.image, two.image)
     assert np.array_equal(one.pattern, two.pattern)
     assert 0 < one.hidden_pixels < 64 * 64
 
 
-def test_a_held_out_image_hides_its_own_segment_if_it_has_one(folder):
+def test_a_held_out_image_hides_its_own_segment(folder):
     inside = np.zeros((48, 60), np.uint8)
     inside[10:30, 20:50] = 1
     (folder / "val").mkdir()
-    for name in ("own", "none"):
-        white = np.repeat(inside[..., None] * 255, 3, 2)
-        Image.fromarray(white).save(folder / f"val/{name}.png")
+    Image.fromarray(np.repeat(inside[..., None] * 255, 3, 2)).save(folder / "val/own.png")
     (folder / "masks/own.json").write_text(as_text([as_annotation(inside)]))
-    images = open_images(folder)
-    val = np.array([b"own.png", b"none.png"])
-    fixed = FixedImages(images, val, folder / "val", lenders=images.paths)
-    own, borrowed = (fixed[index].pattern == 0 for index in (0, 1))
+    fixed = FixedImages(open_images(folder), folder / "val", np.array([b"own.png"]))
     white = fixed[0].image[0].numpy() > 127
-    assert (own == white).mean() > 0.97
-    assert (borrowed == white).mean() < 0.95
+    assert ((fixed[0].pattern == 0) == white).mean() > 0.97
+
+
+def test_held_out_images_without_segments_are_left_to_methods_that_need_none(folder, tmp_path):
+    rng = np.random.default_rng(1)
+    for name in ("own", "none"):
+        write_image(folder / f"val/{name}.jpg", rng)
+    write_segments(folder / "masks/own.json", rng)
+    pack_segments(folder / "masks")
+    held_out = {}
+    for mask_method in ("patches", "segments"):
+        config = make_config(folder, tmp_path / "out", mask_method=mask_method)
+        listing = make_listing(config.data, make_method(config.method, config.model))
+        held_out[mask_method] = listing.val.tolist()
+    assert held_out == {"patches": [b"none.jpg", b"own.jpg"], "segments": [b"own.jpg"]}
+
+
+def test_a_folder_of_segments_that_are_not_packed_is_refused_with_the_command(folder, tmp_path):
+    config = make_config(folder, tmp_path / "out", mask_method="segments")
+    with pytest.raises(ValueError, match="python -m mae masks pack"):
+        make_listing(config.data, make_method(config.method, config.model))
 
 
 def test_images_without_segments_are_left_out_for_all_methods_alike(in1k_dir, tmp_path):

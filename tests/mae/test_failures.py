@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from mae.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import save_checkpoint
+from common.layout import LOCK
+from common.lock import LockedError, hold
+from mae.checkpoint import load_checkpoint
 from mae.epoch import steps_between_looks
 from mae.listing import make_listing
 from mae.optimisation import GuardedUpdate, make_optimizer
-from mae.sole_writer import sole_writer
 from mae.train import pretrain
 from tests.mae.conftest import make_config, read_epochs, write_image, write_segments
 
@@ -266,12 +268,11 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
         while not (tmp_path / "last.pth").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        with pytest.raises(ValueError, match="another process is writing into"):
+        with pytest.raises(LockedError, match=f"process {first.pid} on .* already works in"):
             pretrain(config)
         assert first.is_alive()
     finally:
         first.kill()
         first.join()
-    with sole_writer(tmp_path):
+    with hold(tmp_path / LOCK, tmp_path):
         pass
-    assert not (tmp_path / ".lock").exists()

@@ -1,5 +1,7 @@
 """Pictures of what a checkpoint reconstructs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,7 @@ def test_a_perfect_prediction_gives_the_image_back(norm_pix_loss):
 
 def test_encoder_only_files_are_refused(checkpoint, tmp_path):
     for name in ("encoder.safetensors", "encoder.pth"):
-        export_encoder(checkpoint, tmp_path / name, "official")
+        export_encoder(checkpoint, tmp_path / name)
         with pytest.raises(ValueError, match="holds an encoder only"):
             reconstruct_files(tmp_path / name, [], out=tmp_path / "out.png", masks_dir=None)
     assert not (tmp_path / "out.png").exists()
@@ -92,3 +94,17 @@ def test_a_checkpoint_gives_the_model_back(checkpoint):
     model = load_model(load_checkpoint(checkpoint))
     assert model.config.norm_pix_loss
     assert model.method.name == "four_channels"
+
+
+def test_the_example_of_the_readme_runs(checkpoint, tmp_path, monkeypatch):
+    """Its lines as they stand there, in a folder with a checkpoint and a photograph."""
+    readme = Path(__file__).resolve().parents[2] / "mae/README.md"
+    example = readme.read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "OUT").mkdir()
+    (tmp_path / "OUT/checkpoint-50.pth").symlink_to(checkpoint)
+    write_image(tmp_path / "photo.jpg", np.random.default_rng(0))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert names["tokens"].shape == (1, 1 + 4, 192)
+    assert is_a_picture(tmp_path / "picture.png")

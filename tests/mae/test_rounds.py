@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae.interruption import Interruption
-from mae.paths import find_resumable
+from common.interruption import Interruption
+from common.layout import find_resumable
 from tests.mae.conftest import assert_same_weights, make_config, read_epochs
 
 SPLIT = {"batch_size": 2}  # 4 forward passes per step on one process, 2 on each of two
@@ -35,7 +35,7 @@ def test_a_run_leaves_log_checkpoint_pictures_and_progress(whole):
     names = {path.name for path in whole.iterdir()}
     assert names == {
         "log.txt", "checkpoint-4.pth", "last.pth", "reconstructions-4.png", "progress.json",
-        "tensorboard",
+        "tensorboard", ".lock", ".trackers.json",
     }  # fmt: skip
     epochs = read_epochs(whole)
     assert [record["epoch"] for record in epochs] == [1, 2, 3, 4]
@@ -76,7 +76,7 @@ def _kill_in_second_save(rank):
 
 def _kill_after_the_log_line(rank):
     """SIGKILL when epoch 3 is in the log, but not in a checkpoint."""
-    from mae import logbook
+    from common import logbook
 
     add_epoch = logbook.Logbook.add_epoch
 

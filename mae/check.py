@@ -1,0 +1,95 @@
+"""`pretrain --check`: everything that can be known before the work starts. Writes nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from common.files import check_output_folder
+from common.layout import find_resumable
+from common.trackers import check_trackers
+from common.yamlfile import plain
+from mae.config import PretrainConfig, make_method
+from mae.listing import make_listing
+from mae.schedule import learning_rate, make_batch_plan
+
+
+def check_pretraining(config: PretrainConfig) -> dict[str, Any]:
+    """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
+    logger = logging.getLogger("mae")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return _check(config)
+    finally:
+        logger.setLevel(level)
+
+
+def _check(config: PretrainConfig) -> dict[str, Any]:
+    listing = make_listing(config.data, make_method(config.method, config.model))
+    plan = make_batch_plan(
+        config.optimisation,
+        num_images=len(listing.train),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        batch_size=config.run.batch_size,
+    )
+    check_output_folder(config.run.output_dir)
+    check_trackers(config.run.log_with)
+    if find_resumable(config.run.output_dir) is not None or config.run.resume == "required":
+        from mae.checkpoint import open_own_checkpoint  # torch takes seconds to import
+
+        open_own_checkpoint(config, listing, lazily=True)
+    elif config.run.init is not None:
+        _check_init(config, config.run.init)
+    return {
+        "images": {
+            "train": len(listing.train), "left_out": listing.left_out, "val": len(listing.val),
+        },
+        "batch": {
+            "effective": plan.effective_batch_size,
+            "per_process": plan.micro_batch_size,
+            "processes": plan.processes,
+            "accumulation_steps": plan.accumulation_steps,
+            "steps_per_epoch": plan.steps_per_epoch,
+        },
+        "learning_rate": {
+            "peak": config.optimisation.learning_rate, "points": _rates(config),
+        },
+        "epochs": config.optimisation.epochs,
+        "settings": plain(config.settings()),
+        "checkpoint_bytes": config.model.checkpoint_bytes,
+    }  # fmt: skip
+
+
+def _rates(config: PretrainConfig) -> list[tuple[float, float, str]]:
+    """The learning rate at the epochs that matter, ascending; what each of them is."""
+    optimisation = config.optimisation
+    names = {
+        float(config.epochs_this_round): "end of this round",
+        optimisation.epochs / 2: "middle",
+        optimisation.warmup_fraction * optimisation.epochs: "end of warm-up",
+        0.0: "start",
+        float(optimisation.epochs): "end",
+    }
+    return [
+        (epoch, learning_rate(optimisation, epoch / optimisation.epochs), name)
+        for epoch, name in sorted(names.items())
+    ]
+
+
+def _check_init(config: PretrainConfig, path: Path) -> None:
+    """Whether an official checkpoint fits the model, by shapes alone."""
+    import torch
+
+    from mae.model import MaskedAutoencoder
+    from mae.official import fit_official, read_official_weights
+
+    weights = read_official_weights(path, lazily=True)
+    with torch.device("meta"):
+        model = MaskedAutoencoder(config.model, make_method(config.method, config.model))
+    try:
+        fit_official(model.state_dict(), weights)
+    except ValueError as error:
+        raise ValueError(f"--init {path}: {error}") from error

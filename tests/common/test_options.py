@@ -1,0 +1,170 @@
+"""One declaration of an option gives the flag, the YAML key, the help and the error."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import click
+import pytest
+
+from common.console import run_program
+from common.options import CONTEXT, Layer, OptionGroup, command, make, merge, option, option_facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small(OptionGroup):
+    title: ClassVar[str] = "Small things"
+    folder: Path = option("Where it is.")
+    epochs: int = option("How often.", 5, at_least=1)
+    rate: float = option("How fast.", 0.1, above=0)
+    share: float | None = option("How much.", None, at_least=0, below=1)
+    kind: Literal["auto", "four_channels"] = option("Which.", "auto", neutral=True)
+    ratios: tuple[float, ...] = option("Several.", (15.0,), at_least=0, at_most=100)
+    stack: bool = option("On another.", False)
+    wide: bool = option("Broad.", True)
+    later: int = option("Came later.", 3, older=7)
+    parts: Mapping[str, object] = option("Options of a part.", {})
+
+
+made = []
+
+
+@click.group(context_settings=CONTEXT)
+def cli():
+    """Nothing."""
+
+
+@command(cli, small=Small)
+@click.option("--check", is_flag=True, help="Only check.")
+def go(small, check):
+    """Go."""
+    made.append((small, check))
+
+
+def run(*arguments):
+    """Exit code, and what was made."""
+    made.clear()
+    with pytest.raises(SystemExit) as end:
+        run_program(cli, "program", ["go", *map(str, arguments)])
+    return end.value.code, made[0][0] if made else None
+
+
+def test_defaults_are_those_of_the_fields():
+    code, small = run("--folder", "/data")
+    assert code == 0
+    assert small == Small(folder=Path("/data"))
+
+
+def test_dashes_and_underscores_are_equal_in_names_and_choices():
+    _, small = run(
+        "--folder", "/data", "--kind", "four-channels", "--ratios", "1, 2.5", "--no_wide"
+    )
+    assert (small.kind, small.ratios, small.wide) == ("four_channels", (1.0, 2.5), False)
+
+
+def test_paths_become_absolute_and_keep_links(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    assert run("--folder", "link")[1].folder == tmp_path / "link"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("--folder", "~/x")[1].folder == tmp_path / "x"
+
+
+def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
+    (tmp_path / "a.yml").write_text(
+        "folder: /data\nepochs: 7\nrate: 1e-3\nratios: [3, 4]\nstack: true\nwide: false\n"
+        "parts: {compile: off, time: 24:00:00, base-lr: 1.5e-4}\n"
+    )
+    _, small = run("--config", tmp_path / "a.yml", "--epochs", 8, "--parts", "epochs=2")
+    assert (small.epochs, small.rate, small.ratios) == (8, 0.001, (3.0, 4.0))
+    assert (small.stack, small.wide) == (True, False)
+    assert small.parts == {"compile": "off", "time": "24:00:00", "base_lr": 1.5e-4, "epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--folder is missing: Where it is."),
+        (["--folder", ""], "--folder is ''; give a path"),
+        (["--folder", "~nosuchuser/x"], "there is no such user"),
+        (["--epochs", "0"], "--epochs is 0; give 1 or more"),
+        (["--epochs", "1.9"], "--epochs is '1.9'; give a whole number"),
+        (["--epochs", "1_0"], "--epochs is '1_0'; give a whole number"),
+        (["--epochs", "1" * 5000], "give a whole number"),
+        (["--rate", "nan"], "--rate is nan; give more than 0"),
+        (["--rate", "inf"], "--rate is inf; give more than 0"),
+        (["--rate", "fast"], "--rate is 'fast'; give a number"),
+        (["--share", "1"], "--share is 1; give 0 to below 1"),
+        (["--ratios", "5,101"], "--ratios is 101; give 0 to 100"),
+        (["--ratios", "5,,6"], "--ratios is ''; give a number"),
+        (["--kind", "other"], "--kind is 'other'; choose one of auto, four_channels"),
+        (["--parts", "epochs"], "--parts is 'epochs'; give KEY=VALUE"),
+        (["--parts", "epochs=[1"], "--parts epochs=[1 is not YAML"),
+        (["--epoch", "3"], "Did you mean '--epochs'?"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_what_is_allowed(capsys, arguments, message):
+    given = [] if not arguments or "--folder" in arguments else ["--folder", "/data"]
+    assert run(*given, *arguments) == (2, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 1.9", "--epochs is 1.9; give a whole number"),
+        ("epochs: true", "--epochs is True; give a whole number"),
+        ("epochs: [1]", "--epochs is [1]; give a whole number"),
+        (f"epochs: {'1' * 5000}", "a.yml"),
+        ("folder: 7", "--folder is 7; give a path"),
+        ("folder: [a]", "--folder is ['a']; give a path"),
+        ("stack: yes", "--stack is 'yes'; give true or false"),
+        ("rate: .nan", "--rate is nan"),
+        ("parts: 3", "--parts is 3; give `option: value` lines"),
+        ("epoch: 3", "there is no 'epoch'; did you mean epochs"),
+        ("epochs: 3\nepochs: 4", "epochs is given twice"),
+        ("stack: true\nrate: 1\nra-te: 2", "there is no 'ra_te'; did you mean rate"),
+        ("[1, 2]", "has to hold `key: value` lines"),
+        ("a: [1", "a.yml is not YAML: line 2"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("a: !!python/object:os.system 1", "a.yml is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(capsys, tmp_path, text, message):
+    (tmp_path / "a.yml").write_text(text + "\n")
+    assert run("--folder", "/data", "--config", tmp_path / "a.yml") == (2, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "a.yml" in lines[0]
+    assert message in lines[0]
+
+
+def test_help_has_a_section_for_each_group_and_shows_defaults(capsys):
+    assert run("--help")[0] == 0
+    text = capsys.readouterr().out
+    assert "Small things:" in text
+    for part in ("[required]", "[default: 5]", "[auto|four_channels]", "--no-wide", "Only check."):
+        assert part in text
+
+
+def test_a_group_made_in_python_is_judged_in_the_same_words():
+    with pytest.raises(ValueError, match="--epochs is 0; give 1 or more"):
+        Small(folder=Path("a"), epochs=0)
+
+
+def test_later_layers_win_and_pairs_add_up():
+    layers = [Layer({"rate": 1, "parts": {"a": 1, "b": 1}}, "a.yml"), Layer({"parts": ["b=2"]})]
+    values = merge([Small], [*layers, Layer({"folder": "/x"})])
+    small = make(Small, values)
+    assert (small.rate, small.parts) == (1.0, {"a": 1, "b": 2})
+
+
+def test_facts_tell_what_an_older_file_counts_as():
+    facts = option_facts([Small])
+    assert facts["later"] == {"default": 3, "neutral": False, "older": 7}
+    assert facts["kind"]["neutral"]
+    assert facts["folder"]["default"] is None
