@@ -105,6 +105,7 @@ class OptionGroup:
     """Options that belong together. Making one judges every value: ValueError names the option."""
 
     title: ClassVar[str]
+    no_default: ClassVar[str] = "required"  # what --help says of options that have none
 
     def __post_init__(self) -> None:
         for name, field in fields_of(type(self)).items():
@@ -325,7 +326,7 @@ class OptionCommand(click.Command):
         self.params.append(_config_option())
         for group in groups.values():
             for field in fields_of(group).values():
-                self.params.append(_click_option(field))
+                self.params.append(_click_option(field, group.no_default))
                 self.titles[field.name] = group.title
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -379,7 +380,7 @@ def _config_option() -> click.Option:
     return click.Option(["--config"], metavar="FILE", help=text)
 
 
-def _click_option(field: Field) -> click.Option:
+def _click_option(field: Field, no_default: str) -> click.Option:
     """Click only collects the words; `merge` converts and judges them."""
     help_text, words = field.spec.help, field.words()
     shown = plain(field.default) if field.default is not REQUIRED else None
@@ -394,7 +395,7 @@ def _click_option(field: Field) -> click.Option:
             [field.flag, field.name], multiple=True, metavar="KEY=VALUE", help=help_text
         )
     if field.default is REQUIRED:
-        help_text += "  [required]"
+        help_text += f"  [{no_default}]"
     elif shown is not None and shown != []:
         text = ",".join(map(str, shown)) if isinstance(shown, list) else shown
         help_text += f"  [default: {text}]"

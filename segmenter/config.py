@@ -21,16 +21,17 @@ from common.options import (
 from common.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
-DEFAULT_RECIPE = "segmenter"
+DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(OptionGroup):
-    """Encoder and decoder. Options without a default are the recipe's, here and below."""
+    """Encoder and decoder."""
 
     title: ClassVar[str] = "Model"
+    no_default: ClassVar[str] = OF_RECIPE
     model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
     patch_size: int | None = option(
         "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, at_least=1
@@ -53,6 +54,7 @@ class OptimisationConfig(OptionGroup):
     """How the weights are found, and how often they are scored."""
 
     title: ClassVar[str] = "Optimisation"
+    no_default: ClassVar[str] = OF_RECIPE
     epochs: int = option("Epochs of the run.", at_least=1)
     batch_size: int = option("Images per step, on all devices together.", at_least=1)
     optimizer: Literal["sgd", "adamw"] = option("How the weights are updated.")
@@ -85,6 +87,7 @@ class ProtocolConfig(OptionGroup):
     """What decides which scores can be compared. All sizes in pixels."""
 
     title: ClassVar[str] = "Protocol"
+    no_default: ClassVar[str] = OF_RECIPE
     image_size: int = option(
         "Scale of the images: short side; the long side is at most 4x it.", at_least=1
     )
