@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-
 from pipeline.datasets import SegmentationData, image_files, link_image_subset, link_pair_subset
+
 from pipeline.doctor import Finding, examine, findings_text
 from pipeline.estimate import EvaluationCost, PretrainCost
 from pipeline.sample import SampleSize, write_sample
