@@ -7,16 +7,18 @@ import logging
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from mae.interruption import Interruption
-from mae.listing import find_images, segment_key
-from mae.segments import open_segments
-from mae.segments.forms import SegmentSource
-from mae.segments.images import read_rgb
+from common.files import write_text
+from common.images import find_images, read_rgb
+from common.interruption import Interruption
+from common.progress import Counter
+from mae.listing import segment_key
+from mae.segments.forms import SegmentSource, open_any_form
 from mae.segments.parallel import in_order
-from mae.segments.progress import Progress
-from mae.segments.segment import Segment, segment_from_rle, verify_all
+from mae.segments.segment import Segment, segment_from_counts
+from mae.segments.store import PackedStore
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +41,20 @@ def check(in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: i
     What was checked stands in `<offenders_path>.state` until all is done, and is not checked again.
     Raises ValueError if folders are missing or the state is that of another check.
     """
-    train = in1k_dir / "train"
+    train, val = in1k_dir / "train", in1k_dir / "val"
     paths = find_images(train)
-    source = open_segments(masks_dir)
+    source = open_any_form(masks_dir)
     state_path = offenders_path.with_name(f"{offenders_path.name}.state")
     identity = {"train": str(train.resolve()), "masks": str(masks_dir.resolve())}
     seen = _read_state(state_path, identity)
-    work = _CheckOne(train, source, frozenset(source.images()), frozenset(source.listed_empty()))
-    val = in1k_dir / "val"
-    _mention_strangers([*paths, *(find_images(val) if val.is_dir() else [])], work.with_segments)
+    _mention_strangers([*paths, *(find_images(val) if val.is_dir() else [])], source.images())
+    check_one = partial(_check_one, train, source, source.listed_empty())
     todo = [path for path in paths if path not in seen]
     with (
         state_path.open("a") as state,
-        Interruption() as interruption,
-        Progress("check", total=len(paths), done=len(seen)) as progress,
-        closing(in_order(work, todo, processes=processes)) as results,
+        Interruption() as stop,
+        Counter("check", total=len(paths), done=len(seen)) as counter,
+        closing(in_order(check_one, todo, processes=processes)) as results,
     ):
         if state.tell() == 0:
             state.write(json.dumps(identity) + "\n")
@@ -62,51 +63,39 @@ def check(in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: i
             state.write(json.dumps([path, reason]) + "\n")
             if number % LINES_PER_FLUSH == 0:
                 state.flush()
-            progress.advance()
-            if interruption.requested:
+            counter.advance()
+            if stop.requested:
                 break
     offenders = {path: seen[path] for path in sorted(seen) if seen[path]}
-    if not interruption.requested:
-        _write_offenders(offenders_path, offenders)
+    if not stop.requested:
+        lines = (f"{path}\t{reason}\n" for path, reason in offenders.items())
+        write_text(offenders_path, "".join(lines))
         state_path.unlink()
     return CheckResult(
-        checked=len(seen),
-        total=len(paths),
-        offenders=offenders,
-        interrupted=interruption.requested,
+        checked=len(seen), total=len(paths), offenders=offenders, interrupted=stop.requested
     )
 
 
-@dataclass(frozen=True)
-class _CheckOne:
-    """Checks one image, in a worker."""
-
-    train: Path
-    source: SegmentSource
-    with_segments: frozenset[str]
-    without: frozenset[str]
-
-    def __call__(self, path: str) -> tuple[str, str]:
-        """The path, and what is wrong; empty: nothing."""
-        with _Warnings() as warnings:
-            try:
-                self._check(path)
-            except ValueError as error:
-                return path, " ".join(str(error).split())
-        return path, "; ".join(warnings.messages)
-
-    def _check(self, path: str) -> None:
-        height, width = read_rgb(self.train / path).shape[:2]
+def _check_one(
+    train: Path, source: SegmentSource, without: set[str], path: str
+) -> tuple[str, str]:
+    """The path of an image, and what is wrong with it or its segments; empty: nothing."""
+    reports: list[str] = []
+    try:
+        height, width = read_rgb(train / path).shape[:2]
         key = segment_key(path)
-        if key not in self.with_segments:
-            if key not in self.without:
-                raise ValueError("has no segments, and no list says so")
-            return
-        segments = self.source.segments(key)
-        verify_all(segments)
+        if isinstance(source, PackedStore):
+            segments = source.segments(key)
+        else:
+            segments = source.segments(key, reports.append)
+        if not segments and key not in without:
+            raise ValueError("has no segments, and no list says so")
         for segment in segments:
             _check_size(segment, height, width)
             _check_coverage(segment)
+    except ValueError as error:
+        reports = [str(error)]
+    return path, " ".join("; ".join(reports).split())
 
 
 def _check_size(segment: Segment, height: int, width: int) -> None:
@@ -120,35 +109,11 @@ def _check_size(segment: Segment, height: int, width: int) -> None:
 
 
 def _check_coverage(segment: Segment) -> None:
-    size = [segment.height, segment.width]
-    counted = segment_from_rle({"size": size, "counts": segment.counts.decode()}).coverage_percent
+    counted = segment_from_counts(segment.height, segment.width, segment.counts).coverage_percent
     if counted != segment.coverage_percent:
         raise ValueError(
             f"a segment is said to cover {segment.coverage_percent} %, but covers {counted} %"
         )
-
-
-class _Warnings(logging.Handler):
-    """Collects what the forms warn about: stated coverages that are wrong."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
-        self.messages.append(record.getMessage())
-
-    def __enter__(self) -> _Warnings:
-        forms = logging.getLogger("mae.segments.forms")
-        forms.addHandler(self)
-        forms.propagate = False
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        forms = logging.getLogger("mae.segments.forms")
-        forms.removeHandler(self)
-        forms.propagate = True
 
 
 def _read_state(path: Path, identity: dict[str, str]) -> dict[str, str]:
@@ -166,18 +131,11 @@ def _read_state(path: Path, identity: dict[str, str]) -> dict[str, str]:
     return dict(map(json.loads, complete[1:]))
 
 
-def _mention_strangers(paths: Iterable[str], with_segments: frozenset[str]) -> None:
+def _mention_strangers(paths: Iterable[str], with_segments: set[str]) -> None:
     strangers = sorted(with_segments - {segment_key(path) for path in paths})
     if strangers:
-        some = ", ".join(strangers[:3])
         logger.warning(
             "%d images that have segments are neither in train/ nor in val/: %s",
             len(strangers),
-            some,
+            ", ".join(strangers[:3]),
         )
-
-
-def _write_offenders(path: Path, offenders: dict[str, str]) -> None:
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text("".join(f"{name}\t{reason}\n" for name, reason in offenders.items()))
-    aside.replace(path)

@@ -2,161 +2,192 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import click
 
+from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr
+from common.files import check_output_file
+from common.options import CONTEXT, OptionGroup, command, option
+from mae.segments.settings import FelzenszwalbSettings, SamSettings
+
 if TYPE_CHECKING:
-    from mae.segments.generate import Generator, Shard
+    from mae.segments.generate import Generator
     from mae.segments.writing import Summary
 
-# Dashes and underscores are the same, in names and in choices.
-CONTEXT: dict[str, Any] = {
-    "token_normalize_func": lambda token: token.replace("_", "-"),
-    "help_option_names": ["-h", "--help"],
-    "max_content_width": 100,
-}
 PATH = click.Path(path_type=Path)
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 75
 
-processes_option = click.option(
-    "--processes", type=click.IntRange(min=1), help="Default: one per core."
-)
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace a finished store.")
+
+@dataclass(frozen=True, kw_only=True)
+class Processes(OptionGroup):
+    """Of every command that works on many images."""
+
+    title: ClassVar[str] = "Speed"
+    processes: int | None = option("Default: one per core.", None, at_least=1, neutral=True)
+
+    @property
+    def count(self) -> int:
+        """How many there are to be."""
+        from mae.segments.parallel import available_cores
+
+        return self.processes or available_cores()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions(OptionGroup):
+    """Of `pack`."""
+
+    title: ClassVar[str] = "Output"
+    out: Path | None = option("Default: masks.sqlite in MASKS_DIR, where it is found.", None)
+    overwrite: bool = option("Replace a finished store.", False)
+    allow_damaged: bool = option("Finish even if more than 1% are damaged.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(OptionGroup):
+    """Of `merge`."""
+
+    title: ClassVar[str] = "Output"
+    out: Path = option("The store to write.")
+    overwrite: bool = option("Replace a finished store.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(OptionGroup):
+    """What every generator is told."""
+
+    title: ClassVar[str] = "Input and output"
+    images: Path = option("Folder of images, at any depth.")
+    out: Path = option("The packed store to write, such as masks.sqlite.")
+    shard: str | None = option(
+        "Part I, from 0, of N, written I/N. Default: what torchrun or Slurm says.", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.images.is_dir():
+            raise ValueError(f"--images {self.images} is not a folder")
+        check_output_file(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(OptionGroup):
+    """Of `inspect`."""
+
+    title: ClassVar[str] = "Input and output"
+    images: Path | None = option("Folder of the images. Default: train beside masks.", None)
+    coverage_ratio: tuple[float, ...] = option(
+        "Coverages to look at, percent.", (5.0, 15.0, 30.0, 50.0), at_least=0, at_most=100
+    )
+    out: Path = option("Writes OUT.png and OUT.html.", Path("segments"))
+    limit: int = option("Most images to read.", 2000, at_least=1)
+    rows: int = option("Images on the contact sheet.", 8, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(OptionGroup):
+    """Of `check`."""
+
+    title: ClassVar[str] = "Input and output"
+    masks_dir: Path | None = option("Default: IN1K_DIR/masks.", None)
+    out: Path = option("Where offenders are listed.", Path("offenders.txt"))
 
 
 @click.group(context_settings=CONTEXT)
 def masks() -> None:
     """Make, pack, look at and check the segments of a dataset."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr("%(message)s")
 
 
-@masks.command(context_settings=CONTEXT)
+@command(masks, "pack", options=PackOptions, processes=Processes)
 @click.argument("masks_dir", type=PATH)
-@click.option("--out", type=PATH, help="Default: masks.sqlite in MASKS_DIR, where it is found.")
-@overwrite_option
-@click.option("--allow-damaged", is_flag=True, help="Finish even if more than 1% are damaged.")
-@processes_option
-def pack(
-    masks_dir: Path, out: Path | None, overwrite: bool, allow_damaged: bool, processes: int | None
-) -> int:
+def pack(masks_dir: Path, options: PackOptions, processes: Processes) -> int:
     """Pack segments of any form into one SQLite file; the same command goes on if interrupted."""
     from mae.segments.pack import pack as pack_masks
 
+    summary = pack_masks(
+        masks_dir,
+        options.out,
+        overwrite=options.overwrite,
+        allow_damaged=options.allow_damaged,
+        processes=processes.count,
+    )
+    return _report(summary)
+
+
+@command(masks, "unpack", processes=Processes)
+@click.argument("store", type=PATH)
+@click.argument("out", type=PATH)
+def unpack(store: Path, out: Path, processes: Processes) -> int:
+    """Write the segments of a packed store as RLE JSON again, one file per image."""
+    from mae.segments.pack import unpack as unpack_store
+
+    return _report(unpack_store(store, out, processes=processes.count))
+
+
+@command(masks, "merge", options=MergeOptions)
+@click.argument("shards", type=PATH, nargs=-1, required=True)
+def merge(shards: tuple[Path, ...], options: MergeOptions) -> int:
+    """Join packed stores, say the shards of `generate`, into one."""
+    from mae.segments.pack import merge as merge_stores
+
+    return _report(merge_stores(shards, options.out, overwrite=options.overwrite))
+
+
+@masks.group(context_settings=CONTEXT)
+def generate() -> None:
+    """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
+
+
+@command(generate, "sam", options=GenerateOptions, settings=SamSettings, processes=Processes)
+def sam(options: GenerateOptions, settings: SamSettings, processes: Processes) -> int:
+    """By Segment Anything, any SAM or SAM 2 checkpoint that `transformers` can load."""
+    from mae.segments.sam import Sam
+
+    return _generate(Sam(settings), options, processes)
+
+
+@command(
+    generate, "felzenszwalb",
+    options=GenerateOptions, settings=FelzenszwalbSettings, processes=Processes,
+)  # fmt: skip
+def felzenszwalb(
+    options: GenerateOptions, settings: FelzenszwalbSettings, processes: Processes
+) -> int:
+    """Without weights or a GPU: regions of similar colour, at several scales."""
+    from mae.segments.felzenszwalb import Felzenszwalb
+
+    return _generate(Felzenszwalb(settings), options, processes)
+
+
+def _generate(generator: Generator, options: GenerateOptions, processes: Processes) -> int:
+    from mae.segments.generate import Shard
+    from mae.segments.generate import generate as generate_segments
+
+    shard = Shard.parse(options.shard) if options.shard else Shard.from_environment()
     return _report(
-        pack_masks(
-            masks_dir,
-            out,
-            overwrite=overwrite,
-            allow_damaged=allow_damaged,
-            processes=_cores(processes),
+        generate_segments(
+            options.images, options.out, generator, shard=shard, processes=processes.count
         )
     )
 
 
-@masks.command(context_settings=CONTEXT)
-@click.argument("store", type=PATH)
-@click.argument("out", type=PATH)
-@processes_option
-def unpack(store: Path, out: Path, processes: int | None) -> int:
-    """Write the segments of a packed store as RLE JSON again, one file per image."""
-    from mae.segments.pack import unpack as unpack_store
-
-    return _report(unpack_store(store, out, processes=_cores(processes)))
-
-
-@masks.command(context_settings=CONTEXT)
-@click.argument("shards", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, required=True, help="The store to write.")
-@overwrite_option
-def merge(shards: tuple[Path, ...], out: Path, overwrite: bool) -> int:
-    """Join packed stores, say the shards of `generate`, into one."""
-    from mae.segments.pack import merge as merge_stores
-
-    return _report(merge_stores(shards, out, overwrite=overwrite))
-
-
-@masks.command(context_settings=CONTEXT)
-@click.option("--images", type=PATH, required=True, help="Folder of images, at any depth.")
-@click.option("--out", type=PATH, required=True, help="A folder, or a store if named *.sqlite.")
-@click.option("--generator", type=click.Choice(["sam", "felzenszwalb"]), required=True)
-@click.option("--shard", "shard_text", metavar="I/N", help="Part I, from 0, of N.")
-@processes_option
-@click.option("--model", default=None, help="sam: a SAM or SAM 2 on the hub, or a folder.")
-@click.option("--points-per-side", type=int, help="sam: points along a side of the grid.")
-@click.option("--pred-iou-thresh", type=float, help="sam: least predicted quality, 0 to 1.")
-@click.option("--stability-score-thresh", type=float, help="sam: least stability, 0 to 1.")
-@click.option("--stability-score-offset", type=float, help="sam: how far the cutoff is moved.")
-@click.option("--box-nms-thresh", type=float, help="sam: overlap above which boxes are the same.")
-@click.option("--points-per-batch", type=int, help="sam: points at once.")
-@click.option("--batch-size", type=int, help="sam: images at once.")
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), help="sam.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="sam.")
-@click.option("--scales", help="felzenszwalb: such as 50,150,400.")
-@click.option("--sigma", type=float, help="felzenszwalb: width of the smoothing, pixels.")
-@click.option("--longest-side", type=int, help="felzenszwalb: images are shrunk to it, pixels.")
-@click.option("--min-coverage", type=float, help="felzenszwalb: least, percent of the image.")
-@click.option("--max-coverage", type=float, help="felzenszwalb: most, percent of the image.")
-@click.option("--duplicate-iou", type=float, help="felzenszwalb: overlap that makes a duplicate.")
-def generate(
-    images: Path,
-    out: Path,
-    generator: str,
-    shard_text: str | None,
-    processes: int | None,
-    device: str,
-    **settings: Any,
-) -> int:
-    """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
-    from mae.segments.generate import Shard
-    from mae.segments.generate import generate as generate_segments
-
-    shard = Shard.from_environment() if shard_text is None else _parse_shard(shard_text)
-    if not images.is_dir():
-        raise ValueError(f"--images {images} is not a folder")
-    made = _generator(generator, device, {k: v for k, v in settings.items() if v is not None})
-    return _report(generate_segments(images, out, made, shard=shard, processes=_cores(processes)))
-
-
-@masks.command(context_settings=CONTEXT)
+@command(masks, "inspect", options=InspectOptions, processes=Processes)
 @click.argument("masks_dir", type=PATH)
-@click.option("--images", type=PATH, help="Folder of the images. Default: train beside masks.")
-@click.option(
-    "--coverage-ratio",
-    "ratios",
-    type=click.FloatRange(0, 100),
-    multiple=True,
-    default=(5.0, 15.0, 30.0, 50.0),
-    help="May be repeated. Default: 5, 15, 30, 50.",
-)
-@click.option("--out", type=PATH, default=Path("segments"), help="Writes OUT.png and OUT.html.")
-@click.option("--limit", type=click.IntRange(1), default=2000, help="Most images to read.")
-@click.option("--rows", type=click.IntRange(0), default=8, help="Images on the contact sheet.")
-@processes_option
-def inspect(
-    masks_dir: Path,
-    images: Path | None,
-    ratios: tuple[float, ...],
-    out: Path,
-    limit: int,
-    rows: int,
-    processes: int | None,
-) -> None:
+def inspect(masks_dir: Path, options: InspectOptions, processes: Processes) -> None:
     """Print and draw what the segments of a dataset are like."""
-    from mae.listing import find_images, segment_key
-    from mae.segments import open_segments
+    from common.images import find_images
+    from mae.listing import segment_key
+    from mae.segments.forms import open_any_form
     from mae.segments.look import write_pictures
     from mae.segments.statistics import collect, describe
 
-    source = open_segments(masks_dir)
-    folder = images or _train_beside(masks_dir)
-    paths = find_images(folder) if folder else []
-    found = {segment_key(path): folder / path for path in paths if folder}
-    statistics = collect(source, limit=limit, processes=_cores(processes))
+    source = open_any_form(masks_dir)
+    folder, ratios = options.images or _train_beside(masks_dir), options.coverage_ratio
+    found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
+    statistics = collect(source, limit=options.limit, processes=processes.count)
     for what, value in describe(statistics, ratios):
         click.echo(f"{what + ':':28}{value}")
     missing = found.keys() - source.images() - source.listed_empty()
@@ -166,7 +197,7 @@ def inspect(
         )
     title = f"Segments in {masks_dir.resolve().name} ({source.name})"
     written = write_pictures(
-        statistics, source, found, ratios=ratios, title=title, out=out, rows=rows
+        statistics, source, found, ratios=ratios, title=title, out=options.out, rows=options.rows
     )
     click.echo(f"wrote {written[0]} and {written[1]}")
 
@@ -176,62 +207,23 @@ def _train_beside(masks_dir: Path) -> Path | None:
     return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), None)
 
 
-@masks.command(context_settings=CONTEXT)
+@command(masks, "check", options=CheckOptions, processes=Processes)
 @click.argument("in1k_dir", type=PATH)
-@click.option("--masks-dir", type=PATH, help="Default: IN1K_DIR/masks.")
-@click.option("--out", type=PATH, default=Path("offenders.txt"), show_default=True)
-@processes_option
-def check(in1k_dir: Path, masks_dir: Path | None, out: Path, processes: int | None) -> int:
+def check(in1k_dir: Path, options: CheckOptions, processes: Processes) -> int:
     """Check that every training image opens and its segments fit; exit code 1 if not."""
     from mae.segments.check import check as check_dataset
 
-    result = check_dataset(
-        in1k_dir, masks_dir or in1k_dir / "masks", out, processes=_cores(processes)
-    )
+    masks_dir = options.masks_dir or in1k_dir / "masks"
+    result = check_dataset(in1k_dir, masks_dir, options.out, processes=processes.count)
     if result.interrupted:
         click.echo(f"stopped after {result.checked} of {result.total}; run the same command again")
-        return EXIT_INTERRUPTED
-    click.echo(f"{result.checked} images checked, {len(result.offenders)} offenders, in {out}")
+        return EXIT_STOPPED
+    click.echo(
+        f"{result.checked} images checked, {len(result.offenders)} offenders, in {options.out}"
+    )
     for path, reason in list(result.offenders.items())[:5]:
         click.echo(f"  {path}: {reason}")
     return EXIT_FAILED if result.offenders else 0
-
-
-def _generator(name: str, device: str, given: dict[str, Any]) -> Generator:
-    """Raises ValueError for options of the other generator."""
-    from dataclasses import fields
-
-    from mae.segments.felzenszwalb import Felzenszwalb
-    from mae.segments.sam import Sam, SamSettings
-
-    kind = SamSettings if name == "sam" else Felzenszwalb
-    foreign = sorted(given.keys() - {field.name for field in fields(kind)})
-    if foreign:
-        raise ValueError(f"--{foreign[0].replace('_', '-')} is no option of --generator {name}")
-    if name == "sam":
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
-        return Sam(SamSettings(**given), device=device, local_rank=int(local_rank))
-    if "scales" in given:
-        try:
-            given["scales"] = tuple(float(scale) for scale in given["scales"].split(","))
-        except ValueError:
-            raise ValueError(f"--scales {given['scales']}: write numbers, as in 50,150") from None
-    return Felzenszwalb(**given)
-
-
-def _parse_shard(text: str) -> Shard:
-    from mae.segments.generate import Shard
-
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit()):
-        raise ValueError(f"--shard {text}: write it as 0/4, the first of four")
-    return Shard(index=int(index), count=int(count))
-
-
-def _cores(processes: int | None) -> int:
-    from mae.segments.parallel import available_cores
-
-    return processes or available_cores()
 
 
 def _report(summary: Summary) -> int:
@@ -239,4 +231,4 @@ def _report(summary: Summary) -> int:
         f"{summary.out}: {summary.images} images with segments, {summary.without} known to have "
         f"none, {summary.left_out} damaged and left out; {summary.already_there} were done before"
     )
-    return EXIT_INTERRUPTED if summary.interrupted else 0
+    return EXIT_STOPPED if summary.interrupted else 0

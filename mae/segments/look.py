@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.images import read_rgb
 from mae.segments.forms import SegmentSource
-from mae.segments.images import read_rgb
-from mae.segments.segment import Segment
+from mae.segments.segment import Segment, nearest
 from mae.segments.statistics import Statistics, describe
 
 if TYPE_CHECKING:
@@ -115,13 +115,14 @@ def _draw_row(
         axes.set_axis_off()
     try:
         image = read_rgb(path)
-        chosen = [source.nearest(key, ratio) for ratio in ratios]
+        segments = source.segments(key)
     except ValueError as error:
         row[0].set_title(f"unreadable: {error}", fontsize=8)
         return
     row[0].imshow(_thumbnail(image))
     row[0].set_title(path.name, fontsize=8)
-    for axes, ratio, segment in zip(row[1:], ratios, chosen, strict=True):
+    for axes, ratio in zip(row[1:], ratios, strict=True):
+        segment = nearest(segments, ratio)
         if segment is None or segment.decode().shape != image.shape[:2]:
             axes.set_title(f"{ratio:g} %: does not fit the image", fontsize=8, color="red")
             continue

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as coco_rle
 
-from mae.interruption import Interruption
-from mae.segments import open_folder
-from mae.segments.forms import SegmentSource
+from common.files import check_output_file, write_text
+from common.interruption import Interruption
+from common.progress import Counter
+from mae.segments.folders import path_below
+from mae.segments.forms import SegmentSource, open_folder
 from mae.segments.parallel import in_order
-from mae.segments.progress import Progress
-from mae.segments.segment import Segment, verify_all
-from mae.segments.store import STORE_NAME, PackedImage, PackedStore, store_settings
-from mae.segments.writing import StoreWriter, Summary, pack_image
-
-logger = logging.getLogger(__name__)
+from mae.segments.segment import Segment, segment_from_counts
+from mae.segments.settings import check_made_alike
+from mae.segments.store import STORE_NAME, PackedImage, PackedStore
+from mae.segments.writing import (
+    MOST_FAILED,
+    Failure,
+    StoreWriter,
+    Summary,
+    pack_image,
+    write_all,
+)
 
 SHARD_NAME = re.compile(r"-(?P<index>\d+)-of-(?P<count>\d+)$")  # of `generate`, without suffix
-MOST_DAMAGED = 0.01  # a larger share is no accident
 
 
 def pack(
@@ -35,42 +43,29 @@ def pack(
     Images whose files are damaged are named, recorded and left out. Raises ValueError if `out` is
     there, RuntimeError if more than 1% are damaged and that is not allowed, or the disk is full.
     """
-    source: SegmentSource = (
-        PackedStore(masks_dir) if masks_dir.is_file() else open_folder(masks_dir)
-    )
+    source = open_folder(masks_dir)
+    if out is None and not os.access(masks_dir, os.W_OK):
+        raise ValueError(f"{masks_dir} cannot be written to; name another place by --out FILE")
     out = out or masks_dir / STORE_NAME
     _refuse_to_overwrite(out, overwrite)
     keys = sorted(source.images() | source.listed_empty())
-    settings = store_settings(source.meta) if isinstance(source, PackedStore) else {}
-    with (
-        StoreWriter(out, source=source.name, settings=settings) as writer,
-        Interruption() as interruption,
-    ):
+    with StoreWriter(out, source=source.name, settings={}) as writer:
         done = writer.keys()
         todo = [key for key in keys if key not in done]
-        failed = 0
-        with Progress("pack", total=len(keys), done=len(keys) - len(todo)) as progress:
-            for result in in_order(PackOne(source), todo, processes=processes):
-                if isinstance(result, Failure):
-                    failed += 1
-                    writer.add_failure(result.key, result.reason)
-                    logger.warning("left out %s: %s", result.key, result.reason)
-                else:
-                    writer.add(result)
-                progress.advance()
-                if interruption.requested:
-                    break
-        writer.commit()
-        summary = writer.summary(
-            already_there=len(keys) - len(todo), interrupted=interruption.requested
-        )
-        if interruption.requested:
-            logger.warning("stopped; run the same command again to go on")
+        with closing(in_order(partial(_pack_one, source), todo, processes=processes)) as images:
+            summary = write_all(
+                writer,
+                ([image] for image in images),
+                what="pack",
+                total=len(keys),
+                already_there=len(keys) - len(todo),
+            )
+        if summary.interrupted:
             return summary
-        if failed > MOST_DAMAGED * len(keys) and not allow_damaged:
+        if summary.left_out > MOST_FAILED * len(keys) and not allow_damaged:
             raise RuntimeError(
-                f"{failed} of {len(keys)} images are damaged, more than 1%, so {out} was not "
-                "finished. Mend them and run again, or add --allow-damaged to leave them out"
+                f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
+                "not finished. Mend them and run again, or add --allow-damaged to leave them out"
             )
         writer.finish()
     return summary
@@ -79,21 +74,29 @@ def pack(
 def unpack(store_path: Path, out: Path, *, processes: int) -> Summary:
     """Write every image's segments as RLE JSON again; what is there is kept."""
     store = PackedStore(store_path)
-    keys = sorted(store.images() | store.listed_empty())
-    todo = [key for key in keys if not (out / f"{key}.json").exists()]
-    progress = Progress("unpack", total=len(keys), done=len(keys) - len(todo))
-    with progress, Interruption() as interruption:
-        for _ in in_order(_UnpackOne(store, out), todo, processes=processes):
-            progress.advance()
-            if interruption.requested:
+    files = {
+        key: path_below(out, f"{key}.json", str(store_path))
+        for key in sorted(store.images() | store.listed_empty())
+    }
+    todo = [key for key, path in files.items() if not path.exists()]
+    already_there = len(files) - len(todo)
+    write_one = partial(_unpack_one, store, files)
+    with (
+        Interruption() as stop,
+        Counter("unpack", total=len(files), done=already_there) as counter,
+        closing(in_order(write_one, todo, processes=processes)) as written,
+    ):
+        for _ in written:
+            counter.advance()
+            if stop.requested:
                 break
     return Summary(
         out=out,
         images=len(store.images()),
         without=len(store.listed_empty()),
         left_out=0,
-        already_there=len(keys) - len(todo),
-        interrupted=interruption.requested,
+        already_there=already_there,
+        interrupted=stop.requested,
     )
 
 
@@ -106,82 +109,47 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     _refuse_to_overwrite(out, overwrite)
     _refuse_missing_shards(shards)
     stores = [PackedStore(path) for path in shards]
-    settings = _common_settings(stores)
+    first = stores[0]
     owner: dict[str, PackedStore] = {}
     failures: dict[str, str] = {}
     for store in stores:
+        check_made_alike(store.path, store.settings, first.settings)
         failures |= store.failures()
         for key in store.images() | store.listed_empty():
             if key in owner and owner[key].packed(key) != store.packed(key):
                 raise ValueError(f"{owner[key].path} and {store.path} disagree about {key}")
             owner.setdefault(key, store)
-    with (
-        StoreWriter(out, source=stores[0].meta["source"], settings=settings) as writer,
-        Interruption() as interruption,
-    ):
+    with StoreWriter(out, source=first.meta["source"], settings=first.settings) as writer:
         todo = sorted(owner.keys() - writer.keys())
-        with Progress("merge", total=len(owner), done=len(owner) - len(todo)) as progress:
-            for key in todo:
-                writer.add(owner[key].packed(key))
-                progress.advance()
-                if interruption.requested:
-                    break
-        for key in sorted(failures.keys() - owner.keys()):
-            writer.add_failure(key, failures[key])
-        writer.commit()
-        summary = writer.summary(
-            already_there=len(owner) - len(todo), interrupted=interruption.requested
+        left_out = [Failure(key, failures[key]) for key in sorted(failures.keys() - owner.keys())]
+        summary = write_all(
+            writer,
+            chain([left_out], ([owner[key].packed(key)] for key in todo)),
+            what="merge",
+            total=len(owner) + len(left_out),
+            already_there=len(owner) - len(todo),
         )
-        if interruption.requested:
-            logger.warning("stopped; run the same command again to go on")
-            return summary
-        writer.finish()
+        if not summary.interrupted:
+            writer.finish()
     return summary
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be done, and why."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class PackOne:
-    """Reads and compresses one image's segments, in a worker."""
-
-    source: SegmentSource
-
-    def __call__(self, key: str) -> PackedImage | Failure:
-        """All segments verified; what is wrong is returned, not raised."""
-        try:
-            return pack_image(key, self.source.segments(key))
-        except ValueError as error:
-            return Failure(key, str(error))
+def _pack_one(source: SegmentSource, key: str) -> PackedImage | Failure:
+    """Read and compress one image's segments; what is wrong with them is returned, not raised."""
+    try:
+        return pack_image(key, source.segments(key))
+    except ValueError as error:
+        return Failure(key, str(error))
 
 
-@dataclass(frozen=True)
-class _UnpackOne:
-    """Writes one image's JSON file, in a worker."""
-
-    store: PackedStore
-    out: Path
-
-    def __call__(self, key: str) -> None:
-        write_json(self.out, key, verify_all(self.store.segments(key)))
-
-
-def write_json(out: Path, key: str, segments: Sequence[Segment]) -> None:
-    """Write `<out>/<key>.json` in the form of `amg.py --convert-to-rle`, complete or not at all."""
-    path = out / f"{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps([_annotation(segment) for segment in segments]))
-    aside.replace(path)
+def _unpack_one(store: PackedStore, files: Mapping[str, Path], key: str) -> None:
+    """Write one image in the form of `amg.py --convert-to-rle`."""
+    write_text(files[key], json.dumps([_annotation(segment) for segment in store.segments(key)]))
 
 
 def _annotation(segment: Segment) -> dict[str, Any]:
+    # pycocotools checks nothing
+    segment = segment_from_counts(segment.height, segment.width, segment.counts)
     rle = {"size": [segment.height, segment.width], "counts": segment.counts}
     return {
         "segmentation": {"size": rle["size"], "counts": segment.counts.decode("ascii")},
@@ -191,10 +159,7 @@ def _annotation(segment: Segment) -> dict[str, Any]:
 
 
 def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder; name a file, such as {out / STORE_NAME}")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent} is not a folder")
+    check_output_file(out)
     if out.exists() and not overwrite:
         raise ValueError(f"{out} is finished; add --overwrite to replace it")
 
@@ -210,15 +175,3 @@ def _refuse_missing_shards(shards: Sequence[Path]) -> None:
             f"of the {count} shards {', '.join(map(str, missing))} are missing (they count from "
             "0); finish them first, or rename the others to merge what there is"
         )
-
-
-def _common_settings(stores: Sequence[PackedStore]) -> dict[str, Any]:
-    first = stores[0]
-    for store in stores[1:]:
-        for name in ("source", "settings"):
-            if store.meta.get(name) != first.meta.get(name):
-                raise ValueError(
-                    f"{first.path} and {store.path} were made in different ways: {name} "
-                    f"{first.meta.get(name)} and {store.meta.get(name)}"
-                )
-    return store_settings(first.meta)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
+
+from common.interruption import leave_signals_to_the_main_process
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CHUNKS_AHEAD = 4  # per process: enough to keep it busy, little to lose when stopped
-
-_work: Callable[[Any], Any]
+SECONDS_ALONE = 2.0  # torch takes as long to import: what is done by then needs no other process
 
 
 def available_cores() -> int:
@@ -28,49 +27,44 @@ def available_cores() -> int:
 def in_order(
     work: Callable[[Item], Result], items: Sequence[Item], *, processes: int, chunk: int = 8
 ) -> Generator[Result, None, None]:
-    """Yield `work(item)` for each item; `work` is pickled once per process.
+    """Yield `work(item)` for each item; what it raises is raised here.
 
-    What `work` raises is raised here. With one process, or few items, there is no other process.
     Closing the iterator ends the processes; they also end when this process is killed.
     """
-    if processes <= 1 or len(items) <= chunk:
-        yield from map(work, items)
+    started, done = time.monotonic(), 0
+    while done < len(items) and (processes == 1 or time.monotonic() - started < SECONDS_ALONE):
+        yield work(items[done])
+        done += 1
+    if done == len(items):
         return
-    chunks = (items[start : start + chunk] for start in range(0, len(items), chunk))
-    pending: deque[Future[list[Result]]] = deque()
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(work,),
+    from torch.utils.data import DataLoader
+
+    left: Any = items[done:]  # any sequence is a data set
+    loader: DataLoader[Any] = DataLoader(
+        left,
+        batch_size=chunk,
+        collate_fn=partial(_do_each, work),
+        num_workers=processes,
+        prefetch_factor=4,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork",  # nothing is pickled but the results
     )
-    try:
-        for items_of_chunk in chunks:
-            pending.append(pool.submit(_do_chunk, items_of_chunk))
-            if len(pending) >= processes * CHUNKS_AHEAD:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for results in loader:
+        yield from results
 
 
-def _start_worker(work: Callable[[Any], Any]) -> None:
-    global _work
-    _work = work
-    # A signal to the whole process group is for the main process, which finishes what is begun.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _do_each(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return [work(item) for item in items]
+
+
+def _start_worker(worker: int) -> None:
+    leave_signals_to_the_main_process(worker)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot shut its pool down, and a worker would wait for work for ever."""
+    """The loader's worker looks for its parent only between results, and hangs on a full pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
-
-
-def _do_chunk(items: Sequence[Any]) -> list[Any]:
-    return [_work(item) for item in items]

@@ -10,47 +10,20 @@ Shapes: B images, P points at a time, K candidates kept, H x W pixels of an imag
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mae.segments.segment import Segment, segment_from_pixels, verify_all
+from mae.segments.segment import Segment, ordered, segment_from_pixels
+from mae.segments.settings import SamSettings, as_stored
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 MODEL_TYPES = ("sam", "sam2", "sam2_video")
 MOST_PIXELS_AT_ONCE = 1 << 28  # of upsampled masks: a gibibyte of float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamSettings:
-    """How Segment Anything is used.
-
-    model: name on the Hugging Face hub, or a folder. points_per_side: of the grid of points.
-    pred_iou_thresh: least quality that the model predicts, 0 to 1. stability_score_thresh: least
-    overlap, 0 to 1, of the masks cut stability_score_offset above and below the cutoff (logits).
-    box_nms_thresh: of two boxes that overlap more, the one of lower quality is dropped.
-    points_per_batch, batch_size: points and images at once.
-    """
-
-    model: str = "facebook/sam-vit-huge"
-    points_per_side: int = 32
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    stability_score_offset: float = 1.0
-    box_nms_thresh: float = 0.7
-    points_per_batch: int = 64
-    batch_size: int = 4
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("points_per_side", "points_per_batch", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
 
 
 class Sam:
@@ -59,29 +32,26 @@ class Sam:
     name = "sam"
     in_processes = False
 
-    def __init__(self, settings: SamSettings, *, device: str = "auto", local_rank: int = 0) -> None:
+    def __init__(self, options: SamSettings) -> None:
         """Load the model. Raises ValueError if that fails, saying what to do."""
         transformers = _import_transformers()
-        import torch
+        from common.devices import choose_device, choose_precision
 
-        self.wanted = settings
-        self.batch_size = settings.batch_size
-        self.device = _device(device, local_rank)
-        self.precision = _precision(settings.precision, self.device)
-        model_type = _model_type(transformers, settings.model)
+        self.options = options
+        self.batch_size = options.batch_size
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
+        self.device = choose_device(options.device, int(local_rank))
+        self.precision = choose_precision(options.precision, on_cuda=self.device.type == "cuda")
+        self.settings = as_stored(self.name, options, precision=self.precision)
+        model_type = _model_type(transformers, options.model)
         if model_type not in MODEL_TYPES:
             raise ValueError(
-                f"--model {settings.model} is of type {model_type}; allowed: {MODEL_TYPES}"
+                f"--model {options.model} is of type {model_type}; allowed: "
+                f"{', '.join(MODEL_TYPES)}"
             )
-        self.processor = transformers.AutoImageProcessor.from_pretrained(settings.model)
-        model = transformers.AutoModelForMaskGeneration.from_pretrained(settings.model)
+        self.processor = transformers.AutoImageProcessor.from_pretrained(options.model)
+        model = transformers.AutoModelForMaskGeneration.from_pretrained(options.model)
         self.model = model.eval().to(self.device)
-        self.inference = torch.inference_mode
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What is stored with the segments."""
-        return {"generator": self.name, **asdict(self.wanted), "precision": self.precision}
 
     def segments(self, images: list[np.ndarray]) -> list[list[Segment]]:
         """Segments of each image [H, W, 3] uint8, the smallest first."""
@@ -93,7 +63,7 @@ class Sam:
         low_precision = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
         )
-        with self.inference(), low_precision:
+        with torch.inference_mode(), low_precision:
             features = self.model.get_image_embeddings(pixels)
             return [
                 self._segments_of(
@@ -115,9 +85,9 @@ class Sam:
         from torchvision.ops import masks_to_boxes, nms
 
         bits, boxes, quality = [], [], []
-        for points in self._grid(input_size).split(self.wanted.points_per_batch):
+        for points in self._grid(input_size).split(self.options.points_per_batch):
             logits, scores = self._predict(features, points)
-            chosen = scores > self.wanted.pred_iou_thresh
+            chosen = scores > self.options.pred_iou_thresh
             logits, scores = logits[chosen], scores[chosen]
             most = max(1, MOST_PIXELS_AT_ONCE // (size[0] * size[1]))
             for part, part_scores in zip(logits.split(most), scores.split(most), strict=True):
@@ -130,9 +100,9 @@ class Sam:
                     quality.append(part_scores[stable])
         if not bits:
             return []
-        kept = nms(torch.cat(boxes), torch.cat(quality), self.wanted.box_nms_thresh).tolist()
+        kept = nms(torch.cat(boxes), torch.cat(quality), self.options.box_nms_thresh).tolist()
         unpacked = (np.unpackbits(bits[index], axis=-1, count=size[1]) for index in kept)
-        return verify_all(map(segment_from_pixels, unpacked))
+        return ordered(map(segment_from_pixels, unpacked))
 
     def _grid(self, input_size: tuple[int, int]) -> Tensor:
         """Points [N, 2], x and y in pixels of the model's input, evenly over the image.
@@ -141,7 +111,7 @@ class Sam:
         """
         import torch
 
-        side = self.wanted.points_per_side
+        side = self.options.points_per_side
         steps = (torch.arange(side) + 0.5) / side
         y, x = torch.meshgrid(steps, steps, indexing="ij")
         return torch.stack([x * input_size[1], y * input_size[0]], -1).reshape(-1, 2)
@@ -175,10 +145,10 @@ class Sam:
 
         The higher cut lies inside the lower one, so the ratio of their areas is their overlap.
         """
-        offset = self.wanted.stability_score_offset
+        offset = self.options.stability_score_offset
         inner = (logits > offset).sum((1, 2))
         outer = (logits > -offset).sum((1, 2))
-        stable = inner >= self.wanted.stability_score_thresh * outer
+        stable = inner >= self.options.stability_score_thresh * outer
         return stable & (logits > 0).any(-1).any(-1)
 
 
@@ -187,8 +157,8 @@ def _import_transformers() -> Any:
         import transformers
     except ImportError:
         raise ValueError(
-            "--generator sam needs the optional package transformers: pip install transformers, "
-            "or use --generator felzenszwalb"
+            "`generate sam` needs the optional package transformers: pip install transformers, "
+            "or use `generate felzenszwalb`"
         ) from None
     return transformers
 
@@ -200,27 +170,6 @@ def _model_type(transformers: Any, model: str) -> str:
         what = "folder" if Path(model).is_dir() else "model (a folder, or a name on the hub)"
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {model} cannot be loaded as a {what}: {reason}") from None
-
-
-def _device(wanted: str, local_rank: int) -> torch.device:
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU is usable here")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
-
-
-def _precision(wanted: str, device: torch.device) -> str:
-    import torch
-
-    if wanted == "auto":
-        # torch also emulates bf16, slowly, on GPUs that have none.
-        on_cuda = device.type == "cuda"
-        has_it = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if has_it else "fp32"
-    return wanted
 
 
 def _take(features: Any, index: int) -> Any:

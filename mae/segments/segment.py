@@ -56,38 +56,40 @@ def segment_from_pixels(inside: np.ndarray) -> Segment:
 def segment_from_rle(segmentation: Any) -> Segment:
     """Read COCO's `{"size": [height, width], "counts": ...}`, compressed text or run lengths.
 
-    Raises ValueError if it is anything else. Whether the runs fill the image is left to `verify`,
-    which costs more than choosing among an image's sixty segments may.
+    Raises ValueError if it is anything else, or its runs do not fill the image.
     """
     height, width, counts = _parts_of_rle(segmentation)
     if not isinstance(counts, bytes):
         encoded = coco_rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         counts = encoded["counts"]
-    area = int(coco_rle.area({"size": [height, width], "counts": counts}))
-    percent = 100 * area / (height * width)
+    return segment_from_counts(height, width, counts)
+
+
+def segment_from_counts(height: int, width: int, counts: bytes) -> Segment:
+    """From compressed run lengths. Raises ValueError unless they are that, and fill the image."""
+    if not COMPLETE_CODE.fullmatch(counts):
+        raise ValueError("its counts stop in the middle of a number, or are no counts at all")
+    runs = run_lengths(counts)
+    if runs.min() < 0 or int(runs.sum()) != height * width:
+        raise ValueError(f"its runs cover {int(runs.sum())} pixels, its size is {height} x {width}")
+    percent = 100 * int(runs[1::2].sum()) / (height * width)
     return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
 
 
-def verify(segment: Segment) -> Segment:
-    """Return the segment, or raise ValueError if its runs do not fill the image exactly."""
-    runs = run_lengths(segment.counts)
-    if runs.min() < 0 or int(runs.sum()) != segment.height * segment.width:
-        size = f"{segment.height} x {segment.width}"
-        raise ValueError(f"its runs cover {int(runs.sum())} pixels, its size is {size}")
-    return segment
-
-
-def verify_all(segments: Iterable[Segment]) -> list[Segment]:
-    """Verified segments, ordered by coverage; raises ValueError if their sizes differ, too."""
-    verified = sorted(map(verify, segments), key=_order)
-    sizes = {(segment.height, segment.width) for segment in verified}
+def ordered(segments: Iterable[Segment]) -> list[Segment]:
+    """The segments of one image, the smallest first. Raises ValueError if their sizes differ."""
+    found = sorted(segments, key=_order)
+    sizes = {(segment.height, segment.width) for segment in found}
     if len(sizes) > 1:
         raise ValueError(f"its segments have different sizes: {sorted(sizes)}")
-    return verified
+    return found
 
 
 def nearest(segments: Iterable[Segment], coverage_percent: float) -> Segment | None:
-    """The segment whose coverage is closest to the wanted one; on a tie the smaller."""
+    """The segment whose coverage is closest to the wanted one; on a tie the smaller.
+
+    What `PackedStore.nearest` finds by its index.
+    """
     return min(
         segments,
         key=lambda s: (abs(s.coverage_percent - coverage_percent), *_order(s)),
@@ -128,10 +130,7 @@ def _parts_of_rle(segmentation: Any) -> tuple[int, int, bytes | list[int]]:
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
         raise ValueError(f"its size is {segmentation['size']}")
     if isinstance(counts, str):
-        encoded = counts.encode("utf-8", "replace")
-        if not COMPLETE_CODE.fullmatch(encoded):
-            raise ValueError("its counts stop in the middle of a number, or are no counts at all")
-        return height, width, encoded
+        return height, width, counts.encode("utf-8", "replace")
     if isinstance(counts, list) and all(
         isinstance(run, int) and 0 <= run <= height * width for run in counts
     ):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from common.progress import Counter
 from mae.segments.forms import SegmentSource
 from mae.segments.parallel import in_order
-from mae.segments.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +44,12 @@ def collect(source: SegmentSource, *, limit: int, processes: int) -> Statistics:
     chosen = [keys[i * len(keys) // limit] for i in range(limit)] if len(keys) > limit else keys
     read: list[str] = []
     coverages, damaged = [], []
-    with Progress("read", total=len(chosen)) as progress:
-        for key, found in zip(
-            chosen, in_order(_Coverages(source), chosen, processes=processes), strict=True
-        ):
-            progress.advance()
+    with (
+        Counter("read", total=len(chosen)) as counter,
+        closing(in_order(partial(_coverages, source), chosen, processes=processes)) as results,
+    ):
+        for key, found in zip(chosen, results, strict=True):
+            counter.advance()
             if isinstance(found, str):
                 damaged.append(found)
             elif len(found):
@@ -87,18 +90,12 @@ def describe(statistics: Statistics, ratios: Sequence[float]) -> list[tuple[str,
     return lines
 
 
-@dataclass(frozen=True)
-class _Coverages:
-    """Reads the coverages of one image's segments, in a worker."""
-
-    source: SegmentSource
-
-    def __call__(self, key: str) -> np.ndarray | str:
-        """In percent, ascending; or why they cannot be read."""
-        try:
-            return np.array([segment.coverage_percent for segment in self.source.segments(key)])
-        except ValueError as error:
-            return str(error)
+def _coverages(source: SegmentSource, key: str) -> np.ndarray | str:
+    """Of one image's segments, in percent, ascending; or why they cannot be read."""
+    try:
+        return np.array([segment.coverage_percent for segment in source.segments(key)])
+    except ValueError as error:
+        return str(error)
 
 
 def _spread(values: np.ndarray, unit: str, digits: int) -> str:

@@ -59,7 +59,7 @@ class PackedImage:
 
 
 class PackedStore:
-    """Reads a finished store; a `SegmentSource`.
+    """Reads a finished store.
 
     The file is opened when first asked, and again in every process that this object is pickled or
     forked into. It is opened as immutable: no locks and no files beside it, so it may lie on
@@ -73,13 +73,21 @@ class PackedStore:
         self.path = path
         self._connection: sqlite3.Connection | None = None
         self._process_id = 0
-        self.meta = check_store(path)
+        self.meta = _check_store(path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None, "_process_id": 0}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the segments were made, as far as is known."""
+        return json.loads(self.meta.get("settings", "{}"))
+
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
-        """One indexed query that reads one segment."""
+        """The segment closest to a coverage in percent, the smaller on a tie; None: there is none.
+
+        One indexed query that reads one segment.
+        """
         rows = self._query(NEAREST, (key, coverage_percent))
         return self._segment(key, rows[0]) if rows else None
 
@@ -129,7 +137,7 @@ class PackedStore:
             raise ValueError(f"{self.path}: damaged: {error}") from None
 
 
-def check_store(path: Path) -> dict[str, str]:
+def _check_store(path: Path) -> dict[str, str]:
     """What `meta` says about a complete store.
 
     Raises ValueError if the file is none, cut short, unfinished, or of a format not known here.
@@ -185,8 +193,3 @@ def check_format(path: Path, meta: dict[str, str]) -> None:
             f"{path} is of format {version}, newer than this code, which reads {FORMAT_VERSION}; "
             "update SegMAE, or pack it again"
         )
-
-
-def store_settings(meta: dict[str, str]) -> dict[str, Any]:
-    """How the segments of a store were made, as far as is known."""
-    return json.loads(meta.get("settings", "{}"))

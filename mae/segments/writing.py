@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from common.files import beside
+from common.interruption import Interruption
+from common.progress import Counter
 from mae.segments.segment import Segment
-from mae.segments.store import FORMAT_VERSION, PackedImage, check_format
+from mae.segments.settings import check_made_alike
+from mae.segments.store import (
+    FORMAT_VERSION,
+    PackedImage,
+    PackedStore,
+    check_format,
+    connect_for_reading,
+)
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -29,11 +42,20 @@ SCHEMA = """
 """
 SECONDS_PER_COMMIT = 2.0
 COMPRESSION_LEVEL = 6
+MOST_FAILED = 0.01  # a larger share of the images is no accident
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be done, and why."""
+
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a command did. images: with segments; without: known to have none; left_out: damaged."""
+    """What a command did. images: with segments; without: known to have none; left_out: failed."""
 
     out: Path
     images: int
@@ -57,41 +79,57 @@ def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
     )
 
 
-def part_path(out: Path) -> Path:
-    """Where an unfinished store lies."""
-    return out.with_name(f"{out.name}.part")
+def write_all(
+    writer: StoreWriter,
+    batches: Iterable[Sequence[PackedImage | Failure]],
+    *,
+    what: str,
+    total: int,
+    already_there: int,
+) -> Summary:
+    """Add what comes, until all is there or a signal asks to stop; either survives a kill then."""
+    with Interruption() as stop, Counter(what, total=total, done=already_there) as counter:
+        for batch in batches:
+            for image in batch:
+                writer.add(image)
+            counter.advance(len(batch))
+            if stop.requested:
+                logger.warning("stopped; run the same command again to go on")
+                break
+    writer.commit()
+    return writer.summary(already_there=already_there, interrupted=stop.requested)
 
 
 class StoreWriter:
     """Adds images to `<out>.part`; `finish` gives it its name. Use as a context manager.
 
-    What is committed survives a kill, and a process that goes on starts from there. Raises
-    ValueError if an unfinished store was made in another way or is being written by another
+    What is committed survives a kill, and a process that goes on starts from there. extend: a
+    finished store `out` is taken away from its readers too, but only once there is something new
+    to add. Raises ValueError if the store was made in another way or is being written by another
     process, RuntimeError if the disk is full.
     """
 
-    def __init__(self, out: Path, *, source: str, settings: dict[str, Any]) -> None:
-        self.out = out
-        self.part = part_path(out)
+    def __init__(
+        self, out: Path, *, source: str, settings: Mapping[str, Any], extend: bool = False
+    ) -> None:
+        self.out, self.part = out, beside(out)
+        self.source, self.settings = source, settings
+        self.failures: dict[str, str] = {}  # of this run
         self.committed_at = time.monotonic()
-        wanted = {"source": source, "settings": json.dumps(settings, sort_keys=True)}
-        try:
-            self.connection = sqlite3.connect(self.part, timeout=1, isolation_level=None)
-            self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self.connection.execute("BEGIN EXCLUSIVE")
-            self._begin(wanted)
-        except sqlite3.Error as error:
-            raise self._explained(error) from None
+        self.known_failures: dict[str, str] = {}  # of a finished store that nothing was added to
+        self.untouched = extend and out.exists()
+        if self.untouched:
+            finished = PackedStore(out)
+            check_made_alike(out, finished.settings, settings)
+            self.known_failures = finished.failures()
+            self.connection = connect_for_reading(out)
+        else:
+            self._open()
 
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.connection.close()
 
     def keys(self) -> set[str]:
@@ -99,93 +137,117 @@ class StoreWriter:
         return {key for (key,) in self.connection.execute("SELECT key FROM images")}
 
     def summary(self, *, already_there: int, interrupted: bool = False) -> Summary:
-        """What is there now."""
+        """What is there now, and what failed in this run."""
         return Summary(
             out=self.out,
             images=self._count("images WHERE segments > 0"),
             without=self._count("images WHERE segments = 0"),
-            left_out=self._count("failures"),
+            left_out=len(self.failures),
             already_there=already_there,
             interrupted=interrupted,
         )
 
-    def add(self, image: PackedImage) -> None:
-        """Add an image that is not there; it counts as no failure any more."""
-        try:
-            cursor = self.connection.execute(
-                "INSERT INTO images (key, height, width, segments) VALUES (?, ?, ?, ?)",
-                (image.key, image.height, image.width, len(image.segments)),
-            )
-            self.connection.executemany(
-                "INSERT INTO segments (image, coverage, counts) VALUES (?, ?, ?)",
-                [(cursor.lastrowid, *segment) for segment in image.segments],
-            )
-            self.connection.execute("DELETE FROM failures WHERE key = ?", (image.key,))
-            self._commit_now_and_then()
-        except sqlite3.Error as error:
-            raise self._explained(error) from None
-
-    def add_failure(self, key: str, reason: str) -> None:
-        """Record why an image is not there."""
-        try:
-            self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", (key, reason))
-            self._commit_now_and_then()
-        except sqlite3.Error as error:
-            raise self._explained(error) from None
+    def add(self, image: PackedImage | Failure) -> None:
+        """Add an image that is not there, or why it still is not."""
+        if isinstance(image, Failure):
+            logger.warning("left out %s: %s", image.key, image.reason)
+            self.failures[image.key] = image.reason
+            if self.known_failures.get(image.key) == image.reason:
+                return
+        self._take_from_readers()
+        with self._explained():
+            if isinstance(image, Failure):
+                row = (image.key, image.reason)
+                self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
+            else:
+                self._add_rows(image)
+        if time.monotonic() - self.committed_at > SECONDS_PER_COMMIT:
+            self.commit()
 
     def commit(self) -> None:
         """Make what was added survive a kill."""
-        try:
-            self.connection.execute("COMMIT")
-            self.connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
-            raise self._explained(error) from None
-        self.committed_at = time.monotonic()
+        if not self.untouched:
+            with self._explained():
+                self.connection.execute("COMMIT")
+                self.connection.execute("BEGIN EXCLUSIVE")
+            self.committed_at = time.monotonic()
 
     def finish(self) -> None:
         """Mark the store complete and give it its name."""
-        try:
+        if self.untouched:
+            return
+        with self._explained():
             self.connection.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
             self.connection.execute("COMMIT")
             self.connection.close()
-        except sqlite3.Error as error:
-            raise self._explained(error) from None
         with self.part.open("rb+") as file:
             os.fsync(file.fileno())
         self.part.replace(self.out)
 
+    def _add_rows(self, image: PackedImage) -> None:
+        cursor = self.connection.execute(
+            "INSERT INTO images (key, height, width, segments) VALUES (?, ?, ?, ?)",
+            (image.key, image.height, image.width, len(image.segments)),
+        )
+        self.connection.executemany(
+            "INSERT INTO segments (image, coverage, counts) VALUES (?, ?, ?)",
+            [(cursor.lastrowid, *segment) for segment in image.segments],
+        )
+        self.connection.execute("DELETE FROM failures WHERE key = ?", (image.key,))
+
+    def _take_from_readers(self) -> None:
+        """Readers that have a finished store open keep it; no one else finds it until `finish`."""
+        if self.untouched:
+            self.connection.close()
+            self.out.replace(self.part)
+            self.untouched, self.known_failures = False, {}
+            self._open()
+
+    def _open(self) -> None:
+        with self._explained():
+            self.connection = sqlite3.connect(self.part, timeout=1, isolation_level=None)
+            self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self.connection.execute("BEGIN EXCLUSIVE")
+            if self._count("sqlite_master"):
+                self._continue()
+            else:
+                self._make_tables()
+
+    def _make_tables(self) -> None:
+        for statement in SCHEMA.split(";"):
+            self.connection.execute(statement)
+        meta = {
+            "format_version": str(FORMAT_VERSION),
+            "complete": "0",
+            "source": self.source,
+            "settings": json.dumps(self.settings, sort_keys=True),
+        }
+        self.connection.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
+        self.commit()
+
+    def _continue(self) -> None:
+        meta = dict(self.connection.execute("SELECT name, value FROM meta").fetchall())
+        check_format(self.part, meta)
+        begun = {"source": meta["source"], **json.loads(meta["settings"])}
+        check_made_alike(self.part, begun, {"source": self.source, **self.settings})
+        self.connection.execute("UPDATE meta SET value = '0' WHERE name = 'complete'")
+
     def _count(self, rows: str) -> int:
         return int(self.connection.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])
 
-    def _begin(self, wanted: dict[str, str]) -> None:
-        """Make the tables, or go on with those that are there."""
-        if not self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            for statement in SCHEMA.split(";"):
-                self.connection.execute(statement)
-            meta = {"format_version": str(FORMAT_VERSION), "complete": "0", **wanted}
-            self.connection.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
-            self.commit()
-            return
-        meta = dict(self.connection.execute("SELECT name, value FROM meta").fetchall())
-        check_format(self.part, meta)
-        for name, value in wanted.items():
-            if meta[name] != value:
-                raise ValueError(
-                    f"{self.part} was begun with other settings: {name} {meta[name]}, now {value}; "
-                    "remove it, or repeat the command it was begun with"
-                )
-        self.connection.execute("UPDATE meta SET value = '0' WHERE name = 'complete'")
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says what is wrong with the file in terms of what to do."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._explanation(str(error)) from None
 
-    def _commit_now_and_then(self) -> None:
-        if time.monotonic() - self.committed_at > SECONDS_PER_COMMIT:
-            self.commit()
-
-    def _explained(self, error: sqlite3.Error) -> Exception:
-        text = str(error)
+    def _explanation(self, text: str) -> Exception:
         if "locked" in text:
             return ValueError(f"{self.part} is being written by another process")
         if "unable to open" in text or "readonly" in text:
-            return ValueError(f"{self.part} cannot be written")
+            return ValueError(f"{self.part} cannot be written; name another --out")
         if "full" in text or "disk I/O" in text:
             return RuntimeError(
                 f"{self.part} cannot be written: {text}. Make room and run the same command again; "

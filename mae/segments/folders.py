@@ -1,0 +1,278 @@
+"""The forms in which people keep segments as files in class folders, to be packed.
+
+A *key* is an image's path relative to the class folders, without suffix: `n01440764/n01440764_18`.
+Coverage is counted from the pixels; a file that states another is reported.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from common.images import relative_files
+from mae.segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle
+
+logger = logging.getLogger(__name__)
+
+TABLE = "table.txt"
+METADATA = "metadata.csv"
+EMPTY_LIST = "emptyfiles.txt"
+IMAGENET_NAME = re.compile(r"(n\d{8})_\d+")
+# A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
+COVERAGE_TOLERANCE = 0.01
+Report = Callable[[str], object]
+
+
+class SegmentFolder:
+    """What the forms share."""
+
+    name: str
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def images(self) -> set[str]:
+        """The keys of the images that have a segment, or a damaged file that should hold some."""
+        return {key for key, is_empty in self._scanned.items() if not is_empty}
+
+    def listed_empty(self) -> set[str]:
+        """The keys of the images that are known to have none: by a list, or their own file."""
+        lists = (self.root / EMPTY_LIST, self.root.parent / "train" / EMPTY_LIST)
+        listed = set().union(*map(read_empty_list, lists))
+        return (listed | self._scanned.keys()) - self.images()
+
+    def segments(self, key: str, report: Report = logger.warning) -> list[Segment]:
+        """All segments of an image, the smallest first. Raises ValueError that names a bad file.
+
+        report: told about stated coverages that are not those of the pixels.
+        """
+        try:
+            return ordered(self._read(key, report))
+        except ValueError as error:
+            inside = str(error).startswith(str(self.root))
+            raise ValueError(f"{'' if inside else f'{self.root / key}: '}{error}") from None
+
+    @cached_property
+    def _scanned(self) -> dict[str, bool]:
+        """For every image that has a file: whether it holds no segment.
+
+        By listing; only files that are small enough to be empty are opened.
+        """
+        return dict(self._scan())
+
+    def _scan(self) -> Iterator[tuple[str, bool]]:
+        raise NotImplementedError
+
+    def _read(self, key: str, report: Report) -> Iterator[Segment]:
+        raise NotImplementedError
+
+
+class JsonFolder(SegmentFolder):
+    """One JSON file per image: `amg.py --convert-to-rle` or SA-1B."""
+
+    name = "RLE JSON"
+    suffix = ".json"
+    bytes_of_one_segment = 400  # a shorter file may be SA-1B's header without a segment
+
+    def _scan(self) -> Iterator[tuple[str, bool]]:
+        for path in relative_files(self.root):
+            if path.endswith(self.suffix) and not path.rpartition("/")[2].startswith("."):
+                yield path.removesuffix(self.suffix), self._is_empty(self.root / path)
+
+    def _is_empty(self, path: Path) -> bool:
+        try:
+            if path.stat().st_size >= self.bytes_of_one_segment:
+                return False
+            return not _annotations(json.loads(path.read_bytes()))
+        except (OSError, ValueError):
+            return False  # damaged: it is named when it is read
+
+    def _read(self, key: str, report: Report) -> Iterator[Segment]:
+        path = self.root / f"{key}{self.suffix}"
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one, too
+            raise ValueError(f"{path}: not JSON, or cut short: {error}") from None
+        annotations = _annotations(content)
+        if annotations is None:
+            raise ValueError(f"{path}: neither a list of segments nor SA-1B's annotations")
+        for number, entry in enumerate(annotations):
+            try:
+                segment = segment_from_rle(entry["segmentation"])
+            except (TypeError, KeyError):
+                raise ValueError(f"{path}: entry {number} has no segmentation") from None
+            except ValueError as error:
+                raise ValueError(f"{path}: entry {number} is damaged: {error}") from None
+            stated = entry.get("area")
+            if isinstance(stated, int | float):
+                percent = 100 * stated / (segment.height * segment.width)
+                _report_difference(report, f"{path}: entry {number}", percent, segment)
+            yield segment
+
+
+class PngFolder(SegmentFolder):
+    """One folder per image: a PNG per segment, and a table that lists them."""
+
+    table: str
+    """The table's file name."""
+    states_pixels: bool
+    """Coverages stand there in pixels, not in percent."""
+    bytes_of_header: int
+    """A table that is not longer lists nothing."""
+
+    def _scan(self) -> Iterator[tuple[str, bool]]:
+        """Looks for the table in every folder, and does not list the PNGs beside it."""
+        open_folders = [self.root]
+        while open_folders:
+            with os.scandir(open_folders.pop()) as entries:
+                folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+            for folder in folders:
+                try:
+                    size = (folder / self.table).stat().st_size
+                except OSError:
+                    open_folders.append(folder)
+                    continue
+                yield folder.relative_to(self.root).as_posix(), size <= self.bytes_of_header
+
+    def _read(self, key: str, report: Report) -> Iterator[Segment]:
+        table = self.root / key / self.table
+        try:
+            lines = table.read_text().splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ValueError(f"{table}: cannot be read: {error.strerror}") from None
+        except ValueError:
+            raise ValueError(f"{table}: not text") from None
+        for path, stated in self._listed(table, lines):
+            segment = segment_from_pixels(read_segment_png(path))
+            if stated is not None:
+                pixels = segment.height * segment.width
+                percent = 100 * stated / pixels if self.states_pixels else stated
+                _report_difference(report, str(path), percent, segment)
+            yield segment
+
+    def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float | None]]:
+        """The PNGs of an image, each with its coverage, where one is stated."""
+        raise NotImplementedError
+
+
+class PngTableFolder(PngFolder):
+    """PNGs and a `table.txt`: a line `<coverage percent> <file>` per segment."""
+
+    name = "PNGs with table.txt"
+    table, states_pixels = TABLE, False
+    bytes_of_header = 2
+
+    def _listed(self, table: Path, lines: list[str]) -> Iterator[tuple[Path, float]]:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                percent, name = line.split(maxsplit=1)
+                stated = float(percent)
+            except ValueError:
+                raise ValueError(f"{table}:{number}: not '<coverage percent> <file>'") from None
+            if not 0 <= stated <= 100:
+                raise ValueError(f"{table}:{number}: a coverage of {percent} percent")
+            yield path_below(table.parent, name.strip(), f"{table}:{number}"), stated
+
+
+class PngMetadataFolder(PngFolder):
+    """PNGs and a `metadata.csv`, as `amg.py` writes them."""
+
+    name = "SAM PNGs with metadata.csv"
+    table, states_pixels = METADATA, True
+    bytes_of_header = 150  # amg.py's has 142 characters, and a row at least 26
+
+    def _listed(self, table: Path, lines: list[str]) -> list[tuple[Path, float | None]]:
+        try:
+            rows = list(csv.DictReader(lines))
+            if any(None in row.values() for row in rows):
+                raise ValueError
+            listed = [
+                (
+                    table.parent / f"{int(row['id'])}.png",
+                    float(row["area"]) if "area" in row else None,
+                )
+                for row in rows
+            ]
+        except (ValueError, KeyError, TypeError, csv.Error):
+            raise ValueError(f"{table}: not the metadata.csv of amg.py, or cut short") from None
+        # amg.py lists every PNG it writes, so one that is not listed tells of a lost line.
+        names = {path.name for path, _ in listed}
+        there = {name for name in os.listdir(table.parent) if name.endswith(".png")}  # noqa: PTH208
+        if names and there - names:
+            raise ValueError(f"{table}: does not list {min(there - names)}; it was cut short")
+        return listed
+
+
+def read_segment_png(path: Path) -> np.ndarray:
+    """The pixels of a segment's PNG as [H, W] uint8, anything but 0 = inside.
+
+    Raises ValueError naming the file if it is missing or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: listed, but not there") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).split(" '")[0]
+        raise ValueError(f"{path}: not an image, or cut short: {reason}") from None
+
+
+def read_empty_list(path: Path) -> set[str]:
+    """The keys in a list of images without segments: a file name per line, class folder optional.
+
+    A name without its class folder gets it from ImageNet's naming: `n01735189_1185.JPEG` lies in
+    `n01735189`; other names lie in no folder.
+    """
+    if not path.is_file():
+        return set()
+    keys = set()
+    for line in path.read_text(errors="replace").splitlines():
+        if line.strip():
+            name = Path(line.strip()).with_suffix("").as_posix()
+            imagenet = IMAGENET_NAME.fullmatch(name)
+            keys.add(f"{imagenet[1]}/{name}" if imagenet else name)
+    return keys
+
+
+def path_below(folder: Path, name: str, source: str) -> Path:
+    """The path of a name that stands in someone's file. Raises ValueError if it leads elsewhere."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in name:
+        raise ValueError(f"{source}: {name!r} is no name of a file below {folder}")
+    return folder / pure
+
+
+def _report_difference(
+    report: Report, what: str, stated: float, segment: Segment
+) -> None:
+    """Tell of a stated coverage in percent that is not that of the pixels."""
+    if abs(stated - segment.coverage_percent) > COVERAGE_TOLERANCE:
+        report(
+            f"{what} is said to cover {stated:.3f} % of the image, its pixels are "
+            f"{segment.coverage_percent:.3f} %; the pixels count"
+        )
+
+
+def _annotations(content: Any) -> list[Any] | None:
+    annotations = content.get("annotations") if isinstance(content, dict) else content
+    return annotations if isinstance(annotations, list) else None
