@@ -27,7 +27,7 @@ def estimate_run(settings: Settings) -> str:
     """The costs of what is left of the plan, part by part, as text."""
     paths, steps = Layout(settings.data.output_dir), checked_plan(settings)
     left = [step for step in steps if not is_done(step, paths)]
-    seconds = step_seconds(left, settings)
+    seconds = step_seconds(left)
     kept, free = kept_bytes(left), machine.free_bytes(paths.root)
     disk = f"disk: about {kept / GIB:.1f} GiB will be kept, {free / GIB:.0f} GiB are free"
     return f"{_table(left, seconds)}\n{_wall_text(settings, left, seconds)}\n{disk}"
@@ -40,7 +40,7 @@ def kept_bytes(steps: Sequence[Step]) -> int:
     return sum(files.get(s.kind, 0) * s.answer.get("checkpoint_bytes", 0) for s in steps)
 
 
-def step_seconds(steps: Sequence[Step], settings: Settings) -> dict[str, float]:
+def step_seconds(steps: Sequence[Step]) -> dict[str, float]:
     """Step name -> expected seconds, from timing each kind of step, and each method, once."""
     found: dict[str, float] = {}
     timed: dict[Any, Mapping[str, float]] = {}

@@ -85,7 +85,7 @@ def fake_program(folder: Path, name: str, script: str) -> None:
 
 
 def run_benchmark(
-    *words: str | Path, timeout: float = 300, **environment: str
+    *words: str | Path, timeout: float = 300, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """benchmark.py as a user calls it."""
     return subprocess.run(
@@ -93,5 +93,6 @@ def run_benchmark(
         capture_output=True,
         text=True,
         timeout=timeout,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
