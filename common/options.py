@@ -108,6 +108,7 @@ class OptionGroup:
     """Options that belong together. Making one judges every value: ValueError names the option."""
 
     title: ClassVar[str]
+    no_default: ClassVar[str] = "required"  # what --help says of options that have none
 
     def __post_init__(self) -> None:
         for name, field in fields_of(type(self)).items():
@@ -116,13 +117,17 @@ class OptionGroup:
 
 @dataclass(frozen=True)
 class Field:
-    """One option: its name, its type without `| None`, and what its metadata say."""
+    """One option: its name, its type without `| None`, and what its metadata say.
+
+    instead: words that may stand in the place of a value, as in `Path | Literal["random"]`.
+    """
 
     name: str
     kind: Any
     optional: bool
     default: Any
     spec: Spec
+    instead: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -143,8 +148,8 @@ class Field:
 
     def convert(self, value: Any) -> Any:
         """What was written, as text or as YAML has it, in the field's type; ValueError if not."""
-        if value is None and self.optional:
-            return None
+        if (value is None and self.optional) or value in self.instead:
+            return value
         if self.is_mapping:
             return self._pairs(value)
         if typing.get_origin(self.kind) is tuple:
@@ -235,14 +240,18 @@ def fields_of(group: type[OptionGroup]) -> dict[str, Field]:
     """The options of a group by name, in their order."""
     hints, found = typing.get_type_hints(group), {}
     for field in dataclasses.fields(group):
-        kind, optional = hints[field.name], False
+        kind, instead = hints[field.name], ()
+        parts = [kind]
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-            optional = True
+            parts = list(typing.get_args(kind))
+            kind, *words = (part for part in parts if part is not type(None))
+            instead = tuple(word for literal in words for word in typing.get_args(literal))
+        optional = type(None) in parts
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        found[field.name] = Field(field.name, kind, optional, default, field.metadata["option"])
+        spec = field.metadata["option"]
+        found[field.name] = Field(field.name, kind, optional, default, spec, instead)
     return found
 
 
@@ -321,7 +330,7 @@ class OptionCommand(click.Command):
         self.params.append(_config_option())
         for group in groups.values():
             for field in fields_of(group).values():
-                self.params.append(_click_option(field))
+                self.params.append(_click_option(field, group.no_default))
                 self.titles[field.name] = group.title
                 self.plugins += [field.name] if field.spec.is_plugin else []
 
@@ -376,7 +385,7 @@ def _config_option() -> click.Option:
     return click.Option(["--config"], metavar="FILE", help=text)
 
 
-def _click_option(field: Field) -> click.Option:
+def _click_option(field: Field, no_default: str) -> click.Option:
     """Click only collects the words; `merge` converts and judges them."""
     help_text, words = field.spec.help, field.words()
     shown = plain(field.default) if field.default is not REQUIRED else None
@@ -391,13 +400,13 @@ def _click_option(field: Field) -> click.Option:
             [field.flag, field.name], multiple=True, metavar="KEY=VALUE", help=help_text
         )
     if field.default is REQUIRED:
-        help_text += "  [required]"
+        help_text += f"  [{no_default}]"
     elif shown is not None and shown != []:
         text = ",".join(map(str, shown)) if isinstance(shown, list) else shown
         help_text += f"  [default: {text}]"
     kind = _item(field.kind)
     several = ",..." if typing.get_origin(field.kind) is tuple else ""
-    metavar = f"[{'|'.join(words)}]" if words else _METAVARS[kind]
+    metavar = f"[{'|'.join(words)}]" if words else "|".join([_METAVARS[kind], *field.instead])
     return click.Option(
         [field.flag, field.name], metavar=metavar + several, help=help_text, default=None
     )

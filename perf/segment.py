@@ -39,7 +39,7 @@ from segmenter.evaluate import Watch, evaluate_model, evaluating
 from segmenter.inference import predict_classes
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
-from segmenter.quiet import quiet_imports
+from segmenter.data import quiet_imports
 
 with quiet_imports():
     from mmcv.transforms import Compose, LoadImageFromFile
