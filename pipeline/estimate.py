@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def step_seconds(steps: Sequence[Step]) -> dict[str, float]:
     for step in steps:
         if step.kind == "pack":
             click.echo("packing the segments, which a run would do first", err=True)
-            subprocess.run(step.command, cwd=REPO_ROOT, check=True)
+            subprocess.run(step.command, cwd=REPO_ROOT, check=True, stdout=sys.stderr)
         if step.kind not in ("pretrain", "evaluate"):
             continue
         key = (step.kind, step.options.get("mask_method"))

@@ -282,6 +282,7 @@ def test_sample_data_that_are_not_used_are_not_made(config: Path, tmp_path: Path
     done = run_benchmark(
         *("--config", REPO_ROOT / "configs/sample.yml", "--in1k-dir", data / "in1k", "--dry-run"),
         *("--eval-dataset", data / "segmentation/dataset.yml"),
+        *("--pretrain", "effective_batch_size=4"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
