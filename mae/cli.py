@@ -50,17 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @command(cli, **GROUPS)  # type: ignore[arg-type]  # no group has the name of an argument
 @click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
+@click.option("--will-pack", is_flag=True, help="With --check: segments are packed before the run.")
 @click.option(
     "--time-steps", type=click.IntRange(1), metavar="N",
     help="Time N steps, print seconds as JSON; writes nothing.",
 )  # fmt: skip
-def pretrain(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> int:
+def pretrain(
+    check: bool, as_json: bool, will_pack: bool, time_steps: int | None, **groups: Any
+) -> int:
     """Pretrain a masked autoencoder, or continue: the same command goes on where it stopped."""
     config = PretrainConfig(**groups)
     if check:
         from mae.check import check_pretraining
 
-        facts = check_pretraining(config)
+        facts = check_pretraining(config, will_pack=will_pack)
         if as_json:
             click.echo(json.dumps(facts))
         return 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +44,10 @@ class Listing:
         return hashlib.sha256(b"\n".join(self.train.tolist())).hexdigest()[:16]
 
 
-def make_listing(data: DataConfig, method: MaskingMethod) -> Listing:
-    """Find the images of a run, and their segments.
+def make_listing(
+    data: DataConfig, method: MaskingMethod, open_form: Callable[[Path], Any] = open_segments
+) -> Listing:
+    """Find the images of a run, and their segments; open_form: in which forms, to look at them.
 
     Raises ValueError if folders are missing or empty, or too many images have no segment.
     """
@@ -51,7 +56,7 @@ def make_listing(data: DataConfig, method: MaskingMethod) -> Listing:
     train = find_images(data.in1k_dir / "train")
     val = data.in1k_dir / "val"
     listed_val = find_images(val) if val.is_dir() and data.val_images else []
-    source = _open_source(data, method)
+    source = _open_source(data, method, open_form)
     left_out = 0
     if source is not None and not data.use_unmasked_images:
         with_segment = source.images()
@@ -74,7 +79,9 @@ def segment_key(relative_path: str) -> str:
     return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
 
 
-def _open_source(data: DataConfig, method: MaskingMethod) -> PackedStore | None:
+def _open_source(
+    data: DataConfig, method: MaskingMethod, open_form: Callable[[Path], Any]
+) -> PackedStore | None:
     """The segments; None if the method can do without and there are none."""
     path = data.segments_path
     if not path.exists():
@@ -85,7 +92,7 @@ def _open_source(data: DataConfig, method: MaskingMethod) -> PackedStore | None:
             if method.uses_segments
             else f"--masks-dir {path} does not exist"
         )
-    return open_segments(path)
+    return open_form(path)
 
 
 def _check_missing(
