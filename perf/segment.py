@@ -28,18 +28,24 @@ import torch
 import yaml
 from accelerate import Accelerator
 from PIL import Image
+from segmenter.devices import make_accelerator, peak_memory_mib
 from torch import Tensor
 
 from segmenter.config import VIT_SIZES, ProtocolConfig
-from segmenter.data import TestImage, WholeImages, default_workers, read_classes, test_images
+from segmenter.data import (
+    TestImage,
+    WholeImages,
+    default_workers,
+    quiet_imports,
+    read_classes,
+    test_images,
+)
 from segmenter.dataset import VAL, DatasetDescription, Pair, read_description
-from segmenter.devices import make_accelerator, peak_memory_mib
 from segmenter.encoder import EncoderShape
 from segmenter.evaluate import Watch, evaluate_model, evaluating
 from segmenter.inference import predict_classes
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
-from segmenter.data import quiet_imports
 
 with quiet_imports():
     from mmcv.transforms import Compose, LoadImageFromFile
