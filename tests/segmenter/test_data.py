@@ -89,7 +89,9 @@ def test_camvid_void_is_neither_class_nor_255(camvid):
 
 def test_test_images_keep_their_ratio_and_the_labels_their_size(dataset):
     description = read_description(dataset)
-    images = WholeImages(description, description.pairs("val"), dataclasses.replace(PROTOCOL, multi_scale=True))
+    images = WholeImages(
+        description, description.pairs("val"), dataclasses.replace(PROTOCOL, multi_scale=True)
+    )
     sample = next(test_images(images, [1], workers=0, pin_memory=False))
     assert sample.labels.shape == (56, 40)  # the second size of the generated pairs
     assert [tuple(scaled.shape[1:]) for scaled in sample.scaled] == [

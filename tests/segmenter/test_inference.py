@@ -6,11 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from segmenter.config import ProtocolConfig
+from segmenter.data import quiet_imports
 from segmenter.encoder import EncoderShape
 from segmenter.inference import predict_classes, window_logits, windows
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape
-from segmenter.data import quiet_imports
 
 CPU = torch.device("cpu")
 PROTOCOL = ProtocolConfig(

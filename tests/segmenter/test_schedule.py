@@ -3,7 +3,13 @@ import dataclasses
 import pytest
 
 from segmenter.config import OptimisationConfig
-from segmenter.schedule import BatchPlan, learning_rate, learning_rate_points, make_batch_plan, step_seed
+from segmenter.schedule import (
+    BatchPlan,
+    learning_rate,
+    learning_rate_points,
+    make_batch_plan,
+    step_seed,
+)
 
 POLY = OptimisationConfig(
     epochs=10, batch_size=8, optimizer="sgd", lr=1e-3, momentum=0.9, weight_decay=0.0,

@@ -13,7 +13,6 @@ import segmenter.epoch
 from common.logbook import TIMING_KEYS, read_log
 from tests.segmenter.boxes import call, start, train_arguments
 
-
 TIMINGS = {"images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib"}
 
 
