@@ -28,21 +28,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from PIL import Image
-from segmenter.devices import make_accelerator, peak_memory_mib
 from torch import Tensor
 
-from segmenter.config import VIT_SIZES, ProtocolConfig
-from segmenter.data import (
-    TestImage,
-    WholeImages,
-    default_workers,
-    quiet_imports,
-    read_classes,
-    test_images,
-)
+from common.devices import default_workers, make_accelerator, peak_memory_mib
+from common.vit import VIT_SIZES
+from segmenter.config import ProtocolConfig
+from segmenter.data import TestImage, WholeImages, quiet_imports, read_classes, test_images
 from segmenter.dataset import VAL, DatasetDescription, Pair, read_description
 from segmenter.encoder import EncoderShape
-from segmenter.evaluate import Watch, evaluate_model, evaluating
+from segmenter.evaluate import evaluate_model, evaluating
 from segmenter.inference import predict_classes
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
@@ -178,9 +172,7 @@ def evaluate_ours(
 ) -> float:
     """Mean IoU, as `segmenter evaluate` gets it."""
     workers = default_workers()
-    areas = evaluate_model(
-        accelerator, model, images, group_size=group_size, workers=workers, watch=Watch()
-    )
+    areas = evaluate_model(accelerator, model, images, group_size=group_size, workers=workers)
     assert areas is not None
     return areas.scores([str(number) for number in range(areas.num_classes)]).mean_iou
 

@@ -170,7 +170,7 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"init": "nowhere.pth"}, ["nowhere.pth does not exist", "random"]),
         (
             {"output_dir": "/dev/null/run"},
-            ["--output-dir /dev/null/run: /dev/null is not a folder"],
+            ["/dev/null is not a folder"],
         ),
         ({"log_with": "lightning"}, ["--log-with is 'lightning'", "tensorboard"]),
         ({"dataset": "nowhere.yml"}, ["nowhere.yml does not exist"]),
