@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from pipeline.preview import checked_plan
 from pipeline.settings import Settings
 from pipeline.terminal import aligned
 
-_OLDEST_PYTHON = (3, 11)
 _LITTLE_MEMORY_GIB = 2.0
 
 
@@ -57,16 +55,13 @@ def findings_text(findings: list[Finding]) -> str:
 
 def _software() -> Iterator[Finding]:
     for name, version in machine.versions().items():
-        fix = ""
-        if version == "not installed":
-            fix = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
-        elif name == "python" and sys.version_info[:2] < _OLDEST_PYTHON:
-            fix = "use Python 3.11 or newer"
-        yield Finding(subject=name, text=version, fix=fix)
+        fix = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
+        missing = version == "not installed"
+        yield Finding(subject=name, text=version, fix=fix if missing else "")
 
 
 def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
-    hardware, compute, workers = machine.hardware(), groups["compute"], None
+    hardware, compute = machine.hardware(), groups["compute"]
     gpus, cores, wanted = hardware["gpus"], hardware["cpu_cores"], compute.num_gpus
     fix = ""
     if (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local":

@@ -71,42 +71,24 @@ def parse_eval_name(name: str) -> tuple[str, int, int]:
     return match["run"], int(match["epochs"]), int(match["eval_seed"] or 0)
 
 
-@dataclass(frozen=True)
 class Layout:
     """The paths below one output directory. `run` is a run's name."""
 
-    root: Path
-
-    # What a user looks for.
-    @property
-    def run_yml(self) -> Path:
-        """The resolved settings, versions and hardware."""
-        return self.root / "run.yml"
-
-    @property
-    def results_csv(self) -> Path:
-        """One row per evaluation."""
-        return self.root / "results.csv"
-
-    @property
-    def report_html(self) -> Path:
-        """The page that answers the question."""
-        return self.root / "report.html"
-
-    @property
-    def pretrain_output(self) -> Path:
-        """The folder of all pretraining runs."""
-        return self.root / "pretrain_output"
-
-    @property
-    def eval_output(self) -> Path:
-        """The folder of all evaluations."""
-        return self.root / "eval_output"
-
-    @property
-    def segments(self) -> Path:
-        """The packed segments, if their own folder cannot be written to."""
-        return self.root / "segments.sqlite"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # What a user looks for.
+        self.run_yml = root / "run.yml"  # the settings, versions and hardware
+        self.results_csv = root / "results.csv"  # one row per evaluation
+        self.report_html = root / "report.html"  # the page that answers the question
+        self.pretrain_output = root / "pretrain_output"  # a folder for each run
+        self.eval_output = root / "eval_output"  # a folder for each evaluation
+        self.segments = root / "segments.sqlite"  # if their own folder cannot be written to
+        # Bookkeeping.
+        self.bookkeeping = root / ".segmae"
+        self.lock = self.bookkeeping / "lock"  # who is running here
+        self.plan = self.bookkeeping / "plan.json"  # the steps of the latest call
+        self.records = self.bookkeeping / "steps"
+        self.slurm = self.bookkeeping / "slurm"  # submitit's: pickled jobs and their logs
 
     def pretrain_dir(self, run: str) -> Path:
         """One pretraining run's folder."""
@@ -124,32 +106,6 @@ class Layout:
         """One evaluation's folder."""
         return self.eval_output / eval_name(run, epochs, eval_seed)
 
-    # Bookkeeping.
-    @property
-    def bookkeeping(self) -> Path:
-        """The lock, the plan and the step records."""
-        return self.root / ".segmae"
-
-    @property
-    def lock(self) -> Path:
-        """Who is running here."""
-        return self.bookkeeping / "lock"
-
-    @property
-    def plan(self) -> Path:
-        """The steps of the latest call, for `status`."""
-        return self.bookkeeping / "plan.json"
-
-    @property
-    def records(self) -> Path:
-        """The folder of the step records."""
-        return self.bookkeeping / "steps"
-
     def record(self, step_name: str) -> Path:
         """One step's record."""
         return self.records / f"{step_name}.json"
-
-    @property
-    def slurm(self) -> Path:
-        """Submitit's folder: pickled jobs and their logs."""
-        return self.bookkeeping / "slurm"

@@ -78,20 +78,9 @@ class LocalLauncher:
         (step.folder / PROGRESS).unlink(missing_ok=True)
         now = time.time()
         child = process.Child(step.command, step.console_log, mark, environment(step))
-        record = Record(
-            name=step.name,
-            state="running",
-            run=step.run,
-            kind=step.kind,
-            fingerprint=step.settings,
-            started=now,
-            seconds=earlier.seconds if earlier else 0.0,
-            attempts=(earlier.attempts if earlier else 0) + 1,
-            devices=step.devices,
-            host=socket.gethostname(),
-            pid=child.pid,
-            job_id=os.environ.get("SLURM_JOB_ID", ""),
-        )
+        job = os.environ.get("SLURM_JOB_ID", "")
+        where = {"host": socket.gethostname(), "pid": child.pid, "job_id": job}
+        record = Record.of(step, "running", earlier, started=now, **where)
         write_record(self.paths, record)
         self.running.append(_Running(step, child, record, now))
         return []

@@ -38,7 +38,7 @@ class Facts:
         """Whether the coverage ratio matters to the method."""
         return "coverage_ratio" in self.methods[method]["settings"]
 
-    def idle(self, method: object) -> set[str]:
+    def idle(self, method: Any) -> set[str]:
         """Settings that matter to other methods only; none for a method that is not known."""
         if method not in self.methods:
             return set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,13 @@ def picture_sections(all_paths: Sequence[Layout]) -> list[dict[str, Any]]:
     rank = method_rank(all_paths)
     for paths in all_paths:
         suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
-        runs = {folder: folder.name for folder in paths.pretrain_output.glob("*/")}
-        for folder in _ordered(runs, rank):
+        for run, folder in _by_run(paths.pretrain_output, lambda name: name, rank):
             for image in folder.glob("reconstructions-*.png"):
                 epochs = epochs_of(image)
                 if epochs is not None:
-                    label = f"{folder.name}{suffix}"
-                    _add(reconstructions, epochs, image, label, "Reconstructions of")
-        parsed: dict[Path, tuple[str, int, int]] = {}
-        for folder in paths.eval_output.glob("*/"):
-            with contextlib.suppress(ValueError):  # not an evaluation's name
-                parsed[folder] = parse_eval_name(folder.name)
-        for folder in _ordered({folder: name for folder, (name, _, _) in parsed.items()}, rank):
-            run, epochs, number = parsed[folder]
+                    _add(reconstructions, epochs, image, f"{run}{suffix}", "Reconstructions of")
+        for run, folder in _by_run(paths.eval_output, lambda name: parse_eval_name(name)[0], rank):
+            _, epochs, number = parse_eval_name(folder.name)
             image = folder / PREDICTIONS
             if image.exists() and not number:  # one finetuning of each checkpoint is enough
                 _add(predictions, epochs, image, f"{run}{suffix}", "Predictions of")
@@ -60,16 +54,16 @@ def picture_sections(all_paths: Sequence[Layout]) -> list[dict[str, Any]]:
     ]
 
 
-def _ordered(runs: Mapping[Path, str], rank: Callable[[str], tuple[int, str]]) -> list[Path]:
-    """Folders by their run's method, then by name."""
-
-    def key(folder: Path) -> tuple[tuple[int, str], str]:
-        try:
-            return rank(Run.parse(runs[folder]).method), folder.name
-        except ValueError:  # not a run's name
-            return rank(folder.name), folder.name
-
-    return sorted(runs, key=key)
+def _by_run(
+    parent: Path, run_of: Callable[[str], str], rank: Callable[[str], tuple[int, str]]
+) -> list[tuple[str, Path]]:
+    """Run and folder of those below `parent` that are named after a run, in the methods' order."""
+    found = []
+    for folder in parent.glob("*/"):
+        with contextlib.suppress(ValueError):
+            run = run_of(folder.name)
+            found.append((rank(Run.parse(run).method), run, folder))
+    return [(run, folder) for _, run, folder in sorted(found)]
 
 
 def _add(

@@ -54,6 +54,16 @@ class Record:
     job_id: str = ""
     """Slurm job, where there is one."""
 
+    @classmethod
+    def of(cls, step: Step, state: State, earlier: Record | None, **more: Any) -> Record:
+        """A new attempt at a step; earlier: what is known of those before."""
+        return cls(
+            name=step.name, state=state, run=step.run, kind=step.kind, fingerprint=step.settings,
+            seconds=earlier.seconds if earlier else 0.0,
+            attempts=(earlier.attempts if earlier else 0) + (state == "running"),
+            devices=step.devices, **more,
+        )  # fmt: skip
+
     @property
     def pretraining(self) -> Run:
         """What tells its run from others, by its settings: names may be an earlier version's."""
@@ -146,14 +156,23 @@ def differences(steps: Iterable[Step], paths: Layout, facts: Facts) -> list[str]
     What is compared in one report has to be made alike, so a step is compared with all of its kind;
     only what tells runs and checkpoints apart may differ between them.
     """
-    records = [record for record in read_all_records(paths) if _binds(record, paths)]
-    found = []
+    records = [
+        (record, _shared(record.kind, record.fingerprint))
+        for record in read_all_records(paths)
+        if record.kind in MAY_DIFFER and _binds(record, paths)
+    ]
+    found, compared = [], set()
     for step in steps:
-        for record in (record for record in records if record.kind == step.kind):
+        mine = _shared(step.kind, step.settings)
+        for record, theirs in records:
             own_run = step.kind == "pretrain" and record.run == step.run
             leave_out: frozenset[str] = frozenset()
             if not own_run and record.name != step.name:
-                leave_out = MAY_DIFFER.get(step.kind, leave_out) | facts.idle(_method(record))
+                leave_out = MAY_DIFFER[record.kind] | facts.idle(_method(record))
+            pair = (step.kind, mine, theirs, _method(record))  # hundreds of steps are alike
+            if record.kind != step.kind or (leave_out and pair in compared):
+                continue
+            compared.add(pair)
             whose = "" if record.run == step.run else f" (of {record.run})"
             found += [f"{step.run}: {d}{whose}" for d in other_settings(step, record, leave_out)]
     return list(dict.fromkeys(found))
@@ -174,6 +193,12 @@ def made_alike(all_paths: Sequence[Layout], facts: Facts) -> bool:
             if settings.differences(first.fingerprint, wanted, older):
                 return False
     return True
+
+
+def _shared(kind: str, values: Mapping[str, Any]) -> str:
+    """What all steps of a kind have in common, to be compared at once."""
+    left_out = MAY_DIFFER.get(kind, frozenset())
+    return json.dumps({n: values[n] for n in sorted(values.keys() - left_out)})
 
 
 def _method(record: Record) -> str | None:

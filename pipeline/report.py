@@ -24,7 +24,7 @@ from pipeline.layout import BASELINES, Layout
 from pipeline.pictures import picture_sections
 from pipeline.provenance import differing_settings, flatten, provenance
 from pipeline.records import read_all_records, read_plan
-from pipeline.results import Evaluation, read_run_yml, table, write_results_csv
+from pipeline.results import Evaluation, read_run_yml, score_rows, table, write_results_csv
 
 
 @dataclass(frozen=True)
@@ -189,20 +189,13 @@ def _miou_chart(lines: Sequence[Line]) -> Chart | None:
 
 def _scores(lines: Sequence[Line]) -> dict[str, Any]:
     """The table of all scores, and how they were made."""
-    found = [(line, evaluation) for line in lines for evaluation in line.evaluations]
-    several = any(evaluation.seed != evaluation.eval_seed for _, evaluation in found)
-    columns = ["method", "seed", *["eval seed"] * several, "epochs"]
-    columns += ["pixel accuracy", "mean accuracy", "mean IoU", "minutes"]
+    found = [(line.label, evaluation) for line in lines for evaluation in line.evaluations]
     best = max((e.result.get("mean_iou") or 0 for _, e in found), default=0)
-    rows = []
-    for line, evaluation in found:
-        result = evaluation.result
-        names = ("pixel_accuracy", "mean_accuracy", "mean_iou")
-        cells = [line.label, str(evaluation.seed), *[str(evaluation.eval_seed)] * several]
-        cells.append(str(evaluation.epochs))
-        cells += [f"{result[n]:.2f}" if result.get(n) is not None else "" for n in names]
-        cells.append(f"{evaluation.minutes:.1f}")
-        rows.append({"cells": cells, "best": result.get("mean_iou") == best})
+    columns, *cells = score_rows(found)
+    rows = [
+        {"cells": row, "best": evaluation.result.get("mean_iou") == best}
+        for row, (_, evaluation) in zip(cells, found, strict=True)
+    ]
     return {"columns": columns, "rows": rows, "protocol": _protocol([e for _, e in found])}
 
 

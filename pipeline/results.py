@@ -14,10 +14,14 @@ from common.files import write_text
 from common.layout import RESULT
 from common.yamlfile import read_yaml
 from pipeline.layout import BASELINES, Layout, Run, parse_eval_name
-from pipeline.records import read_all_records, read_record
+from pipeline.records import read_record
 from pipeline.terminal import aligned
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
+_EARLIER_NAMES = {
+    "mask_methods": "mask_method", "coverage_ratios": "coverage_ratio", "seeds": "seed",
+    "eval_only": "eval",
+}  # fmt: skip
 # Equal runs differ in the minutes only.
 COLUMNS = ("method", "coverage_ratio", "seed", "eval_seed", "epochs", *SCORES, "minutes")
 
@@ -95,26 +99,36 @@ def coverage_of(run: str, paths: Layout) -> float | None:
 
     run.yml holds what the latest call wanted, which may have been about other runs.
     """
-    for record in read_all_records(paths):
-        if record.kind == "pretrain" and record.run == run:
+    for path in sorted(paths.records.glob(f"pretrain_{run}_*.json")):
+        record = read_record(paths, path.stem)
+        if record is not None and record.run == run:
             ratio = record.fingerprint.get("coverage_ratio")
             return None if ratio is None else float(ratio)
     return Run.parse(run).coverage_ratio if "-cov" in run else None
 
 
 def read_run_yml(paths: Layout) -> dict[str, Any]:
-    """Settings, versions and hardware of the latest call; empty if there are none."""
-    return read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
+    """Settings by their names, versions and hardware of the latest call; empty if there are none.
+
+    An earlier version kept the settings in groups, and some under other names.
+    """
+    content = read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
+    settings = content.get("settings", {})
+    for group in ("data", "experiment", "compute", "cluster"):
+        settings |= settings.pop(group, {})
+    for old, new in _EARLIER_NAMES.items():
+        if old in settings:
+            settings[new] = settings.pop(old)
+    if "schedule" in settings:
+        settings["pretrain"] = settings.pop("schedule") | settings["pretrain"]
+    return content
 
 
 def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]:
     """Sorts methods: baselines, then as the calls named them, then by the alphabet."""
     order = list(BASELINES)
     for paths in all_paths:
-        settings = read_run_yml(paths).get("settings", {})
-        # An earlier version wrote them in groups.
-        experiment = settings.get("experiment", {})
-        order += settings.get("mask_method") or experiment.get("mask_methods") or []
+        order += read_run_yml(paths).get("settings", {}).get("mask_method", [])
     return lambda method: (order.index(method) if method in order else len(order), method)
 
 
@@ -147,22 +161,20 @@ def write_results_csv(paths: Layout) -> list[Evaluation]:
     return evaluations
 
 
-def table(evaluations: list[Evaluation]) -> str:
+def table(evaluations: Sequence[Evaluation]) -> str:
     """The scores as aligned text, a line per evaluation."""
-    seeds = [n for n in ("seed", "eval_seed") if len({getattr(e, n) for e in evaluations}) > 1]
+    rows = score_rows([(evaluation.label, evaluation) for evaluation in evaluations])
+    return aligned(rows, right=range(1, len(rows[0])))
+
+
+def score_rows(labelled: Sequence[tuple[str, Evaluation]]) -> list[list[str]]:
+    """Titles, then the cells of each evaluation, whose label comes first."""
+    seeds = [n for n in ("seed", "eval_seed") if len({getattr(e, n) for _, e in labelled}) > 1]
     titles = ["method", *(name.replace("_", " ") for name in seeds), "epochs"]
-    titles += ["pixel accuracy", "mean accuracy", "mean IoU", "minutes"]
-    lines = [titles]
-    for evaluation in evaluations:
+    rows = [[*titles, "pixel accuracy", "mean accuracy", "mean IoU", "minutes"]]
+    for label, evaluation in labelled:
         row = as_row(evaluation)
-        scores = [row[name] for name in SCORES[:3]]
-        lines.append(
-            [
-                evaluation.label,
-                *(row[name] for name in seeds),
-                row["epochs"],
-                *(f"{float(score):.2f}" if score else "-" for score in scores),
-                f"{evaluation.minutes:.1f}",
-            ]
-        )
-    return aligned(lines, right=range(1, len(titles)))
+        scores = [f"{float(row[name]):.2f}" if row[name] else "" for name in SCORES[:3]]
+        minutes = f"{evaluation.minutes:.1f}"
+        rows.append([label, *(row[name] for name in seeds), row["epochs"], *scores, minutes])
+    return rows

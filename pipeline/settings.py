@@ -32,7 +32,7 @@ class Data(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "output_dir", self.output_dir.absolute())
+        object.__setattr__(self, "output_dir", self.output_dir.resolve())
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ValueError(f"--output-dir {self.output_dir} is a file")
         if self.ade20k_dir and self.eval_dataset:

@@ -90,7 +90,8 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
         needed = [job_ids[need] for need in step.needs if need in job_ids]
         job_ids[step.name] = _submit_one(settings, step, paths, needed)
         submitted += 1
-        write_record(paths, _submitted_record(step, record, job_ids[step.name]))
+        submitted_as = Record.of(step, "submitted", record, job_id=job_ids[step.name])
+        write_record(paths, submitted_as)
     return submitted
 
 
@@ -173,20 +174,6 @@ def cpus_per_task(settings: Settings, step: Step) -> int | None:
     partition = cluster.sbatch.get("partition", cluster.partition)
     most = slurm_queue.most_cpus(None if partition is None else str(partition), gpus=gpus)
     return wanted if most is None else max(1, min(wanted, most))
-
-
-def _submitted_record(step: Step, earlier: Record | None, job_id: str) -> Record:
-    return Record(
-        name=step.name,
-        state="submitted",
-        run=step.run,
-        kind=step.kind,
-        fingerprint=step.settings,
-        seconds=earlier.seconds if earlier else 0.0,
-        attempts=earlier.attempts if earlier else 0,
-        devices=step.devices,
-        job_id=job_id,
-    )
 
 
 def follow(paths: Layout) -> int:

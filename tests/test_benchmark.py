@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,10 +79,10 @@ def test_other_settings_in_the_same_directory_are_refused_by_name(
 ) -> None:
     before = files_below(reference)
     done = run_benchmark(
-        *("--config", config, "--output-dir", reference, *ROUNDS, "--coverage-ratio", "20")
+        *("--config", config, "--output-dir", reference, *ROUNDS, "--pretrain", "base_lr=0.05")
     )
     assert done.returncode == 2
-    assert "coverage_ratio was 15, is now 20" in done.stderr
+    assert "four_channels: base_lr: 0.06 -> 0.05" in done.stderr
     assert files_below(reference) == before
 
 
@@ -228,7 +229,7 @@ def test_dry_run_shows_the_plan_on_a_screen_and_changes_nothing(
     call = ("--config", config, "--output-dir", out, *ROUNDS, "--dry-run")
     done = run_benchmark(*call)
     assert done.returncode == 0, done.stderr
-    assert "5 steps, 0 done" in done.stdout or "4 steps, 0 done" in done.stdout
+    assert re.search("[45] steps, 0 done", done.stdout), "packing, unless another test has"
     assert "-m mae" not in done.stdout
     assert max(map(len, done.stdout.replace(str(out), "").splitlines())) <= 100
     assert "effective batch 4 = 4 per device x 1 devices x 1 accumulated" in done.stdout

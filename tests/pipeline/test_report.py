@@ -15,9 +15,9 @@ from pipeline.charts import Point, Series, line_chart, ticks
 from pipeline.layout import Layout, Run
 from pipeline.records import read_record, write_record
 from pipeline.report import write_all, write_report
-from pipeline.results import read_evaluations, table, write_results_csv
+from pipeline.results import read_evaluations, read_run_yml, table, write_results_csv
 from tests.pipeline.finished_run import write_evaluation, write_run
-from tests.pipeline.programs import run_benchmark
+from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 
 def text_of(page: Path) -> str:
@@ -138,6 +138,16 @@ def test_methods_stand_in_the_order_of_the_call_then_by_the_alphabet(tmp_path: P
     assert order == ["scratch", "segments", "patches", "ant", "zebra"]
     write_all(paths)
     assert "Against patches" in text_of(paths.report_html), "the reference, wherever it stands"
+
+
+def test_settings_of_the_version_before_are_read(tmp_path: Path) -> None:
+    text = (REPO_ROOT / "tests/fixtures/earlier_run/run/run.yml").read_text()
+    (tmp_path / "run.yml").write_text(text.replace("@", "/"))
+    settings = read_run_yml(Layout(tmp_path))["settings"]
+    assert settings["mask_method"] == ["four_channels"]
+    assert settings["pretrain_epochs"] == 3
+    assert settings["pretrain"]["base_lr"] == 0.01
+    assert not {"data", "experiment", "schedule"} & settings.keys()
 
 
 def test_finetunings_of_one_checkpoint_are_averaged_and_told_apart(tmp_path: Path) -> None:
