@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.devices import default_workers, make_accelerator
+from common.devices import make_accelerator
 from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
 from mae.data import Batch, FixedImages, MaskedImages
@@ -69,7 +69,7 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
     Raises ValueError for what the user can fix.
     """
     run = config.run
-    accelerator = make_accelerator(device=run.device, precision=run.precision, compile=run.compile)
+    accelerator = make_accelerator(run)
     method = make_method(config.method, config.model)
     listing = make_listing(config.data, method)
     plan = make_batch_plan(
@@ -102,7 +102,7 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
         accelerator=accelerator,
         listing=listing,
         plan=plan,
-        workers=default_workers() if run.workers is None else run.workers,
+        workers=run.loader_workers,
         images=images,
         heldout=FixedImages(images, config.data.in1k_dir / "val", listing.val),
         fixed_set=fixed_set,

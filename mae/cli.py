@@ -18,8 +18,8 @@ from common.options import (
     command,
     option,
     option_facts,
-    plugin_option,
 )
+from common.run import PluginConfig
 from mae.config import GROUPS, PretrainConfig
 from mae.download import OFFICIAL_FILES
 from mae.masking import METHODS
@@ -81,13 +81,7 @@ def pretrain(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plugin(OptionGroup):
-    title: ClassVar[str] = "Options"
-    plugin: Path | None = plugin_option()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Folders(_Plugin):
+class _Folders(PluginConfig):
     in1k_dir: Path | None = option("Also say in which form its masks/ are.", None)
     masks_dir: Path | None = option("The same for segments elsewhere.", None)
 
@@ -115,7 +109,7 @@ def methods(folders: _Folders) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ReconstructOptions(_Plugin):
+class _ReconstructOptions(PluginConfig):
     out: Path = option("The PNG to write.")
     masks_dir: Path | None = option(
         "Packed segments of the given images, by their names; else the patterns of the fixed set "
@@ -137,7 +131,7 @@ def reconstruct(checkpoint: Path, images: tuple[Path, ...], options: _Reconstruc
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ExportOptions(_Plugin):
+class _ExportOptions(PluginConfig):
     out: Path = option("A .safetensors or .pth file.")
 
 

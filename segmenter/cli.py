@@ -15,14 +15,14 @@ from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
 from common.files import check_output_file, check_output_folder, write_json
 from common.layout import RESULT
 from common.options import CONTEXT, Layer, OptionGroup, command, option, option_facts
+from common.run import PluginConfig
 from common.yamlfile import plain
 from segmenter.config import (
     DEFAULT_RECIPE,
     GROUPS,
     DatasetConfig,
-    DeviceConfig,
-    PluginConfig,
     ProtocolChanges,
+    ScoringConfig,
     TrainConfig,
     read_recipe,
     recipe_names,
@@ -90,7 +90,7 @@ def recipes(plugin: PluginConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringConfig(DatasetConfig):
+class EvaluateConfig(DatasetConfig):
     """What `evaluate` scores, and where the scores go."""
 
     title: ClassVar[str] = "Scoring"
@@ -100,10 +100,10 @@ class ScoringConfig(DatasetConfig):
     out: Path | None = option("JSON file for the scores.", None)
 
 
-@command(cli, scoring=ScoringConfig, changes=ProtocolChanges, devices=DeviceConfig)
+@command(cli, scoring=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH, required=False)
 def evaluate(
-    checkpoint: Path | None, scoring: ScoringConfig, changes: OptionGroup, devices: DeviceConfig
+    checkpoint: Path | None, scoring: EvaluateConfig, changes: OptionGroup, devices: ScoringConfig
 ) -> None:
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
     if (checkpoint is None) == (scoring.predictions is None):
@@ -150,7 +150,7 @@ class PictureConfig(OptionGroup):
     attention: bool = option("Also draw what the model attends to.", False)
 
 
-@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=DeviceConfig)
+@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH)
 @click.argument("images", type=PATH, nargs=-1, required=True)
 def predict(
@@ -158,7 +158,7 @@ def predict(
     images: tuple[Path, ...],
     pictures: PictureConfig,
     changes: OptionGroup,
-    devices: DeviceConfig,
+    devices: ScoringConfig,
 ) -> None:
     """Write label maps and overlays of IMAGES (files or folders)."""
     for path in (checkpoint, *images):

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from common.devices import default_workers, make_accelerator
+from common.devices import make_accelerator
 from common.options import OptionGroup
 from common.progress import Counter
-from segmenter.config import DeviceConfig, ProtocolConfig
+from segmenter.config import ProtocolConfig, ScoringConfig
 from segmenter.data import Classes, WholeImages, read_classes
 from segmenter.dataset import DatasetDescription, Pair, read_description
 from segmenter.evaluate import evaluate_model, folder_at_once, score_predictions, write_prediction
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     dataset: Path,
     *,
     changes: OptionGroup,
-    devices: DeviceConfig,
+    devices: ScoringConfig,
     split: str,
     predictions_dir: Path | None,
 ) -> EvaluationResult:
@@ -54,7 +54,7 @@ def evaluate_checkpoint(
 
     Raises ValueError for what the user can fix, before anything is written.
     """
-    accelerator = make_accelerator(device=devices.device, precision=devices.precision)
+    accelerator = make_accelerator(devices)
     loaded = load_segmenter(checkpoint)
     description, pairs = _checked_pairs(dataset, split, loaded.classes)
     if predictions_dir is not None and predictions_dir.exists() and any(predictions_dir.iterdir()):
@@ -77,7 +77,7 @@ def evaluate_checkpoint(
             loaded.model.to(accelerator.device),
             WholeImages(description, pairs, protocol),
             group_size=devices.eval_batch_size,
-            workers=default_workers() if devices.workers is None else devices.workers,
+            workers=devices.loader_workers,
             on_prediction=save if folder else None,
             on_progress=tell if accelerator.is_main_process else None,
         )
