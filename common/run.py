@@ -34,7 +34,7 @@ class DeviceConfig(PluginConfig):
 
     @property
     def loader_workers(self) -> int:
-        """By default the cores of one of torchrun's processes here but one, at most 12; few: none."""
+        """By default the cores that are left to this process but one, at most 12."""
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
