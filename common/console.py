@@ -10,6 +10,8 @@ from typing import NoReturn, TextIO
 
 import click
 
+from common.interruption import end_children
+
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved; the same command goes on
 
@@ -37,6 +39,8 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
     except RuntimeError as error:
         logging.getLogger(__name__).debug("failed", exc_info=error)
         code = _report(str(error), EXIT_FAILED)
+    finally:
+        end_children()
     sys.exit(code if isinstance(code, int) else 0)
 
 

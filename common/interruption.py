@@ -35,7 +35,7 @@ class Interruption:
 def leave_signals_to_the_main_process(worker: int) -> None:
     """For loader processes: a signal to the whole group must not end them before the step is done.
 
-    They end with their parent, even one that is killed.
+    They end with their parent, even one that is killed. See also `end_children`.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -48,3 +48,18 @@ def _end_with_parent() -> None:
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
+
+
+def end_children() -> None:
+    """Kill the loader processes that an error has left, at the end of a program.
+
+    Python ends them by SIGTERM and then waits for them; they ignore it, so it would for ever.
+    """
+    children = multiprocessing.active_children()
+    if not children:
+        return
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise about each
+    for child in children:
+        child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, previous)

@@ -47,6 +47,7 @@ class Spec:
     at_least, above, at_most, below: the range of a number.
     neutral: it decides speed or place, not what comes out.
     older: what a file counts as that was written before this option existed.
+    is_plugin: a Python file that is loaded before any option is judged.
     """
 
     help: str
@@ -57,6 +58,7 @@ class Spec:
     below: float | None
     neutral: bool
     older: Any
+    is_plugin: bool
 
     def range_text(self) -> str:
         """The allowed numbers, in words."""
@@ -89,11 +91,12 @@ def option(
     below: float | None = None,
     neutral: bool = False,
     older: Any = REQUIRED,
+    is_plugin: bool = False,
 ) -> Any:
     """A field of an `OptionGroup`; without `default` it has to be given. See `Spec`."""
     spec = Spec(
         help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, below=below,
-        neutral=neutral, older=default if older is REQUIRED else older,
+        neutral=neutral, older=default if older is REQUIRED else older, is_plugin=is_plugin,
     )  # fmt: skip
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata={"option": spec})
@@ -105,6 +108,7 @@ class OptionGroup:
     """Options that belong together. Making one judges every value: ValueError names the option."""
 
     title: ClassVar[str]
+    no_default: ClassVar[str] = "required"  # what --help says of options that have none
 
     def __post_init__(self) -> None:
         for name, field in fields_of(type(self)).items():
@@ -113,13 +117,17 @@ class OptionGroup:
 
 @dataclass(frozen=True)
 class Field:
-    """One option: its name, its type without `| None`, and what its metadata say."""
+    """One option: its name, its type without `| None`, and what its metadata say.
+
+    instead: words that may stand in the place of a value, as in `Path | Literal["random"]`.
+    """
 
     name: str
     kind: Any
     optional: bool
     default: Any
     spec: Spec
+    instead: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -140,8 +148,8 @@ class Field:
 
     def convert(self, value: Any) -> Any:
         """What was written, as text or as YAML has it, in the field's type; ValueError if not."""
-        if value is None and self.optional:
-            return None
+        if (value is None and self.optional) or value in self.instead:
+            return value
         if self.is_mapping:
             return self._pairs(value)
         if typing.get_origin(self.kind) is tuple:
@@ -232,14 +240,18 @@ def fields_of(group: type[OptionGroup]) -> dict[str, Field]:
     """The options of a group by name, in their order."""
     hints, found = typing.get_type_hints(group), {}
     for field in dataclasses.fields(group):
-        kind, optional = hints[field.name], False
+        kind, instead = hints[field.name], ()
+        parts = [kind]
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-            optional = True
+            parts = list(typing.get_args(kind))
+            kind, *words = (part for part in parts if part is not type(None))
+            instead = tuple(word for literal in words for word in typing.get_args(literal))
+        optional = type(None) in parts
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        found[field.name] = Field(field.name, kind, optional, default, field.metadata["option"])
+        spec = field.metadata["option"]
+        found[field.name] = Field(field.name, kind, optional, default, spec, instead)
     return found
 
 
@@ -314,11 +326,13 @@ class OptionCommand(click.Command):
         self.groups = groups
         self.own_layers = own_layers
         self.titles: dict[str, str] = {}
+        self.plugins: list[str] = []
         self.params.append(_config_option())
         for group in groups.values():
             for field in fields_of(group).values():
-                self.params.append(_click_option(field))
+                self.params.append(_click_option(field, group.no_default))
                 self.titles[field.name] = group.title
+                self.plugins += [field.name] if field.spec.is_plugin else []
 
     def invoke(self, ctx: click.Context) -> Any:
         """Click's hook: makes the groups, then runs the function."""
@@ -329,9 +343,9 @@ class OptionCommand(click.Command):
         if config is not None:
             layers.insert(0, read_layer(Path(config).expanduser(), groups))
         for layer in layers:
-            if "plugin" in self.titles and layer.values.get("plugin"):
-                # Before anything is judged: it may bring a choice with it.
-                load_plugin(Path(str(layer.values["plugin"])).expanduser())
+            for name in self.plugins:
+                if layer.values.get(name):  # before anything is judged: it may bring a choice
+                    load_plugin(Path(str(layer.values[name])).expanduser())
         if self.own_layers is not None:
             layers = [*self.own_layers(merge(groups, layers)), *layers]
         values = merge(groups, layers)
@@ -371,7 +385,7 @@ def _config_option() -> click.Option:
     return click.Option(["--config"], metavar="FILE", help=text)
 
 
-def _click_option(field: Field) -> click.Option:
+def _click_option(field: Field, no_default: str) -> click.Option:
     """Click only collects the words; `merge` converts and judges them."""
     help_text, words = field.spec.help, field.words()
     shown = plain(field.default) if field.default is not REQUIRED else None
@@ -386,13 +400,13 @@ def _click_option(field: Field) -> click.Option:
             [field.flag, field.name], multiple=True, metavar="KEY=VALUE", help=help_text
         )
     if field.default is REQUIRED:
-        help_text += "  [required]"
+        help_text += f"  [{no_default}]"
     elif shown is not None and shown != []:
         text = ",".join(map(str, shown)) if isinstance(shown, list) else shown
         help_text += f"  [default: {text}]"
     kind = _item(field.kind)
     several = ",..." if typing.get_origin(field.kind) is tuple else ""
-    metavar = f"[{'|'.join(words)}]" if words else _METAVARS[kind]
+    metavar = f"[{'|'.join(words)}]" if words else "|".join([_METAVARS[kind], *field.instead])
     return click.Option(
         [field.flag, field.name], metavar=metavar + several, help=help_text, default=None
     )
@@ -400,7 +414,10 @@ def _click_option(field: Field) -> click.Option:
 
 def plugin_option() -> Any:
     """The field `plugin` of a group: it is loaded before any option is judged."""
-    return option("Python file with masking methods or models of your own.", None, neutral=True)
+    return option(
+        "Python file with masking methods or models of your own.", None,
+        neutral=True, is_plugin=True,
+    )  # fmt: skip
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}

@@ -17,6 +17,8 @@ from common.files import write_json
 PROJECT = "segmae"
 STATE = ".trackers.json"
 NONE = "none"
+# They keep what they got in memory until they are closed, and ignore a step that they have already.
+BUFFERING = {"wandb"}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -45,7 +47,8 @@ class Trackers:
         self.path = output_dir / STATE
         stored = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.ids: dict[str, str] = stored.get("ids", {})
-        self.sent: dict[str, int] = stored.get("sent", {})
+        self.safe: dict[str, int] = stored.get("sent", {})  # last epoch that a kill cannot take
+        self.sent = dict(self.safe)
         self.trackers: dict[str, Any] = {}
         for name in dict.fromkeys(name for name in names if name != NONE):
             is_new = name not in self.ids
@@ -73,6 +76,7 @@ class Trackers:
         """Finish what the trackers still have to write."""
         for tracker in self.trackers.values():
             tracker.finish()
+        self._write(closed=True)
 
     def _start_options(self, name: str, output_dir: Path) -> dict[str, Any]:
         """What makes a tracker go on with the run of an earlier call."""
@@ -89,8 +93,9 @@ class Trackers:
         }  # fmt: skip
         return options.get(name, {})
 
-    def _write(self) -> None:
-        write_json(self.path, {"ids": self.ids, "sent": self.sent})
+    def _write(self, *, closed: bool = False) -> None:
+        self.safe |= {n: e for n, e in self.sent.items() if closed or n not in BUFFERING}
+        write_json(self.path, {"ids": self.ids, "sent": self.safe})
 
 
 _LOG_OPTIONS = {"wandb": {"commit": True}}  # it would hold a step back until the next

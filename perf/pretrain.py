@@ -31,7 +31,7 @@ from mae.masking import METHODS
 from mae.model import MaskedAutoencoder, training_flops
 from mae.optimisation import GuardedUpdate, make_optimizer
 from mae.segments.store import PackedStore
-from perf.loader import make_ours, sample_data
+from perf.loader import make_ours, pack, sample_data
 
 OPTIMISATION = OptimisationConfig(effective_batch_size=256)
 Step = Callable[[], None]
@@ -148,12 +148,14 @@ def compare(
     }
 
 
-def measure(arguments: argparse.Namespace, folder: Path, masks: Path) -> list[dict[str, Any]]:
+def measure(
+    arguments: argparse.Namespace, folder: Path, source: PackedStore
+) -> list[dict[str, Any]]:
     """All rows for one model size."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     config = ModelConfig(model=arguments.model, image_size=arguments.image_size)
-    source, size = pack(masks, masks.parent / "perf.sqlite"), arguments.batch_size
+    size = arguments.batch_size
     rounds, repeats = arguments.rounds, arguments.repeats
     name = (
         torch.cuda.get_device_name(device)
@@ -248,7 +250,8 @@ def main() -> None:
         images, masks = arguments.images, arguments.masks
         if images is None:
             images, masks = sample_data(Path(scratch) / "sample")
-        rows = measure(arguments, images / "train", masks or images / "masks")
+        store = pack(masks or images / "masks", Path(scratch, "masks.sqlite"))
+        rows = measure(arguments, images / "train", store)
     print_rows(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -30,16 +30,17 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from segmenter.config import VIT_SIZES, ProtocolConfig
-from segmenter.data import TestImage, WholeImages, default_workers, read_classes, test_images
+from common.devices import make_accelerator, peak_memory_mib
+from common.run import DeviceConfig
+from common.vit import VIT_SIZES
+from segmenter.config import ProtocolConfig
+from segmenter.data import TestImage, WholeImages, quiet_imports, read_classes, test_images
 from segmenter.dataset import VAL, DatasetDescription, Pair, read_description
-from segmenter.devices import make_accelerator, peak_memory_mib
 from segmenter.encoder import EncoderShape
-from segmenter.evaluate import Watch, evaluate_model, evaluating
+from segmenter.evaluate import evaluate_model, evaluating
 from segmenter.inference import predict_classes
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
-from segmenter.quiet import quiet_imports
 
 with quiet_imports():
     from mmcv.transforms import Compose, LoadImageFromFile
@@ -171,10 +172,8 @@ def evaluate_ours(
     accelerator: Accelerator, model: Segmenter, images: WholeImages, group_size: int
 ) -> float:
     """Mean IoU, as `segmenter evaluate` gets it."""
-    workers = default_workers()
-    areas = evaluate_model(
-        accelerator, model, images, group_size=group_size, workers=workers, watch=Watch()
-    )
+    workers = DeviceConfig().loader_workers
+    areas = evaluate_model(accelerator, model, images, group_size=group_size, workers=workers)
     assert areas is not None
     return areas.scores([str(number) for number in range(areas.num_classes)]).mean_iou
 
@@ -183,7 +182,7 @@ def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: Whol
     """The usual way: one image, one window at a time; all predictions are kept to the end."""
     kept: list[tuple[Tensor, Tensor]] = []
     loader = test_images(
-        images, range(len(images)), workers=default_workers(), pin_memory=False
+        images, range(len(images)), workers=DeviceConfig().loader_workers, pin_memory=False
     )  # fmt: skip
     with evaluating(accelerator, model), one_window_at_a_time():
         for sample in loader:
@@ -308,7 +307,9 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Measure and print a table."""
     arguments = _parse()
-    accelerator = make_accelerator(device=arguments.device, precision=arguments.precision)
+    accelerator = make_accelerator(
+        DeviceConfig(device=arguments.device, precision=arguments.precision)
+    )
     protocol = ProtocolConfig(
         image_size=arguments.size, crop_size=arguments.size, window_size=arguments.size,
         window_stride=arguments.stride, normalization="imagenet",

@@ -1,10 +1,12 @@
-"""Everything a finetuning call is built from, and where it continues."""
+"""Everything a finetuning call is built from, and what it leaves in its files."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +15,28 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from segmenter.checkpoint import check_same_settings, load_checkpoint
-from segmenter.config import TrainConfig
-from segmenter.data import Classes, TrainingCrops, WholeImages, default_workers, read_classes
-from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
+from common.devices import device_name
+from common.vit import IMAGE_CHANNELS
+from segmenter.check import Task, all_settings
+from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
+from segmenter.config import RANDOM, TrainConfig
+from segmenter.data import (
+    Batch,
+    Classes,
+    TrainingCrops,
+    WholeImages,
+    read_classes,
+    training_batches,
+)
 from segmenter.encoder import EncoderShape
-from segmenter.labels import check_labels
-from segmenter.layout import CHECKPOINT
 from segmenter.model import Segmenter, SegmenterShape
 from segmenter.optimisation import make_optimizer
-from segmenter.pretrained import read_encoder_weights, shape_of, start_encoder
 from segmenter.schedule import BatchPlan, make_batch_plan
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """The dataset: description, classes, and the pairs of both splits."""
-
-    description: DatasetDescription
-    classes: Classes
-    train: Sequence[Pair]
-    val: Sequence[Pair]
-
-    def settings(self) -> dict[str, Any]:
-        """What has to be the same for a run to continue."""
-        return {
-            "dataset": self.description.name,
-            "num_classes": len(self.classes),
-            "num_train": len(self.train),
-            "num_val": len(self.val),
-        }
+SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "onedl-mmcv")
 
 
 @dataclass(kw_only=True)
@@ -76,6 +68,7 @@ class Run:
     config: TrainConfig
     accelerator: Accelerator
     task: Task
+    classes: Classes
     plan: BatchPlan
     workers: int
     crops: TrainingCrops
@@ -89,31 +82,27 @@ class Run:
         """Where everything goes."""
         return self.config.run.output_dir
 
-
-def read_task(config: TrainConfig) -> Task:
-    """The dataset, looked over. Raises ValueError for what does not fit."""
-    description = read_description(config.run.dataset)
-    classes = read_classes(description)
-    task = Task(
-        description=description,
-        classes=classes,
-        train=description.pairs(TRAIN),
-        val=description.pairs(VAL),
-    )
-    for pairs in (task.train, task.val):
-        check_labels(description, pairs, len(classes), everything=False)
-    return task
+    def batches(self, state: State, epochs: int) -> Iterator[Batch]:
+        """This process's batches from where the state stands until so many epochs are completed."""
+        return training_batches(
+            self.crops,
+            self.plan,
+            rank=self.accelerator.process_index,
+            start=(state.epochs_completed, state.steps_completed),
+            epochs=epochs,
+            workers=self.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
 
 
-def build_run(config: TrainConfig, accelerator: Accelerator, task: Task) -> tuple[Run, State]:
-    """Build the run; continue from its checkpoint if there is one. Writes nothing.
-
-    Raises ValueError for what the user can fix.
-    """
+def build_run(
+    config: TrainConfig, accelerator: Accelerator, task: Task, checkpoint_path: Path | None
+) -> tuple[Run, State]:
+    """Build the run as the checkpoint has it, or anew. Writes nothing. Raises ValueError."""
     plan = make_batch_plan(
         len(task.train), config.optimisation.batch_size, accelerator.num_processes
     )
-    checkpoint = _own_checkpoint(config, task)
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     torch.manual_seed(config.optimisation.seed)
     if checkpoint is None:
         model, state = _start(config, task), State()
@@ -125,55 +114,61 @@ def build_run(config: TrainConfig, accelerator: Accelerator, task: Task) -> tupl
     optimizer = make_optimizer(model, config.optimisation)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    workers = config.run.workers
-    return Run(
+    description = task.description
+    run = Run(
         config=config,
         accelerator=accelerator,
         task=task,
+        classes=read_classes(description),
         plan=plan,
-        workers=default_workers() if workers is None else workers,
-        crops=TrainingCrops(
-            task.description, task.train, config.protocol, config.optimisation.seed
-        ),
-        images=WholeImages(task.description, task.val, config.protocol),
+        workers=config.run.loader_workers,
+        crops=TrainingCrops(description, task.train, config.protocol, config.optimisation.seed),
+        images=WholeImages(description, task.val, config.protocol),
         model=model,
         prepared=accelerator.prepare_model(model),
         optimizer=optimizer,
-    ), state
+    )
+    _describe(run, state)
+    return run, state
 
 
-def all_settings(config: TrainConfig, task: Task) -> dict[str, Any]:
-    """What a checkpoint's `config` and result.json's `settings` hold."""
-    return {**config.settings(), **task.settings()}
+def _start(config: TrainConfig, task: Task) -> Segmenter:
+    """A new model, its encoder from `--init`."""
+    init, crop = config.run.init, config.protocol.crop_size
+    patch, in_channels = config.model.patch_size or config.model.encoder.patch_size, IMAGE_CHANNELS
+    if init != RANDOM:
+        weights = read_encoder_weights(init)
+        stored = shape_of(weights, config.model, init)
+        patch, in_channels = stored.patch_size, stored.in_channels
+    encoder = EncoderShape(
+        model=config.model.model, patch_size=patch, in_channels=in_channels, grid=-(-crop // patch)
+    )
+    shape = SegmenterShape(
+        encoder=encoder,
+        decoder=config.model.decoder,
+        decoder_layers=config.model.decoder_layers,
+        num_classes=task.num_classes,
+        normalization=config.protocol.normalization,
+    )
+    model = Segmenter(shape, config.model)
+    if init == RANDOM:
+        logger.info("the encoder starts from random weights")
+    else:
+        fresh = start_encoder(model.encoder, weights, init)
+        logger.info(
+            "the encoder starts from %s, %d input channels; fresh: %s",
+            init, in_channels, ", ".join([*fresh, "the decoder"]),
+        )  # fmt: skip
+    return model
 
 
-def checkpoint_content(run: Run, state: State) -> dict[str, Any]:
-    """Everything needed to continue, and to evaluate and predict without the dataset."""
-    return {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "shape": run.model.shape.plain(),
-        "classes": list(run.task.classes.names),
-        "palette": run.task.classes.palette.tolist(),
-        "dataset": {
-            "name": run.task.description.name,
-            "reduce_zero_label": run.task.description.reduce_zero_label,
-        },
-        "protocol": run.config.protocol.described(),
-        "epochs_completed": state.epochs_completed,
-        "steps_completed": state.steps_completed,
-        "state": dict(vars(state)),
-        "config": all_settings(run.config, run.task),
-    }
-
-
-def describe(run: Run, state: State) -> None:
+def _describe(run: Run, state: State) -> None:
     """Tell what is about to happen."""
     optimisation, accelerator, task = run.config.optimisation, run.accelerator, run.task
     logger.info(
         "%s with %s, %s: %d training and %d test images, %d classes",
         run.config.model.model, run.config.model.decoder, task.description.name,
-        len(task.train), len(task.val), len(task.classes),
+        len(task.train), len(task.val), task.num_classes,
     )  # fmt: skip
     logger.info(
         "batch %d on %d process(es), %d steps per epoch; %s, rate %g; recipe %s",
@@ -187,50 +182,67 @@ def describe(run: Run, state: State) -> None:
     )  # fmt: skip
 
 
-def _own_checkpoint(config: TrainConfig, task: Task) -> dict[str, Any] | None:
-    """What an earlier call with the same settings left. Raises ValueError for anything else."""
-    path = config.run.output_dir / CHECKPOINT
-    if config.run.resume == "never" or not path.exists():
-        if config.run.resume == "required":
-            raise ValueError(f"--resume required: {path} does not exist")
-        return None
-    checkpoint = load_checkpoint(path)
-    check_same_settings(checkpoint["config"], all_settings(config, task), path)
-    return checkpoint
+def checkpoint_content(run: Run, state: State) -> dict[str, Any]:
+    """Everything needed to continue, and to evaluate and predict without the dataset."""
+    return {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "shape": run.model.shape.plain(),
+        "classes": list(run.classes.names),
+        "palette": run.classes.palette.tolist(),
+        "dataset": {
+            "name": run.task.description.name,
+            "reduce_zero_label": run.task.description.reduce_zero_label,
+        },
+        "protocol": run.config.protocol.described(),
+        "epochs_completed": state.epochs_completed,
+        "steps_completed": state.steps_completed,
+        "state": dict(vars(state)),
+        "config": all_settings(run.config, run.task),
+    }
 
 
-def _start(config: TrainConfig, task: Task) -> Segmenter:
-    """A new model, its encoder from `--init`."""
-    init, crop = config.run.init, config.protocol.crop_size
-    if init is None:
-        patch = config.model.patch_size or config.model.encoder.patch_size
-        encoder = EncoderShape(
-            model=config.model.model, patch_size=patch, in_channels=3, grid=-(-crop // patch)
-        )
-        logger.info("the encoder starts from random weights")
-        return Segmenter(_shape(config, encoder, task), config.model)
-    weights = read_encoder_weights(init)
-    stored = shape_of(weights, config.model, init)
-    encoder = EncoderShape(
-        model=stored.model,
-        patch_size=stored.patch_size,
-        in_channels=stored.in_channels,
-        grid=-(-crop // stored.patch_size),
-    )
-    model = Segmenter(_shape(config, encoder, task), config.model)
-    fresh = start_encoder(model.encoder, weights, init)
-    logger.info(
-        "the encoder starts from %s, %d input channels; fresh: %s",
-        init, encoder.in_channels, ", ".join([*fresh, "the decoder"]),
-    )  # fmt: skip
-    return model
+def result_content(run: Run, state: State) -> dict[str, Any]:
+    """result.json: the last epoch's scores (percent, 0 to 100) and all that they depend on.
+
+    seeds, mean_iou_std: of the days when one result could hold several finetunings.
+    """
+    config = run.config
+    assert state.scores is not None
+    scores = {name: state.scores[name] for name in SCORES}
+    return {
+        "format_version": 1,
+        "epochs": config.optimisation.epochs,
+        "num_updates": config.optimisation.epochs * run.plan.steps_per_epoch,
+        **scores,
+        "best_mean_iou": state.best_mean_iou,
+        "class_iou": state.scores["class_iou"],
+        "seed": config.optimisation.seed,
+        "seeds": [{"seed": config.optimisation.seed, **scores}],
+        "mean_iou_std": None,
+        "minutes": state.total_seconds / 60,
+        "recipe": config.recipe(),
+        "protocol": config.protocol.described(),
+        "model": config.model.model,
+        "init": str(config.run.init),
+        "dataset": {
+            "name": run.task.description.name,
+            "num_classes": run.task.num_classes,
+            "num_val": len(run.task.val),
+        },
+        "versions": _versions(),
+        "device": device_name(run.accelerator.device),
+        "num_processes": run.accelerator.num_processes,
+        "settings": all_settings(config, run.task),
+    }
 
 
-def _shape(config: TrainConfig, encoder: EncoderShape, task: Task) -> SegmenterShape:
-    return SegmenterShape(
-        encoder=encoder,
-        decoder="linear" if config.model.decoder == "linear" else "mask_transformer",
-        decoder_layers=config.model.decoder_layers,
-        num_classes=len(task.classes),
-        normalization=config.protocol.normalization,
-    )
+def _versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

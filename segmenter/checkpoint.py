@@ -1,115 +1,97 @@
-"""How checkpoint files are written and read. A file that exists is complete."""
+"""Checkpoint files: our own, and those that an encoder starts from (of MAE or timm)."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import Tensor
 
-from segmenter.config import differing_settings
+import common.checkpoint
+from common.checkpoint import misfits, read_torch_file, resample_positions
+from common.vit import IMAGE_CHANNELS, VIT_SIZES
+from segmenter.config import ModelConfig
+from segmenter.encoder import POSITIONS, Encoder, EncoderShape
 
-FORMAT_VERSION = 1
-NOT_TENSORS = "it is no file of torch.save, or holds more than tensors and plain values"
 REQUIRED = (
     "model", "shape", "classes", "palette", "dataset", "protocol", "config", "epochs_completed",
     "steps_completed",
 )  # fmt: skip
-# What torch raises for files that are none of its own: its unpickler stumbles in many ways.
-UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
-
-
-def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write beside, flush, rename: a kill at any moment leaves the old file or the new one.
-
-    Raises RuntimeError if it cannot be written as a whole (full disk); then nothing is left.
-    """
-    unfinished = beside(path)
-    unfinished.unlink(missing_ok=True)  # it may be a second name of a file that is whole
-    try:
-        with unfinished.open("wb") as file:
-            torch.save({"format_version": FORMAT_VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
-        # torch wraps what the file system said in an error of its own.
-        said = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(said, OSError):
-            raise
-        raise RuntimeError(
-            f"{path} cannot be written: {said.strerror}. Make room and run the same command again"
-        ) from error
-
-
-def also_save_as(existing: Path, path: Path) -> None:
-    """Give a complete file a second name, without writing it twice where links work.
-
-    Files are only ever replaced, never changed, so that the two names do not disturb each other.
-    """
-    second = beside(path)
-    second.unlink(missing_ok=True)
-    try:
-        second.hardlink_to(existing)
-    except OSError:
-        shutil.copyfile(existing, second)
-    second.replace(path)
-
-
-def beside(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return path.with_name(f".{path.name}.unfinished")
+EMBEDDING = "patch_embed.proj.weight"
+# Ignored on purpose: what pretraining alone needs, and classifiers.
+IGNORED = ("mask_token", "decoder_", "preencoder.", "head.", "head_drop", "fc_norm.", "pre_logits.")
+# May be missing, and then starts fresh: MAE files that end in an average pool have no final norm.
+OPTIONAL = ("norm.weight", "norm.bias")
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of `python -m segmenter train` onto the CPU. Raises ValueError.
+    """Read what `train` saved onto the CPU. Raises ValueError if the file is none."""
+    return common.checkpoint.load_checkpoint(
+        path, program="python -m segmenter train", required=REQUIRED, lazily=lazily
+    )
 
-    lazily: tensors come from disk when they are used, for a look at the settings.
-    """
+
+def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tensor]:
+    """Weights of a ViT by their official names. Raises ValueError for any other file."""
     content = read_torch_file(path, lazily=lazily)
-    if not isinstance(content, dict) or "format_version" not in content:
-        raise ValueError(f"{path} is not a checkpoint of `python -m segmenter train`")
-    if content["format_version"] != FORMAT_VERSION:
+    weights: Any = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or EMBEDDING not in weights:
+        raise ValueError(f"{path} is not a checkpoint of a ViT encoder: it has no {EMBEDDING}")
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if isinstance(weight, Tensor) and not name.startswith(IGNORED)
+    }
+
+
+def shape_of(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> EncoderShape:
+    """What the weights say about their encoder. Raises ValueError if it is not the wanted one."""
+    width, channels, patch = weights[EMBEDDING].shape[:3]
+    if width != config.encoder.width:
+        fitting = [name for name, size in VIT_SIZES.items() if size.width == width]
+        hint = f"; it may be a {fitting[0]}" if fitting else ""
         raise ValueError(
-            f"{path} has format {content['format_version']}; this version reads {FORMAT_VERSION}"
+            f"{path} is {width} wide, {config.model} is {config.encoder.width} wide{hint}"
         )
-    missing = [name for name in REQUIRED if name not in content]
-    if missing:
+    if config.patch_size not in (None, patch):
         raise ValueError(
-            f"{path} lacks {', '.join(missing)}; "
-            "it is not a checkpoint of `python -m segmenter train`"
+            f"{path} has patches of {patch} pixels, --patch-size is {config.patch_size}"
         )
-    return content
+    if channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
+        raise ValueError(f"{path} has {channels} input channels; 3 or 4 are possible")
+    tokens = weights[POSITIONS].shape[1] - 1 if POSITIONS in weights else 0
+    grid = round(tokens**0.5)
+    if grid**2 != tokens or not tokens:
+        raise ValueError(f"{path} has no {POSITIONS} of a class token and a square grid of patches")
+    return EncoderShape(model=config.model, patch_size=patch, in_channels=channels, grid=grid)
 
 
-def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
-    """What a file of torch.save or safetensors holds. Raises ValueError."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        mapped = lazily and zipfile.is_zipfile(path)  # older files can only be read as a whole
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:  # torch's text advises to load it unsafely
-        raise ValueError(f"{path} cannot be read as a checkpoint: {NOT_TENSORS}") from error
-    except (*UNREADABLE, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> list[str]:
+    """Copy the weights; return the names of those that start fresh.
+
+    Position embeddings are resampled to the encoder's grid. Raises ValueError that lists whatever
+    is missing, left over or of another shape.
+    """
+    positions = resample_positions(
+        weights[POSITIONS], encoder.shape.grid, encoder.num_prefix_tokens
+    )
+    weights = {**weights, POSITIONS: positions}
+    own = encoder.state_dict()
+    _check_fit(own, weights, path)
+    encoder.load_state_dict(weights, strict=False)
+    return [name for name in own if name not in weights]
 
 
-def check_same_settings(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raise ValueError naming the settings in which a run differs from what it left."""
-    differences = differing_settings(stored, wanted)
-    if differences:
-        raise ValueError(
-            f"{path} was made with other settings ({'; '.join(differences)}); "
-            "use those, or another --output-dir"
-        )
+def check_encoder_file(path: Path, config: ModelConfig) -> None:
+    """Raise ValueError unless `start_encoder` would take the file. Allocates no weights."""
+    weights = read_encoder_weights(path, lazily=True)
+    shape = shape_of(weights, config, path)
+    with torch.device("meta"):
+        _check_fit(Encoder(shape).state_dict(), weights, path)
+
+
+def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+    problems = misfits(own, weights, OPTIONAL)
+    if problems:
+        raise ValueError(f"{path} does not fit: {problems}")

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Sequence
-from typing import Any
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import click
 
-from segmenter.commands import evaluate, predict, prepare
-from segmenter.console import log_to_stderr, rank
-from segmenter.options import CONTEXT, TRAIN_OPTIONS, build_config
+from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
+from common.files import check_output_file, check_output_folder, write_json
+from common.layout import RESULT
+from common.options import CONTEXT, Layer, OptionGroup, command, option, option_facts
+from common.run import PluginConfig
+from common.yamlfile import plain
+from segmenter.config import (
+    DEFAULT_RECIPE,
+    GROUPS,
+    DatasetConfig,
+    ProtocolChanges,
+    ScoringConfig,
+    TrainConfig,
+    read_recipe,
+    recipe_names,
+    recipe_values,
+)
+from segmenter.dataset import read_description
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+PATH = click.Path(path_type=Path)
 
 
 @click.group(context_settings=CONTEXT)
@@ -23,52 +40,169 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 success, 1 failed, 2 bad input, 75 stopped by a signal."""
-    try:
-        code = cli.main(args=arguments, prog_name="python -m segmenter", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = EXIT_BAD_INPUT
-    except click.ClickException as error:
-        code = _report(error.format_message(), error.exit_code)
-    except click.Abort:
-        code = _report("interrupted", EXIT_FAILED)
-    except ValueError as error:
-        code = _report(str(error), EXIT_BAD_INPUT)
-    except (RuntimeError, OSError) as error:
-        logging.getLogger(__name__).debug("failed", exc_info=error)
-        code = _report(str(error), EXIT_FAILED)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_program(cli, "python -m segmenter", arguments)
 
 
-def _report(message: str, code: int) -> int:
-    prefix = f"process {rank()}: " if rank() else ""
-    click.echo(f"{prefix}Error: {message}", err=True)
-    return code
+def _recipe_layer(given: Mapping[str, Any]) -> list[Layer]:
+    return [read_recipe(given.get("recipe", DEFAULT_RECIPE))]
 
 
-def _train(check: bool, **options: Any) -> int:
+# No group has the name of an argument.
+@command(cli, own_layers=_recipe_layer, **GROUPS)  # type: ignore[arg-type]
+@click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
+@click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
+@click.option(
+    "--time-steps", type=click.IntRange(1), metavar="N",
+    help="Time N steps, print seconds as JSON; writes nothing.",
+)  # fmt: skip
+def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> int:
     """Finetune, or continue: the same command goes on where it stopped."""
-    config = build_config(options)
-    from segmenter.precheck import check_training, is_finished
+    from segmenter.check import check_training, earlier_output, facts
 
-    check_training(config)
-    if check or is_finished(config):
+    config = TrainConfig(**groups)
+    task = check_training(config)
+    if time_steps is not None:
+        from segmenter.timing import time_finetuning
+
+        log_to_stderr()
+        seconds = time_finetuning(config, task, time_steps)
+        if seconds is not None:
+            click.echo(json.dumps(seconds))
         return 0
-    from segmenter.interruption import EXIT_INTERRUPTED
+    found = earlier_output(config, task)
+    if check:
+        if as_json:
+            click.echo(json.dumps(facts(config, task)))
+        return 0
+    if found is not None and found.name == RESULT:
+        return 0
     from segmenter.train import finetune
 
     log_to_stderr()
-    return 0 if finetune(config) else EXIT_INTERRUPTED
+    return 0 if finetune(config, task) else EXIT_STOPPED
 
 
-cli.add_command(
-    click.Command(
-        "train",
-        callback=_train,
-        params=TRAIN_OPTIONS,
-        help=_train.__doc__,
-        context_settings=CONTEXT,
+@command(cli, plugin=PluginConfig)
+def recipes(plugin: PluginConfig) -> None:
+    """Print, as JSON, the recipes and the options of `train`; for benchmark.py."""
+    values = {name: plain(recipe_values(name)) for name in recipe_names()}
+    click.echo(json.dumps({"recipes": values, "options": option_facts(GROUPS.values())}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DatasetConfig):
+    """What `evaluate` scores, and where the scores go."""
+
+    title: ClassVar[str] = "Scoring"
+    split: Literal["train", "val"] = option("Which images.", "val")
+    save_predictions: Path | None = option("Folder for the label maps.", None)
+    predictions: Path | None = option("Score the label maps of this folder instead.", None)
+    out: Path | None = option("JSON file for the scores.", None)
+
+
+@command(cli, scoring=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
+@click.argument("checkpoint", type=PATH, required=False)
+def evaluate(
+    checkpoint: Path | None, scoring: EvaluateConfig, changes: OptionGroup, devices: ScoringConfig
+) -> None:
+    """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
+    if (checkpoint is None) == (scoring.predictions is None):
+        raise click.UsageError("give either a CHECKPOINT or --predictions DIR")
+    read_description(scoring.dataset).pairs(scoring.split)
+    if scoring.out is not None:
+        check_output_file(scoring.out)
+    from segmenter.scoring import evaluate_checkpoint, evaluate_predictions
+
+    log_to_stderr()
+    if checkpoint is not None:
+        result = evaluate_checkpoint(
+            checkpoint, scoring.dataset, changes=changes, devices=devices, split=scoring.split,
+            predictions_dir=scoring.save_predictions,
+        )  # fmt: skip
+    else:
+        assert scoring.predictions is not None
+        result = evaluate_predictions(scoring.predictions, scoring.dataset, scoring.split)
+    if rank() == 0:
+        _show(result.plain())
+        if scoring.out is not None:
+            write_json(scoring.out, result.plain())
+
+
+def _show(result: dict[str, Any]) -> None:
+    """The scores as a table on standard output."""
+    names = [*result["class_iou"], "pixel accuracy"]
+    width = max(len(name) for name in names)
+    click.echo(f"{'class':<{width}}  IoU %")
+    for name, value in result["class_iou"].items():
+        click.echo(f"{name:<{width}}  {'absent' if value is None else f'{value:.2f}'}")
+    click.echo("")
+    for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
+        click.echo(f"{key.replace('_', ' '):<{width}}  {result[key]:.2f}")
+    click.echo(f"protocol: {json.dumps(result['protocol'])}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig(OptionGroup):
+    """What `predict` draws."""
+
+    title: ClassVar[str] = "Pictures"
+    out: Path = option("Folder for the pictures.")
+    attention: bool = option("Also draw what the model attends to.", False)
+
+
+@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)
+@click.argument("checkpoint", type=PATH)
+@click.argument("images", type=PATH, nargs=-1, required=True)
+def predict(
+    checkpoint: Path,
+    images: tuple[Path, ...],
+    pictures: PictureConfig,
+    changes: OptionGroup,
+    devices: ScoringConfig,
+) -> None:
+    """Write label maps and overlays of IMAGES (files or folders)."""
+    for path in (checkpoint, *images):
+        if not path.exists():
+            raise click.UsageError(f"{path} does not exist")
+    check_output_folder(pictures.out, "--out")
+    from segmenter.predict import predict_files
+
+    log_to_stderr()
+    predict_files(
+        checkpoint, images, pictures.out,
+        changes=changes, devices=devices, attention=pictures.attention,
+    )  # fmt: skip
+
+
+@cli.group(context_settings=CONTEXT)
+def prepare() -> None:
+    """Download ADE20K, or check a dataset down to every label."""
+
+
+@prepare.command(context_settings=CONTEXT)
+@click.argument("folder", type=PATH)
+@click.option("--url", multiple=True, help="Address to try first; may be given several times.")
+@click.option("--digest", help="md5:... or sha256:... of the zip, or 'none'.")
+def ade20k(folder: Path, url: tuple[str, ...], digest: str | None) -> None:
+    """Make FOLDER/ADEChallengeData2016, or check the one that lies there."""
+    from segmenter.prepare import ADE20K_DIGEST, ADE20K_URLS, prepare_ade20k
+
+    if digest is not None and digest != "none" and not re.fullmatch(r"(md5|sha256):\w+", digest):
+        raise click.UsageError(f"--digest is {digest!r}; give md5:<hex>, sha256:<hex> or none")
+    log_to_stderr()
+    wanted = ADE20K_DIGEST if digest is None else digest
+    ready = prepare_ade20k(
+        folder, urls=(*url, *ADE20K_URLS), digest=None if wanted == "none" else wanted
     )
-)
-for command in (evaluate, predict, prepare):
-    cli.add_command(command)
+    click.echo(f"{ready} is complete: give it as --dataset")
+
+
+@prepare.command(context_settings=CONTEXT)
+@click.argument("dataset", type=PATH)
+def check(dataset: Path) -> None:
+    """Look at every pair of DATASET: a YAML file, or an ADEChallengeData2016 folder."""
+    from segmenter.prepare import check_dataset
+
+    checked = check_dataset(dataset)
+    counts = ", ".join(f"{count} {split} pairs" for split, count in checked.pairs.items())
+    click.echo(f"{checked.name}: {counts}, all sound")

@@ -1,90 +1,47 @@
-"""What a finetuning run is made of, one frozen group per concern. No torch here."""
+"""What a finetuning run is made of: its options, one frozen group per concern. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
-Resume = Literal["auto", "never", "required"]
+from common.options import (
+    Layer,
+    OptionGroup,
+    fields_of,
+    merge,
+    option,
+    read_layer,
+)
+from common.run import DeviceConfig, TrainingConfig
+from common.vit import VIT_SIZES, VitSize
 
-DECODERS = ("mask_transformer", "linear")
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("poly", "cosine")
-NORMALIZATIONS = ("imagenet", "half")  # half: mean and deviation 0.5, as in the first ViTs
-RANDOM = "random"  # --init of a ViT that starts from nothing
-LONG_SIDE_RATIO = 4  # the scale is (2048, 512) for an image size of 512
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
+RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitSize:
-    """A ViT encoder: width, depth, heads, and the patch size that belongs to it."""
+class ModelConfig(OptionGroup):
+    """Encoder and decoder."""
 
-    width: int
-    depth: int
-    heads: int
-    patch_size: int = 16
-
-
-VIT_SIZES: dict[str, VitSize] = {
-    "vit_tiny": VitSize(width=192, depth=12, heads=3),
-    "vit_small": VitSize(width=384, depth=12, heads=6),
-    "vit_base": VitSize(width=768, depth=12, heads=12),
-    "vit_large": VitSize(width=1024, depth=24, heads=16),
-    "vit_huge": VitSize(width=1280, depth=32, heads=16, patch_size=14),
-}
-
-
-def _positive(group: object, *names: str) -> None:
-    for name in names:
-        value = getattr(group, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{_flag(name)} is {value}; give more than 0")
-
-
-def _share(group: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(group, name) < 1:
-            raise ValueError(f"{_flag(name)} is {getattr(group, name)}; give 0 to below 1")
-
-
-def _choice(group: object, name: str, allowed: tuple[str, ...]) -> None:
-    if getattr(group, name) not in allowed:
-        raise ValueError(
-            f"{_flag(name)} is {getattr(group, name)!r}; choose one of {', '.join(allowed)}"
-        )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Encoder and decoder.
-
-    model: a key of `VIT_SIZES`; patch_size: pixels per side, None: the checkpoint's.
-    decoder: mask_transformer or linear; decoder_layers: of the mask transformer.
-    drop_path, dropout: of the encoder, shares from 0 to 1; decoder_drop_path, decoder_dropout.
-    """
-
-    model: str = "vit_large"
-    patch_size: int | None = None
-    decoder: str
-    decoder_layers: int
-    drop_path: float
-    dropout: float
-    decoder_drop_path: float
-    decoder_dropout: float
-
-    def __post_init__(self) -> None:
-        _choice(self, "model", tuple(VIT_SIZES))
-        _choice(self, "decoder", DECODERS)
-        _positive(self, "patch_size", "decoder_layers")
-        _share(self, "drop_path", "dropout", "decoder_drop_path", "decoder_dropout")
+    title: ClassVar[str] = "Model"
+    no_default: ClassVar[str] = OF_RECIPE
+    model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
+    patch_size: int | None = option(
+        "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, at_least=1
+    )
+    decoder: Literal["mask_transformer", "linear"] = option("What turns tokens into classes.")
+    decoder_layers: int = option("Blocks of the mask transformer.", at_least=1)
+    drop_path: float = option("Stochastic depth of the encoder.", at_least=0, below=1)
+    dropout: float = option("Dropout of the encoder.", at_least=0, below=1)
+    decoder_drop_path: float = option("Stochastic depth of the decoder.", at_least=0, below=1)
+    decoder_dropout: float = option("Dropout of the decoder.", at_least=0, below=1)
 
     @property
     def encoder(self) -> VitSize:
@@ -93,149 +50,198 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisationConfig:
-    """How the weights are found.
+class OptimisationConfig(OptionGroup):
+    """How the weights are found, and how often they are scored."""
 
-    epochs: of the run; batch_size: images per step on all devices together.
-    lr, min_lr: learning rate at its peak and at the end; warmup_fraction: share of the run in
-    which it rises; schedule: poly (with poly_power) or cosine.
-    momentum: of SGD; the first beta of AdamW. weight_decay: of weight matrices.
-    layer_decay: each encoder block's rate is the next one's times this, 0 to 1; 1: all alike.
-    clip_grad: largest gradient norm, None: off.
-    seed: of order, augmentation, dropout and initial weights.
-    """
+    title: ClassVar[str] = "Optimisation"
+    no_default: ClassVar[str] = OF_RECIPE
+    epochs: int = option("Epochs of the run.", at_least=1)
+    batch_size: int = option("Images per step, on all devices together.", at_least=1)
+    optimizer: Literal["sgd", "adamw"] = option("How the weights are updated.")
+    lr: float = option("Peak learning rate.", above=0)
+    momentum: float = option("Momentum of SGD, first beta of AdamW.", at_least=0, below=1)
+    weight_decay: float = option("Of weight matrices.", at_least=0)
+    layer_decay: float = option(
+        "A block's rate is the next one's times this; 1: all alike.", above=0, at_most=1
+    )
+    schedule: Literal["poly", "cosine"] = option("How the rate falls.")
+    poly_power: float = option("Power of the poly schedule.", above=0)
+    min_lr: float = option("Learning rate at the end.", at_least=0)
+    warmup_fraction: float = option(
+        "Share of the run in which the rate rises.", at_least=0, below=1
+    )
+    clip_grad: float | None = option("Largest gradient norm. Default: off.", None, above=0)
+    seed: int = option("Of order, augmentation, dropout and initial weights.", 0, at_least=0)
+    eval_every: int = option(
+        "Epochs between evaluations; the last epoch is always evaluated.", at_least=1
+    )
 
-    epochs: int
-    batch_size: int
-    optimizer: str
-    lr: float
-    momentum: float
-    weight_decay: float
-    layer_decay: float
-    schedule: str
-    poly_power: float
-    min_lr: float
-    warmup_fraction: float
-    clip_grad: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _choice(self, "optimizer", OPTIMIZERS)
-        _choice(self, "schedule", SCHEDULES)
-        _positive(self, "epochs", "batch_size", "lr", "poly_power", "clip_grad")
-        _share(self, "momentum", "warmup_fraction")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"--layer-decay is {self.layer_decay}; give more than 0, at most 1")
-        for name in ("min_lr", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{_flag(name)} is {getattr(self, name)}; give 0 or more")
+    @property
+    def evaluations(self) -> int:
+        """How often the run is scored."""
+        return -(-self.epochs // self.eval_every)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProtocolConfig:
-    """What decides which scores can be compared. All sizes in pixels.
+class ProtocolConfig(OptionGroup):
+    """What decides which scores can be compared. All sizes in pixels."""
 
-    image_size: images are scaled to (4 x image_size, image_size), ratio kept, for training
-    times 0.5 to 2; crop_size: side of the training crops.
-    window_size, window_stride: of the sliding window at test time.
-    scales, flip: test-time augmentation; (1.0,) and False: single scale.
-    normalization: of the pixels: imagenet, or half (mean and deviation 0.5).
-    """
-
-    image_size: int
-    crop_size: int
-    window_size: int
-    window_stride: int
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    normalization: str
+    title: ClassVar[str] = "Protocol"
+    no_default: ClassVar[str] = OF_RECIPE
+    image_size: int = option(
+        "Scale of the images: short side; the long side is at most 4x it.", at_least=1
+    )
+    crop_size: int = option("Side of the training crops.", at_least=1)
+    window_size: int = option("Side of the sliding window.", at_least=1)
+    window_stride: int = option("Step of the sliding window.", at_least=1)
+    multi_scale: bool = option("Score at scales 0.5 to 1.75, each also flipped.", False)
+    normalization: Literal["imagenet", "half"] = option(
+        "Mean and deviation of the pixels; half: both 0.5, as in the first ViTs."
+    )
 
     def __post_init__(self) -> None:
-        _choice(self, "normalization", NORMALIZATIONS)
-        _positive(self, "image_size", "crop_size", "window_size", "window_stride")
+        super().__post_init__()
         if self.window_stride > self.window_size:
             raise ValueError(
                 f"--window-stride {self.window_stride} is more than --window-size "
                 f"{self.window_size}: parts of the image would not be looked at"
             )
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales are {self.scales}; give numbers above 0")
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Of test images, times `image_size`."""
+        return MULTI_SCALES if self.multi_scale else (1.0,)
+
+    @property
+    def flip(self) -> bool:
+        """Whether each is also scored flipped."""
+        return self.multi_scale
 
     def described(self) -> dict[str, Any]:
-        """Plain values, as result.json and every table hold them."""
-        return {**dataclasses.asdict(self), "scales": list(self.scales)}
+        """Plain values, as checkpoints, result.json and every table hold them."""
+        values = {**dataclasses.asdict(self), "scales": list(self.scales), "flip": self.flip}
+        del values["multi_scale"]
+        return values
 
-    def multi_scale(self) -> ProtocolConfig:
-        """The same protocol at several scales, each also flipped."""
-        return dataclasses.replace(self, scales=MULTI_SCALES, flip=True)
+    @classmethod
+    def from_described(cls, values: Mapping[str, Any]) -> ProtocolConfig:
+        """The inverse of `described`."""
+        known = {name: values[name] for name in fields_of(cls) if name in values}
+        return cls(**known, multi_scale=values["flip"])
+
+
+def _changes(group: type[OptionGroup], names: Iterable[str]) -> type[OptionGroup]:
+    """The same options, of which none has to be given: what is changed of a stored group."""
+    hints, fields = get_type_hints(group), {f.name: f for f in dataclasses.fields(group)}
+    optional = [
+        (name, hints[name] | None, dataclasses.field(default=None, metadata=fields[name].metadata))
+        for name in names
+    ]
+    return dataclasses.make_dataclass(
+        f"{group.__name__}Changes", optional, bases=(OptionGroup,),
+        namespace={"title": f"{group.title}, in place of the checkpoint's"},
+        frozen=True, kw_only=True,
+    )  # fmt: skip
+
+
+ProtocolChanges = _changes(
+    ProtocolConfig, ("image_size", "window_size", "window_stride", "multi_scale")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How this call runs; nothing here but `init` changes the result (up to rounding).
+class ScoringConfig(DeviceConfig):
+    """Where and how images are scored."""
 
-    output_dir: where everything goes; dataset: ADEChallengeData2016 folder or a dataset's YAML.
-    init: checkpoint of the encoder, or None for random weights.
-    recipe: name of the recipe, for the record; eval_every: epochs between evaluations.
-    eval_seeds: finetunings with different seeds.
-    device_batch_size: most images per device at once, None: no limit.
-    eval_batch_size: images whose windows are evaluated together.
-    workers: loader processes per device, None: by the number of cores.
-    save_every_minutes: also save inside an epoch; None: after epochs only.
-    """
+    eval_batch_size: int = option(
+        "Images whose windows are scored together.", 4, at_least=1, neutral=True
+    )
 
-    output_dir: Path
-    dataset: Path
-    init: Path | None
-    recipe: str
-    eval_every: int
-    eval_seeds: int = 1
-    device_batch_size: int | None = None
-    eval_batch_size: int = 4
-    workers: int | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
-    resume: Resume = "auto"
-    save_every_minutes: float | None = None
 
-    def __post_init__(self) -> None:
-        _positive(self, "eval_every", "eval_seeds", "device_batch_size", "eval_batch_size")
-        _positive(self, "save_every_minutes")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers is {self.workers}; give 0 or more")
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig(OptionGroup):
+    """What is trained on and scored."""
+
+    title: ClassVar[str] = "Data"
+    dataset: Path = option("ADEChallengeData2016 folder, or the YAML file of a dataset.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
+    """What one finetuning starts from, where it goes and how it is kept."""
+
+    title: ClassVar[str] = "Run"
+    init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
+    recipe: str = option("segmenter, mae, fast, or a YAML file.", DEFAULT_RECIPE)
+    device_batch_size: int | None = option(
+        "Most images per device at once. Default: no limit.", None, at_least=1, neutral=True
+    )
+
+
+RECIPE_GROUPS: tuple[type[OptionGroup], ...] = (ModelConfig, OptimisationConfig, ProtocolConfig)
+GROUPS: dict[str, type[OptionGroup]] = {
+    "run": RunConfig,
+    "model": ModelConfig,
+    "optimisation": OptimisationConfig,
+    "protocol": ProtocolConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything `python -m segmenter train` needs, by concern."""
 
+    run: RunConfig
     model: ModelConfig
     optimisation: OptimisationConfig
     protocol: ProtocolConfig
-    run: RunConfig
 
     def recipe(self) -> dict[str, Any]:
         """Name and values of the recipe, as result.json shows them."""
         values = {**dataclasses.asdict(self.model), **dataclasses.asdict(self.optimisation)}
-        left_out = ("model", "patch_size", "seed")
-        return {
-            "name": self.run.recipe,
-            **{name: value for name, value in values.items() if name not in left_out},
-            "eval_every": self.run.eval_every,
-        }
+        for name in ("model", "patch_size", "seed"):
+            del values[name]
+        return {"name": Path(self.run.recipe).stem, **values}
 
     def settings(self) -> dict[str, Any]:
         """Plain values of all that decides the result, as checkpoints and result.json hold it."""
+        init = self.run.init
         return {
             **dataclasses.asdict(self.model),
             **dataclasses.asdict(self.optimisation),
             **self.protocol.described(),
-            "eval_every": self.run.eval_every,
             "precision": self.run.precision,
-            "init": RANDOM if self.run.init is None else self.run.init.name,
-            "init_fingerprint": None if self.run.init is None else fingerprint(self.run.init),
+            "init": init if init == RANDOM else init.name,
+            "init_fingerprint": None if init == RANDOM else fingerprint(init),
         }
+
+
+def read_recipe(name: str) -> Layer:
+    """A recipe, given by name or as a YAML file. Raises ValueError if it is none, or not whole."""
+    path = Path(name) if name.endswith((".yml", ".yaml")) else RECIPES / f"{name}.yml"
+    if not path.is_file():
+        known = ", ".join(recipe_names())
+        raise ValueError(f"--recipe is {name!r}; choose one of {known}, or give a YAML file")
+    layer = read_layer(path, RECIPE_GROUPS)
+    missing = [
+        name
+        for group in RECIPE_GROUPS
+        for name, field in fields_of(group).items()
+        if field.default is dataclasses.MISSING and layer.values.get(name) is None
+    ]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return layer
+
+
+def recipe_names() -> list[str]:
+    """The recipes that are known by name."""
+    return sorted(path.stem for path in RECIPES.glob("*.yml"))
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """A recipe's values in the types of their options."""
+    return merge(RECIPE_GROUPS, [read_recipe(name)])
 
 
 def fingerprint(path: Path, ends: int = 2**20) -> str:
@@ -247,12 +253,3 @@ def fingerprint(path: Path, ends: int = 2**20) -> str:
         file.seek(max(0, size - ends))
         digest.update(file.read(ends))
     return digest.hexdigest()[:16]
-
-
-def differing_settings(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """`name: stored -> wanted` for every setting in which two runs differ."""
-    return [
-        f"{name}: {stored.get(name)} -> {value}"
-        for name, value in wanted.items()
-        if stored.get(name) != value
-    ]

@@ -6,10 +6,11 @@ matters. Pixels stay uint8 RGB until they are on the device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
+import io
 import random
-import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from segmenter.config import LONG_SIDE_RATIO, ProtocolConfig
+from common.interruption import leave_signals_to_the_main_process
+from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair
-from segmenter.quiet import quiet_imports
 from segmenter.schedule import SAMPLE_STREAM, BatchPlan
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Drop what mmseg and mmcv say on import about optional parts that nothing here uses.
+
+    "Could not import OneDL" comes by print, whatever the logging level; the warnings are about
+    renamed modules and operations that were not compiled.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
 
 with quiet_imports():
     import mmseg.datasets
@@ -35,6 +49,7 @@ with quiet_imports():
         Resize,
     )
 
+LONG_SIDE_RATIO = 4  # the scale is (2048, 512) for an image size of 512
 RATIO_RANGE = (0.5, 2.0)
 MOST_OF_ONE_CLASS = 0.75  # a crop with more of one class is drawn again, up to ten times
 
@@ -89,14 +104,8 @@ class Batch:
     def parts(self, most: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images, labels and sizes in parts of at most `most` images."""
         size = most or len(self)
-        return list(
-            zip(
-                self.images.split(size),
-                self.labels.split(size),
-                self.sizes.split(size),
-                strict=True,
-            )
-        )
+        tensors = self.images, self.labels, self.sizes
+        return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
 class TrainingCrops(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -137,11 +146,8 @@ class TrainingCrops(Dataset[tuple[Tensor, Tensor, Tensor]]):
             sample = _apply(self.transform, self.description, self.pairs[index])
         size = sample["img"].shape[:2]
         sample = self.pad(sample)
-        return (
-            _to_chw_rgb(sample["img"]),
-            torch.from_numpy(sample["gt_seg_map"]),
-            torch.tensor(size),
-        )
+        labels = torch.from_numpy(sample["gt_seg_map"])
+        return _to_chw_rgb(sample["img"]), labels, torch.tensor(size)
 
 
 @dataclass(kw_only=True)
@@ -179,8 +185,9 @@ class WholeImages(Dataset[TestImage]):
 
 def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
     """[H, W, 3] uint8 BGR to one [3, h, w] RGB per scale, ratio kept, by mmcv's Resize."""
+    contiguous = np.ascontiguousarray(image_bgr)  # OpenCV asks for it
     return [
-        _to_chw_rgb(_resize(protocol.image_size, scale)({"img": image_bgr})["img"])
+        _to_chw_rgb(_resize(protocol.image_size, scale)({"img": contiguous})["img"])
         for scale in protocol.scales
     ]
 
@@ -214,23 +221,20 @@ def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image_bgr[..., ::-1].transpose(2, 0, 1)))
 
 
-class _seeded:  # noqa: N801  (used like a function)
+@contextlib.contextmanager
+def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """numpy's and Python's global generators, which mmcv's transforms draw from, seeded for a
     while and then put back."""
-
-    def __init__(self, *key: int) -> None:
-        self.key = key
-
-    def __enter__(self) -> None:
-        self.states = np.random.get_state(), random.getstate()
-        sequence = np.random.SeedSequence([self.key[0], SAMPLE_STREAM, *self.key[1:]])
-        numpy_seed, python_seed = sequence.generate_state(2)
-        np.random.seed(numpy_seed)
-        random.seed(int(python_seed))
-
-    def __exit__(self, *_: object) -> None:
-        np.random.set_state(self.states[0])
-        random.setstate(self.states[1])
+    states = np.random.get_state(), random.getstate()
+    sequence = np.random.SeedSequence([seed, SAMPLE_STREAM, epoch, index])
+    numpy_seed, python_seed = sequence.generate_state(2)
+    np.random.seed(numpy_seed)
+    random.seed(int(python_seed))
+    try:
+        yield
+    finally:
+        np.random.set_state(states[0])
+        random.setstate(states[1])
 
 
 def training_batches(
@@ -268,15 +272,6 @@ def test_images(
     return iter(loader)
 
 
-def default_workers() -> int:
-    """Loader processes for one of the processes on this machine: at most 10, none on few cores.
-
-    torchrun says how many there are on each machine (LOCAL_WORLD_SIZE).
-    """
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if cores < 3 else min(10, cores - 1)
-
-
 def _collate(samples: list[tuple[Tensor, Tensor, Tensor]], *, ignore_index: int) -> Batch:
     images, labels, sizes = (torch.stack(parts) for parts in zip(*samples, strict=True))
     return Batch(
@@ -290,5 +285,4 @@ def _start_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    leave_signals_to_the_main_process(worker)

@@ -5,13 +5,12 @@ A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are re
 
 from __future__ import annotations
 
-import difflib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from common.images import relative_files
+from common.yamlfile import check_names, read_yaml
 
 TRAIN, VAL = "train", "val"
 SPLITS = (TRAIN, VAL)
@@ -22,6 +21,8 @@ KEYS = (
     "name", "images", "annotations", "image_suffix", "annotation_suffix", "splits",
     "classes", "palette", "reduce_zero_label", "ignore_index",
 )  # fmt: skip
+# mmsegmentation knows their names; how many there are is asked more often, and without torch.
+NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class DatasetDescription:
             )
             for name in names
         ]
-        present = _relative_files(annotations)
+        present = relative_files(annotations)
         missing = [
             pair.annotation for pair in pairs
             if f"{pair.name}{self.annotation_suffix}" not in present
@@ -96,7 +97,7 @@ class DatasetDescription:
 
     def _names(self, images: Path, split: str) -> list[str]:
         suffix = self.image_suffix
-        present = _relative_files(images)
+        present = relative_files(images)
         if split not in self.splits:
             return sorted(name.removesuffix(suffix) for name in present if name.endswith(suffix))
         path = self.splits[split]
@@ -119,28 +120,14 @@ def read_description(path: Path) -> DatasetDescription:
                 f"{path} is not an ADEChallengeData2016 folder (no images/ and annotations/ in it)"
                 "; give one, or the .yml file of a dataset"
             )
-        return _describe(_read_yaml(DESCRIPTIONS / "ade20k.yml"), path, path)
+        return _describe(read_yaml(DESCRIPTIONS / "ade20k.yml"), path, path)
     if not path.is_file():
         raise ValueError(f"the dataset {path} does not exist")
-    return _describe(_read_yaml(path), path, path.parent)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not describe a dataset: it needs {', '.join(KEYS[:7])}")
-    return content
+    return _describe(read_yaml(path), path, path.parent)
 
 
 def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDescription:
-    for key in content:
-        if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+    check_names(content, KEYS, str(source))
     missing = [key for key in ("images", "annotations", "classes") if not content.get(key)]
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}")
@@ -159,7 +146,7 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
         annotation_suffix=str(content.get("annotation_suffix", ".png")),
         classes=classes,
         palette=_palette(content.get("palette") or [], classes, source),
-        reduce_zero_label=bool(content.get("reduce_zero_label", False)),
+        reduce_zero_label=_true_or_false(content.get("reduce_zero_label", False), source),
         ignore_index=_ignore_index(content.get("ignore_index", IGNORED), source),
     )
     if description.reduce_zero_label and description.ignore_index != IGNORED:
@@ -173,9 +160,7 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
     return description
 
 
-def _folders(
-    content: dict[str, Any], key: str, source: Path, folder: Path
-) -> dict[str, Path]:  # fmt: skip
+def _folders(content: dict[str, Any], key: str, source: Path, folder: Path) -> dict[str, Path]:
     value = content[key]
     if not isinstance(value, dict) or not set(value) <= set(SPLITS):
         raise ValueError(f"{source}: {key} has to name a folder for each of {', '.join(SPLITS)}")
@@ -196,20 +181,16 @@ def _palette(
     return palette
 
 
+def _true_or_false(value: Any, source: Path) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{source}: reduce_zero_label is {value!r}; give true or false")
+    return value
+
+
 def _ignore_index(value: Any, source: Path) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
         raise ValueError(f"{source}: ignore_index is {value!r}; give a number from 0 to 255")
     return value
-
-
-def _relative_files(folder: Path) -> set[str]:
-    """Files below a folder, at any depth, as posix paths."""
-    files: set[str] = set()
-    for parent, _, names in os.walk(folder, followlinks=True):
-        relative = Path(parent).relative_to(folder).as_posix()
-        prefix = "" if relative == "." else f"{relative}/"
-        files.update(f"{prefix}{name}" for name in names)
-    return files
 
 
 def _check_not_empty(pairs: list[Pair], split: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 
+from common.files import replacing
 from segmenter.data import Classes, WholeImages
 from segmenter.inference import predict_classes
 from segmenter.model import Segmenter
@@ -81,10 +82,9 @@ def draw_predictions(
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write beside and rename."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    image.save(unfinished, format="PNG")
-    unfinished.replace(path)
+    """As a PNG that is there as a whole or not at all."""
+    with replacing(path) as unfinished:
+        image.save(unfinished, format="PNG")
 
 
 def _panel(picture: np.ndarray) -> np.ndarray:

@@ -9,14 +9,11 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from segmenter.config import VIT_SIZES
+from common.vit import VISIBLE, VIT_SIZES
 
-IMAGE_CHANNELS = 3
-VISIBLE = 1.0  # what a fourth channel holds: everything is shown, padding included
 MAE_NORM_EPS = 1e-6
 POSITIONS = "pos_embed"
 
@@ -68,14 +65,10 @@ class Encoder(VisionTransformer):
         return self.forward_features(self.with_all_channels(images))[:, self.num_prefix_tokens :]
 
     def with_all_channels(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, C, H, W]: further channels say that everything is shown."""
+        """[B, 3, H, W] to [B, C, H, W]: further channels say that everything is shown,
+        padding included."""
         missing = self.shape.in_channels - images.shape[1]
         if not missing:
             return images
         shown = images.new_full((len(images), missing, *images.shape[2:]), VISIBLE)
         return torch.cat([images, shown], dim=1)
-
-
-def resample_positions(positions: Tensor, grid: int, prefix_tokens: int) -> Tensor:
-    """[1, P + N, D] of a square grid to [1, P + grid * grid, D], bicubic, as timm does."""
-    return resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=prefix_tokens)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from common.interruption import Interruption
+from common.logbook import Progress
 from segmenter.build import Run, State
 from segmenter.data import Batch
-from segmenter.interruption import Interruption
-from segmenter.logbook import Progress
 from segmenter.model import segmentation_loss
-from segmenter.optimisation import clip_gradients, set_learning_rate
+from segmenter.optimisation import set_learning_rate
 from segmenter.schedule import learning_rate, step_seed
 
 
@@ -87,9 +87,10 @@ class EpochTrainer:
                 accelerator.backward(part_loss * accelerator.num_processes)  # DDP takes the mean
             loss += part_loss.detach()
         mean_loss, stop = self._agree(state, loss)
-        clip_gradients(run.model, optimisation.clip_grad)
-        rate = learning_rate(optimisation, self._progress(step))
-        set_learning_rate(run.optimizer, rate)
+        if optimisation.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), optimisation.clip_grad)
+        progress = step / (run.plan.steps_per_epoch * optimisation.epochs)  # before this step
+        set_learning_rate(run.optimizer, learning_rate(optimisation, progress))
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return mean_loss, stop
@@ -109,10 +110,6 @@ class EpochTrainer:
             f"{', '.join(ranks) or 'all together'}; the last checkpoint is from before. "
             "A lower --lr or --clip-grad 1 may help"
         )
-
-    def _progress(self, step: int) -> float:
-        """Share of the run before this step."""
-        return step / (self.run.plan.steps_per_epoch * self.run.config.optimisation.epochs)
 
     def _save_if_due(self, at_end: bool) -> None:
         minutes = self.run.config.run.save_every_minutes

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,23 +13,14 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from common.files import beside
+from common.interruption import Interruption
 from segmenter.data import Classes, WholeImages, test_images
 from segmenter.dataset import DatasetDescription, Pair
 from segmenter.inference import predict_classes
-from segmenter.interruption import Interruption
 from segmenter.labels import allowed_labels, check_pair, read_label_file
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """Who follows an evaluation. predicted: gets (index, [H, W] uint8 classes) of every image;
-    advanced: gets the numbers of images done and in all; interruption: asks it to stop."""
-
-    predicted: Callable[[int, Tensor], None] | None = None
-    advanced: Callable[[int, int], None] | None = None
-    interruption: Interruption | None = None
 
 
 def evaluate_model(
@@ -40,9 +30,14 @@ def evaluate_model(
     *,
     group_size: int,
     workers: int,
-    watch: Watch,
+    on_prediction: Callable[[int, Tensor], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    interruption: Interruption | None = None,
 ) -> Areas | None:
-    """Areas over all images and processes, the same on every process; None if told to stop.
+    """Areas over all images and processes, the same on every process; None if interrupted.
+
+    on_prediction gets (index, [H, W] uint8 classes) of every image of this process, on_progress the
+    numbers of images done and in all.
 
     Images are scored in groups of `group_size` neighbours, and whole groups are given out: the
     arithmetic, and so the areas, are exactly the same for any number of processes.
@@ -72,12 +67,12 @@ def evaluate_model(
                 )
                 for sample, predicted in zip(group, predictions, strict=True):
                     areas.add(predicted, sample.labels.to(accelerator.device))
-                    if watch.predicted is not None:
-                        watch.predicted(sample.index, predicted.cpu())
-            if watch.advanced is not None:
+                    if on_prediction is not None:
+                        on_prediction(sample.index, predicted.cpu())
+            if on_progress is not None:
                 done = min(len(images), (number + 1) * group_size * accelerator.num_processes)
-                watch.advanced(done, len(images))
-            if _told_to_stop(accelerator, watch.interruption):
+                on_progress(done, len(images))
+            if _told_to_stop(accelerator, interruption):
                 return None
     # gloo and nccl both add float64 exactly here: areas are integers below 2^53.
     areas.total = accelerator.reduce(areas.total.to(accelerator.device), reduction="sum").cpu()
@@ -145,7 +140,7 @@ def folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Path
     if path is None:
         yield None
         return
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = beside(path)
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
 from torch import Tensor
 
-from segmenter.checkpoint import load_checkpoint, read_torch_file
-from segmenter.config import VIT_SIZES, ProtocolConfig
+from common.checkpoint import misfits, read_torch_file
+from common.vit import VIT_SIZES
+from segmenter.checkpoint import load_checkpoint
+from segmenter.config import ProtocolConfig
 from segmenter.data import Classes, read_classes
 from segmenter.dataset import DESCRIPTIONS, read_description
 from segmenter.encoder import EncoderShape
 from segmenter.model import Segmenter, SegmenterShape
-from segmenter.pretrained import misfits
 
 VARIANT = "variant.yml"  # beside the weights of the release: how they were trained
 RELEASE_NORM_EPS = 1e-5
 # Of the release's encoders: the classifier they came with.
 RELEASE_IGNORED = ("encoder.head.", "encoder.head_dist.", "encoder.pre_logits.")
-NORMALIZATION_NAMES = {"vit": "half", "deit": "imagenet"}
+NORMALIZATION_NAMES: dict[str, Literal["half", "imagenet"]] = {"vit": "half", "deit": "imagenet"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,13 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
     checkpoint = load_checkpoint(path)
     model = Segmenter(SegmenterShape.from_plain(checkpoint["shape"]))
     model.load_state_dict(checkpoint["model"])
-    values = checkpoint["protocol"]
     return LoadedSegmenter(
         model=model.eval(),
         classes=Classes(
             names=tuple(checkpoint["classes"]),
             palette=np.array(checkpoint["palette"], dtype=np.uint8),
         ),
-        protocol=ProtocolConfig(**{**values, "scales": tuple(values["scales"])}),
+        protocol=ProtocolConfig.from_described(checkpoint["protocol"]),
         dataset_name=checkpoint["dataset"]["name"],
         reduce_zero_label=checkpoint["dataset"]["reduce_zero_label"],
     )

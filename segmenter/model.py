@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segmenter.config import VIT_SIZES, ModelConfig
+from common.vit import IMAGE_MEAN, IMAGE_STD, VIT_SIZES
+from segmenter.config import ModelConfig
 from segmenter.decoder import LinearDecoder, MaskTransformer
 from segmenter.encoder import Encoder, EncoderShape
 
 # Mean and deviation of RGB pixels in 0 to 1, by `ProtocolConfig.normalization`.
 PIXEL_STATISTICS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": (IMAGE_MEAN, IMAGE_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 
@@ -74,6 +75,22 @@ class Segmenter(nn.Module):
         mean, deviation = PIXEL_STATISTICS[shape.normalization]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(deviation).view(3, 1, 1) * 255, persistent=False)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's hook for layer-wise rates, by names; the final norm and the decoder come last.
+
+        (timm's own ViT counts the final norm to the last block.)
+        """
+        return {
+            "stem": r"^encoder\.(?:cls_token|pos_embed|reg_token|patch_embed)",
+            "blocks": [(r"^encoder\.blocks\.(\d+)", None)],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's hook: embeddings, which are matrices by shape only."""
+        return {
+            "encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "decoder.cls_emb"
+        }  # fmt: skip
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] uint8 RGB to class logits [B, K, H, W].

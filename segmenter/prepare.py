@@ -7,14 +7,22 @@ import os
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from segmenter.dataset import SPLITS, TRAIN, VAL, DatasetDescription, Pair, read_description
-from segmenter.download import digest_of, download
-from segmenter.labels import allowed_labels, check_pair
+from common.download import download, has_digest
+from common.files import beside
+from segmenter.dataset import (
+    SPLITS,
+    TRAIN,
+    VAL,
+    DatasetDescription,
+    Pair,
+    read_description,
+)
+from segmenter.labels import allowed_labels, check_pair, count_classes
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +34,6 @@ ADE20K_URLS = (
 # The source gives no digest; this one is in the dataset loaders of several open projects.
 ADE20K_DIGEST = "md5:7328b3957e407ddae1d3cbf487f149ef"
 ADE20K_PAIRS = {TRAIN: 20_210, VAL: 2_000}
-ADE20K_CLASSES = 150
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +44,7 @@ class CheckedDataset:
     pairs: dict[str, int]
 
 
-def prepare_ade20k(
-    folder: Path,
-    *,
-    urls: Sequence[str] = ADE20K_URLS,
-    digest: str | None = ADE20K_DIGEST,
-    keep_zip: bool = False,
-) -> Path:
+def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> Path:
     """Download and unpack ADE20K below `folder`, unless it is there; then check every pair.
 
     Returns the ADEChallengeData2016 folder. Raises ValueError if it is wrong or partial,
@@ -52,14 +53,11 @@ def prepare_ade20k(
     ready = find_ade20k(folder)
     if ready is None:
         archive = folder / f"{ADE20K_NAME}.zip"
-        if not archive.is_file() or (
-            digest is not None and digest_of(archive, digest.split(":")[0]) != digest
-        ):
+        if not archive.is_file() or (digest is not None and not has_digest(archive, digest)):
             download(urls, archive, digest=digest)
         unpack(archive, folder, ADE20K_NAME)
         ready = folder / ADE20K_NAME
-        if not keep_zip:
-            archive.unlink()
+        archive.unlink()
     logger.info("checking %s", ready)
     check_ade20k(ready)
     return ready
@@ -88,16 +86,16 @@ def check_ade20k(folder: Path, expected: dict[str, int] = ADE20K_PAIRS) -> Check
             problems.append(f"{len(found[split])} of {wanted} pairs in the {split} split")
     if problems:
         raise ValueError(f"{folder} is not the whole of ADE20K: {'; '.join(problems)}")
-    return _check_pairs(description, found, ADE20K_CLASSES)
+    return _check_pairs(description, found)
 
 
-def check_dataset(path: Path, count_classes: Callable[[DatasetDescription], int]) -> CheckedDataset:
+def check_dataset(path: Path) -> CheckedDataset:
     """Look at every pair of the splits that the dataset names. Raises ValueError."""
     description = read_description(path)
     found = {split: description.pairs(split) for split in SPLITS if _is_there(description, split)}
     if not found:
         raise ValueError(f"{path}: neither of the splits {', '.join(SPLITS)} is there")
-    return _check_pairs(description, found, count_classes(description))
+    return _check_pairs(description, found)
 
 
 def _is_there(description: DatasetDescription, split: str) -> bool:
@@ -106,10 +104,8 @@ def _is_there(description: DatasetDescription, split: str) -> bool:
     return any(folder is not None and folder.is_dir() for folder in folders)
 
 
-def _check_pairs(
-    description: DatasetDescription, found: dict[str, list[Pair]], num_classes: int
-) -> CheckedDataset:
-    allowed = allowed_labels(description, num_classes)
+def _check_pairs(description: DatasetDescription, found: dict[str, list[Pair]]) -> CheckedDataset:
+    allowed = allowed_labels(description, count_classes(description))
 
     def problem_of(pair: Pair) -> str | None:
         try:
@@ -135,7 +131,7 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
     Raises ValueError, before anything is written, if a member would leave the folder, is a link,
     or if the disk is too small.
     """
-    unfinished = folder / f".{name}.unfinished"
+    unfinished = beside(folder / name)
     try:
         with zipfile.ZipFile(archive) as file:
             members = file.infolist()

@@ -63,6 +63,17 @@ def learning_rate(optimisation: OptimisationConfig, progress: float) -> float:
     return optimisation.min_lr + (optimisation.lr - optimisation.min_lr) * factor
 
 
+def learning_rate_points(optimisation: OptimisationConfig) -> list[tuple[float, float, str]]:
+    """(epoch, rate, name) where it matters, ascending."""
+    epochs = float(optimisation.epochs)
+    warm = optimisation.warmup_fraction * epochs
+    named = {epochs / 2: "middle", epochs: "end", warm: "end of warm-up", 0.0: "start"}
+    return [
+        (epoch, learning_rate(optimisation, epoch / epochs), named[epoch])
+        for epoch in sorted(named)
+    ]
+
+
 def step_seed(seed: int, global_step: int, rank: int) -> int:
     """Seed of dropout and drop path in one step of one process."""
     return int(np.random.SeedSequence([seed, STEP_STREAM, global_step, rank]).generate_state(1)[0])

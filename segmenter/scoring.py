@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
+from torch import Tensor
 
-from segmenter.build import VAL
-from segmenter.config import ProtocolConfig
-from segmenter.data import Classes, WholeImages, default_workers, read_classes
+from common.devices import make_accelerator
+from common.options import OptionGroup
+from common.progress import Counter
+from segmenter.config import ProtocolConfig, ScoringConfig
+from segmenter.data import Classes, WholeImages, read_classes
 from segmenter.dataset import DatasetDescription, Pair, read_description
-from segmenter.evaluate import (
-    Watch,
-    evaluate_model,
-    folder_at_once,
-    score_predictions,
-    write_prediction,
-)
+from segmenter.evaluate import evaluate_model, folder_at_once, score_predictions, write_prediction
 from segmenter.labels import check_labels
-from segmenter.loading import LoadedSegmenter, load_segmenter
+from segmenter.loading import load_segmenter
 from segmenter.metrics import Scores
 
-logger = logging.getLogger(__name__)
+MOST_CHECKED = 5000  # pairs whose labels are all looked at first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,42 +42,44 @@ class EvaluationResult:
 
 
 def evaluate_checkpoint(
-    accelerator: Accelerator,
     checkpoint: Path,
     dataset: Path,
     *,
-    changes: dict[str, Any],
-    multi_scale: bool,
-    group_size: int,
-    workers: int | None,
+    changes: OptionGroup,
+    devices: ScoringConfig,
+    split: str,
     predictions_dir: Path | None,
-    split: str = VAL,
 ) -> EvaluationResult:
-    """Score a checkpoint. changes: values of the protocol other than the checkpoint's.
+    """Score a checkpoint. changes: `ProtocolChanges`, in place of the checkpoint's protocol.
 
     Raises ValueError for what the user can fix, before anything is written.
     """
+    accelerator = make_accelerator(devices)
     loaded = load_segmenter(checkpoint)
     description, pairs = _checked_pairs(dataset, split, loaded.classes)
     if predictions_dir is not None and predictions_dir.exists() and any(predictions_dir.iterdir()):
         raise ValueError(f"--save-predictions {predictions_dir} is not empty")
-    protocol = changed_protocol(loaded.protocol, changes, multi_scale)
-    model = loaded.model.to(accelerator.device)
-    if workers is None:
-        workers = default_workers()
-    with folder_at_once(predictions_dir, accelerator) as folder:
+    protocol = changed_protocol(loaded.protocol, changes)
+    with (
+        folder_at_once(predictions_dir, accelerator) as folder,
+        Counter("evaluate", total=len(pairs)) as counter,
+    ):
 
-        def save(index: int, predicted: torch.Tensor) -> None:
+        def save(index: int, predicted: Tensor) -> None:
             assert folder is not None
             write_prediction(folder / f"{pairs[index].name}.png", predicted, description)
 
+        def tell(done: int, total: int) -> None:
+            counter.advance(done - counter.done)
+
         areas = evaluate_model(
             accelerator,
-            model,
+            loaded.model.to(accelerator.device),
             WholeImages(description, pairs, protocol),
-            group_size=group_size,
-            workers=workers,
-            watch=Watch(predicted=save if folder else None, advanced=_log_progress),
+            group_size=devices.eval_batch_size,
+            workers=devices.loader_workers,
+            on_prediction=save if folder else None,
+            on_progress=tell if accelerator.is_main_process else None,
         )
     assert areas is not None
     return EvaluationResult(
@@ -94,28 +90,10 @@ def evaluate_checkpoint(
     )
 
 
-def evaluate_predictions(folder: Path, dataset: Path, split: str = VAL) -> EvaluationResult:
-    """Score label maps in the numbering of the dataset's annotations. Raises ValueError."""
-    if not folder.is_dir():
-        raise ValueError(f"--predictions {folder} is not a folder")
-    description = read_description(dataset)
-    classes = read_classes(description)
-    pairs = description.pairs(split)
-    areas = score_predictions(folder, description, pairs, classes)
-    return EvaluationResult(
-        scores=areas.scores(classes.names),
-        dataset=description.name,
-        num_images=len(pairs),
-        protocol=None,
-    )
-
-
-def changed_protocol(
-    protocol: ProtocolConfig, changes: dict[str, Any], multi_scale: bool
-) -> ProtocolConfig:
-    """The checkpoint's protocol with other sizes. Raises ValueError if they do not fit."""
-    protocol = dataclasses.replace(protocol, scales=(1.0,), flip=False, **changes)
-    return protocol.multi_scale() if multi_scale else protocol
+def changed_protocol(protocol: ProtocolConfig, changes: OptionGroup) -> ProtocolConfig:
+    """The checkpoint's protocol, at one scale, with these values. Raises ValueError."""
+    given = {name: value for name, value in vars(changes).items() if value is not None}
+    return dataclasses.replace(protocol, **{"multi_scale": False, **given})
 
 
 def _checked_pairs(
@@ -130,13 +108,21 @@ def _checked_pairs(
             f"{description.name} has {len(wanted)} ({wanted.names[0]}, ...)"
         )
     pairs = description.pairs(split)
-    check_labels(description, pairs, len(wanted), everything=len(pairs) <= 5000)
+    check_labels(description, pairs, len(wanted), everything=len(pairs) <= MOST_CHECKED)
     return description, pairs
 
 
-def _log_progress(done: int, total: int) -> None:
-    if done == total or done % max(1, total // 10) < 1:
-        logger.info("evaluated %d of %d images", done, total)
-
-
-__all__ = ["EvaluationResult", "LoadedSegmenter", "evaluate_checkpoint", "evaluate_predictions"]
+def evaluate_predictions(folder: Path, dataset: Path, split: str) -> EvaluationResult:
+    """Score label maps in the numbering of the dataset's annotations. Raises ValueError."""
+    if not folder.is_dir():
+        raise ValueError(f"--predictions {folder} is not a folder")
+    description = read_description(dataset)
+    classes = read_classes(description)
+    pairs = description.pairs(split)
+    areas = score_predictions(folder, description, pairs, classes)
+    return EvaluationResult(
+        scores=areas.scores(classes.names),
+        dataset=description.name,
+        num_images=len(pairs),
+        protocol=None,
+    )

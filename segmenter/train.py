@@ -1,150 +1,63 @@
-"""Finetuning: build, maybe resume, then per epoch train, evaluate, save, log."""
+"""Finetuning: build, maybe resume, then per epoch train, evaluate, log, save."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
-from segmenter.build import (
-    Run,
-    State,
-    Task,
-    all_settings,
-    build_run,
-    checkpoint_content,
-    describe,
-    read_task,
-)
-from segmenter.checkpoint import also_save_as, check_same_settings, save_checkpoint
+from common.checkpoint import save_checkpoint
+from common.devices import make_accelerator, peak_memory_mib
+from common.files import also_save_as, write_json
+from common.interruption import Interruption
+from common.layout import BEST, CHECKPOINT, LOCK, PREDICTIONS, RESULT
+from common.lock import hold
+from common.logbook import Logbook
+from segmenter.build import SCORES, Run, State, build_run, checkpoint_content, result_content
+from segmenter.check import Task, all_settings, earlier_output
 from segmenter.config import TrainConfig
-from segmenter.data import Batch, training_batches
-from segmenter.devices import make_accelerator, peak_memory_mib
 from segmenter.drawing import draw_predictions
 from segmenter.epoch import EpochTrainer
-from segmenter.evaluate import Watch, evaluate_model
-from segmenter.interruption import Interruption
-from segmenter.layout import (
-    BEST,
-    CHECKPOINT,
-    LOG,
-    PREDICTIONS,
-    PROGRESS,
-    read_result,
-    seed_dir,
-    write_json,
-)
-from segmenter.logbook import Logbook, Progress
-from segmenter.results import RESULT, combined_result, run_result
+from segmenter.evaluate import evaluate_model
+from segmenter.labels import check_labels
 from segmenter.schedule import learning_rate
-from segmenter.sole_writer import sole_writer
 
 logger = logging.getLogger(__name__)
 
 
-def finetune(config: TrainConfig) -> bool:
-    """Run a finetuning, or what is left of it, once per seed.
+def finetune(config: TrainConfig, task: Task) -> bool:
+    """Run a finetuning, or what is left of it. task: what `check_training` made of the config.
 
     Returns True when result.json is there, False if a signal stopped the run, after saving. Raises
-    ValueError for what the user can fix, before anything is written, and RuntimeError when the run
-    fails.
+    ValueError for what the user can fix, and RuntimeError when the run fails.
     """
+    folder = config.run.output_dir
     with Interruption() as interruption:
-        accelerator = make_accelerator(
-            device=config.run.device, precision=config.run.precision, compile=config.run.compile
-        )
-        task = read_task(config)
-        if config.run.eval_seeds == 1:
-            return _finetune_seed(config, accelerator, task, interruption)
-        return _finetune_seeds(config, accelerator, task, interruption)
-
-
-def _finetune_seeds(
-    config: TrainConfig, accelerator: Accelerator, task: Task, interruption: Interruption
-) -> bool:
-    """One finetuning after the other, each in its own folder; then their mean and deviation."""
-    results = []
-    for number in range(config.run.eval_seeds):
-        seed = config.optimisation.seed + number
-        folder = seed_dir(config.run.output_dir, seed)
-        part = dataclasses.replace(
-            config,
-            optimisation=dataclasses.replace(config.optimisation, seed=seed),
-            run=dataclasses.replace(config.run, output_dir=folder, eval_seeds=1),
-        )
-        logger.info("seed %d: %s", seed, folder)
-        if accelerator.is_main_process:
-            _show_progress_of(folder)
-        if not _finetune_seed(part, accelerator, task, interruption):
-            return False
-        accelerator.free_memory()
-        result = read_result(folder)
-        assert result is not None
-        results.append(result)
-    if accelerator.is_main_process:
-        _write_combined(config, results)
-    accelerator.wait_for_everyone()
-    return True
-
-
-def _show_progress_of(folder: Path) -> None:
-    """Whoever watches the output directory sees the progress of the seed that is running."""
-    link = folder.parent / PROGRESS
-    folder.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path(folder.name) / PROGRESS)
-
-
-def _write_combined(config: TrainConfig, results: list[dict[str, Any]]) -> None:
-    """The first seed's files, and the result of all seeds, in the output directory."""
-    output_dir = config.run.output_dir
-    first = seed_dir(output_dir, config.optimisation.seed)
-    for name in (LOG, PREDICTIONS, CHECKPOINT, BEST, PROGRESS):
-        also_save_as(first / name, output_dir / name)
-    write_json(output_dir / RESULT, combined_result(results))
-
-
-def _finetune_seed(
-    config: TrainConfig, accelerator: Accelerator, task: Task, interruption: Interruption
-) -> bool:
-    finished = read_result(config.run.output_dir)
-    if finished is not None and config.run.resume != "never":
-        wanted = all_settings(config, task)
-        check_same_settings(finished["settings"], wanted, config.run.output_dir / RESULT)
-        logger.info("nothing to do: %s is there", config.run.output_dir / RESULT)
-        return True
-    run, state = build_run(config, accelerator, task)
-    describe(run, state)
-    with sole_writer(run.output_dir) if accelerator.is_main_process else nullcontext():
-        return _fit(run, state, interruption)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Books:
-    """Log and progress, of the first process only."""
-
-    log: Logbook
-    progress: Progress
+        accelerator = make_accelerator(config.run)
+        for pairs in (task.train, task.val):
+            check_labels(task.description, pairs, task.num_classes, everything=False)
+        with hold(folder / LOCK, folder) if accelerator.is_main_process else nullcontext():
+            accelerator.wait_for_everyone()  # from here on nobody else writes there
+            found = earlier_output(config, task)
+            if found is not None and found.name == RESULT:
+                logger.info("nothing to do: %s is there", found)
+                return True
+            run, state = build_run(config, accelerator, task, found)
+            return _fit(run, state, interruption)
 
 
 def _fit(run: Run, state: State, interruption: Interruption) -> bool:
     """Train to the end. Returns False if stopped by a signal."""
-    books = _open_books(run, state)
-    progress = books.progress if books else None
+    epochs, logbook = run.config.optimisation.epochs, _open_logbook(run, state)
+    progress = logbook.progress if logbook else None
     trainer = EpochTrainer(run, interruption, progress, lambda: _save(run, state))
-    batches = _batches(run, state)
+    batches = run.batches(state, epochs)
     outcome = "failed"
     try:
-        while state.epochs_completed < run.config.optimisation.epochs:
+        while state.epochs_completed < epochs:
             stopped = trainer.train_one_epoch(state, batches)
-            if stopped or not _finish_epoch(run, state, books, interruption):
+            if stopped or not _finish_epoch(run, state, logbook, interruption):
                 _save(run, state)
                 logger.warning("stopped by a signal; run the same command again to continue")
                 outcome = "stopped"
@@ -153,39 +66,29 @@ def _fit(run: Run, state: State, interruption: Interruption) -> bool:
             _finish_run(run, state)
             outcome = "done"
     finally:
-        if books is not None:
-            books.log.close()
-            books.progress.close(outcome)
+        if logbook is not None:
+            logbook.close(outcome)
     run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
     return outcome == "done"
 
 
-def _batches(run: Run, state: State) -> Iterator[Batch]:
-    return training_batches(
-        run.crops,
-        run.plan,
-        rank=run.accelerator.process_index,
-        start=(state.epochs_completed, state.steps_completed),
-        epochs=run.config.optimisation.epochs,
-        workers=run.workers,
-        pin_memory=run.accelerator.device.type == "cuda",
-    )
-
-
-def _open_books(run: Run, state: State) -> Books | None:
+def _open_logbook(run: Run, state: State) -> Logbook | None:
+    """Of the first process only."""
     if not run.accelerator.is_main_process:
         return None
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    (run.output_dir / RESULT).unlink(missing_ok=True)  # of a run that `--resume never` replaces
-    progress = Progress(
+    return Logbook(
         run.output_dir,
+        epochs_completed=state.epochs_completed,
         epochs_total=run.config.optimisation.epochs,
         images_per_epoch=run.plan.images_per_epoch,
+        log_with=run.config.run.log_with,
+        settings=all_settings(run.config, run.task),
     )
-    return Books(log=Logbook(run.output_dir, state.epochs_completed), progress=progress)
 
 
-def _finish_epoch(run: Run, state: State, books: Books | None, interruption: Interruption) -> bool:
+def _finish_epoch(
+    run: Run, state: State, logbook: Logbook | None, interruption: Interruption
+) -> bool:
     """Evaluate if it is time to, log and save. Returns False if told to stop while evaluating.
 
     A kill loses nothing: the log is cut back to the checkpoint on resume, so it is written first;
@@ -194,9 +97,9 @@ def _finish_epoch(run: Run, state: State, books: Books | None, interruption: Int
     optimisation = run.config.optimisation
     number = state.epochs_completed + 1
     scores = None
-    if number % run.config.run.eval_every == 0 or number == optimisation.epochs:
+    if number % optimisation.eval_every == 0 or number == optimisation.epochs:
         _save(run, state)
-        scores = _evaluate(run, state, books, interruption)
+        scores = _evaluate(run, state, logbook, interruption)
         if scores is None:
             return False
     record = _epoch_record(run, state)
@@ -208,16 +111,17 @@ def _finish_epoch(run: Run, state: State, books: Books | None, interruption: Int
         is_best = state.best_mean_iou is None or scores["mean_iou"] > state.best_mean_iou
         if is_best:
             state.best_mean_iou = scores["mean_iou"]
-        for name in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
-            record[f"val_{name}"] = scores[name]
-    if books is not None:
-        books.log.add_epoch(record)
+        record |= {f"val_{name}": scores[name] for name in SCORES}
+    if logbook is not None:
+        logbook.add_epoch(record)
     _save(run, state, best=is_best)
+    if logbook is not None:
+        logbook.saved()
     return True
 
 
 def _evaluate(
-    run: Run, state: State, books: Books | None, interruption: Interruption
+    run: Run, state: State, logbook: Logbook | None, interruption: Interruption
 ) -> dict[str, Any] | None:
     """Plain scores, None if told to stop."""
     began = time.monotonic()
@@ -227,12 +131,11 @@ def _evaluate(
         run.images,
         group_size=run.config.run.eval_batch_size,
         workers=run.workers,
-        watch=Watch(
-            advanced=books.progress.evaluating if books else None, interruption=interruption
-        ),
+        on_progress=logbook.progress.evaluating if logbook else None,
+        interruption=interruption,
     )
     state.total_seconds += time.monotonic() - began
-    return None if areas is None else vars(areas.scores(run.task.classes.names)).copy()
+    return None if areas is None else vars(areas.scores(run.classes.names)).copy()
 
 
 def _epoch_record(run: Run, state: State) -> dict[str, Any]:
@@ -264,8 +167,7 @@ def _save(run: Run, state: State, *, best: bool = False) -> None:
 
 def _finish_run(run: Run, state: State) -> None:
     """Draw, and write the result last."""
-    if not run.accelerator.is_main_process:
-        return
-    draw_predictions(run.accelerator, run.model, run.images, run.task.classes,
-                     run.output_dir / PREDICTIONS)  # fmt: skip
-    write_json(run.output_dir / RESULT, run_result(run, state))
+    if run.accelerator.is_main_process:
+        path = run.output_dir / PREDICTIONS
+        draw_predictions(run.accelerator, run.model, run.images, run.classes, path)
+        write_json(run.output_dir / RESULT, result_content(run, state))

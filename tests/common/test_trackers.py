@@ -77,7 +77,5 @@ def test_a_tracker_that_is_missing_or_unknown_is_named_before_any_work():
     check_trackers(["tensorboard"])
     with pytest.raises(ValueError, match=r"--log-with is 'wandbb'; choose of .*wandb"):
         check_trackers(["wandbb"])
-    with pytest.raises(
-        ValueError, match=r"--log-with dvclive: the package is missing; pip install"
-    ):
+    with pytest.raises(ValueError, match=r"--log-with dvclive: the package is missing"):
         check_trackers(["tensorboard", "dvclive"])

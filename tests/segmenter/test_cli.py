@@ -1,5 +1,7 @@
 """What users type, and what they are told when it cannot work."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from segmenter.options import RECIPES, read_recipe
+from segmenter.config import RECIPES, recipe_names, recipe_values
 from tests.segmenter.boxes import REPOSITORY, train_arguments
 
 
@@ -45,6 +47,64 @@ def test_check_prints_nothing_and_writes_nothing(dataset, tmp_path, command):
     assert not (tmp_path / "run").exists()
 
 
+def test_check_tells_what_the_run_amounts_to(dataset, tmp_path, command):
+    arguments = train_arguments(dataset, tmp_path / "run", warmup_fraction=0.25, min_lr=1e-4)
+    outcome = command(*arguments, "--check", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    facts = json.loads(outcome.out)
+    assert facts["images"] == {"train": 7, "val": 3}
+    assert (facts["classes"], facts["epochs"], facts["evaluations"]) == (3, 2, 2)
+    assert facts["batch"] == {
+        "effective": 3, "per_process": 3, "processes": 1, "accumulation_steps": 1,
+        "steps_per_epoch": 2,
+    }  # fmt: skip
+    assert facts["learning_rate"]["peak"] == 1e-3
+    assert facts["learning_rate"]["points"] == [
+        [0, 0, "start"], [0.5, 1e-3, "end of warm-up"],
+        [1, pytest.approx(1e-4 + 9e-4 * 0.75), "middle"], [2, pytest.approx(1e-4), "end"],
+    ]  # fmt: skip
+    assert facts["settings"]["num_classes"] == 3
+    assert facts["settings"]["decoder"] == "mask_transformer"
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_says_how_a_batch_is_split(dataset, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = train_arguments(dataset, tmp_path / "run", batch_size=5, device_batch_size=2)
+    batch = json.loads(command(*arguments, "--check", "--json").out)["batch"]
+    assert batch == {
+        "effective": 5, "per_process": 2, "processes": 2, "accumulation_steps": 2,
+        "steps_per_epoch": 1,
+    }  # fmt: skip
+
+
+def test_the_size_of_a_checkpoint_is_known_before(dataset, finished, tmp_path, command):
+    outcome = command(*train_arguments(dataset, tmp_path / "run"), "--check", "--json")
+    size = (finished / "checkpoint.pth").stat().st_size
+    assert json.loads(outcome.out)["checkpoint_bytes"] == pytest.approx(size, rel=0.05)
+
+
+def test_recipes_and_options_are_told_as_json_without_torch(tmp_path):
+    plugin = tmp_path / "nano.py"
+    plugin.write_text("import sys\nassert 'torch' not in sys.modules\n")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "segmenter", "recipes", "--plugin", plugin],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert not re.search(r"\| +(torch|mmseg|timm|accelerate)$", done.stderr, re.M)
+    told = json.loads(done.stdout)
+    assert list(told["recipes"]) == ["fast", "mae", "segmenter"]
+    assert told["recipes"]["fast"]["lr"] == 5e-4
+    assert told["options"]["model"] == {
+        "default": "vit_large",
+        "neutral": False,
+        "older": "vit_large",
+    }
+    assert told["options"]["lr"] == {"default": None, "neutral": False, "older": None}
+    assert told["options"]["workers"]["neutral"]
+    assert set(told["recipes"]["mae"]) <= set(told["options"])
+
+
 def test_check_knows_how_many_processes_there_will_be(dataset, tmp_path, command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
     arguments = [*train_arguments(dataset, tmp_path / "run"), "--check"]
@@ -52,10 +112,10 @@ def test_check_knows_how_many_processes_there_will_be(dataset, tmp_path, command
 
 
 def test_recipes_are_complete_and_segmenter_is_the_papers():
-    assert {path.stem for path in RECIPES.glob("*.yml")} == {"segmenter", "mae", "fast"}
-    for path in RECIPES.glob("*.yml"):
-        read_recipe(path.stem)
-    paper = read_recipe("segmenter")
+    assert recipe_names() == ["fast", "mae", "segmenter"]
+    for name in recipe_names():
+        recipe_values(name)
+    paper = recipe_values("segmenter")
     assert (paper["optimizer"], paper["lr"], paper["momentum"]) == ("sgd", 1e-3, 0.9)
     assert (paper["schedule"], paper["poly_power"], paper["min_lr"]) == ("poly", 0.9, 1e-5)
     assert (paper["batch_size"], paper["epochs"], paper["crop_size"]) == (8, 64, 512)
@@ -67,28 +127,39 @@ def test_config_files_take_either_spelling_and_the_command_line_wins(dataset, tm
     config.write_text("crop-size: 0\nwindow_size: 32\ndecoder: mask-transformer\n")
     arguments = [*train_arguments(dataset, tmp_path / "run", crop_size=None), "--config", config]
     assert_refused(command(*arguments, "--check"), "--crop-size is 0")
-    assert command(*arguments, "--check", "--crop-size", "32").code == 0
-    config.write_text("window_size: 32\ncompile: off\n")  # false, as YAML reads it
+    config.write_text("crop-size: 48\nwindow_size: 32\ndecoder: mask-transformer\n")
+    for more, crop_size in (([], 48), (["--crop-size", "32"], 32)):
+        told = json.loads(command(*arguments, "--check", "--json", *more).out)
+        assert told["settings"]["crop_size"] == crop_size
+    config.write_text("window_size: 32\ncompile: off\n")  # no word is taken for false
     assert command(*arguments, "--check", "--crop-size", "32").code == 0
     config.write_text("crop_sise: 3\n")
-    assert_refused(command(*arguments, "--check"), "unknown option 'crop_sise'", "crop_size")
+    assert_refused(
+        command(*arguments, "--check"),
+        "config.yml: there is no 'crop_sise'; did you mean crop_size",
+    )
 
 
 def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
     values = yaml.safe_load((RECIPES / "fast.yml").read_text())
     recipe = tmp_path / "own.yml"
     for change, messages in (
-        ({"optimizer": "lion"}, ["optimizer", "sgd"]),
-        ({"epochs": "many"}, ["epochs", "many"]),
-        ({"learning": 1}, ["unknown option 'learning'"]),
+        ({}, None),
+        ({"clip_grad": 1, "momentum": 0.8}, None),
+        ({"optimizer": "lion"}, ["own.yml: --optimizer is 'lion'; choose one of sgd, adamw"]),
+        ({"epochs": "many"}, ["own.yml: --epochs is 'many'; give a whole number"]),
+        ({"epochs": 0}, ["own.yml: --epochs is 0; give 1 or more"]),
+        ({"learning": 1}, ["own.yml: there is no 'learning'"]),
+        ({"output_dir": "x"}, ["own.yml: there is no 'output_dir'"]),
+        ({"lr": None}, ["own.yml lacks lr"]),
     ):
         recipe.write_text(yaml.safe_dump({**values, **change}))
         outcome = command(*train_arguments(dataset, tmp_path / "run", recipe=recipe), "--check")
-        assert_refused(outcome, *messages)
-    del values["lr"]
-    recipe.write_text(yaml.safe_dump(values))
-    outcome = command(*train_arguments(dataset, tmp_path / "run", recipe=recipe), "--check")
-    assert_refused(outcome, "lacks lr")
+        if messages is None:
+            assert (outcome.code, outcome.err) == (0, "")
+        else:
+            assert_refused(outcome, *messages)
+            assert outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -97,6 +168,11 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"model": "vit_mini"}, ["vit_mini", "vit_tiny", "vit_huge"]),
         ({"recipe": "slow"}, ["'slow'", "fast, mae, segmenter"]),
         ({"init": "nowhere.pth"}, ["nowhere.pth does not exist", "random"]),
+        (
+            {"output_dir": "/dev/null/run"},
+            ["/dev/null is not a folder"],
+        ),
+        ({"log_with": "lightning"}, ["--log-with is 'lightning'", "tensorboard"]),
         ({"dataset": "nowhere.yml"}, ["nowhere.yml does not exist"]),
         ({"dataset": "/tmp"}, ["is not an ADEChallengeData2016 folder"]),
         ({"window_stride": 99}, ["--window-stride 99 is more than --window-size 32"]),

@@ -1,4 +1,4 @@
-import os
+import dataclasses
 import random
 
 import numpy as np
@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from segmenter.config import ProtocolConfig
-from segmenter.data import (
-    TrainingCrops,
-    WholeImages,
-    default_workers,
-    test_images,
-    training_batches,
-)
+from segmenter.data import TrainingCrops, WholeImages, test_images, training_batches
 from segmenter.dataset import read_description
 from segmenter.schedule import BatchPlan
 
@@ -95,20 +89,14 @@ def test_camvid_void_is_neither_class_nor_255(camvid):
 
 def test_test_images_keep_their_ratio_and_the_labels_their_size(dataset):
     description = read_description(dataset)
-    images = WholeImages(description, description.pairs("val"), PROTOCOL.multi_scale())
+    images = WholeImages(
+        description, description.pairs("val"), dataclasses.replace(PROTOCOL, multi_scale=True)
+    )
     sample = next(test_images(images, [1], workers=0, pin_memory=False))
     assert sample.labels.shape == (56, 40)  # the second size of the generated pairs
     assert [tuple(scaled.shape[1:]) for scaled in sample.scaled] == [
         (28, 20), (42, 30), (56, 40), (70, 50), (84, 60), (98, 70)
     ]  # fmt: skip
-
-
-def test_workers_share_the_cores_of_their_own_machine(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(96))
-    assert default_workers() == 10
-    monkeypatch.setenv("WORLD_SIZE", "48")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
-    assert default_workers() == 3
 
 
 def test_ade20k_labels_are_shifted_and_0_is_ignored(ade20k):

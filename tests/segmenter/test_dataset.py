@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import numpy as np
@@ -7,7 +8,7 @@ from PIL import Image
 
 from segmenter.data import read_classes
 from segmenter.dataset import DESCRIPTIONS, read_description
-from segmenter.labels import check_labels
+from segmenter.labels import check_labels, count_classes
 from tests.segmenter.boxes import write_dataset
 
 
@@ -72,7 +73,7 @@ def test_a_colour_annotation_is_refused(own_dataset):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"clases": ["a", "b"]}, "unknown key 'clases'; did you mean classes"),
+        ({"clases": ["a", "b"]}, "there is no 'clases'; did you mean classes"),
         ({"classes": []}, "lacks classes"),
         ({"classes": "NoSuchDataset"}, "mmsegmentation has no dataset NoSuchDataset"),
         ({"palette": [[1, 2, 3]]}, "1 colours for 3 classes"),
@@ -80,6 +81,7 @@ def test_a_colour_annotation_is_refused(own_dataset):
         ({"ignore_index": 999}, "ignore_index is 999"),
         ({"ignore_index": 1}, "ignore_index 1 is the class .* reduce_zero_label"),
         ({"reduce_zero_label": True}, "ignore_index has to be 255"),
+        ({"reduce_zero_label": "no"}, "reduce_zero_label is 'no'; give true or false"),
         ({"images": {"test": "x"}}, "images has to name a folder"),
     ],
 )
@@ -111,9 +113,15 @@ def test_an_ade20k_folder_is_used_where_it_lies(ade20k):
         description.pairs("train")
 
 
-@pytest.mark.parametrize(("name", "number"), [("cityscapes", 19), ("pascal_context", 60)])
-def test_the_further_datasets_have_their_classes(name, number):
-    assert len(read_classes(read_description(DESCRIPTIONS / f"{name}.yml"))) == number
+@pytest.mark.parametrize(
+    ("name", "number"), [("ade20k", 150), ("cityscapes", 19), ("pascal_context", 60)]
+)
+def test_the_datasets_that_come_along_have_their_classes(name, number):
+    description = read_description(DESCRIPTIONS / f"{name}.yml")
+    assert len(read_classes(description)) == count_classes(description) == number
+    unknown_number = dataclasses.replace(description, classes="CocoStuff")  # asks mmsegmentation
+    with pytest.raises(ValueError, match="mmsegmentation has no dataset CocoStuff"):
+        count_classes(unknown_number)
 
 
 def test_cityscapes_suffixes_and_city_folders_make_pairs(tmp_path):

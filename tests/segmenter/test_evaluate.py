@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter.quiet import quiet_imports
+from segmenter.data import quiet_imports
 from tests.segmenter.boxes import IGNORE
 
 

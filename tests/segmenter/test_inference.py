@@ -6,11 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from segmenter.config import ProtocolConfig
+from segmenter.data import quiet_imports
 from segmenter.encoder import EncoderShape
 from segmenter.inference import predict_classes, window_logits, windows
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape
-from segmenter.quiet import quiet_imports
 
 CPU = torch.device("cpu")
 PROTOCOL = ProtocolConfig(
@@ -94,8 +94,8 @@ def test_classes_are_chosen_at_the_original_size(model):
 
 @torch.no_grad()
 def test_with_flips_a_mirrored_image_gives_the_mirrored_prediction(model):
-    protocol = dataclasses.replace(PROTOCOL, flip=True, scales=(1.0, 1.5))
-    versions = [picture(48, 60), picture(72, 90)]
+    protocol = dataclasses.replace(PROTOCOL, multi_scale=True)
+    versions = [picture(round(48 * scale), round(60 * scale)) for scale in protocol.scales]
     (one,) = predict_classes(model, [versions], [(48, 60)], protocol, CPU)
     mirrored = [version.flip(-1) for version in versions]
     (other,) = predict_classes(model, [mirrored], [(48, 60)], protocol, CPU)

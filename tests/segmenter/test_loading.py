@@ -6,10 +6,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from segmenter.checkpoint import check_encoder_file, read_encoder_weights, shape_of, start_encoder
 from segmenter.config import ModelConfig
 from segmenter.encoder import Encoder, EncoderShape
 from segmenter.loading import load_segmenter
-from segmenter.pretrained import check_encoder_file, read_encoder_weights, shape_of, start_encoder
 
 MODEL = ModelConfig(
     model="vit_tiny", decoder="linear", decoder_layers=1, drop_path=0.0, dropout=0.0,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from segmenter.data import quiet_imports
 from segmenter.decoder import LinearDecoder, MaskTransformer
 from segmenter.encoder import EncoderShape
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
-from segmenter.quiet import quiet_imports
 
 SHAPE = SegmenterShape(
     encoder=EncoderShape(model="vit_tiny", patch_size=16, in_channels=3, grid=4),

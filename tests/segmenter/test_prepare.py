@@ -1,4 +1,4 @@
-"""ADE20K from a server that breaks off, and archives that must not be unpacked."""
+"""ADE20K from a server, and archives that must not be unpacked."""
 
 import hashlib
 import io
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.download import download
 from segmenter import prepare
-from segmenter.download import download
 
 
 def png(array):
@@ -39,36 +39,18 @@ def archive(members=None, pairs=(3, 2)):
 
 @pytest.fixture
 def server():
-    """Serves `content`; sends at most `drop_after` bytes per connection; knows ranges or not."""
+    """Serves `content` at one address. (How downloads go on: tests/common/test_download.py.)"""
 
     class Handler(BaseHTTPRequestHandler):
         content = b""
-        drop_after: int | None = None
-        ranges = True
-        requests: list[str | None]
+        requests: list[str]
 
         def do_GET(self):
-            self.requests.append(self.headers.get("Range"))
-            start = 0
-            if self.path != "/data.zip":
-                self.send_error(404)
-                return
-            if self.ranges and self.headers.get("Range"):
-                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-                if start >= len(self.content):
-                    self.send_response(416)
-                    self.send_header("Content-Range", f"bytes */{len(self.content)}")
-                    self.end_headers()
-                    return
-                self.send_response(206)
-                last = len(self.content) - 1
-                self.send_header("Content-Range", f"bytes {start}-{last}/{len(self.content)}")
-            else:
-                self.send_response(200)
-            body = self.content[start:]
-            self.send_header("Content-Length", str(len(body)))
+            self.requests.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.content)))
             self.end_headers()
-            self.wfile.write(body[: self.drop_after])
+            self.wfile.write(self.content)
 
         def log_message(self, *arguments):
             pass
@@ -85,40 +67,6 @@ def server():
 
 def md5(content):
     return f"md5:{hashlib.md5(content).hexdigest()}"
-
-
-def test_dropped_connections_are_continued(server, tmp_path):
-    server.content = np.random.default_rng(0).bytes(100_000)
-    server.drop_after = 30_000
-    download([server.url], tmp_path / "data.zip", digest=md5(server.content))
-    assert (tmp_path / "data.zip").read_bytes() == server.content
-    assert server.requests == [None, "bytes=30000-", "bytes=60000-", "bytes=90000-"]
-    assert [path.name for path in tmp_path.iterdir()] == ["data.zip"]
-
-
-def test_a_part_of_an_earlier_call_is_continued(server, tmp_path):
-    server.content = b"0123456789" * 1000
-    for there in (4000, 10_000):  # the whole may have arrived without being renamed
-        (tmp_path / "data.zip.part").write_bytes(server.content[:there])
-        download([server.url], tmp_path / "data.zip", digest=md5(server.content))
-        assert server.requests[-1] == f"bytes={there}-"
-        assert (tmp_path / "data.zip").read_bytes() == server.content
-
-
-def test_a_server_without_ranges_starts_over(server, tmp_path):
-    server.content, server.ranges = b"0123456789" * 1000, False
-    (tmp_path / "data.zip.part").write_bytes(b"x" * 500)
-    download([server.url], tmp_path / "data.zip", digest=md5(server.content))
-    assert (tmp_path / "data.zip").read_bytes() == server.content
-
-
-def test_the_next_address_is_tried_and_a_wrong_digest_thrown_away(server, tmp_path):
-    server.content = b"0123456789" * 1000
-    bad = server.url.replace("data.zip", "nothing.zip")
-    download([bad, server.url], tmp_path / "data.zip", digest=md5(server.content))
-    with pytest.raises(RuntimeError, match=r"404.*has not the digest md5:00"):
-        download([bad, server.url], tmp_path / "other.zip", digest="md5:00")
-    assert [path.name for path in tmp_path.iterdir()] == ["data.zip"]
 
 
 def test_a_full_disk_is_noticed_first(server, tmp_path, monkeypatch):

@@ -3,11 +3,18 @@ import dataclasses
 import pytest
 
 from segmenter.config import OptimisationConfig
-from segmenter.schedule import BatchPlan, learning_rate, make_batch_plan, step_seed
+from segmenter.schedule import (
+    BatchPlan,
+    learning_rate,
+    learning_rate_points,
+    make_batch_plan,
+    step_seed,
+)
 
 POLY = OptimisationConfig(
     epochs=10, batch_size=8, optimizer="sgd", lr=1e-3, momentum=0.9, weight_decay=0.0,
     layer_decay=1.0, schedule="poly", poly_power=0.9, min_lr=1e-5, warmup_fraction=0.0,
+    eval_every=3,
 )  # fmt: skip
 
 
@@ -23,6 +30,19 @@ def test_warmup_is_linear_and_cosine_follows():
     assert learning_rate(cosine, 0.2) == pytest.approx(1e-3)
     assert learning_rate(cosine, 0.6) == pytest.approx(0.5e-3)
     assert learning_rate(cosine, 1.0) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_points_that_matter_are_named():
+    warm = dataclasses.replace(POLY, warmup_fraction=0.2, min_lr=0.0, poly_power=1.0)
+    assert learning_rate_points(warm) == [
+        (0.0, 0.0, "start"), (2.0, 1e-3, "end of warm-up"),
+        (5.0, pytest.approx(1e-3 * 5 / 8), "middle"), (10.0, 0.0, "end"),
+    ]  # fmt: skip
+    assert [name for _, _, name in learning_rate_points(POLY)] == ["start", "middle", "end"]
+
+
+def test_the_last_epoch_is_always_evaluated():
+    assert [dataclasses.replace(POLY, epochs=n).evaluations for n in (1, 3, 4, 6)] == [1, 1, 2, 2]
 
 
 def test_an_epoch_uses_each_image_at_most_once_whatever_the_processes():

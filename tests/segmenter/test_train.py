@@ -8,16 +8,18 @@ import time
 import pytest
 import torch
 
-import segmenter.checkpoint
+import common.checkpoint
 import segmenter.epoch
-from segmenter.logbook import TIMING_KEYS, read_log
+from common.logbook import TIMING_KEYS, read_log
 from tests.segmenter.boxes import call, start, train_arguments
+
+TIMINGS = {"images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib"}
 
 
 def log_of(output_dir):
     return [
         {name: value for name, value in record.items() if name not in TIMING_KEYS}
-        for record in read_log(output_dir)
+        for record in read_log(output_dir / "log.txt")
     ]
 
 
@@ -42,24 +44,24 @@ def test_a_run_leaves_everything_and_nothing_unfinished(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "log.txt", "checkpoint.pth", "best.pth", "predictions.png", "progress.json",
-        "result.json", "tensorboard",
+        "result.json", "tensorboard", ".trackers.json", ".lock",
     }  # fmt: skip
     assert any((finished / "tensorboard").iterdir())
 
 
 def test_the_log_has_each_epoch_once_with_its_scores(finished):
-    records = read_log(finished)
+    records = read_log(finished / "log.txt")
     assert [record["epoch"] for record in records] == [1, 2]
     assert [record["num_updates"] for record in records] == [2, 4]
     for record in records:
         assert {"train_loss", "train_learning_rate", "val_pixel_accuracy", "val_mean_accuracy",
-                "val_mean_iou", *TIMING_KEYS} <= set(record)  # fmt: skip
+                "val_mean_iou", *TIMINGS} <= set(record)  # fmt: skip
         assert 0 <= record["data_wait_share"] <= 1
 
 
 def test_the_result_holds_scores_recipe_and_protocol(finished):
     result = result_of(finished)
-    last = read_log(finished)[-1]
+    last = read_log(finished / "log.txt")[-1]
     assert result["mean_iou"] == last["val_mean_iou"]
     assert result["best_mean_iou"] >= result["mean_iou"]
     assert (result["epochs"], result["num_updates"], result["init"]) == (2, 4, "random")
@@ -140,7 +142,7 @@ def test_a_run_killed_in_the_middle_of_a_save_continues_exactly(
             raise SystemExit(137)
         original(content, file)
 
-    monkeypatch.setattr(segmenter.checkpoint.torch, "save", half_a_file)
+    monkeypatch.setattr(common.checkpoint.torch, "save", half_a_file)
     arguments = train_arguments(dataset, tmp_path / "run")
     assert call(*arguments).code == 137
     assert call(*arguments).code == 0
@@ -159,6 +161,60 @@ def test_a_killed_process_continues_exactly(dataset, finished, tmp_path):
     process.communicate()
     assert call(*arguments).code == 0
     assert_same_run(output_dir, finished)
+
+
+def scalars_of(output_dir):
+    """(epoch, value) of everything that TensorBoard got, by name, in the order of the files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for path in sorted((output_dir / "tensorboard").glob("events*")):
+        events = EventAccumulator(str(path), purge_orphaned_data=False)
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            found.setdefault(name, []).extend((e.step, e.value) for e in events.Scalars(name))
+    return found
+
+
+def test_tensorboard_gets_every_value_once_also_after_a_kill(dataset, finished, tmp_path):
+    output_dir = tmp_path / "run"
+    arguments = train_arguments(dataset, output_dir, epochs=4)
+    process = start(arguments)
+    deadline = time.monotonic() + 120
+    while len(read_log(output_dir / "log.txt")) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert not (output_dir / "result.json").exists()
+    assert call(*arguments).code == 0
+    for folder in (output_dir, finished):
+        expected = {}
+        for record in read_log(folder / "log.txt"):
+            for name in set(record) - {"epoch"}:
+                expected.setdefault(name, []).append((record["epoch"], pytest.approx(record[name])))
+        assert scalars_of(folder) == expected
+
+
+def test_without_trackers_there_are_none(dataset, tmp_path):
+    assert call(*train_arguments(dataset, tmp_path / "run", log_with="none", epochs=1)).code == 0
+    assert not (tmp_path / "run/tensorboard").exists()
+
+
+def test_resume_never_refuses_an_existing_run(dataset, finished, tmp_path, command):
+    arguments = train_arguments(dataset, tmp_path / "run", resume="never", epochs=1)
+    assert command(*arguments).code == 0
+    for name in ("result.json", "checkpoint.pth"):
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+        for check in ([], ["--check"]):
+            outcome = command(*arguments, *check)
+            assert outcome.code == 2
+            assert outcome.err == (
+                f"Error: --resume never: {tmp_path / 'run' / name} is there already; remove it or "
+                "use another --output-dir\n"
+            )
+        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+        (tmp_path / "run/result.json").unlink(missing_ok=True)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(dataset, tmp_path, command, monkeypatch):
@@ -189,21 +245,8 @@ def test_small_device_batches_change_the_loss_by_rounding_only(dataset, tmp_path
             dataset, tmp_path / name, device_batch_size=most, **changes
         )  # fmt: skip
         assert call(*arguments).code == 0
-        losses.append(read_log(tmp_path / name)[0]["train_loss"])
+        losses.append(read_log(tmp_path / name / "log.txt")[0]["train_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_several_seeds_give_mean_and_deviation(dataset, finished, tmp_path):
-    arguments = train_arguments(dataset, tmp_path / "run", eval_seeds=2)
-    assert call(*arguments).code == 0
-    result = result_of(tmp_path / "run")
-    first, second = (seed["mean_iou"] for seed in result["seeds"])
-    assert first == result_of(finished)["mean_iou"]
-    assert result["mean_iou"] == pytest.approx((first + second) / 2)
-    assert result["mean_iou_std"] == pytest.approx(abs(first - second) / 2**0.5)
-    for name in ("log.txt", "checkpoint.pth", "predictions.png", "progress.json"):
-        assert (tmp_path / "run" / name).is_file()
-    assert call(*arguments).code == 0
 
 
 @pytest.mark.slow
@@ -215,7 +258,8 @@ def test_two_processes_train_and_score_like_one(dataset, finished, tmp_path):
     output, _ = two.communicate(timeout=240)
     assert two.returncode == 0, output
     assert result_of(tmp_path / "two")["num_processes"] == 2
-    for one, other in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+    logs = [read_log(tmp_path / name / "log.txt") for name in ("one", "two")]
+    for one, other in zip(*logs, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
     scored = start(
         ["evaluate", str(finished / "best.pth"), "--dataset", str(dataset), "--device", "cpu",

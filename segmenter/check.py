@@ -1,0 +1,154 @@
+"""`train --check`: everything that can be known before the work starts. Writes nothing.
+
+torch is loaded only to look into checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.files import check_output_folder
+from common.layout import CHECKPOINT, RESULT
+from common.options import option_facts
+from common.settings import check_same
+from common.trackers import check_trackers
+from common.vit import IMAGE_CHANNELS, transformer_parameters
+from segmenter.config import GROUPS, RANDOM, TrainConfig
+from segmenter.dataset import (
+    TRAIN,
+    VAL,
+    DatasetDescription,
+    Pair,
+    read_description,
+)
+from segmenter.labels import count_classes
+from segmenter.schedule import BatchPlan, learning_rate_points, make_batch_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The dataset: description, number of classes, and the pairs of both splits."""
+
+    description: DatasetDescription
+    num_classes: int
+    train: Sequence[Pair]
+    val: Sequence[Pair]
+
+
+def check_training(config: TrainConfig) -> Task:
+    """The task, looked over. Raises ValueError for what would stop `train` from starting."""
+    description, init = read_description(config.run.dataset), config.run.init
+    task = Task(
+        description=description,
+        num_classes=count_classes(description),
+        train=description.pairs(TRAIN),
+        val=description.pairs(VAL),
+    )
+    plan_here(config, task)
+    check_output_folder(config.run.output_dir)
+    check_trackers(config.run.log_with)
+    if init != RANDOM:
+        if not init.is_file():
+            raise ValueError(f"--init {init} does not exist; give a checkpoint, or {RANDOM}")
+        from segmenter.checkpoint import check_encoder_file
+
+        check_encoder_file(init, config.model)
+    return task
+
+
+def plan_here(config: TrainConfig, task: Task) -> BatchPlan:
+    """How batches are spread over the processes that torchrun started. Raises ValueError."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return make_batch_plan(len(task.train), config.optimisation.batch_size, processes)
+
+
+def all_settings(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """What has to stay the same: a checkpoint's `config`, result.json's `settings`."""
+    return {
+        **config.settings(),
+        "dataset": task.description.name,
+        "num_classes": task.num_classes,
+        "num_train": len(task.train),
+        "num_val": len(task.val),
+    }
+
+
+def earlier_output(config: TrainConfig, task: Task) -> Path | None:
+    """What this call goes on from: result.json (all is done), checkpoint.pth, or nothing.
+
+    Raises ValueError if it was made with other settings, or is not what --resume asks for.
+    """
+    folder, resume = config.run.output_dir, config.run.resume
+    found = next((folder / name for name in (RESULT, CHECKPOINT) if (folder / name).exists()), None)
+    if found is None:
+        if resume == "required":
+            raise ValueError(f"--resume required: {folder / CHECKPOINT} does not exist")
+        return None
+    if resume == "never":
+        raise ValueError(
+            f"--resume never: {found} is there already; remove it or use another --output-dir"
+        )
+    if found.name == RESULT:
+        stored = read_result(found)["settings"]
+    else:
+        from segmenter.checkpoint import load_checkpoint
+
+        stored = load_checkpoint(found, lazily=True)["config"]
+    older = {name: facts["older"] for name, facts in option_facts(GROUPS.values()).items()}
+    check_same(stored, all_settings(config, task), older, what=str(found))
+    return found
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result.json. Raises ValueError if it is broken."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(result, dict) or "settings" not in result:
+        raise ValueError(f"{path} is not a result of `python -m segmenter train`")
+    return result
+
+
+def facts(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """What the run amounts to, in plain values, for `--check --json`."""
+    optimisation, plan = config.optimisation, plan_here(config, task)
+    effective = min(plan.batch_size, plan.num_images)
+    share = -(-effective // plan.processes)
+    at_once = min(share, config.run.device_batch_size or share)
+    return {
+        "images": {TRAIN: len(task.train), VAL: len(task.val)},
+        "classes": task.num_classes,
+        "batch": {
+            "effective": effective,
+            "per_process": at_once,
+            "processes": plan.processes,
+            "accumulation_steps": -(-share // at_once),
+            "steps_per_epoch": plan.steps_per_epoch,
+        },
+        "learning_rate": {"peak": optimisation.lr, "points": learning_rate_points(optimisation)},
+        "epochs": optimisation.epochs,
+        "evaluations": optimisation.evaluations,
+        "settings": all_settings(config, task),
+        "checkpoint_bytes": _checkpoint_bytes(config, task.num_classes),
+    }
+
+
+def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
+    """About the size of a checkpoint: fp32 weights, and what the optimizer keeps of each."""
+    model, size = config.model, config.model.encoder
+    patch = model.patch_size or size.patch_size
+    patches = (config.protocol.crop_size // patch) ** 2
+    parameters = (
+        transformer_parameters(size.width, size.depth)
+        + size.width * (IMAGE_CHANNELS * patch**2 + patches + num_classes)
+    )  # fmt: skip
+    if model.decoder == "mask_transformer":
+        parameters += transformer_parameters(size.width, model.decoder_layers) + 3 * size.width**2
+    moments = 1 if config.optimisation.optimizer == "sgd" else 2
+    return 4 * parameters * (1 + moments)
