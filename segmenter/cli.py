@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import click
 
 from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
 from common.files import check_output_file, check_output_folder, write_json
 from common.layout import RESULT
-from common.options import CONTEXT, Layer, OptionGroup, command, option, option_facts
+from common.options import CONTEXT, Layer, OptionGroup, command, option_facts
 from common.yamlfile import plain
 from segmenter.config import (
     DEFAULT_RECIPE,
     GROUPS,
-    DatasetConfig,
     DeviceConfig,
+    PictureConfig,
     PluginConfig,
     ProtocolChanges,
+    ScoringConfig,
     TrainConfig,
     read_recipe,
     recipe_names,
@@ -89,17 +89,6 @@ def recipes(plugin: PluginConfig) -> None:
     click.echo(json.dumps({"recipes": values, "options": option_facts(GROUPS.values())}))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoringConfig(DatasetConfig):
-    """What `evaluate` scores, and where the scores go."""
-
-    title: ClassVar[str] = "Scoring"
-    split: Literal["train", "val"] = option("Which images.", "val")
-    save_predictions: Path | None = option("Folder for the label maps.", None)
-    predictions: Path | None = option("Score the label maps of this folder instead.", None)
-    out: Path | None = option("JSON file for the scores.", None)
-
-
 @command(cli, scoring=ScoringConfig, changes=ProtocolChanges, devices=DeviceConfig)
 @click.argument("checkpoint", type=PATH, required=False)
 def evaluate(
@@ -114,18 +103,15 @@ def evaluate(
     from segmenter.scoring import evaluate_checkpoint, evaluate_predictions
 
     log_to_stderr()
-    if checkpoint is not None:
-        result = evaluate_checkpoint(
-            checkpoint, scoring.dataset, changes=changes, devices=devices, split=scoring.split,
-            predictions_dir=scoring.save_predictions,
-        )  # fmt: skip
+    if scoring.predictions is not None:
+        result = evaluate_predictions(scoring.predictions, scoring)
     else:
-        assert scoring.predictions is not None
-        result = evaluate_predictions(scoring.predictions, scoring.dataset, scoring.split)
+        assert checkpoint is not None
+        result = evaluate_checkpoint(checkpoint, scoring, changes, devices)
     if rank() == 0:
-        _show(result.plain())
+        _show(result)
         if scoring.out is not None:
-            write_json(scoring.out, result.plain())
+            write_json(scoring.out, result)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -139,15 +125,6 @@ def _show(result: dict[str, Any]) -> None:
     for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
         click.echo(f"{key.replace('_', ' '):<{width}}  {result[key]:.2f}")
     click.echo(f"protocol: {json.dumps(result['protocol'])}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureConfig(OptionGroup):
-    """What `predict` draws."""
-
-    title: ClassVar[str] = "Pictures"
-    out: Path = option("Folder for the pictures.")
-    attention: bool = option("Also draw what the model attends to.", False)
 
 
 @command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=DeviceConfig)
@@ -168,10 +145,7 @@ def predict(
     from segmenter.predict import predict_files
 
     log_to_stderr()
-    predict_files(
-        checkpoint, images, pictures.out,
-        changes=changes, devices=devices, attention=pictures.attention,
-    )  # fmt: skip
+    predict_files(checkpoint, images, pictures, changes, devices)
 
 
 @cli.group(context_settings=CONTEXT)
@@ -203,6 +177,6 @@ def check(dataset: Path) -> None:
     """Look at every pair of DATASET: a YAML file, or an ADEChallengeData2016 folder."""
     from segmenter.prepare import check_dataset
 
-    checked = check_dataset(dataset)
-    counts = ", ".join(f"{count} {split} pairs" for split, count in checked.pairs.items())
-    click.echo(f"{checked.name}: {counts}, all sound")
+    pairs = check_dataset(dataset)
+    counts = ", ".join(f"{count} {split} pairs" for split, count in pairs.items())
+    click.echo(f"{dataset}: {counts}, all sound")
