@@ -8,7 +8,6 @@ when is decided in pipeline/plan.py. No torch is imported here.
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,31 +17,33 @@ from typing import Any
 
 import click
 
-from pipeline import options, preview, records
+from common import options
+from common.console import EXIT_STOPPED, run_program
+from common.lock import hold
+from pipeline import doctor as examination
+from pipeline import preview, records, slurm
+from pipeline.estimate import estimate_run
 from pipeline.layout import Layout
-from pipeline.local import EXIT_STOPPED, LocalLauncher
-from pipeline.lock import LockedError, hold
-from pipeline.plan import Step, make_plan
-from pipeline.settings import Settings
+from pipeline.local import LocalLauncher
+from pipeline.machine import visible_gpus
+from pipeline.plan import Step
+from pipeline.report import write_all, write_report
+from pipeline.results import write_results_csv
+from pipeline.settings import GROUPS, Settings
+from pipeline.status import status_text
 
 _POLL_SECONDS = 0.1
 
 
 def run(settings: Settings) -> int:
     """Plans, checks, alternates, reports. Returns the exit code; 0 means that all of it is done."""
-    paths = Layout(settings.output_dir)
-    steps = make_plan(settings, records.made_runs(paths))
-    preview.check(settings, steps, paths)
-    if settings.launcher == "slurm":
-        from pipeline.slurm import run as run_on_cluster
-
-        return run_on_cluster(settings, steps, paths)
-    from pipeline.report import write_all
-
-    with hold(paths.lock):
+    paths, steps = Layout(settings.data.output_dir), preview.checked_plan(settings)
+    if settings.cluster.launcher == "slurm":
+        return slurm.run(settings, steps, paths)
+    with hold(paths.lock, paths.root):
         preview.write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
-        exit_code = alternate(steps, launcher, keep_going=settings.keep_going)
+        exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going)
         click.echo(write_all(paths))
     return exit_code
 
@@ -108,62 +109,73 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _RunByDefault(click.Group):
+    """Flags without a command are a run; --help shows its flags and the other commands."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Click's hook."""
+        if not args:
+            args = ["--help"]
+        elif args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Click's hook."""
+        self.commands["run"].format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
 @click.group(
-    cls=options.Commands,
-    invoke_without_command=True,
-    context_settings={
-        "token_normalize_func": options.normalize,
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": 100,
-    },
+    cls=_RunByDefault,
+    context_settings=options.CONTEXT,
+    options_metavar="FLAGS",
+    subcommand_metavar="| COMMAND ...",
 )
-@options.run_options
-@click.option("--dry-run", is_flag=True, help="Show the plan and change nothing.")
-@click.option("--estimate", is_flag=True, help="Time a few real steps; hours and disk of the run.")
-@click.pass_context
-def main(ctx: click.Context, dry_run: bool, estimate: bool, **given: Any) -> None:
+def main() -> None:
     """Does hiding objects make masked-autoencoder pretraining better for dense prediction?
 
     Pretrains a ViT, finetunes and scores it on semantic segmentation every --eval-freq epochs, and
     compares the masking methods. The same command continues a run that was stopped.
     """
-    if ctx.invoked_subcommand is not None:
-        return
-    if len(sys.argv) == 1:
-        click.echo(ctx.get_help())
-        return
-    with user_errors():
-        settings = options.settings_from(given)
-        if dry_run:
-            preview.show(settings)
-        elif estimate:
-            from pipeline.estimate import estimate_run
-
-            click.echo(estimate_run(settings))
-        else:
-            ctx.exit(run(settings))
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """What a user can fix ends with its one line: exit code 2, or 1 where the system failed."""
-    try:
-        yield
-    except (ValueError, LockedError) as error:
-        raise click.UsageError(str(error)) from None
-    except OSError as error:
-        raise click.ClickException(
-            f"{error.filename or 'a file'}: {error.strerror or error}; what is done is kept, and "
-            "the same command goes on"
-        ) from error
+@options.command(main, "run", **GROUPS)
+@click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
+@click.option("--verbose", is_flag=True, help="With --dry-run: the commands, too.")
+@click.option("--estimate", is_flag=True, help="Time a few real steps; hours and disk of the run.")
+def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> int:
+    """Run the plan, or show it."""
+    settings = _settings(groups)
+    for note in settings.notes():
+        click.echo(f"Note: {note}", err=True)
+    if dry_run:
+        preview.show(settings, verbose=verbose)
+    elif estimate:
+        click.echo(estimate_run(settings))
+    else:
+        return run(settings)
+    return 0
+
+
+run_or_show.hidden = True
+
+
+def _settings(groups: dict[str, Any]) -> Settings:
+    """What the command line gave, with the number of GPUs filled in."""
+    compute = groups["compute"].resolved(groups["cluster"], len(visible_gpus()))
+    return Settings(**{**groups, "compute": compute})
+
+
+_FOLDER = click.Path(path_type=Path, resolve_path=True)
 
 
 @main.command()
-@click.argument("folder", type=options.AbsolutePath())
+@click.argument("folder", type=_FOLDER)
 @click.option("--seed", type=int, default=0, show_default=True)
 def sample(folder: Path, seed: int) -> None:
     """Write a small dataset in the real layouts into FOLDER."""
-    from pipeline.sample import write_sample
+    from pipeline.sample import write_sample  # numpy, pycocotools
 
     write_sample(folder, seed=seed)
     click.echo(f"{folder}/in1k and {folder}/segmentation/dataset.yml are there. To run on them:")
@@ -174,44 +186,31 @@ def sample(folder: Path, seed: int) -> None:
 
 
 @main.command()
-@click.argument("folder", type=options.AbsolutePath(), default=".")
+@click.argument("folder", type=_FOLDER, default=".")
 def status(folder: Path) -> None:
     """Show what is done, running, waiting and failed in FOLDER."""
-    from pipeline.status import status_text
-
-    with user_errors():
-        click.echo(status_text(Layout(folder)))
+    click.echo(status_text(Layout(folder)))
 
 
 @main.command()
-@click.argument("folders", type=options.AbsolutePath(), nargs=-1, required=True)
-@click.option(
-    "--out", type=options.AbsolutePath(), help="The page.  [default: in the first folder]"
-)
+@click.argument("folders", type=_FOLDER, nargs=-1, required=True)
+@click.option("--out", type=_FOLDER, help="The page.  [default: in the first folder]")
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Write results.csv in each of FOLDERS, and one report.html over all of them."""
-    from pipeline.report import write_report
-    from pipeline.results import write_results_csv
-
     page = out or Layout(folders[0]).report_html
-    with user_errors():
-        write_report(folders, page)
+    write_report(folders, page)
     for folder in folders:
         write_results_csv(Layout(folder))
     click.echo(page)
 
 
-@main.command()
-@options.run_options
-@click.pass_context
-def doctor(ctx: click.Context, **given: Any) -> None:
+@options.command(main, "doctor", **GROUPS)
+def doctor(**groups: Any) -> int:
     """Look at this machine and, given the flags of a run, at its data; say what to fix."""
-    from pipeline.doctor import examine, findings_text
-
-    findings = examine(given)
-    click.echo(findings_text(findings))
-    ctx.exit(1 if any(finding.fix for finding in findings) else 0)
+    findings = examination.examine(lambda: _settings(groups), groups)
+    click.echo(examination.findings_text(findings))
+    return 1 if any(finding.fix for finding in findings) else 0
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, "benchmark.py")

@@ -23,5 +23,4 @@ if [ $# -gt 0 ]; then
 fi
 echo "No options given: running on generated data, sample/ to output/; see the head of run_benchmark.sh for the real call."
 cd "$here"
-"$python" benchmark.py sample sample
 exec "$python" benchmark.py --config configs/sample.yml

@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from common.run import DeviceConfig, TrainingConfig
+
 logger = logging.getLogger(__name__)
 
 # Dense bf16 peak in FLOP/s by the name that CUDA gives, from the makers' data sheets.
@@ -28,26 +30,25 @@ PEAK_FLOPS = {
 }
 
 
-def make_accelerator(
-    *,
-    device: Literal["auto", "cpu", "cuda"],
-    precision: Literal["auto", "bf16", "fp32"],
-    compile: Literal["auto", "on", "off"] = "off",
-) -> Accelerator:
+def make_accelerator(config: DeviceConfig) -> Accelerator:
     """Join the process group that torchrun describes, if any, and choose the device.
+
+    Only what trains is compiled.
 
     Raises ValueError if the wanted device is not there.
     """
     _refuse_unconnected_processes()
-    on_cuda = choose_device(device).type == "cuda"
-    compiled = compile == "on"
-    if compile == "auto" and on_cuda:
+    on_cuda = choose_device(config.device).type == "cuda"
+    wanted = config.compile if isinstance(config, TrainingConfig) else "off"
+    compiled = wanted == "on"
+    if wanted == "auto" and on_cuda:
         compiled = _has_c_compiler()
         if not compiled:
             logger.warning("no C compiler (gcc or clang) here: the model is not compiled")
+    precision = choose_precision(config.precision, on_cuda=on_cuda)
     return Accelerator(
         cpu=not on_cuda,
-        mixed_precision="bf16" if choose_precision(precision, on_cuda=on_cuda) == "bf16" else "no",
+        mixed_precision="bf16" if precision == "bf16" else "no",
         dynamo_backend="inductor" if compiled else "no",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
@@ -84,15 +85,6 @@ def _refuse_unconnected_processes() -> None:
 def _has_c_compiler() -> bool:
     """torch.compile builds a piece of C at run time, on a GPU too."""
     return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang"))
-
-
-def default_workers() -> int:
-    """Loader processes for one of the processes on this machine: at most 12, none on few cores.
-
-    torchrun says how many there are on each machine (LOCAL_WORLD_SIZE).
-    """
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if cores < 3 else min(12, cores - 1)
 
 
 def device_name(device: torch.device) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -32,10 +35,19 @@ class Interruption:
 def leave_signals_to_the_main_process(worker: int) -> None:
     """For loader processes: a signal to the whole group must not end them before the step is done.
 
-    They end with their parent all the same: the loader watches it. See also `end_children`.
+    They end with their parent, even one that is killed. See also `end_children`.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """torch's loader looks for its parent too, but not while a full pipe keeps it from writing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def end_children() -> None:

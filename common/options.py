@@ -47,6 +47,7 @@ class Spec:
     at_least, above, at_most, below: the range of a number.
     neutral: it decides speed or place, not what comes out.
     older: what a file counts as that was written before this option existed.
+    is_plugin: a Python file that is loaded before any option is judged.
     """
 
     help: str
@@ -57,6 +58,7 @@ class Spec:
     below: float | None
     neutral: bool
     older: Any
+    is_plugin: bool
 
     def range_text(self) -> str:
         """The allowed numbers, in words."""
@@ -89,11 +91,12 @@ def option(
     below: float | None = None,
     neutral: bool = False,
     older: Any = REQUIRED,
+    is_plugin: bool = False,
 ) -> Any:
     """A field of an `OptionGroup`; without `default` it has to be given. See `Spec`."""
     spec = Spec(
         help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, below=below,
-        neutral=neutral, older=default if older is REQUIRED else older,
+        neutral=neutral, older=default if older is REQUIRED else older, is_plugin=is_plugin,
     )  # fmt: skip
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata={"option": spec})
@@ -323,11 +326,13 @@ class OptionCommand(click.Command):
         self.groups = groups
         self.own_layers = own_layers
         self.titles: dict[str, str] = {}
+        self.plugins: list[str] = []
         self.params.append(_config_option())
         for group in groups.values():
             for field in fields_of(group).values():
                 self.params.append(_click_option(field, group.no_default))
                 self.titles[field.name] = group.title
+                self.plugins += [field.name] if field.spec.is_plugin else []
 
     def invoke(self, ctx: click.Context) -> Any:
         """Click's hook: makes the groups, then runs the function."""
@@ -338,9 +343,9 @@ class OptionCommand(click.Command):
         if config is not None:
             layers.insert(0, read_layer(Path(config).expanduser(), groups))
         for layer in layers:
-            if "plugin" in self.titles and layer.values.get("plugin"):
-                # Before anything is judged: it may bring a choice with it.
-                load_plugin(Path(str(layer.values["plugin"])).expanduser())
+            for name in self.plugins:
+                if layer.values.get(name):  # before anything is judged: it may bring a choice
+                    load_plugin(Path(str(layer.values[name])).expanduser())
         if self.own_layers is not None:
             layers = [*self.own_layers(merge(groups, layers)), *layers]
         values = merge(groups, layers)
@@ -409,7 +414,10 @@ def _click_option(field: Field, no_default: str) -> click.Option:
 
 def plugin_option() -> Any:
     """The field `plugin` of a group: it is loaded before any option is judged."""
-    return option("Python file with masking methods or models of your own.", None, neutral=True)
+    return option(
+        "Python file with masking methods or models of your own.", None,
+        neutral=True, is_plugin=True,
+    )  # fmt: skip
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}

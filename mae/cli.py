@@ -18,8 +18,8 @@ from common.options import (
     command,
     option,
     option_facts,
-    plugin_option,
 )
+from common.run import PluginConfig
 from mae.config import GROUPS, PretrainConfig
 from mae.download import OFFICIAL_FILES
 from mae.masking import METHODS
@@ -50,17 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @command(cli, **GROUPS)  # type: ignore[arg-type]  # no group has the name of an argument
 @click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
+@click.option("--will-pack", is_flag=True, help="With --check: segments are packed before the run.")
 @click.option(
     "--time-steps", type=click.IntRange(1), metavar="N",
     help="Time N steps, print seconds as JSON; writes nothing.",
 )  # fmt: skip
-def pretrain(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> int:
+def pretrain(
+    check: bool, as_json: bool, will_pack: bool, time_steps: int | None, **groups: Any
+) -> int:
     """Pretrain a masked autoencoder, or continue: the same command goes on where it stopped."""
     config = PretrainConfig(**groups)
     if check:
         from mae.check import check_pretraining
 
-        facts = check_pretraining(config)
+        facts = check_pretraining(config, will_pack=will_pack)
         if as_json:
             click.echo(json.dumps(facts))
         return 0
@@ -78,13 +81,7 @@ def pretrain(check: bool, as_json: bool, time_steps: int | None, **groups: Any) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plugin(OptionGroup):
-    title: ClassVar[str] = "Options"
-    plugin: Path | None = plugin_option()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Folders(_Plugin):
+class _Folders(PluginConfig):
     in1k_dir: Path | None = option("Also say in which form its masks/ are.", None)
     masks_dir: Path | None = option("The same for segments elsewhere.", None)
 
@@ -112,7 +109,7 @@ def methods(folders: _Folders) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ReconstructOptions(_Plugin):
+class _ReconstructOptions(PluginConfig):
     out: Path = option("The PNG to write.")
     masks_dir: Path | None = option(
         "Packed segments of the given images, by their names; else the patterns of the fixed set "
@@ -134,7 +131,7 @@ def reconstruct(checkpoint: Path, images: tuple[Path, ...], options: _Reconstruc
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ExportOptions(_Plugin):
+class _ExportOptions(PluginConfig):
     out: Path = option("A .safetensors or .pth file.")
 
 

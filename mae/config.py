@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import OptionGroup, fields_of, make, option, plugin_option
+from common.options import OptionGroup, fields_of, make, option
+from common.run import TrainingConfig
 from common.settings import check_same
 from common.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
@@ -145,38 +146,14 @@ class OptimisationConfig(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(OptionGroup):
+class RunConfig(TrainingConfig):
     """How this call runs; nothing here but `init` changes the result (up to rounding)."""
 
-    title: ClassVar[str] = "Run"
-    output_dir: Path = option("Where log and checkpoints go.", neutral=True)
     init: Path | None = option("Official MAE checkpoint to start from.", None)
     stop_after: int | None = option(
         "End this round after so many epochs of the run. Default: at its end.", None, neutral=True
     )
     batch_size: int = option("Most images per device at once.", 64, at_least=1, neutral=True)
-    workers: int | None = option(
-        "Loader processes per device. Default: by the number of cores.", None,
-        at_least=0, neutral=True,
-    )  # fmt: skip
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto: a GPU if there is one.", "auto", neutral=True
-    )
-    precision: Literal["auto", "bf16", "fp32"] = option("auto: bf16 where a GPU has it.", "auto")
-    compile: Literal["auto", "on", "off"] = option(
-        "torch.compile; auto: on a GPU.", "auto", neutral=True
-    )
-    resume: Literal["auto", "never", "required"] = option(
-        "Continue what is there?", "auto", neutral=True
-    )
-    save_every_minutes: float | None = option(
-        "Also save inside an epoch. Default: after epochs only.", None, above=0, neutral=True
-    )
-    log_with: tuple[str, ...] = option(
-        "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
-        ("tensorboard",), neutral=True,
-    )  # fmt: skip
-    plugin: Path | None = plugin_option()
 
 
 GROUPS: dict[str, type[OptionGroup]] = {

@@ -1,9 +1,9 @@
-"""Time to fetch and decode one segment from each form, and the bytes that the forms take.
+"""Time to fetch and decode one segment of the packed store, and the bytes that the forms take.
 
     python perf/masks.py --masks IN1K/masks [--json rows.json]
 
 The peer is what people do today: one PNG per segment beside a text table of coverages; read the
-table, choose the line nearest to the wanted coverage, open that PNG with Pillow. It and our forms
+table, choose the line nearest to the wanted coverage, open that PNG with Pillow. It and the store
 take turns on the same images in one process. Without --masks, `benchmark.py sample` makes data.
 """
 
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python perf/masks.py` finds the packages beside perf/
 
-from mae.segments import open_segments  # noqa: E402
-from mae.segments.forms import SegmentSource  # noqa: E402
+from mae.segments import PackedStore  # noqa: E402
+from mae.segments.folders import TABLE  # noqa: E402
+from mae.segments.forms import SegmentSource, open_any_form  # noqa: E402
 from mae.segments.pack import pack, unpack  # noqa: E402
-from mae.segments.pngs import METADATA, TABLE  # noqa: E402
 
 BLOCK = 4096
 PEER = "PNG + table (Pillow)"
@@ -47,7 +46,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
-        source = open_segments(arguments.masks or make_sample(scratch))
+        source = open_any_form(arguments.masks or make_sample(scratch))
         keys = sorted(source.images())[: arguments.most_images]
         forms = write_forms(source, keys, scratch)
         rows = measure(forms, keys, arguments.coverage_ratio, arguments.rounds)
@@ -71,21 +70,15 @@ def write_forms(source: SegmentSource, keys: list[str], scratch: Path) -> dict[s
         "packed store": scratch / "store/masks.sqlite",
         "RLE JSON": scratch / "json",
         "PNG + table": scratch / "table",
-        "PNG + metadata.csv": scratch / "metadata",
     }
     for key in keys:
-        segments = source.segments(key)
-        table, metadata = [], ["id,area"]
-        for number, segment in enumerate(segments):
-            image = Image.fromarray(segment.decode() * 255)
-            for form in ("PNG + table", "PNG + metadata.csv"):
-                path = forms[form] / key / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image.save(path)
+        folder = forms["PNG + table"] / key
+        folder.mkdir(parents=True)
+        table = []
+        for number, segment in enumerate(source.segments(key)):
+            Image.fromarray(segment.decode() * 255).save(folder / f"{number}.png")
             table.append(f"{segment.coverage_percent:.6f} {number}.png")
-            metadata.append(f"{number},{int(segment.decode().sum())}")
-        (forms["PNG + table"] / key / TABLE).write_text("\n".join(table) + "\n")
-        (forms["PNG + metadata.csv"] / key / METADATA).write_text("\n".join(metadata) + "\n")
+        (folder / TABLE).write_text("\n".join(table) + "\n")
     forms["packed store"].parent.mkdir()
     pack(forms["PNG + table"], forms["packed store"], overwrite=False, allow_damaged=False,
          processes=1)  # fmt: skip
@@ -105,34 +98,35 @@ def read_as_today(folder: Path, key: str, ratio: float) -> np.ndarray:
 def measure(
     forms: dict[str, Path], keys: list[str], ratio: float, rounds: int
 ) -> list[dict[str, str | float]]:
-    """Milliseconds per segment, the median of the rounds, of every form and of the peer."""
-    sources = {name: open_segments(path) for name, path in forms.items()}
-    readers: dict[str, Callable[[str], np.ndarray]] = {
-        name: lambda key, source=source: source.nearest(key, ratio).decode()  # type: ignore
-        for name, source in sources.items()
-    }
-    readers[PEER] = lambda key: read_as_today(forms["PNG + table"], key, ratio)
+    """Milliseconds per segment, the median of the rounds, of the store and of the peer."""
+    store = PackedStore(forms["packed store"])
+
+    def read_ours(key: str) -> np.ndarray:
+        segment = store.nearest(key, ratio)
+        assert segment is not None, key
+        return segment.decode()
+
+    def read_peer(key: str) -> np.ndarray:
+        return read_as_today(forms["PNG + table"], key, ratio)
+
     for key in keys:  # they agree, and everything is in the page cache
-        expected = readers["packed store"](key)
-        assert all((read(key) == expected).all() for read in readers.values()), key
-    times: dict[str, list[float]] = {name: [] for name in readers}
+        assert (read_ours(key) == read_peer(key)).all(), key
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(rounds):
-        for name, read in readers.items():
+        for name, read in (("ours", read_ours), ("peer", read_peer)):
             start = time.perf_counter()
             for key in keys:
                 read(key)
             times[name].append((time.perf_counter() - start) / len(keys) * 1000)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    pairs = [(name, PEER) for name in sources] + [("packed store", "PNG + table")]
+    ours, peer = statistics.median(times["ours"]), statistics.median(times["peer"])
     return [
         {
-            "work": f"fetch and decode one segment: {name}",
-            "peer": peer,
-            "ours_ms": round(medians[name], 4),
-            "peer_ms": round(medians[peer], 4),
-            "ratio": round(medians[peer] / medians[name], 2),
+            "work": "fetch and decode one segment: packed store",
+            "peer": PEER,
+            "ours_ms": round(ours, 4),
+            "peer_ms": round(peer, 4),
+            "ratio": round(peer / ours, 2),
         }
-        for name, peer in pairs
     ]
 
 

@@ -30,7 +30,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from common.devices import default_workers, make_accelerator, peak_memory_mib
+from common.devices import make_accelerator, peak_memory_mib
+from common.run import DeviceConfig
 from common.vit import VIT_SIZES
 from segmenter.config import ProtocolConfig
 from segmenter.data import TestImage, WholeImages, quiet_imports, read_classes, test_images
@@ -171,7 +172,7 @@ def evaluate_ours(
     accelerator: Accelerator, model: Segmenter, images: WholeImages, group_size: int
 ) -> float:
     """Mean IoU, as `segmenter evaluate` gets it."""
-    workers = default_workers()
+    workers = DeviceConfig().loader_workers
     areas = evaluate_model(accelerator, model, images, group_size=group_size, workers=workers)
     assert areas is not None
     return areas.scores([str(number) for number in range(areas.num_classes)])["mean_iou"]
@@ -181,7 +182,7 @@ def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: Whol
     """The usual way: one image, one window at a time; all predictions are kept to the end."""
     kept: list[tuple[Tensor, Tensor]] = []
     loader = test_images(
-        images, range(len(images)), workers=default_workers(), pin_memory=False
+        images, range(len(images)), workers=DeviceConfig().loader_workers, pin_memory=False
     )  # fmt: skip
     with evaluating(accelerator, model), one_window_at_a_time():
         for sample in loader:
@@ -302,7 +303,9 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Measure and print a table."""
     arguments = _parse()
-    accelerator = make_accelerator(device=arguments.device, precision=arguments.precision)
+    accelerator = make_accelerator(
+        DeviceConfig(device=arguments.device, precision=arguments.precision)
+    )
     protocol = ProtocolConfig(
         image_size=arguments.size, crop_size=arguments.size, window_size=arguments.size,
         window_stride=arguments.stride, normalization="imagenet",

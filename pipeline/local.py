@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -12,13 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline import disk, layout, process
+from common.console import EXIT_STOPPED
+from common.layout import PROGRESS
+from pipeline import machine, process
 from pipeline.layout import Layout
+from pipeline.machine import GIB
 from pipeline.plan import Step
 from pipeline.records import Record, State, output_sizes, read_record, write_record
+from pipeline.terminal import duration
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: a part saved and ended because it was asked to
 _TAIL_LINES, _SEARCHED_LINES = 12, 200
+_LOGS_BYTES = 50 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class LocalLauncher:
 
         When the disk is nearly full nothing is started and that failure is returned.
         """
-        lacking = disk.shortage(step)
+        lacking = shortage(step)
         if lacking:
             return [Finished(step=step, state="failed", message=lacking)]
         mark = f"{self.paths.root}:{step.name}"
@@ -70,23 +75,12 @@ class LocalLauncher:
             output.parent.mkdir(parents=True, exist_ok=True)
         earlier = read_record(self.paths, step.name)
         # A rolling progress file of the round before would be taken for this one's.
-        layout.progress(step.folder).unlink(missing_ok=True)
+        (step.folder / PROGRESS).unlink(missing_ok=True)
         now = time.time()
         child = process.Child(step.command, step.console_log, mark, environment(step))
-        record = Record(
-            name=step.name,
-            state="running",
-            run=str(step.run),
-            kind=step.kind,
-            fingerprint=step.fingerprint(self.paths.root),
-            started=now,
-            seconds=earlier.seconds if earlier else 0.0,
-            attempts=(earlier.attempts if earlier else 0) + 1,
-            devices=step.devices,
-            host=socket.gethostname(),
-            pid=child.pid,
-            job_id=os.environ.get("SLURM_JOB_ID", ""),
-        )
+        job = os.environ.get("SLURM_JOB_ID", "")
+        where = {"host": socket.gethostname(), "pid": child.pid, "job_id": job}
+        record = Record.of(step, "running", earlier, started=now, **where)
         write_record(self.paths, record)
         self.running.append(_Running(step, child, record, now))
         return []
@@ -160,6 +154,28 @@ class LocalLauncher:
         self._line_drawn = True
 
 
+def step_bytes(step: Step) -> int:
+    """What has to be free before a step: its files, and one more while a file is replaced.
+
+    Where an earlier checkpoint is there, its real size counts.
+    """
+    sizes = [path.stat().st_size for path in step.folder.glob("*.pth")]
+    one = max(sizes) if sizes else step.answer.get("checkpoint_bytes", 0)
+    # Pretraining: last.pth, the round's checkpoint and one aside. Evaluation: last, best, aside.
+    return 3 * one + _LOGS_BYTES
+
+
+def shortage(step: Step) -> str:
+    """Why the step cannot be started for lack of space; empty if there is enough."""
+    needed, free = step_bytes(step), machine.free_bytes(step.folder)
+    if free >= needed:
+        return ""
+    return (
+        f"the disk of {step.folder} has {free / GIB:.1f} GiB free and {step.name} needs about "
+        f"{needed / GIB:.1f} GiB; make room, then run the same command again"
+    )
+
+
 def environment(step: Step) -> dict[str, str]:
     """What the step's process needs beside this process's environment."""
     # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
@@ -169,9 +185,7 @@ def environment(step: Step) -> dict[str, str]:
         # ten times slower than threads that sleep (measured with vit_tiny).
         added["OMP_WAIT_POLICY"] = "PASSIVE"
     if step.gpus is not None:
-        from pipeline.options import visible_gpus
-
-        visible = visible_gpus()
+        visible = machine.visible_gpus()
         added["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] for gpu in step.gpus)
     return added
 
@@ -179,7 +193,7 @@ def environment(step: Step) -> dict[str, str]:
 def read_progress(folder: Path) -> dict[str, float | str]:
     """A step's progress.json, empty if it has not written one."""
     try:
-        return json.loads(layout.progress(folder).read_text())
+        return json.loads((folder / PROGRESS).read_text())
     except (OSError, ValueError):
         return {}
 
@@ -204,25 +218,8 @@ def progress_text(folder: Path) -> str:
     return ", ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: 48 s, 2 min 5 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 600:
-        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
-
-
 def failure_message(step: Step, what: str) -> str:
     """Step, command, exit code, log path and the log's last lines."""
-    import shlex
-
     try:
         lines = step.console_log.read_text(errors="replace").splitlines()
     except OSError:

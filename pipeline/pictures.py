@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import layout
-from pipeline.layout import BASELINES, Layout
-from pipeline.settings import METHODS
+from common.layout import PREDICTIONS, epochs_of
+from pipeline.layout import Layout, Run, parse_eval_name
+from pipeline.results import method_rank
 
 _WIDTH = 1000  # pixels at most
 _QUALITY = 80  # of the WebP
@@ -20,21 +21,18 @@ def picture_sections(all_paths: Sequence[Layout]) -> list[dict[str, Any]]:
     """Two sections, of groups by epoch, of one picture per run; empty ones are left out."""
     reconstructions: dict[int, list[dict[str, str]]] = {}
     predictions: dict[int, list[dict[str, str]]] = {}
+    rank = method_rank(all_paths)
     for paths in all_paths:
         suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
-        images = paths.pretrain_output.glob("*/reconstructions-*.png")
-        for image in sorted(images, key=lambda path: _rank(path.parent.name)):
-            epochs = layout.reconstructions_epochs(image)
-            if epochs is not None:
-                label = image.parent.name + suffix
-                _add(reconstructions, epochs, image, label, "Reconstructions of")
-        for folder in sorted(paths.eval_output.glob("*/"), key=lambda path: _rank(path.name)):
-            image = layout.predictions(folder)
-            try:
-                run, epochs = layout.parse_eval_name(folder.name)
-            except ValueError:
-                continue
-            if image.exists():
+        for run, folder in _by_run(paths.pretrain_output, lambda name: name, rank):
+            for image in folder.glob("reconstructions-*.png"):
+                epochs = epochs_of(image)
+                if epochs is not None:
+                    _add(reconstructions, epochs, image, f"{run}{suffix}", "Reconstructions of")
+        for run, folder in _by_run(paths.eval_output, lambda name: parse_eval_name(name)[0], rank):
+            _, epochs, number = parse_eval_name(folder.name)
+            image = folder / PREDICTIONS
+            if image.exists() and not number:  # one finetuning of each checkpoint is enough
                 _add(predictions, epochs, image, f"{run}{suffix}", "Predictions of")
     sections = [
         ("Reconstructions", "What pretraining makes of hidden parts, by epochs completed.",
@@ -56,11 +54,16 @@ def picture_sections(all_paths: Sequence[Layout]) -> list[dict[str, Any]]:
     ]
 
 
-def _rank(name: str) -> tuple[int, str]:
-    """Baselines first, then the methods in their usual order."""
-    order = (*BASELINES, *METHODS)
-    rank = next((i for i, method in enumerate(order) if name.startswith(method)), len(order))
-    return rank, name
+def _by_run(
+    parent: Path, run_of: Callable[[str], str], rank: Callable[[str], tuple[int, str]]
+) -> list[tuple[str, Path]]:
+    """Run and folder of those below `parent` that are named after a run, in the methods' order."""
+    found = []
+    for folder in parent.glob("*/"):
+        with contextlib.suppress(ValueError):
+            run = run_of(folder.name)
+            found.append((rank(Run.parse(run).method), run, folder))
+    return [(run, folder) for _, run, folder in sorted(found)]
 
 
 def _add(

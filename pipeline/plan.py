@@ -1,31 +1,29 @@
 """From settings to steps. Pure: nothing is read, written or started here.
 
-A step is one child process: fetch the official checkpoint, pretrain up to the end of a round, or
-finetune and score a checkpoint. Steps meet in files only; `needs` names the steps that make them.
+A step is one child process: fetch the official checkpoint, pack segments, pretrain up to the end of
+a round, or finetune and score a checkpoint. Steps meet in files only; `needs` names the steps that
+make them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline import layout
-from pipeline.layout import Layout, RunName
-from pipeline.settings import METHODS_WITH_SEGMENTS, Settings
+from common import layout
+from pipeline.layout import DEFAULT_RATIO, Layout, Run, eval_name
+from pipeline.parts import Facts, as_arguments, part_command
+from pipeline.settings import Settings
 
-# Options that change speed or place but not what comes out (up to rounding).
-NEUTRAL = frozenset({"output_dir", "device", "compile", "workers", "save_every_minutes", "resume"})
-# Accumulation makes up for the batch; where a round ends changes nothing about its epochs.
-NEUTRAL_PRETRAIN = NEUTRAL | {"batch_size", "stop_after"}
-NEUTRAL_EVALUATE = NEUTRAL | {"device_batch_size", "eval_batch_size"}
-
-
-# Method, coverage ratio (0: it has none) and seed: what tells runs apart.
-Variant = tuple[str, float, int]
+# Options of the parts that have a flag of another name here.
+_OTHER_FLAGS = {
+    "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
+    "dataset": "--ade20k-dir or --eval-dataset", "init": "--stack or --eval",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +32,14 @@ class Step:
 
     name: str
     """Unique, usable as a file name: pretrain_four_channels_5, evaluate_four_channels_5."""
-    kind: Literal["fetch", "pretrain", "evaluate"]
-    run: RunName
+    kind: Literal["fetch", "pack", "pretrain", "evaluate"]
+    run: str
+    """The run's name; its folder is called so."""
     epochs: int
     """Epochs of pretraining completed when the step is done."""
-    module: str
-    """Python module and command, such as "mae pretrain"."""
-    options: Mapping[str, object]
+    program: tuple[str, ...]
+    """Python module, command and arguments, such as ("mae", "pretrain")."""
+    options: Mapping[str, Any]
     """Its options: underscore spelling -> value."""
     processes: int
     needs: tuple[str, ...]
@@ -48,15 +47,21 @@ class Step:
     """Where it writes, console.log included."""
     outputs: tuple[Path, ...]
     """Files that have to be there, and not empty, afterwards."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """All that decides what it makes; paths inside the output directory are relative to it."""
+    older: Mapping[str, Any] = field(default_factory=dict)
+    """What these settings count as where an earlier version's record does not have them."""
     gpus: tuple[int, ...] | None = None
     """GPUs to pin the step to; None = all that are visible."""
     rendezvous: tuple[str, ...] = ("--standalone",)
     """How torchrun's processes find each other; one machine picks a free port by itself."""
+    answer: Mapping[str, Any] = field(default_factory=dict)
+    """What its --check said: images, batch, learning_rate, checkpoint_bytes (preview.check)."""
 
     @property
     def console_log(self) -> Path:
         """What the step printed."""
-        return layout.console_log(self.folder)
+        return self.folder / layout.CONSOLE_LOG
 
     @property
     def devices(self) -> int:
@@ -71,233 +76,216 @@ class Step:
     @property
     def command(self) -> list[str]:
         """The command line; torchrun's module form when there are several processes."""
-        launch = ["-m"]
-        if self.processes > 1 or self.rendezvous != ("--standalone",):
-            launch = ["-m", "torch.distributed.run", *self.rendezvous]
-            launch += [f"--nproc-per-node={self.processes}", "-m"]
-        return [sys.executable, *launch, *self.module.split(), *as_arguments(self.options)]
-
-    @property
-    def check_command(self) -> list[str]:
-        """The same with --check: judges the options, writes nothing."""
-        arguments = as_arguments(self.options)
-        return [sys.executable, "-m", *self.module.split(), *arguments, "--check"]
-
-    def fingerprint(self, root: Path) -> dict[str, str]:
-        """What the results depend on, as text; paths inside `root` are relative to it."""
-        neutral = NEUTRAL_PRETRAIN if self.kind == "pretrain" else NEUTRAL_EVALUATE
-        return {
-            key: str(value).replace(f"{root}/", "")
-            for key, value in sorted(self.options.items())
-            if key not in neutral and value is not None
-        }
+        if self.processes == 1 and self.rendezvous == ("--standalone",):
+            return part_command(self.program, self.options)
+        launch = ["-m", "torch.distributed.run", *self.rendezvous]
+        launch += [f"--nproc-per-node={self.processes}", "-m"]
+        return [sys.executable, *launch, *self.program, *as_arguments(self.options)]
 
 
-def as_arguments(options: Mapping[str, object]) -> list[str]:
-    """Options as command-line words: True and False become --x and --no-x, None is left out."""
-    words = []
-    for key, value in options.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list | tuple):
-            words += [f"--{name}", ",".join(str(part) for part in value)]
-        elif value is not None:
-            words += [f"--{name}", str(value)]
-    return words
-
-
-def make_plan(settings: Settings, made: Mapping[Variant, RunName] | None = None) -> list[Step]:
+def make_plan(
+    settings: Settings, facts: Facts, made: Mapping[Run, str] | None = None
+) -> list[Step]:
     """The steps in the order in which one machine would take them.
 
-    made: runs that are in the output directory already, which keep their names.
+    facts: what the parts know. made: names of runs that are in the output directory already, where
+    an earlier version gave them another name than theirs.
     """
-    made = made or {}
-    experiment = settings.experiment
-    only = experiment.eval_only
+    experiment, plan = settings.experiment, _Planner(settings, facts)
+    for method in experiment.mask_method:
+        if method not in facts.methods:
+            known = ", ".join(facts.methods)
+            raise ValueError(f"--mask-method is {method!r}; choose one of {known}")
     steps: list[Step] = []
+    only, names = experiment.eval, made or {}
     if only == "mae" or (only is None and experiment.stack):
-        steps += _fetch(settings)
-    if only in ("scratch", "mae") or (only is None and 0 in experiment.eval_epochs):
+        steps += plan.fetch()
+    if only in ("scratch", "mae") or (only is None and 0 in experiment.eval_points):
         baseline = only or ("mae" if experiment.stack else "scratch")
-        for seed in experiment.seeds:
-            run = made.get((baseline, 0.0, seed)) or _run_name(settings, baseline, 0.0, seed)
-            steps.append(_evaluate_baseline(settings, run, seed))
+        for seed in experiment.seed:
+            run = Run(method=baseline, seed=seed)
+            steps += plan.evaluate_baseline(run, names.get(run, run.name))
     if only in ("scratch", "mae"):
         return steps
-    for method, coverage_ratio, seed in _variants(settings):
-        variant = (method, coverage_ratio, seed)
-        run = made.get(variant) or _run_name(settings, *variant)
+    steps += plan.pack() if only is None else []
+    prepared = tuple(step.name for step in steps if step.kind in ("fetch", "pack"))
+    for run in _runs(settings, facts):
+        name, previous = names.get(run, run.name), prepared
         if only is not None:
-            steps.append(_evaluate(settings, run, seed, int(only), needs=()))
+            steps += plan.evaluate(run, name, int(only), needs=())
             continue
-        previous: tuple[str, ...] = tuple(s.name for s in steps if s.kind == "fetch")
-        for epochs in _rounds(settings):
-            pretrain = _pretrain(settings, run, method, coverage_ratio, seed, epochs, previous)
-            previous = (pretrain.name,)
-            steps.append(pretrain)
-            if epochs in experiment.eval_epochs:
-                steps.append(_evaluate(settings, run, seed, epochs, needs=previous))
+        for epochs in sorted({*experiment.eval_points, experiment.pretrain_epochs} - {0}):
+            steps.append(plan.pretrain(run, name, epochs, previous))
+            previous = (steps[-1].name,)
+            if epochs in experiment.eval_points:
+                steps += plan.evaluate(run, name, epochs, needs=previous)
     return steps
 
 
-def _rounds(settings: Settings) -> list[int]:
-    """Epochs completed at the end of each round; the last round ends the schedule."""
-    points = {epochs for epochs in settings.experiment.eval_epochs if epochs > 0}
-    return sorted(points | {settings.experiment.pretrain_epochs})
-
-
-def _variants(settings: Settings) -> Iterator[Variant]:
-    """What every pretraining run is about, `patches` once per seed."""
+def _runs(settings: Settings, facts: Facts) -> Iterator[Run]:
+    """Every pretraining; one per seed for a method that has no coverage ratio."""
     experiment = settings.experiment
-    for method, seed in product(experiment.mask_methods, experiment.seeds):
-        uses_coverage = method in METHODS_WITH_SEGMENTS
-        for ratio in experiment.coverage_ratios if uses_coverage else (0.0,):
-            yield method, ratio, seed
+    for method, seed in product(experiment.mask_method, experiment.seed):
+        ratios = experiment.coverage_ratio if facts.uses_ratio(method) else (DEFAULT_RATIO,)
+        for ratio in ratios:
+            yield Run(method=method, coverage_ratio=ratio, seed=seed)
 
 
-def _run_name(settings: Settings, method: str, coverage_ratio: float, seed: int) -> RunName:
-    """Names the parts that vary within this call."""
-    experiment = settings.experiment
-    ratio_varies = len(experiment.coverage_ratios) > 1 and method in METHODS_WITH_SEGMENTS
-    return RunName(
-        method=method,
-        coverage_ratio=coverage_ratio if ratio_varies else None,
-        seed=seed if len(experiment.seeds) > 1 else None,
-    )
+class _Planner:
+    """Makes single steps from one call's settings."""
 
+    def __init__(self, settings: Settings, facts: Facts) -> None:
+        self.settings = settings
+        self.facts = facts
+        self.paths = Layout(settings.data.output_dir)
+        parts = settings.parts
+        self.shared = {
+            "seed": None,
+            "device": "cuda" if settings.compute.num_gpus else "cpu",
+            "log_with": parts.log_with,
+            "plugin": parts.plugin,
+            "output_dir": None,
+        }
 
-def _official_checkpoint(settings: Settings) -> Path:
-    local = settings.experiment.mae_checkpoint
-    return local or Layout(settings.output_dir).official_checkpoint(settings.experiment.model)
+    @property
+    def official_checkpoint(self) -> Path:
+        experiment = self.settings.experiment
+        return experiment.mae_checkpoint or self.paths.official_checkpoint(experiment.model)
 
+    def fetch(self) -> list[Step]:
+        """Nothing to fetch when a local file was named."""
+        experiment, out = self.settings.experiment, self.official_checkpoint
+        if experiment.mae_checkpoint is not None:
+            return []
+        return [
+            Step(
+                name=f"fetch_{experiment.model}", kind="fetch", run="mae", epochs=0,
+                program=("mae", "fetch"), options={"model": experiment.model, "out": out},
+                processes=1, needs=(), folder=self.paths.bookkeeping / "fetch", outputs=(out,),
+            )
+        ]  # fmt: skip
 
-def _fetch(settings: Settings) -> list[Step]:
-    """Nothing to fetch when a local file was named."""
-    if settings.experiment.mae_checkpoint is not None:
-        return []
-    out, model = _official_checkpoint(settings), settings.experiment.model
-    return [
-        Step(
-            name=f"fetch_{model}",
-            kind="fetch",
-            run=RunName(method="mae"),
-            epochs=0,
-            module="mae fetch",
-            options={"model": model, "out": out},
-            processes=1,
-            needs=(),
-            folder=Layout(settings.output_dir).bookkeeping / "fetch",
-            outputs=(out,),
+    def pack(self) -> list[Step]:
+        """Nothing to pack when there are no segments, or packed ones."""
+        if self.facts.packing is None:
+            return []
+        source, store = self.facts.packing
+        return [
+            Step(
+                name="pack_segments", kind="pack", run="segments", epochs=0,
+                program=("mae", "masks", "pack", str(source)), options={"out": store},
+                processes=1, needs=(), folder=self.paths.bookkeeping / "pack", outputs=(store,),
+            )
+        ]  # fmt: skip
+
+    def pretrain(self, run: Run, name: str, epochs: int, needs: tuple[str, ...]) -> Step:
+        """Pretraining from where the run is up to `epochs` completed."""
+        settings, folder = self.settings, self.paths.pretrain_dir(name)
+        options = self._options(
+            "pretrain",
+            {
+                **self.shared,
+                "in1k_dir": settings.data.in1k_dir,
+                "masks_dir": settings.data.masks_dir,
+                "mask_method": run.method,
+                "coverage_ratio": run.coverage_ratio if self.facts.uses_ratio(run.method) else None,
+                "model": settings.experiment.model,
+                "epochs": settings.experiment.pretrain_epochs,
+                "stop_after": epochs,
+                "init": self.official_checkpoint if settings.experiment.stack else None,
+                "seed": run.seed,
+                "output_dir": folder,
+            },
+            settings.parts.pretrain,
         )
-    ]
+        placed = dict(options)
+        if self.facts.packing and self.facts.packing[1] == self.paths.segments:
+            placed["masks_dir"] = self.paths.segments  # the same segments in another place
+        outputs = (layout.checkpoint_path, layout.reconstructions_path)
+        return Step(
+            name=f"pretrain_{name}_{epochs}", kind="pretrain", run=name, epochs=epochs,
+            program=("mae", "pretrain"), options=placed, needs=needs, folder=folder,
+            processes=settings.compute.processes,
+            gpus=settings.compute.pretrain_gpus if settings.compute.eval_gpus else None,
+            outputs=tuple(path(folder, epochs) for path in outputs),
+            **self._decided("pretrain", options),
+        )  # fmt: skip
 
+    def evaluate(self, run: Run, name: str, epochs: int, needs: tuple[str, ...]) -> list[Step]:
+        """Finetunes and scores the checkpoint after `epochs`."""
+        return self._evaluations(run, name, epochs, self.paths.checkpoint(name, epochs), needs)
 
-def _pretrain(
-    settings: Settings,
-    run: RunName,
-    method: str,
-    coverage_ratio: float,
-    seed: int,
-    epochs: int,
-    needs: tuple[str, ...],
-) -> Step:
-    """Pretraining from where the run is up to `epochs` completed."""
-    paths = Layout(settings.output_dir)
-    experiment, schedule, compute = settings.experiment, settings.schedule, settings.compute
-    options: dict[str, object] = {
-        "in1k_dir": settings.data.in1k_dir,
-        "masks_dir": settings.data.masks_dir,
-        "mask_method": method,
-        "coverage_ratio": f"{coverage_ratio:g}" if method in METHODS_WITH_SEGMENTS else None,
-        "model": experiment.model,
-        "epochs": experiment.pretrain_epochs,
-        "stop_after": epochs,
-        "seed": seed,
-        "batch_size": schedule.batch_size,
-        "effective_batch_size": schedule.effective_batch_size,
-        "base_lr": schedule.base_lr,
-        "min_lr": schedule.min_lr,
-        "warmup_fraction": schedule.warmup_fraction,
-        "init": _official_checkpoint(settings) if experiment.stack else None,
-        "device": "cuda" if compute.num_gpus else "cpu",
-        **settings.pretrain,
-        "output_dir": paths.pretrain_dir(run),
-    }
-    return Step(
-        name=f"pretrain_{run}_{epochs}",
-        kind="pretrain",
-        run=run,
-        epochs=epochs,
-        module="mae pretrain",
-        options=options,
-        processes=compute.num_processes,
-        needs=needs,
-        folder=paths.pretrain_dir(run),
-        outputs=(paths.checkpoint(run, epochs), paths.reconstructions(run, epochs)),
-        gpus=_pretrain_gpus(settings),
-    )
+    def evaluate_baseline(self, run: Run, name: str) -> list[Step]:
+        """Finetunes and scores a random ViT (scratch) or the official checkpoint (mae)."""
+        if run.method == "scratch":
+            return self._evaluations(run, name, 0, "random", needs=())
+        needs = tuple(step.name for step in self.fetch())
+        return self._evaluations(run, name, 0, self.official_checkpoint, needs)
+
+    def _evaluations(
+        self, run: Run, name: str, epochs: int, init: Path | str, needs: tuple[str, ...]
+    ) -> list[Step]:
+        """One for each finetuning seed."""
+        seeds = range(self.settings.experiment.eval_seeds)
+        return [self._evaluation(run, name, epochs, init, needs, eval_seed=n) for n in seeds]
+
+    def _evaluation(
+        self, run: Run, name: str, epochs: int, init: Path | str, needs: tuple[str, ...],
+        eval_seed: int,
+    ) -> Step:  # fmt: skip
+        settings, compute = self.settings, self.settings.compute
+        folder = self.paths.eval_dir(name, epochs, eval_seed)
+        given = dict(settings.parts.finetune)
+        if init == "random":  # no checkpoint tells the patches: give it the others' size
+            given.setdefault("patch_size", settings.parts.pretrain.get("patch_size"))
+        given.setdefault("recipe", settings.experiment.recipe)
+        if str(given["recipe"]).endswith((".yml", ".yaml")):  # the parts run elsewhere
+            given["recipe"] = Path(given["recipe"]).expanduser().absolute()
+        options = self._options(
+            "finetune",
+            {
+                **self.shared,
+                "init": init,
+                "model": settings.experiment.model,
+                "dataset": settings.data.dataset,
+                "seed": run.seed + eval_seed,
+                "output_dir": folder,
+            },
+            given,
+        )
+        left = (layout.RESULT, layout.LOG, layout.PREDICTIONS)
+        return Step(
+            name=f"evaluate_{eval_name(name, epochs, eval_seed)}", kind="evaluate", run=name,
+            epochs=epochs, program=("segmenter", "train"), options=options, needs=needs,
+            folder=folder, processes=len(compute.eval_gpus) or compute.processes,
+            gpus=compute.eval_gpus or None, outputs=tuple(folder / file for file in left),
+            **self._decided("evaluate", options),
+        )  # fmt: skip
+
+    def _options(
+        self, section: str, planned: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What the plan sets and what was given on top; ValueError if they contradict."""
+        for name in given.keys() & planned.keys():
+            flag = _OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(f"--{section} {name}=... would contradict the plan; use {flag}")
+        return {**planned, **given}
+
+    def _decided(self, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The step's `settings` and `older`."""
+        within, idle = f"{self.paths.root}/", self.facts.idle(options.get("mask_method"))
+        return {
+            "settings": {
+                name: value.removeprefix(within) if isinstance(value, str) else value
+                for name, value in self.facts.resolve(kind, options).items()
+                if name not in idle
+            },
+            "older": self.facts.older(kind, options),
+        }
 
 
 def nodes_of(step: Step, settings: Settings) -> int:
     """Machines of a step. Only pretraining is spread: a finetuning batch is small."""
-    spread = settings.launcher == "slurm" and (step.processes > 1 or step.devices_are_gpus)
-    return settings.cluster.nodes if spread and step.kind == "pretrain" else 1
-
-
-def _pretrain_gpus(settings: Settings) -> tuple[int, ...] | None:
-    """All but the GPUs kept for evaluation."""
-    compute = settings.compute
-    if not compute.eval_gpus:
-        return None
-    total = compute.num_gpus + len(compute.eval_gpus)
-    return tuple(gpu for gpu in range(total) if gpu not in compute.eval_gpus)
-
-
-def _evaluate(
-    settings: Settings, run: RunName, seed: int, epochs: int, needs: tuple[str, ...]
-) -> Step:
-    """Finetunes and scores the checkpoint after `epochs`."""
-    checkpoint = Layout(settings.output_dir).checkpoint(run, epochs)
-    return _evaluation(settings, run, seed, epochs, str(checkpoint), needs)
-
-
-def _evaluate_baseline(settings: Settings, run: RunName, seed: int) -> Step:
-    """Finetunes and scores a random ViT (scratch) or the official checkpoint (mae)."""
-    if run.method == "scratch":
-        return _evaluation(settings, run, seed, 0, "random", needs=())
-    needs = tuple(step.name for step in _fetch(settings))
-    return _evaluation(settings, run, seed, 0, str(_official_checkpoint(settings)), needs)
-
-
-def _evaluation(
-    settings: Settings, run: RunName, seed: int, epochs: int, init: str, needs: tuple[str, ...]
-) -> Step:
-    experiment, compute = settings.experiment, settings.compute
-    folder = Layout(settings.output_dir).eval_dir(run, epochs)
-    from_scratch = init == "random"
-    options: dict[str, object] = {
-        "init": init,
-        "model": experiment.model,
-        # A random ViT has no checkpoint to read its patches from: give it the others' size.
-        "patch_size": settings.pretrain.get("patch_size") if from_scratch else None,
-        "dataset": settings.data.eval_dataset,
-        "recipe": experiment.recipe,
-        "seed": seed,
-        "device": "cuda" if compute.num_gpus else "cpu",
-        **settings.finetune,
-        "output_dir": folder,
-    }
-    return Step(
-        name=f"evaluate_{run}_{epochs}",
-        kind="evaluate",
-        run=run,
-        epochs=epochs,
-        module="segmenter train",
-        options=options,
-        processes=len(compute.eval_gpus) or compute.num_processes,
-        needs=needs,
-        folder=folder,
-        outputs=(layout.result(folder), layout.epoch_log(folder), layout.predictions(folder)),
-        gpus=compute.eval_gpus or None,
-    )
+    cluster = settings.cluster
+    spread = cluster.launcher == "slurm" and (step.processes > 1 or step.devices_are_gpus)
+    return cluster.nodes if spread and step.kind == "pretrain" else 1

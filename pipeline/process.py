@@ -17,6 +17,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 MARK = "SEGMAE_STEP"  # environment variable, inherited by every descendant: which step it works for
 GRACE_SECONDS = 120.0  # between SIGTERM and SIGKILL: time to finish a step and save
 REPO_ROOT = Path(__file__).resolve().parents[1]  # python -m mae is run from here
@@ -99,44 +101,20 @@ def _signal_group(pid: int, number: int) -> None:
 
 def end_marked(mark: str) -> None:
     """Ends every process that inherited `mark` (torchrun's workers have sessions of their own)."""
-    for pid in marked_pids(mark):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    for process in marked(mark):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
-def marked_pids(mark: str) -> list[int]:
-    """Processes with that mark in their environment (Linux; elsewhere none are found)."""
-    wanted = f"{MARK}={mark}".encode()
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes with that mark in their environment."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            is_zombie = not (entry / "cmdline").read_bytes()
-            if not is_zombie and wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
+    for process in psutil.process_iter():
+        # Another user's process, one that has just ended, or a zombie.
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
-
-
-def start_ticks(pid: int) -> int | None:
-    """A process's start in clock ticks since boot, None if it is gone (or not on Linux).
-
-    Field 22 of /proc/PID/stat; the second, the name, may hold blanks and brackets (proc(5)).
-    """
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    is_zombie = after_name[0] == "Z"
-    return None if is_zombie else int(after_name[19])
-
-
-def is_alive(pid: int, pid_started: int) -> bool:
-    """Whether exactly that process still lives, not another that got its number."""
-    if sys.platform != "linux":
-        with contextlib.suppress(OSError):
-            os.kill(pid, 0)
-            return True
-        return False
-    return start_ticks(pid) == pid_started
 
 
 def end_orphans(mark: str, grace_seconds: float = GRACE_SECONDS) -> None:
@@ -145,7 +123,7 @@ def end_orphans(mark: str, grace_seconds: float = GRACE_SECONDS) -> None:
     The kernel asked them to end when benchmark.py died, so they are saving if they still live.
     """
     deadline = time.monotonic() + grace_seconds
-    while marked_pids(mark):
+    while marked(mark):
         if time.monotonic() > deadline:
             end_marked(mark)
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What is known of each step: one small JSON file per step, written aside and renamed.
+"""What is known of each step: one small JSON file per step, and the plan of the latest call.
 
 A step counts as done when its record says so, its outputs are there with the recorded sizes, and
 it was made with the settings that are asked for now.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.layout import BASELINES, Layout, RunName
-from pipeline.plan import Step, Variant
+from common import settings
+from common.files import write_json
+from pipeline.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, Layout, Run, parse_eval_name
+from pipeline.parts import Facts
+from pipeline.plan import Step
 
-# Options in which the steps of a kind may differ within one output directory.
+# Settings in which the steps of a kind may differ within one output directory, or one report.
 MAY_DIFFER = {
-    "fetch": frozenset({"model", "out"}),
     "pretrain": frozenset({"mask_method", "coverage_ratio", "seed"}),
     "evaluate": frozenset({"init", "patch_size", "seed"}),
 }
@@ -35,8 +36,8 @@ class Record:
     run: str
     """Name of the run that the step belongs to."""
     kind: str
-    fingerprint: Mapping[str, str]
-    """The settings that its results depend on."""
+    fingerprint: Mapping[str, Any]
+    """The step's settings; in an earlier version's records, what of them was given, as text."""
     outputs: Mapping[str, int] = field(default_factory=dict)
     """Path relative to the output directory -> bytes; filled in when done."""
     exit_code: int | None = None
@@ -52,6 +53,28 @@ class Record:
     """Of the latest attempt's child process."""
     job_id: str = ""
     """Slurm job, where there is one."""
+
+    @classmethod
+    def of(cls, step: Step, state: State, earlier: Record | None, **more: Any) -> Record:
+        """A new attempt at a step; earlier: what is known of those before."""
+        return cls(
+            name=step.name, state=state, run=step.run, kind=step.kind, fingerprint=step.settings,
+            seconds=earlier.seconds if earlier else 0.0,
+            attempts=(earlier.attempts if earlier else 0) + (state == "running"),
+            devices=step.devices, **more,
+        )  # fmt: skip
+
+    @property
+    def pretraining(self) -> Run:
+        """What tells its run from others, by its settings: names may be an earlier version's."""
+        eval_seed = 0  # an evaluation's seed is its pretraining's and the number of the finetuning
+        if self.kind == "evaluate":
+            eval_seed = parse_eval_name(self.name.removeprefix("evaluate_"))[2]
+        return Run(
+            method=self.fingerprint.get("mask_method", Run.parse(self.run).method),
+            coverage_ratio=float(self.fingerprint.get("coverage_ratio", DEFAULT_RATIO)),
+            seed=int(self.fingerprint.get("seed", DEFAULT_SEED)) - eval_seed,
+        )
 
 
 def read_record(paths: Layout, step_name: str) -> Record | None:
@@ -77,20 +100,28 @@ def write_record(paths: Layout, record: Record) -> None:
     write_json(paths.record(record.name), asdict(record))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON beside `path`, then renames: a file that exists is complete."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+def write_plan(paths: Layout, steps: Iterable[Step]) -> None:
+    """Keeps the plan, for `status` and the report."""
+    kept = [
+        {
+            "name": step.name,
+            "kind": step.kind,
+            "needs": list(step.needs),
+            "folder": os.path.relpath(step.folder, paths.root),
+        }
+        for step in steps
+    ]
+    write_json(paths.plan, kept)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes text beside `path`, then renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
+def read_plan(paths: Layout) -> list[dict[str, Any]]:
+    """The steps of the latest call; raises ValueError where no run has been."""
+    try:
+        return json.loads(paths.plan.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{paths.root} is not the output directory of a run") from None
+    except ValueError as error:
+        raise ValueError(f"{paths.plan} is damaged ({error}); call benchmark.py again") from None
 
 
 def output_sizes(step: Step, paths: Layout) -> dict[str, int]:
@@ -104,9 +135,7 @@ def output_sizes(step: Step, paths: Layout) -> dict[str, int]:
 def is_done(step: Step, paths: Layout) -> bool:
     """Whether the step needs no more work: recorded as done, outputs whole, settings equal."""
     record = read_record(paths, step.name)
-    if record is None or record.state != "done":
-        return False
-    if record.fingerprint != step.fingerprint(paths.root):
+    if record is None or record.state != "done" or other_settings(step, record):
         return False
     try:
         return output_sizes(step, paths) == record.outputs
@@ -114,28 +143,66 @@ def is_done(step: Step, paths: Layout) -> bool:
         return False
 
 
-def differences(steps: Iterable[Step], paths: Layout) -> list[str]:
+def other_settings(step: Step, record: Record, leave_out: Iterable[str] = ()) -> list[str]:
+    """`name: stored -> wanted` for what the step would make otherwise than the record's did."""
+    left = step.settings.keys() - set(leave_out)
+    wanted = {name: value for name, value in step.settings.items() if name in left}
+    return settings.differences(record.fingerprint, wanted, step.older)
+
+
+def differences(steps: Iterable[Step], paths: Layout, facts: Facts) -> list[str]:
     """How the settings differ from those the output directory's steps were made with.
 
     What is compared in one report has to be made alike, so a step is compared with all of its kind;
     only what tells runs and checkpoints apart may differ between them.
     """
-    records = [record for record in read_all_records(paths) if _binds(record, paths)]
-    found = []
+    records = [
+        (record, _shared(record.kind, record.fingerprint))
+        for record in read_all_records(paths)
+        if record.kind in MAY_DIFFER and _binds(record, paths)
+    ]
+    found, compared = [], set()
     for step in steps:
-        asked = step.fingerprint(paths.root)
-        for record in (record for record in records if record.kind == step.kind):
-            own_run = step.kind == "pretrain" and record.run == str(step.run)
-            own = own_run or record.name == step.name
-            keys = asked.keys() | record.fingerprint.keys()
-            whose = "" if record.run == str(step.run) else f" for {record.run}"
-            found += [
-                f"{step.run}: {key} was {record.fingerprint.get(key, 'not given')}{whose}, "
-                f"is now {asked.get(key, 'not given')}"
-                for key in sorted(keys if own else keys - MAY_DIFFER[step.kind])
-                if asked.get(key) != record.fingerprint.get(key)
-            ]
+        mine = _shared(step.kind, step.settings)
+        for record, theirs in records:
+            own_run = step.kind == "pretrain" and record.run == step.run
+            leave_out: frozenset[str] = frozenset()
+            if not own_run and record.name != step.name:
+                leave_out = MAY_DIFFER[record.kind] | facts.idle(_method(record))
+            pair = (step.kind, mine, theirs, _method(record))  # hundreds of steps are alike
+            if record.kind != step.kind or (leave_out and pair in compared):
+                continue
+            compared.add(pair)
+            whose = "" if record.run == step.run else f" (of {record.run})"
+            found += [f"{step.run}: {d}{whose}" for d in other_settings(step, record, leave_out)]
     return list(dict.fromkeys(found))
+
+
+def made_alike(all_paths: Sequence[Layout], facts: Facts) -> bool:
+    """Whether what these directories hold may stand on one line of a report."""
+    kept: dict[str, Record] = {}
+    for paths in all_paths:
+        for record in read_all_records(paths):
+            if record.kind not in MAY_DIFFER or not _binds(record, paths):
+                continue
+            first = kept.setdefault(record.kind, record)
+            older = facts.older(record.kind, record.fingerprint)
+            leave_out = MAY_DIFFER[record.kind] | facts.idle(_method(first))
+            leave_out |= facts.idle(_method(record))
+            wanted = {n: record.fingerprint.get(n, older[n]) for n in older.keys() - leave_out}
+            if settings.differences(first.fingerprint, wanted, older):
+                return False
+    return True
+
+
+def _shared(kind: str, values: Mapping[str, Any]) -> str:
+    """What all steps of a kind have in common, to be compared at once."""
+    left_out = MAY_DIFFER.get(kind, frozenset())
+    return json.dumps({n: values[n] for n in sorted(values.keys() - left_out)})
+
+
+def _method(record: Record) -> str | None:
+    return record.fingerprint.get("mask_method")
 
 
 def _binds(record: Record, paths: Layout) -> bool:
@@ -146,21 +213,20 @@ def _binds(record: Record, paths: Layout) -> bool:
     """
     if record.kind == "pretrain":
         scores = paths.eval_output.glob(f"{record.run}_[0-9]*")
-        return (paths.pretrain_output / record.run).exists() or any(scores)
+        return paths.pretrain_dir(record.run).exists() or any(scores)
     if record.kind == "evaluate":
         folder = paths.eval_output / record.name.removeprefix("evaluate_")
         return folder.exists() and record.state not in ("failed", "stopped")
     return True
 
 
-def made_runs(paths: Layout) -> dict[Variant, RunName]:
-    """The runs that are there, by what they vary in, so that a plan goes on with them by name."""
-    found: dict[Variant, RunName] = {}
+def made_runs(paths: Layout) -> dict[Run, str]:
+    """The names of the runs that are there: an earlier version named what varied within a call."""
+    found: dict[Run, str] = {}
     for record in read_all_records(paths):
-        run = RunName.parse(record.run)
-        if record.kind == "fetch" or (record.kind == "evaluate") != (run.method in BASELINES):
+        is_baseline = Run.parse(record.run).method in BASELINES
+        if record.kind not in MAY_DIFFER or (record.kind == "evaluate") != is_baseline:
             continue
         if _binds(record, paths) or record.state == "submitted":
-            ratio, seed = (record.fingerprint.get(key, "0") for key in ("coverage_ratio", "seed"))
-            found.setdefault((run.method, float(ratio), int(seed)), run)
+            found.setdefault(record.pretraining, record.run)
     return found

@@ -6,7 +6,6 @@ same method in directories of equal settings is one line, with the spread over t
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -15,15 +14,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pipeline import layout
+from common.files import write_text
+from common.layout import LOG
+from common.logbook import read_log
 from pipeline.breakdown import class_breakdown
 from pipeline.charts import HEIGHT, Chart, Point, Series, line_chart
-from pipeline.curves import REFERENCE, Line, kept_apart, line_label, make_lines, read_log
-from pipeline.layout import BASELINES, Layout, RunName
+from pipeline.curves import REFERENCE, Line, kept_apart, line_label, make_lines
+from pipeline.layout import BASELINES, Layout
 from pipeline.pictures import picture_sections
 from pipeline.provenance import differing_settings, flatten, provenance
-from pipeline.records import read_all_records, write_text
-from pipeline.results import Evaluation, read_run_yml, table, write_results_csv
+from pipeline.records import read_all_records, read_plan
+from pipeline.results import Evaluation, read_run_yml, score_rows, table, write_results_csv
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
             if paths.run_yml.exists():
                 continue  # a run that has just begun
             raise ValueError(f"{paths.root} is not the output directory of a run")
-    lines = make_lines(all_paths)
+    apart = kept_apart(all_paths)
+    lines = make_lines(all_paths, apart=apart)
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     )
@@ -66,7 +68,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
         "progress": _progress_note(all_paths),
         **_answer(lines),
         **_scores(lines),
-        "loss_charts": _training_charts(all_paths, lines),
+        "loss_charts": _training_charts(all_paths, lines, apart=apart),
         "classes": class_breakdown(lines),
         "pictures": picture_sections(all_paths),
         "differing": differing_settings(all_paths, settings),
@@ -79,10 +81,9 @@ def _progress_note(all_paths: Sequence[Layout]) -> str:
     """How far a run is that has not finished."""
     notes = []
     for paths in all_paths:
-        try:
-            steps = json.loads(paths.plan.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not paths.plan.exists():
             continue
+        steps = read_plan(paths)
         states = {record.name: record.state for record in read_all_records(paths)}
         done = sum(states.get(step["name"]) == "done" for step in steps)
         failed = [step["name"] for step in steps if states.get(step["name"]) == "failed"]
@@ -188,21 +189,13 @@ def _miou_chart(lines: Sequence[Line]) -> Chart | None:
 
 def _scores(lines: Sequence[Line]) -> dict[str, Any]:
     """The table of all scores, and how they were made."""
-    columns = ["method", "seed", "epochs", "pixel accuracy", "mean accuracy", "mean IoU", "minutes"]
-    found = [(line, evaluation) for line in lines for evaluation in line.evaluations]
+    found = [(line.label, evaluation) for line in lines for evaluation in line.evaluations]
     best = max((e.result.get("mean_iou") or 0 for _, e in found), default=0)
-    rows = []
-    for line, evaluation in found:
-        result = evaluation.result
-        names = ("pixel_accuracy", "mean_accuracy", "mean_iou")
-        seed = "" if evaluation.seed is None else evaluation.seed
-        cells = [line.label, str(seed), str(evaluation.epochs)]
-        cells += [f"{result[n]:.2f}" if result.get(n) is not None else "" for n in names]
-        std = result.get("mean_iou_std")
-        if std is not None:
-            cells[-1] += f" ± {std:.2f}"
-        cells.append(f"{evaluation.minutes:.1f}")
-        rows.append({"cells": cells, "best": result.get("mean_iou") == best})
+    columns, *cells = score_rows(found)
+    rows = [
+        {"cells": row, "best": evaluation.result.get("mean_iou") == best}
+        for row, (_, evaluation) in zip(cells, found, strict=True)
+    ]
     return {"columns": columns, "rows": rows, "protocol": _protocol([e for _, e in found])}
 
 
@@ -222,10 +215,12 @@ def _protocol(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
     return [(name, ", ".join(dict.fromkeys(texts))) for name, texts in values.items()]
 
 
-def _training_charts(all_paths: Sequence[Layout], lines: Sequence[Line]) -> list[tuple[Chart, str]]:
+def _training_charts(
+    all_paths: Sequence[Layout], lines: Sequence[Line], *, apart: bool
+) -> list[tuple[Chart, str]]:
     """Pretraining loss, held-out loss and rate per run; finetuning loss of each last evaluation."""
     charts: list[tuple[Chart, str]] = []
-    logs = _pretrain_logs(all_paths, lines)
+    logs = _pretrain_logs(all_paths, lines, apart=apart)
     for key, title, caption in (
         ("train_loss", "reconstruction loss",
          "Pretraining loss on the training images. Methods hide different pixels, "
@@ -235,8 +230,7 @@ def _training_charts(all_paths: Sequence[Layout], lines: Sequence[Line]) -> list
     ):  # fmt: skip
         charts += _log_chart(logs, key, "epochs of pretraining", title, caption)
     last = [
-        _Log(line.label, line.style, read_log(layout.epoch_log(line.evaluations[-1].folder)))
-        for line in lines
+        _Log(line.label, line.style, read_log(line.evaluations[-1].folder / LOG)) for line in lines
     ]
     caption = "Finetuning loss of each line's last evaluation."
     charts += _log_chart(last, "train_loss", "epochs of finetuning", "finetuning loss", caption)
@@ -246,19 +240,20 @@ def _training_charts(all_paths: Sequence[Layout], lines: Sequence[Line]) -> list
     return charts + _log_chart(scored, "val_mean_iou", x_title, y_title, caption)
 
 
-def _pretrain_logs(all_paths: Sequence[Layout], lines: Sequence[Line]) -> list[_Log]:
+def _pretrain_logs(
+    all_paths: Sequence[Layout], lines: Sequence[Line], *, apart: bool
+) -> list[_Log]:
     """The log of every pretraining run, looking like its line; runs of other seeds look alike."""
     styles = {line.label: line.style for line in lines}
-    apart, logs = kept_apart(all_paths), []
+    logs = []
     for paths in all_paths:
         for folder in sorted(paths.pretrain_output.glob("*/")):
             try:
-                run = RunName.parse(folder.name)
+                label = line_label(folder.name, paths, apart=apart)
             except ValueError:
-                continue
-            label = line_label(run, paths, apart=apart)
+                continue  # not a run's name
             style = styles.setdefault(label, len(styles))
-            logs.append(_Log(label, style, read_log(layout.epoch_log(folder))))
+            logs.append(_Log(label, style, read_log(folder / LOG)))
     return sorted(logs, key=lambda log: log.style)
 
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline import layout
-from pipeline.layout import BASELINES, Layout, RunName
-from pipeline.records import read_record, write_text
-from pipeline.settings import METHODS, METHODS_WITH_SEGMENTS
+from common.files import write_text
+from common.layout import RESULT
+from common.yamlfile import read_yaml
+from pipeline.layout import BASELINES, Layout, Run, parse_eval_name
+from pipeline.records import read_record
+from pipeline.terminal import aligned
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
+_EARLIER_NAMES = {
+    "mask_methods": "mask_method", "coverage_ratios": "coverage_ratio", "seeds": "seed",
+    "eval_only": "eval",
+}  # fmt: skip
 # Equal runs differ in the minutes only.
-COLUMNS = ("method", "coverage_ratio", "seed", "epochs", *SCORES, "minutes")
+COLUMNS = ("method", "coverage_ratio", "seed", "eval_seed", "epochs", *SCORES, "minutes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,10 @@ class Evaluation:
     """A masking method, scratch or mae."""
     coverage_ratio: float | None
     """Wanted percent hidden; None where the method does not use it or it is not known."""
-    seed: int | None
+    seed: int
+    """Of pretraining."""
+    eval_seed: int
+    """Of finetuning."""
     epochs: int
     """Epochs of pretraining completed."""
     minutes: float
@@ -41,70 +49,87 @@ class Evaluation:
     @property
     def label(self) -> str:
         """What a chart's legend calls its line: the method, with the ratio where it has one."""
-        if self.coverage_ratio is None:
-            return self.method
-        return f"{self.method} {self.coverage_ratio:g}%"
+        return run_label(self.method, self.coverage_ratio)
+
+
+def run_label(method: str, coverage_ratio: float | None) -> str:
+    """A method and its ratio in words."""
+    return method if coverage_ratio is None else f"{method} {coverage_ratio:.10g}%"
 
 
 def read_evaluations(paths: Layout) -> list[Evaluation]:
-    """All finished evaluations: methods in their usual order, then ratio, seed and epochs."""
+    """All finished evaluations: methods in the order of the run, then ratio, seed and epochs."""
     found = []
     for folder in paths.eval_output.glob("*"):
         try:
-            run, epochs = layout.parse_eval_name(folder.name)
-            result = json.loads(layout.result(folder).read_text(encoding="utf-8"))
+            run, epochs, number = parse_eval_name(folder.name)
+            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         except (ValueError, FileNotFoundError, NotADirectoryError):
             continue  # not an evaluation, or not finished
-        found.append(_evaluation(paths, folder, run, epochs, result))
-    order = {method: index for index, method in enumerate((*BASELINES, *METHODS))}
+        found.append(_evaluation(paths, folder, run, epochs, number, result))
+    rank = method_rank([paths])
     return sorted(
         found,
-        key=lambda e: (order.get(e.method, 99), e.coverage_ratio or 0, e.seed or 0, e.epochs),
+        key=lambda e: (rank(e.method), e.coverage_ratio or 0, e.seed, e.eval_seed, e.epochs),
     )
 
 
 def _evaluation(
-    paths: Layout,
-    folder: Path,
-    run: RunName,
-    epochs: int,
-    result: dict[str, Any],
+    paths: Layout, folder: Path, run: str, epochs: int, number: int, result: dict[str, Any]
 ) -> Evaluation:
-    names = (f"pretrain_{run}_{epochs}", f"evaluate_{run}_{epochs}")
+    """number: counts the finetunings of one checkpoint from 0; the first bears its pretraining."""
+    names = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{run}_{epochs}"])]
     records = [read_record(paths, name) for name in names]
     seconds = [record.seconds for record in records if record is not None]
+    eval_seed = result.get("seed", Run.parse(run).seed + number)
     return Evaluation(
         folder=folder,
-        method=run.method,
+        method=Run.parse(run).method,
         coverage_ratio=coverage_of(run, paths),
-        seed=result.get("seed", run.seed),
+        seed=eval_seed - number,
+        eval_seed=eval_seed,
         epochs=epochs,
         minutes=sum(seconds) / 60 if seconds else float(result.get("minutes") or 0),
         result=result,
     )
 
 
-def coverage_of(run: RunName, paths: Layout) -> float | None:
-    """A run's coverage ratio: in its name or in its pretraining's record; None if it has none.
+def coverage_of(run: str, paths: Layout) -> float | None:
+    """A run's coverage ratio, by its pretraining's record or its name; None if it has none.
 
     run.yml holds what the latest call wanted, which may have been about other runs.
     """
-    if run.coverage_ratio is not None or run.method not in METHODS_WITH_SEGMENTS:
-        return run.coverage_ratio
     for path in sorted(paths.records.glob(f"pretrain_{run}_*.json")):
         record = read_record(paths, path.stem)
-        if record is not None and record.run == str(run) and "coverage_ratio" in record.fingerprint:
-            return float(record.fingerprint["coverage_ratio"])
-    return None
+        if record is not None and record.run == run:
+            ratio = record.fingerprint.get("coverage_ratio")
+            return None if ratio is None else float(ratio)
+    return Run.parse(run).coverage_ratio if "-cov" in run else None
 
 
 def read_run_yml(paths: Layout) -> dict[str, Any]:
-    """The settings of the latest call; empty if there are none."""
-    try:
-        loaded = yaml.safe_load(paths.run_yml.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+    """Settings by their names, versions and hardware of the latest call; empty if there are none.
+
+    An earlier version kept the settings in groups, and some under other names.
+    """
+    content = read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
+    settings = content.get("settings", {})
+    for group in ("data", "experiment", "compute", "cluster"):
+        settings |= settings.pop(group, {})
+    for old, new in _EARLIER_NAMES.items():
+        if old in settings:
+            settings[new] = settings.pop(old)
+    if "schedule" in settings:
+        settings["pretrain"] = settings.pop("schedule") | settings["pretrain"]
+    return content
+
+
+def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]:
+    """Sorts methods: baselines, then as the calls named them, then by the alphabet."""
+    order = list(BASELINES)
+    for paths in all_paths:
+        order += read_run_yml(paths).get("settings", {}).get("mask_method", [])
+    return lambda method: (order.index(method) if method in order else len(order), method)
 
 
 def as_row(evaluation: Evaluation) -> dict[str, str]:
@@ -116,8 +141,9 @@ def as_row(evaluation: Evaluation) -> dict[str, str]:
     }
     return {
         "method": evaluation.method,
-        "coverage_ratio": "" if ratio is None else f"{ratio:g}",
-        "seed": "" if evaluation.seed is None else str(evaluation.seed),
+        "coverage_ratio": "" if ratio is None else f"{ratio:.10g}",
+        "seed": str(evaluation.seed),
+        "eval_seed": str(evaluation.eval_seed),
         "epochs": str(evaluation.epochs),
         **scores,
         "minutes": f"{evaluation.minutes:.2f}",
@@ -135,29 +161,20 @@ def write_results_csv(paths: Layout) -> list[Evaluation]:
     return evaluations
 
 
-def table(evaluations: list[Evaluation]) -> str:
+def table(evaluations: Sequence[Evaluation]) -> str:
     """The scores as aligned text, a line per evaluation."""
-    several_seeds = len({evaluation.seed for evaluation in evaluations}) > 1
-    titles = ["method", *(["seed"] if several_seeds else []), "epochs"]
-    titles += ["pixel accuracy", "mean accuracy", "mean IoU", "minutes"]
-    lines = [titles]
-    for evaluation in evaluations:
+    rows = score_rows([(evaluation.label, evaluation) for evaluation in evaluations])
+    return aligned(rows, right=range(1, len(rows[0])))
+
+
+def score_rows(labelled: Sequence[tuple[str, Evaluation]]) -> list[list[str]]:
+    """Titles, then the cells of each evaluation, whose label comes first."""
+    seeds = [n for n in ("seed", "eval_seed") if len({getattr(e, n) for _, e in labelled}) > 1]
+    titles = ["method", *(name.replace("_", " ") for name in seeds), "epochs"]
+    rows = [[*titles, "pixel accuracy", "mean accuracy", "mean IoU", "minutes"]]
+    for label, evaluation in labelled:
         row = as_row(evaluation)
-        scores = [row[name] for name in SCORES[:3]]
-        lines.append(
-            [
-                evaluation.label,
-                *([row["seed"]] if several_seeds else []),
-                row["epochs"],
-                *(f"{float(score):.2f}" if score else "-" for score in scores),
-                f"{evaluation.minutes:.1f}",
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+        scores = [f"{float(row[name]):.2f}" if row[name] else "" for name in SCORES[:3]]
+        minutes = f"{evaluation.minutes:.1f}"
+        rows.append([label, *(row[name] for name in seeds), row["epochs"], *scores, minutes])
+    return rows

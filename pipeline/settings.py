@@ -1,194 +1,168 @@
-"""The settings of a benchmark: one frozen group per concern, checked when they are made.
+"""The settings of a benchmark, one frozen group per concern: a field is the flag and YAML's key.
 
-The command line and the YAML file build them (options.py) and disappear. Everything that can be
-judged without torch is judged here; what belongs to a part is judged by that part's own `--check`.
+What can be judged without the parts is judged here; what belongs to a part, by its own `--check`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-METHODS = ("patches", "segments", "four_channels", "preencoder")
-METHODS_WITH_SEGMENTS = METHODS[1:]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-
-# A part's options as given: name in the underscore spelling -> value as YAML has it.
-Options = Mapping[str, object]
+from common.options import OptionGroup, option
+from common.yamlfile import plain
+from pipeline.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """Where the images and labels are (absolute paths)."""
+class Data(OptionGroup):
+    """Where the images and labels are, and where everything goes."""
 
-    in1k_dir: Path
-    """Holds train/, perhaps val/ and masks/."""
-    masks_dir: Path | None
-    """A folder or packed store of segments; None = in1k_dir/masks."""
-    eval_dataset: Path
-    """An ADEChallengeData2016 folder, or the YAML file that describes a dataset."""
-
-    def __post_init__(self) -> None:
-        if not self.eval_dataset.exists():
-            raise ValueError(
-                f"the evaluation dataset {self.eval_dataset} does not exist; give --ade20k-dir "
-                "ADEChallengeData2016 (python -m segmenter prepare makes it) "
-                "or --eval-dataset FILE.yml"
-            )
-
-    def check_images(self) -> None:
-        """Raise ValueError unless in1k_dir/train holds an image somewhere."""
-        train = self.in1k_dir / "train"
-        if not self.in1k_dir.is_dir():
-            raise ValueError(f"--in1k-dir {self.in1k_dir} is not a directory")
-        if not train.is_dir():
-            raise ValueError(f"--in1k-dir {self.in1k_dir} has no folder train/ with the images")
-        if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in train.rglob("*")):
-            raise ValueError(f"{train} holds no image; put class folders of images there")
-
-    def check_segments(self, method: str) -> None:
-        """Raise ValueError if `method` needs segments and there are none."""
-        folder = self.masks_dir or self.in1k_dir / "masks"
-        if method not in METHODS_WITH_SEGMENTS:
-            return
-        if not folder.exists():
-            raise ValueError(
-                f"--mask-method {method} needs segments, but {folder} does not exist; "
-                "give --masks-dir, make them with python -m mae masks, or use patches"
-            )
-        if folder.is_dir() and next(folder.iterdir(), None) is None:
-            raise ValueError(f"--mask-method {method} needs segments, but {folder} is empty")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """What is compared."""
-
-    mask_methods: tuple[str, ...]
-    """One pretraining run for each, times ratios, times seeds."""
-    coverage_ratios: tuple[float, ...]
-    """Wanted share of the image that is hidden, in percent; `patches` does not use it."""
-    seeds: tuple[int, ...]
-    """Seeds of pretraining and finetuning alike."""
-    model: str
-    """Encoder, such as vit_large."""
-    pretrain_epochs: int
-    """Length of the whole pretraining and of its learning-rate schedule."""
-    eval_epochs: tuple[int, ...]
-    """Epochs completed at which to evaluate, ascending; 0 = before any pretraining."""
-    recipe: str
-    """Finetuning recipe: a name that segmenter knows, or a YAML file."""
-    stack: bool
-    """Start from the official MAE checkpoint."""
-    mae_checkpoint: Path | None
-    """A local file in the official format; None = fetch it when it is needed."""
-    eval_only: str | None
-    """Evaluate just this: epochs completed as digits, "scratch" or "mae"; None = the whole plan."""
+    title: ClassVar[str] = "Data"
+    in1k_dir: Path | None = option("Images: train/, perhaps val/ and masks/.", None)
+    masks_dir: Path | None = option("Segments. Default: IN1K-DIR/masks.", None)
+    ade20k_dir: Path | None = option("ADEChallengeData2016, to evaluate on.", None)
+    eval_dataset: Path | None = option("YAML file of another dataset.", None)
+    output_dir: Path = option("Where everything goes.", Path(), neutral=True)
+    make_sample: Path | None = option(
+        "Generate the sample data into this folder if they are missing and used.", None,
+        neutral=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("mask_methods", "coverage_ratios", "seeds", "eval_epochs"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name.replace('_', ' ')}: {_listed(values)} names one twice")
-        for method in self.mask_methods:
-            if method not in METHODS:
-                raise ValueError(f"unknown mask method {method!r}; known are {_listed(METHODS)}")
-        for ratio in self.coverage_ratios:
-            if not 0 <= ratio <= 100:
-                raise ValueError(f"coverage ratio {ratio:g} is not a percentage from 0 to 100")
-        if any(seed < 0 for seed in self.seeds):
-            raise ValueError(f"seeds {_listed(self.seeds)}: they start at 0")
-        if self.pretrain_epochs < 1:
-            raise ValueError(f"--pretrain-epochs {self.pretrain_epochs} has to be at least 1")
-        if any(epochs < 0 or epochs > self.pretrain_epochs for epochs in self.eval_epochs):
-            raise ValueError(
-                f"--eval-epochs {_listed(self.eval_epochs)} has to lie within "
-                f"0 and the {self.pretrain_epochs} epochs of pretraining"
-            )
-        if self.mae_checkpoint is not None and not self.mae_checkpoint.is_file():
-            raise ValueError(f"--mae-checkpoint {self.mae_checkpoint} is not a file")
-        only = self.eval_only
-        if only is not None and only not in ("scratch", "mae") and not only.isdecimal():
-            raise ValueError(f"--eval {only}: give epochs completed (a number), scratch or mae")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainSchedule:
-    """Batch and learning rate of pretraining; always passed on, so the plan shows what is used."""
-
-    batch_size: int = 64
-    """Images per device and step."""
-    effective_batch_size: int = 4096
-    """Images per optimizer update, over all devices and accumulation steps."""
-    base_lr: float = 1.5e-4
-    """Learning rate per 256 images of effective batch."""
-    min_lr: float = 0.0
-    """Learning rate at the end."""
-    warmup_fraction: float = 0.05
-    """Share of the whole run in which the learning rate rises linearly from 0."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.effective_batch_size < 1:
-            raise ValueError("batch_size and effective_batch_size have to be at least 1")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction {self.warmup_fraction:g} has to lie within 0 and 1")
+        super().__post_init__()
+        object.__setattr__(self, "output_dir", self.output_dir.resolve())
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ValueError(f"--output-dir {self.output_dir} is a file")
+        if self.ade20k_dir and self.eval_dataset:
+            raise ValueError("give --ade20k-dir or --eval-dataset, not both")
 
     @property
-    def peak_lr(self) -> float:
-        """The highest learning rate: base rate x effective batch / 256."""
-        return self.base_lr * self.effective_batch_size / 256
+    def dataset(self) -> Path | None:
+        """What to evaluate on."""
+        return self.ade20k_dir or self.eval_dataset
 
-    def split(self, devices: int) -> tuple[int, int]:
-        """Images per device at once, and forward passes per update: at most `batch_size` at once.
-
-        Raises ValueError if the effective batch is not a multiple of the devices.
-        """
-        share, rest = divmod(self.effective_batch_size, devices)
-        if rest or not share:
-            raise ValueError(
-                f"an effective batch of {self.effective_batch_size} images cannot be split over "
-                f"{devices} devices; give a multiple of {devices} (--pretrain "
-                f"effective_batch_size={max(1, share + bool(rest)) * devices}) or other devices"
-            )
-        passes = math.ceil(share / self.batch_size)
-        while share % passes:
-            passes += 1
-        return share // passes, passes
-
-    def lr_at(self, progress: float) -> float:
-        """Learning rate after `progress` (0 to 1) of the run: warm-up, then half a cosine."""
-        if progress < self.warmup_fraction:
-            return self.peak_lr * progress / self.warmup_fraction
-        falling = (progress - self.warmup_fraction) / (1 - self.warmup_fraction)
-        cosine = (1 + math.cos(math.pi * falling)) / 2
-        return self.min_lr + (self.peak_lr - self.min_lr) * cosine
+    @property
+    def missing_sample(self) -> Path | None:
+        """The folder of sample data that are to be used and are not there."""
+        folder = self.make_sample
+        used = [path for path in (self.in1k_dir, self.dataset) if path is not None]
+        if folder is None or not any(p.is_relative_to(folder) and not p.exists() for p in used):
+            return None
+        return folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
-    """Devices on each machine, and what may run beside each other."""
+class Experiment(OptionGroup):
+    """What is compared."""
 
-    num_gpus: int
-    """GPUs for pretraining; 0 = CPU."""
-    num_processes: int
-    """Processes of a step: one per GPU, or gloo processes on the CPU."""
-    eval_gpus: tuple[int, ...] = ()
-    """GPUs kept for evaluations, which then run beside pretraining."""
-    overlap: bool = False
-    """Evaluations run beside pretraining (implied by eval_gpus)."""
+    title: ClassVar[str] = "Experiment"
+    mask_method: tuple[str, ...] = option(
+        "What is hidden, by name (python -m mae methods); one or several.", ("four_channels",)
+    )
+    coverage_ratio: tuple[float, ...] = option(
+        "Wanted share of the image to hide, in percent; one or several.", (DEFAULT_RATIO,),
+        at_least=0, at_most=100,
+    )  # fmt: skip
+    seed: tuple[int, ...] = option(
+        "Of pretraining and finetuning; one or several.", (DEFAULT_SEED,), at_least=0
+    )
+    model: str = option("Encoder.", "vit_large")
+    pretrain_epochs: int = option("Epochs of the whole pretraining.", 50, at_least=1)
+    eval_freq: int = option("Evaluate every so many epochs, and at the end.", 5, at_least=1)
+    eval_epochs: tuple[int, ...] | None = option(
+        "Evaluate at these instead; 0 = before pretraining.", None, at_least=0
+    )
+    eval_seeds: int = option("Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, at_least=1)
+    recipe: str = option("Finetuning recipe: a name or a YAML file.", "segmenter")
+    stack: bool = option("Start from the official MAE checkpoint.", False)
+    mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
+    eval: str | None = option(
+        "Evaluate only this: N epochs completed, scratch (a random ViT) or mae.", None
+    )
 
     def __post_init__(self) -> None:
-        if self.num_gpus < 0 or self.num_processes < 1:
-            raise ValueError("--num-gpus starts at 0 and --num-processes at 1")
-        if self.num_gpus and self.num_processes != self.num_gpus:
+        super().__post_init__()
+        # They name folders: one spelling each.
+        methods = tuple(method.replace("-", "_") for method in self.mask_method)
+        object.__setattr__(self, "mask_method", methods)
+        object.__setattr__(self, "model", self.model.replace("-", "_"))
+        for name in ("mask_method", "coverage_ratio", "seed", "eval_epochs"):
+            values = getattr(self, name) or ()
+            if len(set(values)) != len(values):
+                raise ValueError(f"--{name.replace('_', '-')} names one twice")
+        if any(epochs > self.pretrain_epochs for epochs in self.eval_epochs or ()):
+            raise ValueError(f"--eval-epochs end with the {self.pretrain_epochs} of pretraining")
+        if self.mae_checkpoint and not self.stack and self.eval != "mae":
+            raise ValueError("--mae-checkpoint is of use only with --stack or --eval mae; add one")
+        if self.mae_checkpoint is not None and not self.mae_checkpoint.is_file():
+            raise ValueError(f"--mae-checkpoint {self.mae_checkpoint} is not a file")
+        if self.eval is not None and self.eval not in BASELINES and not self.eval.isdecimal():
+            raise ValueError(f"--eval is {self.eval}; give epochs completed, scratch or mae")
+
+    @property
+    def eval_points(self) -> tuple[int, ...]:
+        """Epochs completed at which to evaluate, ascending; 0 = before any pretraining."""
+        if self.eval_epochs is not None:
+            return tuple(sorted(self.eval_epochs))
+        every = range(self.eval_freq, self.pretrain_epochs, self.eval_freq)
+        return (*every, self.pretrain_epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute(OptionGroup):
+    """Devices on each machine, and what may run beside each other."""
+
+    title: ClassVar[str] = "Devices"
+    num_gpus: int | None = option(
+        "GPUs per machine, 0 = CPU. Default: all.", None, at_least=0, neutral=True
+    )
+    num_processes: int | None = option(
+        "With --num-gpus 0. Default: 1.", None, at_least=1, neutral=True
+    )
+    eval_gpus: tuple[int, ...] = option(
+        "Evaluate on these, such as 6,7, beside pretraining on the others.", (),
+        at_least=0, neutral=True,
+    )  # fmt: skip
+    overlap: bool = option("Evaluate beside pretraining on the CPU too.", False, neutral=True)
+
+    def resolved(self, cluster: Cluster, gpus_here: int) -> Compute:
+        """With every number filled in; the GPUs of a machine that submits jobs do not count."""
+        total = self.num_gpus
+        if cluster.launcher == "slurm":
+            total = total if cluster.gpus_per_node is None else cluster.gpus_per_node
+            if total is None:
+                raise ValueError("--launcher slurm needs --gpus-per-node N (0 = CPU)")
+            if self.eval_gpus:
+                raise ValueError(
+                    "--eval-gpus is for one machine: with --launcher slurm evaluations are jobs "
+                    "with GPUs of their own, beside pretraining; leave it out"
+                )
+        elif total is None:
+            total = gpus_here
+        if any(gpu >= total for gpu in self.eval_gpus):
+            there = f"there are GPUs 0 to {total - 1}" if total else "there is no GPU here"
+            raise ValueError(f"--eval-gpus {','.join(map(str, self.eval_gpus))}: {there}")
+        gpus = total - len(self.eval_gpus)
+        if self.eval_gpus and not gpus:
+            raise ValueError("--eval-gpus leaves no GPU for pretraining")
+        if gpus and self.num_processes not in (None, gpus):
             raise ValueError(
-                f"--num-processes {self.num_processes} with --num-gpus {self.num_gpus}: every GPU "
+                f"--num-processes {self.num_processes} with {gpus} GPUs for pretraining: every GPU "
                 "has one process; leave --num-processes out, or use --num-gpus 0 for the CPU"
             )
-        if self.eval_gpus and not self.num_gpus:
-            raise ValueError("--eval-gpus needs GPUs; on the CPU use --overlap")
+        return replace(self, num_gpus=total, num_processes=self.num_processes or max(gpus, 1))
+
+    @property
+    def pretrain_gpus(self) -> tuple[int, ...]:
+        """All but those kept for evaluation."""
+        return tuple(gpu for gpu in range(self.num_gpus or 0) if gpu not in self.eval_gpus)
+
+    @property
+    def processes(self) -> int:
+        """Of pretraining on each machine."""
+        return self.num_processes or 1
 
     @property
     def overlaps(self) -> bool:
@@ -197,61 +171,110 @@ class Compute:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class Cluster(OptionGroup):
     """How steps reach a Slurm cluster."""
 
-    nodes: int = 1
-    gpus_per_node: int | None = None
-    """None = num_gpus."""
-    partition: str | None = None
-    time: str | None = None
-    """Limit of one job: minutes, or Slurm's D-HH:MM:SS. A job that reaches it is continued."""
-    qos: str | None = None
-    sbatch: Options = field(default_factory=dict)
-    """Further sbatch parameters, such as {"account": "vision"}."""
-    wait: bool = False
-    """Follow the jobs to their end."""
+    title: ClassVar[str] = "Slurm"
+    launcher: Literal["local", "slurm"] = option("Where steps run.", "local", neutral=True)
+    nodes: int = option("Machines of a pretraining.", 1, at_least=1, neutral=True)
+    gpus_per_node: int | None = option(
+        "0 = CPU. Default: --num-gpus.", None, at_least=0, neutral=True
+    )
+    partition: str | None = option("Where jobs are queued.", None, neutral=True)
+    time: str | None = option(
+        "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.",
+        None, neutral=True,
+    )  # fmt: skip
+    qos: str | None = option("Quality of service.", None, neutral=True)
+    sbatch: Mapping[str, Any] = option("A further sbatch parameter.", {}, neutral=True)
+    wait: bool = option("Follow the jobs to their end.", False, neutral=True)
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise ValueError("--nodes has to be at least 1")
+        super().__post_init__()
+        _ = self.minutes
+
+    @property
+    def minutes(self) -> int:
+        """The time limit in whole minutes; a day unless set. ValueError if it is not a time.
+
+        Slurm's forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+        """
+        text = self.time or "1-0"
+        days, dash, rest = text.rpartition("-")
+        try:
+            parts = [int(part) for part in rest.split(":")]
+            seconds_per_part = [3600, 60, 1] if dash or len(parts) == 3 else [60, 1]
+            if len(parts) > len(seconds_per_part) or min(parts) < 0:
+                raise ValueError
+            seconds = sum(p * s for p, s in zip(parts, seconds_per_part, strict=False))
+            seconds += int(days) * 86400 if dash else 0
+        except ValueError:
+            raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS") from None
+        if seconds < 60:
+            raise ValueError(f"--time {text} is less than a minute")
+        return -(-seconds // 60)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts(OptionGroup):
+    """What is passed on to the parts, and what happens when one fails."""
+
+    title: ClassVar[str] = "Steps"
+    pretrain: Mapping[str, Any] = option("An option of python -m mae pretrain.", {})
+    finetune: Mapping[str, Any] = option("An option of python -m segmenter train.", {})
+    log_with: tuple[str, ...] | None = option(
+        "Trackers of both: tensorboard, wandb, ...; or none. Default: the parts'.", None,
+        neutral=True,
+    )  # fmt: skip
+    plugin: Path | None = option(
+        "Python file with masking methods or models of your own.", None, neutral=True
+    )
+    keep_going: bool = option(
+        "After a failed step, go on with those that do not need it.", True, neutral=True
+    )
+
+
+GROUPS: dict[str, Any] = {
+    "data": Data, "experiment": Experiment, "compute": Compute, "cluster": Cluster, "parts": Parts,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that one call of benchmark.py was told."""
 
-    output_dir: Path
     data: Data
     experiment: Experiment
-    schedule: PretrainSchedule
     compute: Compute
+    """Resolved: its numbers are known."""
     cluster: Cluster
-    launcher: str
-    """local or slurm."""
-    keep_going: bool
-    """After a failed step, go on with the steps that do not need it."""
-    pretrain: Options
-    """Further options of python -m mae pretrain."""
-    finetune: Options
-    """Further options of python -m segmenter train."""
+    parts: Parts
 
     def __post_init__(self) -> None:
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"--output-dir {self.output_dir} is a file")
-        if self.experiment.eval_only is None:
-            self.data.check_images()
-            for method in self.experiment.mask_methods:
-                self.data.check_segments(method)
+        if self.data.in1k_dir is None and self.experiment.eval is None:
+            raise ValueError("--in1k-dir is missing: the folder with train/ and masks/")
+        if self.data.dataset is None:
+            raise ValueError("--ade20k-dir (or --eval-dataset FILE.yml) is missing")
 
+    def flat(self) -> dict[str, Any]:
+        """All options by name, plain: what run.yml keeps, in the form that --config reads."""
+        groups = (self.data, self.experiment, self.compute, self.cluster, self.parts)
+        return {name: plain(value) for group in groups for name, value in vars(group).items()}
 
-def eval_points(pretrain_epochs: int, eval_freq: int) -> tuple[int, ...]:
-    """Epochs at which to evaluate: every `eval_freq`, and always at the end."""
-    if eval_freq < 1:
-        raise ValueError(f"--eval-freq {eval_freq} has to be at least 1")
-    points = list(range(eval_freq, pretrain_epochs + 1, eval_freq))
-    return tuple(points) if points and points[-1] == pretrain_epochs else (*points, pretrain_epochs)
-
-
-def _listed(values: tuple[object, ...]) -> str:
-    return ", ".join(str(value) for value in values)
+    def notes(self) -> list[str]:
+        """What a user may not expect; nothing of it is wrong."""
+        notes, experiment, cluster = [], self.experiment, self.cluster
+        rest = experiment.pretrain_epochs % experiment.eval_freq
+        if experiment.eval_epochs is None and experiment.eval is None and rest:
+            notes.append(
+                f"{experiment.pretrain_epochs} epochs are not a multiple of --eval-freq "
+                f"{experiment.eval_freq}: a shorter last round ends at {experiment.pretrain_epochs}"
+            )
+        unused = [name for name, value in vars(cluster).items() if value != vars(Cluster())[name]]
+        if cluster.launcher == "local" and unused:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            notes.append(f"{flags}: only used with --launcher slurm")
+        for ratio in experiment.coverage_ratio:
+            if 0 < ratio < 1:
+                notes.append(f"--coverage-ratio is in percent: {ratio} % of the image")
+        return notes

@@ -20,15 +20,17 @@ from typing import Any
 
 import click
 
+from common.console import EXIT_STOPPED
+from common.files import write_json
+from common.lock import hold
 from pipeline import preview, slurm_queue
 from pipeline.layout import Layout
-from pipeline.local import EXIT_STOPPED, LocalLauncher, environment, read_progress
-from pipeline.lock import hold
+from pipeline.local import LocalLauncher, environment, read_progress
 from pipeline.plan import Step, nodes_of
 from pipeline.process import REPO_ROOT, Child, end_marked
-from pipeline.records import Record, is_done, read_record, write_json, write_record
+from pipeline.records import Record, is_done, other_settings, read_record, write_record
 from pipeline.report import write_all
-from pipeline.settings import Cluster, Settings
+from pipeline.settings import Settings
 from pipeline.status import read_status, status_text
 
 _POLL_SECONDS = 0.2
@@ -47,7 +49,7 @@ def run(settings: Settings, steps: list[Step], paths: Layout) -> int:
     """
     if shutil.which("sbatch") is None:
         raise ValueError("--launcher slurm needs Slurm's sbatch, which is not on the PATH here")
-    with hold(paths.lock):
+    with hold(paths.lock, paths.root):
         preview.write_run_files(settings, steps, paths)
         submitted = submit(settings, steps, paths)
     click.echo(f"{submitted} jobs submitted\n{status_text(paths)}")
@@ -74,7 +76,7 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
         ) from None
     for step in steps:
         if slurm_queue.is_live(queue.get(jobs.get(step.name, ""), "")):
-            _refuse_other_settings(step, paths, known[step.name])
+            _refuse_other_settings(step, known[step.name])
     job_ids: dict[str, str] = {}  # step -> the job that will do it
     submitted = 0
     for step in steps:
@@ -88,13 +90,14 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
         needed = [job_ids[need] for need in step.needs if need in job_ids]
         job_ids[step.name] = _submit_one(settings, step, paths, needed)
         submitted += 1
-        write_record(paths, _submitted_record(step, paths, record, job_ids[step.name]))
+        submitted_as = Record.of(step, "submitted", record, job_id=job_ids[step.name])
+        write_record(paths, submitted_as)
     return submitted
 
 
-def _refuse_other_settings(step: Step, paths: Layout, record: Record | None) -> None:
+def _refuse_other_settings(step: Step, record: Record | None) -> None:
     """A job that is in the queue would work with the settings it was submitted with."""
-    if record is not None and record.fingerprint != step.fingerprint(paths.root):
+    if record is not None and other_settings(step, record):
         raise ValueError(
             f"{step.name} is in the queue with other settings as job {record.job_id}: scancel it "
             "first, or give the settings it was submitted with"
@@ -140,7 +143,7 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
         "gpus_per_node": _gpus(settings, step) or None,
         "partition": cluster.partition,
         "qos": cluster.qos,
-        "time": minutes_of(cluster),
+        "time": cluster.minutes,
         "signal_delay_s": _SIGNAL_SECONDS,
         "stderr_to_stdout": True,
         "additional_parameters": additional,
@@ -150,7 +153,7 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
 
 def _gpus(settings: Settings, step: Step) -> int:
     """GPUs of a step's job on each node."""
-    return 0 if step.kind == "fetch" else settings.compute.num_gpus
+    return settings.compute.num_gpus or 0 if step.devices_are_gpus else 0
 
 
 def cpus_per_task(settings: Settings, step: Step) -> int | None:
@@ -171,41 +174,6 @@ def cpus_per_task(settings: Settings, step: Step) -> int | None:
     partition = cluster.sbatch.get("partition", cluster.partition)
     most = slurm_queue.most_cpus(None if partition is None else str(partition), gpus=gpus)
     return wanted if most is None else max(1, min(wanted, most))
-
-
-def minutes_of(cluster: Cluster) -> int:
-    """The time limit in whole minutes; a day unless set. ValueError if it is not a time.
-
-    Slurm's forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
-    """
-    text = cluster.time or "1-0"
-    days, dash, rest = text.rpartition("-")
-    try:
-        parts = [int(part) for part in rest.split(":")]
-        seconds_per_part = [3600, 60, 1] if dash or len(parts) == 3 else [60, 1]
-        if len(parts) > len(seconds_per_part) or min(parts) < 0:
-            raise ValueError
-        seconds = sum(p * s for p, s in zip(parts, seconds_per_part, strict=False))
-        seconds += int(days) * 86400 if dash else 0
-    except ValueError:
-        raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS") from None
-    if seconds < 60:
-        raise ValueError(f"--time {text} is less than a minute")
-    return -(-seconds // 60)
-
-
-def _submitted_record(step: Step, paths: Layout, earlier: Record | None, job_id: str) -> Record:
-    return Record(
-        name=step.name,
-        state="submitted",
-        run=str(step.run),
-        kind=step.kind,
-        fingerprint=step.fingerprint(paths.root),
-        seconds=earlier.seconds if earlier else 0.0,
-        attempts=earlier.attempts if earlier else 0,
-        devices=step.devices,
-        job_id=job_id,
-    )
 
 
 def follow(paths: Layout) -> int:
@@ -331,7 +299,7 @@ def on_this_cluster(step: Step, paths: Layout, nodes: int) -> Step:
 
     MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them.
     """
-    if nodes == 1 or step.kind == "fetch":
+    if nodes == 1 or step.kind != "pretrain":
         return step
     address = os.environ.get("MASTER_ADDR") or _first_host()
     port = os.environ.get("MASTER_PORT") or str(_agreed_port(paths))

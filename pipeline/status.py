@@ -8,10 +8,10 @@ from typing import Any
 
 from pipeline import slurm_queue
 from pipeline.layout import Layout
-from pipeline.local import duration, progress_text
-from pipeline.preview import read_plan
-from pipeline.process import marked_pids
-from pipeline.records import Record, read_record
+from pipeline.local import progress_text
+from pipeline.process import marked
+from pipeline.records import Record, read_plan, read_record
+from pipeline.terminal import aligned, duration
 
 _UNFINISHED = ("submitted", "running", "stopped")  # recorded states of which the queue knows more
 
@@ -89,15 +89,14 @@ def _is_running(paths: Layout, record: Record) -> bool:
     """By the process table here; another host's word is taken."""
     if record.host != socket.gethostname():
         return True
-    return bool(marked_pids(f"{paths.root}:{record.name}"))
+    return bool(marked(f"{paths.root}:{record.name}"))
 
 
 def status_text(paths: Layout) -> str:
     """All steps as aligned text, with the count of each state at the end."""
     found = read_status(paths)
-    width = max(len(step.name) for step in found)
-    lines = [f"{s.name.ljust(width)}  {s.state.ljust(11)}  {s.detail}".rstrip() for s in found]
     counts: dict[str, int] = {}
     for step in found:
         counts[step.state] = counts.get(step.state, 0) + 1
-    return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
+    lines = aligned([(step.name, step.state, step.detail) for step in found])
+    return "\n".join([lines, ", ".join(f"{count} {state}" for state, count in counts.items())])

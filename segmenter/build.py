@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from common.devices import default_workers, device_name
+from common.devices import device_name
 from common.vit import IMAGE_CHANNELS
 from segmenter.check import Task, all_settings, plan_batches
 from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
@@ -112,14 +112,14 @@ def build_run(
     optimizer = make_optimizer(model, config.optimisation)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    workers, description = config.devices.workers, task.description
+    description = task.description
     run = Run(
         config=config,
         accelerator=accelerator,
         task=task,
         classes=read_classes(description),
         plan=plan,
-        workers=default_workers() if workers is None else workers,
+        workers=config.run.loader_workers,
         crops=TrainingCrops(description, task.train, config.protocol, config.optimisation.seed),
         images=WholeImages(description, task.val, config.protocol),
         model=model,

@@ -24,9 +24,9 @@ from segmenter.dataset import (
     VAL,
     DatasetDescription,
     Pair,
-    count_classes,
     read_description,
 )
+from segmenter.labels import count_classes
 from segmenter.schedule import BatchPlan, learning_rate_points
 
 

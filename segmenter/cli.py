@@ -14,13 +14,13 @@ from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
 from common.files import check_output_file, check_output_folder, write_json
 from common.layout import RESULT
 from common.options import CONTEXT, Layer, OptionGroup, command, option_facts
+from common.run import PluginConfig
 from common.yamlfile import plain
 from segmenter.config import (
     DEFAULT_RECIPE,
     GROUPS,
-    DeviceConfig,
+    EvaluateConfig,
     PictureConfig,
-    PluginConfig,
     ProtocolChanges,
     ScoringConfig,
     TrainConfig,
@@ -89,29 +89,32 @@ def recipes(plugin: PluginConfig) -> None:
     click.echo(json.dumps({"recipes": values, "options": option_facts(GROUPS.values())}))
 
 
-@command(cli, scoring=ScoringConfig, changes=ProtocolChanges, devices=DeviceConfig)
+@command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH, required=False)
 def evaluate(
-    checkpoint: Path | None, scoring: ScoringConfig, changes: OptionGroup, devices: DeviceConfig
+    checkpoint: Path | None,
+    evaluation: EvaluateConfig,
+    changes: OptionGroup,
+    devices: ScoringConfig,
 ) -> None:
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
-    if (checkpoint is None) == (scoring.predictions is None):
+    if (checkpoint is None) == (evaluation.predictions is None):
         raise click.UsageError("give either a CHECKPOINT or --predictions DIR")
-    read_description(scoring.dataset).pairs(scoring.split)
-    if scoring.out is not None:
-        check_output_file(scoring.out)
+    read_description(evaluation.dataset).pairs(evaluation.split)
+    if evaluation.out is not None:
+        check_output_file(evaluation.out)
     from segmenter.scoring import evaluate_checkpoint, evaluate_predictions
 
     log_to_stderr()
-    if scoring.predictions is not None:
-        result = evaluate_predictions(scoring.predictions, scoring)
+    if evaluation.predictions is not None:
+        result = evaluate_predictions(evaluation.predictions, evaluation)
     else:
         assert checkpoint is not None
-        result = evaluate_checkpoint(checkpoint, scoring, changes, devices)
+        result = evaluate_checkpoint(checkpoint, evaluation, changes, devices)
     if rank() == 0:
         _show(result)
-        if scoring.out is not None:
-            write_json(scoring.out, result)
+        if evaluation.out is not None:
+            write_json(evaluation.out, result)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -127,7 +130,7 @@ def _show(result: dict[str, Any]) -> None:
     click.echo(f"protocol: {json.dumps(result['protocol'])}")
 
 
-@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=DeviceConfig)
+@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH)
 @click.argument("images", type=PATH, nargs=-1, required=True)
 def predict(
@@ -135,7 +138,7 @@ def predict(
     images: tuple[Path, ...],
     pictures: PictureConfig,
     changes: OptionGroup,
-    devices: DeviceConfig,
+    devices: ScoringConfig,
 ) -> None:
     """Write label maps and overlays of IMAGES (files or folders)."""
     for path in (checkpoint, *images):

@@ -15,9 +15,9 @@ from common.options import (
     fields_of,
     merge,
     option,
-    plugin_option,
     read_layer,
 )
+from common.run import DeviceConfig, TrainingConfig
 from common.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -150,26 +150,9 @@ ProtocolChanges = _changes(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PluginConfig(OptionGroup):
-    """For commands that know models."""
+class ScoringConfig(DeviceConfig):
+    """Where and how images are scored."""
 
-    title: ClassVar[str] = "Options"
-    plugin: Path | None = plugin_option()
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceConfig(PluginConfig):
-    """Where a command runs; only `precision` changes more than the rounding."""
-
-    title: ClassVar[str] = "Devices"
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto: a GPU if there is one.", "auto", neutral=True
-    )
-    precision: Literal["auto", "bf16", "fp32"] = option("auto: bf16 where a GPU has it.", "auto")
-    workers: int | None = option(
-        "Loader processes per device. Default: by the number of cores.", None,
-        at_least=0, neutral=True,
-    )  # fmt: skip
     eval_batch_size: int = option(
         "Images whose windows are scored together.", 4, at_least=1, neutral=True
     )
@@ -179,40 +162,27 @@ class DeviceConfig(PluginConfig):
 class DatasetConfig(OptionGroup):
     """What is trained on and scored."""
 
-    title: ClassVar[str] = "Run"
+    title: ClassVar[str] = "Data"
     dataset: Path = option("ADEChallengeData2016 folder, or the YAML file of a dataset.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(DatasetConfig):
+class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
     """What one finetuning starts from, where it goes and how it is kept."""
 
+    title: ClassVar[str] = "Run"
     init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
-    output_dir: Path = option("Where everything goes.", neutral=True)
     recipe: str = option("segmenter, mae, fast, or a YAML file.", DEFAULT_RECIPE)
     device_batch_size: int | None = option(
         "Most images per device at once. Default: no limit.", None, at_least=1, neutral=True
     )
-    compile: Literal["auto", "on", "off"] = option(
-        "torch.compile; auto: on a GPU.", "auto", neutral=True
-    )
-    resume: Literal["auto", "never", "required"] = option(
-        "Continue what is there?", "auto", neutral=True
-    )
-    save_every_minutes: float | None = option(
-        "Also save inside an epoch. Default: after epochs only.", None, above=0, neutral=True
-    )
-    log_with: tuple[str, ...] = option(
-        "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
-        ("tensorboard",), neutral=True,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringConfig(DatasetConfig):
+class EvaluateConfig(DatasetConfig):
     """What `evaluate` scores, and where the scores go."""
 
-    title: ClassVar[str] = "Scoring"
+    title: ClassVar[str] = "Evaluation"
     split: Literal["train", "val"] = option("Which images.", "val")
     save_predictions: Path | None = option("Folder for the label maps.", None)
     predictions: Path | None = option("Score the label maps of this folder instead.", None)
@@ -234,7 +204,6 @@ GROUPS: dict[str, type[OptionGroup]] = {
     "model": ModelConfig,
     "optimisation": OptimisationConfig,
     "protocol": ProtocolConfig,
-    "devices": DeviceConfig,
 }
 
 
@@ -246,7 +215,6 @@ class TrainConfig:
     model: ModelConfig
     optimisation: OptimisationConfig
     protocol: ProtocolConfig
-    devices: DeviceConfig
 
     def recipe(self) -> dict[str, Any]:
         """Name and values of the recipe, as result.json shows them."""
@@ -262,7 +230,7 @@ class TrainConfig:
             **dataclasses.asdict(self.model),
             **dataclasses.asdict(self.optimisation),
             **self.protocol.described(),
-            "precision": self.devices.precision,
+            "precision": self.run.precision,
             "init": init if init == RANDOM else init.name,
             "init_fingerprint": None if init == RANDOM else fingerprint(init),
         }

@@ -112,17 +112,6 @@ class DatasetDescription:
         return names
 
 
-def count_classes(description: DatasetDescription) -> int:
-    """How many classes there are. Raises ValueError for an unknown dataset of mmsegmentation."""
-    if not isinstance(description.classes, str):
-        return len(description.classes)
-    if description.classes not in NUM_CLASSES:
-        from segmenter.data import read_classes  # takes seconds to import
-
-        return len(read_classes(description))
-    return NUM_CLASSES[description.classes]
-
-
 def read_description(path: Path) -> DatasetDescription:
     """The description of an ADE20K folder or of a YAML file. Raises ValueError."""
     if path.is_dir():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from segmenter.dataset import DatasetDescription, Pair
+from segmenter.dataset import NUM_CLASSES, DatasetDescription, Pair
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 
@@ -25,6 +25,17 @@ def check_labels(
     allowed = allowed_labels(description, num_classes)
     for pair in pairs[::step]:
         check_pair(pair, allowed)
+
+
+def count_classes(description: DatasetDescription) -> int:
+    """How many classes there are. Raises ValueError for an unknown dataset of mmsegmentation."""
+    if not isinstance(description.classes, str):
+        return len(description.classes)
+    if description.classes not in NUM_CLASSES:
+        from segmenter.data import read_classes  # takes seconds to import
+
+        return len(read_classes(description))
+    return NUM_CLASSES[description.classes]
 
 
 def allowed_labels(description: DatasetDescription, num_classes: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from common.devices import make_accelerator
 from common.images import read_rgb
 from common.options import OptionGroup
 from segmenter.attention import draw_attention
-from segmenter.config import DeviceConfig, PictureConfig
+from segmenter.config import PictureConfig, ScoringConfig
 from segmenter.data import scaled_images
 from segmenter.drawing import overlay, save_image, with_legend
 from segmenter.evaluate import evaluating
@@ -44,7 +44,7 @@ def predict_files(
     images: Sequence[Path],
     pictures: PictureConfig,
     changes: OptionGroup,
-    devices: DeviceConfig,
+    devices: ScoringConfig,
 ) -> None:
     """Write <stem>.png (labels) and <stem>_overlay.png for every image, and <stem>_attention.png.
 
@@ -52,7 +52,7 @@ def predict_files(
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
     before anything is written if a file is missing, no image, or has another's name.
     """
-    accelerator = make_accelerator(device=devices.device, precision=devices.precision)
+    accelerator = make_accelerator(devices)
     paths, loaded = list_images(images), load_segmenter(checkpoint)
     loaded = dataclasses.replace(loaded, protocol=changed_protocol(loaded.protocol, changes))
     model, classes = loaded.model.to(accelerator.device), loaded.classes

@@ -19,10 +19,9 @@ from segmenter.dataset import (
     VAL,
     DatasetDescription,
     Pair,
-    count_classes,
     read_description,
 )
-from segmenter.labels import allowed_labels, check_pair
+from segmenter.labels import allowed_labels, check_pair, count_classes
 
 logger = logging.getLogger(__name__)
 

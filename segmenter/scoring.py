@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from common.devices import default_workers, make_accelerator
+from common.devices import make_accelerator
 from common.files import beside
 from common.options import OptionGroup
 from common.progress import Counter
-from segmenter.config import DeviceConfig, ProtocolConfig, ScoringConfig
+from segmenter.config import EvaluateConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import Classes, WholeImages, read_classes
 from segmenter.dataset import DatasetDescription, Pair, read_description
 from segmenter.evaluate import evaluate_model
@@ -31,17 +31,17 @@ MOST_CHECKED = 5000  # pairs whose labels are all looked at first
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, scoring: ScoringConfig, changes: OptionGroup, devices: DeviceConfig
+    checkpoint: Path, evaluation: EvaluateConfig, changes: OptionGroup, devices: ScoringConfig
 ) -> dict[str, Any]:
     """Scores of a checkpoint, with what they depend on, in plain values.
 
     changes: `ProtocolChanges`, in place of the checkpoint's protocol. Raises ValueError for what
     the user can fix, before anything is written.
     """
-    accelerator = make_accelerator(device=devices.device, precision=devices.precision)
+    accelerator = make_accelerator(devices)
     loaded = load_segmenter(checkpoint)
-    description, pairs = _checked_pairs(scoring, loaded.classes)
-    wanted_dir = scoring.save_predictions
+    description, pairs = _checked_pairs(evaluation, loaded.classes)
+    wanted_dir = evaluation.save_predictions
     if wanted_dir is not None and wanted_dir.exists() and any(wanted_dir.iterdir()):
         raise ValueError(f"--save-predictions {wanted_dir} is not empty")
     protocol = changed_protocol(loaded.protocol, changes)
@@ -60,7 +60,7 @@ def evaluate_checkpoint(
             loaded.model.to(accelerator.device),
             WholeImages(description, pairs, protocol),
             group_size=devices.eval_batch_size,
-            workers=default_workers() if devices.workers is None else devices.workers,
+            workers=devices.loader_workers,
             on_prediction=save if folder else None,
             on_progress=tell if accelerator.is_main_process else None,
         )
@@ -74,7 +74,7 @@ def changed_protocol(protocol: ProtocolConfig, changes: OptionGroup) -> Protocol
     return dataclasses.replace(protocol, **{"multi_scale": False, **given})
 
 
-def evaluate_predictions(folder: Path, scoring: ScoringConfig) -> dict[str, Any]:
+def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, Any]:
     """Scores of label maps that `--save-predictions` wrote, or that are annotations themselves.
 
     What a prediction leaves undecided (the ignored label) counts as wrong where the annotation
@@ -82,8 +82,8 @@ def evaluate_predictions(folder: Path, scoring: ScoringConfig) -> dict[str, Any]
     """
     if not folder.is_dir():
         raise ValueError(f"--predictions {folder} is not a folder")
-    description = read_description(scoring.dataset)
-    classes, pairs = read_classes(description), description.pairs(scoring.split)
+    description = read_description(evaluation.dataset)
+    classes, pairs = read_classes(description), description.pairs(evaluation.split)
     areas = Areas(len(classes), description.ignore_index)
     allowed = allowed_labels(description, len(classes))
     for pair in pairs:
@@ -113,17 +113,17 @@ def _result(
 
 
 def _checked_pairs(
-    scoring: ScoringConfig, classes: Classes
+    evaluation: EvaluateConfig, classes: Classes
 ) -> tuple[DatasetDescription, list[Pair]]:
     """The pairs to score. Raises ValueError if the model has other classes than the dataset."""
-    description = read_description(scoring.dataset)
+    description = read_description(evaluation.dataset)
     wanted = read_classes(description)
     if len(wanted) != len(classes):
         raise ValueError(
             f"the checkpoint has {len(classes)} classes ({classes.names[0]}, ...), the dataset "
             f"{description.name} has {len(wanted)} ({wanted.names[0]}, ...)"
         )
-    pairs = description.pairs(scoring.split)
+    pairs = description.pairs(evaluation.split)
     check_labels(description, pairs, len(wanted), everything=len(pairs) <= MOST_CHECKED)
     return description, pairs
 

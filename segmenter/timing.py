@@ -25,9 +25,7 @@ def time_finetuning(config: TrainConfig, task: Task, steps: int) -> dict[str, fl
     Begins anew whatever lies in the output directory, and writes nothing. The first `steps` steps
     warm up the loader, the allocator and torch.compile; as many are timed.
     """
-    accelerator = make_accelerator(
-        device=config.devices.device, precision=config.devices.precision, compile=config.run.compile
-    )
+    accelerator = make_accelerator(config.run)
     optimisation = config.optimisation
     two_epochs = replace(optimisation, epochs=max(2, optimisation.epochs))
     run, state = build_run(replace(config, optimisation=two_epochs), accelerator, task, None)
@@ -57,7 +55,7 @@ def time_finetuning(config: TrainConfig, task: Task, steps: int) -> dict[str, fl
 
 def _evaluation_seconds(run: Run) -> float:
     """Of all validation images, by scoring some of them, evenly spaced."""
-    group, processes = run.config.devices.eval_batch_size, run.accelerator.num_processes
+    group, processes = run.config.run.eval_batch_size, run.accelerator.num_processes
     seconds, scored = 0.0, 1
     for groups in (1, GROUPS_SCORED):
         step = max(1, len(run.images) // (group * processes * groups))

@@ -34,11 +34,7 @@ def finetune(config: TrainConfig, task: Task) -> bool:
     """
     folder = config.run.output_dir
     with Interruption() as interruption:
-        accelerator = make_accelerator(
-            device=config.devices.device,
-            precision=config.devices.precision,
-            compile=config.run.compile,
-        )
+        accelerator = make_accelerator(config.run)
         for pairs in (task.train, task.val):
             check_labels(task.description, pairs, task.num_classes, everything=False)
         with hold(folder / LOCK, folder) if accelerator.is_main_process else nullcontext():
@@ -133,7 +129,7 @@ def _evaluate(
         run.accelerator,
         run.model,
         run.images,
-        group_size=run.config.devices.eval_batch_size,
+        group_size=run.config.run.eval_batch_size,
         workers=run.workers,
         on_progress=logbook.progress.evaluating if logbook else None,
         interruption=interruption,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
+from common.logbook import TIMING_KEYS, read_log
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
 from tests.pipeline.whole_run import scores, write_inputs
@@ -76,10 +79,10 @@ def test_other_settings_in_the_same_directory_are_refused_by_name(
 ) -> None:
     before = files_below(reference)
     done = run_benchmark(
-        *("--config", config, "--output-dir", reference, *ROUNDS, "--coverage-ratio", "20")
+        *("--config", config, "--output-dir", reference, *ROUNDS, "--pretrain", "base_lr=0.05")
     )
     assert done.returncode == 2
-    assert "coverage_ratio was 15, is now 20" in done.stderr
+    assert "four_channels: base_lr: 0.06 -> 0.05" in done.stderr
     assert files_below(reference) == before
 
 
@@ -142,9 +145,7 @@ def _kill_child(parent: subprocess.Popen[bytes], out: Path) -> None:
 
 
 def _results_in(log: Path) -> list[dict[str, object]]:
-    timing = ("images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib", "mfu")
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k not in timing} for entry in entries]
+    return [{k: v for k, v in e.items() if k not in TIMING_KEYS} for e in read_log(log)]
 
 
 @pytest.mark.slow
@@ -220,28 +221,99 @@ def _until(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def test_dry_run_shows_the_commands_and_changes_nothing(config: Path, tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan_on_a_screen_and_changes_nothing(
+    config: Path, tmp_path: Path
+) -> None:
     before = files_below(config.parent)
     out = tmp_path / "out"
-    done = run_benchmark("--config", config, "--output-dir", out, *ROUNDS, "--dry-run")
+    call = ("--config", config, "--output-dir", out, *ROUNDS, "--dry-run")
+    done = run_benchmark(*call)
     assert done.returncode == 0, done.stderr
-    assert "4 steps, 0 done" in done.stdout
-    assert done.stdout.count("-m mae pretrain") == 2
-    assert done.stdout.count("-m segmenter train") == 2
+    assert re.search("[45] steps, 0 done", done.stdout), "packing, unless another test has"
+    assert "-m mae" not in done.stdout
+    assert max(map(len, done.stdout.replace(str(out), "").splitlines())) <= 100
     assert "effective batch 4 = 4 per device x 1 devices x 1 accumulated" in done.stdout
     assert "end of warm-up" in done.stdout
+    verbose = run_benchmark(*call, "--verbose")
+    assert verbose.stdout.count("-m mae pretrain") == 2
+    assert verbose.stdout.count("-m segmenter train") == 2
     assert not out.exists()
     assert files_below(config.parent) == before
 
 
 def test_dry_run_of_a_stacked_run_needs_no_download(config: Path, tmp_path: Path) -> None:
-    call = ("--stack", "--model", "vit_base", "--dry-run", "--eval-epochs", "0,1")
+    call = ("--stack", "--model", "vit_base", "--dry-run", "--verbose", "--eval-epochs", "0,1")
     done = run_benchmark(
         "--config", config, "--output-dir", tmp_path / "out", *call, "--pretrain-epochs", "1"
     )
     assert done.returncode == 0, done.stderr
     assert "-m mae fetch --model vit_base" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_may_be_links_and_images_ppm(tmp_path: Path) -> None:
+    """What pretraining reads, benchmark.py takes: it asks."""
+    config = write_inputs(tmp_path / "tiny")
+    train, elsewhere = tmp_path / "tiny/in1k/train", tmp_path / "elsewhere"
+    train.rename(elsewhere)
+    for path in elsewhere.rglob("*.JPEG"):
+        Image.open(path).save(path.with_suffix(".ppm"))
+        path.unlink()
+    train.mkdir()
+    for folder in elsewhere.iterdir():
+        (train / folder.name).symlink_to(folder)
+    done = run_benchmark("--config", config, "--output-dir", tmp_path / "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "pretraining: 11 images (1 left out)" in done.stdout
+
+
+def test_the_sample_data_of_a_config_are_made_where_it_is_called(tmp_path: Path) -> None:
+    """As `./run_benchmark.sh --config configs/sample.yml` in a fresh clone."""
+    call = ("--config", REPO_ROOT / "configs/sample.yml", "--dry-run")
+    done = run_benchmark(*call, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sample/segmentation/dataset.yml").exists()
+    before = files_below(tmp_path)
+    assert run_benchmark(*call, cwd=tmp_path).returncode == 0
+    assert files_below(tmp_path) == before
+
+
+def test_sample_data_that_are_not_used_are_not_made(config: Path, tmp_path: Path) -> None:
+    data = config.parent
+    done = run_benchmark(
+        *("--config", REPO_ROOT / "configs/sample.yml", "--in1k-dir", data / "in1k", "--dry-run"),
+        *("--eval-dataset", data / "segmentation/dataset.yml"),
+        *("--pretrain", "effective_batch_size=4"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "sample").exists()
+
+
+@pytest.mark.slow
+def test_estimate_times_the_parts_and_leaves_nothing(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_benchmark("--config", config, "--output-dir", out, *ROUNDS, "--estimate")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows if "four_channels" in row] == [
+        *(["pretrain", "four_channels"], ["evaluate", "four_channels"])
+    ]
+    assert "wall time: " in done.stdout
+    assert "will be kept" in done.stdout
+    assert not out.exists()
+
+
+def test_doctor_looks_at_the_data_through_the_parts(config: Path, tmp_path: Path) -> None:
+    call = ("doctor", "--config", config, "--output-dir", tmp_path / "out", "--mask-method")
+    done = run_benchmark(*call, "patches")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "11 train, 1 left out, 4 val" in done.stdout
+    assert done.stdout.splitlines()[-1] == "ready"
+    wrong = run_benchmark(*call, "pathces")
+    assert wrong.returncode == 1
+    assert "choose one of patches, segments" in wrong.stdout
+    assert wrong.stdout.splitlines()[-1] == "1 to fix"
 
 
 def test_epochs_that_do_not_divide_are_told_what_happens(config: Path, tmp_path: Path) -> None:
@@ -255,8 +327,9 @@ def test_epochs_that_do_not_divide_are_told_what_happens(config: Path, tmp_path:
     ("words", "said"),
     [
         ("--mask-method pathces", "patches, segments, four_channels, preencoder"),
-        ("--in1k-dir /nowhere", "/nowhere is not a directory"),
+        ("--in1k-dir /nowhere", "/nowhere is not a folder"),
         ("--masks-dir /nowhere", "needs segments"),
+        ("--eval-dataset /nowhere.yml", "/nowhere.yml"),
         ("--coverage-ratio -3", "0 to 100"),
         ("--pretrain patch_size=5", "patch"),
         ("--pretrain no_such_option=1", "no-such-option"),

@@ -73,6 +73,19 @@ def test_an_environment_that_is_up_to_date_is_used_at_once(tmp_path: Path) -> No
     assert time.monotonic() - started < 30  # a hang, not a measurement
 
 
+@pytest.mark.parametrize("options", [[], ["--config", "configs/sample.yml"]])
+def test_without_options_the_sample_config_is_run(options: list[str], tmp_path: Path) -> None:
+    """It makes its data itself (test_benchmark.py), so that both calls of a new user are one."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\n[ "$1" = -c ] || echo "$PWD: $@"\n')
+    python.chmod(0o755)
+    result = run_script("run_benchmark.sh", *options, PYTHON=str(python))
+    assert result.returncode == 0, result.stderr
+    words = f"{ROOT}/benchmark.py --config configs/sample.yml"
+    last = result.stdout.splitlines()[-1].replace(": benchmark.py", f": {ROOT}/benchmark.py")
+    assert last == f"{ROOT if not options else Path.cwd()}: {words}"
+
+
 def test_the_lock_is_hashed_names_no_index_and_takes_headless_opencv() -> None:
     lock = json.loads((ROOT / "Pipfile.lock").read_text())
     assert lock["_meta"]["sources"] == []

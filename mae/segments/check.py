@@ -35,7 +35,9 @@ class CheckResult:
     interrupted: bool
 
 
-def check(in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: int) -> CheckResult:
+def check(
+    in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: int | None
+) -> CheckResult:
     """Check every training image and its segments; offenders are written, one per line.
 
     What was checked stands in `<offenders_path>.state` until all is done, and is not checked again.
@@ -76,9 +78,7 @@ def check(in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: i
     )
 
 
-def _check_one(
-    train: Path, source: SegmentSource, without: set[str], path: str
-) -> tuple[str, str]:
+def _check_one(train: Path, source: SegmentSource, without: set[str], path: str) -> tuple[str, str]:
     """The path of an image, and what is wrong with it or its segments; empty: nothing."""
     reports: list[str] = []
     try:

@@ -21,18 +21,11 @@ PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Processes(OptionGroup):
-    """Of every command that works on many images."""
+class Speed(OptionGroup):
+    """Of every command that works on many images by many processes."""
 
     title: ClassVar[str] = "Speed"
     processes: int | None = option("Default: one per core.", None, at_least=1, neutral=True)
-
-    @property
-    def count(self) -> int:
-        """How many there are to be."""
-        from mae.segments.parallel import available_cores
-
-        return self.processes or available_cores()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +94,9 @@ def masks() -> None:
     log_to_stderr("%(message)s")
 
 
-@command(masks, "pack", options=PackOptions, processes=Processes)
+@command(masks, "pack", options=PackOptions, speed=Speed)
 @click.argument("masks_dir", type=PATH)
-def pack(masks_dir: Path, options: PackOptions, processes: Processes) -> int:
+def pack(masks_dir: Path, options: PackOptions, speed: Speed) -> int:
     """Pack segments of any form into one SQLite file; the same command goes on if interrupted."""
     from mae.segments.pack import pack as pack_masks
 
@@ -112,19 +105,19 @@ def pack(masks_dir: Path, options: PackOptions, processes: Processes) -> int:
         options.out,
         overwrite=options.overwrite,
         allow_damaged=options.allow_damaged,
-        processes=processes.count,
+        processes=speed.processes,
     )
     return _report(summary)
 
 
-@command(masks, "unpack", processes=Processes)
+@command(masks, "unpack", speed=Speed)
 @click.argument("store", type=PATH)
 @click.argument("out", type=PATH)
-def unpack(store: Path, out: Path, processes: Processes) -> int:
+def unpack(store: Path, out: Path, speed: Speed) -> int:
     """Write the segments of a packed store as RLE JSON again, one file per image."""
     from mae.segments.pack import unpack as unpack_store
 
-    return _report(unpack_store(store, out, processes=processes.count))
+    return _report(unpack_store(store, out, processes=speed.processes))
 
 
 @command(masks, "merge", options=MergeOptions)
@@ -141,42 +134,38 @@ def generate() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-@command(generate, "sam", options=GenerateOptions, settings=SamSettings, processes=Processes)
-def sam(options: GenerateOptions, settings: SamSettings, processes: Processes) -> int:
+@command(generate, "sam", options=GenerateOptions, settings=SamSettings)
+def sam(options: GenerateOptions, settings: SamSettings) -> int:
     """By Segment Anything, any SAM or SAM 2 checkpoint that `transformers` can load."""
     from mae.segments.sam import Sam
 
-    return _generate(Sam(settings), options, processes)
+    return _generate(Sam(settings), options)
 
 
 @command(
     generate, "felzenszwalb",
-    options=GenerateOptions, settings=FelzenszwalbSettings, processes=Processes,
+    options=GenerateOptions, settings=FelzenszwalbSettings, speed=Speed,
 )  # fmt: skip
-def felzenszwalb(
-    options: GenerateOptions, settings: FelzenszwalbSettings, processes: Processes
-) -> int:
+def felzenszwalb(options: GenerateOptions, settings: FelzenszwalbSettings, speed: Speed) -> int:
     """Without weights or a GPU: regions of similar colour, at several scales."""
     from mae.segments.felzenszwalb import Felzenszwalb
 
-    return _generate(Felzenszwalb(settings), options, processes)
+    return _generate(Felzenszwalb(settings), options, speed.processes)
 
 
-def _generate(generator: Generator, options: GenerateOptions, processes: Processes) -> int:
+def _generate(generator: Generator, options: GenerateOptions, processes: int | None = None) -> int:
     from mae.segments.generate import Shard
     from mae.segments.generate import generate as generate_segments
 
     shard = Shard.parse(options.shard) if options.shard else Shard.from_environment()
     return _report(
-        generate_segments(
-            options.images, options.out, generator, shard=shard, processes=processes.count
-        )
+        generate_segments(options.images, options.out, generator, shard=shard, processes=processes)
     )
 
 
-@command(masks, "inspect", options=InspectOptions, processes=Processes)
+@command(masks, "inspect", options=InspectOptions, speed=Speed)
 @click.argument("masks_dir", type=PATH)
-def inspect(masks_dir: Path, options: InspectOptions, processes: Processes) -> None:
+def inspect(masks_dir: Path, options: InspectOptions, speed: Speed) -> None:
     """Print and draw what the segments of a dataset are like."""
     from common.images import find_images
     from mae.listing import segment_key
@@ -187,7 +176,7 @@ def inspect(masks_dir: Path, options: InspectOptions, processes: Processes) -> N
     source = open_any_form(masks_dir)
     folder, ratios = options.images or _train_beside(masks_dir), options.coverage_ratio
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
-    statistics = collect(source, limit=options.limit, processes=processes.count)
+    statistics = collect(source, limit=options.limit, processes=speed.processes)
     for what, value in describe(statistics, ratios):
         click.echo(f"{what + ':':28}{value}")
     missing = found.keys() - source.images() - source.listed_empty()
@@ -207,14 +196,14 @@ def _train_beside(masks_dir: Path) -> Path | None:
     return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), None)
 
 
-@command(masks, "check", options=CheckOptions, processes=Processes)
+@command(masks, "check", options=CheckOptions, speed=Speed)
 @click.argument("in1k_dir", type=PATH)
-def check(in1k_dir: Path, options: CheckOptions, processes: Processes) -> int:
+def check(in1k_dir: Path, options: CheckOptions, speed: Speed) -> int:
     """Check that every training image opens and its segments fit; exit code 1 if not."""
     from mae.segments.check import check as check_dataset
 
     masks_dir = options.masks_dir or in1k_dir / "masks"
-    result = check_dataset(in1k_dir, masks_dir, options.out, processes=processes.count)
+    result = check_dataset(in1k_dir, masks_dir, options.out, processes=speed.processes)
     if result.interrupted:
         click.echo(f"stopped after {result.checked} of {result.total}; run the same command again")
         return EXIT_STOPPED

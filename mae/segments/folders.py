@@ -262,9 +262,7 @@ def path_below(folder: Path, name: str, source: str) -> Path:
     return folder / pure
 
 
-def _report_difference(
-    report: Report, what: str, stated: float, segment: Segment
-) -> None:
+def _report_difference(report: Report, what: str, stated: float, segment: Segment) -> None:
     """Tell of a stated coverage in percent that is not that of the pixels."""
     if abs(stated - segment.coverage_percent) > COVERAGE_TOLERANCE:
         report(

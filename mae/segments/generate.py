@@ -22,14 +22,7 @@ from mae.listing import segment_key
 from mae.segments.parallel import in_order
 from mae.segments.segment import Segment
 from mae.segments.store import PackedImage
-from mae.segments.writing import (
-    MOST_FAILED,
-    Failure,
-    StoreWriter,
-    Summary,
-    pack_image,
-    write_all,
-)
+from mae.segments.writing import MOST_FAILED, Failure, StoreWriter, Summary, pack_image
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +52,14 @@ class Shard:
     index: int = 0
     count: int = 1
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise ValueError(
-                f"--shard {self.index}/{self.count}: the first number counts from 0 and has to be "
-                "below the second"
-            )
-
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From `0/4`, the first of four."""
+        """From `0/4`, the first of four. Raises ValueError."""
         index, slash, count = text.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal()):
-            raise ValueError(f"--shard {text}: write it as 0/4, the first of four")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ValueError(
+                f"--shard {text}: write it as 0/4, the first of four; it counts from 0"
+            )
         return cls(index=int(index), count=int(count))
 
     @classmethod
@@ -90,7 +78,7 @@ class Shard:
 
 
 def generate(
-    images_dir: Path, out: Path, generator: Generator, *, shard: Shard, processes: int
+    images_dir: Path, out: Path, generator: Generator, *, shard: Shard, processes: int | None
 ) -> Summary:
     """Make the segments of every image below a folder that are not in the packed store yet.
 
@@ -112,8 +100,8 @@ def generate(
         work = _Batch(images_dir, generator, done)
         todo = [b for b in batches if any(segment_key(path) not in done for path in b)]
         with closing(work.results(todo, processes)) as results:
-            summary = write_all(
-                writer, results, what="generate", total=total, already_there=total - left
+            summary = writer.add_all(
+                results, what="generate", total=total, already_there=total - left
             )
         if summary.interrupted:
             return summary
@@ -135,14 +123,13 @@ class _Batch:
     done: set[str]
 
     def results(
-        self, batches: Sequence[Sequence[str]], processes: int
+        self, batches: Sequence[Sequence[str]], processes: int | None
     ) -> Results[list[PackedImage | Failure], None, None]:
         """In the order of the batches."""
         if self.generator.in_processes:
             yield from in_order(self.read_and_segment, batches, processes=processes, chunk=1)
         else:
-            readers = min(processes, READERS)
-            yield from map(self.segment, in_order(self.read, batches, processes=readers, chunk=1))
+            yield from map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
 
     def read_and_segment(self, paths: Sequence[str]) -> list[PackedImage | Failure]:
         """Both, in whatever process."""

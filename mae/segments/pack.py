@@ -23,20 +23,18 @@ from mae.segments.parallel import in_order
 from mae.segments.segment import Segment, segment_from_counts
 from mae.segments.settings import check_made_alike
 from mae.segments.store import STORE_NAME, PackedImage, PackedStore
-from mae.segments.writing import (
-    MOST_FAILED,
-    Failure,
-    StoreWriter,
-    Summary,
-    pack_image,
-    write_all,
-)
+from mae.segments.writing import MOST_FAILED, Failure, StoreWriter, Summary, pack_image
 
 SHARD_NAME = re.compile(r"-(?P<index>\d+)-of-(?P<count>\d+)$")  # of `generate`, without suffix
 
 
 def pack(
-    masks_dir: Path, out: Path | None, *, overwrite: bool, allow_damaged: bool, processes: int
+    masks_dir: Path,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    allow_damaged: bool,
+    processes: int | None,
 ) -> Summary:
     """Write a packed store of a folder of any form, or go on writing it.
 
@@ -53,8 +51,7 @@ def pack(
         done = writer.keys()
         todo = [key for key in keys if key not in done]
         with closing(in_order(partial(_pack_one, source), todo, processes=processes)) as images:
-            summary = write_all(
-                writer,
+            summary = writer.add_all(
                 ([image] for image in images),
                 what="pack",
                 total=len(keys),
@@ -71,7 +68,7 @@ def pack(
     return summary
 
 
-def unpack(store_path: Path, out: Path, *, processes: int) -> Summary:
+def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     """Write every image's segments as RLE JSON again; what is there is kept."""
     store = PackedStore(store_path)
     files = {
@@ -122,8 +119,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     with StoreWriter(out, source=first.meta["source"], settings=first.settings) as writer:
         todo = sorted(owner.keys() - writer.keys())
         left_out = [Failure(key, failures[key]) for key in sorted(failures.keys() - owner.keys())]
-        summary = write_all(
-            writer,
+        summary = writer.add_all(
             chain([left_out], ([owner[key].packed(key)] for key in todo)),
             what="merge",
             total=len(owner) + len(left_out),

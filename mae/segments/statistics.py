@@ -38,7 +38,7 @@ class Statistics:
         return np.array([np.abs(coverage - ratio).min() for coverage in self.coverages])
 
 
-def collect(source: SegmentSource, *, limit: int, processes: int) -> Statistics:
+def collect(source: SegmentSource, *, limit: int, processes: int | None) -> Statistics:
     """Read the segments of at most `limit` images, evenly spread."""
     keys = sorted(source.images())
     chosen = [keys[i * len(keys) // limit] for i in range(limit)] if len(keys) > limit else keys

@@ -79,27 +79,6 @@ def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
     )
 
 
-def write_all(
-    writer: StoreWriter,
-    batches: Iterable[Sequence[PackedImage | Failure]],
-    *,
-    what: str,
-    total: int,
-    already_there: int,
-) -> Summary:
-    """Add what comes, until all is there or a signal asks to stop; either survives a kill then."""
-    with Interruption() as stop, Counter(what, total=total, done=already_there) as counter:
-        for batch in batches:
-            for image in batch:
-                writer.add(image)
-            counter.advance(len(batch))
-            if stop.requested:
-                logger.warning("stopped; run the same command again to go on")
-                break
-    writer.commit()
-    return writer.summary(already_there=already_there, interrupted=stop.requested)
-
-
 class StoreWriter:
     """Adds images to `<out>.part`; `finish` gives it its name. Use as a context manager.
 
@@ -136,15 +115,31 @@ class StoreWriter:
         """The images that are done."""
         return {key for (key,) in self.connection.execute("SELECT key FROM images")}
 
-    def summary(self, *, already_there: int, interrupted: bool = False) -> Summary:
-        """What is there now, and what failed in this run."""
+    def add_all(
+        self,
+        batches: Iterable[Sequence[PackedImage | Failure]],
+        *,
+        what: str,
+        total: int,
+        already_there: int,
+    ) -> Summary:
+        """Add what comes, until all is there or a signal asks to stop; then it survives a kill."""
+        with Interruption() as stop, Counter(what, total=total, done=already_there) as counter:
+            for batch in batches:
+                for image in batch:
+                    self.add(image)
+                counter.advance(len(batch))
+                if stop.requested:
+                    logger.warning("stopped; run the same command again to go on")
+                    break
+        self.commit()
         return Summary(
             out=self.out,
             images=self._count("images WHERE segments > 0"),
             without=self._count("images WHERE segments = 0"),
             left_out=len(self.failures),
             already_there=already_there,
-            interrupted=interrupted,
+            interrupted=stop.requested,
         )
 
     def add(self, image: PackedImage | Failure) -> None:
@@ -206,12 +201,16 @@ class StoreWriter:
     def _open(self) -> None:
         with self._explained():
             self.connection = sqlite3.connect(self.part, timeout=1, isolation_level=None)
-            self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self.connection.execute("BEGIN EXCLUSIVE")
-            if self._count("sqlite_master"):
-                self._continue()
-            else:
-                self._make_tables()
+            try:
+                self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+                self.connection.execute("BEGIN EXCLUSIVE")
+                if self._count("sqlite_master"):
+                    self._continue()
+                else:
+                    self._make_tables()
+            except BaseException:
+                self.connection.close()  # nobody else will, and it holds a lock
+                raise
 
     def _make_tables(self) -> None:
         for statement in SCHEMA.split(";"):

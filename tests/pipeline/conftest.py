@@ -2,19 +2,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
 from PIL import Image
 
-from pipeline import options
-from pipeline.settings import Settings
+import benchmark
+from common import options
+from pipeline.settings import GROUPS, Settings
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """The smallest folders that pass the pipeline's own checks."""
+    """The smallest folders that a plan can be about."""
     folder = tmp_path / "data"
     (folder / "in1k/train/disc").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(folder / "in1k/train/disc/disc_0.JPEG")
@@ -29,16 +29,16 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Settings]:
     """Settings as the command line makes them, from words such as "--seed 1,2"."""
 
     def make(words: str = "", output_dir: Path = tmp_path / "out") -> Settings:
-        given: dict[str, Any] = {}
+        made: list[Settings] = []
+        group = click.Group()
 
-        @click.command(context_settings={"token_normalize_func": options.normalize})
-        @options.run_options
-        def command(**values: Any) -> None:
-            given.update(values)
+        @options.command(group, "run", **GROUPS)
+        def run(**groups: object) -> None:
+            made.append(benchmark._settings(groups))
 
-        base = f"--in1k-dir {data / 'in1k'} --eval-dataset {data / 'dataset.yml'} --num-gpus 0"
-        line = [*base.split(), "--output-dir", str(output_dir), *words.split()]
-        command.main(line, standalone_mode=False)
-        return options.settings_from(given)
+        base = f"run --in1k-dir {data / 'in1k'} --num-gpus 0 --output-dir {output_dir}"
+        dataset = "" if "--ade20k-dir" in words else f" --eval-dataset {data / 'dataset.yml'}"
+        group.main([*(base + dataset).split(), *words.split()], standalone_mode=False)
+        return made[0]
 
     return make

@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 from PIL import Image, ImageDraw
 
-from pipeline import layout
-from pipeline.layout import Layout, RunName
+from common.layout import LOG, PREDICTIONS, RESULT, reconstructions_path
+from pipeline.layout import Layout, Run, eval_name
 from pipeline.records import Record, write_record
-from pipeline.settings import METHODS_WITH_SEGMENTS
+from tests.pipeline.programs import FACTS
 
 CLASSES = ("grass", "sand", "water", "disc", "square", "triangle", "flower")
 GAIN = {"patches": 0.0, "segments": 2.0, "four_channels": 4.0, "preencoder": -1.0}
@@ -28,63 +28,65 @@ def write_run(
     """A run of `methods`; seed s scores `spread` x s points more."""
     paths = Layout(root)
     root.mkdir(parents=True, exist_ok=True)
-    experiment = {
-        "mask_methods": list(methods),
-        "coverage_ratios": [15.0],
-        "seeds": list(seeds),
+    settings = {
+        "mask_method": list(methods),
+        "coverage_ratio": [15.0],
+        "seed": list(seeds),
         "model": "vit_tiny",
         "pretrain_epochs": max(epochs),
+        "finetune": {"lr": 0.001},
     }
     run_yml = {
-        "settings": {"experiment": experiment, "finetune": {"lr": 0.001}},
+        "settings": settings,
         "versions": {"python": "3.11.7", "torch": "2.14.1"},
         "hardware": {"host": "here", "gpus": []},
     }
     paths.run_yml.write_text(yaml.safe_dump(run_yml))
     for seed in seeds:
-        named_seed = seed if len(seeds) > 1 else None
-        write_evaluation(paths, RunName(method="scratch", seed=named_seed), 0, seed, 10 + seed)
+        write_evaluation(paths, Run(method="scratch", seed=seed), 0, 10 + seed)
         for method in methods:
-            run = RunName(method=method, seed=named_seed)
-            write_pretraining(paths, run, epochs, seed)
+            run = Run(method=method, seed=seed)
+            write_pretraining(paths, run, epochs)
             for count in epochs:
-                score = 20 + count + GAIN[method] + spread * seed
-                write_evaluation(paths, run, count, seed, score)
+                write_evaluation(paths, run, count, 20 + count + GAIN[method] + spread * seed)
     return paths
 
 
-def write_pretraining(
-    paths: Layout, run: RunName, epochs: tuple[int, ...], seed: int = 0, ratio: str = "15"
-) -> None:
-    folder = paths.pretrain_dir(run)
+def write_pretraining(paths: Layout, run: Run, epochs: tuple[int, ...]) -> None:
+    folder = paths.pretrain_dir(run.name)
     folder.mkdir(parents=True)
-    made_with = {"mask_method": run.method, "seed": str(seed)}
-    made_with |= {"coverage_ratio": ratio} if run.method in METHODS_WITH_SEGMENTS else {}
+    made_with: dict[str, object] = {"mask_method": run.method, "seed": run.seed}
+    if FACTS.uses_ratio(run.method):
+        made_with["coverage_ratio"] = run.coverage_ratio
     for count in epochs:
-        name = f"pretrain_{run}_{count}"
-        write_record(
-            paths,
-            Record(
-                name=name,
-                state="done",
-                run=str(run),
-                kind="pretrain",
-                fingerprint=made_with,
-                seconds=90,
-            ),
-        )
-    with layout.epoch_log(folder).open("w") as stream:
+        _record(paths, f"pretrain_{run.name}_{count}", "pretrain", run, made_with)
+    with (folder / LOG).open("w") as stream:
         for epoch in range(1, max(epochs) + 1):
             loss = 0.4 + math.exp(-epoch / 4)
             entry = {"epoch": epoch, "train_loss": loss, "train_lr": 1e-3 * (1 - epoch / 20)}
             stream.write(json.dumps(entry) + "\n")
     for count in epochs:
-        _picture(paths.reconstructions(run, count), f"{run} {count}")
+        _picture(reconstructions_path(folder, count), f"{run.name} {count}")
 
 
-def write_evaluation(paths: Layout, run: RunName, epochs: int, seed: int, score: float) -> None:
-    folder = paths.eval_dir(run, epochs)
+def _record(
+    paths: Layout, name: str, kind: str, run: Run, made_with: dict[str, object], seconds: int = 90
+) -> None:
+    record = Record(
+        name=name, state="done", run=run.name, kind=kind, fingerprint=made_with, seconds=seconds
+    )
+    write_record(paths, record)
+
+
+def write_evaluation(
+    paths: Layout, run: Run, epochs: int, score: float, eval_seed: int = 0, batch_size: int = 8
+) -> None:
+    folder = paths.eval_dir(run.name, epochs, eval_seed)
     folder.mkdir(parents=True)
+    seed = run.seed + eval_seed
+    name = f"evaluate_{eval_name(run.name, epochs, eval_seed)}"
+    made_with: dict[str, object] = {"seed": seed, "batch_size": batch_size, "epochs": 6}
+    _record(paths, name, "evaluate", run, made_with, seconds=0)
     result = {
         "format_version": 1,
         "epochs": 6,
@@ -102,10 +104,10 @@ def write_evaluation(paths: Layout, run: RunName, epochs: int, seed: int, score:
         "model": "vit_tiny",
         "dataset": {"name": "sample", "num_classes": 7, "num_val": 48},
     }
-    layout.result(folder).write_text(json.dumps(result))
+    (folder / RESULT).write_text(json.dumps(result))
     entries = [{"epoch": e, "train_loss": 2 / e, "val_mean_iou": score * e / 6} for e in (2, 4, 6)]
-    layout.epoch_log(folder).write_text("".join(json.dumps(e) + "\n" for e in entries))
-    _picture(layout.predictions(folder), f"{run} {epochs}")
+    (folder / LOG).write_text("".join(json.dumps(e) + "\n" for e in entries))
+    _picture(folder / PREDICTIONS, f"{run.name} {epochs}")
 
 
 def _picture(path: Path, text: str) -> None:

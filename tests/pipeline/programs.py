@@ -1,4 +1,4 @@
-"""The programs that the pipeline's tests start."""
+"""The programs that the pipeline's tests start, and what the parts would answer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,74 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from pipeline.plan import Step
+from pipeline.parts import Facts
+from pipeline.plan import Step, make_plan
+from pipeline.settings import Settings
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
+def _fact(default: Any = None, *, neutral: bool = False) -> dict[str, Any]:
+    return {"default": default, "neutral": neutral, "older": default}
+
+
+_PLACES = dict.fromkeys(
+    ("output_dir", "device", "compile", "workers", "resume", "plugin", "log_with"),
+    _fact(neutral=True),
+)
+_SEGMENTS = {"uses_segments": True, "settings": ["coverage_ratio", "hide"]}
+# As test_parts.py compares them with the real ones.
+FACTS = Facts(
+    methods={
+        "patches": {"uses_segments": False, "settings": ["mask_ratio"]},
+        **dict.fromkeys(("segments", "four_channels", "preencoder"), _SEGMENTS),
+    },
+    recipes={
+        "segmenter": {"epochs": 64, "batch_size": 8},
+        "fast": {"epochs": 8, "batch_size": 16},
+    },
+    options={
+        "pretrain": {
+            **dict.fromkeys(("in1k_dir", "masks_dir", "init", "patch_size"), _fact()),
+            "mask_method": _fact("patches"),
+            "coverage_ratio": _fact(15.0),
+            "hide": _fact("segment"),
+            "mask_ratio": _fact(0.75),
+            "model": _fact("vit_large"),
+            "epochs": _fact(50),
+            "base_lr": _fact(1.5e-4),
+            "effective_batch_size": _fact(4096),
+            "seed": _fact(0),
+            "batch_size": _fact(64, neutral=True),
+            "stop_after": _fact(neutral=True),
+            **_PLACES,
+        },
+        "evaluate": {
+            **dict.fromkeys(("dataset", "init", "patch_size", "clip_grad"), _fact()),
+            "model": _fact("vit_large"),
+            "recipe": _fact("segmenter"),
+            "epochs": _fact(),
+            "batch_size": _fact(),
+            "seed": _fact(0),
+            "device_batch_size": _fact(neutral=True),
+            "eval_batch_size": _fact(4, neutral=True),
+            **_PLACES,
+        },
+    },
+)
+
+
+def plan_of(settings: Settings, *more: Any) -> list[Step]:
+    """The plan, with what the parts would answer; `more`: runs that are there."""
+    return make_plan(settings, FACTS, *more)
+
+
 def standin(step: Step, **behaviour: object) -> Step:
     """The step, done by tests/pipeline/standin.py."""
-    return replace(step, module="tests.pipeline.standin", options={**step.options, **behaviour})
+    program = ("tests.pipeline.standin",)
+    return replace(step, program=program, options={**step.options, **behaviour})
 
 
 def fake_program(folder: Path, name: str, script: str) -> None:
@@ -26,7 +85,7 @@ def fake_program(folder: Path, name: str, script: str) -> None:
 
 
 def run_benchmark(
-    *words: str | Path, timeout: float = 300, **environment: str
+    *words: str | Path, timeout: float = 300, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """benchmark.py as a user calls it."""
     return subprocess.run(
@@ -34,5 +93,6 @@ def run_benchmark(
         capture_output=True,
         text=True,
         timeout=timeout,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )

@@ -1,43 +1,47 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
-from pipeline import layout
-from pipeline.layout import Layout, RunName
+from pipeline.layout import Layout, Run, parse_eval_name
+
+RATIOS = [0.0, 15.0, 25.0, 12.5, 1e-5, 1.5e-7, 12.3456789, 99.99999999999999, 100.0, 0.1 + 0.2]
+RATIOS += [random.Random(0).uniform(0, 100) for _ in range(50)]
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        RunName(method="patches"),
-        RunName(method="four_channels", coverage_ratio=12.5),
-        RunName(method="segments", coverage_ratio=15, seed=3),
-        RunName(method="scratch", seed=0),
-    ],
-)
-def test_names_are_parsed_back(run: RunName) -> None:
-    paths = Layout(Path("/out"))
-    assert RunName.parse(str(run)) == run
-    assert layout.parse_eval_name(paths.eval_dir(run, 5).name) == (run, 5)
-    assert layout.checkpoint_epochs(paths.checkpoint(run, 40)) == 40
-    assert layout.reconstructions_epochs(paths.reconstructions(run, 40)) == 40
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_names_are_parsed_back_whatever_the_ratio(ratio: float, seed: int) -> None:
+    run = Run(method="four_channels", coverage_ratio=ratio, seed=seed)
+    assert Run.parse(run.name) == run
+    for eval_seed in (0, 2):
+        folder = Layout(Path("/out")).eval_dir(run.name, 5, eval_seed)
+        assert parse_eval_name(folder.name) == (run.name, 5, eval_seed)
 
 
 def test_names_as_the_design_has_them() -> None:
     paths = Layout(Path("/out"))
-    run = RunName(method="four_channels", coverage_ratio=15, seed=0)
-    assert str(run) == "four_channels-cov15-seed0"
-    assert paths.eval_dir(RunName(method="scratch"), 0) == Path("/out/eval_output/scratch_0")
+    assert Run(method="four_channels").name == "four_channels"
+    assert Run(method="four_channels", coverage_ratio=25.0, seed=1).name == (
+        "four_channels-cov25-seed1"
+    )
+    assert paths.eval_dir("scratch", 0) == Path("/out/eval_output/scratch_0")
+    assert paths.eval_dir("patches", 5, 1).name == "patches_5-evalseed1"
 
 
-@pytest.mark.parametrize("name", ["", "patches", "-cov15_3", "patches_x"])
+def test_names_of_an_earlier_version_are_understood() -> None:
+    assert Run.parse("four_channels-cov15-seed0") == Run(method="four_channels")
+
+
+def test_a_method_of_ones_own_may_have_any_name() -> None:
+    run = Run(method="Blocks-v2_5", coverage_ratio=30.0)
+    assert Run.parse(run.name) == run
+    assert parse_eval_name("Blocks-v2_5-cov30_10")[0] == run.name
+
+
+@pytest.mark.parametrize("name", ["", "patches", "-cov15_3", "patches_x", "patches_5-evalseed"])
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is not"):
-        layout.parse_eval_name(name)
-
-
-@pytest.mark.parametrize("name", ["last.pth", "checkpoint-5.pth.tmp", "checkpoint-.pth"])
-def test_other_files_are_no_checkpoints(name: str) -> None:
-    assert layout.checkpoint_epochs(Path(name)) is None
+        parse_eval_name(name)

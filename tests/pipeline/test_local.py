@@ -18,10 +18,10 @@ import benchmark
 from pipeline import process
 from pipeline.layout import Layout
 from pipeline.local import LocalLauncher, failure_message
-from pipeline.plan import Step, make_plan
+from pipeline.plan import Step
 from pipeline.records import is_done, read_record, write_record
 from pipeline.settings import Settings
-from tests.pipeline.programs import REPO_ROOT, standin
+from tests.pipeline.programs import REPO_ROOT, plan_of, standin
 
 Make = Callable[..., Settings]
 
@@ -32,8 +32,8 @@ def alternate(steps: list[Step], paths: Layout, *, overlaps: bool = False, **how
 
 
 def plan(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]:
-    steps = [standin(step, **behaviour) for step in make_plan(settings)]
-    return steps, Layout(settings.output_dir)
+    steps = [standin(step, **behaviour) for step in plan_of(settings)]
+    return steps, Layout(settings.data.output_dir)
 
 
 def test_steps_run_in_order_and_count_as_done(settings: Make) -> None:
@@ -61,7 +61,7 @@ def test_the_official_checkpoint_is_fetched_into_an_empty_output_directory(
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         chosen = settings("--stack --model vit_base --pretrain-epochs 1")
-        fetch, paths = make_plan(chosen)[0], Layout(chosen.output_dir)
+        fetch, paths = plan_of(chosen)[0], Layout(chosen.data.output_dir)
         url = f"http://127.0.0.1:{server.server_port}/release.pth"
         assert alternate([replace(fetch, options={**fetch.options, "url": url})], paths) == 0
         server.shutdown()
@@ -70,7 +70,7 @@ def test_the_official_checkpoint_is_fetched_into_an_empty_output_directory(
 
 
 def test_the_reason_is_found_above_torchruns_own_lines(settings: Make) -> None:
-    step = make_plan(settings("--pretrain-epochs 1"))[0]
+    step = plan_of(settings("--pretrain-epochs 1"))[0]
     step.folder.mkdir(parents=True)
     step.console_log.write_text("process 1: Error: the reason\n" + "torchrun's frame\n" * 30)
     assert "reason: process 1: Error: the reason\n" in failure_message(step, "ended")
@@ -123,7 +123,7 @@ def test_overlapping_evaluations_run_beside_the_next_round(settings: Make) -> No
 def test_descendants_with_their_own_session_are_ended_with_the_step(settings: Make) -> None:
     steps, paths = plan(settings("--pretrain-epochs 1"), behaviour="with-orphan")
     assert alternate(steps, paths) == 1
-    assert process.marked_pids(f"{paths.root}:{steps[0].name}") == []
+    assert process.marked(f"{paths.root}:{steps[0].name}") == []
 
 
 def _start_elsewhere(
@@ -134,10 +134,10 @@ def _start_elsewhere(
 import benchmark, io, signal, sys
 from pathlib import Path
 from pipeline import local, plan
-from pipeline.layout import Layout, RunName
+from pipeline.layout import Layout
 root = Path({str(root)!r})
-step = plan.Step(name={name!r}, kind="pretrain", run=RunName(method="patches"), epochs=100,
-    module="tests.pipeline.standin", processes=1, needs=(), folder=root / "x",
+step = plan.Step(name={name!r}, kind="pretrain", run="patches", epochs=100,
+    program=("tests.pipeline.standin",), processes=1, needs=(), folder=root / "x",
     options=dict(output_dir=root / "x", stop_after=100, seconds={seconds}, behaviour={behaviour!r}),
     outputs=(root / "x/checkpoint-100.pth",))
 launcher = local.LocalLauncher(Layout(root), overlaps=False, output=io.BytesIO())
@@ -164,7 +164,7 @@ def test_a_signal_lets_the_step_save_and_leaves_no_process(
     parent.send_signal(number)
     assert parent.wait(30) == 75
     assert read_record(Layout(tmp_path), "long").state == "stopped"
-    assert process.marked_pids(f"{tmp_path}:long") == []
+    assert process.marked(f"{tmp_path}:long") == []
 
 
 def test_a_second_signal_ends_a_step_that_does_not_listen(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_second_signal_ends_a_step_that_does_not_listen(tmp_path: Path) -> Non
     assert parent.poll() is None
     parent.send_signal(signal.SIGINT)
     assert parent.wait(30) == 75
-    assert process.marked_pids(f"{tmp_path}:long") == []
+    assert process.marked(f"{tmp_path}:long") == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
@@ -182,7 +182,7 @@ def test_a_killed_parent_takes_its_step_along(tmp_path: Path) -> None:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
     parent.kill()
     parent.wait(30)
-    _wait_until(lambda: not process.marked_pids(f"{tmp_path}:long"))
+    _wait_until(lambda: not process.marked(f"{tmp_path}:long"))
     assert len((tmp_path / "x/log.txt").read_text().splitlines()) < 100
 
 
@@ -190,9 +190,9 @@ def test_an_orphan_that_does_not_end_is_ended_before_its_step_restarts(tmp_path:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1, behaviour="stubborn")
     parent.kill()
     parent.wait(30)
-    assert process.marked_pids(f"{tmp_path}:long")
+    assert process.marked(f"{tmp_path}:long")
     process.end_orphans(f"{tmp_path}:long", grace_seconds=0.2)
-    assert process.marked_pids(f"{tmp_path}:long") == []
+    assert process.marked(f"{tmp_path}:long") == []
 
 
 def test_a_damaged_record_is_named(settings: Make) -> None:

@@ -12,9 +12,8 @@ import pytest
 from pipeline import process
 from pipeline.layout import Layout
 from pipeline.local import LocalLauncher
-from pipeline.plan import make_plan
 from pipeline.settings import Settings
-from tests.pipeline.programs import standin
+from tests.pipeline.programs import plan_of, standin
 
 Make = Callable[..., Settings]
 
@@ -29,8 +28,8 @@ def test_the_workers_of_torchrun_have_the_whole_grace_to_save(
 ) -> None:
     """torchrun alone would end them after 30 s."""
     chosen = settings("--pretrain-epochs 100 --eval-freq 100 --num-processes 2")
-    step = standin(make_plan(chosen)[0], seconds=save_seconds)
-    paths = Layout(chosen.output_dir)
+    step = standin(plan_of(chosen)[0], seconds=save_seconds)
+    paths = Layout(chosen.data.output_dir)
     launcher = LocalLauncher(paths, overlaps=False, output=io.BytesIO())
     launcher.start(step)
     while step.console_log.read_text().count("started") < 2:
@@ -43,4 +42,4 @@ def test_the_workers_of_torchrun_have_the_whole_grace_to_save(
         ended = launcher.poll()
     assert [end.state for end in ended] == ["stopped"]
     assert time.monotonic() - asked < at_most
-    assert process.marked_pids(f"{paths.root}:{step.name}") == []
+    assert process.marked(f"{paths.root}:{step.name}") == []

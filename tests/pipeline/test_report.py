@@ -3,18 +3,21 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline import charts, layout
+from common.layout import LOG, PREDICTIONS, RESULT
+from pipeline import charts
 from pipeline.charts import Point, Series, line_chart, ticks
-from pipeline.layout import RunName
+from pipeline.layout import Layout, Run
+from pipeline.records import read_record, write_record
 from pipeline.report import write_all, write_report
-from pipeline.results import read_evaluations, table, write_results_csv
+from pipeline.results import read_evaluations, read_run_yml, table, write_results_csv
 from tests.pipeline.finished_run import write_evaluation, write_run
-from tests.pipeline.programs import run_benchmark
+from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 
 def text_of(page: Path) -> str:
@@ -70,10 +73,10 @@ def test_one_seed_is_said_to_prove_nothing(tmp_path: Path) -> None:
 
 def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",))
-    layout.result(paths.eval_dir(RunName(method="patches"), 10)).unlink()
-    with layout.epoch_log(paths.pretrain_dir(RunName(method="patches"))).open("a") as log:
+    (paths.eval_dir("patches", 10) / RESULT).unlink()
+    with (paths.pretrain_dir("patches") / LOG).open("a") as log:
         log.write('{"epoch": 11, "train_lo')  # is being written
-    layout.predictions(paths.eval_dir(RunName(method="patches"), 10)).write_bytes(b"\x89PNG half")
+    (paths.eval_dir("patches", 10) / PREDICTIONS).write_bytes(b"\x89PNG half")
     paths.plan.write_text(json.dumps([{"name": "a"}, {"name": "b"}]))
     write_all(paths)
     words = text_of(paths.report_html)
@@ -100,10 +103,10 @@ def test_a_seed_counts_once_however_often_it_was_scored(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", methods=("patches",))
     second = write_run(tmp_path / "b", methods=("patches",))
     for folder in first.eval_output.iterdir():
-        result = json.loads(layout.result(folder).read_text())
+        result = json.loads((folder / RESULT).read_text())
         score = result["mean_iou"]
         result["seeds"] = [{"seed": n, "mean_iou": score + n - 1} for n in range(3)]
-        layout.result(folder).write_text(json.dumps(result))
+        (folder / RESULT).write_text(json.dumps(result))
     page = tmp_path / "both.html"
     write_report([first.root, second.root], page)
     assert "patches reaches 30.00% mean IoU" in text_of(page)
@@ -112,19 +115,58 @@ def test_a_seed_counts_once_however_often_it_was_scored(tmp_path: Path) -> None:
 def test_a_later_call_about_something_else_does_not_rename_results(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("four_channels",))
     run = yaml.safe_load(paths.run_yml.read_text())
-    run["settings"]["experiment"]["coverage_ratios"] = [30.0]
+    run["settings"]["coverage_ratio"] = [30.0]
     paths.run_yml.write_text(yaml.safe_dump(run))
     write_all(paths)
     assert "four_channels 15%" in text_of(paths.report_html)
     assert "30%" not in paths.results_csv.read_text()
 
 
-def test_a_damaged_log_is_named(tmp_path: Path) -> None:
+def test_a_damaged_log_is_drawn_up_to_the_damage(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",))
-    log = layout.epoch_log(paths.pretrain_dir(RunName(method="patches")))
-    log.write_text("{broken\n")
-    with pytest.raises(ValueError, match=r"log\.txt has a damaged line"):
-        write_report([paths.root], tmp_path / "page.html")
+    with (paths.pretrain_dir("patches") / LOG).open("a") as log:
+        log.write("{broken\n")
+    write_all(paths)
+    assert "Pretraining loss" in text_of(paths.report_html)
+
+
+def test_methods_stand_in_the_order_of_the_call_then_by_the_alphabet(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("segments", "patches"), epochs=(5,))
+    for method in ("zebra", "ant"):
+        write_evaluation(paths, Run(method=method), 5, 1.0)
+    order = [evaluation.method for evaluation in read_evaluations(paths)]
+    assert order == ["scratch", "segments", "patches", "ant", "zebra"]
+    write_all(paths)
+    assert "Against patches" in text_of(paths.report_html), "the reference, wherever it stands"
+
+
+def test_settings_of_the_version_before_are_read(tmp_path: Path) -> None:
+    text = (REPO_ROOT / "tests/fixtures/earlier_run/run/run.yml").read_text()
+    (tmp_path / "run.yml").write_text(text.replace("@", "/"))
+    settings = read_run_yml(Layout(tmp_path))["settings"]
+    assert settings["mask_method"] == ["four_channels"]
+    assert settings["pretrain_epochs"] == 3
+    assert settings["pretrain"]["base_lr"] == 0.01
+    assert not {"data", "experiment", "schedule"} & settings.keys()
+
+
+def test_finetunings_of_one_checkpoint_are_averaged_and_told_apart(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",), epochs=(10,), seeds=(0, 1))
+    for seed, score in ((0, 40), (1, 41)):
+        write_evaluation(paths, Run(method="patches", seed=seed), 10, score, eval_seed=1)
+    with write_csv(paths).open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["method"] == "patches"]
+    assert [(row["seed"], row["eval_seed"]) for row in rows] == [
+        *(("0", "0"), ("0", "1"), ("1", "1"), ("1", "2"))
+    ]
+    assert [row["minutes"] for row in rows] == ["1.50", "0.00", "1.50", "0.00"]
+    write_all(paths)
+    assert "patches reaches 35.50% (35.00 to 36.00, 2 seeds)" in text_of(paths.report_html)
+
+
+def write_csv(paths: Layout) -> Path:
+    write_results_csv(paths)
+    return paths.results_csv
 
 
 def test_directories_of_other_settings_are_kept_apart_and_differences_shown(
@@ -133,13 +175,15 @@ def test_directories_of_other_settings_are_kept_apart_and_differences_shown(
     first = write_run(tmp_path / "a", methods=("patches",))
     second = write_run(tmp_path / "b", methods=("patches",))
     run = yaml.safe_load(second.run_yml.read_text())
-    run["settings"]["finetune"]["lr"] = 0.002
+    run["settings"]["finetune"]["batch_size"] = 16
     second.run_yml.write_text(yaml.safe_dump(run))
+    record = read_record(second, "evaluate_patches_10")
+    write_record(second, replace(record, fingerprint={**record.fingerprint, "batch_size": 16}))
     page = tmp_path / "both.html"
     write_report([first.root, second.root], page)
     words = text_of(page)
     assert "patches (a)" in words
-    assert "finetune: lr 0.001 0.002" in words
+    assert "finetune: batch_size not given 16" in words
 
 
 def test_classes_that_change_most_are_named(tmp_path: Path) -> None:
@@ -160,7 +204,7 @@ def test_the_page_asks_for_nothing_from_outside_and_runs_nothing(tmp_path: Path)
 
 def test_text_from_a_run_cannot_break_the_page(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",))
-    result = layout.result(paths.eval_dir(RunName(method="patches"), 10))
+    result = paths.eval_dir("patches", 10) / RESULT
     content = json.loads(result.read_text())
     content["dataset"]["name"] = "<b>&"
     result.write_text(json.dumps(content))
@@ -172,7 +216,7 @@ def test_other_folders_and_unfinished_evaluations_are_passed_over(tmp_path: Path
     paths = write_run(tmp_path / "run", methods=("patches",))
     (paths.eval_output / "notes").mkdir()
     (paths.eval_output / "patches_20").mkdir()
-    write_evaluation(paths, RunName(method="fifth"), 3, 0, 1.0)
+    write_evaluation(paths, Run(method="fifth"), 3, 1.0)
     assert [e.method for e in read_evaluations(paths)][-1] == "fifth"
     write_all(paths)
 

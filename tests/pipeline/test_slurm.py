@@ -11,12 +11,12 @@ import pytest
 
 from pipeline import slurm
 from pipeline.layout import Layout
-from pipeline.plan import Step, make_plan
+from pipeline.plan import Step
 from pipeline.preview import write_run_files
 from pipeline.records import read_record, write_record
 from pipeline.settings import Settings
 from pipeline.status import read_status
-from tests.pipeline.programs import standin
+from tests.pipeline.programs import plan_of, standin
 from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
 
 Make = Callable[..., Settings]
@@ -35,8 +35,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 
 def submit(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]:
-    steps = [standin(step, **behaviour) for step in make_plan(settings)]
-    paths = Layout(settings.output_dir)
+    steps = [standin(step, **behaviour) for step in plan_of(settings)]
+    paths = Layout(settings.data.output_dir)
     write_run_files(settings, steps, paths)
     assert slurm.submit(settings, steps, paths) == len(steps)
     return steps, paths
@@ -76,7 +76,7 @@ def test_what_needs_a_failed_job_is_not_run_and_can_be_submitted_again(
     assert first.state == "failed"
     assert second.state == "cancelled"
     assert slurm.follow(paths) == 1  # with --wait; it ends
-    again = [standin(step) for step in make_plan(chosen)]
+    again = [standin(step) for step in plan_of(chosen)]
     for step in again:  # the same settings, mended
         record = read_record(paths, step.name)
         assert record.state != "done"

@@ -11,18 +11,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import click
 import pytest
 
-from pipeline import options, slurm, slurm_queue
+from pipeline import slurm, slurm_queue
 from pipeline.layout import Layout
 from pipeline.local import read_progress
-from pipeline.plan import Step, make_plan
-from pipeline.process import marked_pids
+from pipeline.plan import Step
+from pipeline.process import marked
 from pipeline.records import Record, read_record, write_record
-from pipeline.settings import Cluster, Settings
-from pipeline.slurm import job_parameters, minutes_of, on_this_cluster
-from tests.pipeline.programs import REPO_ROOT, fake_program, standin
+from pipeline.settings import Cluster, Compute, Settings
+from pipeline.slurm import job_parameters, on_this_cluster
+from tests.pipeline.programs import REPO_ROOT, fake_program, plan_of, standin
 
 Make = Callable[..., Settings]
 
@@ -39,8 +38,8 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def record_job(paths: Layout, step: Step, job: str, state: str = "submitted") -> None:
     """As `submit` leaves it."""
-    fingerprint = step.fingerprint(paths.root)
-    empty = Record(name=step.name, state="done", run="x", kind=step.kind, fingerprint=fingerprint)
+    made = step.settings
+    empty = Record(name=step.name, state="done", run="x", kind=step.kind, fingerprint=made)
     write_record(paths, replace(empty, state=state, job_id=job))
     paths.slurm.mkdir(parents=True, exist_ok=True)
     (paths.slurm / f"{job}_submitted.pkl").touch()
@@ -49,7 +48,7 @@ def record_job(paths: Layout, step: Step, job: str, state: str = "submitted") ->
 def test_a_job_asks_for_what_was_given(settings: Make) -> None:
     call = "--launcher slurm --gpus-per-node 8 --nodes 2 --partition gpu --qos high --time 2:00:00"
     chosen = settings(call + " --sbatch account=vision --sbatch mem_per_gpu=80G")
-    step = make_plan(chosen)[0]
+    step = plan_of(chosen)[0]
     found = job_parameters(chosen, step, ["11", "12"])
     expected = {"nodes": 2, "gpus_per_node": 8, "partition": "gpu", "qos": "high", "time": 120}
     assert expected.items() <= found.items()
@@ -64,19 +63,19 @@ def test_a_job_asks_for_what_was_given(settings: Make) -> None:
     [("90", 90), ("90:30", 91), ("2:00:00", 120), ("1-0", 1440), ("1-02:30", 1590)],
 )
 def test_slurms_forms_of_time(text: str, minutes: int) -> None:
-    assert minutes_of(Cluster(time=text)) == minutes
+    assert Cluster(time=text).minutes == minutes
 
 
 @pytest.mark.parametrize("text", ["soon", "1:2:3:4", "-5", "0", "0:30"])
 def test_other_times_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--time"):
-        minutes_of(Cluster(time=text))
+        Cluster(time=text)
 
 
 def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
     settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = replace(make_plan(settings("--pretrain-epochs 1"))[0], processes=4)
+    step = replace(plan_of(settings("--pretrain-epochs 1"))[0], processes=4)
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
     monkeypatch.setenv("MASTER_PORT", "29511")
     monkeypatch.setenv("SLURM_NODEID", "1")
@@ -102,7 +101,7 @@ def test_nothing_is_submitted_while_squeue_fails(settings: Make, programs: Path)
     fake_program(programs, "squeue", "echo 'error: Socket timed out' >&2; exit 1")
     fake_program(programs, "sbatch", f"touch {programs}/was-called; exit 1")
     chosen = settings("--launcher slurm --pretrain-epochs 1")
-    steps, paths = make_plan(chosen), Layout(chosen.output_dir)
+    steps, paths = plan_of(chosen), Layout(chosen.data.output_dir)
     record_job(paths, steps[0], "11")
     with pytest.raises(ValueError, match=r"Socket timed out.*nothing was submitted"):
         slurm.submit(chosen, steps, paths)
@@ -117,10 +116,10 @@ def test_a_job_that_waits_with_other_settings_is_not_taken_for_the_new_ones(
     fake_program(programs, "sbatch", f"touch {programs}/was-called; exit 1")
     before = settings("--launcher slurm --pretrain-epochs 1 --finetune epochs=3")
     now = settings("--launcher slurm --pretrain-epochs 1 --finetune epochs=4")
-    paths = Layout(before.output_dir)
-    record_job(paths, make_plan(before)[1], "12")
+    paths = Layout(before.data.output_dir)
+    record_job(paths, plan_of(before)[1], "12")
     with pytest.raises(ValueError, match=r"in the queue with other settings as job 12: scancel"):
-        slurm.submit(now, make_plan(now), paths)
+        slurm.submit(now, plan_of(now), paths)
     assert not (programs / "was-called").exists()
 
 
@@ -135,9 +134,9 @@ def test_a_refused_job_is_told_in_one_line(settings: Make, programs: Path) -> No
         fake_program(programs, name, "")
     fake_program(programs, "sbatch", "echo 'error: Invalid account' >&2; exit 1")
     chosen = settings("--launcher slurm --pretrain-epochs 1")
-    steps = make_plan(chosen)
+    steps = plan_of(chosen)
     with pytest.raises(ValueError, match=f"^{steps[0].name} was refused: .*Invalid account.*$"):
-        slurm.submit(chosen, steps, Layout(chosen.output_dir))
+        slurm.submit(chosen, steps, Layout(chosen.data.output_dir))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_a_job_asks_for_cores_for_its_processes_and_their_loaders(
     settings: Make, programs: Path, words: str, cpus: int | None
 ) -> None:
     chosen = settings(f"--launcher slurm --pretrain-epochs 1 {words}")
-    parameters = job_parameters(chosen, make_plan(chosen)[0], [])
+    parameters = job_parameters(chosen, plan_of(chosen)[0], [])
     assert parameters.get("cpus_per_task") == cpus
     # srun does not take the number over from sbatch
     given = 20 if "cpus-per-task" in words else cpus
@@ -168,37 +167,35 @@ def test_no_more_cores_are_asked_for_than_a_node_has(settings: Make, programs: P
     fake_program(programs, "sinfo", "; ".join(f"echo '{node}'" for node in nodes))
     call = "--launcher slurm --pretrain-epochs 1 --gpus-per-node 8"
     named, default = settings(call + " --partition gpu"), settings(call)
-    assert job_parameters(named, make_plan(named)[0], [])["cpus_per_task"] == 48
-    assert job_parameters(default, make_plan(default)[0], [])["cpus_per_task"] == 8
+    assert job_parameters(named, plan_of(named)[0], [])["cpus_per_task"] == 48
+    assert job_parameters(default, plan_of(default)[0], [])["cpus_per_task"] == 8
 
 
 def test_fetching_takes_one_node_and_no_gpu(settings: Make, programs: Path) -> None:
     chosen = settings("--launcher slurm --nodes 2 --gpus-per-node 8 --stack")
-    fetch, pretrain = make_plan(chosen)[0], make_plan(chosen)[1]
+    fetch, pretrain = plan_of(chosen)[0], plan_of(chosen)[1]
     assert fetch.kind == "fetch"
     parameters = job_parameters(chosen, fetch, [])
     assert parameters["nodes"] == 1
     assert not {"gpus_per_node", "cpus_per_task", "srun_args"} & parameters.keys()
-    assert on_this_cluster(fetch, Layout(chosen.output_dir), nodes=2) is fetch
+    assert on_this_cluster(fetch, Layout(chosen.data.output_dir), nodes=2) is fetch
     assert job_parameters(chosen, pretrain, [])["nodes"] == 2
 
 
 def test_evaluation_gpus_are_refused_where_evaluations_have_jobs_of_their_own(
     settings: Make,
 ) -> None:
-    with pytest.raises(click.UsageError, match="leave it out"):
+    with pytest.raises(ValueError, match="leave it out"):
         settings("--launcher slurm --gpus-per-node 8 --eval-gpus 6,7")
 
 
-def test_the_gpus_of_a_node_have_to_be_told(
-    settings: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = {"launcher": "slurm", "gpus_per_node": None, "num_gpus": None, "eval_gpus": None}
-    more = {"num_processes": None, "overlap": False}
+def test_the_gpus_of_a_node_have_to_be_told() -> None:
+    slurm_alone = Cluster(launcher="slurm")
     with pytest.raises(ValueError, match="--gpus-per-node"):
-        options._compute(given | more)
-    assert options._compute(given | more | {"num_gpus": 0}).num_gpus == 0
-    assert options._compute(given | more | {"gpus_per_node": 4}).num_gpus == 4
+        Compute().resolved(slurm_alone, gpus_here=8)
+    assert Compute(num_gpus=0).resolved(slurm_alone, gpus_here=8).num_gpus == 0
+    four = Cluster(launcher="slurm", gpus_per_node=4)
+    assert Compute().resolved(four, gpus_here=8).processes == 4
 
 
 @pytest.mark.parametrize("owner", ["12", "10", ""])
@@ -206,7 +203,7 @@ def test_a_job_that_its_record_does_not_name_does_nothing(
     settings: Make, monkeypatch: pytest.MonkeyPatch, owner: str
 ) -> None:
     chosen = settings("--launcher slurm --pretrain-epochs 1")
-    step, paths = standin(make_plan(chosen)[0]), Layout(chosen.output_dir)
+    step, paths = standin(plan_of(chosen)[0]), Layout(chosen.data.output_dir)
     record_job(paths, step, owner, state="running")
     monkeypatch.setenv("SLURM_JOB_ID", "11")
     monkeypatch.setattr(slurm, "_RECORD_SECONDS", 0.3)
@@ -255,12 +252,12 @@ def test_on_the_other_nodes_a_stop_that_was_asked_for_is_no_error(
     settings: Make, number: signal.Signals
 ) -> None:
     chosen = settings("--pretrain-epochs 100 --num-processes 2 --eval-freq 100")
-    step, paths = standin(make_plan(chosen)[0], seconds=0.2), Layout(chosen.output_dir)
+    step, paths = standin(plan_of(chosen)[0], seconds=0.2), Layout(chosen.data.output_dir)
     record_job(paths, step, "11", state="running")
     node = assisting_node(paths, step)
     if number == signal.SIGUSR2:  # Slurm sends it to every process
-        for pid in marked_pids(f"{paths.root}:{step.name}:node1"):
-            os.kill(pid, number)
+        for child in marked(f"{paths.root}:{step.name}:node1"):
+            child.send_signal(number)
     node.send_signal(number)
     said, errors = node.communicate(timeout=60)
     assert (node.returncode, said) == (0, "stopped\n"), errors
@@ -269,7 +266,7 @@ def test_on_the_other_nodes_a_stop_that_was_asked_for_is_no_error(
 
 def test_on_the_other_nodes_a_failure_is_one(settings: Make) -> None:
     chosen = settings("--pretrain-epochs 1")
-    step, paths = standin(make_plan(chosen)[0], behaviour="fail"), Layout(chosen.output_dir)
+    step, paths = standin(plan_of(chosen)[0], behaviour="fail"), Layout(chosen.data.output_dir)
     record_job(paths, step, "11", state="running")
     node = assisting_node(paths, step)
     errors = node.communicate(timeout=60)[1]

@@ -11,17 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import disk, layout, slurm_queue
-from pipeline.layout import Layout
-from pipeline.local import duration, progress_text
+from common.layout import PROGRESS
+from pipeline import machine, slurm_queue
+from pipeline.layout import Layout, Run
+from pipeline.local import LocalLauncher, progress_text, step_bytes
 from pipeline.plan import Step, make_plan
-from pipeline.preview import read_plan, write_run_files
-from pipeline.process import MARK, marked_pids
-from pipeline.records import Record, differences, made_runs, read_record, write_record
+from pipeline.preview import write_run_files
+from pipeline.process import MARK, marked
+from pipeline.records import (
+    Record,
+    differences,
+    is_done,
+    made_runs,
+    read_plan,
+    read_record,
+    write_record,
+)
 from pipeline.settings import Settings
 from pipeline.slurm import follow
 from pipeline.status import read_status
-from tests.pipeline.programs import fake_program, run_benchmark
+from pipeline.terminal import duration
+from tests.pipeline.programs import FACTS, fake_program, plan_of, run_benchmark
 
 Make = Callable[..., Settings]
 
@@ -30,8 +40,8 @@ Make = Callable[..., Settings]
 def started(settings: Make) -> Layout:
     """A plan of two rounds, of which nothing has run yet."""
     chosen = settings("--pretrain-epochs 2 --eval-freq 1")
-    paths = Layout(chosen.output_dir)
-    write_run_files(chosen, make_plan(chosen), paths)
+    paths = Layout(chosen.data.output_dir)
+    write_run_files(chosen, plan_of(chosen), paths)
     return paths
 
 
@@ -45,8 +55,7 @@ def record(paths: Layout, name: str, state: str, **more: object) -> None:
 
 def made(step: Step, paths: Layout, state: str = "done") -> None:
     """The step's record and folder."""
-    fingerprint = step.fingerprint(paths.root)
-    record(paths, step.name, state, run=str(step.run), kind=step.kind, fingerprint=fingerprint)
+    record(paths, step.name, state, run=step.run, kind=step.kind, fingerprint=step.settings)
     step.folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -81,10 +90,10 @@ def test_a_running_step_shows_epoch_rate_and_time_left(started: Layout) -> None:
     folder = started.pretrain_output / "four_channels"
     folder.mkdir(parents=True)
     now = {"epoch": 0.5, "epochs_total": 1, "images_per_second": 210.4, "seconds_left": 754}
-    layout.progress(folder).write_text(json.dumps(now))
+    (folder / PROGRESS).write_text(json.dumps(now))
     process = subprocess.Popen(["sleep", "60"], env={MARK: f"{started.root}:{name}"})
     try:
-        while not marked_pids(f"{started.root}:{name}"):  # Linux shows it a moment after the start
+        while not marked(f"{started.root}:{name}"):  # Linux shows it a moment after the start
             assert process.poll() is None
         step = read_status(started)[0]
     finally:
@@ -194,7 +203,7 @@ def test_the_status_command_works_while_another_run_holds_the_lock(started: Layo
 
 
 def test_scoring_is_told_from_training(tmp_path: Path) -> None:
-    layout.progress(tmp_path).write_text(json.dumps({"epoch": 2.0, "stage": "evaluate"}))
+    (tmp_path / PROGRESS).write_text(json.dumps({"epoch": 2.0, "stage": "evaluate"}))
     assert progress_text(tmp_path) == "scoring after epoch 2.0"
 
 
@@ -214,108 +223,170 @@ def test_durations_in_words(seconds: float, text: str) -> None:
 
 def test_other_settings_are_named_with_both_values(settings: Make) -> None:
     before, now = settings("--pretrain-epochs 2 --seed 0"), settings("--pretrain-epochs 3 --seed 1")
-    paths = Layout(before.output_dir)
-    for step in make_plan(before):
+    paths = Layout(before.data.output_dir)
+    for step in plan_of(before):
         made(step, paths)
-    assert differences(make_plan(before), paths) == []
-    assert differences(make_plan(now), paths) == [
-        "four_channels: epochs was 2, is now 3",
-        "four_channels: seed was 0, is now 1",
+    assert differences(plan_of(before), paths, FACTS) == []
+    assert differences(plan_of(now), paths, FACTS) == [
+        "four_channels-seed1: epochs: 2 -> 3 (of four_channels)"
     ]
 
 
 def test_methods_of_one_directory_have_to_be_made_alike(settings: Make) -> None:
     first = settings("--pretrain-epochs 2 --pretrain base_lr=0.1 --finetune epochs=3")
-    paths = Layout(first.output_dir)
-    for step in make_plan(first):
+    paths = Layout(first.data.output_dir)
+    for step in plan_of(first):
         made(step, paths)
     other = "--mask-method patches --pretrain-epochs 2 --pretrain base_lr=0.1"
-    assert differences(make_plan(settings(f"{other} --finetune epochs=3")), paths) == []
-    assert differences(make_plan(settings(f"{other} --finetune epochs=4")), paths) == [
-        "patches: epochs was 3 for four_channels, is now 4"
+    assert differences(plan_of(settings(f"{other} --finetune epochs=3")), paths, FACTS) == []
+    assert differences(plan_of(settings(f"{other} --finetune epochs=4")), paths, FACTS) == [
+        "patches: epochs: 3 -> 4 (of four_channels)"
     ]
-    assert differences(make_plan(settings("--mask-method patches --pretrain-epochs 2")), paths) == [
-        "patches: base_lr was 0.1 for four_channels, is now 0.00015",
-        "patches: epochs was 3 for four_channels, is now not given",
+    assert differences(
+        plan_of(settings("--mask-method patches --pretrain-epochs 2")), paths, FACTS
+    ) == [
+        "patches: base_lr: 0.1 -> 0.00015 (of four_channels)",
+        "patches: epochs: 3 -> 64 (of four_channels)",
     ]
 
 
 def test_what_came_to_nothing_or_was_removed_binds_nobody(settings: Make) -> None:
     first = settings("--pretrain-epochs 1 --finetune epochs=3")
-    paths = Layout(first.output_dir)
-    pretrain, evaluate = make_plan(first)
+    paths = Layout(first.data.output_dir)
+    pretrain, evaluate = plan_of(first)
     made(pretrain, paths)
     made(evaluate, paths, state="failed")
-    clipped = make_plan(settings("--pretrain-epochs 1 --finetune epochs=3 --finetune clip_grad=1"))
-    assert differences(clipped, paths) == []
+    clipped = plan_of(settings("--pretrain-epochs 1 --finetune epochs=3 --finetune clip_grad=1"))
+    assert differences(clipped, paths, FACTS) == []
     made(evaluate, paths)
-    assert differences(clipped, paths) == ["four_channels: clip_grad was not given, is now 1"]
+    assert differences(clipped, paths, FACTS) == ["four_channels: clip_grad: None -> 1"]
     shutil.rmtree(paths.eval_output)
-    assert differences(clipped, paths) == []
+    assert differences(clipped, paths, FACTS) == []
 
 
 def test_a_removed_pretraining_binds_while_its_scores_are_there(settings: Make) -> None:
     first = settings("--pretrain-epochs 1 --pretrain base_lr=0.1")
-    paths = Layout(first.output_dir)
-    for step in make_plan(first):
+    paths = Layout(first.data.output_dir)
+    for step in plan_of(first):
         made(step, paths)
-    other = make_plan(settings("--pretrain-epochs 1 --pretrain base_lr=0.9"))
+    other = plan_of(settings("--pretrain-epochs 1 --pretrain base_lr=0.9"))
     shutil.rmtree(paths.pretrain_output)
-    assert differences(other, paths) == ["four_channels: base_lr was 0.1, is now 0.9"]
+    assert differences(other, paths, FACTS) == ["four_channels: base_lr: 0.1 -> 0.9"]
     shutil.rmtree(paths.eval_output)
-    assert differences(other, paths) == []
+    assert differences(other, paths, FACTS) == []
 
 
 def test_a_run_that_waits_in_the_queue_keeps_its_name(settings: Make) -> None:
     first = settings("--pretrain-epochs 1")
-    paths = Layout(first.output_dir)
-    pretrain = make_plan(first)[0]
-    fingerprint = pretrain.fingerprint(paths.root)
-    record(paths, pretrain.name, "submitted", run="four_channels", fingerprint=fingerprint)
-    more = settings("--pretrain-epochs 1 --seed 0,1")
-    runs = [str(step.run) for step in make_plan(more, made_runs(paths)) if step.kind == "pretrain"]
-    assert runs == ["four_channels", "four_channels-seed1"]
+    paths = Layout(first.data.output_dir)
+    pretrain = plan_of(first)[0]
+    old = {"mask_method": "four_channels", "coverage_ratio": "25", "seed": "0"}
+    record(paths, pretrain.name, "submitted", run="four_channels", fingerprint=old)
+    more = settings("--pretrain-epochs 1 --seed 0,1 --coverage-ratio 25")
+    runs = [step.run for step in plan_of(more, made_runs(paths)) if step.kind == "pretrain"]
+    assert runs == ["four_channels", "four_channels-cov25-seed1"]
 
 
 def test_smaller_device_batches_are_no_other_settings(settings: Make) -> None:
     first = settings("--pretrain-epochs 1")
-    paths = Layout(first.output_dir)
-    for step in make_plan(first):
+    paths = Layout(first.data.output_dir)
+    for step in plan_of(first):
         made(step, paths)
     words = "--pretrain-epochs 1 --finetune device_batch_size=2 --finetune eval_batch_size=1"
-    steps = make_plan(settings(f"{words} --pretrain batch_size=8"))
-    assert differences(steps, paths) == []
+    steps = plan_of(settings(f"{words} --pretrain batch_size=8"))
+    assert differences(steps, paths, FACTS) == []
 
 
 def test_a_run_that_is_there_is_gone_on_with_when_seeds_or_ratios_are_added(settings: Make) -> None:
     first = settings("--pretrain-epochs 1 --eval-epochs 0,1")
-    paths = Layout(first.output_dir)
-    for step in make_plan(first):
+    paths = Layout(first.data.output_dir)
+    for step in plan_of(first):
         made(step, paths)
     more = settings("--pretrain-epochs 1 --eval-epochs 0,1 --seed 0,1 --coverage-ratio 15,30")
-    runs = {str(step.run) for step in make_plan(more, made_runs(paths))}
+    runs = {step.run for step in plan_of(more, made_runs(paths))}
     assert runs == {
-        "scratch", "scratch-seed1", "four_channels", "four_channels-cov15-seed1",
-        "four_channels-cov30-seed0", "four_channels-cov30-seed1",
+        "scratch", "scratch-seed1", "four_channels", "four_channels-seed1",
+        "four_channels-cov30", "four_channels-cov30-seed1",
     }  # fmt: skip
+
+
+def test_runs_that_an_earlier_version_named_go_on_under_their_names(settings: Make) -> None:
+    chosen = settings("--pretrain-epochs 1 --eval-epochs 0,1 --seed 0,1 --coverage-ratio 15,30")
+    paths = Layout(chosen.data.output_dir)
+    names = {}
+    for step in plan_of(chosen):
+        run = Run.parse(step.run)
+        coverage = "" if run.method == "scratch" else f"-cov{run.coverage_ratio:g}"
+        names[run] = f"{run.method}{coverage}-seed{run.seed}"
+    old = plan_of(chosen, names)
+    for step in old:  # it wrote what was given, as text
+        given = {k: str(v) for k, v in step.settings.items() if v not in (None, 64, 8, 4096)}
+        folder = {"run": step.run, "kind": step.kind, "fingerprint": given}
+        outputs = {str(path.relative_to(paths.root)): 1 for path in step.outputs}
+        record(paths, step.name, "done", outputs=outputs, **folder)
+        step.folder.mkdir(parents=True, exist_ok=True)
+        for path in step.outputs:
+            path.write_text("x")
+    assert made_runs(paths) == names
+    again = plan_of(chosen, made_runs(paths))
+    assert again == old
+    assert all(is_done(step, paths) for step in again)
+    assert differences(again, paths, FACTS) == []
+
+
+def test_a_ratio_that_an_earlier_version_left_out_of_the_name_is_not_taken_for_another(
+    settings: Make,
+) -> None:
+    first = settings("--pretrain-epochs 1 --coverage-ratio 25")
+    paths = Layout(first.data.output_dir)
+    run = Run(method="four_channels", coverage_ratio=25.0)
+    for step in plan_of(first, {run: "four_channels"}):
+        made(step, paths)
+    assert differences(plan_of(first, made_runs(paths)), paths, FACTS) == []
+    other = plan_of(settings("--pretrain-epochs 1 --coverage-ratio 15"), made_runs(paths))
+    assert differences(other, paths, FACTS) == ["four_channels: coverage_ratio: 25.0 -> 15.0"]
+
+
+def test_an_option_that_a_later_version_adds_orphans_nothing(settings: Make) -> None:
+    chosen = settings("--pretrain-epochs 1")
+    paths = Layout(chosen.data.output_dir)
+    for step in plan_of(chosen):
+        made(step, paths)
+    added = {"default": "new", "neutral": False, "older": "as before"}
+    options = {kind: {**facts, "added": added} for kind, facts in FACTS.options.items()}
+    later = replace(FACTS, options=options)
+    given = {"added": "as before"}
+    kept = replace(chosen, parts=replace(chosen.parts, pretrain=given, finetune=given))
+    assert differences(make_plan(kept, later), paths, later) == []
+    found = differences(make_plan(chosen, later), paths, later)
+    assert found == ["four_channels: added: as before -> new"]
+
+
+def test_finetuning_seeds_added_later_disturb_no_pretraining(settings: Make) -> None:
+    first = settings("--pretrain-epochs 1 --eval-epochs 0,1")
+    paths = Layout(first.data.output_dir)
+    more = settings("--pretrain-epochs 1 --eval-epochs 0,1 --eval-seeds 2 --seed 0,1")
+    for step in plan_of(more):
+        made(step, paths)
+    assert all(name == run.name for run, name in made_runs(paths).items())
+    assert differences(plan_of(first), paths, FACTS) == []
 
 
 def test_more_evaluation_points_are_no_other_settings(settings: Make) -> None:
     before = settings("--pretrain-epochs 4 --eval-freq 4")
-    paths = Layout(before.output_dir)
-    step = make_plan(before)[0]
+    paths = Layout(before.data.output_dir)
+    step = plan_of(before)[0]
     made(step, paths)
-    assert differences(make_plan(settings("--pretrain-epochs 4 --eval-freq 2")), paths) == []
+    assert differences(plan_of(settings("--pretrain-epochs 4 --eval-freq 2")), paths, FACTS) == []
 
 
 def test_a_nearly_full_disk_stops_a_step_before_it_starts(
     settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.local import LocalLauncher
-
     chosen = settings("--pretrain-epochs 1 --model vit_huge")
-    step, paths = make_plan(chosen)[0], Layout(chosen.output_dir)
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: 10**9)
+    step = replace(plan_of(chosen)[0], answer={"checkpoint_bytes": 8 * 10**9})
+    paths = Layout(chosen.data.output_dir)
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: 10**9)
     [refused] = LocalLauncher(paths, overlaps=False).start(step)
     assert refused.state == "failed"
     assert "make room" in refused.message
@@ -323,9 +394,9 @@ def test_a_nearly_full_disk_stops_a_step_before_it_starts(
 
 
 def test_a_step_needs_room_for_the_checkpoint_it_has_and_its_successors(settings: Make) -> None:
-    step = make_plan(settings("--pretrain-epochs 1"))[0]
-    guessed = disk.step_bytes(step)
+    step = replace(plan_of(settings("--pretrain-epochs 1"))[0], answer={"checkpoint_bytes": 10**9})
+    guessed = step_bytes(step)
+    assert guessed > 3 * 10**9
     step.folder.mkdir(parents=True)
     (step.folder / "last.pth").write_bytes(b"x" * 1000)
-    assert disk.step_bytes(step) < guessed
-    assert disk.checkpoint_bytes("vit_large") == 330_000_000 * 12
+    assert step_bytes(step) < guessed

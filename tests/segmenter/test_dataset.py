@@ -7,8 +7,8 @@ import yaml
 from PIL import Image
 
 from segmenter.data import read_classes
-from segmenter.dataset import DESCRIPTIONS, count_classes, read_description
-from segmenter.labels import check_labels
+from segmenter.dataset import DESCRIPTIONS, read_description
+from segmenter.labels import check_labels, count_classes
 from tests.segmenter.boxes import write_dataset
 
 

@@ -90,17 +90,17 @@ def test_segments_of_the_displayed_orientation_fit_a_rotated_photograph(
 def check_and_stop(dataset, out, how):
     from mae.segments import check as module
 
-    check_one = module._CheckOne.__call__
+    check_one = module._check_one
     seen = []
 
-    def stop_at_the_third(self, path):
-        seen.append(path)
+    def stop_at_the_third(*arguments):
+        seen.append(arguments)
         if len(seen) == 3:
             os.kill(os.getpid(), how)
-        return check_one(self, path)
+        return check_one(*arguments)
 
     module.LINES_PER_FLUSH = 1
-    module._CheckOne.__call__ = stop_at_the_third
+    module._check_one = stop_at_the_third
     from mae.cli import main
 
     main(["masks", "check", str(dataset), "--out", str(out), "--processes", "1"])
@@ -133,7 +133,7 @@ def test_the_state_of_another_check_is_refused(dataset, tmp_path, in_child):
 def test_inspect_prints_draws_and_writes_one_page_without_links(dataset, tmp_path, masks_command):
     Image.open(images_of(dataset)[0]).save(dataset / "train/stranger.jpeg")
     out = tmp_path / "look"
-    ratios = ["--coverage-ratio", 10, "--coverage_ratio", 25]
+    ratios = ["--coverage_ratio", "10,25"]
     code, said = masks_command("inspect", dataset / "masks", "--out", out, *ratios)
     assert code == 0, said
     assert re.search(r"images with segments: +5 \(5 looked at\)", said)
@@ -153,7 +153,7 @@ def test_inspect_needs_no_images(packed_table, tmp_path, masks_command):
 
 
 def test_inspect_counts_exactly(tmp_path):
-    from mae.segments import open_segments
+    from mae.segments.forms import open_any_form
     from mae.segments.statistics import collect
 
     folder = tmp_path / "masks"
@@ -168,7 +168,7 @@ def test_inspect_counts_exactly(tmp_path):
             )
         )
     (folder / "d.json").write_text("[{")
-    statistics = collect(open_segments(folder), limit=100, processes=1)
+    statistics = collect(open_any_form(folder), limit=100, processes=1)
     assert statistics.keys == ["a", "b"]
     assert statistics.without == ["c"]
     assert [reason for reason in statistics.damaged if "d.json" in reason]

@@ -1,22 +1,24 @@
 """Making segments: the same however the work was interrupted or shared."""
 
+import json
 import os
 import signal
+import sqlite3
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mae.segments import open_segments
+from common.files import beside
+from common.images import read_rgb
+from mae.segments import PackedStore
 from mae.segments.felzenszwalb import Felzenszwalb
 from mae.segments.generate import Shard, generate
-from mae.segments.images import read_rgb
-from mae.segments.pack import merge
-from mae.segments.sam import Sam, SamSettings
-from mae.segments.store import PackedStore, store_settings
+from mae.segments.pack import merge, pack
+from mae.segments.sam import Sam
+from mae.segments.settings import FelzenszwalbSettings, SamSettings
 from mae.segments.writing import StoreWriter
 
-FAST = Felzenszwalb(scales=(100, 800), longest_side=64)
 SAM_OPTIONS = {
     "points_per_side": 3,
     "points_per_batch": 4,
@@ -25,7 +27,16 @@ SAM_OPTIONS = {
     "stability_score_offset": 0.1,
     "box_nms_thresh": 1.0,
     "batch_size": 2,
+    "device": "cpu",
 }
+
+
+def felzenszwalb(**settings):
+    return Felzenszwalb(FelzenszwalbSettings(**settings))
+
+
+FAST = felzenszwalb(scales=(100, 800), longest_side=64)
+FAST_OPTIONS = ["--scales", "100,800", "--longest_side", 64]
 
 
 @pytest.fixture
@@ -50,21 +61,21 @@ def run(images, out, generator=FAST, index=0, count=1, processes=1):
 
 
 def all_segments(path):
-    source = open_segments(path)
+    source = PackedStore(path)
     return {key: source.segments(key) for key in source.images()}
 
 
 def test_flat_boxes_are_found_exactly():
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[10:30, 10:40] = 255
-    (found,) = Felzenszwalb(scales=(100, 400), sigma=0.1).segments([pixels])
+    (found,) = felzenszwalb(scales=(100, 400), sigma=0.1).segments([pixels])
     assert [segment.decode().sum() for segment in found] == [600, 1800]
     assert found[0].decode()[10:30, 10:40].all()
 
 
 def test_segments_have_the_size_of_a_large_image_and_no_near_copies(sample):
     image = read_rgb(min((sample / "train").rglob("*.JPEG")))
-    (found,) = Felzenszwalb(longest_side=128).segments([image])
+    (found,) = felzenszwalb(longest_side=128).segments([image])
     assert len(found) > 5
     assert {(segment.height, segment.width) for segment in found} == {image.shape[:2]}
     assert all(0.5 <= segment.coverage_percent <= 90 for segment in found)
@@ -75,69 +86,119 @@ def test_segments_have_the_size_of_a_large_image_and_no_near_copies(sample):
     assert (overlap - np.eye(len(found))).max() <= 0.85
 
 
-def test_a_folder_and_a_store_get_the_same_segments(images, tmp_path, masks_command):
-    options = ["--scales", "100,800", "--longest_side", "64", "--generator", "felzenszwalb"]
-    for out in ("json", "masks.sqlite"):
-        code, said = masks_command(
-            "generate", "--images", images, "--out", tmp_path / out, *options
-        )
-        assert code == 0, said
-    segments = all_segments(tmp_path / "json")
-    assert segments.keys() == {"a/one", "a/two", "b/three", "b/deep/four", "b/five"}
-    assert segments == all_segments(tmp_path / "masks.sqlite")
-    settings = store_settings(PackedStore(tmp_path / "masks.sqlite").meta)
-    assert settings["scales"] == [100, 800]
-    assert settings["generator"] == "felzenszwalb"
+def test_a_store_says_how_it_was_made_and_unpacks_to_what_packs_again(
+    images, tmp_path, masks_command, dump
+):
+    store = tmp_path / "masks.sqlite"
+    arguments = ["--images", images, "--out", store, *FAST_OPTIONS]
+    code, said = masks_command("generate", "felzenszwalb", *arguments)
+    assert code == 0, said
+    assert all_segments(store).keys() == {"a/one", "a/two", "b/three", "b/deep/four", "b/five"}
+    assert PackedStore(store).settings == FAST.settings
+    assert FAST.settings["scales"] == [100, 800]
+    assert FAST.settings["generator"] == "felzenszwalb"
+    assert masks_command("unpack", store, tmp_path / "json")[0] == 0
+    assert masks_command("pack", tmp_path / "json", "--out", tmp_path / "again.sqlite")[0] == 0
+    assert dump(store)[1:] == dump(tmp_path / "again.sqlite")[1:]
 
 
-@pytest.mark.parametrize("out", ["json", "masks.sqlite"])
-def test_what_is_done_is_skipped_and_new_images_are_added(images, tmp_path, out):
-    assert run(images, tmp_path / out).already_there == 0
-    assert run(images, tmp_path / out).already_there == 5
+def test_what_is_done_is_skipped_and_new_images_are_added(images, tmp_path):
+    out = tmp_path / "masks.sqlite"
+    assert run(images, out).already_there == 0
+    assert run(images, out).already_there == 5
     Image.new("RGB", (64, 48), (9, 9, 9)).save(images / "a/new.png")
-    summary = run(images, tmp_path / out)
+    summary = run(images, out)
     assert (summary.already_there, summary.images + summary.without) == (5, 6)
 
 
-@pytest.mark.parametrize("out", ["json", "masks.sqlite"])
-def test_other_settings_are_refused_naming_the_difference(images, tmp_path, out):
-    run(images, tmp_path / out)
-    with pytest.raises(ValueError, match="longest_side 64 there, 48 now"):
-        run(images, tmp_path / out, Felzenszwalb(scales=(100, 800), longest_side=48))
+def test_other_settings_are_refused_naming_the_difference(images, tmp_path, in_child):
+    out, other = tmp_path / "masks.sqlite", felzenszwalb(scales=(100, 800), longest_side=48)
+    assert in_child(kill_during, images, out, FAST, 2) == -signal.SIGKILL
+    with pytest.raises(ValueError, match=r"masks\.sqlite\.part .*longest_side: 64 -> 48"):
+        run(images, out, other)
+    run(images, out)
+    with pytest.raises(ValueError, match=r"masks\.sqlite was made .*longest_side: 64 -> 48"):
+        run(images, out, other)
+    run(images, tmp_path / "other.sqlite", other)
+    with pytest.raises(ValueError, match="longest_side: 48 -> 64"):
+        merge([out, tmp_path / "other.sqlite"], tmp_path / "m.sqlite", overwrite=False)
+
+
+def test_a_store_that_was_packed_is_not_added_to(images, tmp_path, json_folder):
+    out = tmp_path / "masks.sqlite"
+    pack(json_folder, out, overwrite=False, allow_damaged=False, processes=1)
+    with pytest.raises(ValueError, match="generator: None -> felzenszwalb"):
+        run(images, out)
+
+
+def forget_setting(path, name):
+    """As a version before the setting existed left the store."""
+    with sqlite3.connect(path) as connection:
+        (text,) = connection.execute("SELECT value FROM meta WHERE name = 'settings'").fetchone()
+        settings = json.loads(text)
+        del settings[name]
+        connection.execute(
+            "UPDATE meta SET value = ? WHERE name = 'settings'", (json.dumps(settings),)
+        )
+    connection.close()
+
+
+def test_a_setting_that_a_later_version_adds_orphans_no_store(images, tmp_path, in_child):
+    finished, unfinished = tmp_path / "finished.sqlite", tmp_path / "unfinished.sqlite"
+    run(images, finished)
+    forget_setting(finished, "sigma")
+    assert in_child(kill_during, images, unfinished, FAST, 2) == -signal.SIGKILL
+    forget_setting(beside(unfinished), "sigma")
+    new = felzenszwalb(scales=(100, 800), longest_side=64, sigma=0.5)
+    for out in (finished, unfinished):
+        with pytest.raises(ValueError, match=r"sigma: 0\.8 -> 0\.5"):
+            run(images, out, new)
+    Image.new("RGB", (64, 48), (9, 9, 9)).save(images / "a/new.png")
+    assert run(images, finished).already_there == 5
+    assert run(images, unfinished).already_there == 2
+    run(images, tmp_path / "now.sqlite")
+    for order in ([finished, tmp_path / "now.sqlite"], [tmp_path / "now.sqlite", finished]):
+        merge(order, tmp_path / "merged.sqlite", overwrite=True)
+    run(images, tmp_path / "new.sqlite", new)
+    for order in ([finished, tmp_path / "new.sqlite"], [tmp_path / "new.sqlite", finished]):
+        with pytest.raises(ValueError, match=r"sigma: 0\.\d -> 0\.\d"):
+            merge(order, tmp_path / "merged.sqlite", overwrite=True)
 
 
 def kill_during(images, out, generator, after):
-    from mae.segments import sinks
+    add, added = StoreWriter.add, []
 
-    for sink in (sinks.StoreSink, sinks.FolderSink):
-        add, added = sink.add, []
+    def add_or_die(self, image):
+        added.append(image)
+        if len(added) > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, image)
+        self.commit()
 
-        def add_or_die(self, key, segments, add=add, added=added):
-            added.append(key)
-            if len(added) > after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            add(self, key, segments)
-            if hasattr(self, "writer"):
-                self.writer.commit()
-
-        sink.add = add_or_die
+    StoreWriter.add = add_or_die
     run(images, out, generator)
 
 
-@pytest.mark.parametrize("out", ["json", "masks.sqlite"])
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_killed_run_equals_one_that_was_not(images, tmp_path, in_child, out, after):
-    run(images, tmp_path / "whole" / out) if out == "json" else run(
-        images, tmp_path / "whole.sqlite"
-    )
-    whole = tmp_path / "whole" / out if out == "json" else tmp_path / "whole.sqlite"
-    assert in_child(kill_during, images, tmp_path / out, FAST, after) == -signal.SIGKILL
-    assert run(images, tmp_path / out).already_there == after
-    assert all_segments(tmp_path / out) == all_segments(whole)
+def test_a_killed_run_equals_one_that_was_not(images, tmp_path, in_child, after):
+    out, whole = tmp_path / "masks.sqlite", tmp_path / "whole.sqlite"
+    run(images, whole)
+    assert in_child(kill_during, images, out, FAST, after) == -signal.SIGKILL
+    assert run(images, out).already_there == after
+    assert all_segments(out) == all_segments(whole)
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_run_killed_before_it_gave_the_store_its_name_finishes_it(images, tmp_path, in_child):
+    out = tmp_path / "masks.sqlite"
+    run(images, out)
+    out.rename(beside(out))
+    assert run(images, out).already_there == 5
+    assert len(PackedStore(out).images()) == 5
+
+
 def test_two_merged_shards_equal_one_run(images, tmp_path, dump, monkeypatch):
+    monkeypatch.setattr("mae.segments.parallel.SECONDS_ALONE", 0)
     run(images, tmp_path / "whole.sqlite", processes=2)
     for index in (0, 1):
         run(images, tmp_path / "masks.sqlite", index=index, count=2)
@@ -157,24 +218,30 @@ def test_torchrun_and_slurm_share_the_images(monkeypatch, names):
     assert Shard.from_environment() == Shard(index=2, count=4)
 
 
-@pytest.mark.parametrize("out", ["json", "masks.sqlite"])
-def test_a_failed_image_is_named_recorded_and_tried_again(images, tmp_path, out, masks_command):
+def test_a_failed_image_is_named_recorded_and_tried_again(images, tmp_path, masks_command):
     (images / "b/broken.jpg").write_bytes(b"no image")
-    arguments = ["generate", "--images", images, "--out", tmp_path / out]
-    arguments += ["--generator", "felzenszwalb", "--longest-side", "64"]
+    store = tmp_path / "masks.sqlite"
+    arguments = ["generate", "felzenszwalb", "--images", images, "--out", store, *FAST_OPTIONS]
     code, said = masks_command(*arguments)
     assert code == 1
     assert "b/broken.jpg" in said
-    assert len(open_segments(tmp_path / out).images()) == 5
-    if out == "json":
-        assert "b/broken" in (tmp_path / out / "failed.txt").read_text()
-    else:
-        assert "b/broken" in PackedStore(tmp_path / out).failures()
+    assert len(PackedStore(store).images()) == 5
+    assert "b/broken" in PackedStore(store).failures()
     Image.new("RGB", (64, 48), (200, 0, 0)).save(images / "b/broken.jpg")
     assert masks_command(*arguments)[0] == 0
-    source = open_segments(tmp_path / out)
-    assert "b/broken" in source.images() | source.listed_empty()
-    assert not (tmp_path / out / "failed.txt").exists()
+    assert "b/broken" in PackedStore(store).images() | PackedStore(store).listed_empty()
+
+
+def test_a_failure_in_a_shard_is_in_the_merged_store(images, tmp_path):
+    (images / "b/broken.jpg").write_bytes(b"no image")
+    for index in (0, 1):
+        try:
+            run(images, tmp_path / "masks.sqlite", index=index, count=2)
+        except RuntimeError as error:
+            assert "1 of 3 images failed" in str(error)
+    shards = [tmp_path / f"masks-{index}-of-2.sqlite" for index in (0, 1)]
+    assert merge(shards, tmp_path / "masks.sqlite", overwrite=False).left_out == 1
+    assert "b/broken" in PackedStore(tmp_path / "masks.sqlite").failures()
 
 
 def test_trying_a_broken_image_again_leaves_the_finished_store_to_its_readers(
@@ -186,7 +253,7 @@ def test_trying_a_broken_image_again_leaves_the_finished_store_to_its_readers(
         run(images, store)
     before = store.stat()
     with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "__init__", lambda *_, **__: pytest.fail("reopened"))
+        patch.setattr(StoreWriter, "_open", lambda _: pytest.fail("reopened"))
         with pytest.raises(RuntimeError, match="1 of 6 images failed"):
             run(images, store)
     assert (store.stat().st_ino, store.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -201,8 +268,9 @@ def test_trying_a_broken_image_again_leaves_the_finished_store_to_its_readers(
     [
         (["--shard", "2/2"], "counts from 0"),
         (["--shard", "first"], "write it as 0/4"),
-        (["--scales", "a,b"], "write numbers"),
-        (["--points-per-side", "3"], "no option of --generator felzenszwalb"),
+        (["--scales", "a,b"], "--scales is 'a'; give a number"),
+        (["--scales", "0,50"], "--scales is 0; give more than 0"),
+        (["--points-per-side", "3"], "No such option"),
         (["--min-coverage", "95"], "below --max-coverage"),
         (["--images", "/nowhere/at/all"], "is not a folder"),
     ],
@@ -211,7 +279,7 @@ def test_bad_options_are_one_line_and_write_nothing(
     images, tmp_path, masks_command, arguments, said
 ):
     out = tmp_path / "out"
-    basic = ["generate", "--images", images, "--out", out, "--generator", "felzenszwalb"]
+    basic = ["generate", "felzenszwalb", "--images", images, "--out", out]
     code, text = masks_command(*basic, *arguments)
     assert code == 2
     assert said in text
@@ -222,7 +290,7 @@ def test_bad_options_are_one_line_and_write_nothing(
 def test_images_that_differ_in_suffix_only_are_refused(images, tmp_path):
     Image.new("RGB", (8, 8)).save(images / "a/one.png")
     with pytest.raises(ValueError, match=r"a/one\.jpg and a/one\.png"):
-        run(images, tmp_path / "json")
+        run(images, tmp_path / "masks.sqlite")
 
 
 @pytest.fixture(scope="session")
@@ -305,7 +373,7 @@ def test_segments_are_those_of_the_transformers_pipeline(model, size, request):
             crops_nms_thresh=overlap,
         )["masks"]
         assert len(expected) >= fewest
-        for segments in Sam(settings, device="cpu").segments([image, image]):
+        for segments in Sam(settings).segments([image, image]):
             assert sorted(segment.decode().tobytes() for segment in segments) == sorted(
                 np.asarray(pixels, np.uint8).tobytes() for pixels in expected
             )
@@ -314,7 +382,7 @@ def test_segments_are_those_of_the_transformers_pipeline(model, size, request):
 def test_sam_leaves_equal_stores_whether_killed_or_not(images, tmp_path, tiny_sam, dump):
     # One process after another, as fork and torch's threads do not go together.
     def sam():
-        return Sam(SamSettings(model=str(tiny_sam), **SAM_OPTIONS), device="cpu")
+        return Sam(SamSettings(model=str(tiny_sam), **SAM_OPTIONS))
 
     run(images, tmp_path / "whole.sqlite", sam())
     broken, calls = sam(), []
@@ -336,7 +404,7 @@ def test_sam_leaves_equal_stores_whether_killed_or_not(images, tmp_path, tiny_sa
     shards = [tmp_path / f"masks-{index}-of-2.sqlite" for index in (0, 1)]
     merge(shards, tmp_path / "merged.sqlite", overwrite=False)
     assert dump(tmp_path / "merged.sqlite") == dump(tmp_path / "whole.sqlite")
-    settings = store_settings(PackedStore(tmp_path / "merged.sqlite").meta)
+    settings = PackedStore(tmp_path / "merged.sqlite").settings
     assert settings["pred_iou_thresh"] == -1000
     assert settings["model"] == str(tiny_sam)
 
@@ -346,7 +414,7 @@ def test_thresholds_take_segments_away(images, tiny_sam):
 
     def count(**changed):
         settings = SamSettings(model=str(tiny_sam), **{**SAM_OPTIONS, **changed})
-        return len(Sam(settings, device="cpu").segments([image])[0])
+        return len(Sam(settings).segments([image])[0])
 
     everything = count()
     assert count(pred_iou_thresh=1000.0) == 0
@@ -358,18 +426,15 @@ def test_a_missing_transformers_is_named(images, tmp_path, masks_command, monkey
     import sys
 
     monkeypatch.setitem(sys.modules, "transformers", None)
-    code, said = masks_command(
-        "generate", "--images", images, "--out", tmp_path / "out", "--generator", "sam"
-    )
+    code, said = masks_command("generate", "sam", "--images", images, "--out", tmp_path / "out")
     assert code == 2
     assert "pip install transformers" in said
 
 
 def test_a_folder_that_is_no_model_is_named(images, tmp_path, masks_command):
     code, said = masks_command(
-        "generate", "--images", images, "--out", tmp_path / "out", "--generator", "sam",
-        "--model", tmp_path,
-    )  # fmt: skip
+        "generate", "sam", "--images", images, "--out", tmp_path / "out", "--model", tmp_path
+    )
     assert code == 2
     assert f"--model {tmp_path} cannot be loaded" in said
     assert not (tmp_path / "out").exists()

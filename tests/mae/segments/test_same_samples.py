@@ -1,10 +1,12 @@
-"""Pretraining sees the same samples whatever form its segments are kept in."""
+"""Pretraining sees the same samples whatever form its segments were packed from."""
 
 import shutil
 
 import pytest
 
+from mae.segments.forms import open_any_form
 from mae.segments.pack import pack
+from mae.segments.segment import nearest
 
 EPOCHS = 2
 
@@ -30,8 +32,18 @@ def in1k(sample, tmp_path):
     return tmp_path / "in1k"
 
 
-def samples_of(in1k, masks_dir, ratio):
-    """Every sample of every epoch, as pretraining gets them."""
+class Files:
+    """What a store is asked, answered from the files."""
+
+    def __init__(self, folder):
+        self.folder = open_any_form(folder)
+
+    def nearest(self, key, ratio):
+        return nearest(self.folder.segments(key), ratio)
+
+
+def samples_of(in1k, masks_dir, ratio, files=None):
+    """Every sample of every epoch, as pretraining gets them; files: read them instead."""
     from mae.config import DataConfig, MethodConfig, ModelConfig, make_method
     from mae.data import MaskedImages
     from mae.listing import make_listing
@@ -40,8 +52,9 @@ def samples_of(in1k, masks_dir, ratio):
     method = make_method(wanted, ModelConfig(model="vit_tiny", image_size=64))
     listing = make_listing(DataConfig(in1k_dir=in1k, masks_dir=masks_dir), method)
     images = MaskedImages(
-        in1k / "train", listing.train, listing.source, method=method, wanted=wanted, seed=3
-    )
+        folder=in1k / "train", paths=listing.train, segments=files or listing.source,
+        method=method, coverage_ratio=ratio, seed=3,
+    )  # fmt: skip
     return [
         (images.relative_path(index), images[epoch, index])
         for epoch in range(EPOCHS)
@@ -50,16 +63,19 @@ def samples_of(in1k, masks_dir, ratio):
 
 
 @pytest.mark.parametrize("ratio", [5.0, 15.0, 60.0])
-def test_samples_are_the_same_whatever_the_form(in1k, tmp_path, ratio):
+def test_samples_are_the_same_whatever_form_was_packed(in1k, tmp_path, ratio):
     import torch
 
-    reference = samples_of(in1k, in1k / "masks", ratio)
+    table = tmp_path / "table.sqlite"
+    reference = samples_of(in1k, table, ratio, Files(in1k / "masks"))
     assert len(reference) == EPOCHS * 23
     assert any(sample.hidden_pixels for _, sample in reference)
-    for form in ("table.sqlite", "json.sqlite", "in1k/masks-amg-rle"):
-        for (path, one), (other_path, other) in zip(
-            reference, samples_of(in1k, tmp_path / form, ratio), strict=True
-        ):
+    for others in (
+        samples_of(in1k, table, ratio),
+        samples_of(in1k, tmp_path / "json.sqlite", ratio),
+        samples_of(in1k, table, ratio, Files(in1k / "masks-amg-rle")),
+    ):
+        for (path, one), (other_path, other) in zip(reference, others, strict=True):
             assert path == other_path
             assert torch.equal(one.image, other.image)
             assert (one.pattern == other.pattern).all()

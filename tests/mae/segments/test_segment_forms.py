@@ -1,7 +1,7 @@
 """Every form gives the same segments; what is damaged is named."""
 
 import json
-import pickle
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from mae.segments import open_segments
-from mae.segments.forms import read_empty_list
+from mae.segments import form_of, open_segments
+from mae.segments.folders import path_below, read_empty_list
+from mae.segments.forms import open_any_form
 from mae.segments.segment import (
     Segment,
     nearest,
@@ -21,21 +22,50 @@ from mae.segments.segment import (
 )
 
 FORMS = ["masks", "masks-amg-png", "masks-sa1b"]
-RATIOS = [0, 2, 5, 15, 40, 100]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_holds_the_same_segments(sample, form):
-    source, reference = open_segments(sample / form), open_segments(sample / "masks-amg-rle")
+    source, reference = open_any_form(sample / form), open_any_form(sample / "masks-amg-rle")
     assert source.images() <= reference.images()
     for key in sorted(source.images())[:8]:
         assert source.segments(key) == reference.segments(key)
-        for ratio in RATIOS:
-            assert source.nearest(key, ratio) == reference.nearest(key, ratio)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("masks", "PNGs with table.txt"),
+        ("masks-amg-png", "SAM PNGs with metadata.csv"),
+        ("masks-sa1b", "RLE JSON"),
+        ("masks-amg-rle", "RLE JSON"),
+    ],
+)
+def test_training_opens_no_folder_and_says_how_to_pack_it(sample, form, name):
+    assert form_of(sample / form) == name
+    with pytest.raises(ValueError, match=f"holds segments as {name}") as refused:
+        open_segments(sample / form)
+    assert f"`python -m mae masks pack {sample / form}`" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_form_of_a_store_of_nothing_and_of_a_folder_that_cannot_be_listed(
+    packed_table, tmp_path, monkeypatch
+):
+    assert form_of(packed_table) == "packed store"
+    assert form_of(tmp_path) == form_of(tmp_path / "nowhere") == "none"
+    shutil.copyfile(packed_table, tmp_path / "masks.sqlite")
+    (tmp_path / "image.json").write_text("[]")
+    assert form_of(tmp_path) == "packed store"
+    assert open_segments(tmp_path).path == tmp_path / "masks.sqlite"
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    monkeypatch.setattr("os.scandir", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    assert form_of(hidden) == "none"
 
 
 def test_a_segment_decodes_to_the_pixels_of_its_png(sample):
-    source = open_segments(sample / "masks")
+    source = open_any_form(sample / "masks")
     key = min(source.images())
     for line, segment in zip(
         (sample / "masks" / key / "table.txt").read_text().splitlines(),
@@ -51,11 +81,10 @@ def test_a_segment_decodes_to_the_pixels_of_its_png(sample):
 
 @pytest.mark.parametrize(("form", "images"), [("masks", 23), ("masks-amg-rle", 93)])
 def test_images_without_segments_are_told_from_images_that_were_forgotten(sample, form, images):
-    source = open_segments(sample / form)
+    source = open_any_form(sample / form)
     assert len(source.images()) == images
     assert "n01735189/n01735189_1185" in source.listed_empty()
     assert not source.images() & source.listed_empty()
-    assert source.nearest("n01735189/n01735189_1185", 15) is None
     assert source.segments("nowhere/nothing") == []
 
 
@@ -73,7 +102,7 @@ def test_uncompressed_run_lengths_are_read(tmp_path):
     inside[1:, 1:3] = 1
     annotation = {"segmentation": {"size": [3, 4], "counts": [4, 2, 1, 2, 3]}, "area": 4}
     (tmp_path / "image.json").write_text(json.dumps([annotation]))
-    segment = open_segments(tmp_path).nearest("image", 15)
+    (segment,) = open_any_form(tmp_path).segments("image")
     np.testing.assert_array_equal(segment.decode(), inside)
     assert segment.coverage_percent == pytest.approx(100 / 3)
 
@@ -93,31 +122,19 @@ def test_a_wrong_area_is_reported_and_the_pixels_count(json_folder, read_json, c
     content[0]["area"] *= 3
     path.write_text(json.dumps(content))
     key = path.relative_to(json_folder).with_suffix("").as_posix()
-    open_segments(json_folder).nearest(key, 15)
+    open_any_form(json_folder).segments(key)
     assert str(path) in caplog.text
     assert "the pixels count" in caplog.text
 
 
-def test_a_wrong_table_is_reported_and_the_pixels_choose(table_folder, sample, caplog):
+def test_a_wrong_table_is_reported_and_the_pixels_count(table_folder, sample, caplog):
     table = sorted(table_folder.rglob("table.txt"))[0]
     names = [line.split()[1] for line in table.read_text().splitlines()]
     table.write_text("".join(f"{15 + i / 1e6:.6f} {name}\n" for i, name in enumerate(names)))
     key = table.parent.relative_to(table_folder).as_posix()
-    expected = open_segments(sample / "masks-amg-rle").nearest(key, 15)
-    assert open_segments(table_folder).nearest(key, 15) == expected
+    expected = open_any_form(sample / "masks-amg-rle").segments(key)
+    assert open_any_form(table_folder).segments(key) == expected
     assert str(table.parent) in caplog.text
-
-
-def test_the_nearest_of_a_table_opens_few_pngs(table_folder, monkeypatch):
-    from mae.segments import pngs
-
-    opened = []
-    read = pngs.read_segment_png
-    monkeypatch.setattr(pngs, "read_segment_png", lambda path: opened.append(path) or read(path))
-    source = open_segments(table_folder)
-    for key in source.images():
-        source.nearest(key, 15)
-    assert len(opened) <= 2 * len(source.images())
 
 
 def cut_short(path):
@@ -154,11 +171,10 @@ def test_damaged_json_is_named_never_read(json_folder, damage):
     path = sorted(json_folder.rglob("*.json"))[2]
     key = path.relative_to(json_folder).with_suffix("").as_posix()
     damage(path)
-    source = open_segments(json_folder)
+    source = open_any_form(json_folder)
     assert key in source.images()
-    for read in (source.segments, lambda key: source.nearest(key, 15)):
-        with pytest.raises(ValueError, match=path.name):
-            read(key)
+    with pytest.raises(ValueError, match=path.name):
+        source.segments(key)
 
 
 def test_counts_that_are_no_code_are_refused_before_c_code_sees_them():
@@ -176,7 +192,7 @@ def test_a_png_that_is_none_and_one_that_is_missing_are_named(table_folder):
     bad.write_bytes(b"not a picture")
     gone = second.parent / second.read_text().splitlines()[0].split()[1]
     gone.unlink()
-    source = open_segments(table_folder)
+    source = open_any_form(table_folder)
     for path in (bad, gone):
         with pytest.raises(ValueError, match=f"{path.parent.name}/{path.name}"):
             source.segments(path.parent.relative_to(table_folder).as_posix())
@@ -187,7 +203,7 @@ def test_segments_of_different_sizes_in_one_image_are_refused(table_folder):
     png = table.parent / table.read_text().split()[1]
     Image.open(png).transpose(Image.Transpose.TRANSPOSE).save(png)
     with pytest.raises(ValueError, match="different sizes"):
-        open_segments(table_folder).segments(table.parent.relative_to(table_folder).as_posix())
+        open_any_form(table_folder).segments(table.parent.relative_to(table_folder).as_posix())
 
 
 @pytest.mark.parametrize(
@@ -197,19 +213,28 @@ def test_a_bad_line_of_a_table_is_named(table_folder, line):
     table = sorted(table_folder.rglob("table.txt"))[0]
     table.write_text(f"{line}\n")
     with pytest.raises(ValueError, match=r"table\.txt:1"):
-        open_segments(table_folder).nearest(table.parent.relative_to(table_folder).as_posix(), 15)
+        open_any_form(table_folder).segments(table.parent.relative_to(table_folder).as_posix())
+
+
+@pytest.mark.parametrize("name", ["../other/0.png", "/etc/0.png", "..", "a/../../0.png", "0.png\0"])
+def test_a_name_in_a_file_never_leads_out_of_its_folder(table_folder, name):
+    with pytest.raises(ValueError, match="is no name of a file below"):
+        path_below(table_folder, name, "here")
+    assert path_below(table_folder, "a/0..png", "here") == table_folder / "a/0..png"
+    table = sorted(table_folder.rglob("table.txt"))[0]
+    table.write_text(f"15.0 {name}\n")
+    with pytest.raises(ValueError, match=r"table\.txt:1.* is no name of a file below"):
+        open_any_form(table_folder).segments(table.parent.relative_to(table_folder).as_posix())
 
 
 def test_metadata_cut_short_is_refused(sample, tmp_path):
-    import shutil
-
     folder = min((sample / "masks-amg-png").glob("*/*"))
     shutil.copytree(folder, tmp_path / "class/image")
     table = tmp_path / "class/image/metadata.csv"
     table.chmod(0o644)
     table.write_text(table.read_text()[:-60])
     with pytest.raises(ValueError, match=r"metadata\.csv"):
-        open_segments(tmp_path).segments("class/image")
+        open_any_form(tmp_path).segments("class/image")
 
 
 def test_a_folder_without_segments_says_what_was_expected(tmp_path):
@@ -225,21 +250,13 @@ def test_the_list_of_empty_images_knows_class_folders(tmp_path):
     assert read_empty_list(path) == {"n01735189/n01735189_1185", "flowers/a b", "holiday"}
 
 
-def test_a_source_travels_into_another_process(sample):
-    source = open_segments(sample / "masks-amg-rle")
-    key = min(source.images())
-    again = pickle.loads(pickle.dumps(source))
-    assert len(pickle.dumps(source)) < 2000
-    assert again.nearest(key, 15) == source.nearest(key, 15)
-
-
 def test_importing_segments_imports_no_torch():
     code = "import mae.segments, mae.segments.cli, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_decoding_agrees_with_pycocotools(sample):
-    source = open_segments(sample / "masks-amg-rle")
+    source = open_any_form(sample / "masks-amg-rle")
     for key in sorted(source.images())[::10]:
         for segment in source.segments(key):
             size = [segment.height, segment.width]

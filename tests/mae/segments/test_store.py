@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from common.files import beside
 from mae.segments import open_segments
+from mae.segments.forms import open_any_form
 from mae.segments.pack import merge, pack, unpack
+from mae.segments.segment import nearest
 from mae.segments.store import PackedStore
-from mae.segments.writing import StoreWriter, part_path
+from mae.segments.writing import StoreWriter
 
 RATIOS = [0, 2, 5, 15, 40, 100]
 WHOLE = {"overwrite": False, "allow_damaged": False, "processes": 1}
@@ -27,20 +30,28 @@ def blocks(paths):
 
 
 def test_a_store_agrees_with_its_source_pixel_by_pixel(sample, packed_table):
-    source, store = open_segments(sample / "masks"), open_segments(packed_table)
+    source, store = open_any_form(sample / "masks"), open_segments(packed_table)
     assert store.images() == source.images()
     assert store.listed_empty() == source.listed_empty()
     for key in sorted(source.images()):
-        assert store.segments(key) == source.segments(key)
+        segments = source.segments(key)
+        assert store.segments(key) == segments
         for ratio in RATIOS:
-            assert store.nearest(key, ratio) == source.nearest(key, ratio)
-        assert (store.nearest(key, 15).decode() == source.nearest(key, 15).decode()).all()
+            assert store.nearest(key, ratio) == nearest(segments, ratio)
+        assert (store.nearest(key, 15).decode() == nearest(segments, 15).decode()).all()
+    assert store.nearest("n01735189/n01735189_1185", 15) is None
 
 
-def test_rle_json_packs_to_the_same_segments_on_many_processes(sample, tmp_path):
+@pytest.fixture
+def at_once(monkeypatch):
+    """Other processes are started at once, however little there is to do."""
+    monkeypatch.setattr("mae.segments.parallel.SECONDS_ALONE", 0)
+
+
+def test_rle_json_packs_to_the_same_segments_on_many_processes(sample, tmp_path, at_once):
     summary = pack(sample / "masks-amg-rle", tmp_path / "a.sqlite", **{**WHOLE, "processes": 2})
     assert (summary.images, summary.without, summary.left_out) == (93, 3, 0)
-    source, store = open_segments(sample / "masks-amg-rle"), open_segments(tmp_path / "a.sqlite")
+    source, store = open_any_form(sample / "masks-amg-rle"), open_segments(tmp_path / "a.sqlite")
     assert store.images() == source.images()
     assert store.listed_empty() == source.listed_empty()
     for key in source.images():
@@ -73,8 +84,11 @@ def test_equal_distances_choose_the_smaller(tmp_path, read_json):
     ]
     (tmp_path / "image.json").write_text(json.dumps(annotations))
     pack(tmp_path, None, **WHOLE)
+    segments = open_segments(tmp_path).segments("image")
     for wanted, chosen in [(15, 10), (25, 20), (25.1, 30), (0, 10), (100, 30), (20, 20)]:
         assert open_segments(tmp_path).nearest("image", wanted).coverage_percent == chosen
+        assert nearest(segments, wanted).coverage_percent == chosen
+    assert nearest([], 15) is None
 
 
 def kill_after(images, folder, out, seconds_per_commit):
@@ -101,14 +115,14 @@ def test_a_killed_pack_goes_on_to_the_same_file(json_folder, tmp_path, in_child,
     assert in_child(kill_after, images, json_folder, killed, commit) == -signal.SIGKILL
     assert not killed.exists()
     with pytest.raises(ValueError, match="not"):
-        open_segments(part_path(killed))
+        open_segments(beside(killed))
     summary = pack(json_folder, killed, **WHOLE)
     assert summary.already_there == (0 if commit else images)
     with sqlite3.connect(whole) as one, sqlite3.connect(killed) as other:
         assert list(one.iterdump()) == list(other.iterdump())
     one.close()
     other.close()
-    assert not part_path(killed).exists()
+    assert not beside(killed).exists()
 
 
 def stop_soon(folder, out):
@@ -171,6 +185,24 @@ def test_unpacked_segments_pack_to_the_same_store(json_folder, tmp_path, masks_c
     pack(tmp_path / "json", tmp_path / "two.sqlite", **WHOLE)
     assert dump(tmp_path / "one.sqlite") == dump(tmp_path / "two.sqlite")
     assert unpack(tmp_path / "one.sqlite", tmp_path / "json", processes=1).already_there == 6
+
+
+def test_a_key_of_a_store_that_leads_out_of_the_folder_is_not_unpacked(packed_table, tmp_path):
+    store = tmp_path / "foreign.sqlite"
+    shutil.copyfile(packed_table, store)
+    with sqlite3.connect(store) as connection:
+        connection.execute("UPDATE images SET key = '../../outside' WHERE id = 3")
+    connection.close()
+    with pytest.raises(ValueError, match=r"'\.\./\.\./outside\.json' is no name of a file below"):
+        unpack(store, tmp_path / "a/b", processes=1)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_needs_another_place(json_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mae.segments.pack.os.access", lambda path, mode: path != json_folder)
+    with pytest.raises(ValueError, match="cannot be written to; name another place by --out"):
+        pack(json_folder, None, **WHOLE)
+    pack(json_folder, tmp_path / "masks.sqlite", **WHOLE)
 
 
 def test_merged_stores_hold_what_one_store_would(json_folder, tmp_path, dump):
@@ -278,7 +310,7 @@ def test_a_full_disk_stops_a_pack_which_goes_on_later(json_folder, tmp_path, in_
     assert not out.exists()
     summary = pack(json_folder, out, **WHOLE)
     assert summary.images + summary.without == 6
-    assert open_segments(out).images() == open_segments(json_folder).images()
+    assert open_segments(out).images() == open_any_form(json_folder).images()
 
 
 def test_a_read_only_store_is_read_and_nothing_is_written_beside_it(packed_table, tmp_path):
@@ -310,18 +342,20 @@ def test_an_open_store_is_safe_after_fork_and_pickle(packed_table, in_child):
 def pack_many_and_report(folder, out, pids_path):
     from mae.segments import parallel
 
-    start = parallel._start_worker
+    parallel.SECONDS_ALONE = 0
+    start = parallel.leave_signals_to_the_main_process
 
-    def start_and_tell(work):
+    def start_and_tell(worker):
         with pids_path.open("a") as file:
             file.write(f"{os.getpid()}\n")
-        start(work)
+        start(worker)
 
-    parallel._start_worker = start_and_tell
+    parallel.leave_signals_to_the_main_process = start_and_tell
     add = StoreWriter.add
 
     def add_and_die(self, image):
         add(self, image)
+        time.sleep(2)  # until the pipe is full of what the workers have done meanwhile
         os.kill(os.getpid(), signal.SIGKILL)
 
     StoreWriter.add = add_and_die
@@ -333,11 +367,21 @@ def test_workers_end_when_their_parent_is_killed(sample, tmp_path, in_child):
     arguments = (sample / "masks-amg-rle", tmp_path / "masks.sqlite", pids)
     assert in_child(pack_many_and_report, *arguments) == -signal.SIGKILL
     workers = [int(line) for line in pids.read_text().split()]
-    assert workers
+    assert len(workers) == 2
     deadline = time.monotonic() + 20
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.1)
+
+
+def test_what_a_worker_raises_is_one_line(packed_table, tmp_path, masks_command, at_once):
+    def refuse(*_):
+        raise ValueError("no: thank you")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mae.segments.pack._annotation", refuse)
+        code, said = masks_command("unpack", packed_table, tmp_path / "json", "--processes", 2)
+    assert (code, said) == (2, "Error: no: thank you\n")
 
 
 def is_running(pid):

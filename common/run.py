@@ -1,0 +1,62 @@
+"""How a call runs, whatever it trains: the options that both parts have."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from common.options import OptionGroup, option, plugin_option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginConfig(OptionGroup):
+    """For commands that know methods or models."""
+
+    title: ClassVar[str] = "Options"
+    plugin: Path | None = plugin_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig(PluginConfig):
+    """Where a command runs; only `precision` changes more than the rounding."""
+
+    title: ClassVar[str] = "Devices"
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto: a GPU if there is one.", "auto", neutral=True
+    )
+    precision: Literal["auto", "bf16", "fp32"] = option("auto: bf16 where a GPU has it.", "auto")
+    workers: int | None = option(
+        "Loader processes per device. Default: by the number of cores.", None,
+        at_least=0, neutral=True,
+    )  # fmt: skip
+
+    @property
+    def loader_workers(self) -> int:
+        """By default the cores that are left to this process but one, at most 12."""
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return 0 if cores < 3 else min(12, cores - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(DeviceConfig):
+    """Where a training goes, and how it is kept."""
+
+    title: ClassVar[str] = "Run"
+    output_dir: Path = option("Where everything goes.", neutral=True)
+    compile: Literal["auto", "on", "off"] = option(
+        "torch.compile; auto: on a GPU.", "auto", neutral=True
+    )
+    resume: Literal["auto", "never", "required"] = option(
+        "Continue what is there?", "auto", neutral=True
+    )
+    save_every_minutes: float | None = option(
+        "Also save inside an epoch. Default: after epochs only.", None, above=0, neutral=True
+    )
+    log_with: tuple[str, ...] = option(
+        "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
+        ("tensorboard",), neutral=True,
+    )  # fmt: skip

@@ -1,0 +1,153 @@
+"""What the parts know, by asking them: their commands answer in JSON, and nobody knows it twice.
+
+`ask_facts` is asked once per call; everything else takes its answer as a value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.yamlfile import plain
+from pipeline.layout import Layout
+from pipeline.process import REPO_ROOT
+from pipeline.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Masking methods, recipes and options, as the parts have them."""
+
+    methods: Mapping[str, Mapping[str, Any]]
+    """By name: uses_segments, and settings, the options that matter to the method."""
+    recipes: Mapping[str, Mapping[str, Any]]
+    options: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """By kind of step and name: default, neutral (of speed or place only), and older, what a file
+    of an earlier version counts as that does not have it."""
+    packing: tuple[Path, Path] | None = None
+    """Segments that have to be packed before pretraining reads them, and the store to write."""
+
+    def uses_ratio(self, method: str) -> bool:
+        """Whether the coverage ratio matters to the method."""
+        return "coverage_ratio" in self.methods[method]["settings"]
+
+    def idle(self, method: Any) -> set[str]:
+        """Settings that matter to other methods only; none for a method that is not known."""
+        if method not in self.methods:
+            return set()
+        every = {name for known in self.methods.values() for name in known["settings"]}
+        return every - set(self.methods[method]["settings"])
+
+    def resolve(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting that decides what a step makes, in plain values: given, recipe, default."""
+        recipe = self._recipe(given)
+        resolved = {}
+        for name, fact in self._deciding(kind).items():
+            value = given.get(name)
+            resolved[name] = plain(recipe.get(name, fact["default"]) if value is None else value)
+        return resolved
+
+    def older(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What each of these settings counts as where a record does not have it."""
+        recipe = self._recipe(given)
+        return {
+            # `older` says more than a recipe only where it is another value than the default.
+            name: recipe.get(name, fact["older"])
+            if fact["older"] == fact["default"]
+            else fact["older"]
+            for name, fact in self._deciding(kind).items()
+        }
+
+    def _deciding(self, kind: str) -> dict[str, Mapping[str, Any]]:
+        options = self.options.get(kind, {})
+        return {name: fact for name, fact in options.items() if not fact["neutral"]}
+
+    def _recipe(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.recipes.get(str(given.get("recipe")), {})
+
+
+def ask_facts(settings: Settings | None = None) -> Facts:
+    """Asks both parts beside each other; ValueError says what one of them does not accept."""
+    data, plugin = (settings.data, settings.parts.plugin) if settings else (None, None)
+    mae, segmenter = ask(
+        [
+            part_command(
+                ["mae", "methods"],
+                {
+                    "plugin": plugin,
+                    "in1k_dir": data and data.in1k_dir,
+                    "masks_dir": data and data.masks_dir,
+                },
+            ),
+            part_command(["segmenter", "recipes"], {"plugin": plugin}),
+        ]
+    )
+    packing, segments = None, mae["segments"]
+    if data is not None and segments is not None and segments["needs_packing"]:
+        source = Path(segments["path"])
+        inside = source / "masks.sqlite"  # where pretraining looks for it by itself
+        store = inside if os.access(source, os.W_OK) else Layout(data.output_dir).segments
+        packing = (source, store)
+    return Facts(
+        methods=mae["methods"],
+        recipes=segmenter["recipes"],
+        options={"pretrain": mae["options"], "evaluate": segmenter["options"]},
+        packing=packing,
+    )
+
+
+def part_command(program: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """The command line of one process of a part."""
+    return [sys.executable, "-m", *program, *as_arguments(options)]
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as command-line words: True and False become --x and --no-x, None is left out."""
+    words = []
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{name}", ",".join(str(part) for part in value)]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def ask(
+    commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]] | None = None
+) -> list[dict[str, Any]]:
+    """What each command prints, as JSON; as many beside each other as there are cores.
+
+    environments: what each gets beside this process's own. Raises ValueError with the reasons of
+    those that fail, each once.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ended = list(pool.map(_run, commands, environments or [{}] * len(commands)))
+    complaints = [_complaint(done) for done in ended if done.returncode != 0]
+    if complaints:
+        raise ValueError("\n".join(dict.fromkeys(complaints)))
+    return [json.loads(done.stdout) for done in ended]
+
+
+def _run(
+    command: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=REPO_ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that the part said, else the end of what it said."""
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    said = [line.partition("Error: ")[2] for line in lines if "Error: " in line]
+    return said[0] if said else "\n".join(lines[-3:]) or "it gave no reason"

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from pipeline import estimate
+from pipeline.estimate import kept_bytes, step_seconds, wall_seconds
+from pipeline.plan import Step
+from pipeline.settings import Settings
+from tests.pipeline.programs import plan_of
+
+Make = Callable[..., Settings]
+COST = {
+    "pretrain": {"setup_seconds": 5, "epoch_seconds": 10, "epochs": 4},
+    "evaluate": {
+        "setup_seconds": 1, "epoch_seconds": 2, "evaluation_seconds": 30, "evaluations": 3,
+        "epochs": 6,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The steps that were timed, of a plan whose parts answer at once."""
+    found: list[str] = []
+
+    def answer(step: Step) -> dict[str, float]:
+        found.append(step.name)
+        return COST[step.kind]
+
+    monkeypatch.setattr(estimate, "_time", answer)
+    return found
+
+
+def test_costs_are_set_up_epochs_and_evaluations(settings: Make, timed: list[str]) -> None:
+    steps = plan_of(settings("--pretrain-epochs 4 --eval-epochs 1,4"))
+    assert step_seconds(steps) == {
+        "pretrain_four_channels_1": 5 + 10,
+        "evaluate_four_channels_1": 1 + 6 * 2 + 3 * 30,
+        "pretrain_four_channels_4": 5 + 3 * 10,
+        "evaluate_four_channels_4": 1 + 6 * 2 + 3 * 30,
+    }
+
+
+def test_each_method_is_timed_once(settings: Make, timed: list[str]) -> None:
+    step_seconds(plan_of(settings("--mask-method patches,segments --seed 0,1 --pretrain-epochs 2")))
+    assert timed == ["pretrain_patches_2", "evaluate_patches_2", "pretrain_segments_2"]
+
+
+def test_evaluations_beside_pretraining_take_no_time_of_their_own(settings: Make) -> None:
+    steps = plan_of(settings("--pretrain-epochs 2 --eval-freq 1"))
+    seconds = {step.name: 10.0 for step in steps}
+    assert wall_seconds(steps, seconds, overlaps=False) == 40
+    assert wall_seconds(steps, seconds, overlaps=True) == 30
+
+
+def test_what_is_kept_is_counted_by_the_sizes_that_the_parts_give(settings: Make) -> None:
+    steps = plan_of(settings("--pretrain-epochs 2 --eval-freq 1"))
+    steps = [replace(step, answer={"checkpoint_bytes": 100}) for step in steps]
+    assert kept_bytes(steps) == 2 * 100 + 2 * 2 * 100
