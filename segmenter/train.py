@@ -135,7 +135,7 @@ def _evaluate(
         interruption=interruption,
     )
     state.total_seconds += time.monotonic() - began
-    return None if areas is None else vars(areas.scores(run.classes.names)).copy()
+    return None if areas is None else areas.scores(run.classes.names)
 
 
 def _epoch_record(run: Run, state: State) -> dict[str, Any]:
