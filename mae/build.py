@@ -54,12 +54,12 @@ class Run:
 
     config: PretrainConfig
     accelerator: Accelerator
-    listing: Listing
     plan: BatchPlan
-    workers: int
+    listing: Listing
     images: MaskedImages
     heldout: FixedImages
     fixed_set: Batch
+    workers: int
     model: MaskedAutoencoder
     prepared: nn.Module
     optimizer: torch.optim.Optimizer

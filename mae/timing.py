@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from common.checkpoint import PeriodicSave
 from common.interruption import Interruption
 from mae.build import build_run
 from mae.config import PretrainConfig
@@ -30,7 +31,7 @@ def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | N
     )
     first_epoch, state.steps_completed = state.epochs_completed, 0
     with Interruption() as interruption:
-        trainer = EpochTrainer(run, interruption, None, lambda: None)
+        trainer = EpochTrainer(run, interruption, None, PeriodicSave(None, lambda: None))
         batches = run.batches(state, epochs=first_epoch + 2)
         setup_seconds = time.monotonic() - began
         for epoch in (first_epoch, first_epoch + 1):

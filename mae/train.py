@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from common.checkpoint import save_checkpoint
+from common.checkpoint import PeriodicSave, save_checkpoint
 from common.devices import peak_flops, peak_memory_mib
 from common.files import also_save_as
 from common.interruption import Interruption, leave_signals_to_the_main_process
@@ -57,7 +57,9 @@ def _fit(run: Run, state: State, interruption: Interruption) -> bool:
     """Train to the end of the round. Returns False if stopped by a signal."""
     logbook = _open_logbook(run, state)
     progress = logbook.progress if logbook else None
-    trainer = EpochTrainer(run, interruption, progress, lambda: save_last(run, state))
+    minutes = run.config.run.save_every_minutes
+    save_if_due = PeriodicSave(minutes, lambda: save_last(run, state))
+    trainer = EpochTrainer(run, interruption, progress, save_if_due)
     batches = run.batches(state, run.config.epochs_this_round)
     outcome = "failed"
     try:

@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
+from common.command import CONTEXT, command
 from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
 from common.files import check_output_file, check_output_folder, write_json
 from common.layout import RESULT
-from common.options import CONTEXT, Layer, OptionGroup, command, option_facts
+from common.options import Layer, OptionGroup, option_facts
 from common.run import PluginConfig
 from common.yamlfile import plain
 from segmenter.config import (
