@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from common import options
+from common.command import CONTEXT, command
 from common.console import EXIT_STOPPED, run_program
 from common.lock import hold
 from pipeline import doctor as examination
@@ -128,7 +128,7 @@ class _RunByDefault(click.Group):
 
 @click.group(
     cls=_RunByDefault,
-    context_settings=options.CONTEXT,
+    context_settings=CONTEXT,
     options_metavar="FLAGS",
     subcommand_metavar="| COMMAND ...",
 )
@@ -140,7 +140,7 @@ def main() -> None:
     """
 
 
-@options.command(main, "run", **GROUPS)
+@command(main, "run", **GROUPS)
 @click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: the commands, too.")
 @click.option("--estimate", is_flag=True, help="Time a few real steps; hours and disk of the run.")
@@ -204,7 +204,7 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
     click.echo(page)
 
 
-@options.command(main, "doctor", **GROUPS)
+@command(main, "doctor", **GROUPS)
 def doctor(**groups: Any) -> int:
     """Look at this machine and, given the flags of a run, at its data; say what to fix."""
     findings = examination.examine(lambda: _settings(groups), groups)

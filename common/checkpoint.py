@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Replace `path`; a kill at any moment leaves the old file or the new one. RuntimeError."""
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         torch.save({"format_version": FORMAT_VERSION, **content}, file)
+
+
+class PeriodicSave:
+    """--save-every-minutes: saves inside an epoch when it is time to; None: never."""
+
+    def __init__(self, minutes: float | None, save: Callable[[], None]) -> None:
+        self.seconds = float("inf") if minutes is None else minutes * 60
+        self.save = save
+        self.saved_at = time.monotonic()
+
+    def __call__(self, *, at_end: bool) -> None:
+        """After a step; the end of an epoch is saved anyway."""
+        is_due = time.monotonic() - self.saved_at >= self.seconds
+        if is_due and not at_end:
+            self.save()
+        if is_due or at_end:
+            self.saved_at = time.monotonic()
 
 
 def load_checkpoint(

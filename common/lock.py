@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+_FORKED_SECONDS = 1.0  # what a killed process has just forked holds its lock until it has begun
+
 
 class LockedError(ValueError):
     """Another process works in this output directory."""
@@ -26,7 +28,7 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_FORKED_SECONDS)
     except Timeout:
         raise LockedError(
             f"{_holder(path)} already works in {folder}; wait for it, or use another --output-dir"

@@ -19,23 +19,14 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import click
-
-from common.plugins import load_plugin
 from common.yamlfile import check_names, parse_value, plain, read_yaml
 
 REQUIRED = dataclasses.MISSING
-# Dashes and underscores are the same.
-CONTEXT: dict[str, Any] = {
-    "token_normalize_func": lambda token: token.replace("_", "-"),
-    "help_option_names": ["-h", "--help"],
-    "max_content_width": 100,
-}
 Group = TypeVar("Group", bound="OptionGroup")
 
 
@@ -103,6 +94,14 @@ def option(
     return dataclasses.field(default=default, metadata={"option": spec})
 
 
+def plugin_option() -> Any:
+    """The field `plugin` of a group: it is loaded before any option is judged."""
+    return option(
+        "Python file with masking methods or models of your own.", None,
+        neutral=True, is_plugin=True,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptionGroup:
     """Options that belong together. Making one judges every value: ValueError names the option."""
@@ -141,7 +140,7 @@ class Field:
 
     def words(self) -> tuple[str, ...]:
         """The allowed words, none if any will do."""
-        item = _item(self.kind)
+        item = item_type(self.kind)
         if typing.get_origin(item) is Literal:
             return typing.get_args(item)
         return tuple(self.spec.choices()) if self.spec.choices else ()
@@ -169,7 +168,7 @@ class Field:
                 raise self._refusal(item, self.spec.range_text() if limited else "a finite number")
 
     def _one(self, value: Any) -> Any:
-        kind, words = _item(self.kind), self.words()
+        kind, words = item_type(self.kind), self.words()
         if words:
             normal = {word.replace("-", "_"): word for word in words}
             return normal.get(str(value).replace("-", "_"), value)  # `judge` refuses what is none
@@ -231,7 +230,7 @@ _EXPECTED: dict[Any, str] = {
 }  # fmt: skip
 
 
-def _item(kind: Any) -> Any:
+def item_type(kind: Any) -> Any:
     """The type of a tuple's items, else the type itself."""
     return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
 
@@ -306,121 +305,6 @@ def make(group: type[Group], values: Mapping[str, Any]) -> Group:
         if name not in values and field.default is REQUIRED:
             raise ValueError(f"{field.flag} is missing: {field.spec.help}")
     return group(**{name: values[name] for name in fields if name in values})
-
-
-class OptionCommand(click.Command):
-    """A command whose options are groups; its function gets them, made, as keyword arguments.
-
-    own_layers: files of the part that lie below --config, such as a recipe; it gets what the
-    command line and --config say.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        groups: Mapping[str, type[OptionGroup]],
-        own_layers: Callable[[Mapping[str, Any]], Sequence[Layer]] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.groups = groups
-        self.own_layers = own_layers
-        self.titles: dict[str, str] = {}
-        self.plugins: list[str] = []
-        self.params.append(_config_option())
-        for group in groups.values():
-            for field in fields_of(group).values():
-                self.params.append(_click_option(field, group.no_default))
-                self.titles[field.name] = group.title
-                self.plugins += [field.name] if field.spec.is_plugin else []
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Click's hook: makes the groups, then runs the function."""
-        given = {name: ctx.params.pop(name) for name in self.titles}
-        layers = [Layer({name: v for name, v in given.items() if v is not None and v != ()})]
-        config = ctx.params.pop("config")
-        groups = self.groups.values()
-        if config is not None:
-            layers.insert(0, read_layer(Path(config).expanduser(), groups))
-        for layer in layers:
-            for name in self.plugins:
-                if layer.values.get(name):  # before anything is judged: it may bring a choice
-                    load_plugin(Path(str(layer.values[name])).expanduser())
-        if self.own_layers is not None:
-            layers = [*self.own_layers(merge(groups, layers)), *layers]
-        values = merge(groups, layers)
-        ctx.params |= {name: make(group, values) for name, group in self.groups.items()}
-        return super().invoke(ctx)
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Click's hook: --help has one section for each group."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                sections.setdefault(self.titles.get(str(param.name), "Options"), []).append(record)
-        for title in dict.fromkeys([*self.titles.values(), "Options"]):
-            if sections.get(title):
-                with formatter.section(title):
-                    formatter.write_dl(sections[title])
-
-
-def command(
-    parent: click.Group,
-    name: str | None = None,
-    *,
-    own_layers: Callable[[Mapping[str, Any]], Sequence[Layer]] | None = None,
-    epilog: str | None = None,
-    **groups: type[OptionGroup],
-) -> Callable[[Callable[..., Any]], click.Command]:
-    """Decorator: a command of `parent` with these groups; click's own decorators may follow it."""
-    return parent.command(
-        name, cls=OptionCommand, groups=groups, own_layers=own_layers, epilog=epilog,
-        context_settings=CONTEXT,
-    )  # fmt: skip
-
-
-def _config_option() -> click.Option:
-    text = "YAML file of `option: value` lines; the command line wins."
-    return click.Option(["--config"], metavar="FILE", help=text)
-
-
-def _click_option(field: Field, no_default: str) -> click.Option:
-    """Click only collects the words; `merge` converts and judges them."""
-    help_text, words = field.spec.help, field.words()
-    shown = plain(field.default) if field.default is not REQUIRED else None
-    if field.kind is bool:
-        if shown:
-            help_text += "  [default: on]"
-        return click.Option(
-            [f"{field.flag}/--no-{field.flag[2:]}", field.name], default=None, help=help_text
-        )
-    if field.is_mapping:
-        return click.Option(
-            [field.flag, field.name], multiple=True, metavar="KEY=VALUE", help=help_text
-        )
-    if field.default is REQUIRED:
-        help_text += f"  [{no_default}]"
-    elif shown is not None and shown != []:
-        text = ",".join(map(str, shown)) if isinstance(shown, list) else shown
-        help_text += f"  [default: {text}]"
-    kind = _item(field.kind)
-    several = ",..." if typing.get_origin(field.kind) is tuple else ""
-    metavar = f"[{'|'.join(words)}]" if words else "|".join([_METAVARS[kind], *field.instead])
-    return click.Option(
-        [field.flag, field.name], metavar=metavar + several, help=help_text, default=None
-    )
-
-
-def plugin_option() -> Any:
-    """The field `plugin` of a group: it is loaded before any option is judged."""
-    return option(
-        "Python file with masking methods or models of your own.", None,
-        neutral=True, is_plugin=True,
-    )  # fmt: skip
-
-
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 def option_facts(groups: Iterable[type[OptionGroup]]) -> dict[str, dict[str, Any]]:

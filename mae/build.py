@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from common.devices import make_accelerator
+from common.interruption import leave_signals_to_the_main_process
 from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
-from mae.data import Batch, FixedImages, MaskedImages
+from mae.data import Batch, FixedImages, MaskedImages, allow_many_files, collate
 from mae.listing import Listing, make_listing
 from mae.model import MaskedAutoencoder
 from mae.official import read_official_weights, start_from_official
 from mae.optimisation import GuardedUpdate, make_optimizer
-from mae.reconstruct import FIXED_SET_SIZE, make_fixed_set, unpack_fixed_set
+from mae.reconstruct import FIXED_SET_SIZE, unpack_fixed_set
 from mae.schedule import BatchPlan, make_batch_plan
 
 logger = logging.getLogger(__name__)
@@ -51,16 +54,38 @@ class Run:
 
     config: PretrainConfig
     accelerator: Accelerator
-    listing: Listing
     plan: BatchPlan
-    workers: int
+    listing: Listing
     images: MaskedImages
     heldout: FixedImages
     fixed_set: Batch
+    workers: int
     model: MaskedAutoencoder
     prepared: nn.Module
     optimizer: torch.optim.Optimizer
     update: GuardedUpdate
+
+    def batches(self, state: State, epochs: int) -> Iterator[Batch]:
+        """This process's batches from where the state stands until so many epochs are completed.
+
+        One loader for all of them: workers read on across the ends of epochs.
+        """
+        allow_many_files()
+        rank, start = (
+            self.accelerator.process_index,
+            (state.epochs_completed, state.steps_completed),
+        )
+        keys = self.plan.micro_batches(rank, start, epochs)
+        loader: Any = DataLoader(
+            self.images,
+            batch_sampler=keys,  # type: ignore[arg-type]  # is gone through once
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_main_process,
+            prefetch_factor=4 if self.workers else None,
+        )
+        return iter(loader)
 
 
 def build_run(config: PretrainConfig) -> tuple[Run, State]:
@@ -165,4 +190,5 @@ def _choose_fixed_set(images: MaskedImages) -> Batch:
     """The training images that every round's picture shows: evenly spread, with their segments."""
     size = min(FIXED_SET_SIZE, len(images))
     chosen = images.paths[[index * len(images) // size for index in range(size)]]
-    return make_fixed_set(FixedImages(images, images.folder, chosen), size)
+    fixed = FixedImages(images, images.folder, chosen)
+    return collate([fixed[index] for index in range(size)])

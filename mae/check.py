@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,22 @@ from common.yamlfile import plain
 from mae.config import PretrainConfig, make_method
 from mae.listing import make_listing
 from mae.schedule import learning_rate, make_batch_plan
-from mae.segments.forms import open_any_form, open_segments
 
 
 def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dict[str, Any]:
-    """What the run will be, in plain values. Raises ValueError for what would stop it at once.
-
-    will_pack: segments of any form will do, because they are packed before the run.
-    """
+    """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
     logger = logging.getLogger("mae")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return _check(config, open_any_form if will_pack else open_segments)
+        return _check(config, will_pack=will_pack)
     finally:
         logger.setLevel(level)
 
 
-def _check(config: PretrainConfig, open_form: Callable[[Path], Any]) -> dict[str, Any]:
-    listing = make_listing(config.data, make_method(config.method, config.model), open_form)
+def _check(config: PretrainConfig, *, will_pack: bool) -> dict[str, Any]:
+    method = make_method(config.method, config.model)
+    listing = make_listing(config.data, method, will_pack=will_pack)
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),

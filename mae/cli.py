@@ -11,14 +11,9 @@ from typing import Any, ClassVar
 
 import click
 
+from common.command import CONTEXT, command
 from common.console import EXIT_STOPPED, log_to_stderr, run_program
-from common.options import (
-    CONTEXT,
-    OptionGroup,
-    command,
-    option,
-    option_facts,
-)
+from common.options import OptionGroup, option, option_facts
 from common.run import PluginConfig
 from mae.config import GROUPS, PretrainConfig
 from mae.download import OFFICIAL_FILES

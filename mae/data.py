@@ -1,4 +1,4 @@
-"""Samples and loaders: from a list of files to uint8 batches, the same on any number of workers.
+"""Samples: from a list of files to uint8 batches, the same on any number of workers.
 
 What happens to a sample is a pure function of (seed, epoch, image index), so neither the worker,
 nor the process, nor the batch it falls into matters.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from common.interruption import leave_signals_to_the_main_process
 from mae.decode import CroppedImage, read_crop
 from mae.listing import segment_key
 from mae.masking import MaskingMethod
-from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, BatchPlan, sample_rng
+from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, sample_rng
 from mae.segments.segment import Segment
 from mae.segments.store import PackedStore
 from mae.transforms import Crop, centre_crop, crop_segment, random_crop
@@ -82,7 +81,7 @@ class MaskedImages(Dataset[Sample]):
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = int(key[0]), int(key[1])
+        epoch, index = key
         unreadable: list[str] = []
         for offset in range(min(len(self.paths), MOST_UNREADABLE_IN_A_ROW)):
             candidate = (index + offset) % len(self.paths)
@@ -167,41 +166,6 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def make_loader(
-    images: MaskedImages,
-    plan: BatchPlan,
-    *,
-    rank: int,
-    start: tuple[int, int],
-    epochs: int,
-    workers: int,
-    pin_memory: bool,
-) -> DataLoader[Sample]:
-    """One loader for the whole round: workers read on across the ends of epochs."""
-    return DataLoader(
-        images,
-        batch_sampler=_Keys(plan, rank, start, epochs),  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_the_main_process,
-        prefetch_factor=4 if workers else None,
-    )
-
-
-def make_fixed_loader(
-    images: Dataset[Sample], *, batch_size: int, workers: int
-) -> DataLoader[Sample]:
-    """A loader of fixed samples, in order."""
-    return DataLoader(
-        images,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=leave_signals_to_the_main_process,
-    )
-
-
 def collate(samples: list[Sample]) -> Batch:
     """Samples to a batch."""
     return Batch(
@@ -213,14 +177,3 @@ def collate(samples: list[Sample]) -> Batch:
         hidden_pixels=torch.tensor([sample.hidden_pixels for sample in samples]),
         unreadable=[text for sample in samples for text in sample.unreadable],
     )
-
-
-class _Keys:
-    """The batch sampler: lists of (epoch, index)."""
-
-    def __init__(self, plan: BatchPlan, rank: int, start: tuple[int, int], epochs: int) -> None:
-        self.plan, self.rank, self.start, self.epochs = plan, rank, start, epochs
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for keys in self.plan.micro_batches(self.rank, self.start, self.epochs):
-            yield [(int(epoch), int(index)) for epoch, index in keys]

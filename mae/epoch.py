@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from common.checkpoint import PeriodicSave
 from common.interruption import Interruption
 from common.logbook import Progress
 from common.vit import IMAGE_CHANNELS
@@ -38,18 +39,17 @@ class EpochTrainer:
         run: Run,
         interruption: Interruption,
         progress: Progress | None,
-        save: Callable[[], None],
+        save_if_due: PeriodicSave,
     ) -> None:
         self.run = run
         self.device = run.accelerator.device
         self.interruption = interruption
-        self.save = save
+        self.save_if_due = save_if_due
         self.progress = progress
         self.unreadable: dict[str, None] = {}  # texts seen by this process, in order
         self.steps_between_looks = steps_between_looks(self.device, run.plan.accumulation_steps)
         self.stop = torch.zeros((), device=self.device)
         self.first_bad_step = torch.full((), -1, device=self.device)  # by this process's own loss
-        self.saved_at = time.monotonic()
 
     def train_one_epoch(self, state: State, batches: Iterator[Batch]) -> bool:
         """Train to the end of the state's epoch, or until a signal. Returns True if stopped.
@@ -71,7 +71,7 @@ class EpochTrainer:
             seconds = time.monotonic() - began
             state.seconds += seconds
             if looks:
-                self._save_if_due(at_end)
+                self.save_if_due(at_end=at_end)
             if self.progress is not None:
                 done = state.epochs_completed + state.steps_completed / plan.steps_per_epoch
                 self.progress.advance(done, plan.effective_batch_size, seconds)
@@ -164,14 +164,3 @@ class EpochTrainer:
             if text not in self.unreadable:
                 self.unreadable[text] = None
                 logger.warning("skipped an unreadable image: %s", text)
-
-    def _save_if_due(self, at_end: bool) -> None:
-        """Save inside an epoch; its end is saved anyway."""
-        minutes = self.run.config.run.save_every_minutes
-        if minutes is None:
-            return
-        if at_end:
-            self.saved_at = time.monotonic()
-        elif time.monotonic() - self.saved_at >= minutes * 60:
-            self.save()
-            self.saved_at = time.monotonic()

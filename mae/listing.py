@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import numpy as np
 from common.images import find_images
 from mae.config import DataConfig
 from mae.masking import MaskingMethod
-from mae.segments import open_segments
+from mae.segments.forms import open_any_form, open_segments
 from mae.segments.store import PackedStore
 
 logger = logging.getLogger(__name__)
@@ -44,11 +42,10 @@ class Listing:
         return hashlib.sha256(b"\n".join(self.train.tolist())).hexdigest()[:16]
 
 
-def make_listing(
-    data: DataConfig, method: MaskingMethod, open_form: Callable[[Path], Any] = open_segments
-) -> Listing:
-    """Find the images of a run, and their segments; open_form: in which forms, to look at them.
+def make_listing(data: DataConfig, method: MaskingMethod, *, will_pack: bool = False) -> Listing:
+    """Find the images of a run, and their segments.
 
+    will_pack: segments of any form will do, because they are packed before the run.
     Raises ValueError if folders are missing or empty, or too many images have no segment.
     """
     if not data.in1k_dir.is_dir():
@@ -56,7 +53,7 @@ def make_listing(
     train = find_images(data.in1k_dir / "train")
     val = data.in1k_dir / "val"
     listed_val = find_images(val) if val.is_dir() and data.val_images else []
-    source = _open_source(data, method, open_form)
+    source = _open_source(data, method, will_pack=will_pack)
     left_out = 0
     if source is not None and not data.use_unmasked_images:
         with_segment = source.images()
@@ -79,9 +76,7 @@ def segment_key(relative_path: str) -> str:
     return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
 
 
-def _open_source(
-    data: DataConfig, method: MaskingMethod, open_form: Callable[[Path], Any]
-) -> PackedStore | None:
+def _open_source(data: DataConfig, method: MaskingMethod, *, will_pack: bool) -> Any:
     """The segments; None if the method can do without and there are none."""
     path = data.segments_path
     if not path.exists():
@@ -92,7 +87,7 @@ def _open_source(
             if method.uses_segments
             else f"--masks-dir {path} does not exist"
         )
-    return open_form(path)
+    return open_any_form(path) if will_pack else open_segments(path)
 
 
 def _check_missing(

@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from common.checkpoint import read_torch_file
 from common.files import check_output_file, replacing
@@ -62,11 +61,6 @@ def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> 
     seen = original * visible + model.mean.cpu() * (1 - visible)  # hidden is 0, the mean colour
     pasted = original * visible + predicted * (1 - visible)
     _save_grid([original, seen, predicted, pasted], path)
-
-
-def make_fixed_set(images: Dataset[Sample], size: int) -> Batch:
-    """The first samples of a set of fixed images, as the pictures of every round show them."""
-    return collate([images[index] for index in range(size)])
 
 
 def pack_fixed_set(batch: Batch) -> dict[str, Tensor]:

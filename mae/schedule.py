@@ -52,16 +52,18 @@ class BatchPlan:
         """Image indices of an epoch, shuffled."""
         return np.random.default_rng([self.seed, ORDER_STREAM, epoch]).permutation(self.num_images)
 
-    def micro_batches(self, rank: int, start: tuple[int, int], epochs: int) -> Iterator[np.ndarray]:
-        """One process's batches of (epoch, image index) [B, 2], from (epoch, step) to `epochs`."""
+    def micro_batches(
+        self, rank: int, start: tuple[int, int], epochs: int
+    ) -> Iterator[list[tuple[int, int]]]:
+        """One process's batches of (epoch, image index), from (epoch, step) to `epochs`."""
         first_epoch, first_step = start
         for epoch in range(first_epoch, epochs):
             order = self.order(epoch)
             for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
                 position = step * self.effective_batch_size + rank * self.micro_batch_size
                 for _ in range(self.accumulation_steps):
-                    indices = order[position : position + self.micro_batch_size]
-                    yield np.stack([np.full_like(indices, epoch), indices], axis=1)
+                    indices = order[position : position + self.micro_batch_size].tolist()
+                    yield [(epoch, index) for index in indices]
                     position += self.processes * self.micro_batch_size
 
 

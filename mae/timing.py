@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from common.checkpoint import PeriodicSave
 from common.interruption import Interruption
 from mae.build import build_run
 from mae.config import PretrainConfig
 from mae.data import FixedImages
 from mae.epoch import EpochTrainer
-from mae.train import heldout_loss, make_batches
+from mae.train import heldout_loss
 
 
 def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | None:
@@ -30,8 +31,8 @@ def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | N
     )
     first_epoch, state.steps_completed = state.epochs_completed, 0
     with Interruption() as interruption:
-        trainer = EpochTrainer(run, interruption, None, lambda: None)
-        batches = iter(make_batches(run, state, epochs=first_epoch + 2))
+        trainer = EpochTrainer(run, interruption, None, PeriodicSave(None, lambda: None))
+        batches = run.batches(state, epochs=first_epoch + 2)
         setup_seconds = time.monotonic() - began
         for epoch in (first_epoch, first_epoch + 1):
             state.epochs_completed, state.steps_completed, state.seconds = epoch, 0, 0.0

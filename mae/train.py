@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
-from common.checkpoint import save_checkpoint
+from common.checkpoint import PeriodicSave, save_checkpoint
 from common.devices import peak_flops, peak_memory_mib
 from common.files import also_save_as
-from common.interruption import Interruption
+from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.layout import LAST, LOCK, checkpoint_path, reconstructions_path
 from common.lock import hold
 from common.logbook import Logbook
@@ -21,7 +21,7 @@ from common.trackers import check_trackers
 from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
 from mae.config import PretrainConfig
-from mae.data import allow_many_files, make_fixed_loader, make_loader
+from mae.data import collate
 from mae.epoch import EpochTrainer
 from mae.model import training_flops
 from mae.reconstruct import draw_reconstructions, pack_fixed_set
@@ -57,8 +57,10 @@ def _fit(run: Run, state: State, interruption: Interruption) -> bool:
     """Train to the end of the round. Returns False if stopped by a signal."""
     logbook = _open_logbook(run, state)
     progress = logbook.progress if logbook else None
-    trainer = EpochTrainer(run, interruption, progress, lambda: save_last(run, state))
-    batches = iter(make_batches(run, state, run.config.epochs_this_round))
+    minutes = run.config.run.save_every_minutes
+    save_if_due = PeriodicSave(minutes, lambda: save_last(run, state))
+    trainer = EpochTrainer(run, interruption, progress, save_if_due)
+    batches = run.batches(state, run.config.epochs_this_round)
     outcome = "failed"
     try:
         while state.epochs_completed < run.config.epochs_this_round:
@@ -79,20 +81,6 @@ def _fit(run: Run, state: State, interruption: Interruption) -> bool:
     run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
     run.accelerator.end_training()
     return outcome == "done"
-
-
-def make_batches(run: Run, state: State, epochs: int) -> Any:
-    """This process's batches from where the state stands until `epochs` are completed."""
-    allow_many_files()
-    return make_loader(
-        run.images,
-        run.plan,
-        rank=run.accelerator.process_index,
-        start=(state.epochs_completed, state.steps_completed),
-        epochs=epochs,
-        workers=run.workers,
-        pin_memory=run.accelerator.device.type == "cuda",
-    )
 
 
 def _open_logbook(run: Run, state: State) -> Logbook | None:
@@ -146,8 +134,13 @@ def heldout_loss(run: Run) -> float | None:
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     model.eval()
     if len(share):
-        workers = 0 if len(share) <= FEW_IMAGES else run.workers
-        loader = make_fixed_loader(share, batch_size=run.plan.micro_batch_size, workers=workers)
+        loader: Any = DataLoader(
+            share,
+            batch_size=run.plan.micro_batch_size,
+            num_workers=0 if len(share) <= FEW_IMAGES else run.workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals_to_the_main_process,
+        )
         for batch in loader:
             with accelerator.autocast():
                 errors = model(batch.images.to(sums.device), batch.pattern.to(sums.device))

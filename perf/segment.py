@@ -175,7 +175,7 @@ def evaluate_ours(
     workers = DeviceConfig().loader_workers
     areas = evaluate_model(accelerator, model, images, group_size=group_size, workers=workers)
     assert areas is not None
-    return areas.scores([str(number) for number in range(areas.num_classes)]).mean_iou
+    return areas.scores([str(number) for number in range(areas.num_classes)])["mean_iou"]
 
 
 def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: WholeImages) -> float:
@@ -186,11 +186,11 @@ def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: Whol
     )  # fmt: skip
     with evaluating(accelerator, model), one_window_at_a_time():
         for sample in loader:
-            kept.append((_predict_one(accelerator, model, images, sample), sample.labels))
+            kept.append((_predict_one(model, images, sample), sample.labels))
     areas = Areas(model.shape.num_classes, images.description.ignore_index)
     for predicted, labels in kept:
         areas.add(predicted, labels)
-    return areas.scores([str(number) for number in range(areas.num_classes)]).mean_iou
+    return areas.scores([str(number) for number in range(areas.num_classes)])["mean_iou"]
 
 
 class one_window_at_a_time:  # noqa: N801  (used like a function)
@@ -207,13 +207,9 @@ class one_window_at_a_time:  # noqa: N801  (used like a function)
         inference.MOST_WINDOWS = self.before
 
 
-def _predict_one(
-    accelerator: Accelerator, model: Segmenter, images: WholeImages, sample: TestImage
-) -> Tensor:
+def _predict_one(model: Segmenter, images: WholeImages, sample: TestImage) -> Tensor:
     size = sample.labels.shape[0], sample.labels.shape[1]
-    (predicted,) = predict_classes(
-        model, [sample.scaled], [size], images.protocol, accelerator.device
-    )
+    (predicted,) = predict_classes(model, [sample.scaled], [size], images.protocol)
     return predicted.cpu()
 
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segmenter.data import Classes
 from segmenter.decoder import MaskTransformer
-from segmenter.drawing import BACKGROUND, INK, LINE, MARGIN, PANEL_WIDTH
+from segmenter.drawing import PANEL_WIDTH, panel_row, title_strip
 from segmenter.model import Segmenter
 
 MOST_CLASSES = 6
@@ -54,7 +55,7 @@ def _recorded(blocks: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Fill a dict with the attention [T, T] of timm blocks (mean over heads) as they run."""
     weights: dict[str, Tensor] = {}
     handles = [
-        block.attn.register_forward_pre_hook(_Recorder(weights, name))  # type: ignore[operator,union-attr]
+        block.attn.register_forward_pre_hook(partial(_record, weights, name))  # type: ignore[operator,union-attr]
         for name, block in blocks.items()
     ]
     try:
@@ -64,19 +65,15 @@ def _recorded(blocks: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-class _Recorder:
-    """Computes attention from the input of a timm Attention, whose fused kernel does not tell."""
-
-    def __init__(self, weights: dict[str, Tensor], name: str) -> None:
-        self.weights = weights
-        self.name = name
-
-    def __call__(self, attention: Any, inputs: tuple[Tensor, ...]) -> None:
-        tokens = inputs[0][:1]
-        qkv = attention.qkv(tokens).float().unflatten(-1, (3, attention.num_heads, -1))
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # each [1, heads, T, features]
-        scores = query @ key.transpose(-2, -1) * attention.scale
-        self.weights[self.name] = scores.softmax(-1).mean(1)[0]
+def _record(
+    weights: dict[str, Tensor], name: str, attention: Any, inputs: tuple[Tensor, ...]
+) -> None:
+    """Compute attention from the input of a timm Attention, whose fused kernel does not tell."""
+    tokens = inputs[0][:1]
+    qkv = attention.qkv(tokens).float().unflatten(-1, (3, attention.num_heads, -1))
+    query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # each [1, heads, T, features]
+    scores = query @ key.transpose(-2, -1) * attention.scale
+    weights[name] = scores.softmax(-1).mean(1)[0]
 
 
 def draw_attention(
@@ -107,12 +104,10 @@ def _heat(photo: np.ndarray, values: Tensor) -> np.ndarray:
 
 
 def _sheet(panels: list[tuple[str, np.ndarray]]) -> Image.Image:
-    height = max(1, round(panels[0][1].shape[0] * PANEL_WIDTH / panels[0][1].shape[1]))
-    rows = -(-len(panels) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * PANEL_WIDTH, rows * (height + LINE)), BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for number, (title, picture) in enumerate(panels):
-        left, top = number % COLUMNS * PANEL_WIDTH, number // COLUMNS * (height + LINE)
-        draw.text((left + MARGIN, top + 3), title, fill=INK, font=ImageFont.load_default(13))
-        sheet.paste(Image.fromarray(picture).resize((PANEL_WIDTH, height)), (left, top + LINE))
-    return sheet
+    width, rows = COLUMNS * PANEL_WIDTH, []
+    for first in range(0, len(panels), COLUMNS):
+        titles, pictures = zip(*panels[first : first + COLUMNS], strict=True)
+        row = panel_row(pictures)
+        rest = ((0, 0), (0, width - row.shape[1]), (0, 0))
+        rows += [title_strip(titles, width), np.pad(row, rest, constant_values=255)]
+    return Image.fromarray(np.vstack(rows))

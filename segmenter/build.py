@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from common.devices import device_name
 from common.vit import IMAGE_CHANNELS
-from segmenter.check import Task, all_settings
+from segmenter.check import Task, all_settings, plan_batches
 from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
 from segmenter.config import RANDOM, TrainConfig
 from segmenter.data import (
@@ -31,7 +31,7 @@ from segmenter.data import (
 from segmenter.encoder import EncoderShape
 from segmenter.model import Segmenter, SegmenterShape
 from segmenter.optimisation import make_optimizer
-from segmenter.schedule import BatchPlan, make_batch_plan
+from segmenter.schedule import BatchPlan
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,7 @@ def build_run(
     config: TrainConfig, accelerator: Accelerator, task: Task, checkpoint_path: Path | None
 ) -> tuple[Run, State]:
     """Build the run as the checkpoint has it, or anew. Writes nothing. Raises ValueError."""
-    plan = make_batch_plan(
-        len(task.train), config.optimisation.batch_size, accelerator.num_processes
-    )
+    plan = plan_batches(config, task, accelerator.num_processes)
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     torch.manual_seed(config.optimisation.seed)
     if checkpoint is None:

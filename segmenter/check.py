@@ -27,7 +27,7 @@ from segmenter.dataset import (
     read_description,
 )
 from segmenter.labels import count_classes
-from segmenter.schedule import BatchPlan, learning_rate_points, make_batch_plan
+from segmenter.schedule import BatchPlan, learning_rate_points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def check_training(config: TrainConfig) -> Task:
         train=description.pairs(TRAIN),
         val=description.pairs(VAL),
     )
-    plan_here(config, task)
+    plan_batches(config, task, _world_size())
     check_output_folder(config.run.output_dir)
     check_trackers(config.run.log_with)
     if init != RANDOM:
@@ -61,10 +61,18 @@ def check_training(config: TrainConfig) -> Task:
     return task
 
 
-def plan_here(config: TrainConfig, task: Task) -> BatchPlan:
-    """How batches are spread over the processes that torchrun started. Raises ValueError."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return make_batch_plan(len(task.train), config.optimisation.batch_size, processes)
+def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
+    """How the run's batches are spread. Raises ValueError if they cannot be."""
+    return BatchPlan(
+        num_images=len(task.train),
+        batch_size=config.optimisation.batch_size,
+        processes=processes,
+    )
+
+
+def _world_size() -> int:
+    """The number of processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def all_settings(config: TrainConfig, task: Task) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def facts(config: TrainConfig, task: Task) -> dict[str, Any]:
     """What the run amounts to, in plain values, for `--check --json`."""
-    optimisation, plan = config.optimisation, plan_here(config, task)
+    optimisation, plan = config.optimisation, plan_batches(config, task, _world_size())
     effective = min(plan.batch_size, plan.num_images)
     share = -(-effective // plan.processes)
     at_once = min(share, config.run.device_batch_size or share)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import click
 
+from common.command import CONTEXT, command
 from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
 from common.files import check_output_file, check_output_folder, write_json
 from common.layout import RESULT
-from common.options import CONTEXT, Layer, OptionGroup, command, option, option_facts
+from common.options import Layer, OptionGroup, option_facts
 from common.run import PluginConfig
 from common.yamlfile import plain
 from segmenter.config import (
     DEFAULT_RECIPE,
     GROUPS,
-    DatasetConfig,
+    EvaluateConfig,
+    PictureConfig,
     ProtocolChanges,
     ScoringConfig,
     TrainConfig,
@@ -89,43 +90,32 @@ def recipes(plugin: PluginConfig) -> None:
     click.echo(json.dumps({"recipes": values, "options": option_facts(GROUPS.values())}))
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DatasetConfig):
-    """What `evaluate` scores, and where the scores go."""
-
-    title: ClassVar[str] = "Scoring"
-    split: Literal["train", "val"] = option("Which images.", "val")
-    save_predictions: Path | None = option("Folder for the label maps.", None)
-    predictions: Path | None = option("Score the label maps of this folder instead.", None)
-    out: Path | None = option("JSON file for the scores.", None)
-
-
-@command(cli, scoring=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
+@command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH, required=False)
 def evaluate(
-    checkpoint: Path | None, scoring: EvaluateConfig, changes: OptionGroup, devices: ScoringConfig
+    checkpoint: Path | None,
+    evaluation: EvaluateConfig,
+    changes: OptionGroup,
+    devices: ScoringConfig,
 ) -> None:
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
-    if (checkpoint is None) == (scoring.predictions is None):
+    if (checkpoint is None) == (evaluation.predictions is None):
         raise click.UsageError("give either a CHECKPOINT or --predictions DIR")
-    read_description(scoring.dataset).pairs(scoring.split)
-    if scoring.out is not None:
-        check_output_file(scoring.out)
+    read_description(evaluation.dataset).pairs(evaluation.split)
+    if evaluation.out is not None:
+        check_output_file(evaluation.out)
     from segmenter.scoring import evaluate_checkpoint, evaluate_predictions
 
     log_to_stderr()
-    if checkpoint is not None:
-        result = evaluate_checkpoint(
-            checkpoint, scoring.dataset, changes=changes, devices=devices, split=scoring.split,
-            predictions_dir=scoring.save_predictions,
-        )  # fmt: skip
+    if evaluation.predictions is not None:
+        result = evaluate_predictions(evaluation.predictions, evaluation)
     else:
-        assert scoring.predictions is not None
-        result = evaluate_predictions(scoring.predictions, scoring.dataset, scoring.split)
+        assert checkpoint is not None
+        result = evaluate_checkpoint(checkpoint, evaluation, changes, devices)
     if rank() == 0:
-        _show(result.plain())
-        if scoring.out is not None:
-            write_json(scoring.out, result.plain())
+        _show(result)
+        if evaluation.out is not None:
+            write_json(evaluation.out, result)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -139,15 +129,6 @@ def _show(result: dict[str, Any]) -> None:
     for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
         click.echo(f"{key.replace('_', ' '):<{width}}  {result[key]:.2f}")
     click.echo(f"protocol: {json.dumps(result['protocol'])}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureConfig(OptionGroup):
-    """What `predict` draws."""
-
-    title: ClassVar[str] = "Pictures"
-    out: Path = option("Folder for the pictures.")
-    attention: bool = option("Also draw what the model attends to.", False)
 
 
 @command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)
@@ -168,10 +149,7 @@ def predict(
     from segmenter.predict import predict_files
 
     log_to_stderr()
-    predict_files(
-        checkpoint, images, pictures.out,
-        changes=changes, devices=devices, attention=pictures.attention,
-    )  # fmt: skip
+    predict_files(checkpoint, images, pictures, changes, devices)
 
 
 @cli.group(context_settings=CONTEXT)
@@ -203,6 +181,6 @@ def check(dataset: Path) -> None:
     """Look at every pair of DATASET: a YAML file, or an ADEChallengeData2016 folder."""
     from segmenter.prepare import check_dataset
 
-    checked = check_dataset(dataset)
-    counts = ", ".join(f"{count} {split} pairs" for split, count in checked.pairs.items())
-    click.echo(f"{checked.name}: {counts}, all sound")
+    pairs = check_dataset(dataset)
+    counts = ", ".join(f"{count} {split} pairs" for split, count in pairs.items())
+    click.echo(f"{dataset}: {counts}, all sound")

@@ -178,6 +178,26 @@ class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DatasetConfig):
+    """What `evaluate` scores, and where the scores go."""
+
+    title: ClassVar[str] = "Evaluation"
+    split: Literal["train", "val"] = option("Which images.", "val")
+    save_predictions: Path | None = option("Folder for the label maps.", None)
+    predictions: Path | None = option("Score the label maps of this folder instead.", None)
+    out: Path | None = option("JSON file for the scores.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig(OptionGroup):
+    """What `predict` draws."""
+
+    title: ClassVar[str] = "Pictures"
+    out: Path = option("Folder for the pictures.")
+    attention: bool = option("Also draw what the model attends to.", False)
+
+
 RECIPE_GROUPS: tuple[type[OptionGroup], ...] = (ModelConfig, OptimisationConfig, ProtocolConfig)
 GROUPS: dict[str, type[OptionGroup]] = {
     "run": RunConfig,

@@ -13,7 +13,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,8 +82,7 @@ def read_classes(description: DatasetDescription) -> Classes:
     return Classes(names=tuple(names), palette=np.array(palette, dtype=np.uint8))
 
 
-@dataclass(kw_only=True)
-class Batch:
+class Batch(NamedTuple):
     """images [B, 3, S, S] uint8 RGB; labels [B, S, S] uint8; sizes [B, 2]: height and width that
     are image, the rest is padding; valid_pixels: labels that count in the loss."""
 
@@ -92,18 +91,9 @@ class Batch:
     sizes: Tensor
     valid_pixels: int
 
-    def pin_memory(self) -> Batch:
-        """Into page-locked memory; the loader calls it where there is a GPU."""
-        self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
-        self.sizes = self.sizes.pin_memory()
-        return self
-
-    def __len__(self) -> int:
-        return len(self.images)
-
     def parts(self, most: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images, labels and sizes in parts of at most `most` images."""
-        size = most or len(self)
+        size = most or len(self.images)
         tensors = self.images, self.labels, self.sizes
         return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 

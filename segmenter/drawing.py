@@ -17,7 +17,7 @@ from segmenter.model import Segmenter
 SHEET_IMAGES = 4
 PANEL_WIDTH = 360
 STRENGTH = 0.6  # of the classes' colours over the image
-LINE, MARGIN = 22, 8  # pixels
+MARGIN = 8  # pixels
 PHONE_SHARE = 30  # text is at least a thirtieth of the width high: 12 pixels on a phone
 BACKGROUND, INK, VOID = (255, 255, 255), (20, 20, 20), (0, 0, 0)
 
@@ -69,15 +69,14 @@ def draw_predictions(
         sample = images[index]
         size = sample.labels.shape[0], sample.labels.shape[1]
         with evaluating(accelerator, model):
-            (predicted,) = predict_classes(
-                model, [sample.scaled], [size], images.protocol, accelerator.device
-            )
+            (predicted,) = predict_classes(model, [sample.scaled], [size], images.protocol)
         photo = np.asarray(_resized(sample.scaled[0].permute(1, 2, 0).numpy(), size))
         labels, guess = sample.labels.numpy(), predicted.cpu().numpy()
         present |= {int(label) for label in np.unique(np.stack([labels, guess]))}
         panels = [photo, overlay(photo, labels, classes), overlay(photo, guess, classes)]
-        rows.append(np.hstack([_panel(panel) for panel in panels]))
-    body = np.vstack([_titles(rows[0].shape[1]), *rows])
+        rows.append(panel_row(panels))
+    titles = title_strip(("image", "annotation", "prediction"), rows[0].shape[1])
+    body = np.vstack([titles, *rows])
     save_image(with_legend(body, sorted(present), classes), path)
 
 
@@ -87,17 +86,20 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(unfinished, format="PNG")
 
 
-def _panel(picture: np.ndarray) -> np.ndarray:
-    height = max(1, round(picture.shape[0] * PANEL_WIDTH / picture.shape[1]))
-    return np.asarray(_resized(picture, (height, PANEL_WIDTH)))
+def panel_row(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures [H, W, 3] of one size beside each other, each as wide as a panel."""
+    height = max(1, round(pictures[0].shape[0] * PANEL_WIDTH / pictures[0].shape[1]))
+    return np.hstack([np.asarray(_resized(picture, (height, PANEL_WIDTH))) for picture in pictures])
 
 
-def _titles(width: int) -> np.ndarray:
+def title_strip(titles: Sequence[str], width: int) -> np.ndarray:
+    """What stands above a row of panels on a sheet of this width."""
     size = _text_size(width)
     strip = Image.new("RGB", (width, 5 * size // 3), BACKGROUND)
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size)
-    for number, title in enumerate(("image", "annotation", "prediction")):
-        draw.text((number * PANEL_WIDTH + MARGIN, size // 4), title, fill=INK, font=font)
+    for number, title in enumerate(titles):
+        shown = _shortened(title, font, PANEL_WIDTH - 2 * MARGIN)
+        draw.text((number * PANEL_WIDTH + MARGIN, size // 4), shown, fill=INK, font=font)
     return np.asarray(strip)
 
 

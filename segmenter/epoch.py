@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
+from common.checkpoint import PeriodicSave
 from common.interruption import Interruption
 from common.logbook import Progress
 from segmenter.build import Run, State
@@ -19,20 +20,19 @@ from segmenter.schedule import learning_rate, step_seed
 
 
 class EpochTrainer:
-    """Trains epochs; `save` is called when `--save-every-minutes` are over."""
+    """Trains epochs."""
 
     def __init__(
         self,
         run: Run,
         interruption: Interruption,
         progress: Progress | None,
-        save: Callable[[], None],
+        save_if_due: PeriodicSave,
     ) -> None:
         self.run = run
         self.interruption = interruption
         self.progress = progress
-        self.save = save
-        self.saved_at = time.monotonic()
+        self.save_if_due = save_if_due
 
     def train_one_epoch(self, state: State, batches: Iterator[Batch]) -> bool:
         """Train to the end of the state's epoch, or until a signal. Returns True if stopped.
@@ -58,7 +58,7 @@ class EpochTrainer:
                 self.progress.advance(done, run.plan.images_per_epoch // steps, seconds)
             if stop:
                 return True
-            self._save_if_due(at_end=state.steps_completed == steps)
+            self.save_if_due(at_end=state.steps_completed == steps)
         return False
 
     def _step(self, state: State, batch: Batch) -> tuple[float, bool]:
@@ -110,13 +110,3 @@ class EpochTrainer:
             f"{', '.join(ranks) or 'all together'}; the last checkpoint is from before. "
             "A lower --lr or --clip-grad 1 may help"
         )
-
-    def _save_if_due(self, at_end: bool) -> None:
-        minutes = self.run.config.run.save_every_minutes
-        if minutes is None:
-            return
-        if at_end:  # saved anyway
-            self.saved_at = time.monotonic()
-        elif time.monotonic() - self.saved_at >= minutes * 60:
-            self.save()
-            self.saved_at = time.monotonic()

@@ -1,24 +1,17 @@
-"""Score a model on the test images, on one process or several, or score stored predictions."""
+"""Score a model on the test images, on one process or several."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 
-from common.files import beside
 from common.interruption import Interruption
-from segmenter.data import Classes, WholeImages, test_images
-from segmenter.dataset import DatasetDescription, Pair
+from segmenter.data import WholeImages, test_images
 from segmenter.inference import predict_classes
-from segmenter.labels import allowed_labels, check_pair, read_label_file
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter
 
@@ -63,7 +56,6 @@ def evaluate_model(
                     [sample.scaled for sample in group],
                     [(sample.labels.shape[0], sample.labels.shape[1]) for sample in group],
                     images.protocol,
-                    accelerator.device,
                 )
                 for sample, predicted in zip(group, predictions, strict=True):
                     areas.add(predicted, sample.labels.to(accelerator.device))
@@ -95,61 +87,3 @@ def _told_to_stop(accelerator: Accelerator, interruption: Interruption | None) -
         return False
     flag = torch.tensor(float(interruption.requested), device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction="sum").item())
-
-
-def write_prediction(path: Path, predicted: Tensor, description: DatasetDescription) -> None:
-    """A PNG of classes in the numbering of the dataset's annotation files."""
-    labels = predicted.numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(path)
-
-
-def score_predictions(
-    folder: Path, description: DatasetDescription, pairs: Sequence[Pair], classes: Classes
-) -> Areas:
-    """Areas of label maps that `--save-predictions` wrote, or that are annotations themselves.
-
-    What a prediction leaves undecided (the ignored label) counts as wrong where the annotation
-    has a class. Raises ValueError if a prediction is missing or does not fit.
-    """
-    areas = Areas(len(classes), description.ignore_index)
-    allowed = allowed_labels(description, len(classes))
-    for pair in pairs:
-        stored = folder / f"{pair.name}.png"
-        if not stored.is_file():
-            stored = folder / f"{pair.name}{description.annotation_suffix}"
-        check_pair(pair, allowed)
-        check_pair(Pair(name=pair.name, image=pair.image, annotation=stored), allowed)
-        predicted, labels = (
-            reduced(read_label_file(path), description) for path in (stored, pair.annotation)
-        )
-        areas.add(predicted, labels)
-    return areas
-
-
-def reduced(labels: object, description: DatasetDescription) -> Tensor:
-    """Labels of a file in the numbering of the classes."""
-    tensor = torch.as_tensor(labels, dtype=torch.uint8)
-    # uint8 wraps round: 0 becomes 255, which is ignored.
-    return tensor - 1 if description.reduce_zero_label else tensor
-
-
-@contextlib.contextmanager
-def folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Path | None]:
-    """A folder to write to that gets the name `path` only when everything is in it."""
-    if path is None:
-        yield None
-        return
-    unfinished = beside(path)
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    try:
-        yield unfinished
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(unfinished, path)  # noqa: PTH105  (says that an empty folder may be there)

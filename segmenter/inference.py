@@ -35,9 +35,8 @@ def predict_classes(
     images: Sequence[Sequence[Tensor]],
     sizes: Sequence[tuple[int, int]],
     protocol: ProtocolConfig,
-    device: torch.device,
 ) -> Iterable[Tensor]:
-    """Yield the class of every pixel, [H, W] uint8, image by image.
+    """Yield the class of every pixel, [H, W] uint8, image by image, where the model is.
 
     images: for each image its versions by scale, [3, h, w] uint8 RGB; sizes: original H and W.
     The result for an image depends on the group it is in only by rounding, so whoever wants equal
@@ -45,35 +44,32 @@ def predict_classes(
     """
     several = len(protocol.scales) > 1 or protocol.flip
     if not several:
-        canvases = window_logits(model, [versions[0] for versions in images], protocol, device)
+        canvases = window_logits(model, [versions[0] for versions in images], protocol)
         for canvas, size in zip(canvases, sizes, strict=True):
             yield _resize(canvas, size).argmax(0).to(torch.uint8)
         return
     for versions, size in zip(images, sizes, strict=True):
-        yield _multi_scale(model, versions, size, protocol, device).argmax(0).to(torch.uint8)
+        yield _multi_scale(model, versions, size, protocol).argmax(0).to(torch.uint8)
 
 
 def _multi_scale(
-    model: Segmenter,
-    versions: Sequence[Tensor],
-    size: tuple[int, int],
-    protocol: ProtocolConfig,
-    device: torch.device,
+    model: Segmenter, versions: Sequence[Tensor], size: tuple[int, int], protocol: ProtocolConfig
 ) -> Tensor:
     """[K, H, W]: class probabilities summed over scales and flips, as the Segmenter paper does."""
-    total = torch.zeros(model.shape.num_classes, *size, device=device)
+    total = torch.zeros(model.shape.num_classes, *size, device=model.mean.device)
     for version in versions:
         both = [version, version.flip(-1)] if protocol.flip else [version]
-        for flipped, canvas in enumerate(window_logits(model, both, protocol, device)):
+        for flipped, canvas in enumerate(window_logits(model, both, protocol)):
             probabilities = _resize(canvas, size).softmax(0)
             total += probabilities.flip(-1) if flipped else probabilities
     return total
 
 
 def window_logits(
-    model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig, device: torch.device
+    model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig
 ) -> list[Tensor]:
     """Class logits [K, h, w] of images [3, h, w], averaged where windows overlap."""
+    device = model.mean.device
     pixels = [model.normalise(image.to(device, non_blocking=True)) for image in images]
     by_size: dict[tuple[int, int], list[Window]] = defaultdict(list)
     for number, image in enumerate(pixels):

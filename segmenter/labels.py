@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +69,10 @@ def check_pair(pair: Pair, allowed: np.ndarray) -> None:
 
 def read_label_file(path: Path) -> np.ndarray:
     """[H, W] uint8 labels of an annotation or prediction. Raises ValueError."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        with Image.open(path) as file:
-            if file.mode not in ("L", "P", "1", "I", "I;16"):
-                raise ValueError(f"{path} is a {file.mode} image; labels have one channel")
-            labels = np.asarray(file)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    with open_image(path) as file:
+        if file.mode not in ("L", "P", "1", "I", "I;16"):
+            raise ValueError(f"{path} is a {file.mode} image; labels have one channel")
+        labels = np.asarray(file)
     if labels.size and labels.max() > 255:
         raise ValueError(f"{path} holds label {labels.max()}; at most 255 is possible")
     return labels.astype(np.uint8)
@@ -84,9 +80,18 @@ def read_label_file(path: Path) -> np.ndarray:
 
 def _image_size(path: Path) -> tuple[int, int]:
     """Width and height, as decoders turn it: by the EXIF orientation."""
+    with open_image(path) as file:
+        turned = file.getexif().get(0x0112, 1) >= 5
+        return (file.height, file.width) if turned else (file.width, file.height)
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """By Pillow, whose errors become a ValueError that names the file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
     try:
         with Image.open(path) as file:
-            turned = file.getexif().get(0x0112, 1) >= 5
-            return (file.height, file.width) if turned else (file.width, file.height)
+            yield file
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -33,7 +33,6 @@ class LoadedSegmenter:
     model: Segmenter
     classes: Classes
     protocol: ProtocolConfig
-    dataset_name: str
     reduce_zero_label: bool
 
 
@@ -51,7 +50,6 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
             palette=np.array(checkpoint["palette"], dtype=np.uint8),
         ),
         protocol=ProtocolConfig.from_described(checkpoint["protocol"]),
-        dataset_name=checkpoint["dataset"]["name"],
         reduce_zero_label=checkpoint["dataset"]["reduce_zero_label"],
     )
 
@@ -79,7 +77,6 @@ def _load_release(path: Path) -> LoadedSegmenter:
         model=model.eval(),
         classes=read_classes(description),
         protocol=protocol,
-        dataset_name=dataset_name,
         reduce_zero_label=description.reduce_zero_label,
     )
 

@@ -7,7 +7,7 @@ sums over processes are exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +17,6 @@ from segmenter.data import quiet_imports
 
 with quiet_imports():
     from mmseg.evaluation import IoUMetric
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Percent, 0 to 100. class_iou: by name; None for a class that neither side has."""
-
-    pixel_accuracy: float
-    mean_accuracy: float
-    mean_iou: float
-    class_iou: dict[str, float | None]
 
 
 class Areas:
@@ -44,19 +34,22 @@ class Areas:
         )
         self.total += torch.stack(areas).double()
 
-    def scores(self, names: Sequence[str]) -> Scores:
-        """What the areas amount to, by mmsegmentation's formulas."""
+    def scores(self, names: Sequence[str]) -> dict[str, Any]:
+        """What the areas amount to, by mmsegmentation's formulas, in percent, 0 to 100.
+
+        class_iou: by name; None for a class that neither side has.
+        """
         metrics = IoUMetric.total_area_to_metrics(*self.total)
         iou = metrics["IoU"] * 100
-        return Scores(
-            pixel_accuracy=float(metrics["aAcc"]) * 100,
-            mean_accuracy=_mean(metrics["Acc"] * 100),
-            mean_iou=_mean(iou),
-            class_iou={
+        return {
+            "pixel_accuracy": float(metrics["aAcc"]) * 100,
+            "mean_accuracy": _mean(metrics["Acc"] * 100),
+            "mean_iou": _mean(iou),
+            "class_iou": {
                 name: None if np.isnan(value) else float(value)
                 for name, value in zip(names, iou, strict=True)
             },
-        )
+        }
 
 
 def _mean(values: np.ndarray) -> float:

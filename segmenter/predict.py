@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from common.devices import make_accelerator
 from common.images import read_rgb
 from common.options import OptionGroup
 from segmenter.attention import draw_attention
-from segmenter.config import ScoringConfig
+from segmenter.config import PictureConfig, ScoringConfig
 from segmenter.data import scaled_images
 from segmenter.drawing import overlay, save_image, with_legend
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
+from segmenter.labels import open_image
 from segmenter.loading import LoadedSegmenter, load_segmenter
 from segmenter.scoring import changed_protocol
 
@@ -32,26 +33,22 @@ def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
 
     Runs where the model is, with windows and scales as its protocol says.
     """
-    device = loaded.model.mean.device
     scaled = scaled_images(image[..., ::-1], loaded.protocol)
     height, width = image.shape[:2]
-    (classes,) = predict_classes(
-        loaded.model, [scaled], [(height, width)], loaded.protocol, device
-    )  # fmt: skip
+    (classes,) = predict_classes(loaded.model, [scaled], [(height, width)], loaded.protocol)
     return classes.cpu().numpy()
 
 
 def predict_files(
     checkpoint: Path,
     images: Sequence[Path],
-    out: Path,
-    *,
+    pictures: PictureConfig,
     changes: OptionGroup,
     devices: ScoringConfig,
-    attention: bool,
 ) -> None:
     """Write <stem>.png (labels) and <stem>_overlay.png for every image, and <stem>_attention.png.
 
+    changes: `ProtocolChanges`, in place of the checkpoint's protocol.
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
     before anything is written if a file is missing, no image, or has another's name.
     """
@@ -59,6 +56,7 @@ def predict_files(
     paths, loaded = list_images(images), load_segmenter(checkpoint)
     loaded = dataclasses.replace(loaded, protocol=changed_protocol(loaded.protocol, changes))
     model, classes = loaded.model.to(accelerator.device), loaded.classes
+    out = pictures.out
     out.mkdir(parents=True, exist_ok=True)
     for path in paths:
         image = read_rgb(path)
@@ -69,7 +67,7 @@ def predict_files(
         present = np.unique(labels).tolist()
         sheet = with_legend(overlay(image, labels, classes), present, classes)
         save_image(sheet, out / f"{path.stem}_overlay.png")
-        if attention:
+        if pictures.attention:
             scaled = scaled_images(image[..., ::-1], loaded.protocol)[0].to(accelerator.device)
             with evaluating(accelerator, model):
                 sheet = draw_attention(model, scaled, labels, classes)
@@ -87,11 +85,8 @@ def list_images(images: Sequence[Path]) -> list[Path]:
             paths.append(path)
     by_stem: dict[str, Path] = {}
     for path in paths:
-        try:
-            with Image.open(path):
-                pass
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        with open_image(path):
+            pass
         if path.stem in by_stem:
             raise ValueError(f"{by_stem[path.stem]} and {path} would both become {path.stem}.png")
         by_stem[path.stem] = path

@@ -7,9 +7,8 @@ import os
 import shutil
 import stat
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from common.download import download, has_digest
@@ -36,14 +35,6 @@ ADE20K_DIGEST = "md5:7328b3957e407ddae1d3cbf487f149ef"
 ADE20K_PAIRS = {TRAIN: 20_210, VAL: 2_000}
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckedDataset:
-    """A dataset without fault: its name, and pairs by split."""
-
-    name: str
-    pairs: dict[str, int]
-
-
 def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> Path:
     """Download and unpack ADE20K below `folder`, unless it is there; then check every pair.
 
@@ -59,7 +50,7 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
         ready = folder / ADE20K_NAME
         archive.unlink()
     logger.info("checking %s", ready)
-    check_ade20k(ready)
+    check_dataset(ready, ADE20K_PAIRS)
     return ready
 
 
@@ -71,31 +62,27 @@ def find_ade20k(folder: Path) -> Path | None:
     return None
 
 
-def check_ade20k(folder: Path, expected: dict[str, int] = ADE20K_PAIRS) -> CheckedDataset:
-    """Raise ValueError unless the folder holds the whole of ADE20K."""
-    description = read_description(folder)
+def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Look at every pair of the splits that the dataset names; returns their numbers.
+
+    expected: the splits that have to be there, with their pairs. Raises ValueError.
+    """
+    description, found = read_description(path), {}
     problems = []
-    found = {}
-    for split, wanted in expected.items():
+    for split in expected or (split for split in SPLITS if _is_there(description, split)):
         try:
             found[split] = description.pairs(split)
         except ValueError as error:
             problems.append(str(error))
             continue
-        if len(found[split]) != wanted:
-            problems.append(f"{len(found[split])} of {wanted} pairs in the {split} split")
+        if expected and len(found[split]) != expected[split]:
+            problems.append(f"{len(found[split])} of {expected[split]} pairs in the {split} split")
     if problems:
-        raise ValueError(f"{folder} is not the whole of ADE20K: {'; '.join(problems)}")
-    return _check_pairs(description, found)
-
-
-def check_dataset(path: Path) -> CheckedDataset:
-    """Look at every pair of the splits that the dataset names. Raises ValueError."""
-    description = read_description(path)
-    found = {split: description.pairs(split) for split in SPLITS if _is_there(description, split)}
+        raise ValueError(f"{path} is not whole: {'; '.join(problems)}")
     if not found:
         raise ValueError(f"{path}: neither of the splits {', '.join(SPLITS)} is there")
-    return _check_pairs(description, found)
+    _check_pairs(description, [pair for pairs in found.values() for pair in pairs])
+    return {split: len(pairs) for split, pairs in found.items()}
 
 
 def _is_there(description: DatasetDescription, split: str) -> bool:
@@ -104,7 +91,7 @@ def _is_there(description: DatasetDescription, split: str) -> bool:
     return any(folder is not None and folder.is_dir() for folder in folders)
 
 
-def _check_pairs(description: DatasetDescription, found: dict[str, list[Pair]]) -> CheckedDataset:
+def _check_pairs(description: DatasetDescription, pairs: Sequence[Pair]) -> None:
     allowed = allowed_labels(description, count_classes(description))
 
     def problem_of(pair: Pair) -> str | None:
@@ -114,15 +101,11 @@ def _check_pairs(description: DatasetDescription, found: dict[str, list[Pair]]) 
             return str(error)
         return None
 
-    pairs = [pair for split in found.values() for pair in split]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = [text for text in pool.map(problem_of, pairs) if text is not None]
     if problems:
         more = f" ({len(problems)} of {len(pairs)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
-    return CheckedDataset(
-        name=description.name, pairs={split: len(pairs) for split, pairs in found.items()}
-    )
 
 
 def unpack(archive: Path, folder: Path, name: str) -> None:

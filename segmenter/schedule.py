@@ -16,11 +16,22 @@ ORDER_STREAM, SAMPLE_STREAM, STEP_STREAM = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """How a batch is spread. batch_size: images of a step on all processes together."""
+    """How a batch is spread. batch_size: images of a step on all processes together.
+
+    Raises ValueError if a process would have nothing to do.
+    """
 
     num_images: int
     batch_size: int
     processes: int
+
+    def __post_init__(self) -> None:
+        smallest = min(self.batch_size, self.num_images)
+        if smallest < self.processes:
+            raise ValueError(
+                f"a batch of {smallest} images cannot be spread over {self.processes} processes; "
+                "raise --batch-size or use fewer processes"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -38,16 +49,6 @@ class BatchPlan:
         for step in range(first_step, self.steps_per_epoch):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield batch[rank :: self.processes].tolist()
-
-
-def make_batch_plan(num_images: int, batch_size: int, processes: int) -> BatchPlan:
-    """Raises ValueError if a process would have nothing to do."""
-    if min(batch_size, num_images) < processes:
-        raise ValueError(
-            f"a batch of {min(batch_size, num_images)} images cannot be spread over {processes} "
-            "processes; raise --batch-size or use fewer processes"
-        )
-    return BatchPlan(num_images=num_images, batch_size=batch_size, processes=processes)
 
 
 def learning_rate(optimisation: OptimisationConfig, progress: float) -> float:

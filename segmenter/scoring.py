@@ -2,72 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from common.devices import make_accelerator
+from common.files import beside
 from common.options import OptionGroup
 from common.progress import Counter
-from segmenter.config import ProtocolConfig, ScoringConfig
+from segmenter.config import EvaluateConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import Classes, WholeImages, read_classes
 from segmenter.dataset import DatasetDescription, Pair, read_description
-from segmenter.evaluate import evaluate_model, folder_at_once, score_predictions, write_prediction
-from segmenter.labels import check_labels
+from segmenter.evaluate import evaluate_model
+from segmenter.labels import allowed_labels, check_labels, check_pair, read_label_file
 from segmenter.loading import load_segmenter
-from segmenter.metrics import Scores
+from segmenter.metrics import Areas
 
 MOST_CHECKED = 5000  # pairs whose labels are all looked at first
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult:
-    """Scores with what they depend on. protocol: None for stored predictions."""
-
-    scores: Scores
-    dataset: str
-    num_images: int
-    protocol: ProtocolConfig | None
-
-    def plain(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            **vars(self.scores),
-            "dataset": {"name": self.dataset, "num_images": self.num_images},
-            "protocol": self.protocol.described() if self.protocol else None,
-        }
-
-
 def evaluate_checkpoint(
-    checkpoint: Path,
-    dataset: Path,
-    *,
-    changes: OptionGroup,
-    devices: ScoringConfig,
-    split: str,
-    predictions_dir: Path | None,
-) -> EvaluationResult:
-    """Score a checkpoint. changes: `ProtocolChanges`, in place of the checkpoint's protocol.
+    checkpoint: Path, evaluation: EvaluateConfig, changes: OptionGroup, devices: ScoringConfig
+) -> dict[str, Any]:
+    """Scores of a checkpoint, with what they depend on, in plain values.
 
-    Raises ValueError for what the user can fix, before anything is written.
+    changes: `ProtocolChanges`, in place of the checkpoint's protocol. Raises ValueError for what
+    the user can fix, before anything is written.
     """
     accelerator = make_accelerator(devices)
     loaded = load_segmenter(checkpoint)
-    description, pairs = _checked_pairs(dataset, split, loaded.classes)
-    if predictions_dir is not None and predictions_dir.exists() and any(predictions_dir.iterdir()):
-        raise ValueError(f"--save-predictions {predictions_dir} is not empty")
+    description, pairs = _checked_pairs(evaluation, loaded.classes)
+    wanted_dir = evaluation.save_predictions
+    if wanted_dir is not None and wanted_dir.exists() and any(wanted_dir.iterdir()):
+        raise ValueError(f"--save-predictions {wanted_dir} is not empty")
     protocol = changed_protocol(loaded.protocol, changes)
-    with (
-        folder_at_once(predictions_dir, accelerator) as folder,
-        Counter("evaluate", total=len(pairs)) as counter,
-    ):
+    counter = Counter("evaluate", total=len(pairs))
+    with _folder_at_once(wanted_dir, accelerator) as folder, counter:
 
         def save(index: int, predicted: Tensor) -> None:
             assert folder is not None
-            write_prediction(folder / f"{pairs[index].name}.png", predicted, description)
+            _write_prediction(folder / f"{pairs[index].name}.png", predicted, description)
 
         def tell(done: int, total: int) -> None:
             counter.advance(done - counter.done)
@@ -82,12 +65,7 @@ def evaluate_checkpoint(
             on_progress=tell if accelerator.is_main_process else None,
         )
     assert areas is not None
-    return EvaluationResult(
-        scores=areas.scores(loaded.classes.names),
-        dataset=description.name,
-        num_images=len(pairs),
-        protocol=protocol,
-    )
+    return _result(areas, loaded.classes, description, pairs, protocol)
 
 
 def changed_protocol(protocol: ProtocolConfig, changes: OptionGroup) -> ProtocolConfig:
@@ -96,33 +74,90 @@ def changed_protocol(protocol: ProtocolConfig, changes: OptionGroup) -> Protocol
     return dataclasses.replace(protocol, **{"multi_scale": False, **given})
 
 
+def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, Any]:
+    """Scores of label maps that `--save-predictions` wrote, or that are annotations themselves.
+
+    What a prediction leaves undecided (the ignored label) counts as wrong where the annotation
+    has a class. Raises ValueError if a prediction is missing or does not fit.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--predictions {folder} is not a folder")
+    description = read_description(evaluation.dataset)
+    classes, pairs = read_classes(description), description.pairs(evaluation.split)
+    areas = Areas(len(classes), description.ignore_index)
+    allowed = allowed_labels(description, len(classes))
+    for pair in pairs:
+        stored = folder / f"{pair.name}.png"
+        if not stored.is_file():
+            stored = folder / f"{pair.name}{description.annotation_suffix}"
+        check_pair(pair, allowed)
+        check_pair(dataclasses.replace(pair, annotation=stored), allowed)
+        predicted, labels = (_classes_of(path, description) for path in (stored, pair.annotation))
+        areas.add(predicted, labels)
+    return _result(areas, classes, description, pairs, None)
+
+
+def _result(
+    areas: Areas,
+    classes: Classes,
+    description: DatasetDescription,
+    pairs: Sequence[Pair],
+    protocol: ProtocolConfig | None,
+) -> dict[str, Any]:
+    """protocol: None for stored predictions."""
+    return {
+        **areas.scores(classes.names),
+        "dataset": {"name": description.name, "num_images": len(pairs)},
+        "protocol": protocol.described() if protocol else None,
+    }
+
+
 def _checked_pairs(
-    dataset: Path, split: str, classes: Classes
+    evaluation: EvaluateConfig, classes: Classes
 ) -> tuple[DatasetDescription, list[Pair]]:
     """The pairs to score. Raises ValueError if the model has other classes than the dataset."""
-    description = read_description(dataset)
+    description = read_description(evaluation.dataset)
     wanted = read_classes(description)
     if len(wanted) != len(classes):
         raise ValueError(
             f"the checkpoint has {len(classes)} classes ({classes.names[0]}, ...), the dataset "
             f"{description.name} has {len(wanted)} ({wanted.names[0]}, ...)"
         )
-    pairs = description.pairs(split)
+    pairs = description.pairs(evaluation.split)
     check_labels(description, pairs, len(wanted), everything=len(pairs) <= MOST_CHECKED)
     return description, pairs
 
 
-def evaluate_predictions(folder: Path, dataset: Path, split: str) -> EvaluationResult:
-    """Score label maps in the numbering of the dataset's annotations. Raises ValueError."""
-    if not folder.is_dir():
-        raise ValueError(f"--predictions {folder} is not a folder")
-    description = read_description(dataset)
-    classes = read_classes(description)
-    pairs = description.pairs(split)
-    areas = score_predictions(folder, description, pairs, classes)
-    return EvaluationResult(
-        scores=areas.scores(classes.names),
-        dataset=description.name,
-        num_images=len(pairs),
-        protocol=None,
-    )
+def _classes_of(path: Path, description: DatasetDescription) -> Tensor:
+    """[H, W] uint8 labels of a file in the numbering of the classes."""
+    labels = torch.as_tensor(read_label_file(path))
+    # uint8 wraps round: 0 becomes 255, which is ignored.
+    return labels - 1 if description.reduce_zero_label else labels
+
+
+def _write_prediction(path: Path, predicted: Tensor, description: DatasetDescription) -> None:
+    """A PNG of classes in the numbering of the dataset's annotation files."""
+    labels = predicted.numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(path)
+
+
+@contextlib.contextmanager
+def _folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Path | None]:
+    """A folder to write to that gets the name `path` only when everything is in it."""
+    if path is None:
+        yield None
+        return
+    unfinished = beside(path)
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.replace(unfinished, path)  # noqa: PTH105  (says that an empty folder may be there)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import psutil
 
+from common.checkpoint import PeriodicSave
 from common.devices import make_accelerator
 from common.interruption import Interruption
 from segmenter.build import Run, build_run
@@ -34,7 +35,7 @@ def time_finetuning(config: TrainConfig, task: Task, steps: int) -> dict[str, fl
     steps = min(steps, plan.steps_per_epoch)
     # An epoch of so many steps, twice.
     run.plan = replace(plan, num_images=min(plan.num_images, steps * plan.batch_size))
-    trainer = EpochTrainer(run, Interruption(), None, lambda: None)
+    trainer = EpochTrainer(run, Interruption(), None, PeriodicSave(None, lambda: None))
     batches = run.batches(state, epochs=2)
     for epoch in range(2):
         state.epochs_completed, state.steps_completed, state.seconds = epoch, 0, 0.0

@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-from common.checkpoint import save_checkpoint
+from common.checkpoint import PeriodicSave, save_checkpoint
 from common.devices import make_accelerator, peak_memory_mib
 from common.files import also_save_as, write_json
 from common.interruption import Interruption
@@ -51,7 +51,9 @@ def _fit(run: Run, state: State, interruption: Interruption) -> bool:
     """Train to the end. Returns False if stopped by a signal."""
     epochs, logbook = run.config.optimisation.epochs, _open_logbook(run, state)
     progress = logbook.progress if logbook else None
-    trainer = EpochTrainer(run, interruption, progress, lambda: _save(run, state))
+    minutes = run.config.run.save_every_minutes
+    save_if_due = PeriodicSave(minutes, lambda: _save(run, state))
+    trainer = EpochTrainer(run, interruption, progress, save_if_due)
     batches = run.batches(state, epochs)
     outcome = "failed"
     try:
@@ -135,7 +137,7 @@ def _evaluate(
         interruption=interruption,
     )
     state.total_seconds += time.monotonic() - began
-    return None if areas is None else vars(areas.scores(run.classes.names)).copy()
+    return None if areas is None else areas.scores(run.classes.names)
 
 
 def _epoch_record(run: Run, state: State) -> dict[str, Any]:

@@ -65,6 +65,10 @@ def output(data: Path) -> Path:
     return data / "output"
 
 
+def test_the_segments_are_packed_before_they_are_trained_on(data: Path, output: Path) -> None:
+    assert (data / "in1k/masks/masks.sqlite").is_file()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_logs_finite_losses_and_draws_its_reconstructions(
     method: str, output: Path

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import click
 
+from common.command import CONTEXT, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr
 from common.files import check_output_file
-from common.options import CONTEXT, OptionGroup, command, option
+from common.options import OptionGroup, option
 from mae.segments.settings import FelzenszwalbSettings, SamSettings
 
 if TYPE_CHECKING:

@@ -125,8 +125,8 @@ def test_children_that_were_forked_do_not_keep_the_lock_of_a_killed_process(tmp_
         "import os, sys, time; from pathlib import Path; from common.lock import hold\n"
         "with hold(Path(sys.argv[1]) / '.lock', Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
-        "    if not child: time.sleep(30); os._exit(0)\n"
-        "    print(child, flush=True); time.sleep(60)"
+        "    if not child: print(os.getpid(), flush=True); time.sleep(30); os._exit(0)\n"
+        "    time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True

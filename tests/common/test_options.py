@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import click
 import pytest
 
+from common.command import CONTEXT, command
 from common.console import run_program
-from common.options import CONTEXT, Layer, OptionGroup, command, make, merge, option, option_facts
+from common.options import Layer, OptionGroup, make, merge, option, option_facts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,6 @@ def test_ade20k_is_downloaded_unpacked_checked_and_then_used(
 ):
     server.content = archive()
     monkeypatch.setattr(prepare, "ADE20K_PAIRS", {"train": 3, "val": 2})
-    monkeypatch.setattr(prepare.check_ade20k, "__defaults__", ({"train": 3, "val": 2},))
     arguments = ["prepare", "ade20k", tmp_path, "--url", server.url, "--digest"]
     outcome = command(*arguments, md5(server.content))
     assert outcome.code == 0

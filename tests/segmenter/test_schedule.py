@@ -7,7 +7,6 @@ from segmenter.schedule import (
     BatchPlan,
     learning_rate,
     learning_rate_points,
-    make_batch_plan,
     step_seed,
 )
 
@@ -56,13 +55,13 @@ def test_an_epoch_uses_each_image_at_most_once_whatever_the_processes():
 
 
 def test_a_dataset_smaller_than_a_batch_makes_one_step():
-    plan = make_batch_plan(5, 16, 1)
+    plan = BatchPlan(num_images=5, batch_size=16, processes=1)
     assert (plan.steps_per_epoch, plan.images_per_epoch) == (1, 5)
 
 
 def test_a_batch_too_small_for_the_processes_is_refused():
     with pytest.raises(ValueError, match="cannot be spread over 4 processes"):
-        make_batch_plan(100, 2, 4)
+        BatchPlan(num_images=100, batch_size=2, processes=4)
 
 
 def test_every_step_and_process_has_its_own_seed():
