@@ -31,7 +31,9 @@ def estimate_run(settings: Settings) -> str:
     seconds = step_seconds(left)
     kept, free = kept_bytes(left), machine.free_bytes(paths.root)
     disk = f"disk: about {kept / GIB:.1f} GiB will be kept, {free / GIB:.0f} GiB are free"
-    return f"{_table(left, seconds)}\n{_wall_text(settings, left, seconds)}\n{disk}"
+    total = wall_seconds(left, seconds, overlaps=settings.compute.overlaps)
+    wall = f"wall time: {duration(total)} ({total / 3600:.2f} h)"
+    return f"{_table(left, seconds)}\n{wall}\n{disk}"
 
 
 def kept_bytes(steps: Sequence[Step]) -> int:
@@ -84,11 +86,6 @@ def _table(left: Sequence[Step], seconds: Mapping[str, float]) -> str:
         devices = sum(seconds.get(step.name, 0.0) * step.devices for step in group) / 3600
         rows.append((name, str(len(group)), duration(total), f"{devices:.2f}"))
     return aligned(rows, right=(1, 2, 3))
-
-
-def _wall_text(settings: Settings, left: Sequence[Step], seconds: Mapping[str, float]) -> str:
-    total = wall_seconds(left, seconds, overlaps=settings.compute.overlaps)
-    return f"wall time: {duration(total)} ({total / 3600:.2f} h)"
 
 
 def wall_seconds(left: Sequence[Step], seconds: Mapping[str, float], *, overlaps: bool) -> float:

@@ -35,9 +35,8 @@ class Run:
     @property
     def name(self) -> str:
         """The method, and what is not the default."""
-        # Digits alone, as many as the number has: no exponent, whose "-" would stand for a part.
-        ratio = f"{Decimal(repr(self.coverage_ratio)).normalize():f}"
-        coverage = "" if self.coverage_ratio == DEFAULT_RATIO else f"-cov{ratio}"
+        ratio = self.coverage_ratio
+        coverage = "" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}"
         seed = "" if self.seed == DEFAULT_SEED else f"-seed{self.seed}"
         return f"{self.method}{coverage}{seed}"
 
@@ -55,6 +54,11 @@ class Run:
             coverage_ratio=float(match["coverage"] or DEFAULT_RATIO),
             seed=int(match["seed"] or DEFAULT_SEED),
         )
+
+
+def ratio_text(ratio: float) -> str:
+    """All digits of a ratio: no exponent, whose "-" would stand for a part of the name."""
+    return f"{Decimal(repr(ratio)).normalize():f}"
 
 
 def eval_name(run: str, epochs: int, eval_seed: int = 0) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import layout
-from pipeline.layout import DEFAULT_RATIO, Layout, Run, eval_name
+from pipeline.layout import BASELINES, DEFAULT_RATIO, Layout, Run, eval_name
 from pipeline.parts import Facts, as_arguments, part_command
 from pipeline.settings import Settings
 
@@ -100,12 +100,13 @@ def make_plan(
     only, names = experiment.eval, made or {}
     if only == "mae" or (only is None and experiment.stack):
         steps += plan.fetch()
-    if only in ("scratch", "mae") or (only is None and 0 in experiment.eval_points):
+    if only in BASELINES or (only is None and 0 in experiment.eval_points):
         baseline = only or ("mae" if experiment.stack else "scratch")
         for seed in experiment.seed:
             run = Run(method=baseline, seed=seed)
-            steps += plan.evaluate_baseline(run, names.get(run, run.name))
-    if only in ("scratch", "mae"):
+            needs = () if baseline == "scratch" else tuple(step.name for step in plan.fetch())
+            steps += plan.evaluate(run, names.get(run, run.name), 0, needs)
+    if only in BASELINES:
         return steps
     steps += plan.pack() if only is None else []
     prepared = tuple(step.name for step in steps if step.kind in ("fetch", "pack"))
@@ -212,20 +213,13 @@ class _Planner:
         )  # fmt: skip
 
     def evaluate(self, run: Run, name: str, epochs: int, needs: tuple[str, ...]) -> list[Step]:
-        """Finetunes and scores the checkpoint after `epochs`."""
-        return self._evaluations(run, name, epochs, self.paths.checkpoint(name, epochs), needs)
+        """Finetunes and scores the checkpoint after `epochs`, once for each finetuning seed.
 
-    def evaluate_baseline(self, run: Run, name: str) -> list[Step]:
-        """Finetunes and scores a random ViT (scratch) or the official checkpoint (mae)."""
-        if run.method == "scratch":
-            return self._evaluations(run, name, 0, "random", needs=())
-        needs = tuple(step.name for step in self.fetch())
-        return self._evaluations(run, name, 0, self.official_checkpoint, needs)
-
-    def _evaluations(
-        self, run: Run, name: str, epochs: int, init: Path | str, needs: tuple[str, ...]
-    ) -> list[Step]:
-        """One for each finetuning seed."""
+        A baseline's is a random ViT (scratch) or the official checkpoint (mae).
+        """
+        init: Path | str = self.paths.checkpoint(name, epochs)
+        if run.method in BASELINES:
+            init = "random" if run.method == "scratch" else self.official_checkpoint
         seeds = range(self.settings.experiment.eval_seeds)
         return [self._evaluation(run, name, epochs, init, needs, eval_seed=n) for n in seeds]
 

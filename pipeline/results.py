@@ -13,7 +13,7 @@ from typing import Any
 from common.files import write_text
 from common.layout import RESULT
 from common.yamlfile import read_yaml
-from pipeline.layout import BASELINES, Layout, Run, parse_eval_name
+from pipeline.layout import BASELINES, Layout, Run, parse_eval_name, ratio_text
 from pipeline.records import read_record
 from pipeline.terminal import aligned
 
@@ -54,7 +54,7 @@ class Evaluation:
 
 def run_label(method: str, coverage_ratio: float | None) -> str:
     """A method and its ratio in words."""
-    return method if coverage_ratio is None else f"{method} {coverage_ratio:.10g}%"
+    return method if coverage_ratio is None else f"{method} {ratio_text(coverage_ratio)}%"
 
 
 def read_evaluations(paths: Layout) -> list[Evaluation]:
@@ -141,7 +141,7 @@ def as_row(evaluation: Evaluation) -> dict[str, str]:
     }
     return {
         "method": evaluation.method,
-        "coverage_ratio": "" if ratio is None else f"{ratio:.10g}",
+        "coverage_ratio": "" if ratio is None else ratio_text(ratio),
         "seed": str(evaluation.seed),
         "eval_seed": str(evaluation.eval_seed),
         "epochs": str(evaluation.epochs),
