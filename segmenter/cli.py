@@ -149,7 +149,7 @@ def predict(
     from segmenter.predict import predict_files
 
     log_to_stderr()
-    predict_files(checkpoint, images, pictures, changes, devices)
+    predict_files(checkpoint, images, pictures.out, changes, devices)
 
 
 @cli.group(context_settings=CONTEXT)

@@ -195,7 +195,6 @@ class PictureConfig(OptionGroup):
 
     title: ClassVar[str] = "Pictures"
     out: Path = option("Folder for the pictures.")
-    attention: bool = option("Also draw what the model attends to.", False)
 
 
 RECIPE_GROUPS: tuple[type[OptionGroup], ...] = (ModelConfig, OptimisationConfig, ProtocolConfig)
