@@ -19,14 +19,7 @@ from common.settings import check_same
 from common.trackers import check_trackers
 from common.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import GROUPS, RANDOM, TrainConfig
-from segmenter.dataset import (
-    TRAIN,
-    VAL,
-    DatasetDescription,
-    Pair,
-    read_description,
-)
-from segmenter.labels import count_classes
+from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
 from segmenter.schedule import BatchPlan, learning_rate_points
 
 
@@ -45,7 +38,7 @@ def check_training(config: TrainConfig) -> Task:
     description, init = read_description(config.run.dataset), config.run.init
     task = Task(
         description=description,
-        num_classes=count_classes(description),
+        num_classes=description.num_classes,
         train=description.pairs(TRAIN),
         val=description.pairs(VAL),
     )

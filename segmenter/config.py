@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from common.options import (
-    Layer,
-    OptionGroup,
-    fields_of,
-    merge,
-    option,
-    read_layer,
-)
+from common.options import Layer, OptionGroup, fields_of, merge, option, read_layer
 from common.run import DeviceConfig, TrainingConfig
 from common.vit import VIT_SIZES, VitSize
 

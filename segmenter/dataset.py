@@ -5,6 +5,7 @@ A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are re
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,6 @@ SPLITS = (TRAIN, VAL)
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 MOST_NAMED = 3
-KEYS = (
-    "name", "images", "annotations", "image_suffix", "annotation_suffix", "splits",
-    "classes", "palette", "reduce_zero_label", "ignore_index",
-)  # fmt: skip
 # mmsegmentation knows their names; how many there are is asked more often, and without torch.
 NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
 
@@ -58,6 +55,17 @@ class DatasetDescription:
     reduce_zero_label: bool
     ignore_index: int
 
+    @property
+    def num_classes(self) -> int:
+        """How many there are. Raises ValueError for an unknown dataset of mmsegmentation."""
+        if not isinstance(self.classes, str):
+            return len(self.classes)
+        if self.classes not in NUM_CLASSES:
+            from segmenter.data import read_classes  # takes seconds to import
+
+            return len(read_classes(self))
+        return NUM_CLASSES[self.classes]
+
     def pairs(self, split: str) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
         images = self._folder(self.images, split, "images")
@@ -83,7 +91,9 @@ class DatasetDescription:
                 f"{self.source}: {len(missing)} of {len(pairs)} {split} images have no annotation: "
                 f"{_some(missing)}"
             )
-        _check_not_empty(pairs, split)
+        for path in (path for pair in pairs for path in (pair.image, pair.annotation)):
+            if path.stat().st_size == 0:
+                raise ValueError(f"{path} ({split}) is an empty file of 0 bytes")
         return pairs
 
     def _folder(self, folders: dict[str, Path], split: str, what: str) -> Path:
@@ -112,10 +122,15 @@ class DatasetDescription:
         return names
 
 
+def is_ade20k(folder: Path) -> bool:
+    """Whether a folder looks like ADEChallengeData2016."""
+    return (folder / "images").is_dir() and (folder / "annotations").is_dir()
+
+
 def read_description(path: Path) -> DatasetDescription:
     """The description of an ADE20K folder or of a YAML file. Raises ValueError."""
     if path.is_dir():
-        if not (path / "images").is_dir() or not (path / "annotations").is_dir():
+        if not is_ade20k(path):
             raise ValueError(
                 f"{path} is not an ADEChallengeData2016 folder (no images/ and annotations/ in it)"
                 "; give one, or the .yml file of a dataset"
@@ -127,7 +142,8 @@ def read_description(path: Path) -> DatasetDescription:
 
 
 def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDescription:
-    check_names(content, KEYS, str(source))
+    known = {field.name for field in dataclasses.fields(DatasetDescription)} - {"source"}
+    check_names(content, known, str(source))
     missing = [key for key in ("images", "annotations", "classes") if not content.get(key)]
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}")
@@ -191,13 +207,6 @@ def _ignore_index(value: Any, source: Path) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
         raise ValueError(f"{source}: ignore_index is {value!r}; give a number from 0 to 255")
     return value
-
-
-def _check_not_empty(pairs: list[Pair], split: str) -> None:
-    for pair in pairs:
-        for path in (pair.image, pair.annotation):
-            if path.stat().st_size == 0:
-                raise ValueError(f"{path} ({split}) is an empty file of 0 bytes")
 
 
 def _some(paths: list[Path]) -> str:

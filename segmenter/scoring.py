@@ -23,7 +23,7 @@ from segmenter.config import EvaluateConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import Classes, WholeImages, read_classes
 from segmenter.dataset import DatasetDescription, Pair, read_description
 from segmenter.evaluate import evaluate_model
-from segmenter.labels import allowed_labels, check_labels, check_pair, read_label_file
+from segmenter.labels import check_labels, read_label_file
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
 
@@ -85,14 +85,15 @@ def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, 
     description = read_description(evaluation.dataset)
     classes, pairs = read_classes(description), description.pairs(evaluation.split)
     areas = Areas(len(classes), description.ignore_index)
-    allowed = allowed_labels(description, len(classes))
+    stored = []
     for pair in pairs:
-        stored = folder / f"{pair.name}.png"
-        if not stored.is_file():
-            stored = folder / f"{pair.name}{description.annotation_suffix}"
-        check_pair(pair, allowed)
-        check_pair(dataclasses.replace(pair, annotation=stored), allowed)
-        predicted, labels = (_classes_of(path, description) for path in (stored, pair.annotation))
+        path = folder / f"{pair.name}.png"
+        if not path.is_file():
+            path = folder / f"{pair.name}{description.annotation_suffix}"
+        stored.append(dataclasses.replace(pair, annotation=path))
+    check_labels(description, [*pairs, *stored], everything=True)
+    for both in zip(stored, pairs, strict=True):
+        predicted, labels = (_classes_of(pair.annotation, description) for pair in both)
         areas.add(predicted, labels)
     return _result(areas, classes, description, pairs, None)
 
@@ -124,7 +125,7 @@ def _checked_pairs(
             f"{description.name} has {len(wanted)} ({wanted.names[0]}, ...)"
         )
     pairs = description.pairs(evaluation.split)
-    check_labels(description, pairs, len(wanted), everything=len(pairs) <= MOST_CHECKED)
+    check_labels(description, pairs, everything=len(pairs) <= MOST_CHECKED)
     return description, pairs
 
 

@@ -36,7 +36,7 @@ def finetune(config: TrainConfig, task: Task) -> bool:
     with Interruption() as interruption:
         accelerator = make_accelerator(config.run)
         for pairs in (task.train, task.val):
-            check_labels(task.description, pairs, task.num_classes, everything=False)
+            check_labels(task.description, pairs, everything=False)
         with hold(folder / LOCK, folder) if accelerator.is_main_process else nullcontext():
             accelerator.wait_for_everyone()  # from here on nobody else writes there
             found = earlier_output(config, task)

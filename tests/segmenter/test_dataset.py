@@ -8,7 +8,7 @@ from PIL import Image
 
 from segmenter.data import read_classes
 from segmenter.dataset import DESCRIPTIONS, read_description
-from segmenter.labels import check_labels, count_classes
+from segmenter.labels import check_labels
 from tests.segmenter.boxes import write_dataset
 
 
@@ -51,7 +51,7 @@ def test_a_label_outside_the_classes_is_named(own_dataset):
     Image.fromarray(labels).save(path)
     description = read_description(own_dataset)
     with pytest.raises(ValueError, match=r"000\.png holds label 77, .* \(0 to 3\)"):
-        check_labels(description, description.pairs("train"), 3, everything=True)
+        check_labels(description, description.pairs("train"), everything=True)
 
 
 def test_an_annotation_of_another_size_is_named(own_dataset):
@@ -59,7 +59,7 @@ def test_an_annotation_of_another_size_is_named(own_dataset):
     Image.open(path).resize((20, 30)).save(path)
     description = read_description(own_dataset)
     with pytest.raises(ValueError, match=r"101\.png is 20 x 30 pixels, its image .* is 40 x 56"):
-        check_labels(description, description.pairs("val"), 3, everything=True)
+        check_labels(description, description.pairs("val"), everything=True)
 
 
 def test_a_colour_annotation_is_refused(own_dataset):
@@ -67,7 +67,7 @@ def test_a_colour_annotation_is_refused(own_dataset):
     Image.open(path).convert("RGB").save(path)
     description = read_description(own_dataset)
     with pytest.raises(ValueError, match="labels have one channel"):
-        check_labels(description, description.pairs("train"), 3, everything=True)
+        check_labels(description, description.pairs("train"), everything=True)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_an_ade20k_folder_is_used_where_it_lies(ade20k):
 )
 def test_the_datasets_that_come_along_have_their_classes(name, number):
     description = read_description(DESCRIPTIONS / f"{name}.yml")
-    assert len(read_classes(description)) == count_classes(description) == number
+    assert len(read_classes(description)) == description.num_classes == number
     unknown_number = dataclasses.replace(description, classes="CocoStuff")  # asks mmsegmentation
     with pytest.raises(ValueError, match="mmsegmentation has no dataset CocoStuff"):
-        count_classes(unknown_number)
+        _ = unknown_number.num_classes
 
 
 def test_cityscapes_suffixes_and_city_folders_make_pairs(tmp_path):
