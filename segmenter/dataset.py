@@ -55,16 +55,25 @@ class DatasetDescription:
     reduce_zero_label: bool
     ignore_index: int
 
-    @property
-    def num_classes(self) -> int:
-        """How many there are. Raises ValueError for an unknown dataset of mmsegmentation."""
-        if not isinstance(self.classes, str):
-            return len(self.classes)
-        if self.classes not in NUM_CLASSES:
-            from segmenter.data import read_classes  # takes seconds to import
-
-            return len(read_classes(self))
-        return NUM_CLASSES[self.classes]
+    def __post_init__(self) -> None:
+        source, index = self.source, self.ignore_index
+        names = () if isinstance(self.classes, str) else self.classes
+        if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
+            raise ValueError(f"{source}: a value of the palette is not in 0 to 255")
+        if self.palette and names and len(self.palette) != len(names):
+            raise ValueError(f"{source}: {len(self.palette)} colours for {len(names)} classes")
+        if not isinstance(self.reduce_zero_label, bool):
+            given = f"{source}: reduce_zero_label is {self.reduce_zero_label!r}"
+            raise ValueError(f"{given}; give true or false")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= 255:
+            raise ValueError(f"{source}: ignore_index is {index!r}; give a number from 0 to 255")
+        if self.reduce_zero_label and index != IGNORED:
+            raise ValueError(f"{source}: with reduce_zero_label, ignore_index has to be {IGNORED}")
+        if index < len(names):
+            raise ValueError(
+                f"{source}: ignore_index {index} is the class {names[index]!r}, which would score "
+                "0; if label 0 is no class, leave that name out and set reduce_zero_label: true"
+            )
 
     def pairs(self, split: str) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
@@ -152,7 +161,7 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
         if not isinstance(classes, list) or len(classes) < 2:
             raise ValueError(f"{source}: classes has to be a list of two or more names")
         classes = tuple(str(name) for name in classes)
-    description = DatasetDescription(
+    return DatasetDescription(
         source=source,
         name=str(content.get("name", source.stem)),
         images=_folders(content, "images", source, folder),
@@ -161,19 +170,10 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
         image_suffix=str(content.get("image_suffix", ".jpg")),
         annotation_suffix=str(content.get("annotation_suffix", ".png")),
         classes=classes,
-        palette=_palette(content.get("palette") or [], classes, source),
-        reduce_zero_label=_true_or_false(content.get("reduce_zero_label", False), source),
-        ignore_index=_ignore_index(content.get("ignore_index", IGNORED), source),
+        palette=_palette(content.get("palette") or [], source),
+        reduce_zero_label=content.get("reduce_zero_label", False),
+        ignore_index=content.get("ignore_index", IGNORED),
     )
-    if description.reduce_zero_label and description.ignore_index != IGNORED:
-        raise ValueError(f"{source}: with reduce_zero_label, ignore_index has to be {IGNORED}")
-    if not isinstance(classes, str) and description.ignore_index < len(classes):
-        raise ValueError(
-            f"{source}: ignore_index {description.ignore_index} is the class "
-            f"{classes[description.ignore_index]!r}, which would score 0; if label 0 is no class, "
-            "leave that name out and set reduce_zero_label: true"
-        )
-    return description
 
 
 def _folders(content: dict[str, Any], key: str, source: Path, folder: Path) -> dict[str, Path]:
@@ -183,30 +183,11 @@ def _folders(content: dict[str, Any], key: str, source: Path, folder: Path) -> d
     return {split: folder / str(path) for split, path in value.items()}
 
 
-def _palette(
-    rows: Any, classes: tuple[str, ...] | str, source: Path
-) -> tuple[tuple[int, int, int], ...]:
+def _palette(rows: Any, source: Path) -> tuple[tuple[int, int, int], ...]:
     try:
-        palette = tuple((int(row[0]), int(row[1]), int(row[2])) for row in rows)
+        return tuple((int(row[0]), int(row[1]), int(row[2])) for row in rows)
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{source}: palette has to be a list of [red, green, blue]") from error
-    if any(not 0 <= value <= 255 for colour in palette for value in colour):
-        raise ValueError(f"{source}: a value of the palette is not in 0 to 255")
-    if palette and not isinstance(classes, str) and len(palette) != len(classes):
-        raise ValueError(f"{source}: {len(palette)} colours for {len(classes)} classes")
-    return palette
-
-
-def _true_or_false(value: Any, source: Path) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{source}: reduce_zero_label is {value!r}; give true or false")
-    return value
-
-
-def _ignore_index(value: Any, source: Path) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
-        raise ValueError(f"{source}: ignore_index is {value!r}; give a number from 0 to 255")
-    return value
 
 
 def _some(paths: list[Path]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from segmenter.dataset import DatasetDescription, Pair
+from segmenter.dataset import NUM_CLASSES, DatasetDescription, Pair
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 
@@ -25,11 +25,12 @@ def check_labels(
     """
     step = 1 if everything else max(1, len(pairs) // MOST_CHECKED)
     looked_at = pairs[::step]
+    num_classes = count_classes(description)
     allowed = np.zeros(256, dtype=bool)  # what an annotation file may hold
     if description.reduce_zero_label:
-        allowed[: description.num_classes + 1] = True
+        allowed[: num_classes + 1] = True
     else:
-        allowed[: description.num_classes] = True
+        allowed[:num_classes] = True
         allowed[description.ignore_index] = True
     with ThreadPoolExecutor() as pool:
         found = pool.map(partial(_problem_of, allowed=allowed), looked_at)
@@ -37,6 +38,17 @@ def check_labels(
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
+
+
+def count_classes(description: DatasetDescription) -> int:
+    """How many classes there are. Raises ValueError for an unknown dataset of mmsegmentation."""
+    if not isinstance(description.classes, str):
+        return len(description.classes)
+    if description.classes not in NUM_CLASSES:
+        from segmenter.data import read_classes  # takes seconds to import
+
+        return len(read_classes(description))
+    return NUM_CLASSES[description.classes]
 
 
 def _problem_of(pair: Pair, allowed: np.ndarray) -> str | None:
