@@ -16,6 +16,7 @@ from common.vit import VIT_SIZES, VitSize
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
+SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -105,14 +106,9 @@ class ProtocolConfig(OptionGroup):
         """Of test images, times `image_size`."""
         return MULTI_SCALES if self.multi_scale else (1.0,)
 
-    @property
-    def flip(self) -> bool:
-        """Whether each is also scored flipped."""
-        return self.multi_scale
-
     def described(self) -> dict[str, Any]:
         """Plain values, as checkpoints, result.json and every table hold them."""
-        values = {**dataclasses.asdict(self), "scales": list(self.scales), "flip": self.flip}
+        values = {**dataclasses.asdict(self), "scales": list(self.scales), "flip": self.multi_scale}
         del values["multi_scale"]
         return values
 

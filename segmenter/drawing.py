@@ -66,7 +66,7 @@ def draw_predictions(
     rows, present = [], set()
     for index in dict.fromkeys(chosen.tolist()):
         sample = images[index]
-        size = sample.labels.shape[0], sample.labels.shape[1]
+        size = sample.labels.shape
         with evaluating(accelerator, model):
             (predicted,) = predict_classes(model, [sample.scaled], [size], images.protocol)
         photo = _resized(sample.scaled[0].permute(1, 2, 0).numpy(), size)
@@ -102,7 +102,7 @@ def _text_size(width: int) -> int:
     return max(13, width // PHONE_SHARE)
 
 
-def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _resized(picture: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     image = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return np.asarray(image)
 

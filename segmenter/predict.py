@@ -33,8 +33,7 @@ def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
     Runs where the model is, with windows and scales as its protocol says.
     """
     scaled = scaled_images(image[..., ::-1], loaded.protocol)
-    height, width = image.shape[:2]
-    (classes,) = predict_classes(loaded.model, [scaled], [(height, width)], loaded.protocol)
+    (classes,) = predict_classes(loaded.model, [scaled], [image.shape[:2]], loaded.protocol)
     return classes.cpu().numpy()
 
 
