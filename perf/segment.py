@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,11 +31,12 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+import segmenter.inference
 from common.devices import make_accelerator, peak_memory_mib
 from common.run import DeviceConfig
 from common.vit import VIT_SIZES
-from segmenter.config import ProtocolConfig
-from segmenter.data import TestImage, WholeImages, quiet_imports, read_classes, test_images
+from segmenter.config import ProtocolConfig, ScoringConfig
+from segmenter.data import WholeImages, quiet_imports, read_classes, test_images
 from segmenter.dataset import VAL, DatasetDescription, Pair, read_description
 from segmenter.encoder import EncoderShape
 from segmenter.evaluate import evaluate_model, evaluating
@@ -172,8 +174,7 @@ def evaluate_ours(
     accelerator: Accelerator, model: Segmenter, images: WholeImages, group_size: int
 ) -> float:
     """Mean IoU, as `segmenter evaluate` gets it."""
-    workers = DeviceConfig().loader_workers
-    areas = evaluate_model(accelerator, model, images, group_size=group_size, workers=workers)
+    areas = evaluate_model(accelerator, model, images, ScoringConfig(eval_batch_size=group_size))
     assert areas is not None
     return areas.scores([str(number) for number in range(areas.num_classes)])["mean_iou"]
 
@@ -184,33 +185,15 @@ def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: Whol
     loader = test_images(
         images, range(len(images)), workers=DeviceConfig().loader_workers, pin_memory=False
     )  # fmt: skip
-    with evaluating(accelerator, model), one_window_at_a_time():
+    with evaluating(accelerator, model), mock.patch.object(segmenter.inference, "MOST_WINDOWS", 1):
         for sample in loader:
-            kept.append((_predict_one(model, images, sample), sample.labels))
+            scaled, size = [sample.scaled], [sample.labels.shape]
+            (predicted,) = predict_classes(model, scaled, size, images.protocol)
+            kept.append((predicted.cpu(), sample.labels))
     areas = Areas(model.shape.num_classes, images.description.ignore_index)
     for predicted, labels in kept:
         areas.add(predicted, labels)
     return areas.scores([str(number) for number in range(areas.num_classes)])["mean_iou"]
-
-
-class one_window_at_a_time:  # noqa: N801  (used like a function)
-    """While entered, our sliding window runs without batches."""
-
-    def __enter__(self) -> None:
-        import segmenter.inference as inference
-
-        self.before, inference.MOST_WINDOWS = inference.MOST_WINDOWS, 1
-
-    def __exit__(self, *_: object) -> None:
-        import segmenter.inference as inference
-
-        inference.MOST_WINDOWS = self.before
-
-
-def _predict_one(model: Segmenter, images: WholeImages, sample: TestImage) -> Tensor:
-    size = sample.labels.shape[0], sample.labels.shape[1]
-    (predicted,) = predict_classes(model, [sample.scaled], [size], images.protocol)
-    return predicted.cpu()
 
 
 def evaluate_peer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.devices import device_name
+from common.interruption import Interruption
 from common.vit import IMAGE_CHANNELS
 from segmenter.check import Task, all_settings, plan_batches
 from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
-from segmenter.config import RANDOM, TrainConfig
+from segmenter.config import RANDOM, SCORES, TrainConfig
 from segmenter.data import (
     Batch,
     Classes,
@@ -35,7 +37,6 @@ from segmenter.schedule import BatchPlan
 
 logger = logging.getLogger(__name__)
 
-SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "onedl-mmcv")
 
 
@@ -67,10 +68,10 @@ class Run:
 
     config: TrainConfig
     accelerator: Accelerator
+    interruption: Interruption
     task: Task
     classes: Classes
     plan: BatchPlan
-    workers: int
     crops: TrainingCrops
     images: WholeImages
     model: Segmenter
@@ -90,16 +91,19 @@ class Run:
             rank=self.accelerator.process_index,
             start=(state.epochs_completed, state.steps_completed),
             epochs=epochs,
-            workers=self.workers,
+            workers=self.config.run.loader_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
 
 def build_run(
-    config: TrainConfig, accelerator: Accelerator, task: Task, checkpoint_path: Path | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    interruption: Interruption,
+    task: Task,
+    checkpoint_path: Path | None,
 ) -> tuple[Run, State]:
     """Build the run as the checkpoint has it, or anew. Writes nothing. Raises ValueError."""
-    plan = plan_batches(config, task, accelerator.num_processes)
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     torch.manual_seed(config.optimisation.seed)
     if checkpoint is None:
@@ -116,10 +120,10 @@ def build_run(
     run = Run(
         config=config,
         accelerator=accelerator,
+        interruption=interruption,
         task=task,
         classes=read_classes(description),
-        plan=plan,
-        workers=config.run.loader_workers,
+        plan=plan_batches(config, task, accelerator.num_processes),
         crops=TrainingCrops(description, task.train, config.protocol, config.optimisation.seed),
         images=WholeImages(description, task.val, config.protocol),
         model=model,
@@ -175,8 +179,9 @@ def _describe(run: Run, state: State) -> None:
     )  # fmt: skip
     logger.info(
         "%s, precision %s, %d loader workers per process; from epoch %d, step %d of %d epochs",
-        accelerator.device, accelerator.mixed_precision.replace("no", "fp32"), run.workers,
-        state.epochs_completed + 1, state.steps_completed, optimisation.epochs,
+        accelerator.device, accelerator.mixed_precision.replace("no", "fp32"),
+        run.config.run.loader_workers, state.epochs_completed + 1, state.steps_completed,
+        optimisation.epochs,
     )  # fmt: skip
 
 
@@ -185,7 +190,7 @@ def checkpoint_content(run: Run, state: State) -> dict[str, Any]:
     return {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "shape": run.model.shape.plain(),
+        "shape": dataclasses.asdict(run.model.shape),
         "classes": list(run.classes.names),
         "palette": run.classes.palette.tolist(),
         "dataset": {

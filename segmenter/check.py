@@ -19,13 +19,7 @@ from common.settings import check_same
 from common.trackers import check_trackers
 from common.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import GROUPS, RANDOM, TrainConfig
-from segmenter.dataset import (
-    TRAIN,
-    VAL,
-    DatasetDescription,
-    Pair,
-    read_description,
-)
+from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
 from segmenter.labels import count_classes
 from segmenter.schedule import BatchPlan, learning_rate_points
 
@@ -126,14 +120,13 @@ def read_result(path: Path) -> dict[str, Any]:
 def facts(config: TrainConfig, task: Task) -> dict[str, Any]:
     """What the run amounts to, in plain values, for `--check --json`."""
     optimisation, plan = config.optimisation, plan_batches(config, task, _world_size())
-    effective = min(plan.batch_size, plan.num_images)
-    share = -(-effective // plan.processes)
+    share = -(-plan.effective_batch_size // plan.processes)
     at_once = min(share, config.run.device_batch_size or share)
     return {
         "images": {TRAIN: len(task.train), VAL: len(task.val)},
         "classes": task.num_classes,
         "batch": {
-            "effective": effective,
+            "effective": plan.effective_batch_size,
             "per_process": at_once,
             "processes": plan.processes,
             "accumulation_steps": -(-share // at_once),

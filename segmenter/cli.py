@@ -20,6 +20,7 @@ from common.yamlfile import plain
 from segmenter.config import (
     DEFAULT_RECIPE,
     GROUPS,
+    SCORES,
     EvaluateConfig,
     PictureConfig,
     ProtocolChanges,
@@ -29,7 +30,6 @@ from segmenter.config import (
     recipe_names,
     recipe_values,
 )
-from segmenter.dataset import read_description
 
 PATH = click.Path(path_type=Path)
 
@@ -101,7 +101,6 @@ def evaluate(
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
     if (checkpoint is None) == (evaluation.predictions is None):
         raise click.UsageError("give either a CHECKPOINT or --predictions DIR")
-    read_description(evaluation.dataset).pairs(evaluation.split)
     if evaluation.out is not None:
         check_output_file(evaluation.out)
     from segmenter.scoring import evaluate_checkpoint, evaluate_predictions
@@ -126,7 +125,7 @@ def _show(result: dict[str, Any]) -> None:
     for name, value in result["class_iou"].items():
         click.echo(f"{name:<{width}}  {'absent' if value is None else f'{value:.2f}'}")
     click.echo("")
-    for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"):
+    for key in SCORES:
         click.echo(f"{key.replace('_', ' '):<{width}}  {result[key]:.2f}")
     click.echo(f"protocol: {json.dumps(result['protocol'])}")
 
@@ -149,7 +148,7 @@ def predict(
     from segmenter.predict import predict_files
 
     log_to_stderr()
-    predict_files(checkpoint, images, pictures, changes, devices)
+    predict_files(checkpoint, images, pictures.out, changes, devices)
 
 
 @cli.group(context_settings=CONTEXT)

@@ -9,20 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from common.options import (
-    Layer,
-    OptionGroup,
-    fields_of,
-    merge,
-    option,
-    read_layer,
-)
+from common.options import Layer, OptionGroup, fields_of, merge, option, read_layer
 from common.run import DeviceConfig, TrainingConfig
 from common.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
+SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -112,14 +106,9 @@ class ProtocolConfig(OptionGroup):
         """Of test images, times `image_size`."""
         return MULTI_SCALES if self.multi_scale else (1.0,)
 
-    @property
-    def flip(self) -> bool:
-        """Whether each is also scored flipped."""
-        return self.multi_scale
-
     def described(self) -> dict[str, Any]:
         """Plain values, as checkpoints, result.json and every table hold them."""
-        values = {**dataclasses.asdict(self), "scales": list(self.scales), "flip": self.flip}
+        values = {**dataclasses.asdict(self), "scales": list(self.scales), "flip": self.multi_scale}
         del values["multi_scale"]
         return values
 
@@ -195,7 +184,6 @@ class PictureConfig(OptionGroup):
 
     title: ClassVar[str] = "Pictures"
     out: Path = option("Folder for the pictures.")
-    attention: bool = option("Also draw what the model attends to.", False)
 
 
 RECIPE_GROUPS: tuple[type[OptionGroup], ...] = (ModelConfig, OptimisationConfig, ProtocolConfig)

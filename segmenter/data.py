@@ -7,7 +7,6 @@ matters. Pixels stay uint8 RGB until they are on the device.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import random
 import warnings
@@ -84,12 +83,13 @@ def read_classes(description: DatasetDescription) -> Classes:
 
 class Batch(NamedTuple):
     """images [B, 3, S, S] uint8 RGB; labels [B, S, S] uint8; sizes [B, 2]: height and width that
-    are image, the rest is padding; valid_pixels: labels that count in the loss."""
+    are image, the rest is padding; valid_pixels [B]: labels that count in the loss. One crop is
+    the same without B."""
 
     images: Tensor
     labels: Tensor
     sizes: Tensor
-    valid_pixels: int
+    valid_pixels: Tensor
 
     def parts(self, most: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images, labels and sizes in parts of at most `most` images."""
@@ -98,7 +98,7 @@ class Batch(NamedTuple):
         return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
-class TrainingCrops(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class TrainingCrops(Dataset[Batch]):
     """Random crops of the training images by (epoch, index)."""
 
     def __init__(
@@ -130,22 +130,22 @@ class TrainingCrops(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
         with _seeded(self.seed, epoch, index):
             sample = _apply(self.transform, self.description, self.pairs[index])
-        size = sample["img"].shape[:2]
+        size = torch.tensor(sample["img"].shape[:2])
         sample = self.pad(sample)
         labels = torch.from_numpy(sample["gt_seg_map"])
-        return _to_chw_rgb(sample["img"]), labels, torch.tensor(size)
+        valid_pixels = (labels != self.description.ignore_index).sum()
+        return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels)
 
 
 @dataclass(kw_only=True)
 class TestImage:
-    """index of the pair; scaled: one image [3, h, w] uint8 RGB per scale of the protocol;
-    labels [H, W] uint8 at the original size."""
+    """scaled: one image [3, h, w] uint8 RGB per scale of the protocol; labels [H, W] uint8 at the
+    original size."""
 
-    index: int
     scaled: list[Tensor]
     labels: Tensor
 
@@ -167,7 +167,6 @@ class WholeImages(Dataset[TestImage]):
     def __getitem__(self, index: int) -> TestImage:
         sample = _apply(self.load, self.description, self.pairs[index])
         return TestImage(
-            index=index,
             scaled=scaled_images(sample["img"], self.protocol),
             labels=torch.from_numpy(sample["gt_seg_map"]),
         )
@@ -176,15 +175,11 @@ class WholeImages(Dataset[TestImage]):
 def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
     """[H, W, 3] uint8 BGR to one [3, h, w] RGB per scale, ratio kept, by mmcv's Resize."""
     contiguous = np.ascontiguousarray(image_bgr)  # OpenCV asks for it
+    sizes = [_scale(round(protocol.image_size * scale)) for scale in protocol.scales]
     return [
-        _to_chw_rgb(_resize(protocol.image_size, scale)({"img": contiguous})["img"])
-        for scale in protocol.scales
+        _to_chw_rgb(Resize(scale=size, keep_ratio=True)({"img": contiguous})["img"])
+        for size in sizes
     ]
-
-
-@functools.cache
-def _resize(image_size: int, scale: float) -> Any:
-    return Resize(scale=_scale(round(image_size * scale)), keep_ratio=True)
 
 
 def _scale(image_size: int) -> tuple[int, int]:
@@ -243,10 +238,9 @@ def training_batches(
         for epoch in range(start[0], epochs)
         for indices in plan.indices(crops.seed, epoch, rank, start[1] if epoch == start[0] else 0)
     ]
-    collate = functools.partial(_collate, ignore_index=crops.description.ignore_index)
     loader = DataLoader(
-        crops, batch_sampler=keys, num_workers=workers, collate_fn=collate,
-        pin_memory=pin_memory, worker_init_fn=_start_worker,
+        crops, batch_sampler=keys, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
     )  # fmt: skip
     return iter(loader)
 
@@ -260,14 +254,6 @@ def test_images(
         worker_init_fn=_start_worker,
     )  # fmt: skip
     return iter(loader)
-
-
-def _collate(samples: list[tuple[Tensor, Tensor, Tensor]], *, ignore_index: int) -> Batch:
-    images, labels, sizes = (torch.stack(parts) for parts in zip(*samples, strict=True))
-    return Batch(
-        images=images, labels=labels, sizes=sizes,
-        valid_pixels=int((labels != ignore_index).sum()),
-    )  # fmt: skip
 
 
 def _start_worker(worker: int) -> None:

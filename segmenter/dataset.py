@@ -5,6 +5,7 @@ A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are re
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,6 @@ SPLITS = (TRAIN, VAL)
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 MOST_NAMED = 3
-KEYS = (
-    "name", "images", "annotations", "image_suffix", "annotation_suffix", "splits",
-    "classes", "palette", "reduce_zero_label", "ignore_index",
-)  # fmt: skip
 # mmsegmentation knows their names; how many there are is asked more often, and without torch.
 NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
 
@@ -58,6 +55,26 @@ class DatasetDescription:
     reduce_zero_label: bool
     ignore_index: int
 
+    def __post_init__(self) -> None:
+        source, index = self.source, self.ignore_index
+        names = () if isinstance(self.classes, str) else self.classes
+        if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
+            raise ValueError(f"{source}: a value of the palette is not in 0 to 255")
+        if self.palette and names and len(self.palette) != len(names):
+            raise ValueError(f"{source}: {len(self.palette)} colours for {len(names)} classes")
+        if not isinstance(self.reduce_zero_label, bool):
+            given = f"{source}: reduce_zero_label is {self.reduce_zero_label!r}"
+            raise ValueError(f"{given}; give true or false")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= 255:
+            raise ValueError(f"{source}: ignore_index is {index!r}; give a number from 0 to 255")
+        if self.reduce_zero_label and index != IGNORED:
+            raise ValueError(f"{source}: with reduce_zero_label, ignore_index has to be {IGNORED}")
+        if index < len(names):
+            raise ValueError(
+                f"{source}: ignore_index {index} is the class {names[index]!r}, which would score "
+                "0; if label 0 is no class, leave that name out and set reduce_zero_label: true"
+            )
+
     def pairs(self, split: str) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
         images = self._folder(self.images, split, "images")
@@ -83,7 +100,9 @@ class DatasetDescription:
                 f"{self.source}: {len(missing)} of {len(pairs)} {split} images have no annotation: "
                 f"{_some(missing)}"
             )
-        _check_not_empty(pairs, split)
+        for path in (path for pair in pairs for path in (pair.image, pair.annotation)):
+            if path.stat().st_size == 0:
+                raise ValueError(f"{path} ({split}) is an empty file of 0 bytes")
         return pairs
 
     def _folder(self, folders: dict[str, Path], split: str, what: str) -> Path:
@@ -112,10 +131,15 @@ class DatasetDescription:
         return names
 
 
+def is_ade20k(folder: Path) -> bool:
+    """Whether a folder looks like ADEChallengeData2016."""
+    return (folder / "images").is_dir() and (folder / "annotations").is_dir()
+
+
 def read_description(path: Path) -> DatasetDescription:
     """The description of an ADE20K folder or of a YAML file. Raises ValueError."""
     if path.is_dir():
-        if not (path / "images").is_dir() or not (path / "annotations").is_dir():
+        if not is_ade20k(path):
             raise ValueError(
                 f"{path} is not an ADEChallengeData2016 folder (no images/ and annotations/ in it)"
                 "; give one, or the .yml file of a dataset"
@@ -127,7 +151,8 @@ def read_description(path: Path) -> DatasetDescription:
 
 
 def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDescription:
-    check_names(content, KEYS, str(source))
+    known = {field.name for field in dataclasses.fields(DatasetDescription)} - {"source"}
+    check_names(content, known, str(source))
     missing = [key for key in ("images", "annotations", "classes") if not content.get(key)]
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}")
@@ -136,7 +161,7 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
         if not isinstance(classes, list) or len(classes) < 2:
             raise ValueError(f"{source}: classes has to be a list of two or more names")
         classes = tuple(str(name) for name in classes)
-    description = DatasetDescription(
+    return DatasetDescription(
         source=source,
         name=str(content.get("name", source.stem)),
         images=_folders(content, "images", source, folder),
@@ -145,19 +170,10 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
         image_suffix=str(content.get("image_suffix", ".jpg")),
         annotation_suffix=str(content.get("annotation_suffix", ".png")),
         classes=classes,
-        palette=_palette(content.get("palette") or [], classes, source),
-        reduce_zero_label=_true_or_false(content.get("reduce_zero_label", False), source),
-        ignore_index=_ignore_index(content.get("ignore_index", IGNORED), source),
+        palette=_palette(content.get("palette") or [], source),
+        reduce_zero_label=content.get("reduce_zero_label", False),
+        ignore_index=content.get("ignore_index", IGNORED),
     )
-    if description.reduce_zero_label and description.ignore_index != IGNORED:
-        raise ValueError(f"{source}: with reduce_zero_label, ignore_index has to be {IGNORED}")
-    if not isinstance(classes, str) and description.ignore_index < len(classes):
-        raise ValueError(
-            f"{source}: ignore_index {description.ignore_index} is the class "
-            f"{classes[description.ignore_index]!r}, which would score 0; if label 0 is no class, "
-            "leave that name out and set reduce_zero_label: true"
-        )
-    return description
 
 
 def _folders(content: dict[str, Any], key: str, source: Path, folder: Path) -> dict[str, Path]:
@@ -167,37 +183,11 @@ def _folders(content: dict[str, Any], key: str, source: Path, folder: Path) -> d
     return {split: folder / str(path) for split, path in value.items()}
 
 
-def _palette(
-    rows: Any, classes: tuple[str, ...] | str, source: Path
-) -> tuple[tuple[int, int, int], ...]:
+def _palette(rows: Any, source: Path) -> tuple[tuple[int, int, int], ...]:
     try:
-        palette = tuple((int(row[0]), int(row[1]), int(row[2])) for row in rows)
+        return tuple((int(row[0]), int(row[1]), int(row[2])) for row in rows)
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{source}: palette has to be a list of [red, green, blue]") from error
-    if any(not 0 <= value <= 255 for colour in palette for value in colour):
-        raise ValueError(f"{source}: a value of the palette is not in 0 to 255")
-    if palette and not isinstance(classes, str) and len(palette) != len(classes):
-        raise ValueError(f"{source}: {len(palette)} colours for {len(classes)} classes")
-    return palette
-
-
-def _true_or_false(value: Any, source: Path) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{source}: reduce_zero_label is {value!r}; give true or false")
-    return value
-
-
-def _ignore_index(value: Any, source: Path) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
-        raise ValueError(f"{source}: ignore_index is {value!r}; give a number from 0 to 255")
-    return value
-
-
-def _check_not_empty(pairs: list[Pair], split: str) -> None:
-    for pair in pairs:
-        for path in (pair.image, pair.annotation):
-            if path.stat().st_size == 0:
-                raise ValueError(f"{path} ({split}) is an empty file of 0 bytes")
 
 
 def _some(paths: list[Path]) -> str:

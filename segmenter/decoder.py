@@ -69,19 +69,15 @@ class MaskTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] to class logits [B, N, K]."""
-        joint = self.decoder_norm(self.blocks_forward(tokens))
+        classes = self.cls_emb.expand(len(tokens), -1, -1)
+        joint = torch.cat([self.proj_dec(tokens), classes], dim=1)  # [B, N + K, D]
+        for block in self.blocks:
+            joint = block(joint)
+        joint = self.decoder_norm(joint)
         patches, classes = joint.split([tokens.shape[1], self.num_classes], dim=1)
         patches = F.normalize(patches @ self.proj_patch, dim=-1)
         classes = F.normalize(classes @ self.proj_classes, dim=-1)
         return self.mask_norm(patches @ classes.transpose(1, 2))
-
-    def blocks_forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] to [B, N + K, D]: patches, then classes, after the last block."""
-        classes = self.cls_emb.expand(len(tokens), -1, -1)
-        joint = torch.cat([self.proj_dec(tokens), classes], dim=1)
-        for block in self.blocks:
-            joint = block(joint)
-        return joint
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.files import replacing
 from segmenter.data import Classes, WholeImages
+from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
 from segmenter.model import Segmenter
 
@@ -61,22 +62,20 @@ def draw_predictions(
     path: Path,
 ) -> None:
     """Image, annotation and prediction of a few test images, one row each, with a legend."""
-    from segmenter.evaluate import evaluating
-
     chosen = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
     rows, present = [], set()
     for index in dict.fromkeys(chosen.tolist()):
         sample = images[index]
-        size = sample.labels.shape[0], sample.labels.shape[1]
+        size = sample.labels.shape
         with evaluating(accelerator, model):
             (predicted,) = predict_classes(model, [sample.scaled], [size], images.protocol)
-        photo = np.asarray(_resized(sample.scaled[0].permute(1, 2, 0).numpy(), size))
+        photo = _resized(sample.scaled[0].permute(1, 2, 0).numpy(), size)
         labels, guess = sample.labels.numpy(), predicted.cpu().numpy()
         present |= {int(label) for label in np.unique(np.stack([labels, guess]))}
         panels = [photo, overlay(photo, labels, classes), overlay(photo, guess, classes)]
-        rows.append(panel_row(panels))
-    titles = title_strip(("image", "annotation", "prediction"), rows[0].shape[1])
-    body = np.vstack([titles, *rows])
+        height = max(1, round(size[0] * PANEL_WIDTH / size[1]))
+        rows.append(np.hstack([_resized(panel, (height, PANEL_WIDTH)) for panel in panels]))
+    body = np.vstack([_title_strip(("image", "annotation", "prediction")), *rows])
     save_image(with_legend(body, sorted(present), classes), path)
 
 
@@ -86,14 +85,9 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(unfinished, format="PNG")
 
 
-def panel_row(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures [H, W, 3] of one size beside each other, each as wide as a panel."""
-    height = max(1, round(pictures[0].shape[0] * PANEL_WIDTH / pictures[0].shape[1]))
-    return np.hstack([np.asarray(_resized(picture, (height, PANEL_WIDTH))) for picture in pictures])
-
-
-def title_strip(titles: Sequence[str], width: int) -> np.ndarray:
-    """What stands above a row of panels on a sheet of this width."""
+def _title_strip(titles: Sequence[str]) -> np.ndarray:
+    """What stands above a row of panels."""
+    width = len(titles) * PANEL_WIDTH
     size = _text_size(width)
     strip = Image.new("RGB", (width, 5 * size // 3), BACKGROUND)
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size)
@@ -108,8 +102,9 @@ def _text_size(width: int) -> int:
     return max(13, width // PHONE_SHARE)
 
 
-def _resized(picture: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    return Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+def _resized(picture: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    image = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.vit import VISIBLE, VIT_SIZES
 
@@ -62,13 +62,7 @@ class Encoder(VisionTransformer):
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """[B, 3, H, W] normalised pixels to patch tokens [B, N, D]; H, W multiples of a patch."""
-        return self.forward_features(self.with_all_channels(images))[:, self.num_prefix_tokens :]
-
-    def with_all_channels(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, C, H, W]: further channels say that everything is shown,
-        padding included."""
         missing = self.shape.in_channels - images.shape[1]
-        if not missing:
-            return images
-        shown = images.new_full((len(images), missing, *images.shape[2:]), VISIBLE)
-        return torch.cat([images, shown], dim=1)
+        if missing:  # further channels say that everything is shown, padding included
+            images = F.pad(images, (0, 0, 0, 0, 0, missing), value=VISIBLE)
+        return self.forward_features(images)[:, self.num_prefix_tokens :]

@@ -33,7 +33,7 @@ class Window:
 def predict_classes(
     model: Segmenter,
     images: Sequence[Sequence[Tensor]],
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, ...]],
     protocol: ProtocolConfig,
 ) -> Iterable[Tensor]:
     """Yield the class of every pixel, [H, W] uint8, image by image, where the model is.
@@ -42,23 +42,22 @@ def predict_classes(
     The result for an image depends on the group it is in only by rounding, so whoever wants equal
     numbers from several processes has to form the same groups.
     """
-    several = len(protocol.scales) > 1 or protocol.flip
-    if not several:
-        canvases = window_logits(model, [versions[0] for versions in images], protocol)
-        for canvas, size in zip(canvases, sizes, strict=True):
-            yield _resize(canvas, size).argmax(0).to(torch.uint8)
+    if protocol.multi_scale:
+        for versions, size in zip(images, sizes, strict=True):
+            yield _multi_scale(model, versions, size, protocol).argmax(0).to(torch.uint8)
         return
-    for versions, size in zip(images, sizes, strict=True):
-        yield _multi_scale(model, versions, size, protocol).argmax(0).to(torch.uint8)
+    canvases = window_logits(model, [versions[0] for versions in images], protocol)
+    for canvas, size in zip(canvases, sizes, strict=True):
+        yield _resize(canvas, size).argmax(0).to(torch.uint8)
 
 
 def _multi_scale(
-    model: Segmenter, versions: Sequence[Tensor], size: tuple[int, int], protocol: ProtocolConfig
+    model: Segmenter, versions: Sequence[Tensor], size: tuple[int, ...], protocol: ProtocolConfig
 ) -> Tensor:
     """[K, H, W]: class probabilities summed over scales and flips, as the Segmenter paper does."""
     total = torch.zeros(model.shape.num_classes, *size, device=model.mean.device)
     for version in versions:
-        both = [version, version.flip(-1)] if protocol.flip else [version]
+        both = [version, version.flip(-1)]
         for flipped, canvas in enumerate(window_logits(model, both, protocol)):
             probabilities = _resize(canvas, size).softmax(0)
             total += probabilities.flip(-1) if flipped else probabilities
@@ -144,7 +143,7 @@ def _cut(image: Tensor, window: Window) -> Tensor:
     return image[..., window.top : bottom, window.left : right]
 
 
-def _resize(canvas: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(canvas: Tensor, size: tuple[int, ...]) -> Tensor:
     """[K, h, w] to [K, H, W]."""
     if canvas.shape[-2:] == size:
         return canvas

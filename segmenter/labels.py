@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +17,27 @@ MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at
 
 
 def check_labels(
-    description: DatasetDescription, pairs: Sequence[Pair], num_classes: int, *, everything: bool
+    description: DatasetDescription, pairs: Sequence[Pair], *, everything: bool
 ) -> None:
-    """Raise ValueError about the first pair that does not fit.
+    """Raise ValueError about the first pair that does not fit, and how many there are.
 
     everything: look at all pairs, not only at MOST_CHECKED evenly spaced ones.
     """
     step = 1 if everything else max(1, len(pairs) // MOST_CHECKED)
-    allowed = allowed_labels(description, num_classes)
-    for pair in pairs[::step]:
-        check_pair(pair, allowed)
+    looked_at = pairs[::step]
+    num_classes = count_classes(description)
+    allowed = np.zeros(256, dtype=bool)  # what an annotation file may hold
+    if description.reduce_zero_label:
+        allowed[: num_classes + 1] = True
+    else:
+        allowed[:num_classes] = True
+        allowed[description.ignore_index] = True
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(partial(_problem_of, allowed=allowed), looked_at)
+        problems = [text for text in found if text is not None]
+    if problems:
+        more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more}")
 
 
 def count_classes(description: DatasetDescription) -> int:
@@ -38,18 +51,15 @@ def count_classes(description: DatasetDescription) -> int:
     return NUM_CLASSES[description.classes]
 
 
-def allowed_labels(description: DatasetDescription, num_classes: int) -> np.ndarray:
-    """[256] bool: what an annotation file may hold."""
-    allowed = np.zeros(256, dtype=bool)
-    if description.reduce_zero_label:
-        allowed[: num_classes + 1] = True
-    else:
-        allowed[:num_classes] = True
-        allowed[description.ignore_index] = True
-    return allowed
+def _problem_of(pair: Pair, allowed: np.ndarray) -> str | None:
+    try:
+        _check_pair(pair, allowed)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
-def check_pair(pair: Pair, allowed: np.ndarray) -> None:
+def _check_pair(pair: Pair, allowed: np.ndarray) -> None:
     """Raise ValueError if the files cannot be read or do not fit each other or the classes."""
     labels = read_label_file(pair.annotation)
     width, height = _image_size(pair.image)

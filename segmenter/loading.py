@@ -67,7 +67,11 @@ def _load_release(path: Path) -> LoadedSegmenter:
             f"{path.parent / VARIANT} does not describe a Segmenter: {error}"
         ) from error
     model = Segmenter(shape)
-    weights = _renamed(content["model"])
+    weights = {  # timm calls DeiT's distillation token a register
+        name.replace("encoder.dist_token", "encoder.reg_token"): weight
+        for name, weight in content["model"].items()
+        if not name.startswith(RELEASE_IGNORED)
+    }
     problems = misfits(model.state_dict(), weights, optional=())
     if problems:
         raise ValueError(f"{path} does not fit its {VARIANT}: {problems}")
@@ -120,15 +124,6 @@ def _model_name(net: dict[str, Any]) -> str:
         if (size.width, size.depth) == (net["d_model"], net["n_layers"]):
             return name
     raise KeyError(f"no model here is {net['d_model']} wide and {net['n_layers']} deep")
-
-
-def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm calls DeiT's distillation token a register."""
-    return {
-        name.replace("encoder.dist_token", "encoder.reg_token"): weight
-        for name, weight in weights.items()
-        if not name.startswith(RELEASE_IGNORED)
-    }
 
 
 class _VariantLoader(yaml.SafeLoader):

@@ -5,7 +5,6 @@ Shapes: B images, H x W pixels, K classes, P pixels per patch side.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,13 +34,9 @@ class SegmenterShape:
     num_classes: int
     normalization: str
 
-    def plain(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        return dataclasses.asdict(self)
-
     @staticmethod
     def from_plain(values: dict[str, Any]) -> SegmenterShape:
-        """The inverse of `plain`."""
+        """The inverse of `dataclasses.asdict`."""
         return SegmenterShape(**{**values, "encoder": EncoderShape(**values["encoder"])})
 
 

@@ -1,4 +1,4 @@
-"""`predict`: label maps, overlays and attention maps of images of any size and mode."""
+"""`predict`: label maps and overlays of images of any size and mode."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from PIL import Image
 from common.devices import make_accelerator
 from common.images import read_rgb
 from common.options import OptionGroup
-from segmenter.attention import draw_attention
-from segmenter.config import PictureConfig, ScoringConfig
+from segmenter.config import ScoringConfig
 from segmenter.data import scaled_images
 from segmenter.drawing import overlay, save_image, with_legend
 from segmenter.evaluate import evaluating
@@ -34,19 +33,18 @@ def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
     Runs where the model is, with windows and scales as its protocol says.
     """
     scaled = scaled_images(image[..., ::-1], loaded.protocol)
-    height, width = image.shape[:2]
-    (classes,) = predict_classes(loaded.model, [scaled], [(height, width)], loaded.protocol)
+    (classes,) = predict_classes(loaded.model, [scaled], [image.shape[:2]], loaded.protocol)
     return classes.cpu().numpy()
 
 
 def predict_files(
     checkpoint: Path,
     images: Sequence[Path],
-    pictures: PictureConfig,
+    out: Path,
     changes: OptionGroup,
     devices: ScoringConfig,
 ) -> None:
-    """Write <stem>.png (labels) and <stem>_overlay.png for every image, and <stem>_attention.png.
+    """Write <stem>.png (labels) and <stem>_overlay.png for every image.
 
     changes: `ProtocolChanges`, in place of the checkpoint's protocol.
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
@@ -56,7 +54,6 @@ def predict_files(
     paths, loaded = list_images(images), load_segmenter(checkpoint)
     loaded = dataclasses.replace(loaded, protocol=changed_protocol(loaded.protocol, changes))
     model, classes = loaded.model.to(accelerator.device), loaded.classes
-    out = pictures.out
     out.mkdir(parents=True, exist_ok=True)
     for path in paths:
         image = read_rgb(path)
@@ -67,11 +64,6 @@ def predict_files(
         present = np.unique(labels).tolist()
         sheet = with_legend(overlay(image, labels, classes), present, classes)
         save_image(sheet, out / f"{path.stem}_overlay.png")
-        if pictures.attention:
-            scaled = scaled_images(image[..., ::-1], loaded.protocol)[0].to(accelerator.device)
-            with evaluating(accelerator, model):
-                sheet = draw_attention(model, scaled, labels, classes)
-            save_image(sheet, out / f"{path.stem}_attention.png")
         logger.info("%s: %s", path, ", ".join(classes.names[label] for label in present))
 
 

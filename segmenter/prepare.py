@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import stat
 import zipfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from common.download import download, has_digest
 from common.files import beside
-from segmenter.dataset import (
-    SPLITS,
-    TRAIN,
-    VAL,
-    DatasetDescription,
-    Pair,
-    read_description,
-)
-from segmenter.labels import allowed_labels, check_pair, count_classes
+from segmenter.dataset import SPLITS, TRAIN, VAL, DatasetDescription, is_ade20k, read_description
+from segmenter.labels import check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +32,7 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
     Returns the ADEChallengeData2016 folder. Raises ValueError if it is wrong or partial,
     RuntimeError if it cannot be downloaded.
     """
-    ready = find_ade20k(folder)
+    ready = next(filter(is_ade20k, (folder, folder / ADE20K_NAME)), None)
     if ready is None:
         archive = folder / f"{ADE20K_NAME}.zip"
         if not archive.is_file() or (digest is not None and not has_digest(archive, digest)):
@@ -52,14 +43,6 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
     logger.info("checking %s", ready)
     check_dataset(ready, ADE20K_PAIRS)
     return ready
-
-
-def find_ade20k(folder: Path) -> Path | None:
-    """An ADEChallengeData2016 folder: `folder` itself, or in it."""
-    for candidate in (folder, folder / ADE20K_NAME):
-        if (candidate / "images").is_dir() and (candidate / "annotations").is_dir():
-            return candidate
-    return None
 
 
 def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -81,7 +64,8 @@ def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict
         raise ValueError(f"{path} is not whole: {'; '.join(problems)}")
     if not found:
         raise ValueError(f"{path}: neither of the splits {', '.join(SPLITS)} is there")
-    _check_pairs(description, [pair for pairs in found.values() for pair in pairs])
+    every_pair = [pair for pairs in found.values() for pair in pairs]
+    check_labels(description, every_pair, everything=True)
     return {split: len(pairs) for split, pairs in found.items()}
 
 
@@ -89,23 +73,6 @@ def _is_there(description: DatasetDescription, split: str) -> bool:
     """A split that neither side has may be left out, as test servers' datasets do."""
     folders = [description.images.get(split), description.annotations.get(split)]
     return any(folder is not None and folder.is_dir() for folder in folders)
-
-
-def _check_pairs(description: DatasetDescription, pairs: Sequence[Pair]) -> None:
-    allowed = allowed_labels(description, count_classes(description))
-
-    def problem_of(pair: Pair) -> str | None:
-        try:
-            check_pair(pair, allowed)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        problems = [text for text in pool.map(problem_of, pairs) if text is not None]
-    if problems:
-        more = f" ({len(problems)} of {len(pairs)} pairs are bad)" if len(problems) > 1 else ""
-        raise ValueError(f"{problems[0]}{more}")
 
 
 def unpack(archive: Path, folder: Path, name: str) -> None:

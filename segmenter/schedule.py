@@ -26,12 +26,16 @@ class BatchPlan:
     processes: int
 
     def __post_init__(self) -> None:
-        smallest = min(self.batch_size, self.num_images)
-        if smallest < self.processes:
+        if self.effective_batch_size < self.processes:
             raise ValueError(
-                f"a batch of {smallest} images cannot be spread over {self.processes} processes; "
-                "raise --batch-size or use fewer processes"
+                f"a batch of {self.effective_batch_size} images cannot be spread over "
+                f"{self.processes} processes; raise --batch-size or use fewer processes"
             )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Images of a step; fewer than asked for if the dataset has no more."""
+        return min(self.batch_size, self.num_images)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -41,7 +45,7 @@ class BatchPlan:
     @property
     def images_per_epoch(self) -> int:
         """Images trained on in an epoch."""
-        return min(self.num_images, self.steps_per_epoch * self.batch_size)
+        return self.steps_per_epoch * self.effective_batch_size
 
     def indices(self, seed: int, epoch: int, rank: int, first_step: int) -> Iterator[list[int]]:
         """This process's images of every step from `first_step` on."""

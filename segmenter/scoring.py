@@ -23,7 +23,7 @@ from segmenter.config import EvaluateConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import Classes, WholeImages, read_classes
 from segmenter.dataset import DatasetDescription, Pair, read_description
 from segmenter.evaluate import evaluate_model
-from segmenter.labels import allowed_labels, check_labels, check_pair, read_label_file
+from segmenter.labels import check_labels, read_label_file
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
 
@@ -38,9 +38,11 @@ def evaluate_checkpoint(
     changes: `ProtocolChanges`, in place of the checkpoint's protocol. Raises ValueError for what
     the user can fix, before anything is written.
     """
-    accelerator = make_accelerator(devices)
-    loaded = load_segmenter(checkpoint)
-    description, pairs = _checked_pairs(evaluation, loaded.classes)
+    description = read_description(evaluation.dataset)
+    pairs = description.pairs(evaluation.split)
+    accelerator, loaded = make_accelerator(devices), load_segmenter(checkpoint)
+    _check_classes(loaded.classes, read_classes(description), description.name)
+    check_labels(description, pairs, everything=len(pairs) <= MOST_CHECKED)
     wanted_dir = evaluation.save_predictions
     if wanted_dir is not None and wanted_dir.exists() and any(wanted_dir.iterdir()):
         raise ValueError(f"--save-predictions {wanted_dir} is not empty")
@@ -50,7 +52,10 @@ def evaluate_checkpoint(
 
         def save(index: int, predicted: Tensor) -> None:
             assert folder is not None
-            _write_prediction(folder / f"{pairs[index].name}.png", predicted, description)
+            path, labels = folder / f"{pairs[index].name}.png", predicted.numpy()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # In the numbering of the dataset's annotation files.
+            Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(path)
 
         def tell(done: int, total: int) -> None:
             counter.advance(done - counter.done)
@@ -59,8 +64,7 @@ def evaluate_checkpoint(
             accelerator,
             loaded.model.to(accelerator.device),
             WholeImages(description, pairs, protocol),
-            group_size=devices.eval_batch_size,
-            workers=devices.loader_workers,
+            devices,
             on_prediction=save if folder else None,
             on_progress=tell if accelerator.is_main_process else None,
         )
@@ -85,14 +89,15 @@ def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, 
     description = read_description(evaluation.dataset)
     classes, pairs = read_classes(description), description.pairs(evaluation.split)
     areas = Areas(len(classes), description.ignore_index)
-    allowed = allowed_labels(description, len(classes))
+    stored = []
     for pair in pairs:
-        stored = folder / f"{pair.name}.png"
-        if not stored.is_file():
-            stored = folder / f"{pair.name}{description.annotation_suffix}"
-        check_pair(pair, allowed)
-        check_pair(dataclasses.replace(pair, annotation=stored), allowed)
-        predicted, labels = (_classes_of(path, description) for path in (stored, pair.annotation))
+        path = folder / f"{pair.name}.png"
+        if not path.is_file():
+            path = folder / f"{pair.name}{description.annotation_suffix}"
+        stored.append(dataclasses.replace(pair, annotation=path))
+    check_labels(description, [*pairs, *stored], everything=True)
+    for both in zip(stored, pairs, strict=True):
+        predicted, labels = (_classes_of(pair.annotation, description) for pair in both)
         areas.add(predicted, labels)
     return _result(areas, classes, description, pairs, None)
 
@@ -112,20 +117,12 @@ def _result(
     }
 
 
-def _checked_pairs(
-    evaluation: EvaluateConfig, classes: Classes
-) -> tuple[DatasetDescription, list[Pair]]:
-    """The pairs to score. Raises ValueError if the model has other classes than the dataset."""
-    description = read_description(evaluation.dataset)
-    wanted = read_classes(description)
-    if len(wanted) != len(classes):
+def _check_classes(own: Classes, wanted: Classes, dataset: str) -> None:
+    if len(wanted) != len(own):
         raise ValueError(
-            f"the checkpoint has {len(classes)} classes ({classes.names[0]}, ...), the dataset "
-            f"{description.name} has {len(wanted)} ({wanted.names[0]}, ...)"
+            f"the checkpoint has {len(own)} classes ({own.names[0]}, ...), the dataset "
+            f"{dataset} has {len(wanted)} ({wanted.names[0]}, ...)"
         )
-    pairs = description.pairs(evaluation.split)
-    check_labels(description, pairs, len(wanted), everything=len(pairs) <= MOST_CHECKED)
-    return description, pairs
 
 
 def _classes_of(path: Path, description: DatasetDescription) -> Tensor:
@@ -133,13 +130,6 @@ def _classes_of(path: Path, description: DatasetDescription) -> Tensor:
     labels = torch.as_tensor(read_label_file(path))
     # uint8 wraps round: 0 becomes 255, which is ignored.
     return labels - 1 if description.reduce_zero_label else labels
-
-
-def _write_prediction(path: Path, predicted: Tensor, description: DatasetDescription) -> None:
-    """A PNG of classes in the numbering of the dataset's annotation files."""
-    labels = predicted.numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(path)
 
 
 @contextlib.contextmanager

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import psutil
 
-from common.checkpoint import PeriodicSave
 from common.devices import make_accelerator
 from common.interruption import Interruption
 from segmenter.build import Run, build_run
 from segmenter.check import Task
 from segmenter.config import TrainConfig
 from segmenter.data import WholeImages
-from segmenter.epoch import EpochTrainer
+from segmenter.epoch import train_one_epoch
 from segmenter.evaluate import evaluate_model
 
 GROUPS_SCORED = 4  # per process, and one to warm up
@@ -29,17 +28,18 @@ def time_finetuning(config: TrainConfig, task: Task, steps: int) -> dict[str, fl
     accelerator = make_accelerator(config.run)
     optimisation = config.optimisation
     two_epochs = replace(optimisation, epochs=max(2, optimisation.epochs))
-    run, state = build_run(replace(config, optimisation=two_epochs), accelerator, task, None)
+    config = replace(config, optimisation=two_epochs)
+    run, state = build_run(config, accelerator, Interruption(), task, None)
     setup_seconds = time.time() - psutil.Process().create_time()
     plan = run.plan
     steps = min(steps, plan.steps_per_epoch)
     # An epoch of so many steps, twice.
     run.plan = replace(plan, num_images=min(plan.num_images, steps * plan.batch_size))
-    trainer = EpochTrainer(run, Interruption(), None, PeriodicSave(None, lambda: None))
     batches = run.batches(state, epochs=2)
     for epoch in range(2):
         state.epochs_completed, state.steps_completed, state.seconds = epoch, 0, 0.0
-        trainer.train_one_epoch(state, batches)
+        for _ in train_one_epoch(run, state, batches):
+            pass
     epoch_seconds = state.seconds * plan.steps_per_epoch / steps
     evaluation_seconds = _evaluation_seconds(run)
     if not accelerator.is_main_process:
@@ -63,6 +63,6 @@ def _evaluation_seconds(run: Run) -> float:
         pairs = run.images.pairs[::step][: group * processes * groups]
         images = WholeImages(run.task.description, pairs, run.config.protocol)
         began = time.monotonic()
-        evaluate_model(run.accelerator, run.model, images, group_size=group, workers=run.workers)
+        evaluate_model(run.accelerator, run.model, images, run.config.run)
         seconds, scored = time.monotonic() - began, len(pairs)
     return seconds * len(run.images) / scored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,11 +15,12 @@ from common.interruption import Interruption
 from common.layout import BEST, CHECKPOINT, LOCK, PREDICTIONS, RESULT
 from common.lock import hold
 from common.logbook import Logbook
-from segmenter.build import SCORES, Run, State, build_run, checkpoint_content, result_content
+from segmenter.build import Run, State, build_run, checkpoint_content, result_content
 from segmenter.check import Task, all_settings, earlier_output
-from segmenter.config import TrainConfig
+from segmenter.config import SCORES, TrainConfig
+from segmenter.data import Batch
 from segmenter.drawing import draw_predictions
-from segmenter.epoch import EpochTrainer
+from segmenter.epoch import train_one_epoch
 from segmenter.evaluate import evaluate_model
 from segmenter.labels import check_labels
 from segmenter.schedule import learning_rate
@@ -36,30 +38,27 @@ def finetune(config: TrainConfig, task: Task) -> bool:
     with Interruption() as interruption:
         accelerator = make_accelerator(config.run)
         for pairs in (task.train, task.val):
-            check_labels(task.description, pairs, task.num_classes, everything=False)
+            check_labels(task.description, pairs, everything=False)
         with hold(folder / LOCK, folder) if accelerator.is_main_process else nullcontext():
             accelerator.wait_for_everyone()  # from here on nobody else writes there
             found = earlier_output(config, task)
             if found is not None and found.name == RESULT:
                 logger.info("nothing to do: %s is there", found)
                 return True
-            run, state = build_run(config, accelerator, task, found)
-            return _fit(run, state, interruption)
+            run, state = build_run(config, accelerator, interruption, task, found)
+            return _fit(run, state)
 
 
-def _fit(run: Run, state: State, interruption: Interruption) -> bool:
+def _fit(run: Run, state: State) -> bool:
     """Train to the end. Returns False if stopped by a signal."""
     epochs, logbook = run.config.optimisation.epochs, _open_logbook(run, state)
-    progress = logbook.progress if logbook else None
-    minutes = run.config.run.save_every_minutes
-    save_if_due = PeriodicSave(minutes, lambda: _save(run, state))
-    trainer = EpochTrainer(run, interruption, progress, save_if_due)
+    save_if_due = PeriodicSave(run.config.run.save_every_minutes, lambda: _save(run, state))
     batches = run.batches(state, epochs)
     outcome = "failed"
     try:
         while state.epochs_completed < epochs:
-            stopped = trainer.train_one_epoch(state, batches)
-            if stopped or not _finish_epoch(run, state, logbook, interruption):
+            to_its_end = _train_epoch(run, state, batches, logbook, save_if_due)
+            if not (to_its_end and _finish_epoch(run, state, logbook)):
                 _save(run, state)
                 logger.warning("stopped by a signal; run the same command again to continue")
                 outcome = "stopped"
@@ -88,9 +87,26 @@ def _open_logbook(run: Run, state: State) -> Logbook | None:
     )
 
 
-def _finish_epoch(
-    run: Run, state: State, logbook: Logbook | None, interruption: Interruption
+def _train_epoch(
+    run: Run,
+    state: State,
+    batches: Iterator[Batch],
+    logbook: Logbook | None,
+    save_if_due: PeriodicSave,
 ) -> bool:
+    """Train, tell and save in between. Returns False if told to stop."""
+    steps = run.plan.steps_per_epoch
+    for seconds, stop in train_one_epoch(run, state, batches):
+        if logbook is not None:
+            done = state.epochs_completed + state.steps_completed / steps
+            logbook.progress.advance(done, run.plan.effective_batch_size, seconds)
+        if stop:
+            return False
+        save_if_due(at_end=state.steps_completed == steps)
+    return True
+
+
+def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> bool:
     """Evaluate if it is time to, log and save. Returns False if told to stop while evaluating.
 
     A kill loses nothing: the log is cut back to the checkpoint on resume, so it is written first;
@@ -101,7 +117,7 @@ def _finish_epoch(
     scores = None
     if number % optimisation.eval_every == 0 or number == optimisation.epochs:
         _save(run, state)
-        scores = _evaluate(run, state, logbook, interruption)
+        scores = _evaluate(run, state, logbook)
         if scores is None:
             return False
     record = _epoch_record(run, state)
@@ -122,19 +138,16 @@ def _finish_epoch(
     return True
 
 
-def _evaluate(
-    run: Run, state: State, logbook: Logbook | None, interruption: Interruption
-) -> dict[str, Any] | None:
+def _evaluate(run: Run, state: State, logbook: Logbook | None) -> dict[str, Any] | None:
     """Plain scores, None if told to stop."""
     began = time.monotonic()
     areas = evaluate_model(
         run.accelerator,
         run.model,
         run.images,
-        group_size=run.config.run.eval_batch_size,
-        workers=run.workers,
+        run.config.run,
         on_progress=logbook.progress.evaluating if logbook else None,
-        interruption=interruption,
+        interruption=run.interruption,
     )
     state.total_seconds += time.monotonic() - began
     return None if areas is None else areas.scores(run.classes.names)

@@ -47,12 +47,13 @@ def test_drawing_a_sample_leaves_the_global_generators_alone(dataset):
 def test_padding_is_ignored_and_its_size_is_told(dataset):
     found = 0
     for index in range(7):
-        image, labels, (height, width) = crops(dataset)[0, index]
+        image, labels, (height, width), valid_pixels = crops(dataset)[0, index]
         assert image.shape == (3, 48, 48)
         assert image.dtype == labels.dtype == torch.uint8
         outside = torch.ones(48, 48, dtype=torch.bool)
         outside[:height, :width] = False
         assert (labels[outside] == 3).all()
+        assert valid_pixels == (labels != 3).sum()
         found += int(outside.sum())
     assert found
 
@@ -77,7 +78,7 @@ def test_workers_and_processes_change_no_batch(dataset):
         assert torch.equal(one.labels, other.labels)
     first, second = batches(0, 2), batches(1, 2)
     for one, *parts in zip(whole, first, second, strict=True):
-        assert one.valid_pixels == sum(part.valid_pixels for part in parts)
+        assert one.valid_pixels.sum() == sum(part.valid_pixels.sum() for part in parts)
         assert torch.equal(one.images[0::2], parts[0].images)
         assert torch.equal(one.images[1::2], parts[1].images)
 

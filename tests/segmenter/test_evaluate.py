@@ -126,28 +126,6 @@ def test_images_of_every_mode_and_size_are_predicted(finished, command, tmp_path
         assert overlay.height > labels.shape[0]  # the legend
 
 
-def test_attention_is_drawn_and_sums_to_1(finished, dataset, command, tmp_path):
-    from segmenter.attention import attention_maps
-    from segmenter.loading import load_segmenter
-
-    image = dataset.parent / "images/validation/100.jpg"
-    outcome = command(
-        "predict", finished / "best.pth", image, "--out", tmp_path, "--device", "cpu",
-        "--attention",
-    )  # fmt: skip
-    assert outcome.code == 0
-    assert (tmp_path / "100_attention.png").is_file()
-    model = load_segmenter(finished / "best.pth").model
-    with torch.no_grad():
-        maps = attention_maps(model, torch.zeros(3, 40, 56, dtype=torch.uint8), [0, 2])
-    assert list(maps) == [
-        "encoder block 1", "encoder block 6", "encoder block 12", "decoder 0", "decoder 2"
-    ]  # fmt: skip
-    for values in maps.values():
-        assert values.shape == (3, 4)
-        assert values.sum() == pytest.approx(1, abs=1e-5)
-
-
 def test_images_that_would_overwrite_each_other_are_refused(finished, command, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -156,4 +156,4 @@ def test_the_loss_sums_over_the_pixels_that_count():
 
 
 def test_a_shape_survives_its_plain_form():
-    assert SegmenterShape.from_plain(SHAPE.plain()) == SHAPE
+    assert SegmenterShape.from_plain(dataclasses.asdict(SHAPE)) == SHAPE

@@ -108,15 +108,15 @@ def test_a_signal_saves_and_the_same_command_continues_exactly(
 ):
     """Step 2 is the end of an epoch: the signal then stops the evaluation."""
     steps = []
-    original = segmenter.epoch.EpochTrainer._step
+    original = segmenter.epoch._step
 
-    def interrupted(self, *arguments):
+    def interrupted(*arguments):
         steps.append(1)
         if len(steps) == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(segmenter.epoch.EpochTrainer, "_step", interrupted)
+    monkeypatch.setattr(segmenter.epoch, "_step", interrupted)
     arguments = train_arguments(dataset, tmp_path / "run")
     assert call(*arguments).code == 75
     assert len(steps) == step
