@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python perf/masks.py` finds the packages beside perf/
 
 from mae.segments import PackedStore  # noqa: E402
-from mae.segments.folders import TABLE  # noqa: E402
+from mae.segments.folders import PngTableFolder  # noqa: E402
 from mae.segments.forms import SegmentSource, open_any_form  # noqa: E402
 from mae.segments.pack import pack, unpack  # noqa: E402
 
@@ -78,7 +78,7 @@ def write_forms(source: SegmentSource, keys: list[str], scratch: Path) -> dict[s
         for number, segment in enumerate(source.segments(key)):
             Image.fromarray(segment.decode() * 255).save(folder / f"{number}.png")
             table.append(f"{segment.coverage_percent:.6f} {number}.png")
-        (folder / TABLE).write_text("\n".join(table) + "\n")
+        (folder / PngTableFolder.table).write_text("\n".join(table) + "\n")
     forms["packed store"].parent.mkdir()
     pack(forms["PNG + table"], forms["packed store"], overwrite=False, allow_damaged=False,
          processes=1)  # fmt: skip

@@ -30,6 +30,15 @@ class Speed(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeOptions(OptionGroup):
+    """Of `merge`."""
+
+    title: ClassVar[str] = "Output"
+    out: Path = option("The store to write.")
+    overwrite: bool = option("Replace a finished store.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackOptions(OptionGroup):
     """Of `pack`."""
 
@@ -37,15 +46,6 @@ class PackOptions(OptionGroup):
     out: Path | None = option("Default: masks.sqlite in MASKS_DIR, where it is found.", None)
     overwrite: bool = option("Replace a finished store.", False)
     allow_damaged: bool = option("Finish even if more than 1% are damaged.", False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeOptions(OptionGroup):
-    """Of `merge`."""
-
-    title: ClassVar[str] = "Output"
-    out: Path = option("The store to write.")
-    overwrite: bool = option("Replace a finished store.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,7 @@ class InspectOptions(OptionGroup):
     coverage_ratio: tuple[float, ...] = option(
         "Coverages to look at, percent.", (5.0, 15.0, 30.0, 50.0), at_least=0, at_most=100
     )
-    out: Path = option("Writes OUT.png and OUT.html.", Path("segments"))
-    limit: int = option("Most images to read.", 2000, at_least=1)
-    rows: int = option("Images on the contact sheet.", 8, at_least=0)
+    out: Path = option("Writes OUT.png.", Path("segments"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +156,7 @@ def _generate(generator: Generator, options: GenerateOptions, processes: int | N
     from mae.segments.generate import Shard
     from mae.segments.generate import generate as generate_segments
 
-    shard = Shard.parse(options.shard) if options.shard else Shard.from_environment()
+    shard = Shard.parse(options.shard)
     return _report(
         generate_segments(options.images, options.out, generator, shard=shard, processes=processes)
     )
@@ -171,14 +169,13 @@ def inspect(masks_dir: Path, options: InspectOptions, speed: Speed) -> None:
     from common.images import find_images
     from mae.listing import segment_key
     from mae.segments.forms import open_any_form
-    from mae.segments.look import write_pictures
-    from mae.segments.statistics import collect, describe
+    from mae.segments.look import collect, describe, draw
 
     source = open_any_form(masks_dir)
     folder, ratios = options.images or _train_beside(masks_dir), options.coverage_ratio
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
-    statistics = collect(source, limit=options.limit, processes=speed.processes)
-    for what, value in describe(statistics, ratios):
+    statistics = collect(source, processes=speed.processes)
+    for what, value in describe(statistics, ratios).items():
         click.echo(f"{what + ':':28}{value}")
     missing = found.keys() - source.images() - source.listed_empty()
     if missing:
@@ -186,10 +183,9 @@ def inspect(masks_dir: Path, options: InspectOptions, speed: Speed) -> None:
             f"{len(missing)} images have no segments and no list says so: {min(missing)} ..."
         )
     title = f"Segments in {masks_dir.resolve().name} ({source.name})"
-    written = write_pictures(
-        statistics, source, found, ratios=ratios, title=title, out=options.out, rows=options.rows
-    )
-    click.echo(f"wrote {written[0]} and {written[1]}")
+    picture = f"{options.out}.png"
+    draw(statistics, source, found, ratios, title).savefig(picture)
+    click.echo(f"wrote {picture}")
 
 
 def _train_beside(masks_dir: Path) -> Path | None:
@@ -204,16 +200,15 @@ def check(in1k_dir: Path, options: CheckOptions, speed: Speed) -> int:
     from mae.segments.check import check as check_dataset
 
     masks_dir = options.masks_dir or in1k_dir / "masks"
-    result = check_dataset(in1k_dir, masks_dir, options.out, processes=speed.processes)
-    if result.interrupted:
-        click.echo(f"stopped after {result.checked} of {result.total}; run the same command again")
+    checked, left = check_dataset(in1k_dir, masks_dir, options.out, processes=speed.processes)
+    if left:
+        click.echo(f"stopped, {left} images are left; run the same command again")
         return EXIT_STOPPED
-    click.echo(
-        f"{result.checked} images checked, {len(result.offenders)} offenders, in {options.out}"
-    )
-    for path, reason in list(result.offenders.items())[:5]:
-        click.echo(f"  {path}: {reason}")
-    return EXIT_FAILED if result.offenders else 0
+    offenders = [f"  {path}: {reason}" for path, reason in checked.items() if reason]
+    click.echo(f"{len(checked)} images checked, {len(offenders)} offenders, in {options.out}")
+    for line in sorted(offenders)[:5]:
+        click.echo(line)
+    return EXIT_FAILED if offenders else 0
 
 
 def _report(summary: Summary) -> int:

@@ -7,7 +7,9 @@ gives larger regions; the regions of all scales together stand in for Segment An
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_rle
+from skimage.segmentation import felzenszwalb
 
 from mae.segments.segment import Segment, ordered, segment_from_pixels
 from mae.segments.settings import FelzenszwalbSettings, as_stored
@@ -29,9 +31,6 @@ class Felzenszwalb:
         return [self._segments(image) for image in images]
 
     def _segments(self, image: np.ndarray) -> list[Segment]:
-        from PIL import Image
-        from skimage.segmentation import felzenszwalb
-
         options, (height, width) = self.options, image.shape[:2]
         shrink = min(1.0, options.longest_side / max(height, width))
         small_size = (max(1, round(width * shrink)), max(1, round(height * shrink)))

@@ -23,8 +23,6 @@ from mae.segments.segment import Segment, ordered, segment_from_pixels, segment_
 
 logger = logging.getLogger(__name__)
 
-TABLE = "table.txt"
-METADATA = "metadata.csv"
 EMPTY_LIST = "emptyfiles.txt"
 IMAGENET_NAME = re.compile(r"(n\d{8})_\d+")
 # A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
@@ -36,6 +34,7 @@ class SegmentFolder:
     """What the forms share."""
 
     name: str
+    states_pixels = True  # a file states coverages in pixels, not in percent
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -55,9 +54,22 @@ class SegmentFolder:
 
         report: told about stated coverages that are not those of the pixels.
         """
+        found = []
         try:
-            return ordered(self._read(key, report))
-        except ValueError as error:
+            for segment, what, stated in self._read(key):
+                found.append(segment)
+                if stated is not None:
+                    pixels = segment.height * segment.width
+                    percent = 100 * stated / pixels if self.states_pixels else stated
+                    if abs(percent - segment.coverage_percent) > COVERAGE_TOLERANCE:
+                        report(
+                            f"{what} is said to cover {percent:.3f} % of the image, its pixels "
+                            f"are {segment.coverage_percent:.3f} %; the pixels count"
+                        )
+            return ordered(found)
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
             inside = str(error).startswith(str(self.root))
             raise ValueError(f"{'' if inside else f'{self.root / key}: '}{error}") from None
 
@@ -72,7 +84,11 @@ class SegmentFolder:
     def _scan(self) -> Iterator[tuple[str, bool]]:
         raise NotImplementedError
 
-    def _read(self, key: str, report: Report) -> Iterator[Segment]:
+    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
+        """Segments, where each comes from, and the coverage that is stated there.
+
+        Raises FileNotFoundError if the image has no file.
+        """
         raise NotImplementedError
 
 
@@ -90,26 +106,13 @@ class JsonFolder(SegmentFolder):
 
     def _is_empty(self, path: Path) -> bool:
         try:
-            if path.stat().st_size >= self.bytes_of_one_segment:
-                return False
-            return not _annotations(json.loads(path.read_bytes()))
+            return path.stat().st_size < self.bytes_of_one_segment and not _annotations(path)
         except (OSError, ValueError):
             return False  # damaged: it is named when it is read
 
-    def _read(self, key: str, report: Report) -> Iterator[Segment]:
+    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
         path = self.root / f"{key}{self.suffix}"
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one, too
-            raise ValueError(f"{path}: not JSON, or cut short: {error}") from None
-        annotations = _annotations(content)
-        if annotations is None:
-            raise ValueError(f"{path}: neither a list of segments nor SA-1B's annotations")
-        for number, entry in enumerate(annotations):
+        for number, entry in enumerate(_annotations(path)):
             try:
                 segment = segment_from_rle(entry["segmentation"])
             except (TypeError, KeyError):
@@ -117,21 +120,30 @@ class JsonFolder(SegmentFolder):
             except ValueError as error:
                 raise ValueError(f"{path}: entry {number} is damaged: {error}") from None
             stated = entry.get("area")
-            if isinstance(stated, int | float):
-                percent = 100 * stated / (segment.height * segment.width)
-                _report_difference(report, f"{path}: entry {number}", percent, segment)
-            yield segment
+            yield (
+                segment,
+                f"{path}: entry {number}",
+                stated if isinstance(stated, int | float) else None,
+            )
+
+
+def _annotations(path: Path) -> list[Any]:
+    """The entries of a file. Raises ValueError if it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one, too
+        raise ValueError(f"{path}: not JSON, or cut short: {error}") from None
+    annotations = content.get("annotations") if isinstance(content, dict) else content
+    if not isinstance(annotations, list):
+        raise ValueError(f"{path}: neither a list of segments nor SA-1B's annotations")
+    return annotations
 
 
 class PngFolder(SegmentFolder):
     """One folder per image: a PNG per segment, and a table that lists them."""
 
-    table: str
-    """The table's file name."""
-    states_pixels: bool
-    """Coverages stand there in pixels, not in percent."""
-    bytes_of_header: int
-    """A table that is not longer lists nothing."""
+    table: str  # its file name
+    bytes_of_header: int  # a table that is not longer lists nothing
 
     def _scan(self) -> Iterator[tuple[str, bool]]:
         """Looks for the table in every folder, and does not list the PNGs beside it."""
@@ -147,23 +159,10 @@ class PngFolder(SegmentFolder):
                     continue
                 yield folder.relative_to(self.root).as_posix(), size <= self.bytes_of_header
 
-    def _read(self, key: str, report: Report) -> Iterator[Segment]:
+    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
         table = self.root / key / self.table
-        try:
-            lines = table.read_text().splitlines()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise ValueError(f"{table}: cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise ValueError(f"{table}: not text") from None
-        for path, stated in self._listed(table, lines):
-            segment = segment_from_pixels(read_segment_png(path))
-            if stated is not None:
-                pixels = segment.height * segment.width
-                percent = 100 * stated / pixels if self.states_pixels else stated
-                _report_difference(report, str(path), percent, segment)
-            yield segment
+        for path, stated in self._listed(table, table.read_text().splitlines()):
+            yield segment_from_pixels(read_segment_png(path)), str(path), stated
 
     def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float | None]]:
         """The PNGs of an image, each with its coverage, where one is stated."""
@@ -174,7 +173,8 @@ class PngTableFolder(PngFolder):
     """PNGs and a `table.txt`: a line `<coverage percent> <file>` per segment."""
 
     name = "PNGs with table.txt"
-    table, states_pixels = TABLE, False
+    table = "table.txt"
+    states_pixels = False
     bytes_of_header = 2
 
     def _listed(self, table: Path, lines: list[str]) -> Iterator[tuple[Path, float]]:
@@ -195,7 +195,7 @@ class PngMetadataFolder(PngFolder):
     """PNGs and a `metadata.csv`, as `amg.py` writes them."""
 
     name = "SAM PNGs with metadata.csv"
-    table, states_pixels = METADATA, True
+    table = "metadata.csv"
     bytes_of_header = 150  # amg.py's has 142 characters, and a row at least 26
 
     def _listed(self, table: Path, lines: list[str]) -> list[tuple[Path, float | None]]:
@@ -230,10 +230,8 @@ def read_segment_png(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("L"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: listed, but not there") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).split(" '")[0]
+        reason = getattr(error, "strerror", None) or str(error).split(" '")[0]
         raise ValueError(f"{path}: not an image, or cut short: {reason}") from None
 
 
@@ -260,17 +258,3 @@ def path_below(folder: Path, name: str, source: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in name:
         raise ValueError(f"{source}: {name!r} is no name of a file below {folder}")
     return folder / pure
-
-
-def _report_difference(report: Report, what: str, stated: float, segment: Segment) -> None:
-    """Tell of a stated coverage in percent that is not that of the pixels."""
-    if abs(stated - segment.coverage_percent) > COVERAGE_TOLERANCE:
-        report(
-            f"{what} is said to cover {stated:.3f} % of the image, its pixels are "
-            f"{segment.coverage_percent:.3f} %; the pixels count"
-        )
-
-
-def _annotations(content: Any) -> list[Any] | None:
-    annotations = content.get("annotations") if isinstance(content, dict) else content
-    return annotations if isinstance(annotations, list) else None

@@ -5,14 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mae.segments.folders import (
-    METADATA,
-    TABLE,
-    JsonFolder,
-    PngMetadataFolder,
-    PngTableFolder,
-    SegmentFolder,
-)
+from mae.segments.folders import JsonFolder, PngMetadataFolder, PngTableFolder, SegmentFolder
 from mae.segments.store import STORE_NAME, PackedStore
 
 SegmentSource = PackedStore | SegmentFolder
@@ -32,12 +25,11 @@ def open_segments(path: Path) -> PackedStore:
 
     Raises ValueError if the store is damaged, or the segments are kept in another form.
     """
-    store = _store_path(path)
-    if store.is_file():
-        return PackedStore(store)
-    folder = open_folder(path)
+    source = open_any_form(path)
+    if isinstance(source, PackedStore):
+        return source
     raise ValueError(
-        f"{path} holds segments as {folder.name}, and training reads a packed store only; make it "
+        f"{path} holds segments as {source.name}, and training reads a packed store only; make it "
         f"by `python -m mae masks pack {path}`"
     )
 
@@ -55,8 +47,8 @@ def open_folder(root: Path) -> SegmentFolder:
     form = _folder_form(root)
     if form is None:
         raise ValueError(
-            f"{root} holds no segments: expected {STORE_NAME}, or per image a .json, "
-            f"a folder with {METADATA} or a folder with {TABLE}"
+            f"{root} holds no segments: expected {STORE_NAME}, or per image a {JsonFolder.suffix}, "
+            f"a folder with {PngMetadataFolder.table} or a folder with {PngTableFolder.table}"
         )
     return form(root)
 
@@ -68,10 +60,9 @@ def _store_path(path: Path) -> Path:
 def _folder_form(root: Path) -> type[SegmentFolder] | None:
     """By the first file that tells; a whole walk could take minutes."""
     for _, _, names in os.walk(root, followlinks=True):
-        if TABLE in names:
-            return PngTableFolder
-        if METADATA in names:
-            return PngMetadataFolder
+        for form in (PngTableFolder, PngMetadataFolder):
+            if form.table in names:
+                return form
         if any(name.endswith(JsonFolder.suffix) and name[0] != "." for name in names):
             return JsonFolder
     return None

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator as Results
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,12 +36,9 @@ class Generator(Protocol):
     """What makes segments."""
 
     name: str
-    settings: dict[str, Any]
-    """What is stored with the segments."""
-    batch_size: int
-    """Images at once."""
-    in_processes: bool
-    """Whether it can be copied into one process per core."""
+    settings: dict[str, Any]  # what is stored with the segments
+    batch_size: int  # images at once
+    in_processes: bool  # whether it can be copied into one process per core
 
     def segments(self, images: list[np.ndarray]) -> list[list[Segment]]:
         """Segments of each image [H, W, 3] uint8, the smallest first."""
@@ -53,22 +52,22 @@ class Shard:
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> Shard:
-        """From `0/4`, the first of four. Raises ValueError."""
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+    def parse(cls, text: str | None) -> Shard:
+        """From `0/4`, the first of four; None: what torchrun or Slurm says, or else the whole.
+
+        Raises ValueError.
+        """
+        if text is None:
+            for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+                if index in os.environ and count in os.environ:
+                    return cls(index=int(os.environ[index]), count=int(os.environ[count]))
+            return cls()
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise ValueError(
                 f"--shard {text}: write it as 0/4, the first of four; it counts from 0"
             )
         return cls(index=int(index), count=int(count))
-
-    @classmethod
-    def from_environment(cls) -> Shard:
-        """What torchrun or Slurm says; the whole where neither started this process."""
-        for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if index in os.environ and count in os.environ:
-                return cls(index=int(os.environ[index]), count=int(os.environ[count]))
-        return cls()
 
     def name(self, out: Path) -> Path:
         """Where this part of a store is written."""
@@ -95,14 +94,12 @@ def generate(
         shard.name(out), source=generator.name, settings=generator.settings, extend=True
     ) as writer:
         done = writer.keys()
-        left = sum(segment_key(path) not in done for batch in batches for path in batch)
-        logger.info("%s: %d of %d images are to be done", writer.out, left, total)
-        work = _Batch(images_dir, generator, done)
-        todo = [b for b in batches if any(segment_key(path) not in done for path in b)]
-        with closing(work.results(todo, processes)) as results:
-            summary = writer.add_all(
-                results, what="generate", total=total, already_there=total - left
-            )
+        todo = [batch for batch in batches if not done.issuperset(map(segment_key, batch))]
+        already_there = sum(segment_key(path) in done for batch in batches for path in batch)
+        logger.info("%s: %d of %d images are done", writer.out, already_there, total)
+        with closing(_segmented(todo, images_dir, generator, processes)) as results:
+            new = (result for result in results if result.key not in done)
+            summary = writer.add_all(new, what="generate", total=total, already_there=already_there)
         if summary.interrupted:
             return summary
         writer.finish()
@@ -114,49 +111,39 @@ def generate(
     return summary
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Reads and segments batches of paths; nothing comes of images that are done."""
+def _segmented(
+    batches: Sequence[Sequence[str]], images_dir: Path, generator: Generator, processes: int | None
+) -> Results[PackedImage | Failure, None, None]:
+    """Every image of the batches, in their order."""
+    read, segment = partial(_read, images_dir), partial(_segment, generator)
+    found: Iterable[list[PackedImage | Failure]]
+    if generator.in_processes:
+        found = in_order(lambda paths: segment(read(paths)), batches, processes=processes, chunk=1)
+    else:
+        found = map(segment, in_order(read, batches, processes=READERS, chunk=1))
+    yield from chain.from_iterable(found)
 
-    images_dir: Path
-    generator: Generator
-    done: set[str]
 
-    def results(
-        self, batches: Sequence[Sequence[str]], processes: int | None
-    ) -> Results[list[PackedImage | Failure], None, None]:
-        """In the order of the batches."""
-        if self.generator.in_processes:
-            yield from in_order(self.read_and_segment, batches, processes=processes, chunk=1)
-        else:
-            yield from map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
+def _read(images_dir: Path, paths: Sequence[str]) -> list[tuple[str, np.ndarray | str]]:
+    """Each image by its key, or why it cannot be read."""
+    images: list[tuple[str, np.ndarray | str]] = []
+    for path in paths:
+        try:
+            images.append((segment_key(path), read_rgb(images_dir / path)))
+        except ValueError as error:
+            images.append((segment_key(path), str(error)))
+    return images
 
-    def read_and_segment(self, paths: Sequence[str]) -> list[PackedImage | Failure]:
-        """Both, in whatever process."""
-        return self.segment(self.read(paths))
 
-    def read(self, paths: Sequence[str]) -> list[tuple[str, np.ndarray | Failure]]:
-        """Each image by its key, or why it cannot be read."""
-        images: list[tuple[str, np.ndarray | Failure]] = []
-        for path in paths:
-            key = segment_key(path)
-            try:
-                images.append((key, read_rgb(self.images_dir / path)))
-            except ValueError as error:
-                images.append((key, Failure(key, str(error))))
-        return images
-
-    def segment(
-        self, images: Sequence[tuple[str, np.ndarray | Failure]]
-    ) -> list[PackedImage | Failure]:
-        """Something blank stands in for what cannot be read: the batch keeps its size."""
-        pixels = [BLANK if isinstance(image, Failure) else image for _, image in images]
-        found = self.generator.segments(pixels)
-        return [
-            image if isinstance(image, Failure) else pack_image(key, segments)
-            for (key, image), segments in zip(images, found, strict=True)
-            if key not in self.done
-        ]
+def _segment(
+    generator: Generator, images: Sequence[tuple[str, np.ndarray | str]]
+) -> list[PackedImage | Failure]:
+    """Something blank stands in for what cannot be read: the batch keeps its size."""
+    found = generator.segments([BLANK if isinstance(image, str) else image for _, image in images])
+    return [
+        Failure(key, image) if isinstance(image, str) else pack_image(key, segments)
+        for (key, image), segments in zip(images, found, strict=True)
+    ]
 
 
 def _refuse_equal_names(paths: Sequence[str]) -> None:

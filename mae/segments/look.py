@@ -1,51 +1,110 @@
-"""Looking at the segments of a dataset: numbers, one picture, one page that needs no network."""
+"""Looking at the segments of a dataset: numbers, and one picture."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from common.images import read_rgb
+from common.progress import Counter
 from mae.segments.forms import SegmentSource
+from mae.segments.parallel import in_order
 from mae.segments.segment import Segment, nearest
-from mae.segments.statistics import Statistics, describe
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-COLOURS = ("#1f6fb2", "#d1701f", "#2e8b57", "#8a4fa3", "#b03a48", "#5f6b76")
+MOST_READ = 2000  # images whose segments are counted
+MOST_DRAWN = 8  # images on the contact sheet
 HIDDEN_COLOUR = np.array([235, 30, 140], np.float32)
 THUMBNAIL = 240
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
-color:#222}img{max-width:100%}td{padding:.2em 1em .2em 0;vertical-align:top}code{background:#eee}"""
 
 
-def write_pictures(
-    statistics: Statistics,
-    source: SegmentSource,
-    images: dict[str, Path],
-    *,
-    ratios: Sequence[float],
-    title: str,
-    out: Path,
-    rows: int,
-) -> tuple[Path, Path]:
-    """Write `<out>.png` and `<out>.html`; `images` are the files by key, perhaps not all."""
-    known = [key for key in statistics.keys if key in images]
-    shown = [known[i * len(known) // rows] for i in range(rows)] if len(known) > rows else known
-    figure = draw(statistics, source, {key: images[key] for key in shown}, ratios, title)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100, facecolor="white")
-    png, page = out.with_name(f"{out.name}.png"), out.with_name(f"{out.name}.html")
-    png.write_bytes(picture.getvalue())
-    page.write_text(_page(statistics, ratios, title, picture.getvalue()), encoding="utf-8")
-    return png, page
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Of the images that were looked at.
+
+    coverages: in percent, ascending, of the segments of each image that has some, by its key.
+    images: how many the whole source has; without: those known to have no segment.
+    damaged: what could not be read.
+    """
+
+    coverages: dict[str, np.ndarray]
+    images: int
+    without: list[str]
+    damaged: list[str]
+
+    @property
+    def segments_per_image(self) -> np.ndarray:
+        """Number of segments of each image."""
+        return np.array([len(coverage) for coverage in self.coverages.values()])
+
+    def distances(self, ratio: float) -> np.ndarray:
+        """How far each image's nearest segment is from a coverage, in percentage points."""
+        return np.array([np.abs(coverage - ratio).min() for coverage in self.coverages.values()])
+
+
+def collect(source: SegmentSource, *, processes: int | None) -> Statistics:
+    """Read the segments of at most `MOST_READ` images. Raises ValueError if there are none."""
+    keys = sorted(source.images())
+    chosen = _evenly_spread(keys, MOST_READ)
+    coverages: dict[str, np.ndarray] = {}
+    damaged = []
+    with (
+        Counter("read", total=len(chosen)) as counter,
+        closing(in_order(partial(_coverages, source), chosen, processes=processes)) as results,
+    ):
+        for key, found in zip(chosen, results, strict=True):
+            counter.advance()
+            if isinstance(found, str):
+                damaged.append(found)
+            elif len(found):
+                coverages[key] = found
+    if not coverages:
+        raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged")
+    return Statistics(
+        coverages=coverages,
+        images=len(keys),
+        without=sorted(source.listed_empty()),
+        damaged=damaged,
+    )
+
+
+def _coverages(source: SegmentSource, key: str) -> np.ndarray | str:
+    """Of one image's segments, in percent, ascending; or why they cannot be read."""
+    try:
+        return np.array([segment.coverage_percent for segment in source.segments(key)])
+    except ValueError as error:
+        return str(error)
+
+
+def describe(statistics: Statistics, ratios: Sequence[float]) -> dict[str, str]:
+    """What, and how much."""
+    coverages = statistics.coverages
+    lines = {
+        "images with segments": f"{statistics.images} ({len(coverages)} looked at)",
+        "images known to have none": str(len(statistics.without)),
+        "damaged": str(len(statistics.damaged)),
+        "segments per image": _spread(statistics.segments_per_image, "", 0),
+        "coverage of a segment": _spread(np.concatenate([*coverages.values()]), " %", 1),
+    }
+    for ratio in ratios:
+        distances = statistics.distances(ratio)
+        far = float((distances > 5).mean() * 100)
+        lines[f"nearest to {ratio:g} %"] = (
+            f"off by {_spread(distances, ' points', 1)}; by more than 5 points in "
+            f"{far:.0f} % of images"
+        )
+    return lines
+
+
+def _spread(values: np.ndarray, unit: str, digits: int) -> str:
+    low, middle, high = np.percentile(values, [10, 50, 90])
+    return f"median {middle:.{digits}f}{unit} (10-90 %: {low:.{digits}f} to {high:.{digits}f})"
 
 
 def draw(
@@ -55,57 +114,55 @@ def draw(
     ratios: Sequence[float],
     title: str,
 ) -> Figure:
-    """Three charts above a contact sheet: each image, and what each coverage would hide of it."""
-    from matplotlib.figure import Figure
+    """Three charts above a contact sheet: some images, and what each coverage would hide of them.
 
-    columns = 1 + len(ratios)
-    charts_height, row_height = 3.8, 2.05
-    height = charts_height + 0.9 + row_height * len(images) + (0.6 if images else 0)
-    figure = Figure(figsize=(max(12.0, 2.4 * columns), height), layout="constrained")
+    images: the files by key, perhaps not all.
+    """
+    shown = _evenly_spread([key for key in statistics.coverages if key in images], MOST_DRAWN)
+    columns, charts_height, row_height = 1 + len(ratios), 3.8, 2.05
+    heights = [charts_height, row_height * len(shown) + 0.6][: 2 if shown else 1]
+    figure = Figure(figsize=(max(12.0, 2.4 * columns), sum(heights) + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    heights = [charts_height, row_height * len(images) + 0.6] if images else [charts_height]
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    charts = parts[0].subplots(1, 3)
-    _draw_numbers(charts[0], statistics)
-    _draw_coverages(charts[1], statistics, ratios)
-    _draw_distances(charts[2], statistics, ratios)
-    if images:
+    _draw_charts(parts[0].subplots(1, 3), statistics, ratios)
+    if shown:
         parts[1].suptitle("What --hide segment hides (pink) at each --coverage-ratio", fontsize=12)
-        axes = parts[1].subplots(len(images), columns, squeeze=False)
-        for row, (key, path) in zip(axes, images.items(), strict=True):
-            _draw_row(row, source, key, path, ratios)
+        rows = parts[1].subplots(len(shown), columns, squeeze=False)
+        for row, key in zip(rows, shown, strict=True):
+            _draw_row(row, source, key, images[key], ratios)
     return figure
 
 
-def _draw_numbers(axes: Any, statistics: Statistics) -> None:
-    numbers = statistics.segments_per_image
-    step = numbers.max() // 30 + 1
-    axes.hist(numbers, bins=np.arange(0.5, numbers.max() + step + 1, step), color=COLOURS[0])
-    axes.set(xlabel="segments of an image", ylabel="images", xlim=(0, numbers.max() + step))
-    axes.set_title(f"{len(statistics.without)} more images are known to have none", fontsize=10)
+def _evenly_spread(keys: list[str], most: int) -> list[str]:
+    """At most so many."""
+    count = min(len(keys), most)
+    return [keys[index * len(keys) // count] for index in range(count)]
 
 
-def _draw_coverages(axes: Any, statistics: Statistics, ratios: Sequence[float]) -> None:
-    axes.hist(np.concatenate(statistics.coverages), bins=np.arange(0, 101, 2), color=COLOURS[0])
-    axes.set(xlabel="coverage, % of the image", ylabel="segments", yscale="log", xlim=(0, 100))
-    for index, ratio in enumerate(ratios):
-        axes.axvline(ratio, color=_colour(index + 1), linestyle="--", linewidth=1.5)
-    axes.set_title("dashed: the coverage ratios asked for", fontsize=10)
-
-
-def _draw_distances(axes: Any, statistics: Statistics, ratios: Sequence[float]) -> None:
+def _draw_charts(charts: Any, statistics: Statistics, ratios: Sequence[float]) -> None:
+    numbers, coverages, distances = charts
+    counted = statistics.segments_per_image
+    step = counted.max() // 30 + 1
+    numbers.hist(counted, bins=np.arange(0.5, counted.max() + step + 1, step))
+    numbers.set(xlabel="segments of an image", ylabel="images", xlim=(0, counted.max() + step))
+    numbers.set_title(f"{len(statistics.without)} more images are known to have none", fontsize=10)
+    coverages.hist(np.concatenate([*statistics.coverages.values()]), bins=np.arange(0, 101, 2))
+    coverages.set(xlabel="coverage, % of the image", ylabel="segments", yscale="log", xlim=(0, 100))
+    coverages.set_title("dashed: the coverage ratios asked for", fontsize=10)
     share = np.linspace(0, 100, len(statistics.coverages) + 1)[1:]
-    for index, ratio in enumerate(ratios):
-        distances = np.sort(statistics.distances(ratio))
-        axes.plot(distances, share, color=_colour(index + 1), label=f"{ratio:g} %", linewidth=2)
-    axes.set(
+    for number, ratio in enumerate(ratios, 1):
+        colour = f"C{number}"  # of matplotlib's cycle
+        coverages.axvline(ratio, color=colour, linestyle="--", linewidth=1.5)
+        nearest_first = np.sort(statistics.distances(ratio))
+        distances.plot(nearest_first, share, color=colour, label=f"{ratio:g} %", linewidth=2)
+    distances.set(
         xlabel="distance to the nearest segment, points",
         ylabel="% of images within it",
         xlim=(0, 30),
         ylim=(0, 101),
     )
-    axes.grid(alpha=0.3)
-    axes.legend(title="coverage ratio", fontsize=9)
+    distances.grid(alpha=0.3)
+    distances.legend(title="coverage ratio", fontsize=9)
 
 
 def _draw_row(
@@ -139,32 +196,3 @@ def _hide(image: np.ndarray, segment: Segment) -> np.ndarray:
 def _thumbnail(image: np.ndarray) -> np.ndarray:
     step = max(1, max(image.shape) // THUMBNAIL)
     return image[::step, ::step]
-
-
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
-
-
-def _page(statistics: Statistics, ratios: Sequence[float], title: str, png: bytes) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(what)}</td><td>{html.escape(value)}</td></tr>"
-        for what, value in describe(statistics, ratios)
-    )
-    picture = base64.b64encode(png).decode()
-    lists = _list("Images known to have no segment", statistics.without)
-    lists += _list("Damaged", statistics.damaged)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-        f"<h1>{html.escape(title)}</h1><table>{rows}</table>"
-        f'<img alt="charts and a contact sheet" src="data:image/png;base64,{picture}">'
-        f"{lists}</html>"
-    )
-
-
-def _list(title: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    items = "".join(f"<li>{html.escape(name)}</li>" for name in names[:1000])
-    more = f"<p>... and {len(names) - 1000} more</p>" if len(names) > 1000 else ""
-    return f"<h2>{title}: {len(names)}</h2><ul>{items}</ul>{more}"

@@ -52,10 +52,7 @@ def pack(
         todo = [key for key in keys if key not in done]
         with closing(in_order(partial(_pack_one, source), todo, processes=processes)) as images:
             summary = writer.add_all(
-                ([image] for image in images),
-                what="pack",
-                total=len(keys),
-                already_there=len(keys) - len(todo),
+                images, what="pack", total=len(keys), already_there=len(keys) - len(todo)
             )
         if summary.interrupted:
             return summary
@@ -120,7 +117,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
         todo = sorted(owner.keys() - writer.keys())
         left_out = [Failure(key, failures[key]) for key in sorted(failures.keys() - owner.keys())]
         summary = writer.add_all(
-            chain([left_out], ([owner[key].packed(key)] for key in todo)),
+            chain(left_out, (owner[key].packed(key) for key in todo)),
             what="merge",
             total=len(owner) + len(left_out),
             already_there=len(owner) - len(todo),
@@ -148,7 +145,7 @@ def _annotation(segment: Segment) -> dict[str, Any]:
     segment = segment_from_counts(segment.height, segment.width, segment.counts)
     rle = {"size": [segment.height, segment.width], "counts": segment.counts}
     return {
-        "segmentation": {"size": rle["size"], "counts": segment.counts.decode("ascii")},
+        "segmentation": {**rle, "counts": segment.counts.decode("ascii")},
         "area": int(coco_rle.area(rle)),
         "bbox": [int(value) for value in coco_rle.toBbox(rle)],
     }

@@ -11,16 +11,16 @@ Shapes: B images, P points at a time, K candidates kept, H x W pixels of an imag
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import masks_to_boxes, nms
 
+from common.devices import choose_device, choose_precision
 from mae.segments.segment import Segment, ordered, segment_from_pixels
 from mae.segments.settings import SamSettings, as_stored
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MODEL_TYPES = ("sam", "sam2", "sam2_video")
 MOST_PIXELS_AT_ONCE = 1 << 28  # of upsampled masks: a gibibyte of float32
@@ -34,29 +34,17 @@ class Sam:
 
     def __init__(self, options: SamSettings) -> None:
         """Load the model. Raises ValueError if that fails, saying what to do."""
-        transformers = _import_transformers()
-        from common.devices import choose_device, choose_precision
-
         self.options = options
         self.batch_size = options.batch_size
         local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
         self.device = choose_device(options.device, int(local_rank))
         self.precision = choose_precision(options.precision, on_cuda=self.device.type == "cuda")
         self.settings = as_stored(self.name, options, precision=self.precision)
-        model_type = _model_type(transformers, options.model)
-        if model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"--model {options.model} is of type {model_type}; allowed: "
-                f"{', '.join(MODEL_TYPES)}"
-            )
-        self.processor = transformers.AutoImageProcessor.from_pretrained(options.model)
-        model = transformers.AutoModelForMaskGeneration.from_pretrained(options.model)
+        self.processor, model = _load(options.model)
         self.model = model.eval().to(self.device)
 
     def segments(self, images: list[np.ndarray]) -> list[list[Segment]]:
         """Segments of each image [H, W, 3] uint8, the smallest first."""
-        import torch
-
         inputs = self.processor(images=[image.copy() for image in images], return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.device)
         sizes = inputs.get("reshaped_input_sizes")
@@ -81,9 +69,6 @@ class Sam:
 
         Hundreds of candidates wait for their boxes to be compared: each is kept as bits.
         """
-        import torch
-        from torchvision.ops import masks_to_boxes, nms
-
         bits, boxes, quality = [], [], []
         for points in self._grid(input_size).split(self.options.points_per_batch):
             logits, scores = self._predict(features, points)
@@ -109,8 +94,6 @@ class Sam:
 
         SAM pads the image, SAM 2 stretches it: the points follow what the image really fills.
         """
-        import torch
-
         side = self.options.points_per_side
         steps = (torch.arange(side) + 0.5) / side
         y, x = torch.meshgrid(steps, steps, indexing="ij")
@@ -118,8 +101,6 @@ class Sam:
 
     def _predict(self, features: Any, points: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [3P, h, w] at the decoder's resolution, and predicted quality [3P]."""
-        import torch
-
         output = self.model(
             image_embeddings=features,
             input_points=points[None, :, None].to(self.device),
@@ -152,7 +133,8 @@ class Sam:
         return stable & (logits > 0).any(-1).any(-1)
 
 
-def _import_transformers() -> Any:
+def _load(name: str) -> tuple[Any, Any]:
+    """The image processor and the model."""
     try:
         import transformers
     except ImportError:
@@ -160,16 +142,17 @@ def _import_transformers() -> Any:
             "`generate sam` needs the optional package transformers: pip install transformers, "
             "or use `generate felzenszwalb`"
         ) from None
-    return transformers
-
-
-def _model_type(transformers: Any, model: str) -> str:
     try:
-        return str(transformers.AutoConfig.from_pretrained(model).model_type)
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
-        what = "folder" if Path(model).is_dir() else "model (a folder, or a name on the hub)"
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model {model} cannot be loaded as a {what}: {reason}") from None
+        raise ValueError(
+            f"--model {name} cannot be loaded (a folder, or a name on the hub): {reason}"
+        ) from None
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"--model {name} is of type {kind}; allowed: {', '.join(MODEL_TYPES)}")
+    processor = transformers.AutoImageProcessor.from_pretrained(name)
+    return processor, transformers.AutoModelForMaskGeneration.from_pretrained(name)
 
 
 def _take(features: Any, index: int) -> Any:

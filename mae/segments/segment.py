@@ -58,10 +58,22 @@ def segment_from_rle(segmentation: Any) -> Segment:
 
     Raises ValueError if it is anything else, or its runs do not fill the image.
     """
-    height, width, counts = _parts_of_rle(segmentation)
-    if not isinstance(counts, bytes):
-        encoded = coco_rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        counts = encoded["counts"]
+    try:
+        height, width = segmentation["size"]
+        counts = segmentation["counts"]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError('it is no run-length code: {"size": [h, w], "counts": ...}') from None
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        raise ValueError(f"its size is {segmentation['size']}")
+    if isinstance(counts, str):
+        counts = counts.encode("utf-8", "replace")
+    elif isinstance(counts, list) and all(
+        isinstance(run, int) and 0 <= run <= height * width for run in counts
+    ):
+        rle = {"size": [height, width], "counts": counts}
+        counts = coco_rle.frPyObjects(rle, height, width)["counts"]
+    else:
+        raise ValueError("its counts are neither text nor a list of run lengths")
     return segment_from_counts(height, width, counts)
 
 
@@ -119,20 +131,3 @@ def run_lengths(counts: bytes) -> np.ndarray:
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
     return values
-
-
-def _parts_of_rle(segmentation: Any) -> tuple[int, int, bytes | list[int]]:
-    try:
-        height, width = segmentation["size"]
-        counts = segmentation["counts"]
-    except (TypeError, KeyError, ValueError):
-        raise ValueError('it is no run-length code: {"size": [h, w], "counts": ...}') from None
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
-        raise ValueError(f"its size is {segmentation['size']}")
-    if isinstance(counts, str):
-        return height, width, counts.encode("utf-8", "replace")
-    if isinstance(counts, list) and all(
-        isinstance(run, int) and 0 <= run <= height * width for run in counts
-    ):
-        return height, width, counts
-    raise ValueError("its counts are neither text nor a list of run lengths")

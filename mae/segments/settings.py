@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import OptionGroup, fields_of, option, option_facts
+from common.options import OptionGroup, fields_of, option
 from common.settings import check_same
 from common.yamlfile import plain
 
@@ -72,10 +72,7 @@ class FelzenszwalbSettings(OptionGroup):
             )
 
 
-GENERATORS: dict[str, type[OptionGroup]] = {
-    "sam": SamSettings,
-    "felzenszwalb": FelzenszwalbSettings,
-}
+GENERATORS = {"sam": SamSettings, "felzenszwalb": FelzenszwalbSettings}
 
 
 def as_stored(generator: str, settings: OptionGroup, **resolved: Any) -> dict[str, Any]:
@@ -94,8 +91,7 @@ def check_made_alike(path: Path, stored: Mapping[str, Any], wanted: Mapping[str,
     Stores of earlier versions lack options that were added since: those count as their `older`.
     """
     group = GENERATORS.get(str(wanted.get("generator")))
-    facts = option_facts([group] if group else [])
-    older = {name: fact["older"] for name, fact in facts.items()}
+    older = {name: field.spec.older for name, field in fields_of(group or OptionGroup).items()}
     every = {**dict.fromkeys(stored), **older, **wanted}
     remedy = "use those, remove it, or name another --out"
     check_same(stored, every, older, what=str(path), remedy=remedy)

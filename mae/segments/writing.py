@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sqlite3
 import time
 import zlib
@@ -21,6 +20,7 @@ from mae.segments.segment import Segment
 from mae.segments.settings import check_made_alike
 from mae.segments.store import (
     FORMAT_VERSION,
+    SCHEMA,
     PackedImage,
     PackedStore,
     check_format,
@@ -29,17 +29,6 @@ from mae.segments.store import (
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = """
-    CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE images (
-        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE,
-        height INTEGER, width INTEGER, segments INTEGER NOT NULL);
-    CREATE TABLE segments (
-        id INTEGER PRIMARY KEY, image INTEGER NOT NULL REFERENCES images,
-        coverage REAL NOT NULL, counts BLOB NOT NULL);
-    CREATE INDEX segments_by_coverage ON segments (image, coverage);
-    CREATE TABLE failures (key TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;
-"""
 SECONDS_PER_COMMIT = 2.0
 COMPRESSION_LEVEL = 6
 MOST_FAILED = 0.01  # a larger share of the images is no accident
@@ -93,14 +82,11 @@ class StoreWriter:
     ) -> None:
         self.out, self.part = out, beside(out)
         self.source, self.settings = source, settings
-        self.failures: dict[str, str] = {}  # of this run
+        self.left_out = 0  # of this run
         self.committed_at = time.monotonic()
-        self.known_failures: dict[str, str] = {}  # of a finished store that nothing was added to
         self.untouched = extend and out.exists()
         if self.untouched:
-            finished = PackedStore(out)
-            check_made_alike(out, finished.settings, settings)
-            self.known_failures = finished.failures()
+            check_made_alike(out, PackedStore(out).settings, settings)
             self.connection = connect_for_reading(out)
         else:
             self._open()
@@ -117,7 +103,7 @@ class StoreWriter:
 
     def add_all(
         self,
-        batches: Iterable[Sequence[PackedImage | Failure]],
+        images: Iterable[PackedImage | Failure],
         *,
         what: str,
         total: int,
@@ -125,10 +111,9 @@ class StoreWriter:
     ) -> Summary:
         """Add what comes, until all is there or a signal asks to stop; then it survives a kill."""
         with Interruption() as stop, Counter(what, total=total, done=already_there) as counter:
-            for batch in batches:
-                for image in batch:
-                    self.add(image)
-                counter.advance(len(batch))
+            for image in images:
+                self.add(image)
+                counter.advance()
                 if stop.requested:
                     logger.warning("stopped; run the same command again to go on")
                     break
@@ -137,25 +122,25 @@ class StoreWriter:
             out=self.out,
             images=self._count("images WHERE segments > 0"),
             without=self._count("images WHERE segments = 0"),
-            left_out=len(self.failures),
+            left_out=self.left_out,
             already_there=already_there,
             interrupted=stop.requested,
         )
 
     def add(self, image: PackedImage | Failure) -> None:
         """Add an image that is not there, or why it still is not."""
-        if isinstance(image, Failure):
-            logger.warning("left out %s: %s", image.key, image.reason)
-            self.failures[image.key] = image.reason
-            if self.known_failures.get(image.key) == image.reason:
-                return
-        self._take_from_readers()
         with self._explained():
-            if isinstance(image, Failure):
-                row = (image.key, image.reason)
-                self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
-            else:
+            if not isinstance(image, Failure):
+                self._take_from_readers()
                 self._add_rows(image)
+            else:
+                logger.warning("left out %s: %s", image.key, image.reason)
+                self.left_out += 1
+                row = (image.key, image.reason)
+                known = "SELECT 1 FROM failures WHERE key = ? AND reason = ?"
+                if self.connection.execute(known, row).fetchone() is None:
+                    self._take_from_readers()
+                    self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
         if time.monotonic() - self.committed_at > SECONDS_PER_COMMIT:
             self.commit()
 
@@ -173,10 +158,8 @@ class StoreWriter:
             return
         with self._explained():
             self.connection.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
-            self.connection.execute("COMMIT")
+            self.connection.execute("COMMIT")  # SQLite flushes it
             self.connection.close()
-        with self.part.open("rb+") as file:
-            os.fsync(file.fileno())
         self.part.replace(self.out)
 
     def _add_rows(self, image: PackedImage) -> None:
@@ -195,7 +178,7 @@ class StoreWriter:
         if self.untouched:
             self.connection.close()
             self.out.replace(self.part)
-            self.untouched, self.known_failures = False, {}
+            self.untouched = False
             self._open()
 
     def _open(self) -> None:
@@ -240,16 +223,15 @@ class StoreWriter:
         try:
             yield
         except sqlite3.Error as error:
-            raise self._explanation(str(error)) from None
-
-    def _explanation(self, text: str) -> Exception:
-        if "locked" in text:
-            return ValueError(f"{self.part} is being written by another process")
-        if "unable to open" in text or "readonly" in text:
-            return ValueError(f"{self.part} cannot be written; name another --out")
-        if "full" in text or "disk I/O" in text:
-            return RuntimeError(
-                f"{self.part} cannot be written: {text}. Make room and run the same command again; "
-                "it goes on from there"
-            )
-        return ValueError(f"{self.part} is damaged ({text}); remove it and start again")
+            text = str(error)
+            if "full" in text or "disk I/O" in text:
+                raise RuntimeError(
+                    f"{self.part} cannot be written: {text}. Make room and run the same command "
+                    "again; it goes on from there"
+                ) from None
+            reason = f"is damaged ({text}); remove it and start again"
+            if "locked" in text:
+                reason = "is being written by another process"
+            elif "unable to open" in text or "readonly" in text:
+                reason = "cannot be written; name another --out"
+            raise ValueError(f"{self.part} {reason}") from None

@@ -6,7 +6,9 @@ import shutil
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 SAMPLE = Path(__file__).resolve().parents[3] / "../shared/data/imagenet-sample"
 IMAGES_TO_DAMAGE = 6
@@ -39,6 +41,22 @@ def json_folder(sample, tmp_path):
 def table_folder(sample, tmp_path):
     """Six images' PNGs with a table, writable."""
     return copy_images(sample / "masks", tmp_path / "masks", "*/*")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Five images of boxes, in two class folders and one more level."""
+    rng = np.random.default_rng(0)
+    names = ["a/one.jpg", "a/two.png", "b/three.jpg", "b/deep/four.jpg", "b/five.jpg"]
+    for name in names:
+        pixels = np.full((48, 64, 3), rng.integers(0, 256, 3), np.uint8)
+        for _ in range(3):
+            y, x = rng.integers(0, 30), rng.integers(0, 40)
+            pixels[y : y + 16, x : x + 20] = rng.integers(0, 256, 3)
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "images"
 
 
 def copy_images(source, target, pattern):
