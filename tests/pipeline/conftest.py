@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import benchmark
-from common import options
+from common.command import command
 from pipeline.settings import GROUPS, Settings
 
 
@@ -32,7 +32,7 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Settings]:
         made: list[Settings] = []
         group = click.Group()
 
-        @options.command(group, "run", **GROUPS)
+        @command(group, "run", **GROUPS)
         def run(**groups: object) -> None:
             made.append(benchmark._settings(groups))
 
