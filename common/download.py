@@ -77,8 +77,6 @@ def _fetch(url: str, part: Path) -> None:
                 raise
             reason = error
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, _DiskFullError):
-                raise
             reason = error
         arrived = (part.stat().st_size if part.exists() else 0) > before
         failures = 0 if arrived else failures + 1
@@ -102,7 +100,8 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
         return False
     with response:
         resumed = response.status == PARTIAL_CONTENT
-        if start and resumed and not _starts_at(response.headers, start):
+        begins = response.headers.get("Content-Range", "")
+        if start and resumed and not begins.startswith(f"bytes {start}-"):
             raise OSError("the server sent another part than was asked for")
         length = response.headers.get("Content-Length")
         position = start if resumed else 0
@@ -120,17 +119,9 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
     return total_bytes is None or position >= total_bytes
 
 
-def _starts_at(headers: http.client.HTTPMessage, start: int) -> bool:
-    return headers.get("Content-Range", "").startswith(f"bytes {start}-")
-
-
-class _DiskFullError(OSError):
-    pass
-
-
 def _check_disk(part: Path, missing: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if free < missing * ENOUGH_FREE:
-        raise _DiskFullError(
+        raise RuntimeError(
             f"{part.parent} has {free / 1e9:.1f} GB free; {missing / 1e9:.1f} GB are to come"
         )

@@ -42,14 +42,14 @@ class Spec:
     """
 
     help: str
-    choices: Callable[[], Iterable[str]] | None
-    at_least: float | None
-    above: float | None
-    at_most: float | None
-    below: float | None
-    neutral: bool
-    older: Any
-    is_plugin: bool
+    choices: Callable[[], Iterable[str]] | None = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    neutral: bool = False
+    older: Any = REQUIRED
+    is_plugin: bool = False
 
     def range_text(self) -> str:
         """The allowed numbers, in words."""
@@ -71,35 +71,18 @@ class Spec:
         )
 
 
-def option(
-    help: str,
-    default: Any = REQUIRED,
-    *,
-    choices: Callable[[], Iterable[str]] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    neutral: bool = False,
-    older: Any = REQUIRED,
-    is_plugin: bool = False,
-) -> Any:
-    """A field of an `OptionGroup`; without `default` it has to be given. See `Spec`."""
-    spec = Spec(
-        help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, below=below,
-        neutral=neutral, older=default if older is REQUIRED else older, is_plugin=is_plugin,
-    )  # fmt: skip
+def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
+    """A field of an `OptionGroup`; without `default` it has to be given. more: see `Spec`."""
+    metadata = {"option": Spec(help=help, **{"older": default, **more})}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata={"option": spec})
-    return dataclasses.field(default=default, metadata={"option": spec})
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def plugin_option() -> Any:
     """The field `plugin` of a group: it is loaded before any option is judged."""
-    return option(
-        "Python file with masking methods or models of your own.", None,
-        neutral=True, is_plugin=True,
-    )  # fmt: skip
+    text = "Python file with masking methods or models of your own."
+    return option(text, None, neutral=True, is_plugin=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,12 @@
-"""How a call runs, whatever it trains: the options that both parts have."""
+"""How a call runs, whatever it trains: the options that both parts have, and what it runs on."""
 
 from __future__ import annotations
 
 import os
+import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -60,3 +63,14 @@ class TrainingConfig(DeviceConfig):
         "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
         ("tensorboard",), neutral=True,
     )  # fmt: skip
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Python's version and those of packages: what numbers were made with."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

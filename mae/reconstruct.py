@@ -41,10 +41,14 @@ def reconstruct_files(
     model = load_model(checkpoint)
     batch = unpack_fixed_set(checkpoint["fixed_set"])
     if images:
-        source = open_segments(masks_dir) if masks_dir else None
+        store = open_segments(masks_dir) if masks_dir and model.method.uses_segments else None
         coverage = checkpoint["config"]["coverage_ratio"]
-        segments = [_own_segment(path, source, coverage) if source else None for path in images]
-        batch = _samples(model, images, segments, batch)
+        batch = collate(
+            [
+                _sample(model, path, number, batch, store, coverage)
+                for number, path in enumerate(images)
+            ]
+        )
     draw_reconstructions(model, batch, out)
 
 
@@ -94,44 +98,38 @@ def _refuse_encoder_only(path: Path) -> None:
         )
 
 
-def _own_segment(path: Path, source: PackedStore, coverage_percent: float) -> Segment:
+def _sample(
+    model: MaskedAutoencoder,
+    path: Path,
+    number: int,
+    fixed_set: Batch,
+    store: PackedStore | None,
+    coverage_percent: float,
+) -> Sample:
+    """Centre crop of an image file, hidden by its own segment or as one of the fixed set is."""
+    size, row = model.config.image_size, number % len(fixed_set)
+    try:
+        image = read_crop(path, centre_crop, size)
+        if store is not None:
+            own = fitting_segment(_own_segment(path, store, coverage_percent), image, size)
+            return make_sample(model.method, image.pixels, np.random.default_rng(number), own)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Sample(
+        image=image.pixels,
+        pattern=fixed_set.pattern[row].numpy(),
+        hidden_pixels=int(fixed_set.hidden_pixels[row]),
+    )
+
+
+def _own_segment(path: Path, store: PackedStore, coverage_percent: float) -> Segment:
     """The segment of an image, found by the end of its path: class/stem, or stem."""
     absolute = path.absolute().with_suffix("")
     for key in (f"{absolute.parent.name}/{absolute.name}", absolute.name):
-        segment = source.nearest(key, coverage_percent)
+        segment = store.nearest(key, coverage_percent)
         if segment is not None:
             return segment
-    raise ValueError(f"--masks-dir has no segment of {path}")
-
-
-def _samples(
-    model: MaskedAutoencoder,
-    paths: Sequence[Path],
-    segments: Sequence[Segment | None],
-    fixed_set: Batch,
-) -> Batch:
-    """Centre crops of image files, hidden by their segments or as the fixed set is."""
-    samples, size = [], model.config.image_size
-    for number, (path, segment) in enumerate(zip(paths, segments, strict=True)):
-        own = segment if model.method.uses_segments else None
-        try:
-            image = read_crop(path, centre_crop, size)
-            cut = None if own is None else fitting_segment(own, image, size)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        if cut is not None:
-            rng = np.random.default_rng(number)
-            samples.append(make_sample(model.method, image.pixels, rng, cut))
-            continue
-        row = number % len(fixed_set)
-        samples.append(
-            Sample(
-                image=image.pixels,
-                pattern=fixed_set.pattern[row].numpy(),
-                hidden_pixels=int(fixed_set.hidden_pixels[row]),
-            )
-        )
-    return collate(samples)
+    raise ValueError("--masks-dir has no segment of it")
 
 
 def _colours(model: MaskedAutoencoder, normalised: Tensor) -> Tensor:

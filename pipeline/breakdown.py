@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from pipeline.curves import REFERENCE, Line
-from pipeline.layout import BASELINES
+from pipeline.curves import REFERENCE, Line, last_common_epochs
 
 _LEAST_CHANGE = 0.05  # in points; less is shown as 0.0
 _MOST_CLASSES = 8  # shown for each method: those with the largest change
@@ -15,11 +14,9 @@ _MOST_CLASSES = 8  # shown for each method: those with the largest change
 
 def class_breakdown(lines: Sequence[Line]) -> dict[str, Any] | None:
     """Tables for the report, at the last epoch at which all methods were evaluated."""
-    trained = [line for line in lines if line.method not in BASELINES]
-    common = set.intersection(*(set(line.epochs) for line in trained)) if trained else set()
-    if not common:
+    trained, epochs = [line for line in lines if not line.is_baseline], last_common_epochs(lines)
+    if epochs is None:
         return None
-    epochs = max(common)
     iou = {line.label: _class_iou(line, epochs) for line in trained}
     reference = next((line.label for line in trained if line.method == REFERENCE), None)
     others = [line.label for line in trained if line.label != reference] if reference else []
@@ -31,9 +28,7 @@ def class_breakdown(lines: Sequence[Line]) -> dict[str, Any] | None:
         "caption": caption,
         "reference": reference,
         "changes": [
-            {"label": label, "rows": _changes(iou[label], iou[reference])}
-            for label in others
-            if reference is not None
+            {"label": label, "rows": _changes(iou[label], iou[str(reference)])} for label in others
         ],
         "names": list(iou),
         "all": [
@@ -57,23 +52,22 @@ def _changes(
     values: Mapping[str, float | None], reference: Mapping[str, float | None]
 ) -> list[dict[str, Any]]:
     """The largest changes, gains first."""
-    rows: list[dict[str, Any]] = []
-    for name, value in values.items():
-        before = reference.get(name)
-        if value is not None and before is not None:
-            change = value - before
-            if abs(change) < _LEAST_CHANGE:
-                continue
-            rows.append(
-                {
-                    "name": name,
-                    "reference": _shown(before),
-                    "value": _shown(value),
-                    "change": change,
-                }
-            )
-    largest = sorted(rows, key=lambda row: -abs(row["change"]))[:_MOST_CLASSES]
-    return sorted(largest, key=lambda row: -row["change"])
+    changes = {
+        name: value - before
+        for name, value in values.items()
+        if value is not None and (before := reference.get(name)) is not None
+    }
+    seen = [name for name in changes if abs(changes[name]) >= _LEAST_CHANGE]
+    largest = sorted(seen, key=lambda name: -abs(changes[name]))[:_MOST_CLASSES]
+    return [
+        {
+            "name": name,
+            "reference": _shown(reference[name]),
+            "value": _shown(values[name]),
+            "change": changes[name],
+        }
+        for name in sorted(largest, key=lambda name: -changes[name])
+    ]
 
 
 def _shown(value: float | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline.layout import Layout, Run
+from pipeline.layout import BASELINES, Layout, Run
 from pipeline.parts import ask_facts
 from pipeline.records import made_alike
 from pipeline.results import Evaluation, coverage_of, method_rank, read_evaluations, run_label
@@ -22,6 +22,11 @@ class Line:
     method: str
     style: int
     evaluations: Sequence[Evaluation]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether nothing was pretrained here."""
+        return self.method in BASELINES
 
     def scores(self, epochs: int) -> list[float]:
         """Mean IoU after `epochs`, in percent: one for each seed of pretraining.
@@ -40,6 +45,12 @@ class Line:
     def epochs(self) -> list[int]:
         """Where it was evaluated, ascending."""
         return sorted({evaluation.epochs for evaluation in self.evaluations})
+
+
+def last_common_epochs(lines: Sequence[Line]) -> int | None:
+    """The last epochs after which all methods were evaluated, None if there are none."""
+    evaluated = [set(line.epochs) for line in lines if not line.is_baseline]
+    return max(set.intersection(*evaluated), default=None) if evaluated else None
 
 
 def make_lines(all_paths: Sequence[Layout], *, apart: bool) -> list[Line]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.layout import Layout
@@ -19,11 +19,7 @@ def provenance(
         common = [(k, v) for k, v in flat[0].items() if all(f.get(k) == v for f in flat)]
         tables.append(("Common settings" if len(flat) > 1 else "Settings", common))
     for name in ("versions", "hardware"):
-        rows: dict[str, list[str]] = {}
-        for run_yml in run_ymls:
-            for key, value in flatten(run_yml.get(name, {})):
-                rows.setdefault(key, []).append(value)
-        found = [(key, ", ".join(dict.fromkeys(values))) for key, values in rows.items()]
+        found = joined(pair for run_yml in run_ymls for pair in flatten(run_yml.get(name, {})))
         if found:
             tables.append((name.capitalize(), found))
     tables.append(("Time spent", _time_spent(all_paths)))
@@ -55,6 +51,14 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, ", ".join(str(item) for item in value) or "none"
     elif value is not None:
         yield prefix, str(value)
+
+
+def joined(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One pair for each name, with all the different texts that go with it."""
+    texts: dict[str, dict[str, None]] = {}
+    for name, text in pairs:
+        texts.setdefault(name, {})[text] = None
+    return [(name, ", ".join(different)) for name, different in texts.items()]
 
 
 def _time_spent(all_paths: Sequence[Layout]) -> list[tuple[str, str]]:

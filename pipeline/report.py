@@ -19,10 +19,10 @@ from common.layout import LOG
 from common.logbook import read_log
 from pipeline.breakdown import class_breakdown
 from pipeline.charts import HEIGHT, Chart, Point, Series, line_chart
-from pipeline.curves import REFERENCE, Line, kept_apart, line_label, make_lines
-from pipeline.layout import BASELINES, Layout
+from pipeline.curves import REFERENCE, Line, kept_apart, last_common_epochs, line_label, make_lines
+from pipeline.layout import Layout
 from pipeline.pictures import picture_sections
-from pipeline.provenance import differing_settings, flatten, provenance
+from pipeline.provenance import differing_settings, flatten, joined, provenance
 from pipeline.records import read_all_records, read_plan
 from pipeline.results import Evaluation, read_run_yml, score_rows, table, write_results_csv
 
@@ -95,18 +95,17 @@ def _progress_note(all_paths: Sequence[Layout]) -> str:
 
 def _answer(lines: Sequence[Line]) -> dict[str, Any]:
     """The sentences, remarks and chart at the top of the page."""
-    trained = [line for line in lines if line.method not in BASELINES]
+    trained, common = [line for line in lines if not line.is_baseline], last_common_epochs(lines)
     sentences: list[str] = []
     remarks: list[str] = []
     if not lines:
         sentences.append("No evaluation has finished yet.")
-    common = set.intersection(*(set(line.epochs) for line in trained)) if trained else set()
-    if common:
-        sentences, remarks = _compare(trained, max(common))
+    if common is not None:
+        sentences, remarks = _compare(trained, common)
     elif trained:
         sentences.append("The methods have not been evaluated at a common epoch yet.")
     for line in lines:
-        if line.method in BASELINES:
+        if line.is_baseline:
             name = {"scratch": "without pretraining", "mae": "the official MAE checkpoint"}
             sentences.append(f"For comparison, {name[line.method]}: {_spread(line.scores(0))}.")
     chart = _miou_chart(lines)
@@ -172,7 +171,7 @@ def _miou_chart(lines: Sequence[Line]) -> Chart | None:
         for epochs in line.epochs:
             scores = line.scores(epochs)
             if scores:
-                at = [0, last] if line.method in BASELINES and last > 0 else [epochs]
+                at = [0, last] if line.is_baseline and last > 0 else [epochs]
                 spread = {"low": min(scores), "high": max(scores)} if len(scores) > 1 else {}
                 points += [Point(x=x, y=mean(scores), **spread) for x in at]
         if points:
@@ -201,18 +200,12 @@ def _scores(lines: Sequence[Line]) -> dict[str, Any]:
 
 def _protocol(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
     """Recipe, crops and windows; where evaluations differ, all values."""
-    values: dict[str, list[str]] = {}
-    for evaluation in evaluations:
-        result = evaluation.result
-        parts = {
-            "dataset": result.get("dataset"),
-            "encoder": result.get("model"),
-            "protocol": result.get("protocol"),
-            "recipe": result.get("recipe"),
-        }
-        for name, text in flatten(parts):
-            values.setdefault(name.removeprefix("protocol: "), []).append(text)
-    return [(name, ", ".join(dict.fromkeys(texts))) for name, texts in values.items()]
+    parts = ("dataset", "model", "protocol", "recipe")
+    return joined(
+        (name.removeprefix("protocol: "), text)
+        for evaluation in evaluations
+        for name, text in flatten({part: evaluation.result.get(part) for part in parts})
+    )
 
 
 def _training_charts(
