@@ -290,6 +290,11 @@ def make(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: values[name] for name in fields if name in values})
 
 
+def groups_of(config: type) -> dict[str, type[OptionGroup]]:
+    """The groups that a dataclass of groups is made of, by the names of its fields."""
+    return typing.get_type_hints(config)
+
+
 def option_facts(groups: Iterable[type[OptionGroup]]) -> dict[str, dict[str, Any]]:
     """By name: default, whether it is neutral, and what an older file counts as; plain values."""
     return {

@@ -47,10 +47,7 @@ class State:
 
 @dataclass(kw_only=True)
 class Run:
-    """What stays the same during a call.
-
-    model and prepared share their weights: plain for saving and evaluating, wrapped for training.
-    """
+    """What stays the same during a call."""
 
     config: PretrainConfig
     accelerator: Accelerator
@@ -59,10 +56,8 @@ class Run:
     images: MaskedImages
     heldout: FixedImages
     fixed_set: Batch
-    workers: int
-    model: MaskedAutoencoder
-    prepared: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: MaskedAutoencoder  # plain, for saving and evaluating
+    prepared: nn.Module  # the same weights, wrapped for training
     update: GuardedUpdate
 
     def batches(self, state: State, epochs: int) -> Iterator[Batch]:
@@ -71,19 +66,17 @@ class Run:
         One loader for all of them: workers read on across the ends of epochs.
         """
         allow_many_files()
-        rank, start = (
-            self.accelerator.process_index,
-            (state.epochs_completed, state.steps_completed),
-        )
-        keys = self.plan.micro_batches(rank, start, epochs)
+        workers = self.config.run.loader_workers
+        start = state.epochs_completed, state.steps_completed
+        keys = self.plan.micro_batches(self.accelerator.process_index, start, epochs)
         loader: Any = DataLoader(
             self.images,
             batch_sampler=keys,  # type: ignore[arg-type]  # is gone through once
-            num_workers=self.workers,
+            num_workers=workers,
             collate_fn=collate,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=leave_signals_to_the_main_process,
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=4 if workers else None,
         )
         return iter(loader)
 
@@ -127,13 +120,11 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
         accelerator=accelerator,
         listing=listing,
         plan=plan,
-        workers=run.loader_workers,
         images=images,
         heldout=FixedImages(images, config.data.in1k_dir / "val", listing.val),
         fixed_set=fixed_set,
         model=model,
         prepared=accelerator.prepare_model(model),
-        optimizer=optimizer,
         update=GuardedUpdate(optimizer, config.optimisation.clip_grad),
     ), state
 
@@ -155,7 +146,7 @@ def describe(run: Run, state: State) -> None:
     )  # fmt: skip
     logger.info(
         "%s, precision %s, %d loader workers per process; epochs %d to %d of %d, from step %d",
-        accelerator.device, accelerator.mixed_precision.replace("no", "fp32"), run.workers,
+        accelerator.device, accelerator.mixed_precision.replace("no", "fp32"), run.config.run.loader_workers,
         state.epochs_completed + 1, run.config.epochs_this_round, optimisation.epochs,
         state.steps_completed,
     )  # fmt: skip

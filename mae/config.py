@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import OptionGroup, fields_of, make, option
+from common.options import OptionGroup, fields_of, groups_of, make, option
 from common.run import TrainingConfig
 from common.settings import check_same
 from common.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
@@ -156,15 +156,6 @@ class RunConfig(TrainingConfig):
     batch_size: int = option("Most images per device at once.", 64, at_least=1, neutral=True)
 
 
-GROUPS: dict[str, type[OptionGroup]] = {
-    "data": DataConfig,
-    "method": MethodConfig,
-    "model": ModelConfig,
-    "optimisation": OptimisationConfig,
-    "run": RunConfig,
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Everything `python -m mae pretrain` needs, by concern."""
@@ -214,6 +205,9 @@ class PretrainConfig:
         idle -= set(METHODS[self.method.mask_method].settings)
         wanted = {name: value for name, value in self.settings().items() if name not in idle}
         check_same(stored, wanted, _older(*GROUPS.values()), what=str(path))
+
+
+GROUPS = groups_of(PretrainConfig)
 
 
 def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:

@@ -137,7 +137,7 @@ def heldout_loss(run: Run) -> float | None:
         loader: Any = DataLoader(
             share,
             batch_size=run.plan.micro_batch_size,
-            num_workers=0 if len(share) <= FEW_IMAGES else run.workers,
+            num_workers=0 if len(share) <= FEW_IMAGES else run.config.run.loader_workers,
             collate_fn=collate,
             worker_init_fn=leave_signals_to_the_main_process,
         )
@@ -201,7 +201,7 @@ def save_last(run: Run, state: State) -> None:
 def _checkpoint(run: Run, state: State) -> dict[str, Any]:
     return {
         "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": run.update.optimizer.state_dict(),
         "epochs_completed": state.epochs_completed,
         "steps_completed": state.steps_completed,
         "config": run.config.settings(),

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from common.options import Layer, OptionGroup, fields_of, merge, option, read_layer
+from common.options import (
+    Layer,
+    OptionGroup,
+    fields_of,
+    groups_of,
+    merge,
+    option,
+    read_layer,
+)
 from common.run import DeviceConfig, TrainingConfig
 from common.vit import VIT_SIZES, VitSize
 
@@ -187,12 +195,6 @@ class PictureConfig(OptionGroup):
 
 
 RECIPE_GROUPS: tuple[type[OptionGroup], ...] = (ModelConfig, OptimisationConfig, ProtocolConfig)
-GROUPS: dict[str, type[OptionGroup]] = {
-    "run": RunConfig,
-    "model": ModelConfig,
-    "optimisation": OptimisationConfig,
-    "protocol": ProtocolConfig,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +224,9 @@ class TrainConfig:
             "init": init if init == RANDOM else init.name,
             "init_fingerprint": None if init == RANDOM else fingerprint(init),
         }
+
+
+GROUPS = groups_of(TrainConfig)
 
 
 def read_recipe(name: str) -> Layer:
