@@ -17,8 +17,6 @@ from mae.segments.parallel import in_order
 from mae.segments.segment import Segment, segment_from_counts
 from mae.segments.store import PackedStore
 
-LINES_PER_FLUSH = 64
-
 
 def check(
     in1k_dir: Path, masks_dir: Path, offenders_path: Path, *, processes: int | None
@@ -41,18 +39,16 @@ def check(
     check_one = partial(_check_one, train, source, source.listed_empty())
     todo = [path for path in paths if path not in seen]
     with (
-        state_path.open("a") as state,
+        state_path.open("a", buffering=1) as state,  # each line survives a kill
         Interruption() as stop,
         Counter("check", total=len(paths), done=len(seen)) as counter,
         closing(in_order(check_one, todo, processes=processes)) as results,
     ):
         if state.tell() == 0:
             state.write(json.dumps(identity) + "\n")
-        for number, (path, reason) in enumerate(results):
+        for path, reason in results:
             seen[path] = reason
             state.write(json.dumps([path, reason]) + "\n")
-            if number % LINES_PER_FLUSH == 0:
-                state.flush()
             counter.advance()
             if stop.requested:
                 break

@@ -1,22 +1,25 @@
-"""The command line of `python -m mae masks`. Heavy libraries are imported when a command runs."""
+"""The command line of `python -m mae masks`. What is heavy is imported when a command runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import click
 
 from common.command import CONTEXT, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr
 from common.files import check_output_file
+from common.images import find_images
 from common.options import OptionGroup, option
+from mae.listing import segment_key
+from mae.segments.check import check
+from mae.segments.forms import open_any_form
+from mae.segments.generate import Generator, Shard, generate
+from mae.segments.pack import merge, pack, unpack
 from mae.segments.settings import FelzenszwalbSettings, SamSettings
-
-if TYPE_CHECKING:
-    from mae.segments.generate import Generator
-    from mae.segments.writing import Summary
+from mae.segments.writing import Summary
 
 PATH = click.Path(path_type=Path)
 
@@ -95,11 +98,9 @@ def masks() -> None:
 
 @command(masks, "pack", options=PackOptions, speed=Speed)
 @click.argument("masks_dir", type=PATH)
-def pack(masks_dir: Path, options: PackOptions, speed: Speed) -> int:
+def pack_command(masks_dir: Path, options: PackOptions, speed: Speed) -> int:
     """Pack segments of any form into one SQLite file; the same command goes on if interrupted."""
-    from mae.segments.pack import pack as pack_masks
-
-    summary = pack_masks(
+    summary = pack(
         masks_dir,
         options.out,
         overwrite=options.overwrite,
@@ -112,29 +113,25 @@ def pack(masks_dir: Path, options: PackOptions, speed: Speed) -> int:
 @command(masks, "unpack", speed=Speed)
 @click.argument("store", type=PATH)
 @click.argument("out", type=PATH)
-def unpack(store: Path, out: Path, speed: Speed) -> int:
+def unpack_command(store: Path, out: Path, speed: Speed) -> int:
     """Write the segments of a packed store as RLE JSON again, one file per image."""
-    from mae.segments.pack import unpack as unpack_store
-
-    return _report(unpack_store(store, out, processes=speed.processes))
+    return _report(unpack(store, out, processes=speed.processes))
 
 
 @command(masks, "merge", options=MergeOptions)
 @click.argument("shards", type=PATH, nargs=-1, required=True)
-def merge(shards: tuple[Path, ...], options: MergeOptions) -> int:
+def merge_command(shards: tuple[Path, ...], options: MergeOptions) -> int:
     """Join packed stores, say the shards of `generate`, into one."""
-    from mae.segments.pack import merge as merge_stores
-
-    return _report(merge_stores(shards, options.out, overwrite=options.overwrite))
+    return _report(merge(shards, options.out, overwrite=options.overwrite))
 
 
-@masks.group(context_settings=CONTEXT)
-def generate() -> None:
+@masks.group("generate", context_settings=CONTEXT)
+def generators() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-@command(generate, "sam", options=GenerateOptions, settings=SamSettings)
-def sam(options: GenerateOptions, settings: SamSettings) -> int:
+@command(generators, "sam", options=GenerateOptions, settings=SamSettings)
+def sam_command(options: GenerateOptions, settings: SamSettings) -> int:
     """By Segment Anything, any SAM or SAM 2 checkpoint that `transformers` can load."""
     from mae.segments.sam import Sam
 
@@ -142,10 +139,12 @@ def sam(options: GenerateOptions, settings: SamSettings) -> int:
 
 
 @command(
-    generate, "felzenszwalb",
+    generators, "felzenszwalb",
     options=GenerateOptions, settings=FelzenszwalbSettings, speed=Speed,
 )  # fmt: skip
-def felzenszwalb(options: GenerateOptions, settings: FelzenszwalbSettings, speed: Speed) -> int:
+def felzenszwalb_command(
+    options: GenerateOptions, settings: FelzenszwalbSettings, speed: Speed
+) -> int:
     """Without weights or a GPU: regions of similar colour, at several scales."""
     from mae.segments.felzenszwalb import Felzenszwalb
 
@@ -153,22 +152,16 @@ def felzenszwalb(options: GenerateOptions, settings: FelzenszwalbSettings, speed
 
 
 def _generate(generator: Generator, options: GenerateOptions, processes: int | None = None) -> int:
-    from mae.segments.generate import Shard
-    from mae.segments.generate import generate as generate_segments
-
     shard = Shard.parse(options.shard)
     return _report(
-        generate_segments(options.images, options.out, generator, shard=shard, processes=processes)
+        generate(options.images, options.out, generator, shard=shard, processes=processes)
     )
 
 
 @command(masks, "inspect", options=InspectOptions, speed=Speed)
 @click.argument("masks_dir", type=PATH)
-def inspect(masks_dir: Path, options: InspectOptions, speed: Speed) -> None:
+def inspect_command(masks_dir: Path, options: InspectOptions, speed: Speed) -> None:
     """Print and draw what the segments of a dataset are like."""
-    from common.images import find_images
-    from mae.listing import segment_key
-    from mae.segments.forms import open_any_form
     from mae.segments.look import collect, describe, draw
 
     source = open_any_form(masks_dir)
@@ -195,12 +188,10 @@ def _train_beside(masks_dir: Path) -> Path | None:
 
 @command(masks, "check", options=CheckOptions, speed=Speed)
 @click.argument("in1k_dir", type=PATH)
-def check(in1k_dir: Path, options: CheckOptions, speed: Speed) -> int:
+def check_command(in1k_dir: Path, options: CheckOptions, speed: Speed) -> int:
     """Check that every training image opens and its segments fit; exit code 1 if not."""
-    from mae.segments.check import check as check_dataset
-
     masks_dir = options.masks_dir or in1k_dir / "masks"
-    checked, left = check_dataset(in1k_dir, masks_dir, options.out, processes=speed.processes)
+    checked, left = check(in1k_dir, masks_dir, options.out, processes=speed.processes)
     if left:
         click.echo(f"stopped, {left} images are left; run the same command again")
         return EXIT_STOPPED

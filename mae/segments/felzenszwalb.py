@@ -52,8 +52,6 @@ class Felzenszwalb:
 
     def _distinct(self, segments: list[Segment]) -> list[Segment]:
         """Without near copies of an earlier one."""
-        if not segments:
-            return []
         codes = [{"size": [s.height, s.width], "counts": s.counts} for s in segments]
         overlaps = np.asarray(coco_rle.iou(codes, codes, [0] * len(codes)))
         kept: list[int] = []

@@ -27,7 +27,6 @@ EMPTY_LIST = "emptyfiles.txt"
 IMAGENET_NAME = re.compile(r"(n\d{8})_\d+")
 # A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
 COVERAGE_TOLERANCE = 0.01
-Report = Callable[[str], object]
 
 
 class SegmentFolder:
@@ -49,7 +48,7 @@ class SegmentFolder:
         listed = set().union(*map(read_empty_list, lists))
         return (listed | self._scanned.keys()) - self.images()
 
-    def segments(self, key: str, report: Report = logger.warning) -> list[Segment]:
+    def segments(self, key: str, report: Callable[[str], object] = logger.warning) -> list[Segment]:
         """All segments of an image, the smallest first. Raises ValueError that names a bad file.
 
         report: told about stated coverages that are not those of the pixels.
@@ -119,12 +118,9 @@ class JsonFolder(SegmentFolder):
                 raise ValueError(f"{path}: entry {number} has no segmentation") from None
             except ValueError as error:
                 raise ValueError(f"{path}: entry {number} is damaged: {error}") from None
-            stated = entry.get("area")
-            yield (
-                segment,
-                f"{path}: entry {number}",
-                stated if isinstance(stated, int | float) else None,
-            )
+            area = entry.get("area")
+            stated = area if isinstance(area, int | float) else None
+            yield segment, f"{path}: entry {number}", stated
 
 
 def _annotations(path: Path) -> list[Any]:
@@ -161,11 +157,11 @@ class PngFolder(SegmentFolder):
 
     def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
         table = self.root / key / self.table
-        for path, stated in self._listed(table, table.read_text().splitlines()):
+        for path, stated in self._listed(table, table.read_text(errors="replace").splitlines()):
             yield segment_from_pixels(read_segment_png(path)), str(path), stated
 
-    def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float | None]]:
-        """The PNGs of an image, each with its coverage, where one is stated."""
+    def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float]]:
+        """The PNGs of an image, each with the coverage that is stated."""
         raise NotImplementedError
 
 
@@ -198,18 +194,12 @@ class PngMetadataFolder(PngFolder):
     table = "metadata.csv"
     bytes_of_header = 150  # amg.py's has 142 characters, and a row at least 26
 
-    def _listed(self, table: Path, lines: list[str]) -> list[tuple[Path, float | None]]:
+    def _listed(self, table: Path, lines: list[str]) -> list[tuple[Path, float]]:
         try:
             rows = list(csv.DictReader(lines))
             if any(None in row.values() for row in rows):
                 raise ValueError
-            listed = [
-                (
-                    table.parent / f"{int(row['id'])}.png",
-                    float(row["area"]) if "area" in row else None,
-                )
-                for row in rows
-            ]
+            listed = [(table.parent / f"{int(row['id'])}.png", float(row["area"])) for row in rows]
         except (ValueError, KeyError, TypeError, csv.Error):
             raise ValueError(f"{table}: not the metadata.csv of amg.py, or cut short") from None
         # amg.py lists every PNG it writes, so one that is not listed tells of a lost line.

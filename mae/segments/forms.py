@@ -9,7 +9,6 @@ from mae.segments.folders import JsonFolder, PngMetadataFolder, PngTableFolder, 
 from mae.segments.store import STORE_NAME, PackedStore
 
 SegmentSource = PackedStore | SegmentFolder
-NO_FORM = "none"
 
 
 def form_of(path: Path) -> str:
@@ -17,7 +16,7 @@ def form_of(path: Path) -> str:
     if os.path.isfile(_store_path(path)):  # noqa: PTH113  (Path's raises where it may not look)
         return PackedStore.name
     form = _folder_form(path)
-    return form.name if form else NO_FORM
+    return form.name if form else "none"
 
 
 def open_segments(path: Path) -> PackedStore:
@@ -42,12 +41,10 @@ def open_any_form(path: Path) -> SegmentSource:
 
 def open_folder(root: Path) -> SegmentFolder:
     """Open segments that are kept as files, to pack them. Raises ValueError if there are none."""
-    if not root.is_dir():
-        raise ValueError(f"{root} is neither a folder of segments nor a packed store")
     form = _folder_form(root)
     if form is None:
         raise ValueError(
-            f"{root} holds no segments: expected {STORE_NAME}, or per image a {JsonFolder.suffix}, "
+            f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, "
             f"a folder with {PngMetadataFolder.table} or a folder with {PngTableFolder.table}"
         )
     return form(root)

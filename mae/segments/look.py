@@ -29,13 +29,13 @@ class Statistics:
     """Of the images that were looked at.
 
     coverages: in percent, ascending, of the segments of each image that has some, by its key.
-    images: how many the whole source has; without: those known to have no segment.
-    damaged: what could not be read.
+    images, without: in the whole source, those with segments and those known to have none.
+    damaged: what could not be read, and why.
     """
 
     coverages: dict[str, np.ndarray]
     images: int
-    without: list[str]
+    without: int
     damaged: list[str]
 
     @property
@@ -69,7 +69,7 @@ def collect(source: SegmentSource, *, processes: int | None) -> Statistics:
     return Statistics(
         coverages=coverages,
         images=len(keys),
-        without=sorted(source.listed_empty()),
+        without=len(source.listed_empty()),
         damaged=damaged,
     )
 
@@ -87,8 +87,8 @@ def describe(statistics: Statistics, ratios: Sequence[float]) -> dict[str, str]:
     coverages = statistics.coverages
     lines = {
         "images with segments": f"{statistics.images} ({len(coverages)} looked at)",
-        "images known to have none": str(len(statistics.without)),
-        "damaged": str(len(statistics.damaged)),
+        "images known to have none": str(statistics.without),
+        "damaged": "; ".join([str(len(statistics.damaged)), *statistics.damaged[:1]]),
         "segments per image": _spread(statistics.segments_per_image, "", 0),
         "coverage of a segment": _spread(np.concatenate([*coverages.values()]), " %", 1),
     }
@@ -120,7 +120,9 @@ def draw(
     """
     shown = _evenly_spread([key for key in statistics.coverages if key in images], MOST_DRAWN)
     columns, charts_height, row_height = 1 + len(ratios), 3.8, 2.05
-    heights = [charts_height, row_height * len(shown) + 0.6][: 2 if shown else 1]
+    heights = [charts_height]
+    if shown:
+        heights.append(row_height * len(shown) + 0.6)
     figure = Figure(figsize=(max(12.0, 2.4 * columns), sum(heights) + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=14)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -145,7 +147,7 @@ def _draw_charts(charts: Any, statistics: Statistics, ratios: Sequence[float]) -
     step = counted.max() // 30 + 1
     numbers.hist(counted, bins=np.arange(0.5, counted.max() + step + 1, step))
     numbers.set(xlabel="segments of an image", ylabel="images", xlim=(0, counted.max() + step))
-    numbers.set_title(f"{len(statistics.without)} more images are known to have none", fontsize=10)
+    numbers.set_title(f"{statistics.without} more images are known to have none", fontsize=10)
     coverages.hist(np.concatenate([*statistics.coverages.values()]), bins=np.arange(0, 101, 2))
     coverages.set(xlabel="coverage, % of the image", ylabel="segments", yscale="log", xlim=(0, 100))
     coverages.set_title("dashed: the coverage ratios asked for", fontsize=10)

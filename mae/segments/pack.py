@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -42,8 +41,6 @@ def pack(
     there, RuntimeError if more than 1% are damaged and that is not allowed, or the disk is full.
     """
     source = open_folder(masks_dir)
-    if out is None and not os.access(masks_dir, os.W_OK):
-        raise ValueError(f"{masks_dir} cannot be written to; name another place by --out FILE")
     out = out or masks_dir / STORE_NAME
     _refuse_to_overwrite(out, overwrite)
     keys = sorted(source.images() | source.listed_empty())
@@ -74,11 +71,10 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     }
     todo = [key for key, path in files.items() if not path.exists()]
     already_there = len(files) - len(todo)
-    write_one = partial(_unpack_one, store, files)
     with (
         Interruption() as stop,
         Counter("unpack", total=len(files), done=already_there) as counter,
-        closing(in_order(write_one, todo, processes=processes)) as written,
+        closing(in_order(partial(_unpack_one, store, files), todo, processes=processes)) as written,
     ):
         for _ in written:
             counter.advance()

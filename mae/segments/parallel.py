@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 from common.interruption import leave_signals_to_the_main_process
@@ -41,7 +40,7 @@ def in_order(
     loader: DataLoader[Any] = DataLoader(
         left,
         batch_size=chunk,
-        collate_fn=partial(_do_each, work),
+        collate_fn=lambda some: [work(item) for item in some],
         num_workers=processes,
         prefetch_factor=4,
         worker_init_fn=leave_signals_to_the_main_process,
@@ -49,7 +48,3 @@ def in_order(
     )
     for results in loader:
         yield from results
-
-
-def _do_each(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    return [work(item) for item in items]

@@ -74,11 +74,24 @@ class PackedStore:
     name = "packed store"
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if the file is no complete store of a format that is known."""
+        """Raises ValueError if the file is cut short, unfinished, or no store of this format."""
         self.path = path
         self._connection: sqlite3.Connection | None = None
         self._process_id = 0
-        self.meta = _check_store(path)
+        try:
+            with closing(connect_for_reading(path)) as connection:
+                self.meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+                (length,) = connection.execute(LENGTH).fetchone()
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"{path} is not a packed store of segments, or cut short ({error}); pack it again"
+            ) from None
+        # SQLite misses whole pages at once, but a part of the last one only when it needs it.
+        if path.stat().st_size < length:
+            raise ValueError(f"{path} is cut short: it was {length} bytes; copy or pack it again")
+        check_format(path, self.meta)
+        if self.meta.get("complete") != "1":
+            raise ValueError(f"{path} was not finished; run the command that writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None, "_process_id": 0}
@@ -140,28 +153,6 @@ class PackedStore:
             return self._connection.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise ValueError(f"{self.path}: damaged: {error}") from None
-
-
-def _check_store(path: Path) -> dict[str, str]:
-    """What `meta` says about a complete store.
-
-    Raises ValueError if the file is none, cut short, unfinished, or of a format not known here.
-    """
-    try:
-        with closing(connect_for_reading(path)) as connection:
-            meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
-            (length,) = connection.execute(LENGTH).fetchone()
-    except sqlite3.Error as error:
-        raise ValueError(
-            f"{path} is not a packed store of segments, or cut short ({error}); pack it again"
-        ) from None
-    # SQLite misses whole pages at once, but a part of the last one only when it needs it.
-    if path.stat().st_size < length:
-        raise ValueError(f"{path} is cut short: it was {length} bytes; copy or pack it again")
-    check_format(path, meta)
-    if meta.get("complete") != "1":
-        raise ValueError(f"{path} was not finished; run the command that writes it again")
-    return meta
 
 
 def connect_for_reading(path: Path) -> sqlite3.Connection:

@@ -187,10 +187,9 @@ class StoreWriter:
             try:
                 self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
                 self.connection.execute("BEGIN EXCLUSIVE")
-                if self._count("sqlite_master"):
-                    self._continue()
-                else:
+                if not self._count("sqlite_master"):
                     self._make_tables()
+                self._continue()
             except BaseException:
                 self.connection.close()  # nobody else will, and it holds a lock
                 raise

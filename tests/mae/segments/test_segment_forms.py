@@ -240,7 +240,7 @@ def test_metadata_cut_short_is_refused(sample, tmp_path):
 def test_a_folder_without_segments_says_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"expected masks\.sqlite"):
         open_segments(tmp_path)
-    with pytest.raises(ValueError, match="neither a folder"):
+    with pytest.raises(ValueError, match="no folder of segments"):
         open_segments(tmp_path / "nowhere")
 
 

@@ -198,9 +198,9 @@ def test_a_key_of_a_store_that_leads_out_of_the_folder_is_not_unpacked(packed_ta
     assert not (tmp_path / "a").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_needs_another_place(json_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("mae.segments.pack.os.access", lambda path, mode: path != json_folder)
-    with pytest.raises(ValueError, match="cannot be written to; name another place by --out"):
+def test_a_folder_that_cannot_be_written_to_needs_another_place(json_folder, tmp_path):
+    beside(json_folder / "masks.sqlite").mkdir()  # a permission would not stop root
+    with pytest.raises(ValueError, match="cannot be written; name another --out"):
         pack(json_folder, None, **WHOLE)
     pack(json_folder, tmp_path / "masks.sqlite", **WHOLE)
 
@@ -260,6 +260,7 @@ def damage_completeness(path):
     [
         (damage_version, "newer than this code"),
         (damage_length, "cut short"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is cut short: it was"),
         (damage_nature, "not a packed store"),
         (damage_schema, "not a packed store"),
         (damage_completeness, "not finished"),
