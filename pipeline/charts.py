@@ -45,16 +45,11 @@ class Series:
     """Chooses colour, dashes and marker; the same number looks the same in every chart."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A chart as HTML."""
-
-    svg: str
-    legend: str
-
-
-def line_chart(series: Sequence[Series], *, title: str, x_title: str, y_title: str) -> Chart:
-    """Draws the lines over common axes; `title` is what a screen reader says."""
+def line_chart(series: Sequence[Series], caption: str, *, x_title: str, y_title: str) -> str:
+    """A figure of HTML: the lines over common axes; empty where no line has a point."""
+    series = [line for line in series if line.points]
+    if not series:
+        return ""
     points = [point for line in series for point in line.points]
     x_ticks = ticks([point.x for point in points], whole=True)
     lows = [point.y if point.low is None else point.low for point in points]
@@ -70,8 +65,10 @@ def line_chart(series: Sequence[Series], *, title: str, x_title: str, y_title: s
         f"{escape(label)}</li>"
         for label, style in styles.items()
     )
-    svg = f'<svg class="plot" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return Chart(svg=svg, legend=f'<ul class="legend">{legend}</ul>')
+    said = escape(caption)
+    svg = f'<svg class="plot" role="img" aria-label="{said}">{"".join(parts)}</svg>'
+    area = f'<ul class="legend">{legend}</ul><div class="area">{svg}</div>'
+    return f"<figure>{area}<figcaption>{said}</figcaption></figure>"
 
 
 @dataclass(frozen=True)
@@ -109,11 +106,7 @@ def ticks(values: Sequence[float], *, whole: bool = False, most: int = 6) -> lis
 
 
 def _axes(
-    scale: _Scale,
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    x_title: str,
-    y_title: str,
+    scale: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_title: str, y_title: str
 ) -> str:
     parts = []
     for value in y_ticks:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 
 from pipeline.layout import BASELINES, Layout, Run
 from pipeline.parts import ask_facts
-from pipeline.records import made_alike
+from pipeline.records import made_alike, read_all_records
 from pipeline.results import Evaluation, coverage_of, method_rank, read_evaluations, run_label
 
 REFERENCE = "patches"  # plain MAE, what the others are compared with
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Line:
     """What the charts show as one line: a method, and its ratio, over seeds and epochs."""
 
     label: str
     method: str
-    style: int
-    evaluations: Sequence[Evaluation]
+    style: int = 0
+    evaluations: list[Evaluation] = field(default_factory=list)
+    pretrainings: list[Path] = field(default_factory=list)
+    """Their folders; an evaluation may have outlived its pretraining, or not have begun."""
 
     @property
     def is_baseline(self) -> bool:
@@ -53,27 +57,28 @@ def last_common_epochs(lines: Sequence[Line]) -> int | None:
     return max(set.intersection(*evaluated), default=None) if evaluated else None
 
 
-def make_lines(all_paths: Sequence[Layout], *, apart: bool) -> list[Line]:
-    """All evaluations sorted into lines; baselines come first. apart: see `kept_apart`."""
-    groups: dict[tuple[str, str], list[Evaluation]] = {}
+def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
+    """All runs sorted into lines; baselines come first.
+
+    Directories whose settings differ have lines of their own, which bear the directory's name.
+    """
+    apart = len(all_paths) > 1 and not made_alike(all_paths, ask_facts())
+    lines: dict[str, Line] = {}
     for paths in all_paths:
+        suffix = f" ({paths.root.name})" if apart else ""
         for evaluation in read_evaluations(paths):
-            label = f"{evaluation.label} ({paths.root.name})" if apart else evaluation.label
-            groups.setdefault((label, evaluation.method), []).append(evaluation)
+            label = evaluation.label + suffix
+            line = lines.setdefault(label, Line(label=label, method=evaluation.method))
+            line.evaluations.append(evaluation)
+        records = read_all_records(paths)
+        for folder in sorted(paths.pretrain_output.glob("*/")):
+            with contextlib.suppress(ValueError):  # not a run's name
+                method = Run.parse(folder.name).method
+                label = run_label(method, coverage_of(folder.name, records)) + suffix
+                line = lines.setdefault(label, Line(label=label, method=method))
+                line.pretrainings.append(folder)
     rank = method_rank(all_paths)
-    ordered = sorted(groups.items(), key=lambda item: rank(item[0][1]))
-    return [
-        Line(label=label, method=method, style=style, evaluations=evaluations)
-        for style, ((label, method), evaluations) in enumerate(ordered)
-    ]
-
-
-def kept_apart(all_paths: Sequence[Layout]) -> bool:
-    """Whether the directories' settings differ, so that each has lines of its own."""
-    return len(all_paths) > 1 and not made_alike(all_paths, ask_facts())
-
-
-def line_label(run: str, paths: Layout, *, apart: bool) -> str:
-    """The label of the line that a run belongs to, as `make_lines` has it."""
-    label = run_label(Run.parse(run).method, coverage_of(run, paths))
-    return f"{label} ({paths.root.name})" if apart else label
+    ordered = sorted(lines.values(), key=lambda line: rank(line.method))
+    for style, line in enumerate(ordered):
+        line.style = style
+    return ordered

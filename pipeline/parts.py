@@ -45,32 +45,20 @@ class Facts:
         every = {name for known in self.methods.values() for name in known["settings"]}
         return every - set(self.methods[method]["settings"])
 
-    def resolve(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Every setting that decides what a step makes, in plain values: given, recipe, default."""
-        recipe = self._recipe(given)
-        resolved = {}
-        for name, fact in self._deciding(kind).items():
-            value = given.get(name)
-            resolved[name] = plain(recipe.get(name, fact["default"]) if value is None else value)
-        return resolved
+    def resolve(self, kind: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Every setting that decides what a step makes, in plain values: given, recipe, default.
 
-    def older(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What each of these settings counts as where a record does not have it."""
-        recipe = self._recipe(given)
-        return {
-            # `older` says more than a recipe only where it is another value than the default.
-            name: recipe.get(name, fact["older"])
-            if fact["older"] == fact["default"]
-            else fact["older"]
-            for name, fact in self._deciding(kind).items()
-        }
-
-    def _deciding(self, kind: str) -> dict[str, Mapping[str, Any]]:
-        options = self.options.get(kind, {})
-        return {name: fact for name, fact in options.items() if not fact["neutral"]}
-
-    def _recipe(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self.recipes.get(str(given.get("recipe")), {})
+        Then what each of them counts as where an earlier version's record does not have it.
+        """
+        recipe = self.recipes.get(str(given.get("recipe")), {})
+        resolved, older = {}, {}
+        for name, fact in self.options.get(kind, {}).items():
+            if not fact["neutral"]:
+                chosen, value = recipe.get(name, fact["default"]), given.get(name)
+                resolved[name] = plain(chosen if value is None else value)
+                # `older` says more than a recipe only where it is another value than the default.
+                older[name] = chosen if fact["older"] == fact["default"] else fact["older"]
+        return resolved, older
 
 
 def ask_facts(settings: Settings | None = None) -> Facts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,67 +19,52 @@ _QUALITY = 80  # of the WebP
 
 def picture_sections(all_paths: Sequence[Layout]) -> list[dict[str, Any]]:
     """Two sections, of groups by epoch, of one picture per run; empty ones are left out."""
-    reconstructions: dict[int, list[dict[str, str]]] = {}
-    predictions: dict[int, list[dict[str, str]]] = {}
-    rank = method_rank(all_paths)
-    for paths in all_paths:
-        suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
-        for run, folder in _by_run(paths.pretrain_output, lambda name: name, rank):
-            for image in folder.glob("reconstructions-*.png"):
-                epochs = epochs_of(image)
-                if epochs is not None:
-                    _add(reconstructions, epochs, image, f"{run}{suffix}", "Reconstructions of")
-        for run, folder in _by_run(paths.eval_output, lambda name: parse_eval_name(name)[0], rank):
-            _, epochs, number = parse_eval_name(folder.name)
-            image = folder / PREDICTIONS
-            if image.exists() and not number:  # one finetuning of each checkpoint is enough
-                _add(predictions, epochs, image, f"{run}{suffix}", "Predictions of")
-    sections = [
+    rank, sections = method_rank(all_paths), []
+    for title, caption, find in (
         ("Reconstructions", "What pretraining makes of hidden parts, by epochs completed.",
-         reconstructions),
+         _reconstructions),
         ("Predictions", "Validation images after finetuning, by epochs of pretraining completed.",
-         predictions),
-    ]  # fmt: skip
-    return [
-        {
-            "title": title,
-            "caption": caption,
-            "groups": [
-                {"title": _epochs_text(epochs), "pictures": groups[epochs]}
-                for epochs in sorted(groups)
-            ],
-        }
-        for title, caption, groups in sections
-        if groups
-    ]
+         _predictions),
+    ):  # fmt: skip
+        groups: dict[int, list[dict[str, str]]] = {}
+        for paths in all_paths:
+            suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
+            for run, epochs, image in sorted(
+                find(paths), key=lambda found: (rank(Run.parse(found[0]).method), found)
+            ):
+                source, label = _data_uri(image), f"{run}{suffix}"
+                alt = f"{title} of {label} {_epochs_text(epochs)}"
+                if source:
+                    picture = {"source": source, "alt": alt, "label": label}
+                    groups.setdefault(epochs, []).append(picture)
+        pictures = [{"title": _epochs_text(n), "pictures": groups[n]} for n in sorted(groups)]
+        sections += [{"title": title, "caption": caption, "groups": pictures}] if groups else []
+    return sections
 
 
-def _by_run(
-    parent: Path, run_of: Callable[[str], str], rank: Callable[[str], tuple[int, str]]
-) -> list[tuple[str, Path]]:
-    """Run and folder of those below `parent` that are named after a run, in the methods' order."""
-    found = []
-    for folder in parent.glob("*/"):
+def _reconstructions(paths: Layout) -> Iterator[tuple[str, int, Path]]:
+    """Run, epochs completed and picture; other folders and files are passed over."""
+    for image in paths.pretrain_output.glob("*/*.png"):
+        run, epochs = image.parent.name, epochs_of(image)
         with contextlib.suppress(ValueError):
-            run = run_of(folder.name)
-            found.append((rank(Run.parse(run).method), run, folder))
-    return [(run, folder) for _, run, folder in sorted(found)]
+            if epochs is not None and Run.parse(run):
+                yield run, epochs, image
 
 
-def _add(
-    groups: dict[int, list[dict[str, str]]], epochs: int, image: Path, label: str, what: str
-) -> None:
-    source = data_uri(image)
-    if source:
-        alt = f"{what} {label} {_epochs_text(epochs)}"
-        groups.setdefault(epochs, []).append({"source": source, "alt": alt, "label": label})
+def _predictions(paths: Layout) -> Iterator[tuple[str, int, Path]]:
+    """The same of the first finetuning of each checkpoint."""
+    for image in paths.eval_output.glob(f"*/{PREDICTIONS}"):
+        with contextlib.suppress(ValueError):
+            run, epochs, number = parse_eval_name(image.parent.name)
+            if not number:
+                yield run, epochs, image
 
 
 def _epochs_text(epochs: int) -> str:
     return {0: "before pretraining", 1: "after 1 epoch"}.get(epochs, f"after {epochs} epochs")
 
 
-def data_uri(path: Path) -> str:
+def _data_uri(path: Path) -> str:
     """The image, no wider than the report needs, as text for an src attribute.
 
     Empty for an image that cannot be read: it may just be written by a running step.

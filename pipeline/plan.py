@@ -268,14 +268,13 @@ class _Planner:
     def _decided(self, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The step's `settings` and `older`."""
         within, idle = f"{self.paths.root}/", self.facts.idle(options.get("mask_method"))
-        return {
-            "settings": {
-                name: value.removeprefix(within) if isinstance(value, str) else value
-                for name, value in self.facts.resolve(kind, options).items()
-                if name not in idle
-            },
-            "older": self.facts.older(kind, options),
+        resolved, older = self.facts.resolve(kind, options)
+        decided = {
+            name: value.removeprefix(within) if isinstance(value, str) else value
+            for name, value in resolved.items()
+            if name not in idle
         }
+        return {"settings": decided, "older": older}
 
 
 def nodes_of(step: Step, settings: Settings) -> int:

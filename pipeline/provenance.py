@@ -7,39 +7,27 @@ from typing import Any
 
 from pipeline.layout import Layout
 from pipeline.records import read_all_records
+from pipeline.results import read_run_yml
 
 
-def provenance(
-    all_paths: Sequence[Layout], run_ymls: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Titled tables of name and value; settings that differ between runs stand elsewhere."""
-    tables = []
-    flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
-    if flat and any(flat):
-        common = [(k, v) for k, v in flat[0].items() if all(f.get(k) == v for f in flat)]
-        tables.append(("Common settings" if len(flat) > 1 else "Settings", common))
-    for name in ("versions", "hardware"):
-        found = joined(pair for run_yml in run_ymls for pair in flatten(run_yml.get(name, {})))
-        if found:
-            tables.append((name.capitalize(), found))
-    tables.append(("Time spent", _time_spent(all_paths)))
-    return tables
-
-
-def differing_settings(
-    all_paths: Sequence[Layout], run_ymls: Sequence[Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    """A column for each run, a row for each setting in which they differ; None for one run."""
-    if len(all_paths) < 2:
-        return None
+def provenance(all_paths: Sequence[Layout]) -> dict[str, Any]:
+    """Titled tables of name and value; apart from them the settings that differ between runs."""
+    run_ymls = [read_run_yml(paths) for paths in all_paths]
     flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
     keys = dict.fromkeys(key for settings in flat for key in settings)
-    rows = [
-        (key, [settings.get(key, "not given") for settings in flat])
-        for key in keys
-        if len({settings.get(key) for settings in flat}) > 1
-    ]
-    return {"names": [paths.root.name for paths in all_paths], "rows": rows}
+    values = {key: [settings.get(key, "not given") for settings in flat] for key in keys}
+    common = [(key, texts[0]) for key, texts in values.items() if len(set(texts)) == 1]
+    differing = [(key, texts) for key, texts in values.items() if len(set(texts)) > 1]
+    tables = [("Common settings" if len(flat) > 1 else "Settings", common)]
+    for name in ("versions", "hardware"):
+        found = joined(pair for run_yml in run_ymls for pair in flatten(run_yml.get(name, {})))
+        tables.append((name.capitalize(), found))
+    tables.append(("Time spent", _time_spent(all_paths)))
+    return {
+        "settings": [(title, rows) for title, rows in tables if rows],
+        "directories": [paths.root.name for paths in all_paths],
+        "differing": differing,
+    }
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

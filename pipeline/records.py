@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -103,13 +103,8 @@ def write_record(paths: Layout, record: Record) -> None:
 def write_plan(paths: Layout, steps: Iterable[Step]) -> None:
     """Keeps the plan, for `status` and the report."""
     kept = [
-        {
-            "name": step.name,
-            "kind": step.kind,
-            "needs": list(step.needs),
-            "folder": os.path.relpath(step.folder, paths.root),
-        }
-        for step in steps
+        {"name": s.name, "needs": s.needs, "folder": os.path.relpath(s.folder, paths.root)}
+        for s in steps
     ]
     write_json(paths.plan, kept)
 
@@ -143,10 +138,9 @@ def is_done(step: Step, paths: Layout) -> bool:
         return False
 
 
-def other_settings(step: Step, record: Record, leave_out: Iterable[str] = ()) -> list[str]:
+def other_settings(step: Step, record: Record, leave_out: Collection[str] = ()) -> list[str]:
     """`name: stored -> wanted` for what the step would make otherwise than the record's did."""
-    left = step.settings.keys() - set(leave_out)
-    wanted = {name: value for name, value in step.settings.items() if name in left}
+    wanted = {name: v for name, v in step.settings.items() if name not in leave_out}
     return settings.differences(record.fingerprint, wanted, step.older)
 
 
@@ -156,24 +150,21 @@ def differences(steps: Iterable[Step], paths: Layout, facts: Facts) -> list[str]
     What is compared in one report has to be made alike, so a step is compared with all of its kind;
     only what tells runs and checkpoints apart may differ between them.
     """
-    records = [
-        (record, _shared(record.kind, record.fingerprint))
-        for record in read_all_records(paths)
-        if record.kind in MAY_DIFFER and _binds(record, paths)
-    ]
+    records = [(record, _shared(record.kind, record.fingerprint)) for record in _binding(paths)]
     found, compared = [], set()
     for step in steps:
         mine = _shared(step.kind, step.settings)
         for record, theirs in records:
-            own_run = step.kind == "pretrain" and record.run == step.run
-            leave_out: frozenset[str] = frozenset()
-            if not own_run and record.name != step.name:
+            if record.kind != step.kind:
+                continue
+            own_run, leave_out = record.run == step.run, frozenset[str]()
+            if record.name != step.name and not (own_run and step.kind == "pretrain"):
                 leave_out = MAY_DIFFER[record.kind] | facts.idle(_method(record))
             pair = (step.kind, mine, theirs, _method(record))  # hundreds of steps are alike
-            if record.kind != step.kind or (leave_out and pair in compared):
+            if leave_out and pair in compared:
                 continue
             compared.add(pair)
-            whose = "" if record.run == step.run else f" (of {record.run})"
+            whose = "" if own_run else f" (of {record.run})"
             found += [f"{step.run}: {d}{whose}" for d in other_settings(step, record, leave_out)]
     return list(dict.fromkeys(found))
 
@@ -181,17 +172,15 @@ def differences(steps: Iterable[Step], paths: Layout, facts: Facts) -> list[str]
 def made_alike(all_paths: Sequence[Layout], facts: Facts) -> bool:
     """Whether what these directories hold may stand on one line of a report."""
     kept: dict[str, Record] = {}
-    for paths in all_paths:
-        for record in read_all_records(paths):
-            if record.kind not in MAY_DIFFER or not _binds(record, paths):
-                continue
-            first = kept.setdefault(record.kind, record)
-            older = facts.older(record.kind, record.fingerprint)
-            leave_out = MAY_DIFFER[record.kind] | facts.idle(_method(first))
-            leave_out |= facts.idle(_method(record))
-            wanted = {n: record.fingerprint.get(n, older[n]) for n in older.keys() - leave_out}
-            if settings.differences(first.fingerprint, wanted, older):
-                return False
+    for record in (record for paths in all_paths for record in _binding(paths)):
+        first = kept.setdefault(record.kind, record)
+        _, older = facts.resolve(record.kind, record.fingerprint)
+        leave_out = MAY_DIFFER[record.kind].union(
+            *(facts.idle(_method(r)) for r in (first, record))
+        )
+        wanted = {n: record.fingerprint.get(n, older[n]) for n in older.keys() - leave_out}
+        if settings.differences(first.fingerprint, wanted, older):
+            return False
     return True
 
 
@@ -203,6 +192,10 @@ def _shared(kind: str, values: Mapping[str, Any]) -> str:
 
 def _method(record: Record) -> str | None:
     return record.fingerprint.get("mask_method")
+
+
+def _binding(paths: Layout) -> list[Record]:
+    return [r for r in read_all_records(paths) if r.kind in MAY_DIFFER and _binds(r, paths)]
 
 
 def _binds(record: Record, paths: Layout) -> bool:

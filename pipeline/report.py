@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,22 +17,13 @@ from common.files import write_text
 from common.layout import LOG
 from common.logbook import read_log
 from pipeline.breakdown import class_breakdown
-from pipeline.charts import HEIGHT, Chart, Point, Series, line_chart
-from pipeline.curves import REFERENCE, Line, kept_apart, last_common_epochs, line_label, make_lines
+from pipeline.charts import HEIGHT, Point, Series, line_chart
+from pipeline.curves import REFERENCE, Line, last_common_epochs, make_lines
 from pipeline.layout import Layout
 from pipeline.pictures import picture_sections
-from pipeline.provenance import differing_settings, flatten, joined, provenance
+from pipeline.provenance import flatten, joined, provenance
 from pipeline.records import read_all_records, read_plan
-from pipeline.results import Evaluation, read_run_yml, score_rows, table, write_results_csv
-
-
-@dataclass(frozen=True)
-class _Log:
-    """A log.txt and how its line looks."""
-
-    label: str
-    style: int
-    entries: list[dict[str, Any]]
+from pipeline.results import score_rows, table, write_results_csv
 
 
 def write_all(paths: Layout) -> str:
@@ -55,12 +45,11 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
             if paths.run_yml.exists():
                 continue  # a run that has just begun
             raise ValueError(f"{paths.root} is not the output directory of a run")
-    apart = kept_apart(all_paths)
-    lines = make_lines(all_paths, apart=apart)
+    every_line = make_lines(all_paths)
+    lines = [line for line in every_line if line.evaluations]
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     )
-    settings = [read_run_yml(paths) for paths in all_paths]
     content = {
         "title": "Mean IoU against pretraining",
         "subtitle": f"{', '.join(p.root.name for p in all_paths)}; {time.strftime('%F %H:%M')}",
@@ -68,11 +57,10 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
         "progress": _progress_note(all_paths),
         **_answer(lines),
         **_scores(lines),
-        "loss_charts": _training_charts(all_paths, lines, apart=apart),
+        "loss_charts": _training_charts(every_line),
         "classes": class_breakdown(lines),
         "pictures": picture_sections(all_paths),
-        "differing": differing_settings(all_paths, settings),
-        "settings": provenance(all_paths, settings),
+        **provenance(all_paths),
     }
     write_text(page, template.render(content))
 
@@ -108,12 +96,11 @@ def _answer(lines: Sequence[Line]) -> dict[str, Any]:
         if line.is_baseline:
             name = {"scratch": "without pretraining", "mae": "the official MAE checkpoint"}
             sentences.append(f"For comparison, {name[line.method]}: {_spread(line.scores(0))}.")
-    chart = _miou_chart(lines)
     several = any(len(line.scores(epochs)) > 1 for line in lines for epochs in line.epochs)
     caption = "Mean IoU on the validation set against epochs of pretraining."
     if several:
         caption += " Points are means over seeds, bars reach from the lowest to the highest."
-    return {"answer": sentences, "remarks": remarks, "miou_chart": chart, "miou_caption": caption}
+    return {"answer": sentences, "remarks": remarks, "miou_chart": _miou_chart(lines, caption)}
 
 
 def _compare(lines: Sequence[Line], epochs: int) -> tuple[list[str], list[str]]:
@@ -162,7 +149,7 @@ def _spread(scores: Sequence[float]) -> str:
     return f"{mean(scores):.2f}% ({min(scores):.2f} to {max(scores):.2f}, {len(scores)} seeds)"
 
 
-def _miou_chart(lines: Sequence[Line]) -> Chart | None:
+def _miou_chart(lines: Sequence[Line], caption: str) -> str:
     """A baseline of epoch 0 is drawn as a level over the whole width."""
     last = max((line.epochs[-1] for line in lines), default=0)
     series = []
@@ -174,20 +161,12 @@ def _miou_chart(lines: Sequence[Line]) -> Chart | None:
                 at = [0, last] if line.is_baseline and last > 0 else [epochs]
                 spread = {"low": min(scores), "high": max(scores)} if len(scores) > 1 else {}
                 points += [Point(x=x, y=mean(scores), **spread) for x in at]
-        if points:
-            series.append(Series(label=line.label, points=points, style=line.style))
-    if not series:
-        return None
-    return line_chart(
-        series,
-        title="Mean IoU against epochs of pretraining, a line per method",
-        x_title="epochs of pretraining",
-        y_title="mean IoU (%)",
-    )
+        series.append(Series(label=line.label, points=points, style=line.style))
+    return line_chart(series, caption, x_title="epochs of pretraining", y_title="mean IoU (%)")
 
 
 def _scores(lines: Sequence[Line]) -> dict[str, Any]:
-    """The table of all scores, and how they were made."""
+    """The table of all scores, and how they were made; where evaluations differ, all values."""
     found = [(line.label, evaluation) for line in lines for evaluation in line.evaluations]
     best = max((e.result.get("mean_iou") or 0 for _, e in found), default=0)
     columns, *cells = score_rows(found)
@@ -195,79 +174,55 @@ def _scores(lines: Sequence[Line]) -> dict[str, Any]:
         {"cells": row, "best": evaluation.result.get("mean_iou") == best}
         for row, (_, evaluation) in zip(cells, found, strict=True)
     ]
-    return {"columns": columns, "rows": rows, "protocol": _protocol([e for _, e in found])}
-
-
-def _protocol(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
-    """Recipe, crops and windows; where evaluations differ, all values."""
     parts = ("dataset", "model", "protocol", "recipe")
-    return joined(
+    protocol = joined(
         (name.removeprefix("protocol: "), text)
-        for evaluation in evaluations
+        for _, evaluation in found
         for name, text in flatten({part: evaluation.result.get(part) for part in parts})
     )
+    return {"columns": columns, "rows": rows, "protocol": protocol}
 
 
-def _training_charts(
-    all_paths: Sequence[Layout], lines: Sequence[Line], *, apart: bool
-) -> list[tuple[Chart, str]]:
+def _training_charts(lines: Sequence[Line]) -> list[str]:
     """Pretraining loss, held-out loss and rate per run; finetuning loss of each last evaluation."""
-    charts: list[tuple[Chart, str]] = []
-    logs = _pretrain_logs(all_paths, lines, apart=apart)
-    for key, title, caption in (
-        ("train_loss", "reconstruction loss",
-         "Pretraining loss on the training images. Methods hide different pixels, "
-         "so compare a line's course, not its height."),
-        ("val_loss", "held-out loss", "Reconstruction loss on the images in val/."),
-        ("train_lr", "learning rate", "Learning rate of pretraining."),
-    ):  # fmt: skip
-        charts += _log_chart(logs, key, "epochs of pretraining", title, caption)
+    pretraining = [(line, read_log(folder / LOG)) for line in lines for folder in line.pretrainings]
     last = [
-        _Log(line.label, line.style, read_log(line.evaluations[-1].folder / LOG)) for line in lines
+        (line, read_log(line.evaluations[-1].folder / LOG)) for line in lines if line.evaluations
     ]
-    caption = "Finetuning loss of each line's last evaluation."
-    charts += _log_chart(last, "train_loss", "epochs of finetuning", "finetuning loss", caption)
-    caption = "Mean IoU while finetuning, at each line's last evaluation."
-    scored = [log for log in last if sum("val_mean_iou" in entry for entry in log.entries) > 1]
-    x_title, y_title = "epochs of finetuning", "mean IoU (%)"
-    return charts + _log_chart(scored, "val_mean_iou", x_title, y_title, caption)
-
-
-def _pretrain_logs(
-    all_paths: Sequence[Layout], lines: Sequence[Line], *, apart: bool
-) -> list[_Log]:
-    """The log of every pretraining run, looking like its line; runs of other seeds look alike."""
-    styles = {line.label: line.style for line in lines}
-    logs = []
-    for paths in all_paths:
-        for folder in sorted(paths.pretrain_output.glob("*/")):
-            try:
-                label = line_label(folder.name, paths, apart=apart)
-            except ValueError:
-                continue  # not a run's name
-            style = styles.setdefault(label, len(styles))
-            logs.append(_Log(label, style, read_log(folder / LOG)))
-    return sorted(logs, key=lambda log: log.style)
+    scored = [(line, log) for line, log in last if sum("val_mean_iou" in e for e in log) > 1]
+    charts = [
+        _log_chart(logs, key, f"epochs of {work}", title, caption)
+        for logs, work, key, title, caption in (
+            (pretraining, "pretraining", "train_loss", "reconstruction loss",
+             "Pretraining loss on the training images. Methods hide different pixels, "
+             "so compare a line's course, not its height."),
+            (pretraining, "pretraining", "val_loss", "held-out loss",
+             "Reconstruction loss on the images in val/."),
+            (pretraining, "pretraining", "train_lr", "learning rate",
+             "Learning rate of pretraining."),
+            (last, "finetuning", "train_loss", "finetuning loss",
+             "Finetuning loss of each line's last evaluation."),
+            (scored, "finetuning", "val_mean_iou", "mean IoU (%)",
+             "Mean IoU while finetuning, at each line's last evaluation."),
+        )
+    ]  # fmt: skip
+    return [chart for chart in charts if chart]
 
 
 def _log_chart(
-    logs: Sequence[_Log],
-    y_key: str,
+    logs: Sequence[tuple[Line, list[dict[str, Any]]]],
+    key: str,
     x_title: str,
     y_title: str,
     caption: str,
-) -> list[tuple[Chart, str]]:
-    """One chart of a log's column, or none where no log has it."""
+) -> str:
+    """One chart of a log's column; runs of other seeds look alike."""
     series = []
-    for log in logs:
+    for line, entries in logs:
         points = [
-            Point(x=entry["epoch"], y=entry[y_key])
-            for entry in log.entries
-            if isinstance(entry.get(y_key), int | float) and math.isfinite(entry[y_key])
+            Point(x=entry["epoch"], y=entry[key])
+            for entry in entries
+            if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
         ]
-        if points:
-            series.append(Series(label=log.label, points=points, style=log.style))
-    if not series:
-        return []
-    chart = line_chart(series, title=caption, x_title=x_title, y_title=y_title)
-    return [(chart, caption)]
+        series.append(Series(label=line.label, points=points, style=line.style))
+    return line_chart(series, caption, x_title=x_title, y_title=y_title)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,10 @@ from common.files import write_text
 from common.layout import RESULT
 from common.yamlfile import read_yaml
 from pipeline.layout import BASELINES, Layout, Run, parse_eval_name, ratio_text
-from pipeline.records import read_record
+from pipeline.records import Record, read_all_records
 from pipeline.terminal import aligned
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
-_EARLIER_NAMES = {
-    "mask_methods": "mask_method", "coverage_ratios": "coverage_ratio", "seeds": "seed",
-    "eval_only": "eval",
-}  # fmt: skip
 # Equal runs differ in the minutes only.
 COLUMNS = ("method", "coverage_ratio", "seed", "eval_seed", "epochs", *SCORES, "minutes")
 
@@ -59,14 +55,26 @@ def run_label(method: str, coverage_ratio: float | None) -> str:
 
 def read_evaluations(paths: Layout) -> list[Evaluation]:
     """All finished evaluations: methods in the order of the run, then ratio, seed and epochs."""
-    found = []
+    records, found = {record.name: record for record in read_all_records(paths)}, []
     for folder in paths.eval_output.glob("*"):
         try:
             run, epochs, number = parse_eval_name(folder.name)
             result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         except (ValueError, FileNotFoundError, NotADirectoryError):
             continue  # not an evaluation, or not finished
-        found.append(_evaluation(paths, folder, run, epochs, number, result))
+        # Of several finetunings of a checkpoint, the first bears its pretraining.
+        names = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{run}_{epochs}"])]
+        seconds = [records[name].seconds for name in names if name in records]
+        eval_seed = result.get("seed", Run.parse(run).seed + number)
+        found.append(
+            Evaluation(
+                folder=folder, method=Run.parse(run).method,
+                coverage_ratio=coverage_of(run, records.values()),
+                seed=eval_seed - number, eval_seed=eval_seed, epochs=epochs,
+                minutes=sum(seconds) / 60 if seconds else float(result.get("minutes") or 0),
+                result=result,
+            )
+        )  # fmt: skip
     rank = method_rank([paths])
     return sorted(
         found,
@@ -74,54 +82,21 @@ def read_evaluations(paths: Layout) -> list[Evaluation]:
     )
 
 
-def _evaluation(
-    paths: Layout, folder: Path, run: str, epochs: int, number: int, result: dict[str, Any]
-) -> Evaluation:
-    """number: counts the finetunings of one checkpoint from 0; the first bears its pretraining."""
-    names = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{run}_{epochs}"])]
-    records = [read_record(paths, name) for name in names]
-    seconds = [record.seconds for record in records if record is not None]
-    eval_seed = result.get("seed", Run.parse(run).seed + number)
-    return Evaluation(
-        folder=folder,
-        method=Run.parse(run).method,
-        coverage_ratio=coverage_of(run, paths),
-        seed=eval_seed - number,
-        eval_seed=eval_seed,
-        epochs=epochs,
-        minutes=sum(seconds) / 60 if seconds else float(result.get("minutes") or 0),
-        result=result,
-    )
-
-
-def coverage_of(run: str, paths: Layout) -> float | None:
+def coverage_of(run: str, records: Iterable[Record]) -> float | None:
     """A run's coverage ratio, by its pretraining's record or its name; None if it has none.
 
     run.yml holds what the latest call wanted, which may have been about other runs.
     """
-    for path in sorted(paths.records.glob(f"pretrain_{run}_*.json")):
-        record = read_record(paths, path.stem)
-        if record is not None and record.run == run:
+    for record in records:
+        if record.kind == "pretrain" and record.run == run:
             ratio = record.fingerprint.get("coverage_ratio")
             return None if ratio is None else float(ratio)
     return Run.parse(run).coverage_ratio if "-cov" in run else None
 
 
 def read_run_yml(paths: Layout) -> dict[str, Any]:
-    """Settings by their names, versions and hardware of the latest call; empty if there are none.
-
-    An earlier version kept the settings in groups, and some under other names.
-    """
-    content = read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
-    settings = content.get("settings", {})
-    for group in ("data", "experiment", "compute", "cluster"):
-        settings |= settings.pop(group, {})
-    for old, new in _EARLIER_NAMES.items():
-        if old in settings:
-            settings[new] = settings.pop(old)
-    if "schedule" in settings:
-        settings["pretrain"] = settings.pop("schedule") | settings["pretrain"]
-    return content
+    """Settings, versions and hardware of the latest call; empty if there are none."""
+    return read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
 
 
 def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]:

@@ -15,7 +15,7 @@ from pipeline.charts import Point, Series, line_chart, ticks
 from pipeline.layout import Layout, Run
 from pipeline.records import read_record, write_record
 from pipeline.report import write_all, write_report
-from pipeline.results import read_evaluations, read_run_yml, table, write_results_csv
+from pipeline.results import read_evaluations, table, write_results_csv
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
@@ -140,14 +140,15 @@ def test_methods_stand_in_the_order_of_the_call_then_by_the_alphabet(tmp_path: P
     assert "Against patches" in text_of(paths.report_html), "the reference, wherever it stands"
 
 
-def test_settings_of_the_version_before_are_read(tmp_path: Path) -> None:
+def test_settings_of_the_version_before_are_shown(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("four_channels",))
     text = (REPO_ROOT / "tests/fixtures/earlier_run/run/run.yml").read_text()
-    (tmp_path / "run.yml").write_text(text.replace("@", "/"))
-    settings = read_run_yml(Layout(tmp_path))["settings"]
-    assert settings["mask_method"] == ["four_channels"]
-    assert settings["pretrain_epochs"] == 3
-    assert settings["pretrain"]["base_lr"] == 0.01
-    assert not {"data", "experiment", "schedule"} & settings.keys()
+    paths.run_yml.write_text(text.replace("@", "/"))
+    write_all(paths)
+    words = text_of(paths.report_html)
+    assert "four_channels 15% reaches" in words
+    assert "experiment: pretrain_epochs 3" in words
+    assert "schedule: base_lr 0.01" in words
 
 
 def test_finetunings_of_one_checkpoint_are_averaged_and_told_apart(tmp_path: Path) -> None:
@@ -255,12 +256,12 @@ def test_ticks_enclose_any_values(values: list[float]) -> None:
 
 def test_a_chart_has_axes_with_titles_and_a_legend() -> None:
     points = [Point(x=1, y=2.0), Point(x=2, y=3.0, low=2.5, high=3.5)]
-    chart = line_chart(
-        [Series(label="a<b", points=points, style=0)], title="t", x_title="epochs", y_title="%"
-    )
-    assert ">epochs</text>" in chart.svg
-    assert "a&lt;b" in chart.legend
-    assert "viewBox" not in chart.svg.split(">")[0]  # a scaled viewBox would shrink the text
+    line = Series(label="a<b", points=points, style=0)
+    chart = line_chart([line], "caption", x_title="epochs", y_title="%")
+    assert ">epochs</text>" in chart
+    assert "a&lt;b" in chart
+    plot = chart[chart.index('<svg class="plot"') :]
+    assert "viewBox" not in plot.split(">")[0]  # a scaled viewBox would shrink the text
 
 
 def test_long_lines_are_thinned_and_keep_their_end() -> None:
