@@ -146,9 +146,9 @@ def describe(run: Run, state: State) -> None:
     )  # fmt: skip
     logger.info(
         "%s, precision %s, %d loader workers per process; epochs %d to %d of %d, from step %d",
-        accelerator.device, accelerator.mixed_precision.replace("no", "fp32"), run.config.run.loader_workers,
-        state.epochs_completed + 1, run.config.epochs_this_round, optimisation.epochs,
-        state.steps_completed,
+        accelerator.device, accelerator.mixed_precision.replace("no", "fp32"),
+        run.config.run.loader_workers, state.epochs_completed + 1, run.config.epochs_this_round,
+        optimisation.epochs, state.steps_completed,
     )  # fmt: skip
 
 
