@@ -66,7 +66,7 @@ def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -
                     waiting.remove(step)
                     refused += launcher.start(step)
             for end in [*refused, *launcher.poll()]:
-                done |= {end.step.name} if end.state == "done" else set()
+                done |= {end.name} if end.state == "done" else set()
                 failed = failed or end.state == "failed"
                 stopping = stopping or end.state == "stopped"
                 if end.message:

@@ -85,13 +85,18 @@ class _Folders(PluginConfig):
 def methods(folders: _Folders) -> None:
     """Print, as JSON, the masking methods and the options of `pretrain`; for benchmark.py."""
     from mae.segments import form_of
+    from mae.segments.store import STORE_NAME
 
     masks = folders.masks_dir or (folders.in1k_dir and folders.in1k_dir / "masks")
     segments = None
     if masks:
         form = form_of(masks)
-        packed = form in ("packed store", "none")
-        segments = {"path": str(masks), "form": form, "needs_packing": not packed}
+        segments = {
+            "path": str(masks),
+            "form": form,
+            "needs_packing": form not in ("packed store", "none"),
+            "store": str(masks / STORE_NAME),  # where training looks for it by itself
+        }
     facts = {
         "methods": {
             name: {"uses_segments": method.uses_segments, "settings": list(method.settings)}

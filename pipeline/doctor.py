@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -22,8 +21,7 @@ from pipeline.terminal import aligned
 _LITTLE_MEMORY_GIB = 2.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the doctor's report."""
 
     subject: str
@@ -57,7 +55,7 @@ def _software() -> Iterator[Finding]:
     for name, version in machine.versions().items():
         fix = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
         missing = version == "not installed"
-        yield Finding(subject=name, text=version, fix=fix if missing else "")
+        yield Finding(name, version, fix if missing else "")
 
 
 def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
@@ -66,10 +64,10 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     fix = ""
     if (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local":
         fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
-    yield Finding(subject="devices", text=", ".join(gpus) or "no GPU, CPU only", fix=fix)
+    yield Finding("devices", ", ".join(gpus) or "no GPU, CPU only", fix)
     if gpus and not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
         fix = "install gcc (Debian: build-essential, python3-dev), or models run uncompiled"
-        yield Finding(subject="C compiler", text="none", fix=fix)
+        yield Finding("C compiler", "none", fix)
     processes = compute.num_processes or (len(gpus) if wanted is None else wanted) or 1
     workers = groups["parts"].pretrain.get("workers")
     text = f"{cores} cores, {processes} processes"
@@ -79,37 +77,32 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
         if workers * processes > cores:
             fix = f"{workers * processes} workers on {cores} cores: set pretrain workers to "
             fix += f"{max(cores // processes - 1, 0)}"
-    yield Finding(subject="processors", text=text, fix=fix)
+    yield Finding("processors", text, fix)
     free = psutil.virtual_memory().available / GIB
     fix = "close other programs, or use fewer workers" if free < _LITTLE_MEMORY_GIB else ""
-    text = f"{free:.1f} of {hardware['memory_gib']} GiB available"
-    yield Finding(subject="memory", text=text, fix=fix)
+    yield Finding("memory", f"{free:.1f} of {hardware['memory_gib']} GiB available", fix)
     shm = Path("/dev/shm")
     if shm.exists():
         free = machine.free_bytes(shm) / GIB
         fix = "give it more (docker: --shm-size=16g), or use workers=0"
-        yield Finding(
-            subject="shared memory", text=f"{free:.1f} GiB free",
-            fix=fix if free < 1 and workers != 0 else "",
-        )  # fmt: skip
+        too_little = free < 1 and workers != 0
+        yield Finding("shared memory", f"{free:.1f} GiB free", fix if too_little else "")
 
 
 def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
     """The run itself: the parts' own judgement of flags and data, and disk space."""
     try:
-        settings = make_settings()
-        steps = checked_plan(settings)
+        steps = checked_plan(settings := make_settings())
     except ValueError as error:
-        fix = str(error).replace("\n", "; ")
-        yield Finding(subject="flags", text="a run would be refused", fix=fix)
+        yield Finding("flags", "a run would be refused", str(error).replace("\n", "; "))
         return
-    yield Finding(subject="flags", text=f"a plan of {len(steps)} steps")
+    yield Finding("flags", f"a plan of {len(steps)} steps")
     for subject, kind in (("images", "pretrain"), ("dataset", "evaluate")):
         step: Step | None = next((s for s in steps if s.kind == kind and s.answer), None)
         if step is not None:
             counts = ", ".join(f"{count} {name}" for name, count in step.answer["images"].items())
-            yield Finding(subject=subject, text=counts.replace("_", " "))
+            yield Finding(subject, counts.replace("_", " "))
     kept, free = kept_bytes(steps), machine.free_bytes(settings.data.output_dir)
     text = f"{free / GIB:.0f} GiB free, the run keeps about {kept / GIB:.1f} GiB"
     fix = "free some, or use another --output-dir" if free < kept else ""
-    yield Finding(subject="disk", text=text, fix=fix)
+    yield Finding("disk", text, fix)

@@ -26,22 +26,11 @@ _TAIL_LINES, _SEARCHED_LINES = 12, 200
 _LOGS_BYTES = 50 * 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """How a step ended."""
-
-    step: Step
-    state: State
-    message: str = ""
-    """For a failed step: what happened, with the last lines of its log."""
-
-
 @dataclass
 class _Running:
     step: Step
     child: process.Child
     record: Record
-    started: float
 
 
 class LocalLauncher:
@@ -61,14 +50,14 @@ class LocalLauncher:
             return not self.running
         return all(other.step.kind != step.kind for other in self.running)
 
-    def start(self, step: Step) -> list[Finished]:
+    def start(self, step: Step) -> list[Record]:
         """Starts the step; an orphan of an earlier, killed run is waited for first.
 
         When the disk is nearly full nothing is started and that failure is returned.
         """
         lacking = shortage(step)
         if lacking:
-            return [Finished(step=step, state="failed", message=lacking)]
+            return [Record.of(step, "failed", None, message=lacking)]
         mark = f"{self.paths.root}:{step.name}"
         process.end_orphans(mark)
         for output in step.outputs:
@@ -76,16 +65,15 @@ class LocalLauncher:
         earlier = read_record(self.paths, step.name)
         # A rolling progress file of the round before would be taken for this one's.
         (step.folder / PROGRESS).unlink(missing_ok=True)
-        now = time.time()
         child = process.Child(step.command, step.console_log, mark, environment(step))
         job = os.environ.get("SLURM_JOB_ID", "")
         where = {"host": socket.gethostname(), "pid": child.pid, "job_id": job}
-        record = Record.of(step, "running", earlier, started=now, **where)
+        record = Record.of(step, "running", earlier, started=time.time(), **where)
         write_record(self.paths, record)
-        self.running.append(_Running(step, child, record, now))
+        self.running.append(_Running(step, child, record))
         return []
 
-    def poll(self) -> list[Finished]:
+    def poll(self) -> list[Record]:
         """Shows new output; returns the steps that ended since the last call, recorded."""
         finished = []
         for running in list(self.running):
@@ -109,31 +97,26 @@ class LocalLauncher:
             else:
                 running.child.stop(grace_seconds)
 
-    def _judge(self, running: _Running, exit_code: int) -> Finished:
+    def _judge(self, running: _Running, exit_code: int) -> Record:
         """By exit code and by the files it had to leave."""
-        step, message = running.step, ""
-        outputs: dict[str, int] = {}
+        step, what, outputs = running.step, "", dict[str, int]()
         state: State = "done"
-        if exit_code == EXIT_STOPPED or _progress_state(step) == "stopped":
+        if exit_code == EXIT_STOPPED or read_progress(step.folder).get("state") == "stopped":
             state = "stopped"
         elif exit_code != 0:
-            state, message = "failed", f"ended with exit code {exit_code}"
+            state, what = "failed", f"ended with exit code {exit_code}"
         else:
             try:
                 outputs = output_sizes(step, self.paths)
             except FileNotFoundError as error:
-                state, message = "failed", f"ended with exit code 0 but did not leave {error}"
+                state, what = "failed", f"ended with exit code 0 but did not leave {error}"
         record = replace(
-            running.record,
-            state=state,
-            outputs=outputs,
-            exit_code=exit_code,
-            seconds=running.record.seconds + time.time() - running.started,
-        )
+            running.record, state=state, outputs=outputs, exit_code=exit_code,
+            seconds=running.record.seconds + time.time() - running.record.started,
+            message=failure_message(step, what) if what else "",
+        )  # fmt: skip
         write_record(self.paths, record)
-        if state == "failed":
-            message = failure_message(step, message)
-        return Finished(step=step, state=state, message=message)
+        return record
 
     def _show(self, output: bytes) -> None:
         if output:
@@ -198,10 +181,6 @@ def read_progress(folder: Path) -> dict[str, float | str]:
         return {}
 
 
-def _progress_state(step: Step) -> str:
-    return str(read_progress(step.folder).get("state", ""))
-
-
 def progress_text(folder: Path) -> str:
     """Epoch, rate and time left in words, as far as they are known."""
     now = read_progress(folder)
@@ -220,10 +199,7 @@ def progress_text(folder: Path) -> str:
 
 def failure_message(step: Step, what: str) -> str:
     """Step, command, exit code, log path and the log's last lines."""
-    try:
-        lines = step.console_log.read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
+    lines = step.console_log.read_text(errors="replace").splitlines()
     tail = "".join(f"\n    {line}" for line in lines[-_TAIL_LINES:])
     # With several processes, torchrun's own lines come after what the part said.
     said = next((line for line in reversed(lines[-_SEARCHED_LINES:]) if "Error: " in line), "")

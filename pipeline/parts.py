@@ -79,10 +79,9 @@ def ask_facts(settings: Settings | None = None) -> Facts:
     )
     packing, segments = None, mae["segments"]
     if data is not None and segments is not None and segments["needs_packing"]:
-        source = Path(segments["path"])
-        inside = source / "masks.sqlite"  # where pretraining looks for it by itself
-        store = inside if os.access(source, os.W_OK) else Layout(data.output_dir).segments
-        packing = (source, store)
+        source, store = Path(segments["path"]), Path(segments["store"])
+        may_write = os.access(source, os.W_OK)
+        packing = (source, store if may_write else Layout(data.output_dir).segments)
     return Facts(
         methods=mae["methods"],
         recipes=segmenter["recipes"],

@@ -220,41 +220,33 @@ class _Planner:
         init: Path | str = self.paths.checkpoint(name, epochs)
         if run.method in BASELINES:
             init = "random" if run.method == "scratch" else self.official_checkpoint
-        seeds = range(self.settings.experiment.eval_seeds)
-        return [self._evaluation(run, name, epochs, init, needs, eval_seed=n) for n in seeds]
-
-    def _evaluation(
-        self, run: Run, name: str, epochs: int, init: Path | str, needs: tuple[str, ...],
-        eval_seed: int,
-    ) -> Step:  # fmt: skip
         settings, compute = self.settings, self.settings.compute
-        folder = self.paths.eval_dir(name, epochs, eval_seed)
         given = dict(settings.parts.finetune)
         if init == "random":  # no checkpoint tells the patches: give it the others' size
             given.setdefault("patch_size", settings.parts.pretrain.get("patch_size"))
         given.setdefault("recipe", settings.experiment.recipe)
         if str(given["recipe"]).endswith((".yml", ".yaml")):  # the parts run elsewhere
             given["recipe"] = Path(given["recipe"]).expanduser().absolute()
-        options = self._options(
-            "finetune",
-            {
-                **self.shared,
-                "init": init,
-                "model": settings.experiment.model,
-                "dataset": settings.data.dataset,
-                "seed": run.seed + eval_seed,
-                "output_dir": folder,
-            },
-            given,
-        )
-        left = (layout.RESULT, layout.LOG, layout.PREDICTIONS)
-        return Step(
-            name=f"evaluate_{eval_name(name, epochs, eval_seed)}", kind="evaluate", run=name,
-            epochs=epochs, program=("segmenter", "train"), options=options, needs=needs,
-            folder=folder, processes=len(compute.eval_gpus) or compute.processes,
-            gpus=compute.eval_gpus or None, outputs=tuple(folder / file for file in left),
-            **self._decided("evaluate", options),
-        )  # fmt: skip
+        planned = {
+            **self.shared,
+            "init": init,
+            "model": settings.experiment.model,
+            "dataset": settings.data.dataset,
+        }
+        steps = []
+        for eval_seed in range(settings.experiment.eval_seeds):
+            folder = self.paths.eval_dir(name, epochs, eval_seed)
+            own = {"seed": run.seed + eval_seed, "output_dir": folder}
+            options = self._options("finetune", {**planned, **own}, given)
+            left = (layout.RESULT, layout.LOG, layout.PREDICTIONS)
+            steps.append(Step(
+                name=f"evaluate_{eval_name(name, epochs, eval_seed)}", kind="evaluate", run=name,
+                epochs=epochs, program=("segmenter", "train"), options=options, needs=needs,
+                folder=folder, processes=len(compute.eval_gpus) or compute.processes,
+                gpus=compute.eval_gpus or None, outputs=tuple(folder / file for file in left),
+                **self._decided("evaluate", options),
+            ))  # fmt: skip
+        return steps
 
     def _options(
         self, section: str, planned: Mapping[str, Any], given: Mapping[str, Any]

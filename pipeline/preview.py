@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,11 @@ def checked_plan(settings: Settings) -> list[Step]:
     Our own checks first, then each part's `--check`, so that its own parser judges its options.
     Writes nothing but sample data, where they are asked for and missing.
     """
-    _make_sample(settings)
+    if settings.data.missing_sample:
+        from pipeline.sample import write_sample  # numpy, pycocotools
+
+        click.echo(f"Generating the sample data in {settings.data.missing_sample}")
+        write_sample(settings.data.missing_sample)
     paths, facts = Layout(settings.data.output_dir), ask_facts(settings)
     steps = make_plan(settings, facts, made_runs(paths))
     check_output_folder(paths.root)
@@ -46,21 +50,9 @@ def checked_plan(settings: Settings) -> list[Step]:
         )
     made = {str(output) for step in steps for output in step.outputs}
     for step in waiting:
-        _check_possible(step)
-        init = step.options.get("init")
-        if init not in (None, "random") and str(init) not in made:
-            _check_init(step, Path(init))
+        _check_possible(step, made)
     answers = _ask_parts(waiting, settings)
     return [replace(step, answer=answers.get(step.name, {})) for step in steps]
-
-
-def _make_sample(settings: Settings) -> None:
-    folder = settings.data.missing_sample
-    if folder is not None:
-        from pipeline.sample import write_sample  # numpy, pycocotools
-
-        click.echo(f"Generating the sample data in {folder}")
-        write_sample(folder)
 
 
 def _check_same_settings(steps: list[Step], paths: Layout, facts: Facts) -> None:
@@ -76,8 +68,16 @@ def _check_same_settings(steps: list[Step], paths: Layout, facts: Facts) -> None
     )
 
 
-def _check_possible(step: Step) -> None:
-    """A checkpoint that was passed and is gone cannot be made again in the same directory."""
+def _check_possible(step: Step, made: Collection[str]) -> None:
+    """The checkpoint that it starts from is there or will be `made`.
+
+    One that was passed and is gone cannot be made again in the same directory.
+    """
+    init = step.options.get("init")
+    if init not in (None, "random") and str(init) not in made and not Path(init).is_file():
+        there = ", ".join(map(str, layout.round_checkpoints(Path(init).parent)))
+        hint = f"; there are those after epochs {there}" if there else ""
+        raise ValueError(f"{step.name} needs the checkpoint {init}, which does not exist{hint}")
     if step.kind != "pretrain" or step.outputs[0].exists():
         return
     reached = math.ceil(float(read_progress(step.folder).get("epoch", 0)))  # in a longer round
@@ -89,13 +89,6 @@ def _check_possible(step: Step) -> None:
         )
 
 
-def _check_init(step: Step, init: Path) -> None:
-    if not init.is_file():
-        there = ", ".join(map(str, layout.round_checkpoints(init.parent)))
-        hint = f"; there are those after epochs {there}" if there else ""
-        raise ValueError(f"{step.name} needs the checkpoint {init}, which does not exist{hint}")
-
-
 def _ask_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, dict[str, Any]]:
     """Step -> what `--check --json` of its run answers; steps of a run differ in the epoch only.
 
@@ -104,18 +97,18 @@ def _ask_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, dict[st
     kinds = {(step.kind, step.run): step for step in reversed(waiting)}
     asked = {key: step for key, step in kinds.items() if step.kind in ("pretrain", "evaluate")}
     will_pack = any(step.kind == "pack" for step in waiting)
+    commands = []
+    for step in asked.values():
+        # What an earlier step will make cannot be looked at yet.
+        flags = ["--will-pack"] * (step.kind == "pretrain" and will_pack)
+        options = with_existing_init(step).options
+        commands.append([*part_command(step.program, options), "--check", "--json", *flags])
     found = ask(
-        [_check_command(step, will_pack=will_pack) for step in asked.values()],
+        commands,
         [{"WORLD_SIZE": str(s.processes * nodes_of(s, settings))} for s in asked.values()],
     )
     answers = dict(zip(asked, found, strict=True))
     return {s.name: answers[s.kind, s.run] for s in waiting if (s.kind, s.run) in answers}
-
-
-def _check_command(step: Step, *, will_pack: bool) -> list[str]:
-    """The step's check; what an earlier step will make cannot be looked at yet."""
-    flags = ["--check", "--json"] + ["--will-pack"] * (step.kind == "pretrain" and will_pack)
-    return [*part_command(step.program, with_existing_init(step).options), *flags]
 
 
 def with_existing_init(step: Step) -> Step:

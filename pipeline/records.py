@@ -53,6 +53,8 @@ class Record:
     """Of the latest attempt's child process."""
     job_id: str = ""
     """Slurm job, where there is one."""
+    message: str = ""
+    """For a failed step: what happened, with the last lines of its log."""
 
     @classmethod
     def of(cls, step: Step, state: State, earlier: Record | None, **more: Any) -> Record:

@@ -121,7 +121,12 @@ def _compare(lines: Sequence[Line], epochs: int) -> tuple[list[str], list[str]]:
         for line in others
     ]
     sentences.append(f"Against {reference.label}, in points: {', '.join(differences)}.")
-    within = [o.label for o in others if _within_spread(o.scores(epochs), reference.scores(epochs))]
+    low, high = min(reference.scores(epochs)), max(reference.scores(epochs))
+    within = [
+        line.label
+        for line in others
+        if max(line.scores(epochs)) >= low and min(line.scores(epochs)) <= high
+    ]
     remarks = []
     if min(len(line.scores(epochs)) for line in lines) < 2:
         remarks.append(
@@ -134,11 +139,6 @@ def _compare(lines: Sequence[Line], epochs: int) -> tuple[list[str], list[str]]:
             f"{', '.join(within)}: it may be chance."
         )
     return sentences, remarks
-
-
-def _within_spread(scores: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether the two ranges over seeds overlap."""
-    return max(scores) >= min(others) and max(others) >= min(scores)
 
 
 def _spread(scores: Sequence[float]) -> str:

@@ -109,18 +109,13 @@ def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]
 
 def as_row(evaluation: Evaluation) -> dict[str, str]:
     """One line of results.csv."""
-    result, ratio = evaluation.result, evaluation.coverage_ratio
-    scores = {
-        name: f"{result[name]:.4f}" if isinstance(result.get(name), int | float) else ""
-        for name in SCORES
-    }
+    scores = {name: evaluation.result.get(name) for name in SCORES}
+    ratio = evaluation.coverage_ratio
     return {
         "method": evaluation.method,
         "coverage_ratio": "" if ratio is None else ratio_text(ratio),
-        "seed": str(evaluation.seed),
-        "eval_seed": str(evaluation.eval_seed),
-        "epochs": str(evaluation.epochs),
-        **scores,
+        **{name: str(getattr(evaluation, name)) for name in ("seed", "eval_seed", "epochs")},
+        **{name: "" if score is None else f"{score:.4f}" for name, score in scores.items()},
         "minutes": f"{evaluation.minutes:.2f}",
     }
 

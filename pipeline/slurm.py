@@ -75,8 +75,14 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
             "give the same command again when squeue works"
         ) from None
     for step in steps:
-        if slurm_queue.is_live(queue.get(jobs.get(step.name, ""), "")):
-            _refuse_other_settings(step, known[step.name])
+        record = known[step.name]
+        is_live = slurm_queue.is_live(queue.get(jobs.get(step.name, ""), ""))
+        if record and is_live and other_settings(step, record):
+            # The job would work with the settings it was submitted with.
+            raise ValueError(
+                f"{step.name} is in the queue with other settings as job {record.job_id}: scancel "
+                "it first, or give the settings it was submitted with"
+            )
     job_ids: dict[str, str] = {}  # step -> the job that will do it
     submitted = 0
     for step in steps:
@@ -90,18 +96,8 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
         needed = [job_ids[need] for need in step.needs if need in job_ids]
         job_ids[step.name] = _submit_one(settings, step, paths, needed)
         submitted += 1
-        submitted_as = Record.of(step, "submitted", record, job_id=job_ids[step.name])
-        write_record(paths, submitted_as)
+        write_record(paths, Record.of(step, "submitted", record, job_id=job_ids[step.name]))
     return submitted
-
-
-def _refuse_other_settings(step: Step, record: Record | None) -> None:
-    """A job that is in the queue would work with the settings it was submitted with."""
-    if record is not None and other_settings(step, record):
-        raise ValueError(
-            f"{step.name} is in the queue with other settings as job {record.job_id}: scancel it "
-            "first, or give the settings it was submitted with"
-        )
 
 
 def _submit_one(settings: Settings, step: Step, paths: Layout, needed: list[str]) -> str:
@@ -129,10 +125,8 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
         **{key.replace("_", "-"): value for key, value in cluster.sbatch.items()},
     }
     if needed:
-        additional |= {
-            "dependency": "afterok:" + ":".join(needed),
-            "kill-on-invalid-dep": "yes",
-        }
+        dependency = f"afterok:{':'.join(needed)}"
+        additional |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     chosen: dict[str, Any] = {
         "job_name": step.name,
         "nodes": nodes_of(step, settings),
@@ -301,23 +295,13 @@ def on_this_cluster(step: Step, paths: Layout, nodes: int) -> Step:
     """
     if nodes == 1 or step.kind != "pretrain":
         return step
-    address = os.environ.get("MASTER_ADDR") or _first_host()
-    port = os.environ.get("MASTER_PORT") or str(_agreed_port(paths))
-    return replace(
-        step,
-        rendezvous=(
-            f"--nnodes={nodes}",
-            f"--node-rank={os.environ.get('SLURM_NODEID', '0')}",
-            f"--master-addr={address}",
-            f"--master-port={port}",
-        ),
-    )
-
-
-def _first_host() -> str:
     from submitit import JobEnvironment
 
-    return JobEnvironment().hostnames[0]
+    address = os.environ.get("MASTER_ADDR") or JobEnvironment().hostnames[0]
+    port = os.environ.get("MASTER_PORT") or str(_agreed_port(paths))
+    node = f"--node-rank={os.environ.get('SLURM_NODEID', '0')}"
+    meet = (f"--nnodes={nodes}", node, f"--master-addr={address}", f"--master-port={port}")
+    return replace(step, rendezvous=meet)
 
 
 def _agreed_port(paths: Layout) -> int:

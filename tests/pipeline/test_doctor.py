@@ -35,7 +35,7 @@ def test_flags_of_a_run_that_would_be_refused_are_found(tmp_path: Any) -> None:
 
 
 def test_what_to_fix_is_marked_with_its_remedy() -> None:
-    found = [Finding(subject="a", text="good"), Finding(subject="bb", text="bad", fix="do it")]
+    found = [Finding("a", "good"), Finding("bb", "bad", fix="do it")]
     assert findings_text(found).splitlines() == [
         *("ok   a   good", "FIX  bb  bad", "         -> do it", "1 to fix"),
     ]

@@ -44,4 +44,7 @@ def test_a_folder_of_files_has_to_be_packed_into_itself(tmp_path: Path) -> None:
     write_sample(tmp_path, size)
     masks = tmp_path / "in1k/masks"
     [mae] = ask([[sys.executable, "-m", "mae", "methods", "--in1k-dir", str(tmp_path / "in1k")]])
-    assert mae["segments"] == {"path": str(masks), "form": "RLE JSON", "needs_packing": True}
+    assert mae["segments"] == {
+        "path": str(masks), "form": "RLE JSON", "needs_packing": True,
+        "store": str(masks / "masks.sqlite"),
+    }  # fmt: skip
