@@ -59,16 +59,14 @@ def _ask(command: list[str]) -> str:
 
 def is_live(state: str) -> bool:
     """Whether a job in that state may still work."""
-    return is_waiting(state) or state in {
-        *("RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
-    }
+    running = "RUNNING SUSPENDED COMPLETING STOPPED RESIZING SIGNALING STAGE_OUT"
+    return is_waiting(state) or state in running.split()
 
 
 def is_waiting(state: str) -> bool:
     """Whether a job in that state is yet to start, or to start again."""
-    return state in {
-        *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
-    }
+    waiting = "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT"
+    return state in waiting.split()
 
 
 def submitted_job(paths: Layout, record: Record | None) -> str:
