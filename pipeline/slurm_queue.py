@@ -22,11 +22,11 @@ class QueueError(ValueError):
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """Job -> state (PENDING, RUNNING, ...) of those that Slurm still lists.
+    """Job -> state (PENDING, RUNNING, ...) of those that Slurm still lists; "" is no job.
 
     Raises QueueError if squeue gives no answer: that is not the same as "no job is live".
     """
-    wanted = sorted(set(job_ids))
+    wanted = sorted(set(job_ids) - {""})
     if not wanted:
         return {}
     # Not --jobs: squeue fails when the only one is long gone. Not --me: Slurm has it since 20.02.
