@@ -1,12 +1,13 @@
-"""Evaluations put together into the lines that the report compares."""
+"""What the report compares: evaluations put together into lines, and their scores by class."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from pipeline.layout import BASELINES, Layout, Run
 from pipeline.parts import ask_facts
@@ -14,6 +15,8 @@ from pipeline.records import made_alike, read_all_records
 from pipeline.results import Evaluation, coverage_of, method_rank, read_evaluations, run_label
 
 REFERENCE = "patches"  # plain MAE, what the others are compared with
+_LEAST_CHANGE = 0.05  # in points; less is shown as 0.0
+_MOST_CLASSES = 8  # shown for each method: those with the largest change
 
 
 @dataclass(kw_only=True)
@@ -82,3 +85,65 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
     for style, line in enumerate(ordered):
         line.style = style
     return ordered
+
+
+def class_breakdown(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """IoU class by class, at the last epoch at which all methods were evaluated."""
+    trained, epochs = [line for line in lines if not line.is_baseline], last_common_epochs(lines)
+    if epochs is None:
+        return None
+    iou = {line.label: _class_iou(line, epochs) for line in trained}
+    reference = next((line.label for line in trained if line.method == REFERENCE), None)
+    others = [line.label for line in trained if line.label != reference] if reference else []
+    names = list(dict.fromkeys(name for values in iou.values() for name in values))
+    caption = f"IoU in percent after {epochs} epochs of pretraining."
+    if others:
+        caption += f" First the classes that change most against {reference}."
+    return {
+        "caption": caption,
+        "reference": reference,
+        "changes": [
+            {"label": label, "rows": _changes(iou[label], iou[str(reference)])} for label in others
+        ],
+        "names": list(iou),
+        "all": [
+            {"name": name, "cells": [_shown(values.get(name)) for values in iou.values()]}
+            for name in names
+        ],
+    }
+
+
+def _class_iou(line: Line, epochs: int) -> dict[str, float | None]:
+    """Class -> mean IoU over seeds in percent; None for a class that did not occur."""
+    found: dict[str, list[float]] = {}
+    for evaluation in line.evaluations:
+        if evaluation.epochs == epochs:
+            for name, value in (evaluation.result.get("class_iou") or {}).items():
+                found.setdefault(name, []).extend([] if value is None else [value])
+    return {name: fmean(values) if values else None for name, values in found.items()}
+
+
+def _changes(
+    values: Mapping[str, float | None], reference: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    """The largest changes, gains first."""
+    changes = {
+        name: value - before
+        for name, value in values.items()
+        if value is not None and (before := reference.get(name)) is not None
+    }
+    seen = [name for name in changes if abs(changes[name]) >= _LEAST_CHANGE]
+    largest = sorted(seen, key=lambda name: -abs(changes[name]))[:_MOST_CLASSES]
+    return [
+        {
+            "name": name,
+            "reference": _shown(reference[name]),
+            "value": _shown(values[name]),
+            "change": changes[name],
+        }
+        for name in sorted(largest, key=lambda name: -changes[name])
+    ]
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"

@@ -90,12 +90,10 @@ def _table(left: Sequence[Step], seconds: Mapping[str, float]) -> str:
 
 def wall_seconds(left: Sequence[Step], seconds: Mapping[str, float], *, overlaps: bool) -> float:
     """From start to end: a sum in sequence; with overlap, each kind of step has its own lane."""
-    if not overlaps:
-        return sum(seconds.values())
     lane_free: dict[str, float] = {}
     ends: dict[str, float] = {}
     for step in left:
-        ready = max((ends.get(need, 0.0) for need in step.needs), default=0.0)
-        begin = max(ready, lane_free.get(step.kind, 0.0))
-        ends[step.name] = lane_free[step.kind] = begin + seconds.get(step.name, 0.0)
+        lane = step.kind if overlaps else "the only one"
+        begin = max([lane_free.get(lane, 0.0), *(ends.get(need, 0.0) for need in step.needs)])
+        ends[step.name] = lane_free[lane] = begin + seconds.get(step.name, 0.0)
     return max(ends.values(), default=0.0)

@@ -46,9 +46,7 @@ class LocalLauncher:
 
     def has_room_for(self, step: Step) -> bool:
         """Whether the step could start now."""
-        if not self.overlaps:
-            return not self.running
-        return all(other.step.kind != step.kind for other in self.running)
+        return all(self.overlaps and r.step.kind != step.kind for r in self.running)
 
     def start(self, step: Step) -> list[Record]:
         """Starts the step; an orphan of an earlier, killed run is waited for first.

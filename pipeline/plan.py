@@ -104,7 +104,7 @@ def make_plan(
         baseline = only or ("mae" if experiment.stack else "scratch")
         for seed in experiment.seed:
             run = Run(method=baseline, seed=seed)
-            needs = () if baseline == "scratch" else tuple(step.name for step in plan.fetch())
+            needs = tuple(step.name for step in steps if step.kind == "fetch")
             steps += plan.evaluate(run, names.get(run, run.name), 0, needs)
     if only in BASELINES:
         return steps
@@ -141,11 +141,9 @@ class _Planner:
         self.paths = Layout(settings.data.output_dir)
         parts = settings.parts
         self.shared = {
-            "seed": None,
             "device": "cuda" if settings.compute.num_gpus else "cpu",
             "log_with": parts.log_with,
             "plugin": parts.plugin,
-            "output_dir": None,
         }
 
     @property

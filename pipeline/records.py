@@ -201,7 +201,7 @@ def _binding(paths: Layout) -> list[Record]:
 
 
 def _binds(record: Record, paths: Layout) -> bool:
-    """Whether later calls have to keep to a record's settings.
+    """Whether later calls have to keep to a pretraining's or an evaluation's settings.
 
     Not when what it made was removed, a pretraining's scores included, and not when it is an
     evaluation that came to nothing: that one's own part judges whether it can go on with others.
@@ -209,10 +209,8 @@ def _binds(record: Record, paths: Layout) -> bool:
     if record.kind == "pretrain":
         scores = paths.eval_output.glob(f"{record.run}_[0-9]*")
         return paths.pretrain_dir(record.run).exists() or any(scores)
-    if record.kind == "evaluate":
-        folder = paths.eval_output / record.name.removeprefix("evaluate_")
-        return folder.exists() and record.state not in ("failed", "stopped")
-    return True
+    folder = paths.eval_output / record.name.removeprefix("evaluate_")
+    return folder.exists() and record.state not in ("failed", "stopped")
 
 
 def made_runs(paths: Layout) -> dict[Run, str]:

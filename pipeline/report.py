@@ -16,9 +16,8 @@ from typing import Any
 from common.files import write_text
 from common.layout import LOG
 from common.logbook import read_log
-from pipeline.breakdown import class_breakdown
 from pipeline.charts import HEIGHT, Point, Series, line_chart
-from pipeline.curves import REFERENCE, Line, last_common_epochs, make_lines
+from pipeline.curves import REFERENCE, Line, class_breakdown, last_common_epochs, make_lines
 from pipeline.layout import Layout
 from pipeline.pictures import picture_sections
 from pipeline.provenance import flatten, joined, provenance

@@ -5,7 +5,7 @@ What can be judged without the parts is judged here; what belongs to a part, by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -261,20 +261,19 @@ class Settings:
         groups = (self.data, self.experiment, self.compute, self.cluster, self.parts)
         return {name: plain(value) for group in groups for name, value in vars(group).items()}
 
-    def notes(self) -> list[str]:
+    def notes(self) -> Iterator[str]:
         """What a user may not expect; nothing of it is wrong."""
-        notes, experiment, cluster = [], self.experiment, self.cluster
+        experiment, cluster = self.experiment, self.cluster
         rest = experiment.pretrain_epochs % experiment.eval_freq
         if experiment.eval_epochs is None and experiment.eval is None and rest:
-            notes.append(
+            yield (
                 f"{experiment.pretrain_epochs} epochs are not a multiple of --eval-freq "
                 f"{experiment.eval_freq}: a shorter last round ends at {experiment.pretrain_epochs}"
             )
         unused = [name for name, value in vars(cluster).items() if value != vars(Cluster())[name]]
         if cluster.launcher == "local" and unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
-            notes.append(f"{flags}: only used with --launcher slurm")
+            yield f"{flags}: only used with --launcher slurm"
         for ratio in experiment.coverage_ratio:
             if 0 < ratio < 1:
-                notes.append(f"--coverage-ratio is in percent: {ratio} % of the image")
-        return notes
+                yield f"--coverage-ratio is in percent: {ratio} % of the image"

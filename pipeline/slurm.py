@@ -68,36 +68,28 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
     unfinished = [r for r in known.values() if r is not None and r.state != "done"]
     jobs = {record.name: slurm_queue.submitted_job(paths, record) for record in unfinished}
     try:
-        queue = slurm_queue.job_states(job for job in jobs.values() if job)
+        queue = slurm_queue.job_states(jobs.values())
     except slurm_queue.QueueError as error:
         raise ValueError(
             f"{error}; jobs of an earlier call may still be live, so nothing was submitted: "
             "give the same command again when squeue works"
         ) from None
+    live = {name: job for name, job in jobs.items() if slurm_queue.is_live(queue.get(job, ""))}
     for step in steps:
         record = known[step.name]
-        is_live = slurm_queue.is_live(queue.get(jobs.get(step.name, ""), ""))
-        if record and is_live and other_settings(step, record):
+        if record and step.name in live and other_settings(step, record):
             # The job would work with the settings it was submitted with.
             raise ValueError(
                 f"{step.name} is in the queue with other settings as job {record.job_id}: scancel "
                 "it first, or give the settings it was submitted with"
             )
-    job_ids: dict[str, str] = {}  # step -> the job that will do it
-    submitted = 0
+    job_ids = dict(live)  # step -> the job that will do it
     for step in steps:
-        record = known[step.name]
-        if is_done(step, paths):
-            continue
-        job = jobs.get(step.name, "")
-        if slurm_queue.is_live(queue.get(job, "")):
-            job_ids[step.name] = job
-            continue
-        needed = [job_ids[need] for need in step.needs if need in job_ids]
-        job_ids[step.name] = _submit_one(settings, step, paths, needed)
-        submitted += 1
-        write_record(paths, Record.of(step, "submitted", record, job_id=job_ids[step.name]))
-    return submitted
+        if step.name not in live and not is_done(step, paths):
+            needed = [job_ids[need] for need in step.needs if need in job_ids]
+            job = job_ids[step.name] = _submit_one(settings, step, paths, needed)
+            write_record(paths, Record.of(step, "submitted", known[step.name], job_id=job))
+    return len(job_ids) - len(live)
 
 
 def _submit_one(settings: Settings, step: Step, paths: Layout, needed: list[str]) -> str:

@@ -22,11 +22,11 @@ class QueueError(ValueError):
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """Job -> state (PENDING, RUNNING, ...) of those that Slurm still lists.
+    """Job -> state (PENDING, RUNNING, ...) of those that Slurm still lists; "" is no job.
 
     Raises QueueError if squeue gives no answer: that is not the same as "no job is live".
     """
-    wanted = sorted(set(job_ids))
+    wanted = sorted(set(job_ids) - {""})
     if not wanted:
         return {}
     # Not --jobs: squeue fails when the only one is long gone. Not --me: Slurm has it since 20.02.
@@ -59,16 +59,14 @@ def _ask(command: list[str]) -> str:
 
 def is_live(state: str) -> bool:
     """Whether a job in that state may still work."""
-    return is_waiting(state) or state in {
-        *("RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
-    }
+    running = "RUNNING SUSPENDED COMPLETING STOPPED RESIZING SIGNALING STAGE_OUT"
+    return is_waiting(state) or state in running.split()
 
 
 def is_waiting(state: str) -> bool:
     """Whether a job in that state is yet to start, or to start again."""
-    return state in {
-        *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
-    }
+    waiting = "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT"
+    return state in waiting.split()
 
 
 def submitted_job(paths: Layout, record: Record | None) -> str:

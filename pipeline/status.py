@@ -34,7 +34,7 @@ def read_status(paths: Layout) -> list[StepStatus]:
     jobs = [slurm_queue.submitted_job(paths, record) for record in unfinished]
     queue: dict[str, str] | None
     try:
-        queue = slurm_queue.job_states(job for job in jobs if job)
+        queue = slurm_queue.job_states(jobs)
     except slurm_queue.QueueError:
         queue = None
     return [_status(paths, step, records[step["name"]], queue) for step in plan]
