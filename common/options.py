@@ -290,7 +290,7 @@ def make(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: values[name] for name in fields if name in values})
 
 
-def groups_of(config: type) -> dict[str, type[OptionGroup]]:
+def groups_of(config: type) -> dict[str, Any]:
     """The groups that a dataclass of groups is made of, by the names of its fields."""
     return typing.get_type_hints(config)
 

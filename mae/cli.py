@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_program(cli, "python -m mae", arguments)
 
 
-@command(cli, **GROUPS)  # type: ignore[arg-type]  # no group has the name of an argument
+@command(cli, **GROUPS)
 @click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
 @click.option("--will-pack", is_flag=True, help="With --check: segments are packed before the run.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import OptionGroup, option
+from common.options import OptionGroup, groups_of, option
 from common.yamlfile import plain
 from pipeline.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED
 
@@ -234,11 +234,6 @@ class Parts(OptionGroup):
     )
 
 
-GROUPS: dict[str, Any] = {
-    "data": Data, "experiment": Experiment, "compute": Compute, "cluster": Cluster, "parts": Parts,
-}  # fmt: skip
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that one call of benchmark.py was told."""
@@ -277,3 +272,6 @@ class Settings:
         for ratio in experiment.coverage_ratio:
             if 0 < ratio < 1:
                 yield f"--coverage-ratio is in percent: {ratio} % of the image"
+
+
+GROUPS = groups_of(Settings)

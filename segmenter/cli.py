@@ -48,8 +48,7 @@ def _recipe_layer(given: Mapping[str, Any]) -> list[Layer]:
     return [read_recipe(given.get("recipe", DEFAULT_RECIPE))]
 
 
-# No group has the name of an argument.
-@command(cli, own_layers=_recipe_layer, **GROUPS)  # type: ignore[arg-type]
+@command(cli, own_layers=_recipe_layer, **GROUPS)
 @click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
 @click.option(
