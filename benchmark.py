@@ -143,7 +143,7 @@ def main() -> None:
 @command(main, "run", **GROUPS)
 @click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: the commands, too.")
-@click.option("--estimate", is_flag=True, help="Time a few real steps; hours and disk of the run.")
+@click.option("--estimate", is_flag=True, help="Time a few real steps (and pack segments).")
 def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> int:
     """Run the plan, or show it."""
     settings = _settings(groups)

@@ -14,6 +14,7 @@ from common.options import (
     Field,
     Layer,
     OptionGroup,
+    absolute_path,
     fields_of,
     item_type,
     make,
@@ -64,11 +65,11 @@ class OptionCommand(click.Command):
         config = ctx.params.pop("config")
         groups = self.groups.values()
         if config is not None:
-            layers.insert(0, read_layer(Path(config).expanduser(), groups))
-        for layer in layers:
-            for name in self.plugins:
-                if layer.values.get(name):  # before anything is judged: it may bring a choice
-                    load_plugin(Path(str(layer.values[name])).expanduser())
+            layers.insert(0, read_layer(absolute_path(config, "--config"), groups))
+        for name in self.plugins:  # before anything is judged: it may bring a choice
+            named = [layer.values[name] for layer in layers if layer.values.get(name)]
+            if named:
+                load_plugin(absolute_path(named[-1], "--plugin"))
         if self.own_layers is not None:
             layers = [*self.own_layers(merge(groups, layers)), *layers]
         values = merge(groups, layers)

@@ -90,7 +90,7 @@ class Progress:
         self.images_done = 0
         self.epoch = 0.0
         self.seconds = 0.0  # of training; evaluations are not part of the rate
-        self.written = float("-inf")
+        self.written, self.stage = float("-inf"), ""
         self.display = Display(epochs_total)
 
     def advance(self, epoch: float, images: int, seconds: float) -> None:
@@ -108,9 +108,9 @@ class Progress:
     def tell(self, stage: str, text: str) -> None:
         """Write file, bar and lines if it is time to."""
         now = time.monotonic()
-        if now - self.written >= SECONDS_BETWEEN_PROGRESS:
+        if stage != self.stage or now - self.written >= SECONDS_BETWEEN_PROGRESS:
             self._write("running", stage)
-            self.written = now
+            self.written, self.stage = now, stage
         self.display.show(self.epoch, text)
 
     def close(self, outcome: str) -> None:

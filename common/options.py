@@ -153,6 +153,8 @@ class Field:
     def _one(self, value: Any) -> Any:
         kind, words = item_type(self.kind), self.words()
         if words:
+            if isinstance(value, bool):  # what YAML's readers often make of on and off
+                value = "on" if value else "off"
             normal = {word.replace("-", "_"): word for word in words}
             return normal.get(str(value).replace("-", "_"), value)  # `judge` refuses what is none
         if kind is bool:
@@ -162,7 +164,7 @@ class Field:
         if isinstance(value, bool | list | dict) or value is None:
             raise self._refusal(value, _EXPECTED[kind])
         if kind is Path:
-            return self._path(value)
+            return absolute_path(value, self.flag)
         if kind is str:
             return str(value)
         try:
@@ -170,15 +172,6 @@ class Field:
         except ValueError:
             raise self._refusal(value, _EXPECTED[kind]) from None
         return number
-
-    def _path(self, value: Any) -> Path:
-        """Absolute, with ~ filled in; links stay as they are, so that data may move behind them."""
-        if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
-            raise self._refusal(value, _EXPECTED[Path])
-        try:
-            return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
-        except RuntimeError:
-            raise self._refusal(str(value), "a path; there is no such user") from None
 
     def _pairs(self, value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping):
@@ -195,9 +188,20 @@ class Field:
         return pairs
 
     def _refusal(self, value: Any, expected: str) -> ValueError:
-        shown = f"{value:g}" if isinstance(value, float) else _shortened(value)
+        shown = f"{value:g}" if isinstance(value, float) and self.kind is not int else None
+        shown = shown or _shortened(value)
         verb = "" if expected.startswith("choose") else "give "
         return ValueError(f"{self.flag} is {shown}; {verb}{expected}")
+
+
+def absolute_path(value: Any, flag: str) -> Path:
+    """With ~ filled in; links stay as they are, so that data may move behind them. ValueError."""
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError(f"{flag} is {_shortened(value)}; give a path")
+    try:
+        return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
+    except RuntimeError:
+        raise ValueError(f"{flag} is {str(value)!r}; give a path; there is no such user") from None
 
 
 def _shortened(value: Any) -> str:

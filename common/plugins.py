@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 
 def load_plugin(path: Path) -> None:
     """Import the file, once; what it defines registers itself. Raises ValueError if it cannot."""
-    name = f"segmae_plugin_{path.stem}"
+    name = f"segmae_plugin_{path.resolve()}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path) if path.suffix == ".py" else None
@@ -17,7 +18,8 @@ def load_plugin(path: Path) -> None:
         raise ValueError(f"--plugin {path}: give a Python file")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout may be for a program to read
+            spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code: whatever it raises, the user can mend
         del sys.modules[name]
         reason = getattr(error, "strerror", None) or error

@@ -12,6 +12,8 @@ from typing import ClassVar, Literal
 
 from common.options import OptionGroup, option, plugin_option
 
+MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms draw from
+
 
 @dataclass(frozen=True, kw_only=True)
 class PluginConfig(OptionGroup):
@@ -41,7 +43,7 @@ class DeviceConfig(PluginConfig):
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return 0 if cores < 3 else min(12, cores - 1)
+        return max(1, min(12, cores - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

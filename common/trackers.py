@@ -7,12 +7,15 @@ last epoch sent and the names by which a run is found again.
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.files import write_json
+
+logger = logging.getLogger(__name__)
 
 PROJECT = "segmae"
 STATE = ".trackers.json"
@@ -39,44 +42,49 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Sends each epoch once, also over kills and restarts."""
+    """Sends each epoch once, also over kills and restarts; a tracker starts with the first."""
 
     def __init__(self, output_dir: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        self.path = output_dir / STATE
-        stored = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.output_dir, self.path, self.settings = output_dir, output_dir / STATE, settings
+        self.names = [name for name in dict.fromkeys(names) if name != NONE]
+        stored = self._read()
         self.ids: dict[str, str] = stored.get("ids", {})
         self.safe: dict[str, int] = stored.get("sent", {})  # last epoch that a kill cannot take
         self.sent = dict(self.safe)
         self.trackers: dict[str, Any] = {}
-        for name in dict.fromkeys(name for name in names if name != NONE):
-            is_new = name not in self.ids
-            options = self._start_options(name, output_dir)
-            tracker = LOGGER_TYPE_TO_CLASS[name](_run_name(name), **options)
-            tracker.start()
-            if name == "mlflow":  # it gives the names itself
-                self.ids[name] = tracker.active_run.info.run_id
-            if is_new and name != "tensorboard":  # its hparams would be a second run there
-                tracker.store_init_configuration({k: _simple(v) for k, v in settings.items()})
-            self.trackers[name] = tracker
-        self._write()
 
     def send(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Whatever of these epochs has not been sent."""
-        for name, tracker in self.trackers.items():
+        for name in self.names:
             for record in records:
                 if record["epoch"] > self.sent.get(name, 0):
                     values = {k: v for k, v in record.items() if k != "epoch" and v is not None}
+                    tracker = self.trackers.get(name) or self._start(name)
                     tracker.log(values, step=record["epoch"], **_LOG_OPTIONS.get(name, {}))
                     self.sent[name] = record["epoch"]
-        self._write()
+        if self.trackers:
+            self._write()
 
     def close(self) -> None:
         """Finish what the trackers still have to write."""
         for tracker in self.trackers.values():
             tracker.finish()
-        self._write(closed=True)
+        if self.trackers:
+            self._write(closed=True)
+
+    def _start(self, name: str) -> Any:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        is_new = name not in self.ids
+        options = self._start_options(name, self.output_dir)
+        self.trackers[name] = tracker = LOGGER_TYPE_TO_CLASS[name](_run_name(name), **options)
+        tracker.start()
+        if name == "mlflow":  # it gives the names itself
+            self.ids[name] = tracker.active_run.info.run_id
+        if is_new and name != "tensorboard":  # its hparams would be a second run there
+            tracker.store_init_configuration({k: _simple(v) for k, v in self.settings.items()})
+        self._write()
+        return tracker
 
     def _start_options(self, name: str, output_dir: Path) -> dict[str, Any]:
         """What makes a tracker go on with the run of an earlier call."""
@@ -92,6 +100,15 @@ class Trackers:
             "trackio": {"name": f"{output_dir.name}-{run_id}", "resume": "allow"},
         }  # fmt: skip
         return options.get(name, {})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:  # it decides nothing: a run does not end for it
+            logger.warning("%s is damaged (%s): trackers get a new run", self.path, error)
+            return {}
 
     def _write(self, *, closed: bool = False) -> None:
         self.safe |= {n: e for n, e in self.sent.items() if closed or n not in BUFFERING}

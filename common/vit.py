@@ -29,6 +29,14 @@ VIT_SIZES: dict[str, VitSize] = {
 }
 
 
+def vit_size(model: str) -> VitSize:
+    """The sizes of a model. Raises ValueError if there is none of that name."""
+    if model not in VIT_SIZES:
+        known = ", ".join(VIT_SIZES)
+        raise ValueError(f"there is no {model} among {known}; give the --plugin that defines it")
+    return VIT_SIZES[model]
+
+
 def transformer_parameters(width: int, depth: int) -> int:
     """Weights of so many blocks: 12 width^2 in four matrices, 13 width in biases and norms."""
     return depth * (12 * width**2 + 13 * width)

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common.options import OptionGroup, fields_of, groups_of, make, option
-from common.run import TrainingConfig
+from common.run import MOST_SEED, TrainingConfig
 from common.settings import check_same
 from common.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
-
-MOST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)

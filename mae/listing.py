@@ -55,7 +55,7 @@ def make_listing(data: DataConfig, method: MaskingMethod, *, will_pack: bool = F
     listed_val = find_images(val) if val.is_dir() and data.val_images else []
     source = _open_source(data, method, will_pack=will_pack)
     left_out = 0
-    if source is not None and not data.use_unmasked_images:
+    if source is not None:
         with_segment = source.images()
         if method.uses_segments:
             listed_val = [path for path in listed_val if segment_key(path) in with_segment]
@@ -79,6 +79,8 @@ def segment_key(relative_path: str) -> str:
 def _open_source(data: DataConfig, method: MaskingMethod, *, will_pack: bool) -> Any:
     """The segments; None if the method can do without and there are none."""
     path = data.segments_path
+    if data.use_unmasked_images:  # it neither hides segments nor leaves images out
+        return None
     if not path.exists():
         if data.masks_dir is None and not method.uses_segments:
             return None

@@ -36,6 +36,7 @@ def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | N
         setup_seconds = time.monotonic() - began
         for epoch in (first_epoch, first_epoch + 1):
             state.epochs_completed, state.steps_completed, state.seconds = epoch, 0, 0.0
+            state.sums.zero_()
             if trainer.train_one_epoch(state, batches):
                 raise RuntimeError("stopped by a signal")
     began = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from common.checkpoint import PeriodicSave, save_checkpoint
 from common.devices import peak_flops, peak_memory_mib
 from common.files import also_save_as
 from common.interruption import Interruption, leave_signals_to_the_main_process
-from common.layout import LAST, LOCK, checkpoint_path, reconstructions_path
-from common.lock import hold
-from common.logbook import Logbook
-from common.trackers import check_trackers
+from common.layout import LAST, LOCK, LOG, checkpoint_path, reconstructions_path
+from common.lock import LockedError, hold
+from common.logbook import Logbook, read_log
+from common.trackers import Trackers, check_trackers
 from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
 from mae.config import PretrainConfig
@@ -45,6 +45,8 @@ def pretrain(config: PretrainConfig) -> bool:
         if state.epochs_completed >= config.epochs_this_round:
             _check_round_is_there(config, state)
             logger.info("nothing to do: %d epochs are completed", state.epochs_completed)
+            if run.accelerator.is_main_process:
+                _tell_what_a_kill_kept(config)
             return True
         describe(run, state)
         first = run.accelerator.is_main_process  # the only one that writes
@@ -213,6 +215,16 @@ def _checkpoint(run: Run, state: State) -> dict[str, Any]:
         "learning_rate": run.config.optimisation.learning_rate,
         "processes": run.plan.processes,
     }
+
+
+def _tell_what_a_kill_kept(config: PretrainConfig) -> None:
+    """Epochs whose checkpoint was saved, but which no tracker has got."""
+    output_dir = config.run.output_dir
+    # Whoever holds the folder tells them itself.
+    with suppress(LockedError), hold(output_dir / LOCK, output_dir):
+        trackers = Trackers(output_dir, config.run.log_with, config.settings())
+        trackers.send(read_log(output_dir / LOG))
+        trackers.close()
 
 
 def _check_round_is_there(config: PretrainConfig, state: State) -> None:

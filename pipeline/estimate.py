@@ -51,7 +51,10 @@ def step_seconds(steps: Sequence[Step]) -> dict[str, float]:
     for step in steps:
         if step.kind == "pack":
             click.echo("packing the segments, which a run would do first", err=True)
-            subprocess.run(step.command, cwd=REPO_ROOT, check=True, stdout=sys.stderr)
+            step.outputs[0].parent.mkdir(parents=True, exist_ok=True)
+            code = subprocess.run(step.command, cwd=REPO_ROOT, stdout=sys.stderr).returncode
+            if code:
+                raise RuntimeError(f"{step.name} ended with exit code {code}; see above")
         if step.kind not in ("pretrain", "evaluate"):
             continue
         key = (step.kind, step.options.get("mask_method"))

@@ -16,7 +16,7 @@ BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking me
 # What a run's name leaves out.
 DEFAULT_RATIO, DEFAULT_SEED = 15.0, 0
 _RUN_NAME = re.compile(
-    r"(?P<method>[A-Za-z][\w-]*?)(-cov(?P<coverage>\d+(\.\d+)?))?(-seed(?P<seed>\d+))?"
+    r"(?P<method>[A-Za-z]\w*)(-cov(?P<coverage>\d+(\.\d+)?))?(-seed(?P<seed>\d+))?"
 )
 _EVAL_NAME = re.compile(r"(?P<run>.+)_(?P<epochs>\d+)(-evalseed(?P<eval_seed>\d+))?")
 
@@ -31,6 +31,11 @@ class Run:
     method: str
     coverage_ratio: float = DEFAULT_RATIO
     seed: int = DEFAULT_SEED
+
+    @property
+    def full_name(self) -> str:
+        """All of it, for a run whose name an earlier version gave to another."""
+        return f"{self.method}-cov{ratio_text(self.coverage_ratio)}-seed{self.seed}"
 
     @property
     def name(self) -> str:

@@ -102,9 +102,9 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
         name = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple) and value:
             words += [f"--{name}", ",".join(str(part) for part in value)]
-        elif value is not None:
+        elif value is not None and value != [] and value != ():
             words += [f"--{name}", str(value)]
     return words
 
@@ -122,7 +122,11 @@ def ask(
     complaints = [_complaint(done) for done in ended if done.returncode != 0]
     if complaints:
         raise ValueError("\n".join(dict.fromkeys(complaints)))
-    return [json.loads(done.stdout) for done in ended]
+    try:
+        return [json.loads(done.stdout) for done in ended]
+    except ValueError:
+        said = " | ".join(done.stdout.strip()[:200] for done in ended)
+        raise ValueError(f"a part did not answer in JSON, but: {said}") from None
 
 
 def _run(

@@ -19,6 +19,7 @@ from pipeline.layout import BASELINES, DEFAULT_RATIO, Layout, Run, eval_name
 from pipeline.parts import Facts, as_arguments, part_command
 from pipeline.settings import Settings
 
+PACK = "pack_segments"
 # Options of the parts that have a flag of another name here.
 _OTHER_FLAGS = {
     "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
@@ -105,13 +106,13 @@ def make_plan(
         for seed in experiment.seed:
             run = Run(method=baseline, seed=seed)
             needs = tuple(step.name for step in steps if step.kind == "fetch")
-            steps += plan.evaluate(run, names.get(run, run.name), 0, needs)
+            steps += plan.evaluate(run, _name(run, names), 0, needs)
     if only in BASELINES:
         return steps
     steps += plan.pack() if only is None else []
     prepared = tuple(step.name for step in steps if step.kind in ("fetch", "pack"))
     for run in _runs(settings, facts):
-        name, previous = names.get(run, run.name), prepared
+        name, previous = _name(run, names), prepared
         if only is not None:
             steps += plan.evaluate(run, name, int(only), needs=())
             continue
@@ -121,6 +122,11 @@ def make_plan(
             if epochs in experiment.eval_points:
                 steps += plan.evaluate(run, name, epochs, needs=previous)
     return steps
+
+
+def _name(run: Run, made: Mapping[Run, str]) -> str:
+    """The name that it has, or gets; an earlier version may have given it to another run."""
+    return made.get(run) or (run.full_name if run.name in made.values() else run.name)
 
 
 def _runs(settings: Settings, facts: Facts) -> Iterator[Run]:
@@ -165,13 +171,13 @@ class _Planner:
         ]  # fmt: skip
 
     def pack(self) -> list[Step]:
-        """Nothing to pack when there are no segments, or packed ones."""
-        if self.facts.packing is None:
+        """Nothing to pack when there are no segments, packed ones, or none are looked at."""
+        if self.facts.packing is None or self.settings.parts.pretrain.get("use_unmasked_images"):
             return []
         source, store = self.facts.packing
         return [
             Step(
-                name="pack_segments", kind="pack", run="segments", epochs=0,
+                name=PACK, kind="pack", run="segments", epochs=0,
                 program=("mae", "masks", "pack", str(source)), options={"out": store},
                 processes=1, needs=(), folder=self.paths.bookkeeping / "pack", outputs=(store,),
             )

@@ -20,7 +20,7 @@ from pipeline.layout import Layout
 from pipeline.local import read_progress
 from pipeline.machine import hardware, versions, visible_gpus
 from pipeline.parts import Facts, ask, ask_facts, part_command
-from pipeline.plan import Step, make_plan, nodes_of
+from pipeline.plan import PACK, Step, make_plan, nodes_of
 from pipeline.records import differences, is_done, made_runs, write_plan
 from pipeline.settings import Settings
 from pipeline.terminal import aligned
@@ -32,16 +32,21 @@ def checked_plan(settings: Settings) -> list[Step]:
     Our own checks first, then each part's `--check`, so that its own parser judges its options.
     Writes nothing but sample data, where they are asked for and missing.
     """
+    paths, facts = Layout(settings.data.output_dir), ask_facts(settings)
+    steps = make_plan(settings, facts, made_runs(paths))
+    check_output_folder(paths.root)
     if settings.data.missing_sample:
         from pipeline.sample import write_sample  # numpy, pycocotools
 
         click.echo(f"Generating the sample data in {settings.data.missing_sample}")
         write_sample(settings.data.missing_sample)
-    paths, facts = Layout(settings.data.output_dir), ask_facts(settings)
-    steps = make_plan(settings, facts, made_runs(paths))
-    check_output_folder(paths.root)
+        facts = ask_facts(settings)
+        steps = make_plan(settings, facts, made_runs(paths))
     _check_same_settings(steps, paths, facts)
     waiting = [step for step in steps if not is_done(step, paths)]
+    if all(step.kind != "pretrain" for step in waiting):  # then nobody reads the segments
+        steps = [replace(s, needs=tuple(n for n in s.needs if n != PACK)) for s in steps]
+        steps, waiting = ([s for s in some if s.name != PACK] for some in (steps, waiting))
     wanted, there = settings.compute.num_gpus or 0, visible_gpus()
     if waiting and settings.cluster.launcher == "local" and wanted > len(there):
         raise ValueError(
@@ -100,8 +105,9 @@ def _ask_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, dict[st
     commands = []
     for step in asked.values():
         # What an earlier step will make cannot be looked at yet.
-        flags = ["--will-pack"] * (step.kind == "pretrain" and will_pack)
-        options = with_existing_init(step).options
+        options, flags = dict(with_existing_init(step).options), []
+        if step.kind == "pretrain" and will_pack:
+            options["masks_dir"], flags = settings.data.masks_dir, ["--will-pack"]
         commands.append([*part_command(step.program, options), "--check", "--json", *flags])
     found = ask(
         commands,

@@ -103,7 +103,8 @@ def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]
     """Sorts methods: baselines, then as the calls named them, then by the alphabet."""
     order = list(BASELINES)
     for paths in all_paths:
-        order += read_run_yml(paths).get("settings", {}).get("mask_method", [])
+        named = read_run_yml(paths).get("settings", {})
+        order += named.get("mask_method") or named.get("experiment", {}).get("mask_methods", [])
     return lambda method: (order.index(method) if method in order else len(order), method)
 
 

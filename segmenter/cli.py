@@ -61,7 +61,7 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
 
     config = TrainConfig(**groups)
     task = check_training(config)
-    if time_steps is not None:
+    if time_steps is not None and not check:
         from segmenter.timing import time_finetuning
 
         log_to_stderr()

@@ -18,7 +18,7 @@ from common.options import (
     option,
     read_layer,
 )
-from common.run import DeviceConfig, TrainingConfig
+from common.run import MOST_SEED, DeviceConfig, TrainingConfig
 from common.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -73,7 +73,9 @@ class OptimisationConfig(OptionGroup):
         "Share of the run in which the rate rises.", at_least=0, below=1
     )
     clip_grad: float | None = option("Largest gradient norm. Default: off.", None, above=0)
-    seed: int = option("Of order, augmentation, dropout and initial weights.", 0, at_least=0)
+    seed: int = option(
+        "Of order, augmentation, dropout and initial weights.", 0, at_least=0, at_most=MOST_SEED
+    )
     eval_every: int = option(
         "Epochs between evaluations; the last epoch is always evaluated.", at_least=1
     )

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.vit import VISIBLE, VIT_SIZES
+from common.vit import VISIBLE, vit_size
 
 MAE_NORM_EPS = 1e-6
 POSITIONS = "pos_embed"
@@ -40,7 +40,7 @@ class Encoder(VisionTransformer):
     """A ViT whose state dict has the names of the official MAE release."""
 
     def __init__(self, shape: EncoderShape, *, drop_path: float = 0.0, dropout: float = 0.0):
-        size = VIT_SIZES[shape.model]
+        size = vit_size(shape.model)
         super().__init__(
             img_size=shape.grid * shape.patch_size,
             patch_size=shape.patch_size,

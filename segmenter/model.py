@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.vit import IMAGE_MEAN, IMAGE_STD, VIT_SIZES
+from common.vit import IMAGE_MEAN, IMAGE_STD, vit_size
 from segmenter.config import ModelConfig
 from segmenter.decoder import LinearDecoder, MaskTransformer
 from segmenter.encoder import Encoder, EncoderShape
@@ -50,7 +50,7 @@ class Segmenter(nn.Module):
         """rates: drop path and dropout for training; None: none."""
         super().__init__()
         self.shape = shape
-        width = VIT_SIZES[shape.encoder.model].width
+        width = vit_size(shape.encoder.model).width
         self.encoder = Encoder(
             shape.encoder,
             drop_path=rates.drop_path if rates else 0.0,

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from PIL import Image
 
+import benchmark
+from common.console import run_program
 from common.logbook import TIMING_KEYS, read_log
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
@@ -239,6 +241,32 @@ def test_dry_run_shows_the_plan_on_a_screen_and_changes_nothing(
     assert verbose.stdout.count("-m segmenter train") == 2
     assert not out.exists()
     assert files_below(config.parent) == before
+
+
+def test_segments_that_cannot_be_written_beside_go_into_the_output_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, because tests may run as root, for whom every folder can be written to."""
+    config, out = write_inputs(tmp_path / "inputs"), tmp_path / "out"
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p).name != "masks" and access(p, mode))
+    arguments = ["--config", str(config), "--output-dir", str(out), *ROUNDS, "--dry-run"]
+    with pytest.raises(SystemExit) as end:
+        run_program(benchmark.main, "benchmark.py", [*arguments, "--verbose"])
+    told = capsys.readouterr()
+    assert end.value.code == 0, told.err
+    assert told.out.count(f"--masks-dir {out / 'segments.sqlite'}") == 2
+    assert f"masks pack {config.parent / 'in1k/masks'} --out {out / 'segments.sqlite'}" in told.out
+
+
+def test_a_finished_run_packs_nothing(reference: Path, config: Path, tmp_path: Path) -> None:
+    store = config.parent / "in1k/masks/masks.sqlite"
+    aside = store.rename(tmp_path / "aside.sqlite")
+    try:
+        done = run_benchmark("--config", config, "--output-dir", reference, *ROUNDS, "--dry-run")
+    finally:
+        aside.rename(store)
+    assert "4 steps, 4 done" in done.stdout, done.stderr
 
 
 def test_dry_run_of_a_stacked_run_needs_no_download(config: Path, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def pack(
         if summary.left_out > MOST_FAILED * len(keys) and not allow_damaged:
             raise RuntimeError(
                 f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
-                "not finished. Mend them and run again, or add --allow-damaged to leave them out"
+                "not finished. Mend them and run again, or leave them out by "
+                f"`python -m mae masks pack {masks_dir} --allow-damaged`"
             )
         writer.finish()
     return summary
@@ -93,8 +94,8 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
 def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     """Join stores, say the shards of a generator, into one.
 
-    Raises ValueError if they were made in different ways, disagree about an image, or are shards by
-    their names (`-I-of-N`) of which one is missing.
+    Raises ValueError if their generators' settings differ, if they disagree about an image, or are
+    shards by their names (`-I-of-N`) of which one is missing.
     """
     _refuse_to_overwrite(out, overwrite)
     _refuse_missing_shards(shards)

@@ -11,6 +11,7 @@ from tests.mae.conftest import SMALL_RUN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STRIPES = '''
+print("a plugin may say what it likes")
 import numpy as np
 from mae.masking import MaskingMethod
 

@@ -36,12 +36,23 @@ def test_names_of_an_earlier_version_are_understood() -> None:
 
 
 def test_a_method_of_ones_own_may_have_any_name() -> None:
-    run = Run(method="Blocks-v2_5", coverage_ratio=30.0)
+    run = Run(method="Blocks_v2_5", coverage_ratio=30.0)
     assert Run.parse(run.name) == run
-    assert parse_eval_name("Blocks-v2_5-cov30_10")[0] == run.name
+    assert parse_eval_name("Blocks_v2_5-cov30_10")[0] == run.name
 
 
-@pytest.mark.parametrize("name", ["", "patches", "-cov15_3", "patches_x", "patches_5-evalseed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "patches",
+        "old-patches_3",
+        "patches-copy_3",
+        "-cov15_3",
+        "patches_x",
+        "patches_5-evalseed",
+    ],
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is not"):
         parse_eval_name(name)

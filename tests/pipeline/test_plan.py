@@ -184,6 +184,14 @@ def test_segments_are_packed_first_where_they_have_to_be(settings: Make, tmp_pat
     assert evaluate.needs == (pretrain.name,)
 
 
+def test_nothing_is_packed_for_a_method_that_looks_at_no_segments(
+    settings: Make, tmp_path: Path
+) -> None:
+    words = "--pretrain-epochs 1 --mask-method patches --pretrain use_unmasked_images=true"
+    facts = replace(FACTS, packing=(tmp_path / "masks", tmp_path / "masks/masks.sqlite"))
+    assert [step.kind for step in make_plan(settings(words), facts)] == ["pretrain", "evaluate"]
+
+
 def test_segments_packed_into_the_output_directory_are_the_same_segments(
     settings: Make, tmp_path: Path
 ) -> None:
