@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,6 @@ from mae.schedule import learning_rate, make_batch_plan
 
 def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dict[str, Any]:
     """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
-    logger = logging.getLogger("mae")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return _check(config, will_pack=will_pack)
-    finally:
-        logger.setLevel(level)
-
-
-def _check(config: PretrainConfig, *, will_pack: bool) -> dict[str, Any]:
     method = make_method(config.method, config.model)
     listing = make_listing(config.data, method, will_pack=will_pack)
     plan = make_batch_plan(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -35,7 +34,10 @@ def export_encoder(checkpoint_path: Path, out: Path) -> None:
         if out.suffix == ".pth":
             torch.save({"model": weights}, unfinished)
         else:
-            save_file(weights, unfinished, metadata=_metadata(checkpoint))
+            kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
+            about = {name: str(checkpoint["config"][name]) for name in kept}
+            about["epochs_completed"] = str(checkpoint["epochs_completed"])
+            save_file(weights, unfinished, metadata=about)
 
 
 def load_encoder(checkpoint_path: Path) -> VisionTransformer:
@@ -76,10 +78,3 @@ def fold_constant_channels(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         PROJECTION_WEIGHT: kernel[:, :IMAGE_CHANNELS].contiguous(),
         PROJECTION_BIAS: (bias.double() + constant).to(bias.dtype),
     }
-
-
-def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
-    config = checkpoint["config"]
-    kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
-    values = {name: str(config[name]) for name in kept}
-    return {**values, "epochs_completed": str(checkpoint["epochs_completed"])}

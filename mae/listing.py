@@ -84,11 +84,7 @@ def _open_source(data: DataConfig, method: MaskingMethod, *, will_pack: bool) ->
     if not path.exists():
         if data.masks_dir is None and not method.uses_segments:
             return None
-        raise ValueError(
-            f"{path} does not exist; {method.name} needs segments there (or name --masks-dir)"
-            if method.uses_segments
-            else f"--masks-dir {path} does not exist"
-        )
+        raise ValueError(f"{path} does not exist; name the place of the segments by --masks-dir")
     return open_any_form(path) if will_pack else open_segments(path)
 
 
