@@ -66,6 +66,15 @@ class TrainingConfig(DeviceConfig):
         ("tensorboard",), neutral=True,
     )  # fmt: skip
 
+    def check_resume(self, found: Path | None) -> None:
+        """Raise ValueError if `found`, an earlier call's file, is not what --resume asks for."""
+        if self.resume == "required" and found is None:
+            raise ValueError(f"--resume required: there is no checkpoint in {self.output_dir}")
+        if self.resume == "never" and found is not None:
+            raise ValueError(
+                f"--resume never: {found} is there already; remove it or use another --output-dir"
+            )
+
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Python's version and those of packages: what numbers were made with."""

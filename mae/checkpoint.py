@@ -28,16 +28,10 @@ def open_own_checkpoint(
     Raises ValueError if --resume does not allow what is there, if it cannot be read, or if it was
     made with other settings or another list of training images.
     """
-    output_dir, resume = config.run.output_dir, config.run.resume
-    path = find_resumable(output_dir)
+    path = find_resumable(config.run.output_dir)
+    config.run.check_resume(path)
     if path is None:
-        if resume == "required":
-            raise ValueError(f"--resume required: there is no checkpoint in {output_dir}")
         return None
-    if resume == "never":
-        raise ValueError(
-            f"--resume never: {path} is there already; remove it or use another --output-dir"
-        )
     checkpoint = load_checkpoint(path, lazily=lazily)
     config.check_same(checkpoint["config"], path)
     trained = checkpoint["images"]

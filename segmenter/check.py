@@ -85,16 +85,11 @@ def earlier_output(config: TrainConfig, task: Task) -> Path | None:
 
     Raises ValueError if it was made with other settings, or is not what --resume asks for.
     """
-    folder, resume = config.run.output_dir, config.run.resume
+    folder = config.run.output_dir
     found = next((folder / name for name in (RESULT, CHECKPOINT) if (folder / name).exists()), None)
+    config.run.check_resume(found)
     if found is None:
-        if resume == "required":
-            raise ValueError(f"--resume required: {folder / CHECKPOINT} does not exist")
         return None
-    if resume == "never":
-        raise ValueError(
-            f"--resume never: {found} is there already; remove it or use another --output-dir"
-        )
     if found.name == RESULT:
         stored = read_result(found)["settings"]
     else:

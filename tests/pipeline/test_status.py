@@ -59,6 +59,14 @@ def made(step: Step, paths: Layout, state: str = "done") -> None:
     step.folder.mkdir(parents=True, exist_ok=True)
 
 
+def all_made(chosen: Settings) -> Layout:
+    """Every step's record and folder."""
+    paths = Layout(chosen.data.output_dir)
+    for step in plan_of(chosen):
+        made(step, paths)
+    return paths
+
+
 def states(paths: Layout) -> list[str]:
     return [step.state for step in read_status(paths)]
 
@@ -223,9 +231,7 @@ def test_durations_in_words(seconds: float, text: str) -> None:
 
 def test_other_settings_are_named_with_both_values(settings: Make) -> None:
     before, now = settings("--pretrain-epochs 2 --seed 0"), settings("--pretrain-epochs 3 --seed 1")
-    paths = Layout(before.data.output_dir)
-    for step in plan_of(before):
-        made(step, paths)
+    paths = all_made(before)
     assert differences(plan_of(before), paths, FACTS) == []
     assert differences(plan_of(now), paths, FACTS) == [
         "four_channels-seed1: epochs: 2 -> 3 (of four_channels)"
@@ -234,9 +240,7 @@ def test_other_settings_are_named_with_both_values(settings: Make) -> None:
 
 def test_methods_of_one_directory_have_to_be_made_alike(settings: Make) -> None:
     first = settings("--pretrain-epochs 2 --pretrain base_lr=0.1 --finetune epochs=3")
-    paths = Layout(first.data.output_dir)
-    for step in plan_of(first):
-        made(step, paths)
+    paths = all_made(first)
     other = "--mask-method patches --pretrain-epochs 2 --pretrain base_lr=0.1"
     assert differences(plan_of(settings(f"{other} --finetune epochs=3")), paths, FACTS) == []
     assert differences(plan_of(settings(f"{other} --finetune epochs=4")), paths, FACTS) == [
@@ -266,9 +270,7 @@ def test_what_came_to_nothing_or_was_removed_binds_nobody(settings: Make) -> Non
 
 def test_a_removed_pretraining_binds_while_its_scores_are_there(settings: Make) -> None:
     first = settings("--pretrain-epochs 1 --pretrain base_lr=0.1")
-    paths = Layout(first.data.output_dir)
-    for step in plan_of(first):
-        made(step, paths)
+    paths = all_made(first)
     other = plan_of(settings("--pretrain-epochs 1 --pretrain base_lr=0.9"))
     shutil.rmtree(paths.pretrain_output)
     assert differences(other, paths, FACTS) == ["four_channels: base_lr: 0.1 -> 0.9"]
@@ -289,9 +291,7 @@ def test_a_run_that_waits_in_the_queue_keeps_its_name(settings: Make) -> None:
 
 def test_smaller_device_batches_are_no_other_settings(settings: Make) -> None:
     first = settings("--pretrain-epochs 1")
-    paths = Layout(first.data.output_dir)
-    for step in plan_of(first):
-        made(step, paths)
+    paths = all_made(first)
     words = "--pretrain-epochs 1 --finetune device_batch_size=2 --finetune eval_batch_size=1"
     steps = plan_of(settings(f"{words} --pretrain batch_size=8"))
     assert differences(steps, paths, FACTS) == []
@@ -299,9 +299,7 @@ def test_smaller_device_batches_are_no_other_settings(settings: Make) -> None:
 
 def test_a_run_that_is_there_is_gone_on_with_when_seeds_or_ratios_are_added(settings: Make) -> None:
     first = settings("--pretrain-epochs 1 --eval-epochs 0,1")
-    paths = Layout(first.data.output_dir)
-    for step in plan_of(first):
-        made(step, paths)
+    paths = all_made(first)
     more = settings("--pretrain-epochs 1 --eval-epochs 0,1 --seed 0,1 --coverage-ratio 15,30")
     runs = {step.run for step in plan_of(more, made_runs(paths))}
     assert runs == {
@@ -350,9 +348,7 @@ def test_a_ratio_that_an_earlier_version_left_out_of_the_name_is_not_taken_for_a
 
 def test_an_option_that_a_later_version_adds_orphans_nothing(settings: Make) -> None:
     chosen = settings("--pretrain-epochs 1")
-    paths = Layout(chosen.data.output_dir)
-    for step in plan_of(chosen):
-        made(step, paths)
+    paths = all_made(chosen)
     added = {"default": "new", "neutral": False, "older": "as before"}
     options = {kind: {**facts, "added": added} for kind, facts in FACTS.options.items()}
     later = replace(FACTS, options=options)

@@ -178,7 +178,7 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"window_stride": 99}, ["--window-stride 99 is more than --window-size 32"]),
         ({"drop_path": 1.5}, ["--drop-path is 1.5", "0 to below 1"]),
         ({"epochs": 0}, ["--epochs is 0"]),
-        ({"resume": "required"}, ["--resume required", "does not exist"]),
+        ({"resume": "required"}, ["--resume required", "there is no checkpoint"]),
         ({"device": "cuda"}, ["--device cuda", "no CUDA device"]),
     ],
 )

@@ -12,6 +12,7 @@ import common.checkpoint
 import segmenter.epoch
 from common.logbook import TIMING_KEYS, read_log
 from tests.segmenter.boxes import call, start, train_arguments
+from tests.tensorboard_events import scalars
 
 TIMINGS = {"images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib"}
 
@@ -163,19 +164,6 @@ def test_a_killed_process_continues_exactly(dataset, finished, tmp_path):
     assert_same_run(output_dir, finished)
 
 
-def scalars_of(output_dir):
-    """(epoch, value) of everything that TensorBoard got, by name, in the order of the files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = {}
-    for path in sorted((output_dir / "tensorboard").glob("events*")):
-        events = EventAccumulator(str(path), purge_orphaned_data=False)
-        events.Reload()
-        for name in events.Tags()["scalars"]:
-            found.setdefault(name, []).extend((e.step, e.value) for e in events.Scalars(name))
-    return found
-
-
 def test_tensorboard_gets_every_value_once_also_after_a_kill(dataset, finished, tmp_path):
     output_dir = tmp_path / "run"
     arguments = train_arguments(dataset, output_dir, epochs=4)
@@ -193,7 +181,7 @@ def test_tensorboard_gets_every_value_once_also_after_a_kill(dataset, finished, 
         for record in read_log(folder / "log.txt"):
             for name in set(record) - {"epoch"}:
                 expected.setdefault(name, []).append((record["epoch"], pytest.approx(record[name])))
-        assert scalars_of(folder) == expected
+        assert scalars(folder) == expected
 
 
 def test_without_trackers_there_are_none(dataset, tmp_path):
