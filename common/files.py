@@ -1,4 +1,8 @@
-"""Writing files: beside, flushed, renamed. A file that exists is complete."""
+"""Files: reading regular ones; writing beside, flushed, renamed, so that what exists is complete.
+
+An output never replaces an input: what is there already is only replaced by the command that made
+it, which is told by the first bytes of the file (see `mark`).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,61 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+HEAD_BYTES = 4096  # of a file, in which its mark stands
+NOTHING_WRITTEN = "nothing was written"
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file to read it. Raises OSError, also for a pipe, a socket or a device.
+
+    Opening a pipe would otherwise wait for someone to write into it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "it is no regular file", str(path))
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """All that a regular file holds. Raises ValueError that names it."""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """The same as text. Raises ValueError that names the file, also if it is not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: byte {error.start} is not UTF-8") from None
+
+
+def path_below(folder: Path, name: str, source: str) -> Path:
+    """The path of a name that stands in someone's file. Raises ValueError if it leads elsewhere."""
+    pure = PurePosixPath(name.replace("\\", "/"))
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in name:
+        raise ValueError(f"{source}: {name!r} is no name of a file below {folder}")
+    return folder / pure
 
 
 def beside(path: Path) -> Path:
     """Where a file is written before it gets its name."""
     return path.with_name(f"{path.name}.part")
+
+
+def _own_beside(path: Path) -> Path:
+    """The same for a file that several processes may write at once."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
 
 
 @contextmanager
@@ -24,26 +74,31 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     A kill at any moment leaves the old file or the new one. shared: several processes may do this
     at once. Raises RuntimeError if the disk does not take it; then nothing is left.
     """
-    own = f"{path.name}.{socket.gethostname()}-{os.getpid()}.part"
-    unfinished = path.with_name(own) if shared else beside(path)
-    unfinished.unlink(missing_ok=True)  # it may be a second name of a file that is whole
+    unfinished = _own_beside(path) if shared else beside(path)
     try:
+        unfinished.unlink(missing_ok=True)  # it may be a second name of a file that is whole
         yield unfinished
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
         # torch wraps what the file system said in an error of its own.
         said = error if isinstance(error, OSError) else error.__context__
         if not isinstance(said, OSError):
             raise
         raise RuntimeError(
-            f"{path} cannot be written: {said.strerror}. Make room and run the same command again"
+            f"{path} cannot be written: {said.strerror or said}. Make room and run the same "
+            "command again"
         ) from error
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
         raise
+
+
+def _remove(unfinished: Path) -> None:
+    with suppress(OSError):
+        unfinished.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,20 +125,99 @@ def also_save_as(existing: Path, path: Path) -> None:
             shutil.copyfile(existing, second)
 
 
-def check_output_folder(folder: Path, flag: str = "--output-dir") -> None:
-    """Raise ValueError unless the folder can be written to, or made. Makes nothing."""
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise ValueError(f"{flag} {folder}: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"{flag} {folder}: {nearest} cannot be written to")
+def check_output_folder(
+    folder: Path, flag: str = "--output-dir", *, reads: Iterable[Path] = ()
+) -> None:
+    """Raise ValueError unless the folder can be written to, or made. Makes nothing.
+
+    reads: folders of input; what is written must not become part of it.
+    """
+    with _refusing(flag, folder):
+        nearest = folder.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise OSError(f"{nearest} is not a folder")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise OSError(f"{nearest} cannot be written to")
+        for read in reads:
+            if folder.resolve().is_relative_to(read.resolve()):
+                raise OSError(f"it lies in {read}, which is read; name another place")
 
 
-def check_output_file(path: Path, flag: str = "--out") -> None:
-    """Raise ValueError unless the file can be made, or replaced."""
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{flag} {path}: {path.absolute().parent} is not a folder")
-    if path.is_dir():
-        raise ValueError(f"{flag} {path} is a folder; name a file")
+def check_output_file(
+    path: Path,
+    flag: str = "--out",
+    *,
+    reads: Iterable[Path] = (),
+    is_own: Callable[[bytes], bool] | None = None,
+) -> None:
+    """Raise ValueError unless the file can be made, or replaced. Makes nothing.
+
+    reads: files that the command reads: none is replaced, under whatever name. is_own: whether a
+    file that is there, of which it gets the first bytes, was made by the same command; None: the
+    command judges that by itself.
+    """
+    with _refusing(flag, path):
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise OSError(f"{folder} is not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(f"{folder} cannot be written to")
+        check_replaceable(path, flag, reads=reads, is_own=is_own)
+
+
+def check_replaceable(
+    path: Path,
+    flag: str,
+    *,
+    reads: Iterable[Path] = (),
+    is_own: Callable[[bytes], bool] | None = None,
+) -> None:
+    """The same, of a file in a folder that is checked by itself."""
+    with _refusing(flag, path):
+        if path.is_dir():
+            raise OSError("it is a folder; name a file")
+        for aside in (beside(path), _own_beside(path)):
+            if aside.is_dir():
+                raise OSError(f"{aside} is in the way")
+        if not path.exists():
+            return
+        if not path.is_file():
+            raise OSError("it is no regular file")
+        if not os.access(path, os.W_OK):
+            raise OSError("it is read-only")
+        for read in reads:
+            if read.exists() and path.samefile(read):
+                raise OSError("this command reads it; name another file")
+        if is_own is not None:
+            with open_regular(path) as file:
+                if not is_own(file.read(HEAD_BYTES)):
+                    raise OSError("it is there, and this command did not make it; name another")
+
+
+@contextmanager
+def _refusing(flag: str, path: Path) -> Iterator[None]:
+    """What the disk or a rule has against an output, as a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{flag} {shortened(path)}: {reason}; {NOTHING_WRITTEN}") from None
+
+
+def mark(kind: str) -> str:
+    """What a picture or a file of weights says of its maker: files of this kind may replace it."""
+    return f"SegMAE/{kind}"
+
+
+def is_marked(kind: str) -> Callable[[bytes], bool]:
+    """Whether the first bytes of a file hold the mark; for `is_own`."""
+    return lambda head: mark(kind).encode() in head
+
+
+def shortened(value: object, most: int = 200) -> str:
+    """A path or a value for a message: one line that is not too long."""
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"

@@ -1,14 +1,39 @@
-"""Image files: which there are, and how people see them."""
+"""Image files: which there are, and the one reader of them. Arrays are [H, W, 3] uint8 RGB.
+
+H x W are pixels of the image as people see it: turned as EXIF or XMP says.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
-import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.files import read_bytes, shortened
+
+if TYPE_CHECKING:  # not every command that lists images opens some
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+MOST_NAMED = 3
+MOST_PIXELS = 178_956_970  # as many as Pillow takes by itself
+MOST_PIXELS_VARIABLE = "SEGMAE_MAX_IMAGE_PIXELS"
+
+JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # markers before the size: baseline, extended, progressive
+JPEG_APP1, EXIF_START = 0xE1, b"Exif\0\0"
+ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
+GREY_OR_COLOUR = (1, 3)  # channels of a JPEG; four are CMYK
+# libjpeg's word for bytes that belong to nothing: they do no harm to the picture.
+HARMLESS = "extraneous bytes before marker"
 
 
 def find_images(folder: Path) -> list[str]:
@@ -26,13 +51,73 @@ def find_images(folder: Path) -> list[str]:
 
 
 def relative_files(folder: Path) -> set[str]:
-    """Files below a folder, at any depth, links to folders followed, as relative posix paths."""
+    """Regular files below a folder, at any depth, as relative posix paths.
+
+    Every real folder is visited once: links to folders come last, in their order, and lead nowhere
+    if what they name is there already. Pipes, devices and names that are not UTF-8 are left out
+    with a warning. Raises ValueError for a folder that cannot be listed.
+    """
     files: set[str] = set()
-    for parent, _, names in os.walk(folder, followlinks=True):
-        relative = Path(parent).relative_to(folder).as_posix()
-        prefix = "" if relative == "." else f"{relative}/"
-        files.update(f"{prefix}{name}" for name in names)
+    left_out: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    own, linked = [""], [""][:0]
+    while own or linked:
+        below = own.pop() if own else linked.pop(0)
+        path = f"{folder}/{below}"
+        try:
+            here = os.stat(path)  # noqa: PTH116
+            if (here.st_dev, here.st_ino) in visited:
+                continue
+            visited.add((here.st_dev, here.st_ino))
+            with os.scandir(path) as entries:
+                links = _sort_out(entries, below, files, own, left_out)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be listed: {error.strerror}") from None
+        linked += sorted(links)
+    if left_out:
+        some = ", ".join(shortened(name) for name in sorted(left_out)[:MOST_NAMED])
+        logger.warning(
+            "%s: %d names are no regular files, or not UTF-8, and left out: %s",
+            folder, len(left_out), some,
+        )  # fmt: skip
     return files
+
+
+def _sort_out(
+    entries: Iterator[os.DirEntry[str]],
+    below: str,
+    files: set[str],
+    folders: list[str],
+    left_out: list[str],
+) -> list[str]:
+    """Put what a folder holds where it belongs; the links to folders are returned."""
+    links = []
+    for entry in entries:
+        name = below + entry.name
+        if entry.is_file(follow_symlinks=False):
+            if name.isascii() or _is_utf8(name):
+                files.add(name)
+            else:
+                left_out.append(name)
+        elif entry.is_dir(follow_symlinks=False):
+            folders.append(f"{name}/")
+        elif not entry.is_symlink():
+            left_out.append(name)
+        elif os.path.isdir(entry.path):  # noqa: PTH112
+            links.append(f"{name}/")
+        elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # noqa: PTH110, PTH113
+            files.add(name)  # a link to nothing is named by whoever wants to read it
+        else:
+            left_out.append(name)
+    return links
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_image(path: str) -> bool:
@@ -41,27 +126,174 @@ def _is_image(path: str) -> bool:
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """All pixels as [H, W, 3] uint8, upright (EXIF orientation applied), whatever the mode.
+    """All pixels of an image of any kind, see `decode_rgb`. Raises ValueError naming the file."""
+    content = read_bytes(path)
+    try:
+        return decode_rgb(content)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
-    Raises ValueError, naming the file, if it is damaged or no image.
+
+def decode_rgb(content: bytes | bytearray) -> np.ndarray:
+    """All pixels of an image file's content.
+
+    Grey, palette and CMYK become RGB, transparency is dropped, of several pictures the first
+    counts; 16 bits become 8, and grey of no fixed range is stretched to 0-255. Raises ValueError
+    if it is damaged, no image, or of more than $SEGMAE_MAX_IMAGE_PIXELS.
     """
-    from PIL import Image, ImageOps
+    header = jpeg_header(content)
+    if header is not None:
+        refuse_huge(header.height, header.width)
+        pixels = _decode_jpeg(content)
+        if pixels is not None and header.is_upright:
+            return pixels
+    return np.array(_to_rgb(upright(load_image(content))))
+
+
+def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
+    """The pixels as they lie in the file; None if only Pillow knows this kind.
+
+    Raises ValueError for damage, which Pillow passes over: it fills what is missing with grey.
+    """
+    import simplejpeg
+
+    strict = True
+    while True:
+        try:
+            return simplejpeg.decode_jpeg(content, "RGB", strict=strict)
+        except ValueError as error:
+            if strict and HARMLESS in str(error):
+                strict = False
+            elif str(error).startswith(("Corrupt JPEG", "Premature end")):
+                raise ValueError(str(error)) from None
+            else:
+                return None
+
+
+def load_image(
+    source: Path | bytes | bytearray, *, draft: tuple[int, int] | None = None, decode: bool = True
+) -> Image.Image:
+    """An image file by Pillow, first picture, as it lies in the file.
+
+    draft: width and height; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if it stays
+    larger. decode: False for a look at size and mode only. Raises ValueError, which names the file
+    if `source` is its path.
+    """
+    from PIL import Image
+
+    name = f"{source} cannot be read as an image: " if isinstance(source, Path) else ""
+    content = read_bytes(source) if isinstance(source, Path) else source
+    Image.MAX_IMAGE_PIXELS = None  # the limit is ours
+    try:
+        image = Image.open(io.BytesIO(content))
+        refuse_huge(image.height, image.width)
+        if draft is not None:
+            image.draft("RGB", draft)
+        if decode:
+            image.load()
+        else:
+            image.getexif()
+    except (_LimitError, MemoryError):
+        raise
+    except Exception as error:  # what is in a damaged file can make Pillow raise anything
+        reason = str(error) or type(error).__name__
+        if "cannot identify" in reason:
+            reason = "it is no image" if content else "it is empty"
+        raise ValueError(f"{name}{shortened(reason)}") from None
+    return image
+
+
+class _LimitError(RuntimeError):
+    """The limit of pixels is no number."""
+
+
+def refuse_huge(height: int, width: int) -> None:
+    """Raise ValueError for an image of more pixels than allowed: decoding it may take all memory.
+
+    Raises RuntimeError if the limit is no number.
+    """
+    given = os.environ.get(MOST_PIXELS_VARIABLE, "")
+    if given and not (given.isascii() and given.isdecimal() and len(given) < 20):
+        raise _LimitError(f"{MOST_PIXELS_VARIABLE} is {shortened(given)}; give a whole number")
+    most = int(given or MOST_PIXELS)
+    if height * width > most:
+        raise ValueError(
+            f"it has {width} x {height} pixels, more than {most}; {MOST_PIXELS_VARIABLE}=N allows "
+            "more"
+        )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF or XMP says, where they say something sensible."""
+    from PIL import ImageOps
 
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I") or image.mode == "F":
-                return _grey_to_rgb(np.asarray(image, dtype=np.float32))
-            if image.mode in ("LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or str(error).split(" '")[0]
-        raise ValueError(f"{path} cannot be read as an image: {reason}") from None
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of a damaged block
+        return image
 
 
-def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
-    """Grey of any range, as 16-bit and float files have it, stretched to 0-255."""
-    low, high = float(grey.min()), float(grey.max())
-    stretched = ((grey - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)
-    return np.repeat(stretched[..., None], 3, axis=-1)
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow to RGB; Pillow itself would clip what has more than 8 bits."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        low, high = values.min(), values.max()
+        stretched = (values - low) * (255 / max(high - low, 1e-9))
+        return Image.fromarray(stretched.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")  # or Pillow warns
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JpegHeader:
+    """Of a JPEG as it lies in the file: pixels, channels, and where its height stands, 2 bytes."""
+
+    height: int
+    width: int
+    channels: int
+    height_at: int
+    is_upright: bool
+
+
+def jpeg_header(content: bytes | bytearray) -> JpegHeader | None:
+    """What a JPEG states; None for any other file, and for one that does not end as it should.
+
+    Walks from marker to marker, much faster than Pillow.
+    """
+    if not content.startswith(JPEG_START) or JPEG_END not in content[-64:]:
+        return None
+    at, upright = len(JPEG_START) - 1, True
+    while at + 10 <= len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
+        if marker in JPEG_FRAMES:
+            height, width = (int.from_bytes(content[n : n + 2]) for n in (at + 5, at + 7))
+            if height * width == 0:
+                return None
+            return JpegHeader(
+                height=height, width=width, channels=content[at + 9], height_at=at + 5,
+                is_upright=upright,
+            )  # fmt: skip
+        if marker == JPEG_APP1:
+            upright = upright and _is_upright(bytes(content[at + 4 : at + 2 + length]))
+        at += 2 + length
+    return None
+
+
+def _is_upright(block: bytes) -> bool:
+    """Whether an APP1 block does not turn the image: Pillow judges those that may."""
+    if not block.startswith(EXIF_START):
+        return b"Orientation" not in block  # XMP
+    from PIL import Image
+
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        return exif.get(ORIENTATION, UPRIGHT) == UPRIGHT
+    except Exception:  # a damaged block: whatever Pillow makes of it
+        return False

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from common.files import read_text
+
 
 class _PlainLoader(yaml.SafeLoader):
     """YAML 1.2 as far as it matters: `off` and `24:00:00` stay words, `1e-3` is a number."""
@@ -49,12 +51,7 @@ for _kind, (_form, _first) in _PLAIN_FORMS.items():
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file of `key: value` lines. Raises ValueError, in one line, for anything else."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{path} cannot be read: {reason}") from None
-    content = _parse(text, str(path))
+    content = _parse(read_text(path), str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):

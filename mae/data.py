@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.unreadable import next_usable
 from mae.decode import CroppedImage, read_crop
 from mae.listing import segment_key
 from mae.masking import MaskingMethod
@@ -29,7 +30,6 @@ from mae.transforms import Crop, centre_crop, crop_segment, random_crop
 
 logger = logging.getLogger(__name__)
 
-MOST_UNREADABLE_IN_A_ROW = 100
 OPEN_FILES = 65536
 ChooseCrop = Callable[[int, int], Crop]  # from height and width
 
@@ -82,18 +82,15 @@ class MaskedImages(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        unreadable: list[str] = []
-        for offset in range(min(len(self.paths), MOST_UNREADABLE_IN_A_ROW)):
-            candidate = (index + offset) % len(self.paths)
-            try:
-                rng = sample_rng(self.seed, SAMPLE_STREAM, epoch, candidate)
-                sample = self.load(candidate, partial(random_crop, rng), rng)
-            except ValueError as error:
-                unreadable.append(f"{self.relative_path(candidate)} ({error})")
-            else:
-                sample.unreadable = tuple(unreadable)
-                return sample
-        raise RuntimeError(f"{len(unreadable)} images in a row cannot be used: {unreadable[0]} ...")
+        sample, skipped = next_usable(partial(self._sample, epoch), index, len(self))
+        return dataclasses.replace(sample, unreadable=skipped)
+
+    def _sample(self, epoch: int, index: int) -> Sample:
+        rng = sample_rng(self.seed, SAMPLE_STREAM, epoch, index)
+        try:
+            return self.load(index, partial(random_crop, rng), rng)
+        except ValueError as error:
+            raise ValueError(f"{self.relative_path(index)} ({error})") from None
 
     def relative_path(self, index: int) -> str:
         """Path of an image relative to its folder."""
@@ -133,7 +130,7 @@ class FixedImages(Dataset[Sample]):
                 return self.images.load(candidate, centre_crop, rng)
             except ValueError as error:
                 logger.warning("skipped %s: %s", self.images.relative_path(candidate), error)
-        raise ValueError(f"no image in {self.images.folder} is readable")
+        raise RuntimeError(f"no image in {self.images.folder} can be used")
 
 
 def fitting_segment(segment: Segment, image: CroppedImage, size: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,15 +12,13 @@ from torch import Tensor
 from common.checkpoint import PeriodicSave
 from common.interruption import Interruption
 from common.logbook import Progress
+from common.unreadable import Unreadable
 from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State
 from mae.data import Batch
 from mae.schedule import learning_rate
 
-logger = logging.getLogger(__name__)
-
 PASSES_BETWEEN_LOOKS = 10  # of the host at a GPU; a CPU is looked at after every step
-MOST_UNREADABLE = 0.01  # share of an epoch's images; one image is forgiven in any case
 # Sums over the images of a step, in this order.
 HIDDEN, COVERAGE, COVERAGE_SQUARE, UNREADABLE, STOP = range(5)
 
@@ -46,7 +43,7 @@ class EpochTrainer:
         self.interruption = interruption
         self.save_if_due = save_if_due
         self.progress = progress
-        self.unreadable: dict[str, None] = {}  # texts seen by this process, in order
+        self.unreadable = Unreadable()
         self.steps_between_looks = steps_between_looks(self.device, run.plan.accumulation_steps)
         self.stop = torch.zeros((), device=self.device)
         self.first_bad_step = torch.full((), -1, device=self.device)  # by this process's own loss
@@ -62,7 +59,7 @@ class EpochTrainer:
             began = time.monotonic()
             micro_batches = [next(batches) for _ in range(plan.accumulation_steps)]
             state.waited_seconds += time.monotonic() - began
-            self._note_skipped(micro_batches)
+            self.unreadable.note(text for batch in micro_batches for text in batch.unreadable)
             self._step(state, micro_batches)
             state.steps_completed += 1
             at_end = state.steps_completed == plan.steps_per_epoch
@@ -135,13 +132,7 @@ class EpochTrainer:
         failed, stop, unreadable_images = flags.tolist()
         if failed:
             self._raise_not_finite(state)
-        tolerated = max(1.0, MOST_UNREADABLE * self.run.plan.num_images)
-        if unreadable_images > tolerated:
-            names = ", ".join(list(self.unreadable)[:5]) or "named by another process"
-            raise RuntimeError(
-                f"{unreadable_images:.0f} of {self.run.plan.num_images} images are unreadable "
-                f"(more than {MOST_UNREADABLE:.0%}): {names}"
-            )
+        self.unreadable.check(unreadable_images, self.run.plan.num_images)
         return bool(stop)
 
     def _raise_not_finite(self, state: State) -> None:
@@ -157,10 +148,3 @@ class EpochTrainer:
             f"{what} of {self.run.plan.steps_per_epoch} in epoch {state.epochs_completed + 1}; "
             "the last checkpoint is from before. A lower --base-lr or --clip-grad 1 may help"
         )
-
-    def _note_skipped(self, micro_batches: list[Batch]) -> None:
-        """Name each skipped image once."""
-        for text in (text for batch in micro_batches for text in batch.unreadable):
-            if text not in self.unreadable:
-                self.unreadable[text] = None
-                logger.warning("skipped an unreadable image: %s", text)

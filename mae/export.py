@@ -10,11 +10,12 @@ from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common.files import check_output_file, replacing
+from common.files import check_output_file, is_marked, mark, replacing
 from common.vit import IMAGE_CHANNELS, VISIBLE
 from mae.checkpoint import load_checkpoint
 from mae.config import parse_settings
 
+KIND = "encoder"
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 PROJECTION_WEIGHT, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 
@@ -27,15 +28,16 @@ def export_encoder(checkpoint_path: Path, out: Path) -> None:
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
-    check_output_file(out)
+    check_output_file(out, reads=[checkpoint_path], is_own=is_marked(KIND))
     checkpoint = load_checkpoint(checkpoint_path, lazily=True)
     weights = encoder_weights(checkpoint["model"])
     with replacing(out) as unfinished:
         if out.suffix == ".pth":
-            torch.save({"model": weights}, unfinished)
+            torch.save({"made_by": mark(KIND), "model": weights}, unfinished)
         else:
             kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
             about = {name: str(checkpoint["config"][name]) for name in kept}
+            about["made_by"] = mark(KIND)
             about["epochs_completed"] = str(checkpoint["epochs_completed"])
             save_file(weights, unfinished, metadata=about)
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.checkpoint import read_torch_file
-from common.files import check_output_file, replacing
+from common.files import check_output_file, is_marked, mark, replacing
 from mae.checkpoint import load_checkpoint
 from mae.config import make_method, parse_settings
 from mae.data import Batch, Sample, collate, fitting_segment, make_sample
@@ -25,6 +25,7 @@ from mae.transforms import centre_crop
 
 COLUMNS = ("original", "seen", "predicted", "pasted in")
 FIXED_SET_SIZE = 8
+KIND = "reconstructions"
 
 
 def reconstruct_files(
@@ -35,7 +36,8 @@ def reconstruct_files(
     An image of its own segments needs `masks_dir`; else it takes one of the fixed set's patterns.
     Raises ValueError if a file cannot be used.
     """
-    check_output_file(out)
+    reads = [checkpoint_path, *images, *([masks_dir] if masks_dir else [])]
+    check_output_file(out, reads=reads, is_own=is_marked(KIND))
     _refuse_encoder_only(checkpoint_path)
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint)
@@ -151,4 +153,4 @@ def _save_grid(pictures: Sequence[Tensor], path: Path) -> None:
             axes[row][column].axis("off")
     figure.tight_layout(pad=0.3)
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="png")
+        figure.savefig(unfinished, format="png", metadata={"Software": mark(KIND)})

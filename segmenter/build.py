@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from common.devices import device_name
 from common.interruption import Interruption
+from common.unreadable import Unreadable
 from common.vit import IMAGE_CHANNELS
 from segmenter.check import Task, all_settings, plan_batches
 from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
@@ -44,14 +45,16 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation"
 class State:
     """Where a run stands.
 
-    loss_sum: over the steps of this epoch. seconds, waited_seconds: spent on this epoch's
-    training, and of that waiting for data. total_seconds: of the run, over all restarts.
+    loss_sum, unreadable_images: over the steps of this epoch. seconds, waited_seconds: spent on
+    this epoch's training, and of that waiting for data. total_seconds: of the run, over all
+    restarts.
     scores: of the newest evaluation, plain; best_mean_iou: percent.
     """
 
     epochs_completed: int = 0
     steps_completed: int = 0
     loss_sum: float = 0.0
+    unreadable_images: int = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -77,6 +80,7 @@ class Run:
     model: Segmenter
     prepared: nn.Module
     optimizer: Optimizer
+    unreadable: Unreadable = field(default_factory=Unreadable)
 
     @property
     def output_dir(self) -> Path:
@@ -220,6 +224,7 @@ def result_content(run: Run, state: State) -> dict[str, Any]:
         **scores,
         "best_mean_iou": state.best_mean_iou,
         "class_iou": state.scores["class_iou"],
+        "unreadable_images": state.scores.get("unreadable_images", 0),
         "seed": config.optimisation.seed,
         "seeds": [{"seed": config.optimisation.seed, **scores}],
         "mean_iou_std": None,

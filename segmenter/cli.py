@@ -12,7 +12,7 @@ import click
 
 from common.command import CONTEXT, command
 from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
-from common.files import check_output_file, check_output_folder, write_json
+from common.files import check_output_file, write_json
 from common.layout import RESULT
 from common.options import Layer, OptionGroup, option_facts
 from common.run import PluginConfig
@@ -101,7 +101,8 @@ def evaluate(
     if (checkpoint is None) == (evaluation.predictions is None):
         raise click.UsageError("give either a CHECKPOINT or --predictions DIR")
     if evaluation.out is not None:
-        check_output_file(evaluation.out)
+        reads = [path for path in (checkpoint, evaluation.dataset) if path is not None]
+        check_output_file(evaluation.out, reads=reads, is_own=_is_scores)
     from segmenter.scoring import evaluate_checkpoint, evaluate_predictions
 
     log_to_stderr()
@@ -114,6 +115,10 @@ def evaluate(
         _show(result)
         if evaluation.out is not None:
             write_json(evaluation.out, result)
+
+
+def _is_scores(head: bytes) -> bool:
+    return head.startswith(b"{") and f'"{SCORES[0]}"'.encode() in head[:40]
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -143,7 +148,6 @@ def predict(
     for path in (checkpoint, *images):
         if not path.exists():
             raise click.UsageError(f"{path} does not exist")
-    check_output_folder(pictures.out, "--out")
     from segmenter.predict import predict_files
 
     log_to_stderr()

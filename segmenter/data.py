@@ -12,6 +12,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.interruption import leave_signals_to_the_main_process
+from common.unreadable import next_usable
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair
+from segmenter.labels import allowed_labels, read_pair
 from segmenter.schedule import SAMPLE_STREAM, BatchPlan
 
 
@@ -39,9 +42,8 @@ def quiet_imports() -> Iterator[None]:
 
 with quiet_imports():
     import mmseg.datasets
-    from mmcv.transforms import Compose, LoadImageFromFile, Pad, RandomResize
+    from mmcv.transforms import Compose, Pad, RandomResize
     from mmseg.datasets.transforms import (
-        LoadAnnotations,
         PhotoMetricDistortion,
         RandomCrop,
         RandomFlip,
@@ -83,13 +85,14 @@ def read_classes(description: DatasetDescription) -> Classes:
 
 class Batch(NamedTuple):
     """images [B, 3, S, S] uint8 RGB; labels [B, S, S] uint8; sizes [B, 2]: height and width that
-    are image, the rest is padding; valid_pixels [B]: labels that count in the loss. One crop is
-    the same without B."""
+    are image, the rest is padding; valid_pixels [B]: labels that count in the loss; unreadable:
+    images that others stand in for, and why. One crop is the same without B."""
 
     images: Tensor
     labels: Tensor
     sizes: Tensor
     valid_pixels: Tensor
+    unreadable: list[str]
 
     def parts(self, most: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images, labels and sizes in parts of at most `most` images."""
@@ -98,8 +101,16 @@ class Batch(NamedTuple):
         return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
+def _collate(crops: list[Batch]) -> Batch:
+    *tensors, unreadable = zip(*crops, strict=True)
+    return Batch(*map(torch.stack, tensors), [text for texts in unreadable for text in texts])
+
+
 class TrainingCrops(Dataset[Batch]):
-    """Random crops of the training images by (epoch, index)."""
+    """Random crops of the training images by (epoch, index).
+
+    A pair that cannot be used is replaced by the next one, and named in the crop.
+    """
 
     def __init__(
         self,
@@ -111,12 +122,11 @@ class TrainingCrops(Dataset[Batch]):
         self.description = description
         self.pairs = pairs
         self.seed = seed
+        self.allowed = allowed_labels(description)
         size, ignored = protocol.crop_size, description.ignore_index
         # Padding comes last and by itself, so that its size is known: see `Batch.sizes`.
         self.transform = Compose(
             [
-                LoadImageFromFile(),
-                LoadAnnotations(),
                 RandomResize(
                     scale=_scale(protocol.image_size), ratio_range=RATIO_RANGE, keep_ratio=True
                 ),
@@ -132,22 +142,28 @@ class TrainingCrops(Dataset[Batch]):
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
+        crop, skipped = next_usable(partial(self._crop, epoch), index, len(self))
+        return crop._replace(unreadable=list(skipped))
+
+    def _crop(self, epoch: int, index: int) -> Batch:
+        loaded = _load(self.description, self.pairs[index], self.allowed)
         with _seeded(self.seed, epoch, index):
-            sample = _apply(self.transform, self.description, self.pairs[index])
+            sample = self.transform(loaded)
         size = torch.tensor(sample["img"].shape[:2])
         sample = self.pad(sample)
         labels = torch.from_numpy(sample["gt_seg_map"])
         valid_pixels = (labels != self.description.ignore_index).sum()
-        return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels)
+        return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels, [])
 
 
 @dataclass(kw_only=True)
 class TestImage:
     """scaled: one image [3, h, w] uint8 RGB per scale of the protocol; labels [H, W] uint8 at the
-    original size."""
+    original size. unreadable: why there is nothing of both; else empty."""
 
     scaled: list[Tensor]
     labels: Tensor
+    unreadable: str = ""
 
 
 class WholeImages(Dataset[TestImage]):
@@ -158,14 +174,17 @@ class WholeImages(Dataset[TestImage]):
     ) -> None:
         self.description = description
         self.pairs = pairs
-        self.load = Compose([LoadImageFromFile(), LoadAnnotations()])
+        self.allowed = allowed_labels(description)
         self.protocol = protocol
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> TestImage:
-        sample = _apply(self.load, self.description, self.pairs[index])
+        try:
+            sample = _load(self.description, self.pairs[index], self.allowed)
+        except ValueError as error:
+            return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
         return TestImage(
             scaled=scaled_images(sample["img"], self.protocol),
             labels=torch.from_numpy(sample["gt_seg_map"]),
@@ -186,20 +205,18 @@ def _scale(image_size: int) -> tuple[int, int]:
     return LONG_SIDE_RATIO * image_size, image_size
 
 
-def _apply(transform: Any, description: DatasetDescription, pair: Pair) -> dict[str, Any]:
-    """What a dataset of mmsegmentation does. Raises ValueError naming a file that is broken."""
-    try:
-        return transform(
-            {
-                "img_path": str(pair.image),
-                "seg_map_path": str(pair.annotation),
-                "label_map": None,
-                "reduce_zero_label": description.reduce_zero_label,
-                "seg_fields": [],
-            }
-        )
-    except (OSError, AssertionError, AttributeError) as error:  # mmcv asserts that it could decode
-        raise ValueError(f"{pair.image} or its annotation cannot be read: {error}") from error
+def _load(description: DatasetDescription, pair: Pair, allowed: np.ndarray) -> dict[str, Any]:
+    """What mmsegmentation's transforms start from. Raises ValueError if the pair cannot be used."""
+    image, labels = read_pair(pair, allowed)
+    if description.reduce_zero_label:
+        labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
+    return {
+        "img": np.ascontiguousarray(image[..., ::-1]),  # BGR
+        "img_shape": image.shape[:2],
+        "ori_shape": image.shape[:2],
+        "gt_seg_map": labels,
+        "seg_fields": ["gt_seg_map"],
+    }
 
 
 def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
@@ -240,7 +257,7 @@ def training_batches(
     ]
     loader = DataLoader(
         crops, batch_sampler=keys, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_start_worker, collate_fn=_collate,
     )  # fmt: skip
     return iter(loader)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import read_text
 from common.images import relative_files
 from common.yamlfile import check_names, read_yaml
 
@@ -100,9 +101,6 @@ class DatasetDescription:
                 f"{self.source}: {len(missing)} of {len(pairs)} {split} images have no annotation: "
                 f"{_some(missing)}"
             )
-        for path in (path for pair in pairs for path in (pair.image, pair.annotation)):
-            if path.stat().st_size == 0:
-                raise ValueError(f"{path} ({split}) is an empty file of 0 bytes")
         return pairs
 
     def _folder(self, folders: dict[str, Path], split: str, what: str) -> Path:
@@ -122,7 +120,7 @@ class DatasetDescription:
         path = self.splits[split]
         if not path.is_file():
             raise ValueError(f"{self.source}: the list of {split} names is missing: {path}")
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         missing = [images / f"{name}{suffix}" for name in names if f"{name}{suffix}" not in present]
         if missing:
             raise ValueError(

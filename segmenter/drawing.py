@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from common.files import replacing
+from common.files import mark, replacing
 from segmenter.data import Classes, WholeImages
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
@@ -66,6 +66,8 @@ def draw_predictions(
     rows, present = [], set()
     for index in dict.fromkeys(chosen.tolist()):
         sample = images[index]
+        if sample.unreadable:
+            continue
         size = sample.labels.shape
         with evaluating(accelerator, model):
             (predicted,) = predict_classes(model, [sample.scaled], [size], images.protocol)
@@ -76,13 +78,15 @@ def draw_predictions(
         height = max(1, round(size[0] * PANEL_WIDTH / size[1]))
         rows.append(np.hstack([_resized(panel, (height, PANEL_WIDTH)) for panel in panels]))
     body = np.vstack([_title_strip(("image", "annotation", "prediction")), *rows])
-    save_image(with_legend(body, sorted(present), classes), path)
+    save_image(with_legend(body, sorted(present), classes), path, "predictions")
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """As a PNG that is there as a whole or not at all."""
+def save_image(image: Image.Image, path: Path, kind: str) -> None:
+    """As a PNG that is there as a whole or not at all, and bears the mark of its kind."""
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Software", mark(kind))
     with replacing(path) as unfinished:
-        image.save(unfinished, format="PNG")
+        image.save(unfinished, format="PNG", pnginfo=about)
 
 
 def _title_strip(titles: Sequence[str]) -> np.ndarray:

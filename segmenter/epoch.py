@@ -28,6 +28,7 @@ def train_one_epoch(
     while state.steps_completed < run.plan.steps_per_epoch:
         began = time.monotonic()
         batch = next(batches)
+        run.unreadable.note(batch.unreadable)
         state.waited_seconds += time.monotonic() - began
         loss, stop = _step(run, state, batch)
         state.steps_completed += 1
@@ -62,7 +63,7 @@ def _step(run: Run, state: State, batch: Batch) -> tuple[float, bool]:
             part_loss = segmentation_loss(logits, labels, ignored) / valid.float()
             accelerator.backward(part_loss * accelerator.num_processes)  # DDP takes the mean
         loss += part_loss.detach()
-    mean_loss, stop = _agree(run, state, loss)
+    mean_loss, stop = _agree(run, state, loss, len(batch.unreadable))
     if optimisation.clip_grad is not None:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), optimisation.clip_grad)
     progress = step / (run.plan.steps_per_epoch * optimisation.epochs)  # before this step
@@ -72,11 +73,14 @@ def _step(run: Run, state: State, batch: Batch) -> tuple[float, bool]:
     return mean_loss, stop
 
 
-def _agree(run: Run, state: State, loss: torch.Tensor) -> tuple[float, bool]:
+def _agree(run: Run, state: State, loss: torch.Tensor, unreadable: int) -> tuple[float, bool]:
     """The loss of all processes and whether one should stop, before the weights change."""
     accelerator = run.accelerator
-    stop = torch.full_like(loss, run.interruption.requested)
-    total, stops = accelerator.reduce(torch.stack([loss, stop]), reduction="sum").tolist()
+    stop, skipped = (torch.full_like(loss, n) for n in (run.interruption.requested, unreadable))
+    sums = accelerator.reduce(torch.stack([loss, stop, skipped]), reduction="sum").tolist()
+    total, stops, skipped_images = sums
+    state.unreadable_images += round(skipped_images)
+    run.unreadable.check(state.unreadable_images, len(run.task.train))
     if math.isfinite(total):
         return total, bool(stops)
     losses = accelerator.gather(loss.reshape(1)).tolist()

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common.interruption import Interruption
+from common.unreadable import Unreadable
 from segmenter.config import ScoringConfig
 from segmenter.data import WholeImages, test_images
 from segmenter.inference import predict_classes
@@ -29,6 +30,8 @@ def evaluate_model(
 ) -> Areas | None:
     """Areas over all images and processes, the same on every process; None if interrupted.
 
+    Images that cannot be used are named and left out; RuntimeError if they are too many.
+
     on_prediction gets (index, [H, W] uint8 classes) of every image of this process, on_progress the
     numbers of images done and in all.
 
@@ -36,6 +39,7 @@ def evaluate_model(
     arithmetic, and so the areas, are exactly the same for any number of processes.
     """
     areas = Areas(model.shape.num_classes, images.description.ignore_index)
+    unreadable = Unreadable()
     size, everything = scoring.eval_batch_size, range(len(images))
     per_round, offset = size * accelerator.num_processes, size * accelerator.process_index
     # This process's group of each round: the last one may be smaller, or empty.
@@ -46,14 +50,16 @@ def evaluate_model(
     )  # fmt: skip
     with evaluating(accelerator, model):
         for number, group in enumerate(rounds, start=1):
-            loaded = [next(samples) for _ in group]
+            loaded = [(index, next(samples)) for index in group]
+            unreadable.note(sample.unreadable for _, sample in loaded if sample.unreadable)
+            usable = [(index, sample) for index, sample in loaded if not sample.unreadable]
             predictions = predict_classes(
                 model,
-                [sample.scaled for sample in loaded],
-                [sample.labels.shape for sample in loaded],
+                [sample.scaled for _, sample in usable],
+                [sample.labels.shape for _, sample in usable],
                 images.protocol,
             )
-            for index, sample, predicted in zip(group, loaded, predictions, strict=True):
+            for (index, sample), predicted in zip(usable, predictions, strict=True):
                 areas.add(predicted, sample.labels.to(accelerator.device))
                 if on_prediction is not None:
                     on_prediction(index, predicted.cpu())
@@ -65,6 +71,9 @@ def evaluate_model(
                     return None
     # gloo and nccl both add float64 exactly here: areas are integers below 2^53.
     areas.total = accelerator.reduce(areas.total.to(accelerator.device), reduction="sum").cpu()
+    skipped = torch.tensor(float(len(unreadable.texts)), device=accelerator.device)
+    areas.unreadable_images = int(accelerator.reduce(skipped, reduction="sum").item())
+    unreadable.check(areas.unreadable_images, len(images))
     return areas
 
 

@@ -46,6 +46,8 @@ def predict_classes(
         for versions, size in zip(images, sizes, strict=True):
             yield _multi_scale(model, versions, size, protocol).argmax(0).to(torch.uint8)
         return
+    if not images:
+        return
     canvases = window_logits(model, [versions[0] for versions in images], protocol)
     for canvas, size in zip(canvases, sizes, strict=True):
         yield _resize(canvas, size).argmax(0).to(torch.uint8)

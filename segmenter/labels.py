@@ -1,40 +1,48 @@
-"""Do annotations fit their images and classes? Looked at before any work starts. No torch here."""
+"""Pairs of image and annotation: read, and judged whether they fit each other and the classes.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from common.images import load_image, read_rgb
+from common.unreadable import too_many
 from segmenter.dataset import NUM_CLASSES, DatasetDescription, Pair
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 
 
+class UnreadableError(ValueError):
+    """A file is missing, damaged or no image: of accidents like this a few are survived."""
+
+
 def check_labels(
-    description: DatasetDescription, pairs: Sequence[Pair], *, everything: bool
+    description: DatasetDescription,
+    pairs: Sequence[Pair],
+    *,
+    most: int | None = None,
+    completely: bool = False,
+    forgiving: bool = False,
 ) -> None:
     """Raise ValueError about the first pair that does not fit, and how many there are.
 
-    everything: look at all pairs, not only at MOST_CHECKED evenly spaced ones.
+    most: so many, evenly spaced, are looked at. completely: images are decoded, too. forgiving:
+    files that cannot be read are left to whoever will skip them, unless they are too many.
     """
-    step = 1 if everything else max(1, len(pairs) // MOST_CHECKED)
-    looked_at = pairs[::step]
-    num_classes = count_classes(description)
-    allowed = np.zeros(256, dtype=bool)  # what an annotation file may hold
-    if description.reduce_zero_label:
-        allowed[: num_classes + 1] = True
-    else:
-        allowed[:num_classes] = True
-        allowed[description.ignore_index] = True
+    looked_at = pairs[:: max(1, len(pairs) // most) if most else 1]
+    judge = partial(_problem_of, allowed=allowed_labels(description), completely=completely)
     with ThreadPoolExecutor() as pool:
-        found = pool.map(partial(_problem_of, allowed=allowed), looked_at)
-        problems = [text for text in found if text is not None]
+        problems = [error for error in pool.map(judge, looked_at) if error is not None]
+    wrong = [error for error in problems if not isinstance(error, UnreadableError)]
+    if forgiving and not too_many(len(problems) - len(wrong), len(looked_at)):
+        problems = wrong
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
@@ -51,57 +59,78 @@ def count_classes(description: DatasetDescription) -> int:
     return NUM_CLASSES[description.classes]
 
 
-def _problem_of(pair: Pair, allowed: np.ndarray) -> str | None:
+def allowed_labels(description: DatasetDescription) -> np.ndarray:
+    """[256] bool: what an annotation file may hold."""
+    allowed, num_classes = np.zeros(256, dtype=bool), count_classes(description)
+    if description.reduce_zero_label:
+        allowed[: num_classes + 1] = True
+    else:
+        allowed[:num_classes] = True
+        allowed[description.ignore_index] = True
+    return allowed
+
+
+def read_pair(pair: Pair, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Image [H, W, 3] uint8 RGB and labels [H, W] uint8 as the file numbers them.
+
+    Raises ValueError if a file cannot be read (UnreadableError), or they do not fit.
+    """
     try:
-        _check_pair(pair, allowed)
+        image = read_rgb(pair.image)
     except ValueError as error:
-        return str(error)
+        raise UnreadableError(str(error)) from None
+    return image, _fitting_labels(pair, image.shape[:2], allowed)
+
+
+def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError | None:
+    try:
+        if completely:
+            read_pair(pair, allowed)
+        else:
+            _fitting_labels(pair, _image_size(pair.image), allowed)
+    except ValueError as error:
+        return error
     return None
 
 
-def _check_pair(pair: Pair, allowed: np.ndarray) -> None:
-    """Raise ValueError if the files cannot be read or do not fit each other or the classes."""
+def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.ndarray:
+    """The labels of an image of height x width. Raises ValueError if they are another's."""
     labels = read_label_file(pair.annotation)
-    width, height = _image_size(pair.image)
-    if labels.shape != (height, width):
+    if labels.shape != size:
         raise ValueError(
             f"{pair.annotation} is {labels.shape[1]} x {labels.shape[0]} pixels, its image "
-            f"{pair.image} is {width} x {height}"
+            f"{pair.image} is {size[1]} x {size[0]}"
         )
-    wrong = [int(label) for label in np.unique(labels) if not allowed[label]]
-    if wrong:
+    if not allowed[labels].all():
+        wrong = int(labels[~allowed[labels]].min())
         limits = np.flatnonzero(allowed)
         raise ValueError(
-            f"{pair.annotation} holds label {wrong[0]}, which is none of the "
+            f"{pair.annotation} holds label {wrong}, which is none of the "
             f"{len(limits)} allowed ones ({limits[0]} to {limits[-1]})"
         )
+    return labels
 
 
 def read_label_file(path: Path) -> np.ndarray:
     """[H, W] uint8 labels of an annotation or prediction. Raises ValueError."""
-    with open_image(path) as file:
-        if file.mode not in ("L", "P", "1", "I", "I;16"):
-            raise ValueError(f"{path} is a {file.mode} image; labels have one channel")
-        labels = np.asarray(file)
-    if labels.size and labels.max() > 255:
-        raise ValueError(f"{path} holds label {labels.max()}; at most 255 is possible")
+    try:
+        file = load_image(path)
+    except ValueError as error:
+        raise UnreadableError(str(error)) from None
+    if file.mode not in ("L", "P", "1", "I", "I;16"):
+        raise ValueError(f"{path} is a {file.mode} image; labels have one channel")
+    labels = np.asarray(file)
+    if labels.min() < 0 or labels.max() > 255:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise ValueError(f"{path} holds label {wrong}; 0 to 255 are possible")
     return labels.astype(np.uint8)
 
 
 def _image_size(path: Path) -> tuple[int, int]:
-    """Width and height, as decoders turn it: by the EXIF orientation."""
-    with open_image(path) as file:
-        turned = file.getexif().get(0x0112, 1) >= 5
-        return (file.height, file.width) if turned else (file.width, file.height)
-
-
-@contextlib.contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """By Pillow, whose errors become a ValueError that names the file."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
+    """Height and width, as `read_rgb` turns the image: by the EXIF orientation."""
     try:
-        with Image.open(path) as file:
-            yield file
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        file = load_image(path, decode=False)
+    except ValueError as error:
+        raise UnreadableError(str(error)) from None
+    turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (file.width, file.height) if turned else (file.height, file.width)

@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from common.checkpoint import misfits, read_torch_file
+from common.files import read_text
 from common.vit import VIT_SIZES
 from segmenter.checkpoint import load_checkpoint
 from segmenter.config import ProtocolConfig
@@ -138,8 +139,8 @@ _VariantLoader.add_constructor(
 
 def _read_variant(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(), _VariantLoader)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(read_text(path), _VariantLoader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not describe a Segmenter")

@@ -20,12 +20,16 @@ with quiet_imports():
 
 
 class Areas:
-    """Intersection, union, prediction and label areas in pixels, by class: [4, K] float64."""
+    """Intersection, union, prediction and label areas in pixels, by class: [4, K] float64.
+
+    unreadable_images: how many could not be counted.
+    """
 
     def __init__(self, num_classes: int, ignore_index: int) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.total = torch.zeros(4, num_classes, dtype=torch.float64)
+        self.unreadable_images = 0
 
     def add(self, predicted: Tensor, labels: Tensor) -> None:
         """Count one image: [H, W] predicted classes and labels, uint8, on any device."""
@@ -49,6 +53,7 @@ class Areas:
                 name: None if np.isnan(value) else float(value)
                 for name, value in zip(names, iou, strict=True)
             },
+            "unreadable_images": self.unreadable_images,
         }
 
 

@@ -12,16 +12,19 @@ import torch
 from PIL import Image
 
 from common.devices import make_accelerator
-from common.images import read_rgb
+from common.files import check_output_folder, check_replaceable, is_marked
+from common.images import load_image, read_rgb
 from common.options import OptionGroup
+from common.unreadable import Unreadable
 from segmenter.config import ScoringConfig
 from segmenter.data import scaled_images
 from segmenter.drawing import overlay, save_image, with_legend
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
-from segmenter.labels import open_image
 from segmenter.loading import LoadedSegmenter, load_segmenter
 from segmenter.scoring import changed_protocol
+
+LABEL_MAP, OVERLAY = "label-map", "overlay"  # kinds of pictures
 
 logger = logging.getLogger(__name__)
 
@@ -48,40 +51,65 @@ def predict_files(
 
     changes: `ProtocolChanges`, in place of the checkpoint's protocol.
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
-    before anything is written if a file is missing, no image, or has another's name.
+    before anything is written if a file is missing, no image, has another's name, or a picture
+    would replace what this command did not make; RuntimeError at the end if images are damaged.
     """
     accelerator = make_accelerator(devices)
-    paths, loaded = list_images(images), load_segmenter(checkpoint)
+    paths = list_images(images)
+    _check_outputs(paths, out, [checkpoint, *paths], [path for path in images if path.is_dir()])
+    loaded = load_segmenter(checkpoint)
     loaded = dataclasses.replace(loaded, protocol=changed_protocol(loaded.protocol, changes))
     model, classes = loaded.model.to(accelerator.device), loaded.classes
     out.mkdir(parents=True, exist_ok=True)
+    unreadable = Unreadable()
     for path in paths:
-        image = read_rgb(path)
+        try:
+            image = read_rgb(path)
+        except ValueError as error:
+            unreadable.note([str(error)])
+            continue
         with evaluating(accelerator, model):
             labels = predict_image(loaded, image)
         stored = labels + 1 if loaded.reduce_zero_label else labels
-        save_image(Image.fromarray(stored), out / f"{path.stem}.png")
+        label_path, overlay_path = _outputs(path, out)
+        save_image(Image.fromarray(stored), label_path, LABEL_MAP)
         present = np.unique(labels).tolist()
         sheet = with_legend(overlay(image, labels, classes), present, classes)
-        save_image(sheet, out / f"{path.stem}_overlay.png")
+        save_image(sheet, overlay_path, OVERLAY)
         logger.info("%s: %s", path, ", ".join(classes.names[label] for label in present))
+    if unreadable.texts:
+        raise RuntimeError(f"{len(unreadable.texts)} of {len(paths)} images could not be read")
 
 
 def list_images(images: Sequence[Path]) -> list[Path]:
-    """The files, and those in folders. Raises ValueError unless all can be opened and named."""
+    """The files, and those in folders. Raises ValueError unless all can be opened."""
     paths: list[Path] = []
     for path in images:
         if path.is_dir():
             paths += sorted(file for file in path.iterdir() if file.is_file())
         else:
             paths.append(path)
-    by_stem: dict[str, Path] = {}
     for path in paths:
-        with open_image(path):
-            pass
-        if path.stem in by_stem:
-            raise ValueError(f"{by_stem[path.stem]} and {path} would both become {path.stem}.png")
-        by_stem[path.stem] = path
+        load_image(path, decode=False)
     if not paths:
         raise ValueError("there are no images to predict")
     return paths
+
+
+def _outputs(path: Path, out: Path) -> tuple[Path, Path]:
+    """The label map and the overlay of an image."""
+    return out / f"{path.stem}.png", out / f"{path.stem}_overlay.png"
+
+
+def _check_outputs(
+    paths: Sequence[Path], out: Path, reads: Sequence[Path], folders: Sequence[Path]
+) -> None:
+    """Raise ValueError if a picture would take the place of another, or of what is not ours."""
+    check_output_folder(out, "--out", reads=folders)
+    takers: dict[Path, Path] = {}
+    for path in paths:
+        for target, kind in zip(_outputs(path, out), (LABEL_MAP, OVERLAY), strict=True):
+            other = takers.setdefault(target, path)
+            if other is not path:
+                raise ValueError(f"{other} and {path} would both become {target.name}")
+            check_replaceable(target, "--out", reads=reads, is_own=is_marked(kind))

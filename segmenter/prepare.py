@@ -65,7 +65,7 @@ def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict
     if not found:
         raise ValueError(f"{path}: neither of the splits {', '.join(SPLITS)} is there")
     every_pair = [pair for pairs in found.values() for pair in pairs]
-    check_labels(description, every_pair, everything=True)
+    check_labels(description, every_pair, completely=True)
     return {split: len(pairs) for split, pairs in found.items()}
 
 

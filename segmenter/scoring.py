@@ -27,7 +27,7 @@ from segmenter.labels import check_labels, read_label_file
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
 
-MOST_CHECKED = 5000  # pairs whose labels are all looked at first
+MOST_CHECKED = 5000  # pairs that are looked at first
 
 
 def evaluate_checkpoint(
@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     pairs = description.pairs(evaluation.split)
     accelerator, loaded = make_accelerator(devices), load_segmenter(checkpoint)
     _check_classes(loaded.classes, read_classes(description), description.name)
-    check_labels(description, pairs, everything=len(pairs) <= MOST_CHECKED)
+    check_labels(description, pairs, most=MOST_CHECKED, forgiving=True)
     wanted_dir = evaluation.save_predictions
     if wanted_dir is not None and wanted_dir.exists() and any(wanted_dir.iterdir()):
         raise ValueError(f"--save-predictions {wanted_dir} is not empty")
@@ -95,7 +95,7 @@ def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, 
         if not path.is_file():
             path = folder / f"{pair.name}{description.annotation_suffix}"
         stored.append(dataclasses.replace(pair, annotation=path))
-    check_labels(description, [*pairs, *stored], everything=True)
+    check_labels(description, [*pairs, *stored])
     for both in zip(stored, pairs, strict=True):
         predicted, labels = (_classes_of(pair.annotation, description) for pair in both)
         areas.add(predicted, labels)

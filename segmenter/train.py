@@ -15,6 +15,7 @@ from common.interruption import Interruption
 from common.layout import BEST, CHECKPOINT, LOCK, PREDICTIONS, RESULT
 from common.lock import hold
 from common.logbook import Logbook
+from segmenter import labels
 from segmenter.build import Run, State, build_run, checkpoint_content, result_content
 from segmenter.check import Task, all_settings, earlier_output
 from segmenter.config import SCORES, TrainConfig
@@ -22,7 +23,6 @@ from segmenter.data import Batch
 from segmenter.drawing import draw_predictions
 from segmenter.epoch import train_one_epoch
 from segmenter.evaluate import evaluate_model
-from segmenter.labels import check_labels
 from segmenter.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def finetune(config: TrainConfig, task: Task) -> bool:
     with Interruption() as interruption:
         accelerator = make_accelerator(config.run)
         for pairs in (task.train, task.val):
-            check_labels(task.description, pairs, everything=False)
+            labels.check_labels(task.description, pairs, most=labels.MOST_CHECKED, forgiving=True)
         with hold(folder / LOCK, folder) if accelerator.is_main_process else nullcontext():
             accelerator.wait_for_everyone()  # from here on nobody else writes there
             found = earlier_output(config, task)
@@ -123,6 +123,7 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> bool:
     record = _epoch_record(run, state)
     state.epochs_completed, state.steps_completed = number, 0
     state.loss_sum = state.seconds = state.waited_seconds = 0.0
+    state.unreadable_images = 0
     is_best = False
     if scores is not None:
         state.scores = scores
@@ -163,6 +164,7 @@ def _epoch_record(run: Run, state: State) -> dict[str, Any]:
         "num_updates": updates,
         "train_loss": state.loss_sum / steps,
         "train_learning_rate": learning_rate(optimisation, last),
+        "unreadable_images": state.unreadable_images,
         "images_per_second": run.plan.images_per_epoch / state.seconds,
         "data_wait_share": state.waited_seconds / state.seconds,
         "epoch_seconds": state.seconds,

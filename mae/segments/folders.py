@@ -13,12 +13,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.images import relative_files
+from common.files import open_regular, path_below, read_bytes
+from common.images import load_image, relative_files
 from mae.segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,8 @@ class JsonFolder(SegmentFolder):
 def _annotations(path: Path) -> list[Any]:
     """The entries of a file. Raises ValueError if it is damaged."""
     try:
-        content = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            content = json.loads(file.read())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one, too
         raise ValueError(f"{path}: not JSON, or cut short: {error}") from None
     annotations = content.get("annotations") if isinstance(content, dict) else content
@@ -157,7 +159,9 @@ class PngFolder(SegmentFolder):
 
     def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
         table = self.root / key / self.table
-        for path, stated in self._listed(table, table.read_text(errors="replace").splitlines()):
+        with open_regular(table) as file:
+            lines = file.read().decode(errors="replace").splitlines()
+        for path, stated in self._listed(table, lines):
             yield segment_from_pixels(read_segment_png(path)), str(path), stated
 
     def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float]]:
@@ -215,14 +219,7 @@ def read_segment_png(path: Path) -> np.ndarray:
 
     Raises ValueError naming the file if it is missing or no image.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or str(error).split(" '")[0]
-        raise ValueError(f"{path}: not an image, or cut short: {reason}") from None
+    return np.asarray(load_image(path).convert("L"))
 
 
 def read_empty_list(path: Path) -> set[str]:
@@ -234,17 +231,9 @@ def read_empty_list(path: Path) -> set[str]:
     if not path.is_file():
         return set()
     keys = set()
-    for line in path.read_text(errors="replace").splitlines():
+    for line in read_bytes(path).decode(errors="replace").splitlines():
         if line.strip():
             name = Path(line.strip()).with_suffix("").as_posix()
             imagenet = IMAGENET_NAME.fullmatch(name)
             keys.add(f"{imagenet[1]}/{name}" if imagenet else name)
     return keys
-
-
-def path_below(folder: Path, name: str, source: str) -> Path:
-    """The path of a name that stands in someone's file. Raises ValueError if it leads elsewhere."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in name:
-        raise ValueError(f"{source}: {name!r} is no name of a file below {folder}")
-    return folder / pure

@@ -13,10 +13,9 @@ from typing import Any
 
 from pycocotools import mask as coco_rle
 
-from common.files import check_output_file, write_text
+from common.files import check_output_file, path_below, write_text
 from common.interruption import Interruption
 from common.progress import Counter
-from mae.segments.folders import path_below
 from mae.segments.forms import SegmentSource, open_folder
 from mae.segments.parallel import in_order
 from mae.segments.segment import Segment, segment_from_counts

@@ -1,5 +1,6 @@
-"""An image that is met broken in the middle of the work ends it in one line."""
+"""A broken image in the middle of the work: named, skipped, counted; too many end it."""
 
+import json
 import multiprocessing
 import shutil
 
@@ -7,40 +8,68 @@ import pytest
 
 import segmenter.labels
 import segmenter.scoring
+from common.logbook import read_log
 from tests.segmenter.boxes import train_arguments
 
 
 @pytest.fixture
-def broken(own_dataset, monkeypatch):
-    """Images that no check has looked at, as in a dataset of more than MOST_CHECKED pairs."""
+def break_images(own_dataset, monkeypatch):
+    """Breaks images that no check has looked at, as in a dataset of more than MOST_CHECKED."""
     monkeypatch.setattr(segmenter.labels, "MOST_CHECKED", 1)
     monkeypatch.setattr(segmenter.scoring, "MOST_CHECKED", 1)
+
+    def write(*names):
+        for name in names:
+            (own_dataset.parent / "images" / name).write_bytes(b"no image")
+        return own_dataset
+
+    return write
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_without_one_image(break_images, tmp_path, command, caplog, workers):
+    dataset = break_images("training/004.jpg", "validation/101.jpg")
+    outcome = command(*train_arguments(dataset, tmp_path / "run", workers=workers))
+    assert outcome.code == 0
     for name in ("training/004.jpg", "validation/101.jpg"):
-        (own_dataset.parent / "images" / name).write_bytes(b"no image")
-    return own_dataset
+        image = dataset.parent / "images" / name
+        assert f"skipped an unreadable image: {image} cannot be read" in caplog.text
+    assert [r["unreadable_images"] for r in read_log(tmp_path / "run/log.txt")] == [1, 1]
+    assert json.loads((tmp_path / "run/result.json").read_text())["unreadable_images"] == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_names_the_image_in_one_line(broken, tmp_path, command, workers):
-    outcome = command(*train_arguments(broken, tmp_path / "run", batch_size=7, workers=workers))
-    assert outcome.code == 2
-    image = broken.parent / "images/training/004.jpg"
-    assert outcome.err.splitlines()[-1].startswith(f"Error: {image} or its annotation cannot be")
+def test_training_ends_when_they_are_too_many(break_images, tmp_path, command, workers):
+    dataset = break_images("training/002.jpg", "training/004.jpg")
+    outcome = command(*train_arguments(dataset, tmp_path / "run", batch_size=7, workers=workers))
+    assert outcome.code == 1
+    assert "2 of 7 images are unreadable (more than 1%): " in outcome.err
     assert outcome.err.count("Error") == 1
-    assert "Traceback" not in outcome.err
     assert multiprocessing.active_children() == []  # Python would wait for them for ever
+    assert not (tmp_path / "run/checkpoint.pth").exists()
+
+
+def evaluate(command, checkpoint, dataset, folder, workers):
+    return command(
+        "evaluate", checkpoint, "--dataset", dataset, "--device", "cpu", "--workers", workers,
+        "--save-predictions", folder / "predictions", "--out", folder / "scores.json",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluating_names_the_image_in_one_line(broken, finished, tmp_path, command, workers):
+def test_evaluating_goes_on_without_one_image(break_images, finished, tmp_path, command, workers):
+    dataset = break_images("validation/101.jpg")
+    outcome = evaluate(command, finished / "best.pth", dataset, tmp_path, workers)
+    assert outcome.code == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["unreadable_images"] == 1
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} == {"100.png", "102.png"}
+
+
+def test_evaluating_ends_when_they_are_too_many(break_images, finished, tmp_path, command):
     shutil.copy(finished / "best.pth", tmp_path)
-    outcome = command(
-        "evaluate", tmp_path / "best.pth", "--dataset", broken, "--device", "cpu",
-        "--workers", workers, "--save-predictions", tmp_path / "predictions",
-    )  # fmt: skip
-    assert outcome.code == 2
-    image = broken.parent / "images/validation/101.jpg"
-    assert outcome.err.startswith(f"Error: {image} or its annotation cannot be read")
-    assert outcome.err.count("\n") == 1
+    dataset = break_images("validation/101.jpg", "validation/102.jpg")
+    outcome = evaluate(command, tmp_path / "best.pth", dataset, tmp_path, 2)
+    assert outcome.code == 1
+    assert "2 of 3 images are unreadable" in outcome.err
     assert multiprocessing.active_children() == []
     assert {path.name for path in tmp_path.iterdir()} == {"best.pth", "data"}

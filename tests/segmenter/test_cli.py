@@ -203,11 +203,6 @@ def empty_split(folder):
     return "no *.jpg"
 
 
-def empty_file(folder):
-    (folder / "images/training/002.jpg").write_bytes(b"")
-    return "002.jpg (train) is an empty file of 0 bytes"
-
-
 def other_size(folder):
     path = folder / "annotations/training/002.png"
     Image.open(path).resize((9, 9)).save(path)
@@ -222,13 +217,14 @@ def outside_label(folder):
     return "002.png holds label 200"
 
 
-def corrupt_image(folder):
+def corrupt_images(folder):
     (folder / "images/validation/101.jpg").write_bytes(b"no image")
-    return "101.jpg cannot be read as an image"
+    (folder / "images/validation/102.jpg").write_bytes(b"")
+    return "101.jpg cannot be read as an image: it is no image (2 of "
 
 
 @pytest.mark.parametrize(
-    "breaking", [no_annotation, empty_split, empty_file, other_size, outside_label, corrupt_image]
+    "breaking", [no_annotation, empty_split, other_size, outside_label, corrupt_images]
 )
 def test_bad_data_is_refused_before_anything_is_written(own_dataset, tmp_path, command, breaking):
     message = breaking(own_dataset.parent)

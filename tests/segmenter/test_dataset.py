@@ -40,8 +40,9 @@ def test_an_empty_split_is_named(own_dataset):
 
 def test_a_file_of_0_bytes_is_named(own_dataset):
     (own_dataset.parent / "images/training/001.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"001\.jpg \(train\) is an empty file"):
-        read_description(own_dataset).pairs("train")
+    description = read_description(own_dataset)
+    with pytest.raises(ValueError, match=r"001\.jpg cannot be read as an image: it is empty"):
+        check_labels(description, description.pairs("train"), completely=True)
 
 
 def test_a_label_outside_the_classes_is_named(own_dataset):
@@ -51,7 +52,7 @@ def test_a_label_outside_the_classes_is_named(own_dataset):
     Image.fromarray(labels).save(path)
     description = read_description(own_dataset)
     with pytest.raises(ValueError, match=r"000\.png holds label 77, .* \(0 to 3\)"):
-        check_labels(description, description.pairs("train"), everything=True)
+        check_labels(description, description.pairs("train"))
 
 
 def test_an_annotation_of_another_size_is_named(own_dataset):
@@ -59,7 +60,7 @@ def test_an_annotation_of_another_size_is_named(own_dataset):
     Image.open(path).resize((20, 30)).save(path)
     description = read_description(own_dataset)
     with pytest.raises(ValueError, match=r"101\.png is 20 x 30 pixels, its image .* is 40 x 56"):
-        check_labels(description, description.pairs("val"), everything=True)
+        check_labels(description, description.pairs("val"))
 
 
 def test_a_colour_annotation_is_refused(own_dataset):
@@ -67,7 +68,7 @@ def test_a_colour_annotation_is_refused(own_dataset):
     Image.open(path).convert("RGB").save(path)
     description = read_description(own_dataset)
     with pytest.raises(ValueError, match="labels have one channel"):
-        check_labels(description, description.pairs("train"), everything=True)
+        check_labels(description, description.pairs("train"))
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def test_a_stopped_run_of_an_earlier_version_goes_on_as_it_would_have(earlier):
     expected = json.loads((EARLIER / "expected.json").read_text())["eval_output/four_channels_2"]
     assert read_log(folder / "log.txt")[0]["train_loss"] == expected[0]["train_loss"]
     for record, wanted in zip(log_of(folder), expected, strict=True):
-        assert record == pytest.approx(wanted, rel=1e-5)  # exact on the machine it was made on
+        known = {name: record[name] for name in wanted}  # and what later versions count, too
+        assert known == pytest.approx(wanted, rel=1e-5)  # exact on the machine it was made on
 
 
 def test_a_finished_run_of_an_earlier_version_is_finished(earlier):

@@ -82,7 +82,7 @@ def test_a_missing_prediction_is_named(scored, dataset, command, tmp_path):
     tmp_path.joinpath("some").mkdir()
     outcome = command("evaluate", "--predictions", tmp_path / "some", "--dataset", dataset)
     assert outcome.code == 2
-    assert "100.png is missing" in outcome.err
+    assert "100.png cannot be read: No such file" in outcome.err
 
 
 def test_multi_scale_and_other_windows_stand_in_the_protocol(finished, dataset, command, tmp_path):
