@@ -12,6 +12,7 @@ from typing import Any
 
 from common.files import write_json, write_text
 from common.layout import LOG, PROGRESS
+from common.parsed import read_log
 from common.progress import Display, clock
 from common.trackers import Trackers
 
@@ -20,19 +21,6 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_PROGRESS = 2.0
 # Keys of log.txt that may differ between equal runs.
 TIMING_KEYS = ("images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib", "mfu")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a log.txt; none if there is no file. A last line cut by a kill is dropped."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 class Logbook:

@@ -6,7 +6,6 @@ last epoch sent and the names by which a run is found again.
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json
+from common.parsed import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +103,11 @@ class Trackers:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
+            return read_json(self.path, dict[str, dict[str, int | str]])
         except FileNotFoundError:
             return {}
         except ValueError as error:  # it decides nothing: a run does not end for it
-            logger.warning("%s is damaged (%s): trackers get a new run", self.path, error)
+            logger.warning("%s: trackers get a new run", error)
             return {}
 
     def _write(self, *, closed: bool = False) -> None:

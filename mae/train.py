@@ -16,7 +16,8 @@ from common.files import also_save_as
 from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.layout import LAST, LOCK, LOG, checkpoint_path, reconstructions_path
 from common.lock import LockedError, hold
-from common.logbook import Logbook, read_log
+from common.logbook import Logbook
+from common.parsed import read_log
 from common.trackers import Trackers, check_trackers
 from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe

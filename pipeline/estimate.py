@@ -64,7 +64,7 @@ def step_seconds(steps: Sequence[Step]) -> dict[str, float]:
         cost = timed[key]
         epochs = cost["epochs"]
         if step.kind == "pretrain":
-            begun = reached.get(step.run, float(read_progress(step.folder).get("epoch", 0)))
+            begun = reached.get(step.run, read_progress(step.folder).get("epoch", 0))
             epochs, reached[step.run] = max(step.epochs - begun, 0), step.epochs
         found[step.name] = cost["setup_seconds"] + epochs * cost["epoch_seconds"]
         if step.kind == "evaluate":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -11,10 +10,11 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from common.console import EXIT_STOPPED
 from common.layout import PROGRESS
+from common.parsed import StepProgress, read_json
 from pipeline import machine, process
 from pipeline.layout import Layout
 from pipeline.machine import GIB
@@ -171,18 +171,21 @@ def environment(step: Step) -> dict[str, str]:
     return added
 
 
-def read_progress(folder: Path) -> dict[str, float | str]:
-    """A step's progress.json, empty if it has not written one."""
+def read_progress(folder: Path) -> dict[str, Any]:
+    """A step's progress.json, empty if it has not written one. Raises ValueError for a damaged."""
     try:
-        return json.loads((folder / PROGRESS).read_text())
-    except (OSError, ValueError):
+        return read_json(folder / PROGRESS, StepProgress)
+    except FileNotFoundError:
         return {}
 
 
 def progress_text(folder: Path) -> str:
     """Epoch, rate and time left in words, as far as they are known."""
-    now = read_progress(folder)
-    if "epoch" not in now:
+    try:
+        now = read_progress(folder)
+    except ValueError as error:
+        return str(error)
+    if not now:
         return "starting"
     if now.get("stage") == "evaluate":
         parts = [f"scoring after epoch {float(now['epoch']):.1f}"]

@@ -85,7 +85,7 @@ def _check_possible(step: Step, made: Collection[str]) -> None:
         raise ValueError(f"{step.name} needs the checkpoint {init}, which does not exist{hint}")
     if step.kind != "pretrain" or step.outputs[0].exists():
         return
-    reached = math.ceil(float(read_progress(step.folder).get("epoch", 0)))  # in a longer round
+    reached = math.ceil(read_progress(step.folder).get("epoch", 0))  # in a longer round
     later = sorted(n for n in (*layout.round_checkpoints(step.folder), reached) if n > step.epochs)
     if later:
         raise ValueError(

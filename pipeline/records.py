@@ -12,8 +12,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
 from common import settings
 from common.files import write_json
+from common.parsed import read_json
 from pipeline.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, Layout, Run, parse_eval_name
 from pipeline.parts import Facts
 from pipeline.plan import Step
@@ -81,13 +84,12 @@ class Record:
 
 def read_record(paths: Layout, step_name: str) -> Record | None:
     """The step's record, or None if it never started; ValueError if the file is damaged."""
-    path = paths.record(step_name)
     try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
+        return read_json(paths.record(step_name), Record)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a step record ({error}); remove it to go on") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to go on") from None
 
 
 def read_all_records(paths: Layout) -> list[Record]:
@@ -105,20 +107,28 @@ def write_record(paths: Layout, record: Record) -> None:
 def write_plan(paths: Layout, steps: Iterable[Step]) -> None:
     """Keeps the plan, for `status` and the report."""
     kept = [
-        {"name": s.name, "needs": s.needs, "folder": os.path.relpath(s.folder, paths.root)}
+        PlannedStep(name=s.name, needs=list(s.needs), folder=os.path.relpath(s.folder, paths.root))
         for s in steps
     ]
     write_json(paths.plan, kept)
 
 
-def read_plan(paths: Layout) -> list[dict[str, Any]]:
+class PlannedStep(TypedDict):
+    """What plan.json keeps of a step. folder: relative to the output directory."""
+
+    name: str
+    needs: list[str]
+    folder: str
+
+
+def read_plan(paths: Layout) -> list[PlannedStep]:
     """The steps of the latest call; raises ValueError where no run has been."""
     try:
-        return json.loads(paths.plan.read_text(encoding="utf-8"))
+        return read_json(paths.plan, list[PlannedStep])
     except FileNotFoundError:
         raise ValueError(f"{paths.root} is not the output directory of a run") from None
     except ValueError as error:
-        raise ValueError(f"{paths.plan} is damaged ({error}); call benchmark.py again") from None
+        raise ValueError(f"{error}; call benchmark.py again") from None
 
 
 def output_sizes(step: Step, paths: Layout) -> dict[str, int]:

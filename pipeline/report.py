@@ -15,7 +15,7 @@ from typing import Any
 
 from common.files import write_text
 from common.layout import LOG
-from common.logbook import read_log
+from common.parsed import read_log
 from pipeline.charts import HEIGHT, Point, Series, line_chart
 from pipeline.curves import REFERENCE, Line, class_breakdown, last_common_epochs, make_lines
 from pipeline.layout import Layout

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from common.files import write_text
 from common.layout import RESULT
+from common.parsed import Result, parsed, read_json
 from common.yamlfile import read_yaml
 from pipeline.layout import BASELINES, Layout, Run, parse_eval_name, ratio_text
 from pipeline.records import Record, read_all_records
@@ -59,9 +62,11 @@ def read_evaluations(paths: Layout) -> list[Evaluation]:
     for folder in paths.eval_output.glob("*"):
         try:
             run, epochs, number = parse_eval_name(folder.name)
-            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        except (ValueError, FileNotFoundError, NotADirectoryError):
-            continue  # not an evaluation, or not finished
+        except ValueError:
+            continue  # not an evaluation
+        if not (folder / RESULT).exists():
+            continue  # not finished
+        result = read_json(folder / RESULT, Result)
         # Of several finetunings of a checkpoint, the first bears its pretraining.
         names = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{run}_{epochs}"])]
         seconds = [records[name].seconds for name in names if name in records]
@@ -94,9 +99,20 @@ def coverage_of(run: str, records: Iterable[Record]) -> float | None:
     return Run.parse(run).coverage_ratio if "-cov" in run else None
 
 
+@with_config(ConfigDict(extra="allow"))
+class RunYml(TypedDict):
+    """What a report needs of run.yml; versions and hardware are only shown."""
+
+    settings: NotRequired[dict[str, Any]]
+    versions: NotRequired[dict[str, Any]]
+    hardware: NotRequired[dict[str, Any]]
+
+
 def read_run_yml(paths: Layout) -> dict[str, Any]:
     """Settings, versions and hardware of the latest call; empty if there are none."""
-    return read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
+    if not paths.run_yml.exists():
+        return {}
+    return parsed(RunYml, read_yaml(paths.run_yml), f"{paths.run_yml} is damaged")
 
 
 def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]:
@@ -104,7 +120,11 @@ def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]
     order = list(BASELINES)
     for paths in all_paths:
         named = read_run_yml(paths).get("settings", {})
-        order += named.get("mask_method") or named.get("experiment", {}).get("mask_methods", [])
+        earlier = named.get("experiment")
+        methods = named.get("mask_method")
+        if not methods and isinstance(earlier, dict):
+            methods = earlier.get("mask_methods")
+        order += map(str, methods) if isinstance(methods, list) else []
     return lambda method: (order.index(method) if method in order else len(order), method)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline import slurm_queue
 from pipeline.layout import Layout
 from pipeline.local import progress_text
 from pipeline.process import marked
-from pipeline.records import Record, read_plan, read_record
+from pipeline.records import PlannedStep, Record, read_plan, read_record
 from pipeline.terminal import aligned, duration
 
 _UNFINISHED = ("submitted", "running", "stopped")  # recorded states of which the queue knows more
@@ -41,7 +40,7 @@ def read_status(paths: Layout) -> list[StepStatus]:
 
 
 def _status(
-    paths: Layout, step: dict[str, Any], record: Record | None, queue: dict[str, str] | None
+    paths: Layout, step: PlannedStep, record: Record | None, queue: dict[str, str] | None
 ) -> StepStatus:
     """`queue`: job -> state in Slurm, None if Slurm cannot be asked."""
     if record is None:

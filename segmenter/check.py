@@ -5,7 +5,6 @@ torch is loaded only to look into checkpoints.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from common.files import check_output_folder
 from common.layout import CHECKPOINT, RESULT
 from common.options import option_facts
+from common.parsed import Result, read_json
 from common.settings import check_same
 from common.trackers import check_trackers
 from common.vit import IMAGE_CHANNELS, transformer_parameters
@@ -91,7 +91,7 @@ def earlier_output(config: TrainConfig, task: Task) -> Path | None:
     if found is None:
         return None
     if found.name == RESULT:
-        stored = read_result(found)["settings"]
+        stored = read_json(found, Result)["settings"]
     else:
         from segmenter.checkpoint import load_checkpoint
 
@@ -99,17 +99,6 @@ def earlier_output(config: TrainConfig, task: Task) -> Path | None:
     older = {name: facts["older"] for name, facts in option_facts(GROUPS.values()).items()}
     check_same(stored, all_settings(config, task), older, what=str(found))
     return found
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A result.json. Raises ValueError if it is broken."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(result, dict) or "settings" not in result:
-        raise ValueError(f"{path} is not a result of `python -m segmenter train`")
-    return result
 
 
 def facts(config: TrainConfig, task: Task) -> dict[str, Any]:

@@ -102,8 +102,14 @@ class Batch(NamedTuple):
 
 
 def _collate(crops: list[Batch]) -> Batch:
-    *tensors, unreadable = zip(*crops, strict=True)
-    return Batch(*map(torch.stack, tensors), [text for texts in unreadable for text in texts])
+    images, labels, sizes, valid_pixels, unreadable = zip(*crops, strict=True)
+    return Batch(
+        images=torch.stack(images),
+        labels=torch.stack(labels),
+        sizes=torch.stack(sizes),
+        valid_pixels=torch.stack(valid_pixels),
+        unreadable=[text for texts in unreadable for text in texts],
+    )
 
 
 class TrainingCrops(Dataset[Batch]):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.logbook import TIMING_KEYS, read_log
+from common.logbook import TIMING_KEYS
+from common.parsed import read_log
 from pipeline.sample import SampleSize, write_sample
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from common.logbook import Logbook, read_log
+from common.logbook import Logbook
+from common.parsed import read_log
 from common.trackers import check_trackers
 from tests.tensorboard_events import scalars
 

@@ -102,6 +102,7 @@ def write_evaluation(
         "recipe": {"lr": 0.001, "batch_size": 8},
         "protocol": {"crop_size": 96, "window_size": 96, "window_stride": 96, "flip": False},
         "model": "vit_tiny",
+        "settings": made_with,
         "dataset": {"name": "sample", "num_classes": 7, "num_val": 48},
     }
     (folder / RESULT).write_text(json.dumps(result))

@@ -8,7 +8,7 @@ import pytest
 
 import segmenter.labels
 import segmenter.scoring
-from common.logbook import read_log
+from common.parsed import read_log
 from tests.segmenter.boxes import train_arguments
 
 

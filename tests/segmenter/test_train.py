@@ -10,7 +10,8 @@ import torch
 
 import common.checkpoint
 import segmenter.epoch
-from common.logbook import TIMING_KEYS, read_log
+from common.logbook import TIMING_KEYS
+from common.parsed import read_log
 from tests.segmenter.boxes import call, start, train_arguments
 from tests.tensorboard_events import scalars
 

@@ -1,0 +1,120 @@
+"""What files hold, checked once where it comes in: values of the right type, or one clear error.
+
+A shape is a dataclass or TypedDict of the values; pydantic compares. Also here are the shapes of
+the files by which a step's own part and the plan meet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic asks for it before Python 3.12
+)
+
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from common.files import read_text, shortened
+
+Percent = Annotated[FiniteFloat, Field(ge=0, le=100)]
+Count = Annotated[int, Field(ge=0)]
+
+LogRecord = dict[str, int | float | None]  # a line of log.txt: "epoch" from 1, numbers by name
+
+
+@with_config(ConfigDict(extra="allow"))
+class Result(TypedDict):
+    """result.json: the scores of a finetuning in percent, and what they depend on."""
+
+    format_version: int
+    epochs: Count
+    pixel_accuracy: Percent
+    mean_accuracy: Percent
+    mean_iou: Percent
+    best_mean_iou: NotRequired[Percent | None]
+    class_iou: dict[str, Percent | None]
+    seed: NotRequired[Count]
+    minutes: NotRequired[Annotated[FiniteFloat, Field(ge=0)] | None]
+    settings: dict[str, Any]
+
+
+@with_config(ConfigDict(extra="allow"))
+class StepProgress(TypedDict):
+    """progress.json: where a step is."""
+
+    state: str
+    stage: str
+    epoch: FiniteFloat
+    epochs_total: Count
+    images_per_second: FiniteFloat
+    seconds_left: FiniteFloat | None
+
+
+def parsed(shape: Any, content: Any, source: str) -> Any:
+    """The content as `shape` has it. Raises ValueError that begins with `source`."""
+    try:
+        return _adapter(shape).validate_python(content, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_said(error)}") from None
+
+
+def read_json(path: Path, shape: Any) -> Any:
+    """A JSON file's content as `shape` has it. Raises ValueError that names the file.
+
+    A missing file raises FileNotFoundError.
+    """
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    return _parsed_json(read_text(path), shape, str(path))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a log.txt; none if there is no file. A last line cut by a kill is dropped.
+
+    Raises ValueError that names file and line for anything else.
+    """
+    records: list[dict[str, Any]] = []
+    for record in read_json_lines(path, LogRecord) if path.exists() else ():
+        if not isinstance(record.get("epoch"), int):
+            raise ValueError(f"{path}:{len(records) + 1} is damaged: it is of no epoch")
+        records.append(record)
+    return records
+
+
+def read_json_lines(path: Path, shape: Any) -> Iterator[Any]:
+    """The lines of a file that is appended to; a last line that a kill has cut is left out.
+
+    Raises ValueError that names file and line.
+    """
+    *lines, _ = read_text(path).split("\n")
+    for number, line in enumerate(lines, start=1):
+        yield _parsed_json(line, shape, f"{path}:{number}")
+
+
+def _parsed_json(text: str, shape: Any, source: str) -> Any:
+    try:
+        return _adapter(shape).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{source} is damaged: {_said(error)}") from None
+
+
+@lru_cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+def _said(error: ValidationError) -> str:
+    """The first problem: where, and what was expected."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    given = "" if first["type"] in ("missing", "json_invalid") else f", not {_given(first)}"
+    return f"{f'{shortened(where)}: ' if where else ''}{first['msg']}{given}"
+
+
+def _given(problem: Any) -> str:
+    return shortened(json.dumps(problem["input"], default=lambda value: type(value).__name__), 60)
