@@ -5,16 +5,17 @@ from __future__ import annotations
 import pickle
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.files import replacing
+from common.files import replacing, shortened
+from common.parsed import parsed
 
 FORMAT_VERSION = 1
 NOT_TENSORS = "it is no file of torch.save, or holds more than tensors and plain values"
@@ -22,7 +23,13 @@ MOST_NAMED = 5
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Replace `path`; a kill at any moment leaves the old file or the new one. RuntimeError."""
+    """Replace `path`; a kill at any moment leaves the old file or the new one.
+
+    Raises RuntimeError if the disk does not take it, or a tensor is not finite.
+    """
+    damage = not_finite(content)
+    if damage:
+        raise RuntimeError(f"{damage} is not finite; {path} was not saved")
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         torch.save({"format_version": FORMAT_VERSION, **content}, file)
 
@@ -45,30 +52,71 @@ class PeriodicSave:
 
 
 def load_checkpoint(
-    path: Path, *, program: str, required: Sequence[str], lazily: bool = False
+    path: Path, *, program: str, shape: Any, lazily: bool = False
 ) -> dict[str, Any]:
     """Read a checkpoint of `program` onto the CPU. Raises ValueError if the file is none.
 
-    lazily: tensors come from disk when they are used, for a look at the settings; not for a file
-    that is replaced meanwhile, perhaps by another machine.
+    shape: a TypedDict of what it has to hold. lazily: tensors come from disk when they are used,
+    and are not judged, for a look at the settings; not for a file that is replaced meanwhile,
+    perhaps by another machine.
     """
     content = read_torch_file(path, lazily=lazily)
     if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{path} is not a checkpoint of `{program}`")
     if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {content['format_version']}; this version reads {FORMAT_VERSION}"
-        )
-    missing = [name for name in required if name not in content]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; is it a checkpoint of `{program}`?")
+        version = shortened(content["format_version"], 40)
+        raise ValueError(f"{path} has format {version}; this version reads {FORMAT_VERSION}")
+    content = parsed(shape, content, f"{path} is not a checkpoint of `{program}`")
+    if not lazily:
+        refuse_damaged(content, path)
     return content
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """All of a model's weights from a checkpoint. Raises ValueError if they are another's."""
+    problems = misfits(model.state_dict(), weights, optional=())
+    if problems:
+        raise ValueError(f"{path} does not fit its own settings: {problems}")
+    model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """An optimizer's state from a checkpoint. Raises ValueError if it is another's."""
+    try:
+        optimizer.load_state_dict(state)
+        for parameter, own in optimizer.state.items():
+            for name, value in own.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} is {tuple(value.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: its optimizer state does not fit: {error}") from None
+
+
+def refuse_damaged(content: Any, path: Path) -> None:
+    """Raise ValueError naming a tensor that holds NaN or infinity: nothing can be made of it."""
+    damage = not_finite(content)
+    if damage:
+        raise ValueError(
+            f"{path}: {damage} is not finite (NaN or infinity); use another checkpoint"
+        )
+
+
+def not_finite(content: Any, name: str = "") -> str:
+    """The name of the first tensor in nested values that holds NaN or infinity, else empty."""
+    if isinstance(content, Tensor):
+        if not content.is_floating_point() or not content.numel():
+            return ""
+        return "" if all(map(torch.isfinite, torch.aminmax(content))) else name
+    items: Any = content.items() if isinstance(content, Mapping) else ()
+    items = enumerate(content) if isinstance(content, list | tuple) else items
+    inner = f"{name}." if name else ""
+    return next(filter(None, (not_finite(value, f"{inner}{key}") for key, value in items)), "")
 
 
 def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
     """What a file of torch.save or safetensors holds. Raises ValueError."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -77,7 +125,7 @@ def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
     except pickle.UnpicklingError as error:  # torch's text advises to load it unsafely
         raise ValueError(f"{path} cannot be read as a checkpoint: {NOT_TENSORS}") from error
     except Exception as error:  # reading a file of another kind can raise anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = shortened(next(iter(str(error).splitlines()), "") or type(error).__name__)
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 

@@ -63,6 +63,15 @@ def parsed(shape: Any, content: Any, source: str) -> Any:
         raise ValueError(f"{source}: {_said(error)}") from None
 
 
+def parsed_plain(shape: Any, content: Any, source: str) -> Any:
+    """The same for plain values, of which `shape` may be a dataclass, too."""
+    try:
+        text = json.dumps(content)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: {shortened(error)}") from None
+    return _parsed_json(text, shape, source)
+
+
 def read_json(path: Path, shape: Any) -> Any:
     """A JSON file's content as `shape` has it. Raises ValueError that names the file.
 

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from common.options import OptionGroup, option, plugin_option
 
+MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
 MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms draw from
 
 
@@ -34,7 +35,7 @@ class DeviceConfig(PluginConfig):
     precision: Literal["auto", "bf16", "fp32"] = option("auto: bf16 where a GPU has it.", "auto")
     workers: int | None = option(
         "Loader processes per device. Default: by the number of cores.", None,
-        at_least=0, neutral=True,
+        at_least=0, at_most=MOST_PROCESSES, neutral=True,
     )  # fmt: skip
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from common.checkpoint import load_optimizer, load_weights
 from common.devices import make_accelerator
 from common.interruption import leave_signals_to_the_main_process
 from mae.checkpoint import open_own_checkpoint
@@ -110,7 +112,7 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
     optimizer = make_optimizer(model, config.optimisation)
     state = State(sums=torch.zeros(len(EPOCH_SUMS), dtype=torch.float64, device=accelerator.device))
     if checkpoint is not None:
-        _continue_from(checkpoint, model, optimizer, state)
+        _continue_from(checkpoint, run.output_dir, model, optimizer, state)
         fixed_set = unpack_fixed_set(checkpoint["fixed_set"])
     else:
         _start(config, model)
@@ -154,12 +156,13 @@ def describe(run: Run, state: State) -> None:
 
 def _continue_from(
     checkpoint: dict[str, Any],
+    folder: Path,
     model: MaskedAutoencoder,
     optimizer: torch.optim.Optimizer,
     state: State,
 ) -> None:
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    load_weights(model, checkpoint["model"], folder)
+    load_optimizer(optimizer, checkpoint["optimizer"], folder)
     state.epochs_completed = checkpoint["epochs_completed"]
     state.steps_completed = checkpoint["steps_completed"]
     state.seconds = checkpoint["seconds"]

@@ -5,18 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, FiniteFloat, with_config
+from torch import Tensor
+from typing_extensions import TypedDict
+
 import common.checkpoint
 from common.layout import find_resumable
+from common.parsed import Count
 from mae.config import PretrainConfig
 from mae.listing import Listing
 
-REQUIRED = ("model", "optimizer", "epochs_completed", "steps_completed", "config")
+
+class TrainedImages(TypedDict):
+    """How many images a run trains on, and the digest of their list."""
+
+    count: Count
+    digest: str
+
+
+@with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
+class Checkpoint(TypedDict):
+    """What a checkpoint of pretraining holds, beside the format's version."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    epochs_completed: Count
+    steps_completed: Count
+    config: dict[str, Any]
+    images: TrainedImages
+    fixed_set: dict[str, Tensor]
+    sums: Tensor
+    seconds: FiniteFloat
+    waited_seconds: FiniteFloat
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """Read a checkpoint of pretraining onto the CPU. Raises ValueError if the file is none."""
     return common.checkpoint.load_checkpoint(
-        path, program="python -m mae pretrain", required=REQUIRED, lazily=lazily
+        path, program="python -m mae pretrain", shape=Checkpoint, lazily=lazily
     )
 
 

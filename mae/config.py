@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import OptionGroup, fields_of, groups_of, make, option
-from common.run import MOST_SEED, TrainingConfig
+from common.options import Layer, OptionGroup, fields_of, groups_of, make, merge, option
+from common.run import MOST_EPOCHS, MOST_SEED, TrainingConfig
 from common.settings import check_same
 from common.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
@@ -59,12 +59,12 @@ class ModelConfig(OptionGroup):
 
     title: ClassVar[str] = "Model"
     model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
-    image_size: int = option("Pixels per side.", 224, at_least=1)
+    image_size: int = option("Pixels per side.", 224, at_least=1, at_most=16384)
     patch_size: int | None = option(
         "Pixels per side of a patch. Default: the model's.", None, at_least=1
     )
-    decoder_width: int = option("Width of the decoder.", 512, at_least=1)
-    decoder_depth: int = option("Blocks of the decoder.", 8, at_least=1)
+    decoder_width: int = option("Width of the decoder.", 512, at_least=1, at_most=65536)
+    decoder_depth: int = option("Blocks of the decoder.", 8, at_least=1, at_most=1024)
     decoder_heads: int = option("Attention heads of the decoder.", 16, at_least=1)
     norm_pix_loss: bool = option("Normalise each patch of the target by itself.", False)
 
@@ -120,7 +120,9 @@ class OptimisationConfig(OptionGroup):
     """AdamW over the whole run."""
 
     title: ClassVar[str] = "Optimisation"
-    epochs: int = option("Epochs of the whole run; the schedule ends there.", 50, at_least=1)
+    epochs: int = option(
+        "Epochs of the whole run; the schedule ends there.", 50, at_least=1, at_most=MOST_EPOCHS
+    )
     warmup_fraction: float = option(
         "Share of the run in which the rate rises.", 0.05, at_least=0, below=1
     )
@@ -218,19 +220,14 @@ def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:
     )
 
 
-def parse_settings(settings: Mapping[str, Any]) -> tuple[MethodConfig, ModelConfig]:
-    """Method and model of a checkpoint's `config`, also one of an earlier version.
+def parse_settings(settings: Mapping[str, Any], path: Path) -> tuple[MethodConfig, ModelConfig]:
+    """Method and model of the `config` of the checkpoint at `path`, also of an earlier version.
 
     Raises ValueError if it holds what is not known here, such as a method of a plugin.
     """
-    return (
-        make(MethodConfig, _of_group(MethodConfig, settings)),
-        make(ModelConfig, _of_group(ModelConfig, settings)),
-    )
-
-
-def _of_group(group: type[OptionGroup], settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: settings.get(name, older) for name, older in _older(group).items()}
+    layers = [Layer(_older(MethodConfig, ModelConfig)), Layer(settings, str(path))]
+    values = merge([MethodConfig, ModelConfig], layers)
+    return make(MethodConfig, values), make(ModelConfig, values)
 
 
 def _older(*groups: type[OptionGroup]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -10,6 +11,7 @@ from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from common.checkpoint import load_weights, refuse_damaged
 from common.files import check_output_file, is_marked, mark, replacing
 from common.vit import IMAGE_CHANNELS, VISIBLE
 from mae.checkpoint import load_checkpoint
@@ -30,7 +32,7 @@ def export_encoder(checkpoint_path: Path, out: Path) -> None:
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
     check_output_file(out, reads=[checkpoint_path], is_own=is_marked(KIND))
     checkpoint = load_checkpoint(checkpoint_path, lazily=True)
-    weights = encoder_weights(checkpoint["model"])
+    weights = dict(_make_encoder(checkpoint, checkpoint_path).state_dict())
     with replacing(out) as unfinished:
         if out.suffix == ".pth":
             torch.save({"made_by": mark(KIND), "model": weights}, unfinished)
@@ -47,22 +49,31 @@ def load_encoder(checkpoint_path: Path) -> VisionTransformer:
 
     Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
     """
-    checkpoint = load_checkpoint(checkpoint_path)
-    _, config = parse_settings(checkpoint["config"])
+    return _make_encoder(load_checkpoint(checkpoint_path), checkpoint_path).eval()
+
+
+def _make_encoder(checkpoint: dict[str, Any], path: Path) -> VisionTransformer:
+    """Raises ValueError if the checkpoint at `path` is damaged, or its weights do not fit."""
+    weights = encoder_weights(checkpoint["model"], path)
+    _, config = parse_settings(checkpoint["config"], path)
     size = config.encoder
     encoder = VisionTransformer(
         img_size=config.image_size, patch_size=config.patch_pixels, num_classes=0,
         embed_dim=size.width, depth=size.depth, num_heads=size.heads, norm_layer=LayerNorm,
     )  # fmt: skip
-    encoder.load_state_dict(encoder_weights(checkpoint["model"]))
-    return encoder.eval()
+    load_weights(encoder, weights, path)
+    return encoder
 
 
-def encoder_weights(model: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a state dict, with 3 input channels."""
+def encoder_weights(model: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The encoder's part of a state dict, with 3 input channels. Raises ValueError."""
     weights = {
         name: value.contiguous() for name, value in model.items() if name.startswith(ENCODER)
     }
+    refuse_damaged(weights, path)
+    kernel = weights.get(PROJECTION_WEIGHT)
+    if kernel is None or kernel.dim() != 4 or PROJECTION_BIAS not in weights:
+        raise ValueError(f"{path} holds no ViT encoder: {PROJECTION_WEIGHT} is missing")
     return fold_constant_channels(weights)
 
 

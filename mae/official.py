@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.checkpoint import misfits, read_torch_file, resample_positions
+from common.checkpoint import misfits, read_torch_file, refuse_damaged, resample_positions
 from common.vit import IMAGE_CHANNELS
 from mae.model import MaskedAutoencoder
 
@@ -27,6 +27,7 @@ def read_official_weights(path: Path, *, lazily: bool = False) -> dict[str, Tens
     weights = content.get("model") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or EMBEDDING not in weights:
         raise ValueError(f"{path} is not an MAE checkpoint: it has no {EMBEDDING} under 'model'")
+    refuse_damaged(weights, path)
     return weights
 
 

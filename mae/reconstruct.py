@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.checkpoint import read_torch_file
+from common.checkpoint import load_weights, read_torch_file
 from common.files import check_output_file, is_marked, mark, replacing
 from mae.checkpoint import load_checkpoint
 from mae.config import make_method, parse_settings
@@ -40,7 +40,7 @@ def reconstruct_files(
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
     _refuse_encoder_only(checkpoint_path)
     checkpoint = load_checkpoint(checkpoint_path)
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, checkpoint_path)
     batch = unpack_fixed_set(checkpoint["fixed_set"])
     if images:
         store = open_segments(masks_dir) if masks_dir and model.method.uses_segments else None
@@ -79,12 +79,11 @@ def unpack_fixed_set(stored: dict[str, Tensor]) -> Batch:
     return Batch(**stored, unreadable=[])
 
 
-def load_model(checkpoint: dict[str, Any]) -> MaskedAutoencoder:
-    """The whole model of a checkpoint, ready to reconstruct."""
-    method, model_config = parse_settings(checkpoint["config"])
-    weights = checkpoint["model"]
+def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
+    """The whole model of the checkpoint at `path`, ready to reconstruct. Raises ValueError."""
+    method, model_config = parse_settings(checkpoint["config"], path)
     model = MaskedAutoencoder(model_config, make_method(method, model_config))
-    model.load_state_dict(weights)
+    load_weights(model, checkpoint["model"], path)
     return model.eval()
 
 

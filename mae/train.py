@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from common.checkpoint import PeriodicSave, save_checkpoint
+from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
 from common.devices import peak_flops, peak_memory_mib
 from common.files import also_save_as
 from common.interruption import Interruption, leave_signals_to_the_main_process
@@ -106,6 +106,7 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> None:
     The log is cut back to the checkpoint on resume, so it is written first; a round's own
     checkpoint comes before `last.pth`, so that whatever continues from there can rely on it.
     """
+    _refuse_damage(run, state)
     if logbook is not None and len(run.heldout):
         logbook.progress.evaluating(0, len(run.heldout))
     record = _epoch_record(run, state, heldout_loss(run))
@@ -121,6 +122,16 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> None:
     else:
         _save_round(run, state)
     logbook.saved()
+
+
+def _refuse_damage(run: Run, state: State) -> None:
+    """Raise RuntimeError, on all processes, if the epoch's last step has damaged the weights."""
+    damage = not_finite(run.model.state_dict())
+    if damage:
+        raise RuntimeError(
+            f"{damage} is not finite after epoch {state.epochs_completed + 1}; the last checkpoint "
+            "is from before. A lower --base-lr or --clip-grad 1 may help"
+        )
 
 
 @torch.no_grad()

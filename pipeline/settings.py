@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common.options import OptionGroup, groups_of, option
+from common.run import MOST_EPOCHS, MOST_PROCESSES, MOST_SEED
 from common.yamlfile import plain
 from pipeline.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED
 
@@ -66,15 +67,22 @@ class Experiment(OptionGroup):
         at_least=0, at_most=100,
     )  # fmt: skip
     seed: tuple[int, ...] = option(
-        "Of pretraining and finetuning; one or several.", (DEFAULT_SEED,), at_least=0
+        "Of pretraining and finetuning; one or several.",
+        (DEFAULT_SEED,),
+        at_least=0,
+        at_most=MOST_SEED,
     )
     model: str = option("Encoder.", "vit_large")
-    pretrain_epochs: int = option("Epochs of the whole pretraining.", 50, at_least=1)
+    pretrain_epochs: int = option(
+        "Epochs of the whole pretraining.", 50, at_least=1, at_most=MOST_EPOCHS
+    )
     eval_freq: int = option("Evaluate every so many epochs, and at the end.", 5, at_least=1)
     eval_epochs: tuple[int, ...] | None = option(
         "Evaluate at these instead; 0 = before pretraining.", None, at_least=0
     )
-    eval_seeds: int = option("Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, at_least=1)
+    eval_seeds: int = option(
+        "Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, at_least=1, at_most=1000
+    )
     recipe: str = option("Finetuning recipe: a name or a YAML file.", "segmenter")
     stack: bool = option("Start from the official MAE checkpoint.", False)
     mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
@@ -116,10 +124,14 @@ class Compute(OptionGroup):
 
     title: ClassVar[str] = "Devices"
     num_gpus: int | None = option(
-        "GPUs per machine, 0 = CPU. Default: all.", None, at_least=0, neutral=True
+        "GPUs per machine, 0 = CPU. Default: all.",
+        None,
+        at_least=0,
+        at_most=MOST_PROCESSES,
+        neutral=True,
     )
     num_processes: int | None = option(
-        "With --num-gpus 0. Default: 1.", None, at_least=1, neutral=True
+        "With --num-gpus 0. Default: 1.", None, at_least=1, at_most=MOST_PROCESSES, neutral=True
     )
     eval_gpus: tuple[int, ...] = option(
         "Evaluate on these, such as 6,7, beside pretraining on the others.", (),
@@ -176,9 +188,11 @@ class Cluster(OptionGroup):
 
     title: ClassVar[str] = "Slurm"
     launcher: Literal["local", "slurm"] = option("Where steps run.", "local", neutral=True)
-    nodes: int = option("Machines of a pretraining.", 1, at_least=1, neutral=True)
+    nodes: int = option(
+        "Machines of a pretraining.", 1, at_least=1, at_most=MOST_PROCESSES, neutral=True
+    )
     gpus_per_node: int | None = option(
-        "0 = CPU. Default: --num-gpus.", None, at_least=0, neutral=True
+        "0 = CPU. Default: --num-gpus.", None, at_least=0, at_most=MOST_PROCESSES, neutral=True
     )
     partition: str | None = option("Where jobs are queued.", None, neutral=True)
     time: str | None = option(

@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
+from common.checkpoint import load_optimizer, load_weights
 from common.devices import device_name
 from common.interruption import Interruption
+from common.parsed import parsed_plain
 from common.unreadable import Unreadable
 from common.vit import IMAGE_CHANNELS
 from segmenter.check import Task, all_settings, plan_batches
@@ -110,16 +112,17 @@ def build_run(
     """Build the run as the checkpoint has it, or anew. Writes nothing. Raises ValueError."""
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     torch.manual_seed(config.optimisation.seed)
-    if checkpoint is None:
+    if checkpoint is None or checkpoint_path is None:
         model, state = _start(config, task), State()
     else:
-        model = Segmenter(SegmenterShape.from_plain(checkpoint["shape"]), config.model)
-        model.load_state_dict(checkpoint["model"])
-        state = State(**checkpoint["state"])
+        shape = SegmenterShape.from_plain(checkpoint["shape"], checkpoint_path)
+        model = Segmenter(shape, config.model)
+        load_weights(model, checkpoint["model"], checkpoint_path)
+        state = parsed_plain(State, checkpoint["state"], f"{checkpoint_path}: state")
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config.optimisation)
-    if checkpoint is not None:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint is not None and checkpoint_path is not None:
+        load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
     description = task.description
     run = Run(
         config=config,

@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 import common.checkpoint
-from common.checkpoint import misfits, read_torch_file, resample_positions
+from common.checkpoint import misfits, read_torch_file, refuse_damaged, resample_positions
+from common.parsed import Count
 from common.vit import IMAGE_CHANNELS, VIT_SIZES
 from segmenter.config import ModelConfig
 from segmenter.encoder import POSITIONS, Encoder, EncoderShape
 
-REQUIRED = (
-    "model", "shape", "classes", "palette", "dataset", "protocol", "config", "epochs_completed",
-    "steps_completed",
-)  # fmt: skip
+
+class DatasetFacts(TypedDict):
+    """What a checkpoint keeps of its dataset."""
+
+    name: str
+    reduce_zero_label: bool
+
+
+@with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
+class Checkpoint(TypedDict):
+    """What a checkpoint of finetuning holds, beside the format's version."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    shape: dict[str, Any]
+    classes: list[str]
+    palette: list[Colour]
+    dataset: DatasetFacts
+    protocol: dict[str, Any]
+    config: dict[str, Any]
+    epochs_completed: Count
+    steps_completed: Count
+    state: dict[str, Any]
+
+
 EMBEDDING = "patch_embed.proj.weight"
 # Ignored on purpose: what pretraining alone needs, and classifiers.
 IGNORED = ("mask_token", "decoder_", "preencoder.", "head.", "head_drop", "fc_norm.", "pre_logits.")
 # May be missing, and then starts fresh: MAE files that end in an average pool have no final norm.
 OPTIONAL = ("norm.weight", "norm.bias")
+Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """Read what `train` saved onto the CPU. Raises ValueError if the file is none."""
     return common.checkpoint.load_checkpoint(
-        path, program="python -m segmenter train", required=REQUIRED, lazily=lazily
+        path, program="python -m segmenter train", shape=Checkpoint, lazily=lazily
     )
 
 
@@ -38,11 +63,13 @@ def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tenso
     weights: Any = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or EMBEDDING not in weights:
         raise ValueError(f"{path} is not a checkpoint of a ViT encoder: it has no {EMBEDDING}")
-    return {
+    kept = {
         name: weight
         for name, weight in weights.items()
-        if isinstance(weight, Tensor) and not name.startswith(IGNORED)
+        if isinstance(weight, Tensor) and not str(name).startswith(IGNORED)
     }
+    refuse_damaged(kept, path)
+    return kept
 
 
 def shape_of(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> EncoderShape:

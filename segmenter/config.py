@@ -14,11 +14,12 @@ from common.options import (
     OptionGroup,
     fields_of,
     groups_of,
+    make,
     merge,
     option,
     read_layer,
 )
-from common.run import MOST_SEED, DeviceConfig, TrainingConfig
+from common.run import MOST_EPOCHS, MOST_SEED, DeviceConfig, TrainingConfig
 from common.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -39,7 +40,7 @@ class ModelConfig(OptionGroup):
         "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, at_least=1
     )
     decoder: Literal["mask_transformer", "linear"] = option("What turns tokens into classes.")
-    decoder_layers: int = option("Blocks of the mask transformer.", at_least=1)
+    decoder_layers: int = option("Blocks of the mask transformer.", at_least=1, at_most=1024)
     drop_path: float = option("Stochastic depth of the encoder.", at_least=0, below=1)
     dropout: float = option("Dropout of the encoder.", at_least=0, below=1)
     decoder_drop_path: float = option("Stochastic depth of the decoder.", at_least=0, below=1)
@@ -57,7 +58,7 @@ class OptimisationConfig(OptionGroup):
 
     title: ClassVar[str] = "Optimisation"
     no_default: ClassVar[str] = OF_RECIPE
-    epochs: int = option("Epochs of the run.", at_least=1)
+    epochs: int = option("Epochs of the run.", at_least=1, at_most=MOST_EPOCHS)
     batch_size: int = option("Images per step, on all devices together.", at_least=1)
     optimizer: Literal["sgd", "adamw"] = option("How the weights are updated.")
     lr: float = option("Peak learning rate.", above=0)
@@ -93,9 +94,11 @@ class ProtocolConfig(OptionGroup):
     title: ClassVar[str] = "Protocol"
     no_default: ClassVar[str] = OF_RECIPE
     image_size: int = option(
-        "Scale of the images: short side; the long side is at most 4x it.", at_least=1
+        "Scale of the images: short side; the long side is at most 4x it.",
+        at_least=1,
+        at_most=16384,
     )
-    crop_size: int = option("Side of the training crops.", at_least=1)
+    crop_size: int = option("Side of the training crops.", at_least=1, at_most=16384)
     window_size: int = option("Side of the sliding window.", at_least=1)
     window_stride: int = option("Step of the sliding window.", at_least=1)
     multi_scale: bool = option("Score at scales 0.5 to 1.75, each also flipped.", False)
@@ -124,9 +127,9 @@ class ProtocolConfig(OptionGroup):
 
     @classmethod
     def from_described(cls, values: Mapping[str, Any]) -> ProtocolConfig:
-        """The inverse of `described`."""
-        known = {name: values[name] for name in fields_of(cls) if name in values}
-        return cls(**known, multi_scale=values["flip"])
+        """The inverse of `described`. Raises ValueError for values that are none."""
+        known = {**values, "multi_scale": values.get("flip", False)}
+        return make(cls, merge([cls], [Layer(known)]))
 
 
 def _changes(group: type[OptionGroup], names: Iterable[str]) -> type[OptionGroup]:

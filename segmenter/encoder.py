@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,10 +31,10 @@ class EncoderShape:
     """
 
     model: str
-    patch_size: int
-    in_channels: int
-    grid: int
-    extra_tokens: int = 0
+    patch_size: Annotated[int, Field(ge=1, le=16384)]
+    in_channels: Annotated[int, Field(ge=1, le=4)]
+    grid: Annotated[int, Field(ge=1, le=16384)]
+    extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0
     norm_eps: float = MAE_NORM_EPS
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from torch import Tensor
 
-from common.checkpoint import misfits, read_torch_file
+from common.checkpoint import load_weights, misfits, read_torch_file, refuse_damaged
 from common.files import read_text
 from common.vit import VIT_SIZES
 from segmenter.checkpoint import load_checkpoint
@@ -42,17 +42,27 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
     if (path.parent / VARIANT).is_file():
         return _load_release(path)
     checkpoint = load_checkpoint(path)
-    model = Segmenter(SegmenterShape.from_plain(checkpoint["shape"]))
-    model.load_state_dict(checkpoint["model"])
+    shape = SegmenterShape.from_plain(checkpoint["shape"], path)
+    if not shape.num_classes == len(checkpoint["classes"]) == len(checkpoint["palette"]):
+        raise ValueError(f"{path}: its classes, their colours and its weights do not fit together")
+    model = Segmenter(shape)
+    load_weights(model, checkpoint["model"], path)
     return LoadedSegmenter(
         model=model.eval(),
         classes=Classes(
             names=tuple(checkpoint["classes"]),
             palette=np.array(checkpoint["palette"], dtype=np.uint8),
         ),
-        protocol=ProtocolConfig.from_described(checkpoint["protocol"]),
+        protocol=_protocol(checkpoint["protocol"], path),
         reduce_zero_label=checkpoint["dataset"]["reduce_zero_label"],
     )
+
+
+def _protocol(described: dict[str, Any], path: Path) -> ProtocolConfig:
+    try:
+        return ProtocolConfig.from_described(described)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _load_release(path: Path) -> LoadedSegmenter:
@@ -63,7 +73,7 @@ def _load_release(path: Path) -> LoadedSegmenter:
         raise ValueError(f"{path} holds no weights under 'model'")
     try:
         shape, protocol, dataset_name = _understand(variant, content["model"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{path.parent / VARIANT} does not describe a Segmenter: {error}"
         ) from error
@@ -76,6 +86,7 @@ def _load_release(path: Path) -> LoadedSegmenter:
     problems = misfits(model.state_dict(), weights, optional=())
     if problems:
         raise ValueError(f"{path} does not fit its {VARIANT}: {problems}")
+    refuse_damaged(weights, path)
     model.load_state_dict(weights)
     description = read_description(DESCRIPTIONS / f"{dataset_name}.yml")
     return LoadedSegmenter(

@@ -6,12 +6,15 @@ Shapes: B images, H x W pixels, K classes, P pixels per patch side.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.parsed import parsed_plain
 from common.vit import IMAGE_MEAN, IMAGE_STD, vit_size
 from segmenter.config import ModelConfig
 from segmenter.decoder import LinearDecoder, MaskTransformer
@@ -30,14 +33,16 @@ class SegmenterShape:
 
     encoder: EncoderShape
     decoder: Literal["mask_transformer", "linear"]
-    decoder_layers: int
-    num_classes: int
-    normalization: str
+    decoder_layers: Annotated[int, Field(ge=0, le=1024)]
+    num_classes: Annotated[int, Field(ge=1, le=256)]
+    normalization: Literal["half", "imagenet"]
 
     @staticmethod
-    def from_plain(values: dict[str, Any]) -> SegmenterShape:
-        """The inverse of `dataclasses.asdict`."""
-        return SegmenterShape(**{**values, "encoder": EncoderShape(**values["encoder"])})
+    def from_plain(values: dict[str, Any], path: Path) -> SegmenterShape:
+        """The inverse of `dataclasses.asdict`, from a checkpoint. Raises ValueError."""
+        shape = parsed_plain(SegmenterShape, values, f"{path}: shape")
+        vit_size(shape.encoder.model)
+        return shape
 
 
 class Segmenter(nn.Module):

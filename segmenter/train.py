@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from common.checkpoint import PeriodicSave, save_checkpoint
+from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
 from common.devices import make_accelerator, peak_memory_mib
 from common.files import also_save_as, write_json
 from common.interruption import Interruption
@@ -114,6 +114,12 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> bool:
     """
     optimisation = run.config.optimisation
     number = state.epochs_completed + 1
+    damage = not_finite(run.model.state_dict())
+    if damage:
+        raise RuntimeError(
+            f"{damage} is not finite after epoch {number}; the last checkpoint is from before. "
+            "A lower --lr or --clip-grad 1 may help"
+        )
     scores = None
     if number % optimisation.eval_every == 0 or number == optimisation.epochs:
         _save(run, state)

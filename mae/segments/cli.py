@@ -29,7 +29,9 @@ class Speed(OptionGroup):
     """Of every command that works on many images by many processes."""
 
     title: ClassVar[str] = "Speed"
-    processes: int | None = option("Default: one per core.", None, at_least=1, neutral=True)
+    processes: int | None = option(
+        "Default: one per core.", None, at_least=1, at_most=1024, neutral=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,21 @@ class SamSettings(OptionGroup):
         "SAM or SAM 2 checkpoint: a name on the Hugging Face hub, or a folder.",
         "facebook/sam-vit-huge",
     )
-    points_per_side: int = option("Points along a side of the grid.", 32, at_least=1)
-    pred_iou_thresh: float = option("Least quality that the model predicts, 0 to 1.", 0.88)
-    stability_score_thresh: float = option(
-        "Least overlap, 0 to 1, of a mask cut above and below the cutoff.", 0.95
+    points_per_side: int = option("Points along a side of the grid.", 32, at_least=1, at_most=1024)
+    pred_iou_thresh: float = option(
+        "Least quality that the model predicts.", 0.88, at_least=0, at_most=1
     )
-    stability_score_offset: float = option("How far above and below it is cut, in logits.", 1.0)
+    stability_score_thresh: float = option(
+        "Least overlap of a mask cut above and below the cutoff.", 0.95, at_least=0, at_most=1
+    )
+    stability_score_offset: float = option(
+        "How far above and below it is cut, in logits.", 1.0, at_least=0
+    )
     box_nms_thresh: float = option(
-        "Of two boxes that overlap more, the one of lower quality is dropped.", 0.7
+        "Of two boxes that overlap more, the one of lower quality is dropped.",
+        0.7,
+        at_least=0,
+        at_most=1,
     )
     points_per_batch: int = option("Points at once.", 64, at_least=1)
     batch_size: int = option("Images at once.", 4, at_least=1)

@@ -53,7 +53,7 @@ def test_a_checkpoint_without_a_later_setting_of_the_model_can_be_drawn(monkeypa
 
     nano = VitSize(width=16, depth=2, heads=2, patch_size=8)
     monkeypatch.setitem(VIT_SIZES, "vit_nano", nano)
-    method, model = parse_settings(stored["config"])
+    method, model = parse_settings(stored["config"], Path("a.pth"))
     assert (method.mask_method, model.drop_path) == ("four_channels", 0.0)
 
 
@@ -63,7 +63,7 @@ def test_the_optimizer_of_an_earlier_version_fits(monkeypatch):
 
     monkeypatch.setitem(VIT_SIZES, "vit_nano", VitSize(width=16, depth=2, heads=2, patch_size=8))
     stored = load_checkpoint(EARLIER / "pretrain_output/four_channels/last.pth")
-    method, model_config = parse_settings(stored["config"])
+    method, model_config = parse_settings(stored["config"], Path("a.pth"))
     model = MaskedAutoencoder(model_config, config_module.make_method(method, model_config))
     optimizer = make_optimizer(model, make(OptimisationConfig, {}))
     optimizer.load_state_dict(stored["optimizer"])
@@ -73,7 +73,7 @@ def test_the_optimizer_of_an_earlier_version_fits(monkeypatch):
 
 @pytest.mark.parametrize("weight_decay", [0.05, 0.0])
 def test_matrices_decay_and_vectors_do_not(weight_decay):
-    method, config = parse_settings({"model": "vit_tiny", "mask_method": "patches"})
+    method, config = parse_settings({"model": "vit_tiny", "mask_method": "patches"}, Path("a.pth"))
     with torch.device("meta"):
         model = MaskedAutoencoder(config, config_module.make_method(method, config))
     decayed, kept = make_optimizer(
