@@ -17,9 +17,11 @@ from typing import Any
 
 import click
 
-from common.command import CONTEXT, command
-from common.console import EXIT_STOPPED, run_program
+from common.command import CONTEXT, PATH, command
+from common.console import EXIT_STOPPED, run_program, say
+from common.files import check_output_folder
 from common.lock import hold
+from common.run import MOST_SEED
 from pipeline import doctor as examination
 from pipeline import preview, records, slurm
 from pipeline.estimate import estimate_run
@@ -44,7 +46,7 @@ def run(settings: Settings) -> int:
         preview.write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
         exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going)
-        click.echo(write_all(paths))
+        say(write_all(paths))
     return exit_code
 
 
@@ -62,7 +64,7 @@ def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -
             refused = []
             for step in [s for s in waiting if done.issuperset(s.needs)]:
                 if launcher.has_room_for(step):
-                    click.echo(f"\n== {step.name} ({len(done)} of {len(steps)} steps done)")
+                    say(f"\n== {step.name} ({len(done)} of {len(steps)} steps done)")
                     waiting.remove(step)
                     refused += launcher.start(step)
             for end in [*refused, *launcher.poll()]:
@@ -70,7 +72,7 @@ def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -
                 failed = failed or end.state == "failed"
                 stopping = stopping or end.state == "stopped"
                 if end.message:
-                    click.echo(f"Error: {end.message}", err=True)
+                    say(f"Error: {end.message}", err=True)
             stopping = stopping or bool(signals)
             if stopping or (failed and not keep_going):
                 launcher.stop(at_once=len(signals) > 1)
@@ -80,7 +82,7 @@ def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -
     left = len(steps) - len(done)
     if left:
         what = "Stopped" if stopping else "Error: the plan could not be finished"
-        click.echo(f"{what}; {left} of {len(steps)} steps left, the same command goes on", err=True)
+        say(f"{what}; {left} of {len(steps)} steps left, the same command goes on", err=True)
     return 0 if not left else EXIT_STOPPED if stopping else 1
 
 
@@ -98,7 +100,7 @@ def stop_signals() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if len(received) == 1:
-            click.echo("\nStopping: waiting for the running step to save (again: end it now)")
+            say("\nStopping: waiting for the running step to save (again: end it now)")
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     earlier = {number: signal.signal(number, note) for number in numbers}
@@ -167,16 +169,15 @@ def _settings(groups: dict[str, Any]) -> Settings:
     return Settings(**{**groups, "compute": compute})
 
 
-_FOLDER = click.Path(path_type=Path, resolve_path=True)
-
-
 @main.command()
-@click.argument("folder", type=_FOLDER)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.argument("folder", type=PATH)
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 def sample(folder: Path, seed: int) -> None:
     """Write a small dataset in the real layouts into FOLDER."""
     from pipeline.sample import write_sample  # numpy, pycocotools
 
+    folder = folder.resolve()
+    check_output_folder(folder, "FOLDER")
     write_sample(folder, seed=seed)
     click.echo(f"{folder}/in1k and {folder}/segmentation/dataset.yml are there. To run on them:")
     click.echo(
@@ -186,17 +187,18 @@ def sample(folder: Path, seed: int) -> None:
 
 
 @main.command()
-@click.argument("folder", type=_FOLDER, default=".")
+@click.argument("folder", type=PATH, default=".")
 def status(folder: Path) -> None:
     """Show what is done, running, waiting and failed in FOLDER."""
-    click.echo(status_text(Layout(folder)))
+    click.echo(status_text(Layout(folder.resolve())))
 
 
 @main.command()
-@click.argument("folders", type=_FOLDER, nargs=-1, required=True)
-@click.option("--out", type=_FOLDER, help="The page.  [default: in the first folder]")
+@click.argument("folders", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="The page.  [default: in the first folder]")
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Write results.csv in each of FOLDERS, and one report.html over all of them."""
+    folders = tuple(folder.resolve() for folder in folders)
     page = out or Layout(folders[0]).report_html
     write_report(folders, page)
     for folder in folders:

@@ -32,6 +32,20 @@ CONTEXT: dict[str, Any] = {
 }
 
 
+class PathArgument(click.ParamType):
+    """An argument that names a file or a folder; it stays as it was given."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Click's hook."""
+        absolute_path(value, str(param.human_readable_name if param else "the argument"))
+        return Path(value).expanduser()
+
+
+PATH = PathArgument()
+
+
 class OptionCommand(click.Command):
     """A command whose options are groups; its function gets them, made, as keyword arguments.
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn, TextIO
 
 import click
@@ -14,6 +15,7 @@ from common.interruption import end_children
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved; the same command goes on
+MOST_LINES = 4  # of an error
 
 
 def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -22,6 +24,7 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
     What a user can fix (ValueError, click's usage errors) and what the machine refuses (OSError,
     RuntimeError) end in one line. A command's return value is its exit code.
     """
+    _open_standard_streams()
     try:
         code = cli.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -41,14 +44,64 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
         code = _report(str(error), EXIT_FAILED)
     finally:
         end_children()
+        _leave_process_group()
+    _close_output()
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _report(message: str, code: int) -> int:
     if message.startswith("Caught "):  # torch: an error of a loader process, with its traceback
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    click.echo(f"{f'process {rank()}: ' if rank() else ''}Error: {message}", err=True)
+    lines = message.strip().splitlines()
+    if len(lines) > MOST_LINES:
+        message = "\n".join([*lines[: MOST_LINES - 1], "..."])
+    with suppress(OSError, ValueError):  # nobody may be listening; the exit code says it, too
+        click.echo(f"{f'process {rank()}: ' if rank() else ''}Error: {message}", err=True)
     return code
+
+
+def say(message: str, *, err: bool = False) -> None:
+    """Print, if somebody still listens: long work does not end with a terminal or a pipe."""
+    try:
+        click.echo(message, err=err)
+    except OSError:
+        _turn_away(sys.stderr if err else sys.stdout)
+
+
+def _open_standard_streams() -> None:
+    """A program may be started without them; a file would then get their numbers, and their text.
+
+    https://docs.python.org/3/library/sys.html#sys.__stdin__
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+" if number else "r"))  # noqa: PTH123, SIM115
+
+
+def _turn_away(stream: TextIO) -> None:
+    """Let what is still to be written to a stream that is gone vanish."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _leave_process_group() -> None:
+    """Processes that end while they are connected abort now and then, after all work is done."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _close_output() -> None:
+    """Whoever reads standard output may be gone, which changes nothing of what was done."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _turn_away(stream)  # or Python would try again, and exit with 120
 
 
 def rank() -> int:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from common.files import shortened
 from common.yamlfile import check_names, parse_value, plain, read_yaml
 
 REQUIRED = dataclasses.MISSING
@@ -199,17 +200,20 @@ def absolute_path(value: Any, flag: str) -> Path:
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
         raise ValueError(f"{flag} is {_shortened(value)}; give a path")
     try:
-        return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
+        path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
+        path.exists()
     except RuntimeError:
         raise ValueError(f"{flag} is {str(value)!r}; give a path; there is no such user") from None
+    except OSError as error:
+        raise ValueError(f"{flag} is {_shortened(value)}; give a path: {error.strerror}") from None
+    return path
 
 
 def _shortened(value: Any) -> str:
     try:
-        text = repr(value)
+        return shortened(repr(value), 80)
     except ValueError:  # Python does not print integers of thousands of digits
         return "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _EXPECTED: dict[Any, str] = {

@@ -25,7 +25,7 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         batch_size=config.run.batch_size,
     )
-    check_output_folder(config.run.output_dir)
+    check_output_folder(config.run.output_dir, reads=config.data.reads)
     check_trackers(config.run.log_with)
     if find_resumable(config.run.output_dir) is not None or config.run.resume == "required":
         from mae.checkpoint import open_own_checkpoint  # torch takes seconds to import

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import click
 
-from common.command import CONTEXT, command
+from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, log_to_stderr, run_program
 from common.options import OptionGroup, option, option_facts
 from common.run import PluginConfig
@@ -103,6 +103,7 @@ def methods(folders: _Folders) -> None:
             for name, method in METHODS.items()
         },
         "options": option_facts(GROUPS.values()),
+        "official_checkpoints": list(OFFICIAL_FILES),
         "segments": segments,
     }
     click.echo(json.dumps(facts))
@@ -118,8 +119,8 @@ class _ReconstructOptions(PluginConfig):
 
 
 @command(cli, options=_ReconstructOptions)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
+@click.argument("images", nargs=-1, type=PATH)
 def reconstruct(checkpoint: Path, images: tuple[Path, ...], options: _ReconstructOptions) -> None:
     """Draw original, what the encoder sees, prediction, and prediction pasted into the original.
 
@@ -136,7 +137,7 @@ class _ExportOptions(PluginConfig):
 
 
 @command(cli, options=_ExportOptions)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 def export(checkpoint: Path, options: _ExportOptions) -> None:
     """Write the encoder as a plain 3-channel ViT, whatever the masking method was."""
     from mae.export import export_encoder

@@ -35,6 +35,11 @@ class DataConfig(OptionGroup):
         """Where the segments lie."""
         return self.masks_dir or self.in1k_dir / "masks"
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The folders whose files are input."""
+        return (self.in1k_dir / "train", self.in1k_dir / "val", self.segments_path)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(OptionGroup):

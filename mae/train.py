@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
 from common.devices import peak_flops, peak_memory_mib
-from common.files import also_save_as
+from common.files import also_save_as, check_output_folder
 from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.layout import LAST, LOCK, LOG, checkpoint_path, reconstructions_path
 from common.lock import LockedError, hold
@@ -41,6 +41,7 @@ def pretrain(config: PretrainConfig) -> bool:
     run fails (a loss that is not finite, too many unreadable images).
     """
     with Interruption() as interruption:
+        check_output_folder(config.run.output_dir, reads=config.data.reads)
         check_trackers(config.run.log_with)
         run, state = build_run(config)
         if state.epochs_completed >= config.epochs_this_round:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -118,9 +119,12 @@ class LocalLauncher:
 
     def _show(self, output: bytes) -> None:
         if output:
-            if self._line_drawn:
-                self.output.write(b"\r\x1b[2K")
-                self._line_drawn = False
+            self._write((b"\r\x1b[2K" if self._line_drawn else b"") + output)
+            self._line_drawn = False
+
+    def _write(self, output: bytes) -> None:
+        """Shown if somebody still listens; it stands in console.log in any case."""
+        with suppress(OSError):
             self.output.write(output)
             self.output.flush()
 
@@ -130,8 +134,7 @@ class LocalLauncher:
             return
         parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
         line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
-        self.output.write(b"\r\x1b[2K" + line.encode())
-        self.output.flush()
+        self._write(b"\r\x1b[2K" + line.encode())
         self._line_drawn = True
 
 

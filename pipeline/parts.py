@@ -31,6 +31,8 @@ class Facts:
     options: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """By kind of step and name: default, neutral (of speed or place only), and older, what a file
     of an earlier version counts as that does not have it."""
+    official_checkpoints: tuple[str, ...] = ()
+    """The models of which there are published ones."""
     packing: tuple[Path, Path] | None = None
     """Segments that have to be packed before pretraining reads them, and the store to write."""
 
@@ -86,6 +88,7 @@ def ask_facts(settings: Settings | None = None) -> Facts:
         methods=mae["methods"],
         recipes=segmenter["recipes"],
         options={"pretrain": mae["options"], "evaluate": segmenter["options"]},
+        official_checkpoints=tuple(mae["official_checkpoints"]),
         packing=packing,
     )
 

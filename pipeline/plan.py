@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import layout
+from common.yamlfile import check_names
 from pipeline.layout import BASELINES, DEFAULT_RATIO, Layout, Run, eval_name
 from pipeline.parts import Facts, as_arguments, part_command
 from pipeline.settings import Settings
@@ -162,6 +163,12 @@ class _Planner:
         experiment, out = self.settings.experiment, self.official_checkpoint
         if experiment.mae_checkpoint is not None:
             return []
+        if experiment.model not in self.facts.official_checkpoints:
+            known = ", ".join(self.facts.official_checkpoints)
+            raise ValueError(
+                f"--stack, --eval mae: there is no official checkpoint of {experiment.model}, but "
+                f"of {known}; name a file of your own by --mae-checkpoint"
+            )
         return [
             Step(
                 name=f"fetch_{experiment.model}", kind="fetch", run="mae", epochs=0,
@@ -255,7 +262,12 @@ class _Planner:
     def _options(
         self, section: str, planned: Mapping[str, Any], given: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What the plan sets and what was given on top; ValueError if they contradict."""
+        """What the plan sets and what was given on top.
+
+        Raises ValueError if they contradict, or there is no such option.
+        """
+        kind = {"finetune": "evaluate"}.get(section, section)
+        check_names(given, self.facts.options[kind], f"--{section}")
         for name in given.keys() & planned.keys():
             flag = _OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"--{section} {name}=... would contradict the plan; use {flag}")

@@ -15,13 +15,14 @@ import click
 import yaml
 
 from common import layout
-from common.files import check_output_folder, write_text
+from common.files import check_output_folder, check_replaceable, write_text
 from pipeline.layout import Layout
 from pipeline.local import read_progress
 from pipeline.machine import hardware, versions, visible_gpus
 from pipeline.parts import Facts, ask, ask_facts, part_command
 from pipeline.plan import PACK, Step, make_plan, nodes_of
 from pipeline.records import differences, is_done, made_runs, write_plan
+from pipeline.report import is_report
 from pipeline.settings import Settings
 from pipeline.terminal import aligned
 
@@ -35,6 +36,7 @@ def checked_plan(settings: Settings) -> list[Step]:
     paths, facts = Layout(settings.data.output_dir), ask_facts(settings)
     steps = make_plan(settings, facts, made_runs(paths))
     check_output_folder(paths.root)
+    check_own_files(paths)
     if settings.data.missing_sample:
         from pipeline.sample import write_sample  # numpy, pycocotools
 
@@ -58,6 +60,19 @@ def checked_plan(settings: Settings) -> list[Step]:
         _check_possible(step, made)
     answers = _ask_parts(waiting, settings)
     return [replace(step, answer=answers.get(step.name, {})) for step in steps]
+
+
+def check_own_files(paths: Layout) -> None:
+    """Raise ValueError if a file that the run will write is there already, and of something else.
+
+    The output directory is the current one by default.
+    """
+    for path, is_own in (
+        (paths.run_yml, lambda head: head.startswith((b"settings:", b"command:"))),
+        (paths.results_csv, lambda head: head.startswith(b"method,")),
+        (paths.report_html, is_report),
+    ):
+        check_replaceable(path, "--output-dir", is_own=is_own)
 
 
 def _check_same_settings(steps: list[Step], paths: Layout, facts: Facts) -> None:

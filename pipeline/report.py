@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common.files import write_text
+from common.files import check_output_file, write_text
 from common.layout import LOG
 from common.parsed import read_log
 from pipeline.charts import HEIGHT, Point, Series, line_chart
@@ -34,11 +34,17 @@ def write_all(paths: Layout) -> str:
     return f"\n{table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
 
 
+def is_report(head: bytes) -> bool:
+    """Whether a file that begins so is a page of `write_report`."""
+    return b"<title>SegMAE: " in head
+
+
 def write_report(folders: Sequence[Path], page: Path) -> None:
     """Writes the page; raises ValueError for a folder that is no output directory."""
     import jinja2
 
     all_paths = [Layout(folder) for folder in folders]
+    check_output_file(page, is_own=is_report)
     for paths in all_paths:
         if not (paths.pretrain_output.exists() or paths.eval_output.exists()):
             if paths.run_yml.exists():

@@ -44,7 +44,7 @@ def check_training(config: TrainConfig) -> Task:
         val=description.pairs(VAL),
     )
     plan_batches(config, task, _world_size())
-    check_output_folder(config.run.output_dir)
+    check_output_folder(config.run.output_dir, reads=description.reads)
     check_trackers(config.run.log_with)
     if init != RANDOM:
         if not init.is_file():

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from common.command import CONTEXT, command
+from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
 from common.files import check_output_file, write_json
 from common.layout import RESULT
@@ -30,8 +30,6 @@ from segmenter.config import (
     recipe_names,
     recipe_values,
 )
-
-PATH = click.Path(path_type=Path)
 
 
 @click.group(context_settings=CONTEXT)

@@ -76,6 +76,11 @@ class DatasetDescription:
                 "0; if label 0 is no class, leave that name out and set reduce_zero_label: true"
             )
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The folders whose files are input."""
+        return (*self.images.values(), *self.annotations.values())
+
     def pairs(self, split: str) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
         images = self._folder(self.images, split, "images")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from common.download import download, has_digest
-from common.files import beside
+from common.files import beside, check_output_folder, check_replaceable
 from segmenter.dataset import SPLITS, TRAIN, VAL, DatasetDescription, is_ade20k, read_description
 from segmenter.labels import check_labels
 
@@ -32,11 +32,15 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
     Returns the ADEChallengeData2016 folder. Raises ValueError if it is wrong or partial,
     RuntimeError if it cannot be downloaded.
     """
+    check_output_folder(folder, "FOLDER")
     ready = next(filter(is_ade20k, (folder, folder / ADE20K_NAME)), None)
     if ready is None:
         archive = folder / f"{ADE20K_NAME}.zip"
-        if not archive.is_file() or (digest is not None and not has_digest(archive, digest)):
+        check_replaceable(archive, "FOLDER")
+        if not archive.exists():
             download(urls, archive, digest=digest)
+        elif digest is not None and not has_digest(archive, digest):
+            raise ValueError(f"{archive} has not the digest {digest}; remove it or give its own")
         unpack(archive, folder, ADE20K_NAME)
         ready = folder / ADE20K_NAME
         archive.unlink()

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.devices import make_accelerator
-from common.files import beside
+from common.files import NOTHING_WRITTEN, beside, check_output_folder
 from common.options import OptionGroup
 from common.progress import Counter
 from segmenter.config import EvaluateConfig, ProtocolConfig, ScoringConfig
@@ -44,8 +44,10 @@ def evaluate_checkpoint(
     _check_classes(loaded.classes, read_classes(description), description.name)
     check_labels(description, pairs, most=MOST_CHECKED, forgiving=True)
     wanted_dir = evaluation.save_predictions
-    if wanted_dir is not None and wanted_dir.exists() and any(wanted_dir.iterdir()):
-        raise ValueError(f"--save-predictions {wanted_dir} is not empty")
+    if wanted_dir is not None:
+        check_output_folder(wanted_dir, "--save-predictions", reads=description.reads)
+        if wanted_dir.exists() and any(wanted_dir.iterdir()):
+            raise ValueError(f"--save-predictions {wanted_dir} is not empty; {NOTHING_WRITTEN}")
     protocol = changed_protocol(loaded.protocol, changes)
     counter = Counter("evaluate", total=len(pairs))
     with _folder_at_once(wanted_dir, accelerator) as folder, counter:

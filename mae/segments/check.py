@@ -7,7 +7,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from common.files import write_text
+from common.files import HEAD_BYTES, check_output_file, write_text
 from common.images import find_images, read_rgb
 from common.interruption import Interruption
 from common.progress import Counter
@@ -33,6 +33,8 @@ def check(
     paths = find_images(train)
     source = open_any_form(masks_dir)
     state_path = offenders_path.with_name(f"{offenders_path.name}.state")
+    check_output_file(offenders_path, is_own=_lists_offenders)
+    check_output_file(state_path, is_own=lambda head: head.startswith(b'{"train": '))
     identity = {"train": str(train.resolve()), "masks": str(masks_dir.resolve())}
     known = _read_state(state_path, identity)
     seen = {path: known[path] for path in paths if path in known}
@@ -57,6 +59,12 @@ def check(
         write_text(offenders_path, "".join(lines))
         state_path.unlink()
     return seen, len(paths) - len(seen)
+
+
+def _lists_offenders(head: bytes) -> bool:
+    """Whether a file that begins so is a list of `check`, perhaps an empty one."""
+    lines = head.splitlines()
+    return all(b"\t" in line for line in (lines[:-1] if len(head) == HEAD_BYTES else lines))
 
 
 def _check_one(train: Path, source: SegmentSource, without: set[str], path: str) -> tuple[str, str]:

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import click
 
-from common.command import CONTEXT, command
+from common.command import CONTEXT, PATH, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr
-from common.files import check_output_file
+from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
 from common.images import find_images
 from common.options import OptionGroup, option
 from mae.listing import segment_key
@@ -21,7 +21,7 @@ from mae.segments.pack import merge, pack, unpack
 from mae.segments.settings import FelzenszwalbSettings, SamSettings
 from mae.segments.writing import Summary
 
-PATH = click.Path(path_type=Path)
+PICTURE = "segments"  # the kind that `inspect` draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +166,11 @@ def inspect_command(masks_dir: Path, options: InspectOptions, speed: Speed) -> N
     """Print and draw what the segments of a dataset are like."""
     from mae.segments.look import collect, describe, draw
 
-    source = open_any_form(masks_dir)
     folder, ratios = options.images or _train_beside(masks_dir), options.coverage_ratio
+    picture = options.out.with_name(f"{options.out.name}.png")
+    check_output_folder(picture.parent, "--out", reads=[folder] if folder else [])
+    check_output_file(picture, is_own=is_marked(PICTURE))
+    source = open_any_form(masks_dir)
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
     statistics = collect(source, processes=speed.processes)
     for what, value in describe(statistics, ratios).items():
@@ -178,8 +181,9 @@ def inspect_command(masks_dir: Path, options: InspectOptions, speed: Speed) -> N
             f"{len(missing)} images have no segments and no list says so: {min(missing)} ..."
         )
     title = f"Segments in {masks_dir.resolve().name} ({source.name})"
-    picture = f"{options.out}.png"
-    draw(statistics, source, found, ratios, title).savefig(picture)
+    figure = draw(statistics, source, found, ratios, title)
+    with replacing(picture) as unfinished:
+        figure.savefig(unfinished, format="png", metadata={"Software": mark(PICTURE)})
     click.echo(f"wrote {picture}")
 
 

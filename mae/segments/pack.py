@@ -13,7 +13,14 @@ from typing import Any
 
 from pycocotools import mask as coco_rle
 
-from common.files import check_output_file, path_below, write_text
+from common.files import (
+    NOTHING_WRITTEN,
+    check_output_file,
+    check_output_folder,
+    open_regular,
+    path_below,
+    write_text,
+)
 from common.interruption import Interruption
 from common.progress import Counter
 from mae.segments.forms import SegmentSource, open_folder
@@ -23,6 +30,7 @@ from mae.segments.settings import check_made_alike
 from mae.segments.store import STORE_NAME, PackedImage, PackedStore
 from mae.segments.writing import MOST_FAILED, Failure, StoreWriter, Summary, pack_image
 
+SQLITE_START = b"SQLite format 3\0"
 SHARD_NAME = re.compile(r"-(?P<index>\d+)-of-(?P<count>\d+)$")  # of `generate`, without suffix
 
 
@@ -41,7 +49,7 @@ def pack(
     """
     source = open_folder(masks_dir)
     out = out or masks_dir / STORE_NAME
-    _refuse_to_overwrite(out, overwrite)
+    _refuse_to_overwrite(out, overwrite, reads=())
     keys = sorted(source.images() | source.listed_empty())
     with StoreWriter(out, source=source.name, settings={}) as writer:
         done = writer.keys()
@@ -64,6 +72,7 @@ def pack(
 
 def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     """Write every image's segments as RLE JSON again; what is there is kept."""
+    check_output_folder(out, "OUT", reads=[store_path.absolute().parent])
     store = PackedStore(store_path)
     files = {
         key: path_below(out, f"{key}.json", str(store_path))
@@ -96,7 +105,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     Raises ValueError if their generators' settings differ, if they disagree about an image, or are
     shards by their names (`-I-of-N`) of which one is missing.
     """
-    _refuse_to_overwrite(out, overwrite)
+    _refuse_to_overwrite(out, overwrite, reads=shards)
     _refuse_missing_shards(shards)
     stores = [PackedStore(path) for path in shards]
     first = stores[0]
@@ -147,10 +156,15 @@ def _annotation(segment: Segment) -> dict[str, Any]:
     }
 
 
-def _refuse_to_overwrite(out: Path, overwrite: bool) -> None:
-    check_output_file(out)
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} is finished; add --overwrite to replace it")
+def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path]) -> None:
+    """Raise ValueError if `out` is there, and is no store or is to be kept."""
+    check_output_file(out, reads=reads)
+    if out.exists():
+        with open_regular(out) as file:
+            if file.read(len(SQLITE_START)) != SQLITE_START:
+                raise ValueError(f"--out {out} is no packed store; name another; {NOTHING_WRITTEN}")
+        if not overwrite:
+            raise ValueError(f"{out} is finished; add --overwrite to replace it")
 
 
 def _refuse_missing_shards(shards: Sequence[Path]) -> None:
