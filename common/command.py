@@ -81,9 +81,10 @@ class OptionCommand(click.Command):
         if config is not None:
             layers.insert(0, read_layer(absolute_path(config, "--config"), groups))
         for name in self.plugins:  # before anything is judged: it may bring a choice
-            named = [layer.values[name] for layer in layers if layer.values.get(name)]
+            named = [layer for layer in layers if layer.values.get(name) is not None]
             if named:
-                load_plugin(absolute_path(named[-1], "--plugin"))
+                alone = Layer({name: named[-1].values[name]}, named[-1].source)
+                load_plugin(merge(groups, [alone])[name])
         if self.own_layers is not None:
             layers = [*self.own_layers(merge(groups, layers)), *layers]
         values = merge(groups, layers)

@@ -15,7 +15,6 @@ file of --config, the command line. All of them are converted and judged here, i
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import types
 import typing
@@ -28,6 +27,7 @@ from common.files import shortened
 from common.yamlfile import check_names, parse_value, plain, read_yaml
 
 REQUIRED = dataclasses.MISSING
+LARGEST = 1e15  # larger numbers are slips, and overflow somewhere
 Group = TypeVar("Group", bound="OptionGroup")
 
 
@@ -64,7 +64,7 @@ class Spec:
     def allows(self, number: float) -> bool:
         """Whether the number is in the range; NaN and infinity never are."""
         return (
-            -math.inf < number < math.inf
+            -LARGEST < number < LARGEST
             and (self.at_least is None or number >= self.at_least)
             and (self.above is None or number > self.above)
             and (self.at_most is None or number <= self.at_most)
@@ -149,7 +149,9 @@ class Field:
             is_number = isinstance(item, int | float) and not isinstance(item, bool)
             if is_number and not self.spec.allows(item):
                 limited = self.spec.at_least is not None or self.spec.above is not None
-                raise self._refusal(item, self.spec.range_text() if limited else "a finite number")
+                expected = self.spec.range_text() if limited else "a finite number"
+                expected += f", below {LARGEST:g}" if item >= LARGEST else ""
+                raise self._refusal(item, expected)
 
     def _one(self, value: Any) -> Any:
         kind, words = item_type(self.kind), self.words()
@@ -168,11 +170,13 @@ class Field:
             return absolute_path(value, self.flag)
         if kind is str:
             return str(value)
+        text = str(value)
         try:
-            number = kind(str(value).replace("_", "?"))  # Python's 1_000 is no one else's
+            if not text.isascii() or "_" in text:  # Python's own ways to write numbers
+                raise ValueError
+            return kind(text)
         except ValueError:
             raise self._refusal(value, _EXPECTED[kind]) from None
-        return number
 
     def _pairs(self, value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping):

@@ -37,7 +37,10 @@ class ModelConfig(OptionGroup):
     no_default: ClassVar[str] = OF_RECIPE
     model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
     patch_size: int | None = option(
-        "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, at_least=1
+        "Pixels per side of a patch. Default: the checkpoint's, else the model's.",
+        None,
+        at_least=1,
+        at_most=16384,
     )
     decoder: Literal["mask_transformer", "linear"] = option("What turns tokens into classes.")
     decoder_layers: int = option("Blocks of the mask transformer.", at_least=1, at_most=1024)
@@ -99,8 +102,8 @@ class ProtocolConfig(OptionGroup):
         at_most=16384,
     )
     crop_size: int = option("Side of the training crops.", at_least=1, at_most=16384)
-    window_size: int = option("Side of the sliding window.", at_least=1)
-    window_stride: int = option("Step of the sliding window.", at_least=1)
+    window_size: int = option("Side of the sliding window.", at_least=1, at_most=16384)
+    window_stride: int = option("Step of the sliding window.", at_least=1, at_most=16384)
     multi_scale: bool = option("Score at scales 0.5 to 1.75, each also flipped.", False)
     normalization: Literal["imagenet", "half"] = option(
         "Mean and deviation of the pixels; half: both 0.5, as in the first ViTs."

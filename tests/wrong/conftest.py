@@ -14,8 +14,15 @@ def pristine(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def world(pristine, tmp_path, capsys) -> Path:
+def shared_world(pristine, capsys) -> Path:
+    """For cases that change nothing in it."""
     if not pristine.exists():
         build(pristine, capsys)
-    shutil.copytree(pristine, tmp_path / "world", symlinks=True)
+    return pristine
+
+
+@pytest.fixture
+def world(shared_world, tmp_path) -> Path:
+    """For cases that damage it."""
+    shutil.copytree(shared_world, tmp_path / "world", symlinks=True)
     return tmp_path / "world"

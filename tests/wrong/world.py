@@ -122,14 +122,20 @@ def check(case: Case, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in err, err
     assert code == case.code, err
     if code:
-        message = err[err.rindex("Error: ") :] if "Error: " in err else ""
-        assert message, err
-        assert len(message.splitlines()) <= MOST_LINES, message
-        assert max(map(len, message.splitlines())) < 1000, message
-        for part in (case.says,) if isinstance(case.says, str) else case.says:
-            assert re.search(part, err), err
+        assert_clear(err, case.says)
     if code == 2:
         assert snapshot(world) == before
+
+
+def assert_clear(err: str, says: str | tuple[str, ...]) -> None:
+    """One error of a few lines, which says these things."""
+    assert "Traceback" not in err, err
+    message = err[err.rindex("Error: ") :] if "Error: " in err else ""
+    assert message, err
+    assert len(message.splitlines()) <= MOST_LINES, message
+    assert max(map(len, message.splitlines())) < 1000, message
+    for part in (says,) if isinstance(says, str) else says:
+        assert re.search(part, err), err
 
 
 def snapshot(folder: Path) -> dict[str, str]:
