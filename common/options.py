@@ -54,6 +54,8 @@ class Spec:
 
     def range_text(self) -> str:
         """The allowed numbers, in words."""
+        if self.at_least is None and self.above is None:
+            return f"at most {self.at_most:g}"
         low = f"{self.at_least:g}" if self.at_least is not None else f"more than {self.above}"
         if self.at_most is not None:
             return f"{low} to {self.at_most:g}"
@@ -148,7 +150,8 @@ class Field:
                 raise self._refusal(item, f"choose one of {', '.join(words)}")
             is_number = isinstance(item, int | float) and not isinstance(item, bool)
             if is_number and not self.spec.allows(item):
-                limited = self.spec.at_least is not None or self.spec.above is not None
+                limits = self.spec.at_least, self.spec.above, self.spec.at_most
+                limited = any(limit is not None for limit in limits)
                 expected = self.spec.range_text() if limited else "a finite number"
                 expected += f", below {LARGEST:g}" if item >= LARGEST else ""
                 raise self._refusal(item, expected)

@@ -44,7 +44,7 @@ class Result(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
-class StepProgress(TypedDict):
+class StepProgress(TypedDict, total=False):
     """progress.json: where a step is."""
 
     state: str

@@ -32,6 +32,11 @@ class Checkpoint(TypedDict):
     epochs_completed: Count
     steps_completed: Count
     config: dict[str, Any]
+
+
+class WholeCheckpoint(Checkpoint):
+    """What is needed to continue, and to draw without the dataset."""
+
     images: TrainedImages
     fixed_set: dict[str, Tensor]
     sums: Tensor
@@ -39,10 +44,14 @@ class Checkpoint(TypedDict):
     waited_seconds: FiniteFloat
 
 
-def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of pretraining onto the CPU. Raises ValueError if the file is none."""
+def load_checkpoint(path: Path, *, lazily: bool = False, whole: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of pretraining onto the CPU. Raises ValueError if the file is none.
+
+    whole: with all that continuing and drawing need.
+    """
+    shape = WholeCheckpoint if whole else Checkpoint
     return common.checkpoint.load_checkpoint(
-        path, program="python -m mae pretrain", shape=Checkpoint, lazily=lazily
+        path, program="python -m mae pretrain", shape=shape, lazily=lazily
     )
 
 

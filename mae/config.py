@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import Layer, OptionGroup, fields_of, groups_of, make, merge, option
+from common.options import Group, Layer, OptionGroup, fields_of, groups_of, make, merge, option
 from common.run import MOST_EPOCHS, MOST_SEED, TrainingConfig
 from common.settings import check_same
 from common.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
@@ -230,9 +230,12 @@ def parse_settings(settings: Mapping[str, Any], path: Path) -> tuple[MethodConfi
 
     Raises ValueError if it holds what is not known here, such as a method of a plugin.
     """
-    layers = [Layer(_older(MethodConfig, ModelConfig)), Layer(settings, str(path))]
-    values = merge([MethodConfig, ModelConfig], layers)
-    return make(MethodConfig, values), make(ModelConfig, values)
+    return parse_group(MethodConfig, settings, path), parse_group(ModelConfig, settings, path)
+
+
+def parse_group(group: type[Group], settings: Mapping[str, Any], path: Path) -> Group:
+    """The same of one group."""
+    return make(group, merge([group], [Layer(_older(group)), Layer(settings, str(path))]))
 
 
 def _older(*groups: type[OptionGroup]) -> dict[str, Any]:

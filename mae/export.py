@@ -15,7 +15,7 @@ from common.checkpoint import load_weights, refuse_damaged
 from common.files import check_output_file, is_marked, mark, replacing
 from common.vit import IMAGE_CHANNELS, VISIBLE
 from mae.checkpoint import load_checkpoint
-from mae.config import parse_settings
+from mae.config import ModelConfig, parse_group
 
 KIND = "encoder"
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
@@ -31,7 +31,7 @@ def export_encoder(checkpoint_path: Path, out: Path) -> None:
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
     check_output_file(out, reads=[checkpoint_path], is_own=is_marked(KIND))
-    checkpoint = load_checkpoint(checkpoint_path, lazily=True)
+    checkpoint = load_checkpoint(checkpoint_path, lazily=True, whole=False)
     weights = dict(_make_encoder(checkpoint, checkpoint_path).state_dict())
     with replacing(out) as unfinished:
         if out.suffix == ".pth":
@@ -49,13 +49,13 @@ def load_encoder(checkpoint_path: Path) -> VisionTransformer:
 
     Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
     """
-    return _make_encoder(load_checkpoint(checkpoint_path), checkpoint_path).eval()
+    return _make_encoder(load_checkpoint(checkpoint_path, whole=False), checkpoint_path).eval()
 
 
 def _make_encoder(checkpoint: dict[str, Any], path: Path) -> VisionTransformer:
     """Raises ValueError if the checkpoint at `path` is damaged, or its weights do not fit."""
     weights = encoder_weights(checkpoint["model"], path)
-    _, config = parse_settings(checkpoint["config"], path)
+    config = parse_group(ModelConfig, checkpoint["config"], path)
     size = config.encoder
     encoder = VisionTransformer(
         img_size=config.image_size, patch_size=config.patch_pixels, num_classes=0,

@@ -35,8 +35,9 @@ import segmenter.inference
 from common.devices import make_accelerator, peak_memory_mib
 from common.run import DeviceConfig
 from common.vit import VIT_SIZES
+from segmenter.classes import quiet_imports, read_classes
 from segmenter.config import ProtocolConfig, ScoringConfig
-from segmenter.data import WholeImages, quiet_imports, read_classes, test_images
+from segmenter.data import WholeImages, test_images
 from segmenter.dataset import VAL, DatasetDescription, Pair, read_description
 from segmenter.encoder import EncoderShape
 from segmenter.evaluate import evaluate_model, evaluating

@@ -188,7 +188,7 @@ def progress_text(folder: Path) -> str:
         now = read_progress(folder)
     except ValueError as error:
         return str(error)
-    if not now:
+    if "epoch" not in now:
         return "starting"
     if now.get("stage") == "evaluate":
         parts = [f"scoring after epoch {float(now['epoch']):.1f}"]

@@ -24,13 +24,12 @@ from common.unreadable import Unreadable
 from common.vit import IMAGE_CHANNELS
 from segmenter.check import Task, all_settings, plan_batches
 from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
+from segmenter.classes import Classes, read_classes
 from segmenter.config import RANDOM, SCORES, TrainConfig
 from segmenter.data import (
     Batch,
-    Classes,
     TrainingCrops,
     WholeImages,
-    read_classes,
     training_batches,
 )
 from segmenter.encoder import EncoderShape

@@ -18,9 +18,9 @@ from common.parsed import Result, read_json
 from common.settings import check_same
 from common.trackers import check_trackers
 from common.vit import IMAGE_CHANNELS, transformer_parameters
+from segmenter.classes import count_classes
 from segmenter.config import GROUPS, RANDOM, TrainConfig
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
-from segmenter.labels import count_classes
 from segmenter.schedule import BatchPlan, learning_rate_points
 
 

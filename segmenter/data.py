@@ -7,9 +7,7 @@ matters. Pixels stay uint8 RGB until they are on the device.
 from __future__ import annotations
 
 import contextlib
-import io
 import random
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,26 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.interruption import leave_signals_to_the_main_process
 from common.unreadable import next_usable
+from segmenter.classes import quiet_imports
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair
 from segmenter.labels import allowed_labels, read_pair
 from segmenter.schedule import SAMPLE_STREAM, BatchPlan
 
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Drop what mmseg and mmcv say on import about optional parts that nothing here uses.
-
-    "Could not import OneDL" comes by print, whatever the logging level; the warnings are about
-    renamed modules and operations that were not compiled.
-    """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
 with quiet_imports():
-    import mmseg.datasets
     from mmcv.transforms import Compose, Pad, RandomResize
     from mmseg.datasets.transforms import (
         PhotoMetricDistortion,
@@ -53,34 +38,6 @@ with quiet_imports():
 LONG_SIDE_RATIO = 4  # the scale is (2048, 512) for an image size of 512
 RATIO_RANGE = (0.5, 2.0)
 MOST_OF_ONE_CLASS = 0.75  # a crop with more of one class is drawn again, up to ten times
-
-
-@dataclass(frozen=True, kw_only=True)
-class Classes:
-    """names and palette [K, 3] uint8 RGB of the classes."""
-
-    names: tuple[str, ...]
-    palette: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def read_classes(description: DatasetDescription) -> Classes:
-    """Names and colours: the description's own, or mmsegmentation's. Raises ValueError."""
-    names: Sequence[str] = description.classes
-    palette: Sequence[Sequence[int]] = description.palette
-    if isinstance(description.classes, str):
-        known = getattr(mmseg.datasets, description.classes, None)
-        if known is None:
-            raise ValueError(
-                f"{description.source}: mmsegmentation has no dataset {description.classes}"
-            )
-        names = known.METAINFO["classes"]
-        palette = palette or known.METAINFO["palette"]
-    if not len(palette):
-        palette = np.random.default_rng(42).integers(32, 256, (len(names), 3)).tolist()
-    return Classes(names=tuple(names), palette=np.array(palette, dtype=np.uint8))
 
 
 class Batch(NamedTuple):

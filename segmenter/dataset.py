@@ -19,8 +19,6 @@ SPLITS = (TRAIN, VAL)
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 MOST_NAMED = 3
-# mmsegmentation knows their names; how many there are is asked more often, and without torch.
-NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from common.files import mark, replacing
-from segmenter.data import Classes, WholeImages
+from segmenter.classes import Classes
+from segmenter.data import WholeImages
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
 from segmenter.model import Segmenter

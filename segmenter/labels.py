@@ -14,7 +14,8 @@ import numpy as np
 
 from common.images import load_image, read_rgb
 from common.unreadable import too_many
-from segmenter.dataset import NUM_CLASSES, DatasetDescription, Pair
+from segmenter.classes import count_classes
+from segmenter.dataset import DatasetDescription, Pair
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 
@@ -46,17 +47,6 @@ def check_labels(
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
-
-
-def count_classes(description: DatasetDescription) -> int:
-    """How many classes there are. Raises ValueError for an unknown dataset of mmsegmentation."""
-    if not isinstance(description.classes, str):
-        return len(description.classes)
-    if description.classes not in NUM_CLASSES:
-        from segmenter.data import read_classes  # takes seconds to import
-
-        return len(read_classes(description))
-    return NUM_CLASSES[description.classes]
 
 
 def allowed_labels(description: DatasetDescription) -> np.ndarray:

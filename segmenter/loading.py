@@ -14,8 +14,8 @@ from common.checkpoint import load_weights, misfits, read_torch_file, refuse_dam
 from common.files import read_text
 from common.vit import VIT_SIZES
 from segmenter.checkpoint import load_checkpoint
+from segmenter.classes import Classes, read_classes
 from segmenter.config import ProtocolConfig
-from segmenter.data import Classes, read_classes
 from segmenter.dataset import DESCRIPTIONS, read_description
 from segmenter.encoder import EncoderShape
 from segmenter.model import Segmenter, SegmenterShape

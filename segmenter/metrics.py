@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segmenter.data import quiet_imports
+from segmenter.classes import quiet_imports
 
 with quiet_imports():
     from mmseg.evaluation import IoUMetric

@@ -19,8 +19,9 @@ from common.devices import make_accelerator
 from common.files import NOTHING_WRITTEN, beside, check_output_folder
 from common.options import OptionGroup
 from common.progress import Counter
+from segmenter.classes import Classes, read_classes
 from segmenter.config import EvaluateConfig, ProtocolConfig, ScoringConfig
-from segmenter.data import Classes, WholeImages, read_classes
+from segmenter.data import WholeImages
 from segmenter.dataset import DatasetDescription, Pair, read_description
 from segmenter.evaluate import evaluate_model
 from segmenter.labels import check_labels, read_label_file

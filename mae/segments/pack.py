@@ -72,7 +72,7 @@ def pack(
 
 def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     """Write every image's segments as RLE JSON again; what is there is kept."""
-    check_output_folder(out, "OUT", reads=[store_path.absolute().parent])
+    check_output_folder(out, "OUT")
     store = PackedStore(store_path)
     files = {
         key: path_below(out, f"{key}.json", str(store_path))

@@ -79,7 +79,7 @@ def test_encoder_only_files_are_refused(checkpoint, tmp_path):
 def test_bad_inputs_are_named(checkpoint, in1k_dir, tmp_path):
     out = tmp_path / "out.png"
     (tmp_path / "bad.jpg").write_text("no image")
-    with pytest.raises(ValueError, match=r"bad\.jpg: cannot identify"):
+    with pytest.raises(ValueError, match=r"bad\.jpg: it is no image"):
         reconstruct_files(checkpoint, [tmp_path / "bad.jpg"], out=out, masks_dir=None)
     write_image(tmp_path / "unknown.jpg", np.random.default_rng(0))
     with pytest.raises(ValueError, match="no segment"):
@@ -91,7 +91,7 @@ def test_bad_inputs_are_named(checkpoint, in1k_dir, tmp_path):
 
 
 def test_a_checkpoint_gives_the_model_back(checkpoint):
-    model = load_model(load_checkpoint(checkpoint))
+    model = load_model(load_checkpoint(checkpoint), checkpoint)
     assert model.config.norm_pix_loss
     assert model.method.name == "four_channels"
 

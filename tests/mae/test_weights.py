@@ -1,5 +1,7 @@
 """Weights come in from official checkpoints and go out as plain ViTs."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -147,6 +149,6 @@ def test_a_file_that_is_no_mae_checkpoint_is_refused(tmp_path):
 
 
 def test_encoder_weights_leave_decoder_and_preencoder_behind():
-    weights = encoder_weights(make_model("preencoder").state_dict())
+    weights = encoder_weights(make_model("preencoder").state_dict(), Path("a.pth"))
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     assert weights.keys() == plain.state_dict().keys()

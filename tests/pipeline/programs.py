@@ -27,6 +27,7 @@ _PLACES = dict.fromkeys(
 _SEGMENTS = {"uses_segments": True, "settings": ["coverage_ratio", "hide"]}
 # As test_parts.py compares them with the real ones.
 FACTS = Facts(
+    official_checkpoints=("vit_base", "vit_large", "vit_huge"),
     methods={
         "patches": {"uses_segments": False, "settings": ["mask_ratio"]},
         **dict.fromkeys(("segments", "four_channels", "preencoder"), _SEGMENTS),
@@ -41,6 +42,7 @@ FACTS = Facts(
             "mask_method": _fact("patches"),
             "coverage_ratio": _fact(15.0),
             "hide": _fact("segment"),
+            "use_unmasked_images": _fact(False),
             "mask_ratio": _fact(0.75),
             "model": _fact("vit_large"),
             "epochs": _fact(50),
@@ -55,6 +57,7 @@ FACTS = Facts(
             **dict.fromkeys(("dataset", "init", "patch_size", "clip_grad"), _fact()),
             "model": _fact("vit_large"),
             "recipe": _fact("segmenter"),
+            "decoder": _fact(),
             "epochs": _fact(),
             "batch_size": _fact(),
             "seed": _fact(0),

@@ -77,7 +77,7 @@ def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> No
     with (paths.pretrain_dir("patches") / LOG).open("a") as log:
         log.write('{"epoch": 11, "train_lo')  # is being written
     (paths.eval_dir("patches", 10) / PREDICTIONS).write_bytes(b"\x89PNG half")
-    paths.plan.write_text(json.dumps([{"name": "a"}, {"name": "b"}]))
+    paths.plan.write_text(json.dumps([{"name": name, "needs": [], "folder": name} for name in "ab"]))
     write_all(paths)
     words = text_of(paths.report_html)
     assert "0 of 2 steps are done" in words
@@ -122,10 +122,10 @@ def test_a_later_call_about_something_else_does_not_rename_results(tmp_path: Pat
     assert "30%" not in paths.results_csv.read_text()
 
 
-def test_a_damaged_log_is_drawn_up_to_the_damage(tmp_path: Path) -> None:
+def test_a_line_that_a_kill_has_cut_is_no_damage(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",))
     with (paths.pretrain_dir("patches") / LOG).open("a") as log:
-        log.write("{broken\n")
+        log.write('{"epoch": 11, "tr')
     write_all(paths)
     assert "Pretraining loss" in text_of(paths.report_html)
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from segmenter.data import read_classes
+from segmenter.classes import count_classes, read_classes
 from segmenter.dataset import DESCRIPTIONS, read_description
-from segmenter.labels import check_labels, count_classes
+from segmenter.labels import check_labels
 from tests.segmenter.boxes import write_dataset
 
 

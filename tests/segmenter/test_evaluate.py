@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter.data import quiet_imports
+from segmenter.classes import quiet_imports
 from tests.segmenter.boxes import IGNORE
 
 

@@ -139,8 +139,6 @@ INPUTS = [
          "{w}/photos/photo_0.png", "not a packed store"),
     Case("inspect into the training images", "mae masks inspect {w}/in1k/masks --processes 1 --out "
          "{w}/in1k/train/class0/picture", "which is read"),
-    Case("unpack into the store's folder of images", "mae masks unpack "
-         "{w}/in1k/masks/masks.sqlite {w}/in1k/masks", "which is read"),
     Case("save predictions into the annotations", "segmenter evaluate {w}/fine/best.pth --plugin "
          "{w}/nano.py --device cpu --dataset {w}/data/dataset.yml --save-predictions "
          "{w}/data/annotations/validation/p", "which is read"),

@@ -1,0 +1,399 @@
+"""Files that crashes, disks and people damage: one line with the file and the reason."""
+
+import json
+import os
+import sqlite3
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.wrong.world import Case, benchmark_words, call, check, pretrain_words, train_words
+
+EXPORT = "mae export {w}/pre/checkpoint-1.pth --plugin {w}/nano.py --out {w}/out.pth"
+DRAW = "mae reconstruct {w}/pre/checkpoint-1.pth --plugin {w}/nano.py --out {w}/out.png"
+SCORE = ("segmenter evaluate {w}/fine/best.pth --plugin {w}/nano.py --device cpu --workers 0 "
+         "--dataset {w}/data/dataset.yml --out {w}/out.json")  # fmt: skip
+PREDICT = ("segmenter predict {w}/fine/best.pth {w}/photos --plugin {w}/nano.py --device cpu "
+           "--out {w}/out")  # fmt: skip
+STORE = "in1k/masks/masks.sqlite"
+UNPACK = f"mae masks unpack {{w}}/{STORE} {{w}}/out --processes 1"
+INSPECT = "mae masks inspect {w}/in1k/masks --processes 1 --out {w}/out"
+REPORT = "benchmark report {w}/run"
+STATUS = "benchmark status {w}/run"
+
+
+def change(path, **values):
+    """Other values in a checkpoint, by names with dots; DELETE takes one away."""
+
+    def prepare(world):
+        content = torch.load(world / path, weights_only=True)
+        for name, value in values.items():
+            *parents, last = name.split("__")
+            inner = content
+            for parent in parents:
+                inner = inner[parent]
+            if value is DELETE:
+                del inner[last]
+            else:
+                inner[last] = value(inner[last]) if callable(value) else value
+        torch.save(content, world / path)
+
+    return prepare
+
+
+DELETE = object()
+NAN, INF = float("nan"), float("inf")
+
+
+def poison(value, name="cls_token"):
+    def put(weights):
+        name_there = next(n for n in weights if n.endswith(name))
+        return {**weights, name_there: torch.full_like(weights[name_there], value)}
+
+    return put
+
+
+def write(path, content):
+    def prepare(world):
+        (world / path).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (world / path).write_bytes(content)
+        else:
+            (world / path).write_text(content)
+
+    return prepare
+
+
+def cut(path, share=0.5):
+    def prepare(world):
+        content = (world / path).read_bytes()
+        (world / path).write_bytes(content[: int(len(content) * share)])
+
+    return prepare
+
+
+PRE, FINE = "pre/checkpoint-1.pth", "fine/best.pth"
+NO_CHECKPOINTS = {
+    "empty": write(PRE, b""), "text": write(PRE, "no checkpoint"), "zip": write(PRE, b"PK\x03\x04"),
+    "cut": cut(PRE), "list": lambda w: torch.save([1], w / PRE),
+    "of another format": change(PRE, format_version=7),
+    "of a strange format": change(PRE, format_version="x" * 500),
+    "without its weights": change(PRE, model=DELETE),
+    "weights that are a list": change(PRE, model=[1, 2]),
+    "weights that are numbers": change(PRE, model=lambda m: dict.fromkeys(m, 1.0)),
+    "settings that are text": change(PRE, config="text"),
+    "a model that is a number": change(PRE, config__model=7),
+    "a model that is not known": change(PRE, config__model="vit_giant"),
+    "a size that is text": change(PRE, config__image_size="large"),
+    "a size that is negative": change(PRE, config__image_size=-32),
+    "a size that is not the weights'": change(PRE, config__image_size=64),
+    "epochs that are text": change(PRE, epochs_completed="one"),
+    "NaN": change(PRE, model=poison(NAN)), "infinity": change(PRE, model=poison(-INF)),
+    "a finetuned file": lambda w: (w / PRE).write_bytes((w / FINE).read_bytes()),
+    "a folder": lambda w: ((w / PRE).unlink(), (w / PRE).mkdir()),
+    "a pipe": lambda w: ((w / PRE).unlink(), os.mkfifo(w / PRE)),
+    "a link to nothing": lambda w: ((w / PRE).unlink(), (w / PRE).symlink_to("nothing")),
+    "a pickle of code": lambda w: torch.save({"format_version": 1, "x": Path}, w / PRE),
+}  # fmt: skip
+NO_FINETUNED = {
+    "empty": write(FINE, b""), "cut": cut(FINE), "pretrained": lambda w: (
+        (w / FINE).write_bytes((w / PRE).read_bytes())),
+    "NaN": change(FINE, model=poison(NAN)), "infinity": change(FINE, model=poison(INF, "head.weight"
+                                                               if False else "cls_token")),
+    "shape that is text": change(FINE, shape="large"),
+    "shape without its encoder": change(FINE, shape__encoder=DELETE),
+    "a patch of 0 pixels": change(FINE, shape__encoder__patch_size=0),
+    "a huge grid": change(FINE, shape__encoder__grid=10**9),
+    "a huge number of classes": change(FINE, shape__num_classes=10**9),
+    "a model that is not known": change(FINE, shape__encoder__model="vit_giant"),
+    "fewer names than classes": change(FINE, classes=["one"]),
+    "names that are numbers": change(FINE, classes=[1, 2, 3]),
+    "colours out of range": change(FINE, palette=[[0, 0, 999]] * 3),
+    "colours of two values": change(FINE, palette=[[0, 0]] * 3),
+    "a protocol of text": change(FINE, protocol="x"),
+    "a protocol without its window": change(FINE, protocol__window_size=DELETE),
+    "a stride of 0": change(FINE, protocol__window_stride=0),
+    "a normalization of its own": change(FINE, protocol__normalization="own"),
+    "a dataset that is text": change(FINE, dataset="x"),
+}  # fmt: skip
+
+
+def sql(*statements):
+    def prepare(world):
+        with sqlite3.connect(world / STORE) as connection:
+            connection.execute("PRAGMA ignore_check_constraints = 1")
+            for statement in statements:
+                connection.execute(statement)
+        connection.close()
+
+    return prepare
+
+
+def rebuilt(change_rows):
+    """The store's tables without their constraints, changed."""
+    return sql(
+        "CREATE TABLE i2 AS SELECT * FROM images", "CREATE TABLE s2 AS SELECT * FROM segments",
+        "CREATE TABLE m2 AS SELECT * FROM meta", "DROP TABLE images", "DROP TABLE segments",
+        "DROP TABLE meta", "ALTER TABLE i2 RENAME TO images", "ALTER TABLE s2 RENAME TO segments",
+        "ALTER TABLE m2 RENAME TO meta", *change_rows,
+    )  # fmt: skip
+
+
+BOMB = f"zeroblob({50_000_000})"
+STORES = {
+    "empty": write(STORE, b""), "text": write(STORE, "no store"), "cut": cut(STORE, 0.6),
+    "another database": lambda w: ((w / STORE).unlink(), sqlite3.connect(w / STORE).execute(
+        "CREATE TABLE a (b)").connection.close()),
+    "no meta": rebuilt(["DELETE FROM meta"]),
+    "settings that are no JSON": rebuilt(["UPDATE meta SET value='{' WHERE name='settings'"]),
+    "settings that are a list": rebuilt(["UPDATE meta SET value='[1]' WHERE name='settings'"]),
+    "unfinished": rebuilt(["UPDATE meta SET value='0' WHERE name='complete'"]),
+    "keys of NULL": rebuilt(["UPDATE images SET key = NULL"]),
+    "keys of numbers": rebuilt(["UPDATE images SET key = id"]),
+    "keys of bytes": rebuilt(["UPDATE images SET key = x'fffe'"]),
+    "keys that leave the folder": rebuilt(["UPDATE images SET key = '../../' || key"]),
+    "absolute keys": rebuilt(["UPDATE images SET key = '/tmp/' || key"]),
+    "heights of NULL": rebuilt(["UPDATE images SET height = NULL"]),
+    "heights of text": rebuilt(["UPDATE images SET height = 'tall'"]),
+    "heights below 0": rebuilt(["UPDATE images SET height = -height"]),
+    "coverage of text": rebuilt(["UPDATE segments SET coverage = 'half'"]),
+    "coverage of NULL": rebuilt(["UPDATE segments SET coverage = NULL"]),
+    "coverage out of range": rebuilt(["UPDATE segments SET coverage = 1e9"]),
+    "counts of NULL": rebuilt(["UPDATE segments SET counts = NULL"]),
+    "counts of text": rebuilt(["UPDATE segments SET counts = 'abc'"]),
+    "counts of noise": rebuilt(["UPDATE segments SET counts = randomblob(100)"]),
+}  # fmt: skip
+
+
+def run_directory(world):
+    """What a run leaves, as far as status and report read it."""
+    from tests.pipeline.finished_run import write_run
+
+    paths = write_run(world / "run", methods=("patches",))
+    plan = [{"name": "pretrain_patches_5", "needs": [], "folder": "pretrain_output/patches"}]
+    paths.plan.write_text(json.dumps(plan))
+
+
+def damaged(path, content):
+    def prepare(world):
+        run_directory(world)
+        write(f"run/{path}", content)(world)
+
+    return prepare
+
+
+RESULT, RECORD = "eval_output/patches_5/result.json", ".segmae/steps/pretrain_patches_5.json"
+LOG = "pretrain_output/patches/log.txt"
+JSONS = ["", "{", "[]", "null", "7", '"text"', '{"mean_iou": "high"}', "\x00\x01", "[" * 5000,
+         '{"name": 7, "state": "done", "run": "x", "kind": "pretrain", "fingerprint": {}}',
+         '{"mean_iou": NaN, "format_version": 1}', '{"format_version": "one"}']  # fmt: skip
+RUN_FILES = {
+    **{f"result {n}": (damaged(RESULT, text), REPORT, RESULT) for n, text in enumerate(JSONS)},
+    **{f"record {n}": (damaged(RECORD, text), command, RECORD)
+       for n, text in enumerate(JSONS) for command in (REPORT, STATUS)},
+    **{f"plan {n}": (damaged(".segmae/plan.json", text), STATUS, "plan.json")
+       for n, text in enumerate(JSONS) if text != "[]"},
+    **{f"log {n}": (damaged(LOG, f"{text}\n"), REPORT, "log.txt") for n, text in enumerate(JSONS)},
+    "log in the middle": (damaged(LOG, '{"epoch": 1}\n{"ep\n{"epoch": 3}\n'), REPORT, "log.txt:2"),
+    "log with text": (damaged(LOG, '{"epoch": 1, "train_loss": "low"}\n'), REPORT, "log.txt:1"),
+    "log without its epoch": (damaged(LOG, '{"train_loss": 1}\n'), REPORT, "of no epoch"),
+    "run.yml of text": (damaged("run.yml", "text"), REPORT, "run.yml"),
+    "run.yml of a list": (damaged("run.yml", "[1]"), REPORT, "run.yml"),
+    "run.yml with settings of text": (damaged("run.yml", "settings: all"), REPORT, "run.yml"),
+    "run.yml cut": (damaged("run.yml", "settings: {a: [1"), REPORT, "run.yml"),
+    "run.yml that is no UTF-8": (damaged("run.yml", b"a: \xff"), REPORT, "run.yml"),
+}  # fmt: skip
+
+CASES = [
+    *[Case(f"export {name}", EXPORT, "checkpoint-1.pth|pre", prepare=prepare)
+      for name, prepare in NO_CHECKPOINTS.items()],
+    *[Case(f"reconstruct {name}", DRAW, "checkpoint-1.pth|pre", prepare=prepare)
+      for name, prepare in NO_CHECKPOINTS.items()],
+    *[Case(f"evaluate {name}", SCORE, "best.pth", prepare=prepare)
+      for name, prepare in NO_FINETUNED.items()],
+    *[Case(f"predict {name}", PREDICT, "best.pth", prepare=prepare)
+      for name, prepare in NO_FINETUNED.items()],
+    *[Case(f"unpack a store: {name}", UNPACK, "masks.sqlite|masks", prepare=prepare)
+      for name, prepare in STORES.items() if "coverage" not in name],
+    *[Case(name, command, says, prepare=prepare)
+      for name, (prepare, command, says) in RUN_FILES.items()],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_damaged_file_is_named(case, world, capsys):
+    check(case, world, capsys)
+
+
+STARTS = {
+    name: prepare for name, prepare in NO_CHECKPOINTS.items()
+    if name not in ("epochs that are text", "settings that are text", "a model that is a number",
+                    "a model that is not known", "a size that is text", "a size that is negative",
+                    "a size that is not the weights'")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("check_only", [[], ["--check"]])
+def test_a_finetuning_does_not_start_from_it(name, world, capsys, check_only):
+    if name in ("of another format", "of a strange format"):
+        pytest.skip("any file of a ViT's weights will do")
+    STARTS[name](world)
+    words = [*train_words(world), *check_only]
+    words[words.index("--init") + 1] = str(world / PRE)
+    check(Case(name, words, "checkpoint-1.pth"), world, capsys)
+
+
+@pytest.mark.parametrize("name", [n for n in NO_CHECKPOINTS if n not in ("a folder", "a pipe")])
+def test_a_pretraining_does_not_go_on_from_it(name, world, capsys):
+    NO_CHECKPOINTS[name](world)
+    (world / "pre/last.pth").unlink(missing_ok=True)
+    if name == "a link to nothing":
+        (world / PRE).unlink()
+        (world / "pre/last.pth").symlink_to("nothing")
+    check(Case(name, pretrain_words(world, "pre"), "pre"), world, capsys)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_damaged_weights_are_not_trained_on(world, capsys, value, part):
+    path = world / PRE
+    content = torch.load(path, weights_only=True)
+    if part == "model":
+        content["model"] = poison(value)(content["model"])
+    else:
+        content["optimizer"]["state"][0]["exp_avg"].fill_(value)
+    torch.save(content, path)
+    (world / "pre/last.pth").unlink(missing_ok=True)
+    check(Case(part, pretrain_words(world, "pre"), ("is not finite", part)), world, capsys)
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_a_pretraining_does_not_use_a_damaged_store(name, world, capsys):
+    """Found when it starts, or image by image: then too many are unreadable."""
+    STORES[name](world)
+    code, _, err = call(pretrain_words(world), capsys)
+    assert code in (1, 2), err
+    assert "Traceback" not in err
+    assert "Error: " in err
+    assert not list((world / "new").glob("*.pth"))
+
+
+def json_of(content):
+    def prepare(world):
+        (world / "loose/class0/image_0.json").write_text(
+            content if isinstance(content, str) else json.dumps(content)
+        )
+
+    return prepare
+
+
+GOOD = {"size": [48, 60], "counts": [0, 2880]}
+LOOSE = {
+    "no JSON": json_of("{"), "no list": json_of({"a": 1}), "a number": json_of(7),
+    "SA-1B without annotations": json_of({"image": {"width": 60, "height": 48}}),
+    "annotations that are text": json_of({"annotations": "none"}),
+    "entries of text": json_of(["one"]), "no segmentation": json_of([{"area": 7}]),
+    "a polygon": json_of([{"segmentation": [[1, 2, 3, 4, 5, 6]]}]),
+    "sizes of text": json_of([{"segmentation": {**GOOD, "size": ["a", "b"]}}]),
+    "sizes of 0": json_of([{"segmentation": {**GOOD, "size": [0, 0]}}]),
+    "huge sizes": json_of([{"segmentation": {**GOOD, "size": [10**6, 10**6]}}]),
+    "runs below 0": json_of([{"segmentation": {**GOOD, "counts": [-5, 2885]}}]),
+    "runs that are too few": json_of([{"segmentation": {**GOOD, "counts": [1, 2]}}]),
+    "runs of text": json_of([{"segmentation": {**GOOD, "counts": ["a"]}}]),
+    "a code of noise": json_of([{"segmentation": {**GOOD, "counts": "ooooooooooooo"}}]),
+    "an empty code": json_of([{"segmentation": {**GOOD, "counts": ""}}]),
+    "deep": json_of("[" * 9000), "no UTF-8": lambda w: (
+        w / "loose/class0/image_0.json").write_bytes(b"\xff\xfe[]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_damaged_segments_are_named_and_not_packed(name, world, capsys):
+    LOOSE[name](world)
+    words = f"mae masks pack {world}/loose --processes 1".split()
+    code, _, err = call(words, capsys)
+    assert code == 1, err
+    assert "Traceback" not in err
+    assert "image_0" in err
+    assert not (world / "loose/masks.sqlite").exists()
+    for path in (world / "loose").rglob("*.json"):
+        (world / "in1k/masks" / path.relative_to(world / "loose")).parent.mkdir(exist_ok=True)
+        path.rename(world / "in1k/masks" / path.relative_to(world / "loose"))
+    (world / STORE).unlink()
+    words = f"mae masks check {world}/in1k --processes 1 --out {world}/offenders.txt".split()
+    assert call(words, capsys)[0] == 1
+    assert (world / "offenders.txt").read_text().startswith("class0/image_0.jpg\t")
+
+
+ZIPS = {
+    "text": b"no zip", "empty": b"",
+    "cut": "cut", "noise in a member": "noise", "a member that leaves": "../x",
+    "an absolute member": "/tmp/x", "a member without a name": "",
+    "a file that is a folder, too": "ADEChallengeData2016/images", "other content": "other/x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZIPS)
+def test_a_broken_archive_leaves_no_unfinished_folder(name, world, capsys):
+    kind, archive = ZIPS[name], world / "ade/ADEChallengeData2016.zip"
+    archive.parent.mkdir()
+    if isinstance(kind, bytes):
+        archive.write_bytes(kind)
+    else:
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            noise = np.random.default_rng(0).bytes(20_000)
+            file.writestr("ADEChallengeData2016/images/training/a.jpg", noise)
+            if kind not in ("cut", "noise"):
+                file.writestr(kind, b"x")
+        content = bytearray(archive.read_bytes())
+        if kind == "cut":
+            content = content[:9000]
+        if kind == "noise":
+            content[5000:5400] = bytes(400)
+        archive.write_bytes(content)
+    words = f"segmenter prepare ade20k {world}/ade --digest none --url http://127.0.0.1:9/x"
+    code, _, err = call(words.split(), capsys)
+    assert code in (1, 2), err
+    assert "Traceback" not in err
+    assert "Error: " in err
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]
+
+
+DATASETS = {
+    "no classes": {"classes": None}, "one class": {"classes": ["a"]}, "classes of a number":
+    {"classes": 7}, "an unknown dataset": {"classes": "NoSuchDataset"}, "images of text":
+    {"images": "x"}, "an unknown split": {"images": {"test": "x"}}, "images of numbers":
+    {"images": {"train": 7, "val": 8}}, "images of a list": {"images": {"train": [1], "val": [2]}},
+    "a palette of text": {"palette": "red"}, "colours of text": {"palette": [["a", "b", "c"]] * 3},
+    "colours out of range": {"palette": [[0, 0, 256]] * 3}, "too few colours": {"palette":
+    [[0, 0, 0]]}, "colours of four": {"palette": [[0, 0, 0, 0]] * 3}, "a switch of text":
+    {"reduce_zero_label": "yes"}, "a label of text": {"ignore_index": "none"}, "a label of 300":
+    {"ignore_index": 300}, "a label of a class": {"ignore_index": 0}, "a label of true":
+    {"ignore_index": True}, "a strange key": {"imagse": {}}, "a suffix of a list":
+    {"image_suffix": [".jpg"]}, "an empty suffix": {"image_suffix": ""}, "no such suffix":
+    {"image_suffix": ".tif"}, "a list of names that is missing": {"splits": {"train": "no.txt"}},
+    "a name of a list": {"name": ["a"]}, "classes that repeat": {"classes": ["a", "a", "b"]},
+    "classes of numbers": {"classes": [1, 2, 3]}, "nested classes": {"classes": [["a"], ["b"]]},
+    "a palette of numbers": {"palette": 7}, "fractions of colours": {"palette": [[0.5, 1, 2]] * 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("command", ["prepare check", "train --check", "benchmark --dry-run"])
+def test_a_wrong_dataset_file_is_named(name, command, world, capsys):
+    path = world / "data/dataset.yml"
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, **DATASETS[name]}))
+    words = {
+        "prepare check": ["segmenter", "prepare", "check", str(path)],
+        "train --check": [*train_words(world), "--check"],
+        "benchmark --dry-run": [*benchmark_words(world), "--dry-run"],
+    }[command]
+    if command.startswith("benchmark") and name not in ("no classes", "a label of 300"):
+        pytest.skip("it asks train --check")
+    check(Case(name, words, "dataset.yml"), world, capsys)
