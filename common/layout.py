@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -41,6 +42,6 @@ def round_checkpoints(folder: Path) -> dict[int, Path]:
 
 def find_resumable(folder: Path) -> Path | None:
     """The furthest checkpoint of a pretraining run: last.pth, or the newest round's."""
-    if (folder / LAST).exists():
+    if os.path.lexists(folder / LAST):
         return folder / LAST
     return next(reversed(round_checkpoints(folder).values()), None)

@@ -25,7 +25,8 @@ def read_official_weights(path: Path, *, lazily: bool = False) -> dict[str, Tens
     """The state dict of an official file, `{"model": ...}`. Raises ValueError for anything else."""
     content = read_torch_file(path, lazily=lazily)
     weights = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or EMBEDDING not in weights:
+    known = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
+    if not known or weights is None or EMBEDDING not in weights or weights[EMBEDDING].dim() != 4:
         raise ValueError(f"{path} is not an MAE checkpoint: it has no {EMBEDDING} under 'model'")
     refuse_damaged(weights, path)
     return weights

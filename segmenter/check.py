@@ -86,7 +86,8 @@ def earlier_output(config: TrainConfig, task: Task) -> Path | None:
     Raises ValueError if it was made with other settings, or is not what --resume asks for.
     """
     folder = config.run.output_dir
-    found = next((folder / name for name in (RESULT, CHECKPOINT) if (folder / name).exists()), None)
+    there = (folder / name for name in (RESULT, CHECKPOINT) if os.path.lexists(folder / name))
+    found = next(there, None)  # a link to nothing is not nothing
     config.run.check_resume(found)
     if found is None:
         return None

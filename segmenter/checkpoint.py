@@ -61,13 +61,13 @@ def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tenso
     """Weights of a ViT by their official names. Raises ValueError for any other file."""
     content = read_torch_file(path, lazily=lazily)
     weights: Any = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or EMBEDDING not in weights:
-        raise ValueError(f"{path} is not a checkpoint of a ViT encoder: it has no {EMBEDDING}")
     kept = {
-        name: weight
-        for name, weight in weights.items()
+        str(name): weight
+        for name, weight in (weights.items() if isinstance(weights, dict) else ())
         if isinstance(weight, Tensor) and not str(name).startswith(IGNORED)
     }
+    if EMBEDDING not in kept or kept[EMBEDDING].dim() != 4:
+        raise ValueError(f"{path} is not a checkpoint of a ViT encoder: it has no {EMBEDDING}")
     refuse_damaged(kept, path)
     return kept
 

@@ -161,7 +161,14 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
     if not isinstance(classes, str):
         if not isinstance(classes, list) or len(classes) < 2:
             raise ValueError(f"{source}: classes has to be a list of two or more names")
+        if not all(isinstance(name, str | int | float) for name in classes):
+            raise ValueError(f"{source}: classes has to be a list of names, each a word")
         classes = tuple(str(name) for name in classes)
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"{source}: classes names one twice")
+    for key in ("name", "image_suffix", "annotation_suffix"):
+        if key in content and not (isinstance(content[key], str) and content[key]):
+            raise ValueError(f"{source}: {key} is {content[key]!r}; give a word")
     return DatasetDescription(
         source=source,
         name=str(content.get("name", source.stem)),
@@ -179,15 +186,18 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
 
 def _folders(content: dict[str, Any], key: str, source: Path, folder: Path) -> dict[str, Path]:
     value = content[key]
-    if not isinstance(value, dict) or not set(value) <= set(SPLITS):
+    known = isinstance(value, dict) and set(value) <= set(SPLITS)
+    if not known or not all(isinstance(path, str) and path for path in value.values()):
         raise ValueError(f"{source}: {key} has to name a folder for each of {', '.join(SPLITS)}")
     return {split: folder / str(path) for split, path in value.items()}
 
 
 def _palette(rows: Any, source: Path) -> tuple[tuple[int, int, int], ...]:
     try:
-        return tuple((int(row[0]), int(row[1]), int(row[2])) for row in rows)
-    except (TypeError, ValueError, IndexError) as error:
+        if not all(isinstance(value, int) for row in rows for value in row):
+            raise ValueError
+        return tuple((red, green, blue) for red, green, blue in rows)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: palette has to be a list of [red, green, blue]") from error
 
 

@@ -41,7 +41,10 @@ class SegmenterShape:
     def from_plain(values: dict[str, Any], path: Path) -> SegmenterShape:
         """The inverse of `dataclasses.asdict`, from a checkpoint. Raises ValueError."""
         shape = parsed_plain(SegmenterShape, values, f"{path}: shape")
-        vit_size(shape.encoder.model)
+        try:
+            vit_size(shape.encoder.model)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return shape
 
 

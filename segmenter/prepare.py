@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import stat
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -100,15 +102,25 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             logger.info("unpacking %d files, %.1f GB", len(members), needed / 1e9)
             file.extractall(unfinished)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+        (unfinished / name).replace(folder / name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise RuntimeError(
+                f"{folder} cannot be written to: {error.strerror}. Make room and run the same "
+                "command again"
+            ) from error
+        raise ValueError(f"{archive} is not a sound zip file: {error.strerror or error}") from None
+    # What is in a damaged archive can make zipfile raise anything; RuntimeError: it is encrypted.
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{archive} is not a sound zip file: {error}") from None
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise ValueError(f"{archive} is not a sound zip file: {error}") from error
-    (unfinished / name).replace(folder / name)
-    shutil.rmtree(unfinished)
 
 
 def _check_member(member: zipfile.ZipInfo, archive: Path, name: str) -> None:
     path = PurePosixPath(member.filename.replace("\\", "/"))
+    if not path.parts:
+        raise ValueError(f"{archive} is refused: a member has no name")
     if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
         raise ValueError(f"{archive} is refused: {member.filename!r} would leave the folder")
     if stat.S_ISLNK(member.external_attr >> 16):

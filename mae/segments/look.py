@@ -182,7 +182,7 @@ def _draw_row(
     row[0].set_title(path.name, fontsize=8)
     for axes, ratio in zip(row[1:], ratios, strict=True):
         segment = nearest(segments, ratio)
-        if segment is None or segment.decode().shape != image.shape[:2]:
+        if segment is None or (segment.height, segment.width) != image.shape[:2]:
             axes.set_title(f"{ratio:g} %: does not fit the image", fontsize=8, color="red")
             continue
         axes.imshow(_thumbnail(_hide(image, segment)))

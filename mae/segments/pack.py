@@ -142,7 +142,12 @@ def _pack_one(source: SegmentSource, key: str) -> PackedImage | Failure:
 
 def _unpack_one(store: PackedStore, files: Mapping[str, Path], key: str) -> None:
     """Write one image in the form of `amg.py --convert-to-rle`."""
-    write_text(files[key], json.dumps([_annotation(segment) for segment in store.segments(key)]))
+    try:
+        annotations = [_annotation(segment) for segment in store.segments(key)]
+    except ValueError as error:
+        inside = str(store.path) in str(error)
+        raise ValueError(f"{'' if inside else f'{store.path}: {key}: '}{error}") from None
+    write_text(files[key], json.dumps(annotations))
 
 
 def _annotation(segment: Segment) -> dict[str, Any]:

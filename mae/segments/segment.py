@@ -39,7 +39,11 @@ class Segment:
 
         Raises ValueError if the runs do not fill the image, which pycocotools does not check.
         """
+        if not COMPLETE_CODE.fullmatch(self.counts):
+            raise ValueError("its counts are no run-length code")
         runs = run_lengths(self.counts)
+        if runs.min() < 0 or int(runs.sum()) != self.height * self.width:
+            raise ValueError(f"its runs do not fill {self.width} x {self.height} pixels")
         inside = np.zeros(len(runs), np.uint8)
         inside[1::2] = 1
         return np.repeat(inside, runs).reshape(self.width, self.height).T

@@ -23,7 +23,7 @@ class SamSettings(OptionGroup):
         "facebook/sam-vit-huge",
     )
     points_per_side: int = option("Points along a side of the grid.", 32, at_least=1, at_most=1024)
-    pred_iou_thresh: float = option("Least quality that the model predicts.", 0.88, at_most=1)
+    pred_iou_thresh: float = option("Least quality that the model predicts.", 0.88)
     stability_score_thresh: float = option(
         "Least overlap of a mask cut above and below the cutoff.", 0.95, at_least=0, at_most=1
     )

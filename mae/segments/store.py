@@ -90,16 +90,22 @@ class PackedStore:
         if path.stat().st_size < length:
             raise ValueError(f"{path} is cut short: it was {length} bytes; copy or pack it again")
         check_format(path, self.meta)
+        self.settings = self._settings()
         if self.meta.get("complete") != "1":
             raise ValueError(f"{path} was not finished; run the command that writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None, "_process_id": 0}
 
-    @property
-    def settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """How the segments were made, as far as is known."""
-        return json.loads(self.meta["settings"])
+        try:
+            settings = json.loads(self.meta["settings"])
+        except (KeyError, TypeError, ValueError, RecursionError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise ValueError(f"{self.path} is damaged: it does not say how it was made")
+        return settings
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """The segment closest to a coverage in percent, the smaller on a tie; None: there is none.
@@ -115,11 +121,11 @@ class PackedStore:
 
     def images(self) -> set[str]:
         """The keys of the images that have a segment."""
-        return {key for (key,) in self._query("SELECT key FROM images WHERE segments > 0")}
+        return self._keys("SELECT key FROM images WHERE segments > 0")
 
     def listed_empty(self) -> set[str]:
         """The keys of the images that are known to have none."""
-        return {key for (key,) in self._query("SELECT key FROM images WHERE segments = 0")}
+        return self._keys("SELECT key FROM images WHERE segments = 0")
 
     def failures(self) -> dict[str, str]:
         """Why images are not in the store, by their keys."""
@@ -128,22 +134,31 @@ class PackedStore:
     def packed(self, key: str) -> PackedImage:
         """The rows of an image that is in `images` or `listed_empty`, checked, for copying."""
         rows = self._query("SELECT height, width FROM images WHERE key = ?", (key,))
-        segments = [(row[2], row[3]) for row in self._query(ALL, (key,))]
-        for _, counts in segments:
-            self._unpack(key, counts)
-        return PackedImage(key=key, height=rows[0][0], width=rows[0][1], segments=tuple(segments))
+        segments = self._query(ALL, (key,))
+        for row in segments:
+            self._segment(key, row)
+        return PackedImage(
+            key=key, height=rows[0][0], width=rows[0][1],
+            segments=tuple((coverage, counts) for *_, coverage, counts in segments),
+        )  # fmt: skip
 
-    def _segment(self, key: str, row: tuple[int, int, float, bytes]) -> Segment:
+    def _keys(self, sql: str) -> set[str]:
+        keys = {key for (key,) in self._query(sql)}
+        for key in keys:
+            if not isinstance(key, str):
+                raise ValueError(f"{self.path} is damaged: {key!r} is no key of an image")
+        return keys
+
+    def _segment(self, key: str, row: tuple[Any, ...]) -> Segment:
         height, width, coverage, counts = row
-        return Segment(
-            height=height, width=width, coverage_percent=coverage, counts=self._unpack(key, counts)
-        )
-
-    def _unpack(self, key: str, counts: bytes) -> bytes:
         try:
-            return zlib.decompress(counts)
-        except (zlib.error, TypeError) as error:
+            if not (height > 0 and width > 0 and 0 <= coverage <= 100):
+                raise ValueError(f"{width} x {height} pixels, {coverage} % inside")
+            # A code has at most two characters for each pixel; a bomb would have more.
+            unpacked = zlib.decompressobj().decompress(counts, 2 * height * width + 64)
+        except (zlib.error, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.path}: a segment of {key} is damaged: {error}") from None
+        return Segment(height=height, width=width, coverage_percent=coverage, counts=unpacked)
 
     def _query(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
         try:

@@ -199,7 +199,7 @@ def test_a_damaged_record_is_named(settings: Make) -> None:
     steps, paths = plan(settings("--pretrain-epochs 1"))
     paths.records.mkdir(parents=True)
     paths.record(steps[0].name).write_text("{")
-    with pytest.raises(ValueError, match="json is damaged: .*; remove it"):
+    with pytest.raises(ValueError, match=r"json is damaged: .*; remove it"):
         is_done(steps[0], paths)
 
 

@@ -77,7 +77,9 @@ def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> No
     with (paths.pretrain_dir("patches") / LOG).open("a") as log:
         log.write('{"epoch": 11, "train_lo')  # is being written
     (paths.eval_dir("patches", 10) / PREDICTIONS).write_bytes(b"\x89PNG half")
-    paths.plan.write_text(json.dumps([{"name": name, "needs": [], "folder": name} for name in "ab"]))
+    paths.plan.write_text(
+        json.dumps([{"name": name, "needs": [], "folder": name} for name in "ab"])
+    )
     write_all(paths)
     words = text_of(paths.report_html)
     assert "0 of 2 steps are done" in words

@@ -148,7 +148,7 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"clip_grad": 1, "momentum": 0.8}, None),
         ({"optimizer": "lion"}, ["own.yml: --optimizer is 'lion'; choose one of sgd, adamw"]),
         ({"epochs": "many"}, ["own.yml: --epochs is 'many'; give a whole number"]),
-        ({"epochs": 0}, ["own.yml: --epochs is 0; give 1 or more"]),
+        ({"epochs": 0}, ["own.yml: --epochs is 0; give 1 to 100000"]),
         ({"learning": 1}, ["own.yml: there is no 'learning'"]),
         ({"output_dir": "x"}, ["own.yml: there is no 'output_dir'"]),
         ({"lr": None}, ["own.yml lacks lr"]),

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,4 +157,4 @@ def test_the_loss_sums_over_the_pixels_that_count():
 
 
 def test_a_shape_survives_its_plain_form():
-    assert SegmenterShape.from_plain(dataclasses.asdict(SHAPE)) == SHAPE
+    assert SegmenterShape.from_plain(dataclasses.asdict(SHAPE), Path("a.pth")) == SHAPE

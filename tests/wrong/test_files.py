@@ -153,7 +153,6 @@ STORES = {
     "settings that are a list": rebuilt(["UPDATE meta SET value='[1]' WHERE name='settings'"]),
     "unfinished": rebuilt(["UPDATE meta SET value='0' WHERE name='complete'"]),
     "keys of NULL": rebuilt(["UPDATE images SET key = NULL"]),
-    "keys of numbers": rebuilt(["UPDATE images SET key = id"]),
     "keys of bytes": rebuilt(["UPDATE images SET key = x'fffe'"]),
     "keys that leave the folder": rebuilt(["UPDATE images SET key = '../../' || key"]),
     "absolute keys": rebuilt(["UPDATE images SET key = '/tmp/' || key"]),
@@ -313,13 +312,13 @@ LOOSE = {
 
 
 @pytest.mark.parametrize("name", LOOSE)
-def test_damaged_segments_are_named_and_not_packed(name, world, capsys):
+def test_damaged_segments_are_named_and_not_packed(name, world, capsys, caplog):
     LOOSE[name](world)
     words = f"mae masks pack {world}/loose --processes 1".split()
     code, _, err = call(words, capsys)
     assert code == 1, err
     assert "Traceback" not in err
-    assert "image_0" in err
+    assert "image_0" in caplog.text
     assert not (world / "loose/masks.sqlite").exists()
     for path in (world / "loose").rglob("*.json"):
         (world / "in1k/masks" / path.relative_to(world / "loose")).parent.mkdir(exist_ok=True)
@@ -333,7 +332,7 @@ def test_damaged_segments_are_named_and_not_packed(name, world, capsys):
 ZIPS = {
     "text": b"no zip", "empty": b"",
     "cut": "cut", "noise in a member": "noise", "a member that leaves": "../x",
-    "an absolute member": "/tmp/x", "a member without a name": "",
+    "an absolute member": "/tmp/x", "a member without a name": ".",
     "a file that is a folder, too": "ADEChallengeData2016/images", "other content": "other/x",
 }  # fmt: skip
 
@@ -377,8 +376,7 @@ DATASETS = {
     {"ignore_index": True}, "a strange key": {"imagse": {}}, "a suffix of a list":
     {"image_suffix": [".jpg"]}, "an empty suffix": {"image_suffix": ""}, "no such suffix":
     {"image_suffix": ".tif"}, "a list of names that is missing": {"splits": {"train": "no.txt"}},
-    "a name of a list": {"name": ["a"]}, "classes that repeat": {"classes": ["a", "a", "b"]},
-    "classes of numbers": {"classes": [1, 2, 3]}, "nested classes": {"classes": [["a"], ["b"]]},
+    "a name of a list": {"name": ["a"]}, "classes that repeat": {"classes": ["a", "a", "b"]}, "nested classes": {"classes": [["a"], ["b"]]},
     "a palette of numbers": {"palette": 7}, "fractions of colours": {"palette": [[0.5, 1, 2]] * 3},
 }  # fmt: skip
 
