@@ -150,11 +150,11 @@ def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> 
     """Run the plan, or show it."""
     settings = _settings(groups)
     for note in settings.notes():
-        click.echo(f"Note: {note}", err=True)
+        say(f"Note: {note}", err=True)
     if dry_run:
         preview.show(settings, verbose=verbose)
     elif estimate:
-        click.echo(estimate_run(settings))
+        say(estimate_run(settings))
     else:
         return run(settings)
     return 0
@@ -179,8 +179,8 @@ def sample(folder: Path, seed: int) -> None:
     folder = folder.resolve()
     check_output_folder(folder, "FOLDER")
     write_sample(folder, seed=seed)
-    click.echo(f"{folder}/in1k and {folder}/segmentation/dataset.yml are there. To run on them:")
-    click.echo(
+    say(f"{folder}/in1k and {folder}/segmentation/dataset.yml are there. To run on them:")
+    say(
         f"  python benchmark.py --config configs/sample.yml --in1k-dir {folder}/in1k "
         f"--eval-dataset {folder}/segmentation/dataset.yml --output-dir DIR"
     )
@@ -190,7 +190,7 @@ def sample(folder: Path, seed: int) -> None:
 @click.argument("folder", type=PATH, default=".")
 def status(folder: Path) -> None:
     """Show what is done, running, waiting and failed in FOLDER."""
-    click.echo(status_text(Layout(folder.resolve())))
+    say(status_text(Layout(folder.resolve())))
 
 
 @main.command()
@@ -203,14 +203,14 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
     write_report(folders, page)
     for folder in folders:
         write_results_csv(Layout(folder))
-    click.echo(page)
+    say(str(page))
 
 
 @command(main, "doctor", **GROUPS)
 def doctor(**groups: Any) -> int:
     """Look at this machine and, given the flags of a run, at its data; say what to fix."""
     findings = examination.examine(lambda: _settings(groups), groups)
-    click.echo(examination.findings_text(findings))
+    say(examination.findings_text(findings))
     return 1 if any(finding.fix for finding in findings) else 0
 
 

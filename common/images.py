@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # markers before the size: baseline, extended,
 JPEG_APP1, EXIF_START = 0xE1, b"Exif\0\0"
 ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
 GREY_OR_COLOUR = (1, 3)  # channels of a JPEG; four are CMYK
-# libjpeg's word for bytes that belong to nothing: they do no harm to the picture.
-HARMLESS = "extraneous bytes before marker"
+# libjpeg's words for bytes that belong to nothing: cameras and editors leave a few; more of them are
+# what the picture lacks.
+EXTRANEOUS, FEW_BYTES = re.compile(r"(\d+) extraneous bytes before marker"), 64
 
 
 def find_images(folder: Path) -> list[str]:
@@ -162,7 +164,8 @@ def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
         try:
             return simplejpeg.decode_jpeg(content, "RGB", strict=strict)
         except ValueError as error:
-            if strict and HARMLESS in str(error):
+            extraneous = EXTRANEOUS.search(str(error))
+            if strict and extraneous and int(extraneous[1]) <= FEW_BYTES:
                 strict = False
             elif str(error).startswith(("Corrupt JPEG", "Premature end")):
                 raise ValueError(str(error)) from None

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import click
 
 from common.command import CONTEXT, PATH, command
-from common.console import EXIT_STOPPED, log_to_stderr, run_program
+from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
 from common.options import OptionGroup, option, option_facts
 from common.run import PluginConfig
 from mae.config import GROUPS, PretrainConfig
@@ -60,7 +60,7 @@ def pretrain(
 
         facts = check_pretraining(config, will_pack=will_pack)
         if as_json:
-            click.echo(json.dumps(facts))
+            say(json.dumps(facts))
         return 0
     log_to_stderr()
     if time_steps is not None:
@@ -68,7 +68,7 @@ def pretrain(
 
         seconds = time_pretraining(config, time_steps)
         if seconds is not None:
-            click.echo(json.dumps(seconds))
+            say(json.dumps(seconds))
         return 0
     from mae.train import pretrain as train
 
@@ -106,7 +106,7 @@ def methods(folders: _Folders) -> None:
         "official_checkpoints": list(OFFICIAL_FILES),
         "segments": segments,
     }
-    click.echo(json.dumps(facts))
+    say(json.dumps(facts))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -35,13 +35,14 @@ def export_encoder(checkpoint_path: Path, out: Path) -> None:
     weights = dict(_make_encoder(checkpoint, checkpoint_path).state_dict())
     with replacing(out) as unfinished:
         if out.suffix == ".pth":
-            torch.save({"made_by": mark(KIND), "model": weights}, unfinished)
+            with unfinished.open("wb") as file:
+                torch.save({"made_by": mark(KIND), "model": weights}, file)
         else:
             kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
             about = {name: str(checkpoint["config"][name]) for name in kept}
             about["made_by"] = mark(KIND)
             about["epochs_completed"] = str(checkpoint["epochs_completed"])
-            save_file(weights, unfinished, metadata=about)
+            unfinished.write_bytes(save(weights, metadata=about))
 
 
 def load_encoder(checkpoint_path: Path) -> VisionTransformer:

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import yaml
 
 from common import layout
+from common.console import say
 from common.files import check_output_folder, check_replaceable, write_text
 from pipeline.layout import Layout
 from pipeline.local import read_progress
@@ -40,7 +40,7 @@ def checked_plan(settings: Settings) -> list[Step]:
     if settings.data.missing_sample:
         from pipeline.sample import write_sample  # numpy, pycocotools
 
-        click.echo(f"Generating the sample data in {settings.data.missing_sample}")
+        say(f"Generating the sample data in {settings.data.missing_sample}")
         write_sample(settings.data.missing_sample)
         facts = ask_facts(settings)
         steps = make_plan(settings, facts, made_runs(paths))
@@ -158,23 +158,23 @@ def show(settings: Settings, *, verbose: bool) -> None:
     """--dry-run: the checked plan, and what pretraining's schedule will be; verbose: commands."""
     steps, paths = checked_plan(settings), Layout(settings.data.output_dir)
     done = {step.name for step in steps if is_done(step, paths)}
-    click.echo(f"{len(steps)} steps, {len(done)} done, in {paths.root}\n")
+    say(f"{len(steps)} steps, {len(done)} done, in {paths.root}\n")
     numbers = {step.name: str(number) for number, step in enumerate(steps, start=1)}
     rows = [("", "step", "what it does", "after", "")]
     for step in steps:
         after = ", ".join(numbers[need] for need in step.needs) or "-"
         state = "done" if step.name in done else "to do"
         rows.append((numbers[step.name], step.name, _what(step), after, state))
-    click.echo(aligned(rows, right=(0,)))
+    say(aligned(rows, right=(0,)))
     for step in steps if verbose else ():
-        click.echo(f"\n{numbers[step.name]}  {shlex.join(step.command)}")
-        click.echo(f"   leaves {', '.join(os.path.relpath(p, paths.root) for p in step.outputs)}")
-        click.echo(f"   log    {os.path.relpath(step.console_log, paths.root)}")
+        say(f"\n{numbers[step.name]}  {shlex.join(step.command)}")
+        say(f"   leaves {', '.join(os.path.relpath(p, paths.root) for p in step.outputs)}")
+        say(f"   log    {os.path.relpath(step.console_log, paths.root)}")
     first = next((step for step in steps if step.kind == "pretrain" and step.answer), None)
     if first is not None:
-        click.echo(f"\n{_schedule_text(first.answer)}")
+        say(f"\n{_schedule_text(first.answer)}")
     if not verbose:
-        click.echo("\n--verbose shows the commands")
+        say("\n--verbose shows the commands")
 
 
 def _what(step: Step) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from common.command import CONTEXT, PATH, command
-from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program
+from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program, say
 from common.files import check_output_file, write_json
 from common.layout import RESULT
 from common.options import Layer, OptionGroup, option_facts
@@ -65,12 +65,12 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
         log_to_stderr()
         seconds = time_finetuning(config, task, time_steps)
         if seconds is not None:
-            click.echo(json.dumps(seconds))
+            say(json.dumps(seconds))
         return 0
     found = earlier_output(config, task)
     if check:
         if as_json:
-            click.echo(json.dumps(facts(config, task)))
+            say(json.dumps(facts(config, task)))
         return 0
     if found is not None and found.name == RESULT:
         return 0
@@ -84,7 +84,7 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
 def recipes(plugin: PluginConfig) -> None:
     """Print, as JSON, the recipes and the options of `train`; for benchmark.py."""
     values = {name: plain(recipe_values(name)) for name in recipe_names()}
-    click.echo(json.dumps({"recipes": values, "options": option_facts(GROUPS.values())}))
+    say(json.dumps({"recipes": values, "options": option_facts(GROUPS.values())}))
 
 
 @command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
@@ -123,13 +123,13 @@ def _show(result: dict[str, Any]) -> None:
     """The scores as a table on standard output."""
     names = [*result["class_iou"], "pixel accuracy"]
     width = max(len(name) for name in names)
-    click.echo(f"{'class':<{width}}  IoU %")
+    say(f"{'class':<{width}}  IoU %")
     for name, value in result["class_iou"].items():
-        click.echo(f"{name:<{width}}  {'absent' if value is None else f'{value:.2f}'}")
-    click.echo("")
+        say(f"{name:<{width}}  {'absent' if value is None else f'{value:.2f}'}")
+    say("")
     for key in SCORES:
-        click.echo(f"{key.replace('_', ' '):<{width}}  {result[key]:.2f}")
-    click.echo(f"protocol: {json.dumps(result['protocol'])}")
+        say(f"{key.replace('_', ' '):<{width}}  {result[key]:.2f}")
+    say(f"protocol: {json.dumps(result['protocol'])}")
 
 
 @command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)
@@ -172,7 +172,7 @@ def ade20k(folder: Path, url: tuple[str, ...], digest: str | None) -> None:
     ready = prepare_ade20k(
         folder, urls=(*url, *ADE20K_URLS), digest=None if wanted == "none" else wanted
     )
-    click.echo(f"{ready} is complete: give it as --dataset")
+    say(f"{ready} is complete: give it as --dataset")
 
 
 @prepare.command(context_settings=CONTEXT)
@@ -183,4 +183,4 @@ def check(dataset: Path) -> None:
 
     pairs = check_dataset(dataset)
     counts = ", ".join(f"{count} {split} pairs" for split, count in pairs.items())
-    click.echo(f"{dataset}: {counts}, all sound")
+    say(f"{dataset}: {counts}, all sound")

@@ -9,7 +9,7 @@ from typing import ClassVar
 import click
 
 from common.command import CONTEXT, PATH, command
-from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr
+from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, say
 from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
 from common.images import find_images
 from common.options import OptionGroup, option
@@ -174,17 +174,15 @@ def inspect_command(masks_dir: Path, options: InspectOptions, speed: Speed) -> N
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
     statistics = collect(source, processes=speed.processes)
     for what, value in describe(statistics, ratios).items():
-        click.echo(f"{what + ':':28}{value}")
+        say(f"{what + ':':28}{value}")
     missing = found.keys() - source.images() - source.listed_empty()
     if missing:
-        click.echo(
-            f"{len(missing)} images have no segments and no list says so: {min(missing)} ..."
-        )
+        say(f"{len(missing)} images have no segments and no list says so: {min(missing)} ...")
     title = f"Segments in {masks_dir.resolve().name} ({source.name})"
     figure = draw(statistics, source, found, ratios, title)
     with replacing(picture) as unfinished:
         figure.savefig(unfinished, format="png", metadata={"Software": mark(PICTURE)})
-    click.echo(f"wrote {picture}")
+    say(f"wrote {picture}")
 
 
 def _train_beside(masks_dir: Path) -> Path | None:
@@ -199,17 +197,17 @@ def check_command(in1k_dir: Path, options: CheckOptions, speed: Speed) -> int:
     masks_dir = options.masks_dir or in1k_dir / "masks"
     checked, left = check(in1k_dir, masks_dir, options.out, processes=speed.processes)
     if left:
-        click.echo(f"stopped, {left} images are left; run the same command again")
+        say(f"stopped, {left} images are left; run the same command again")
         return EXIT_STOPPED
     offenders = [f"  {path}: {reason}" for path, reason in checked.items() if reason]
-    click.echo(f"{len(checked)} images checked, {len(offenders)} offenders, in {options.out}")
+    say(f"{len(checked)} images checked, {len(offenders)} offenders, in {options.out}")
     for line in sorted(offenders)[:5]:
-        click.echo(line)
+        say(line)
     return EXIT_FAILED if offenders else 0
 
 
 def _report(summary: Summary) -> int:
-    click.echo(
+    say(
         f"{summary.out}: {summary.images} images with segments, {summary.without} known to have "
         f"none, {summary.left_out} damaged and left out; {summary.already_there} were done before"
     )

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -233,7 +233,7 @@ def read_empty_list(path: Path) -> set[str]:
     keys = set()
     for line in read_bytes(path).decode(errors="replace").splitlines():
         if line.strip():
-            name = Path(line.strip()).with_suffix("").as_posix()
+            name = PurePosixPath(os.path.splitext(line.strip())[0]).as_posix()  # noqa: PTH122
             imagenet = IMAGENET_NAME.fullmatch(name)
             keys.add(f"{imagenet[1]}/{name}" if imagenet else name)
     return keys

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import open_regular
 from mae.segments.segment import Segment
 
 STORE_NAME = "masks.sqlite"
@@ -79,12 +80,14 @@ class PackedStore:
         self._connection: sqlite3.Connection | None = None
         self._process_id = 0
         try:
+            open_regular(path).close()  # SQLite would wait for a pipe
             with closing(connect_for_reading(path)) as connection:
                 self.meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
                 (length,) = connection.execute(LENGTH).fetchone()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"{path} is not a packed store of segments, or cut short ({error}); pack it again"
+                f"{path} is not a packed store of segments, or cut short ({reason}); pack it again"
             ) from None
         # SQLite misses whole pages at once, but a part of the last one only when it needs it.
         if path.stat().st_size < length:

@@ -1,5 +1,6 @@
 """Any input at all gives a value or a ValueError that names its source; never another exception."""
 
+import contextlib
 import json
 import sqlite3
 
@@ -183,10 +184,8 @@ def columns_of(connection, table):
     content=st.binary(max_size=400), start=st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n"])
 )
 def test_pictures(content, start):
-    try:
+    with contextlib.suppress(ValueError):
         assert decode_rgb(start + content + b"\xff\xd9").shape[2] == 3
-    except ValueError:
-        pass
     jpeg_header(start + content)
 
 

@@ -376,7 +376,8 @@ DATASETS = {
     {"ignore_index": True}, "a strange key": {"imagse": {}}, "a suffix of a list":
     {"image_suffix": [".jpg"]}, "an empty suffix": {"image_suffix": ""}, "no such suffix":
     {"image_suffix": ".tif"}, "a list of names that is missing": {"splits": {"train": "no.txt"}},
-    "a name of a list": {"name": ["a"]}, "classes that repeat": {"classes": ["a", "a", "b"]}, "nested classes": {"classes": [["a"], ["b"]]},
+    "a name of a list": {"name": ["a"]}, "classes that repeat": {"classes": ["a", "a", "b"]},
+    "nested classes": {"classes": [["a"], ["b"]]},
     "a palette of numbers": {"palette": 7}, "fractions of colours": {"palette": [[0.5, 1, 2]] * 3},
 }  # fmt: skip
 

@@ -25,14 +25,13 @@ def png(mode="RGB", size=(60, 48), **options):
     return content.getvalue()
 
 
-WHOLE = png()
-JPEG = png(format="JPEG")
+WHOLE = png(size=(48, 48))  # as the annotation is
+JPEG = png(size=(48, 48), format="JPEG")
 BROKEN = {
     "empty": b"", "text": b"no image", "cut PNG": WHOLE[:2000], "cut JPEG": JPEG[:2000],
     "a JPEG that ends too early": JPEG[: len(JPEG) // 2] + b"\xff\xd9",
-    "a JPEG with a hole": JPEG[:1500] + bytes(600) + JPEG[2100:],
     "a header alone": JPEG[:20], "PNG with a wrong checksum": WHOLE[:60] + b"xxxx" + WHOLE[64:],
-    "a bomb": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\0\xff\xff" * 2 + b"\x08\x02\0\0\0" + bytes(99),
+    "a bomb": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\0\xff\xff" * 2 + b"\x08\x02" + bytes(99),
 }  # fmt: skip
 SOUND = {
     "grey": png("L"), "16 bits": png("I;16"), "palette": png("P"), "alpha": png("RGBA"),
@@ -66,8 +65,7 @@ def test_a_broken_image_is_found_by_the_checks_and_survived_by_the_work(name, wo
     assert code == 1, err
     assert "1 of 8 images failed" in err
     assert run([*pretrain_words(world), "--epochs", "1"], world, capsys)[0] == 0
-    if name != "a JPEG with a hole":  # where it is, no crop may have met it
-        assert read_log(world / "new/log.txt")[0]["unreadable_images"] == 1
+    assert read_log(world / "new/log.txt")[0]["unreadable_images"] == 1
     assert run([*train_words(world, "tuned"), "--epochs", "1"], world, capsys)[0] == 0
     assert read_log(world / "tuned/log.txt")[0]["unreadable_images"] == 1
 
@@ -123,7 +121,6 @@ def test_pipes_links_and_devices_in_the_folders_of_images(world, capsys, caplog)
     (train / "class1/again").symlink_to(train / "class0")
     os.mkfifo(world / "data/images/training/pipe.jpg")
     assert run([*pretrain_words(world), "--epochs", "1"], world, capsys)[0] == 0
-    assert "8 images" in caplog.text
     assert "no regular files" in caplog.text
     assert run([*train_words(world, "tuned"), "--epochs", "1"], world, capsys)[0] == 0
 
