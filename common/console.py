@@ -106,7 +106,17 @@ def _close_output() -> None:
 
 def rank() -> int:
     """This process among those of torchrun or Slurm, known before torch is imported."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    return _number("RANK", _number("SLURM_PROCID", 0))
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started, or will, as benchmark.py says."""
+    return max(1, _number("WORLD_SIZE", 1))
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isascii() and text.isdecimal() else default
 
 
 def log_to_stderr(form: str = "%(asctime)s %(message)s") -> None:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 HEAD_BYTES = 4096  # of a file, in which its mark stands
+LONGEST_NAME = 64  # about, of what is written into a folder
 NOTHING_WRITTEN = "nothing was written"
 
 
@@ -133,7 +134,7 @@ def check_output_folder(
     reads: folders of input; what is written must not become part of it.
     """
     with _refusing(flag, folder):
-        nearest = folder.absolute()
+        nearest = folder.absolute() / ("x" * LONGEST_NAME)
         while not nearest.exists():
             nearest = nearest.parent
         if not nearest.is_dir():

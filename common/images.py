@@ -33,7 +33,7 @@ JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # markers before the size: baseline, extended,
 JPEG_APP1, EXIF_START = 0xE1, b"Exif\0\0"
 ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
 GREY_OR_COLOUR = (1, 3)  # channels of a JPEG; four are CMYK
-# libjpeg's words for bytes that belong to nothing: cameras and editors leave a few; more of them are
+# libjpeg's words for bytes that belong to nothing: cameras leave a few; more of them are
 # what the picture lacks.
 EXTRANEOUS, FEW_BYTES = re.compile(r"(\d+) extraneous bytes before marker"), 64
 

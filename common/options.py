@@ -311,11 +311,13 @@ def groups_of(config: type) -> dict[str, Any]:
 
 
 def option_facts(groups: Iterable[type[OptionGroup]]) -> dict[str, dict[str, Any]]:
-    """By name: default, whether it is neutral, and what an older file counts as; plain values."""
+    """By name: default, whether it is neutral or holds several values, and what an older file
+    counts as; plain values."""
     return {
         name: {
             "default": None if field.default is REQUIRED else plain(field.default),
             "neutral": field.spec.neutral,
+            "several": typing.get_origin(field.kind) is tuple,
             "older": None if field.spec.older is REQUIRED else plain(field.spec.older),
         }
         for group in groups

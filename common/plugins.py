@@ -20,7 +20,8 @@ def load_plugin(path: Path) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be for a program to read
             spec.loader.exec_module(module)
-    except Exception as error:  # it is the user's code: whatever it raises, the user can mend
+    # It is the user's code: whatever it raises, the user can mend; an exit would look like success.
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--plugin {path}: {type(error).__name__}: {reason}") from error

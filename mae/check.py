@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from common.console import world_size
 from common.files import check_output_folder
 from common.layout import find_resumable
 from common.trackers import check_trackers
@@ -22,7 +22,7 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=world_size(),
         batch_size=config.run.batch_size,
     )
     check_output_folder(config.run.output_dir, reads=config.data.reads)

@@ -267,7 +267,11 @@ class _Planner:
         Raises ValueError if they contradict, or there is no such option.
         """
         kind = {"finetune": "evaluate"}.get(section, section)
-        check_names(given, self.facts.options[kind], f"--{section}")
+        facts = self.facts.options[kind]
+        check_names(given, facts, f"--{section}")
+        for name, value in given.items():
+            if isinstance(value, list | dict) and not facts[name].get("several", True):
+                raise ValueError(f"--{section} {name.replace('_', '-')} is {value}; give one value")
         for name in given.keys() & planned.keys():
             flag = _OTHER_FLAGS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"--{section} {name}=... would contradict the plan; use {flag}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.console import world_size
 from common.files import check_output_folder
 from common.layout import CHECKPOINT, RESULT
 from common.options import option_facts
@@ -43,7 +44,7 @@ def check_training(config: TrainConfig) -> Task:
         train=description.pairs(TRAIN),
         val=description.pairs(VAL),
     )
-    plan_batches(config, task, _world_size())
+    plan_batches(config, task, world_size())
     check_output_folder(config.run.output_dir, reads=description.reads)
     check_trackers(config.run.log_with)
     if init != RANDOM:
@@ -62,11 +63,6 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
         batch_size=config.optimisation.batch_size,
         processes=processes,
     )
-
-
-def _world_size() -> int:
-    """The number of processes that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def all_settings(config: TrainConfig, task: Task) -> dict[str, Any]:
@@ -104,7 +100,7 @@ def earlier_output(config: TrainConfig, task: Task) -> Path | None:
 
 def facts(config: TrainConfig, task: Task) -> dict[str, Any]:
     """What the run amounts to, in plain values, for `--check --json`."""
-    optimisation, plan = config.optimisation, plan_batches(config, task, _world_size())
+    optimisation, plan = config.optimisation, plan_batches(config, task, world_size())
     share = -(-plan.effective_batch_size // plan.processes)
     at_once = min(share, config.run.device_batch_size or share)
     return {

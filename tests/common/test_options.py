@@ -132,6 +132,7 @@ def test_a_wrong_value_is_one_line_with_what_is_allowed(capsys, arguments, messa
         ("[1, 2]", "has to hold `key: value` lines"),
         ("a: [1", "a.yml is not YAML: line 2"),
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("kind: &a [x]\nratios: *a", "line 2: an alias of a list"),
         ("a: !!python/object:os.system 1", "a.yml is not YAML"),
     ],
 )
@@ -166,6 +167,7 @@ def test_later_layers_win_and_pairs_add_up():
 
 def test_facts_tell_what_an_older_file_counts_as():
     facts = option_facts([Small])
-    assert facts["later"] == {"default": 3, "neutral": False, "older": 7}
+    assert facts["later"] == {"default": 3, "neutral": False, "several": False, "older": 7}
+    assert facts["ratios"]["several"]
     assert facts["kind"]["neutral"]
     assert facts["folder"]["default"] is None

@@ -220,7 +220,9 @@ def test_methods_and_options_are_told_as_json_without_torch(in1k_dir):
     facts = json.loads(done.stdout)
     assert list(facts["methods"]) == ["patches", "segments", "four_channels", "preencoder"]
     assert facts["methods"]["patches"] == {"uses_segments": False, "settings": ["mask_ratio"]}
-    assert facts["options"]["base_lr"] == {"default": 1.5e-4, "neutral": False, "older": 1.5e-4}
+    assert facts["options"]["base_lr"] == {
+        "default": 1.5e-4, "neutral": False, "several": False, "older": 1.5e-4,
+    }  # fmt: skip
     assert facts["options"]["workers"]["neutral"]
     assert facts["segments"]["form"] == "packed store"
     assert not facts["segments"]["needs_packing"]

@@ -1,0 +1,126 @@
+"""Whole command lines that cannot be meant."""
+
+import pytest
+
+from tests.wrong.world import Case, benchmark_words, check, pretrain_words, train_words
+
+BOMB = "".join(f"{b}: &{b} [{','.join([f'*{a}' if a else 'x'] * 9)}]\n"
+               for a, b in zip(["", *"abcdefgh"], "abcdefghi", strict=True))  # fmt: skip
+
+
+def plugin(text):
+    return lambda world: (world / "nano.py").write_text(text)
+
+
+def yaml_file(text):
+    return lambda world: (world / "own.yml").write_text(text)
+
+
+BARE = [
+    Case("pretrain with nothing", "mae pretrain", "--in1k-dir is missing"),
+    Case("train with nothing", "segmenter train", "is missing"),
+    Case("a run with nothing", "benchmark run", "--in1k-dir is missing"),
+    Case("evaluate with nothing", "segmenter evaluate --dataset {w}/data/dataset.yml",
+         "give either a CHECKPOINT or --predictions"),
+    Case("evaluate with too much", "segmenter evaluate {w}/fine/best.pth --predictions {w} "
+         "--dataset {w}/data/dataset.yml", "give either"),
+    Case("predict nothing", "segmenter predict {w}/fine/best.pth --out {w}/o", "Missing argument"),
+    Case("merge nothing", "mae masks merge --out {w}/o.sqlite", "Missing argument"),
+    Case("an unknown command", "mae pretain", "No such command"),
+    Case("an unknown option", "mae pretrain --epoch 3", "Did you mean|No such option"),
+    Case("an option without its value", "mae pretrain --epochs", "requires an argument"),
+    Case("a digest of nothing", "segmenter prepare ade20k {w}/x --digest abc", "give md5:"),
+    Case("a model without a file", "mae fetch --model vit_tiny --out {w}/x.pth", "choose one of"),
+    Case("a seed below 0", "benchmark sample {w}/s --seed -1", "-1 is not in the range"),
+    *[Case(f"shard {text}", "mae masks generate felzenszwalb --images {w}/photos --out "
+           f"{{w}}/o.sqlite --shard={text}", "write it as 0/4")
+      for text in ("1/1", "a/b", "-1/2", "1", "0/0", "/", "1.5/2")],
+    *[Case(f"export as {name}", f"mae export {{w}}/pre/checkpoint-1.pth --out {{w}}/{name}",
+           "safetensors or .pth") for name in ("x", "x.txt", "x.pt")],
+    Case("the status of nothing", "benchmark status {w}/nowhere", "not the output directory"),
+    Case("the status of a file", "benchmark status {w}/nano.py", "not the output directory"),
+    Case("the report of data", "benchmark report {w}/data", "not the output directory"),
+    Case("inspect images", "mae masks inspect {w}/photos --out {w}/o", "no folder of segments"),
+    Case("pack images", "mae masks pack {w}/photos", "no folder of segments"),
+    Case("check without masks", "mae masks check {w}/data", "not a folder"),
+    Case("merge what is no store", "mae masks merge {w}/nano.py --out {w}/o.sqlite",
+         "not a packed store"),
+    Case("prepare check of a picture", "segmenter prepare check {w}/photos/photo_0.png",
+         "photo_0.png is no text"),
+    Case("predictions that are missing", "segmenter evaluate --predictions {w}/photos --dataset "
+         "{w}/data/dataset.yml", "100.png cannot be read"),
+]  # fmt: skip
+PRETRAIN = [
+    ("a plugin that ends", [], "SystemExit", plugin("import sys; sys.exit(0)")),
+    ("a plugin that fails", [], "ZeroDivisionError", plugin("1 / 0")),
+    ("a plugin that cannot be read", [], "SyntaxError", plugin("def (")),
+    ("a plugin of bytes", [], "nano.py", lambda w: (w / "nano.py").write_bytes(b"\xff\0")),
+    ("a bomb of aliases", ["--config", "{w}/own.yml"], "an alias of a list", yaml_file(BOMB)),
+    ("a deep file", ["--config", "{w}/own.yml"], "nested too deeply",
+     yaml_file("a: " + "[" * 5000)),
+    ("a key twice", ["--config", "{w}/own.yml"], "given twice", yaml_file("epochs: 1\nepochs: 2")),
+    ("both spellings", ["--config", "{w}/own.yml"], "given twice",
+     yaml_file("base-lr: 1\nbase_lr: 2")),
+    ("a tab", ["--config", "{w}/own.yml"], "own.yml is not YAML", yaml_file("epochs:\t- 1\n\t2")),
+    ("another program's file", ["--config", "{w}/data/dataset.yml"], "there is no", None),
+    ("a method without segments", ["--masks-dir", "{w}/photos"], "no folder of segments", None),
+    ("segments that are not packed", ["--masks-dir", "{w}/loose"], "mae masks pack", None),
+    ("more images than there are", ["--effective-batch-size", "9"], "give at most 8", None),
+    ("a stop after the end", ["--stop-after", "3"], "give 1 to the 2 epochs", None),
+    ("a tracker that is not there", ["--log-with", "wandb"], "pip install wandb", None),
+    ("a device that is not there", ["--device", "cuda"], "no CUDA device", None),
+]  # fmt: skip
+PLAN = [
+    *[(f"--pretrain {text}", ["--pretrain", text], "--pretrain: there is no")
+      for text in ("help=true", "check=true", "nosuch=1")],
+    *[(f"--finetune {text}", ["--finetune", text], "--finetune: there is no")
+      for text in ("base_lr=1",)],
+    *[(f"--pretrain {text}", ["--pretrain", text], "would contradict the plan")
+      for text in ("output_dir=/tmp/x", "seed=1")],
+    *[(f"--pretrain {text}", ["--pretrain", text], "base-lr")
+      for text in ("base_lr=nan", "base_lr=[1]")],
+    ("no processes", ["--num-processes", "0"], "--num-processes is 0; give 1"),
+    ("a stack without a file", ["--stack"], "no official checkpoint of vit_nano"),
+    ("mae without a file", ["--eval", "mae"], "no official checkpoint of vit_nano"),
+    ("a checkpoint that is not there", ["--stack", "--mae-checkpoint", "{w}/no.pth"],
+     "is not a file"),
+    ("a damaged official checkpoint", ["--stack", "--mae-checkpoint", "{w}/nano.py"], "nano.py"),
+    ("an epoch of words", ["--eval", "last"], "--eval is last"),
+    ("an epoch that was not", ["--eval", "7"], "which does not exist"),
+    ("an unknown method", ["--mask-method", "segment"], "choose one of patches"),
+    ("an unknown model", ["--model", "vit_giant"], "vit_giant"),
+    ("an unknown recipe", ["--recipe", "slow"], "choose one of"),
+    ("a ratio twice", ["--coverage-ratio", "15,15"], "names one twice"),
+    ("two datasets", ["--ade20k-dir", "{w}/data"], "not both"),
+    ("GPUs that are not there", ["--num-gpus", "3"], "--num-gpus 3"),
+    ("a time of words", ["--launcher", "slurm", "--gpus-per-node", "0", "--time", "soon"],
+     "give minutes or"),
+    ("a cluster without its GPUs", ["--launcher", "slurm"], "--gpus-per-node"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BARE, ids=lambda case: case.name)
+def test_a_command_that_cannot_be_meant(case, world, capsys):
+    check(case, world, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says", "prepare"), PRETRAIN, ids=[row[0] for row in PRETRAIN]
+)
+def test_a_pretraining_that_cannot_be_meant(name, more, says, prepare, world, capsys):
+    check(Case(name, [*pretrain_words(world), *more], says, prepare=prepare), world, capsys)
+
+
+@pytest.mark.parametrize(("name", "more", "says"), PLAN, ids=[row[0] for row in PLAN])
+def test_a_plan_that_cannot_be_meant(name, more, says, world, capsys):
+    words = [*benchmark_words(world), *more, "--dry-run"]
+    if name == "a cluster without its GPUs":
+        del words[words.index("--num_gpus") : words.index("--num_gpus") + 2]
+    check(Case(name, words, says), world, capsys)
+
+
+def test_ranks_that_are_no_numbers_do_not_hide_the_error(world, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    monkeypatch.setenv("WORLD_SIZE", "all")
+    words = [*train_words(world), "--epochs", "0"]
+    check(Case("ranks", words, "--epochs is 0"), world, capsys)
