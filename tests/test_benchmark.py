@@ -361,7 +361,7 @@ def test_epochs_that_do_not_divide_are_told_what_happens(config: Path, tmp_path:
         ("--eval-dataset /nowhere.yml", "/nowhere.yml"),
         ("--coverage-ratio -3", "0 to 100"),
         ("--pretrain patch_size=5", "patch"),
-        ("--pretrain no_such_option=1", "no-such-option"),
+        ("--pretrain no_such_option=1", "there is no 'no_such_option'"),
         ("--finetune decoder=deep", "decoder"),
         ("--recipe nonsense", "recipe"),
         ("--eval 7", "does not exist"),

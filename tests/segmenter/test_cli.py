@@ -98,9 +98,12 @@ def test_recipes_and_options_are_told_as_json_without_torch(tmp_path):
     assert told["options"]["model"] == {
         "default": "vit_large",
         "neutral": False,
+        "several": False,
         "older": "vit_large",
     }
-    assert told["options"]["lr"] == {"default": None, "neutral": False, "older": None}
+    assert told["options"]["lr"] == {
+        "default": None, "neutral": False, "several": False, "older": None,
+    }  # fmt: skip
     assert told["options"]["workers"]["neutral"]
     assert set(told["recipes"]["mae"]) <= set(told["options"])
 

@@ -80,8 +80,8 @@ PLAN = [
     *[(f"--pretrain {text}", ["--pretrain", text], "base-lr")
       for text in ("base_lr=nan", "base_lr=[1]")],
     ("no processes", ["--num-processes", "0"], "--num-processes is 0; give 1"),
-    ("a stack without a file", ["--stack"], "no official checkpoint of vit_nano"),
-    ("mae without a file", ["--eval", "mae"], "no official checkpoint of vit_nano"),
+    ("a stack without a file", ["--stack"], "no official checkpoint of vit_speck"),
+    ("mae without a file", ["--eval", "mae"], "no official checkpoint of vit_speck"),
     ("a checkpoint that is not there", ["--stack", "--mae-checkpoint", "{w}/no.pth"],
      "is not a file"),
     ("a damaged official checkpoint", ["--stack", "--mae-checkpoint", "{w}/nano.py"], "nano.py"),

@@ -23,16 +23,16 @@ from tests.segmenter.boxes import write_dataset
 
 NANO = """
 from common.vit import VIT_SIZES, VitSize
-VIT_SIZES.setdefault("vit_nano", VitSize(width=16, depth=1, heads=2))
+VIT_SIZES.setdefault("vit_speck", VitSize(width=16, depth=1, heads=2))
 """
 PRETRAIN = {
-    "model": "vit_nano", "image_size": 32, "patch_size": 16, "decoder_width": 16,
+    "model": "vit_speck", "image_size": 32, "patch_size": 16, "decoder_width": 16,
     "decoder_depth": 1, "decoder_heads": 2, "epochs": 2, "effective_batch_size": 4,
     "batch_size": 4, "workers": 0, "device": "cpu", "mask_method": "four_channels",
     "log_with": "none",
 }  # fmt: skip
 FINETUNE = {
-    "model": "vit_nano", "recipe": "fast", "epochs": 1, "batch_size": 3, "image_size": 32,
+    "model": "vit_speck", "recipe": "fast", "epochs": 1, "batch_size": 3, "image_size": 32,
     "crop_size": 32, "window_size": 32, "window_stride": 32, "workers": 0, "device": "cpu",
     "log_with": "none", "init": "random",
 }  # fmt: skip
@@ -76,7 +76,7 @@ def benchmark_words(world: Path, out: str = "new") -> list[str]:
     paths = {
         "plugin": world / "nano.py", "in1k_dir": world / "in1k", "output_dir": world / out,
         "eval_dataset": world / "data/dataset.yml", "num_gpus": 0, "pretrain_epochs": 2,
-        "eval_freq": 1, "model": "vit_nano", "recipe": "fast",
+        "eval_freq": 1, "model": "vit_speck", "recipe": "fast",
     }  # fmt: skip
     small = [f"--pretrain={n}={PRETRAIN[n]}" for n in (
         "image_size", "patch_size", "decoder_width", "decoder_depth", "decoder_heads",
