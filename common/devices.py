@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Literal
 
@@ -42,15 +43,19 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     wanted = config.compile if isinstance(config, TrainingConfig) else "off"
     compiled = wanted == "on"
     if wanted == "auto" and on_cuda:
-        compiled = _has_c_compiler()
-        if not compiled:
-            logger.warning("no C compiler (gcc or clang) here: the model is not compiled")
+        lacking = _lacks_to_compile()
+        compiled = not lacking
+        if lacking:
+            logger.warning("there is no %s here: the model is not compiled", lacking)
     precision = choose_precision(config.precision, on_cuda=on_cuda)
     return Accelerator(
         cpu=not on_cuda,
         mixed_precision="bf16" if precision == "bf16" else "no",
         dynamo_backend="inductor" if compiled else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # The only buffers are constants: mean and deviation of the pixels.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        ],
     )
 
 
@@ -82,9 +87,28 @@ def _refuse_unconnected_processes() -> None:
         )
 
 
-def _has_c_compiler() -> bool:
-    """torch.compile builds a piece of C at run time, on a GPU too."""
-    return any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang"))
+def _lacks_to_compile() -> str:
+    """What is missing: torch.compile and Triton build pieces of C at run time, on a GPU too."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
+        return "C compiler (gcc or clang)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.is_file() else f"{header} (Debian: python3-dev)"
+
+
+def refuse_disagreement(accelerator: Accelerator, epochs: int, steps: int) -> None:
+    """Raise ValueError unless all processes go on from the same epoch and step.
+
+    Each looks for the checkpoint by itself; a machine that does not see the folder would start
+    anew, and the gradients of different epochs would be averaged.
+    """
+    here = torch.tensor([[epochs, steps]], device=accelerator.device)
+    places = accelerator.gather(here).tolist()
+    if any(place != places[0] for place in places):
+        told = ", ".join(f"process {n}: epoch {e}, step {s}" for n, (e, s) in enumerate(places))
+        raise ValueError(
+            f"the processes would go on from different places ({told}); does every machine see the "
+            "same --output-dir?"
+        )
 
 
 def device_name(device: torch.device) -> str:

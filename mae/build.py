@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common.checkpoint import load_optimizer, load_weights
-from common.devices import make_accelerator
+from common.devices import make_accelerator, refuse_disagreement
 from common.interruption import leave_signals_to_the_main_process
 from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
@@ -117,6 +117,7 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
     else:
         _start(config, model)
         fixed_set = _choose_fixed_set(images)
+    refuse_disagreement(accelerator, state.epochs_completed, state.steps_completed)
     return Run(
         config=config,
         accelerator=accelerator,

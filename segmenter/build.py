@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.checkpoint import load_optimizer, load_weights
-from common.devices import device_name
+from common.devices import device_name, refuse_disagreement
 from common.interruption import Interruption
 from common.parsed import parsed_plain
 from common.unreadable import Unreadable
@@ -118,6 +118,7 @@ def build_run(
         model = Segmenter(shape, config.model)
         load_weights(model, checkpoint["model"], checkpoint_path)
         state = parsed_plain(State, checkpoint["state"], f"{checkpoint_path}: state")
+    refuse_disagreement(accelerator, state.epochs_completed, state.steps_completed)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config.optimisation)
     if checkpoint is not None and checkpoint_path is not None:

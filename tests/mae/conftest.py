@@ -160,7 +160,7 @@ def _child(config, rank, processes, port, sabotage):
         sabotage(rank)
     try:
         sys.exit(0 if pretrain(config) else EXIT_STOPPED)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         (config.run.output_dir / f"error-{rank}.txt").write_text(str(error))
         sys.exit(1)
 

@@ -24,6 +24,29 @@ from tests.mae.conftest import (
 )
 
 
+def _blind(rank):
+    """The second process does not see what is in the folder."""
+    if rank == 1:
+        import mae.checkpoint
+
+        mae.checkpoint.find_resumable = lambda folder: None
+
+
+def test_processes_that_would_go_on_from_different_epochs_do_not_start(
+    in1k_dir, tmp_path, processes
+):
+    config = make_config(in1k_dir, tmp_path, batch_size=4, stop_after=1)
+    assert processes.run(config) == [0]
+    before = (tmp_path / "log.txt").read_text()
+    config = make_config(in1k_dir, tmp_path, batch_size=4)
+    codes = processes.run(config, processes=2, sabotage=_blind)
+    assert codes == [1, 1]
+    for rank in (0, 1):
+        message = (tmp_path / f"error-{rank}.txt").read_text()
+        assert "process 0: epoch 1, step 0, process 1: epoch 0, step 0" in message
+    assert (tmp_path / "log.txt").read_text() == before
+
+
 def _poison_step_8_of_process_1(rank):
     """The loss of one forward pass turns to NaN: epoch 3, step 2."""
     from mae.model import MaskedAutoencoder
