@@ -12,18 +12,11 @@ import yaml
 
 from common.files import read_text
 
+MOST_VALUES = 100_000  # aliases of lists of aliases would fill the memory
+
 
 class _PlainLoader(yaml.SafeLoader):
     """YAML 1.2 as far as it matters: `off` and `24:00:00` stay words, `1e-3` is a number."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As PyYAML does, but an alias stands for one value: lists of aliases of lists explode."""
-        alias = self.check_event(yaml.AliasEvent)
-        mark = self.peek_event().start_mark
-        node = super().compose_node(parent, index)
-        if alias and not isinstance(node, yaml.ScalarNode):
-            raise yaml.composer.ComposerError(None, None, "an alias of a list or mapping", mark)
-        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML does, but a key that stands twice is an error and not the last one's value."""
@@ -73,7 +66,11 @@ def parse_value(text: str, what: str) -> Any:
 
 def _parse(text: str, what: str) -> Any:
     try:
-        return yaml.load(text, _PlainLoader)
+        loader = _PlainLoader(text)
+        node = loader.get_single_node()
+        if _values_in(node, {}) > MOST_VALUES:
+            raise ValueError(f"it stands for more than {MOST_VALUES} values, by its aliases")
+        return None if node is None else loader.construct_document(node)
     except RecursionError:
         raise ValueError(f"{what}: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: an integer of a million digits
@@ -81,6 +78,19 @@ def _parse(text: str, what: str) -> Any:
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         where = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{what} is not YAML: {where}{reason}") from None
+
+
+def _values_in(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """How many values there are when every alias is written out; infinite for one of itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
+    return known[id(node)]
 
 
 def check_names(given: Collection[str], known: Collection[str], what: str) -> None:

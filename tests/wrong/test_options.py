@@ -26,7 +26,7 @@ def groups_of_command(program):
     return GROUPS
 
 
-OF_EACH = 4
+OF_EACH = 3
 
 
 def some_of(values, name):

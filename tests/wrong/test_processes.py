@@ -58,8 +58,7 @@ def close(number):
     return lambda: os.close(number)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-@pytest.mark.parametrize(("epochs", "code"), [("1", 0), ("0", 2)])
+@pytest.mark.parametrize(("number", "epochs", "code"), [(1, "1", 0), (2, "1", 0), (2, "0", 2)])
 def test_a_closed_stream_changes_no_exit_code(world, number, epochs, code):
     process = start([*pretrain_words(world), "--epochs", epochs], preexec_fn=close(number))
     process.communicate(timeout=120)
@@ -166,7 +165,7 @@ def test_scoring_on_two_processes_ends_cleanly_every_time(world):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     words = ["segmenter", "evaluate", world / "fine/best.pth", "--plugin", world / "nano.py"]
     words += ["--dataset", world / "data/dataset.yml", "--device", "cpu", "--workers", "0"]
-    for _ in range(3):  # 30 of 30 were seen
+    for _ in range(2):  # 30 of 30 were seen
         process = start(words, launcher)
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
