@@ -82,8 +82,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
     """An optimizer's state from a checkpoint. Raises ValueError if it is another's."""
+    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
+        for group, own_options in zip(optimizer.param_groups, options, strict=True):
+            group.update(own_options)  # the command's, not the file's
         for parameter, own in optimizer.state.items():
             for name, value in own.items():
                 if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
@@ -97,16 +100,31 @@ def refuse_damaged(content: Any, path: Path) -> None:
     damage = not_finite(content)
     if damage:
         raise ValueError(
-            f"{path}: {damage} is not finite (NaN or infinity); use another checkpoint"
+            f"{path}: {damage} is not finite (NaN or infinity), or no plain tensor; use another"
         )
 
 
 def not_finite(content: Any, name: str = "") -> str:
     """The name of the first tensor in nested values that holds NaN or infinity, else empty."""
     if isinstance(content, Tensor):
+        if content.layout != torch.strided or content.is_meta or content.is_complex():
+            return name
+        if content.numel() * content.element_size() > content.untyped_storage().nbytes():
+            return name  # one value that claims to be many
         if not content.is_floating_point() or not content.numel():
             return ""
-        return "" if all(map(torch.isfinite, torch.aminmax(content))) else name
+        return (
+            ""
+            if all(
+                map(
+                    torch.isfinite,
+                    torch.aminmax(
+                        content.detach().float() if content.element_size() < 2 else content.detach()
+                    ),
+                )
+            )
+            else name
+        )
     items: Any = content.items() if isinstance(content, Mapping) else ()
     items = enumerate(content) if isinstance(content, list | tuple) else items
     inner = f"{name}." if name else ""
@@ -144,6 +162,8 @@ def misfits(
         elif weights[name].shape != parameter.shape:
             have, want = tuple(weights[name].shape), tuple(parameter.shape)
             problems.append(f"{name} is {have} instead of {want}")
+        elif not weights[name].is_floating_point():
+            problems.append(f"{name} is {weights[name].dtype}")
     more = f" and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
     return "; ".join(problems[:MOST_NAMED]) + more
 

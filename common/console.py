@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -45,8 +46,8 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
     finally:
         end_children()
         _leave_process_group()
-    _close_output()
-    sys.exit(code if isinstance(code, int) else 0)
+    lost = _close_output()
+    sys.exit(code if isinstance(code, int) and code else EXIT_FAILED if lost else 0)
 
 
 def _report(message: str, code: int) -> int:
@@ -64,7 +65,7 @@ def say(message: str, *, err: bool = False) -> None:
     """Print, if somebody still listens: long work does not end with a terminal or a pipe."""
     try:
         click.echo(message, err=err)
-    except OSError:
+    except BrokenPipeError:
         _turn_away(sys.stderr if err else sys.stdout)
 
 
@@ -80,6 +81,9 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+" if number else "r"))  # noqa: PTH123, SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _turn_away(stream: TextIO) -> None:
@@ -95,13 +99,16 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def _close_output() -> None:
-    """Whoever reads standard output may be gone, which changes nothing of what was done."""
+def _close_output() -> bool:
+    """Whether output was lost; a reader that has gone did not want it."""
+    lost = False
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            lost = lost or not isinstance(error, BrokenPipeError)
             _turn_away(stream)  # or Python would try again, and exit with 120
+    return lost
 
 
 def rank() -> int:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 HEAD_BYTES = 4096  # of a file, in which its mark stands
+UNFINISHED = ".segmae-part"  # whatever bears it is ours, and may be replaced
 LONGEST_NAME = 64  # about, of what is written into a folder
 NOTHING_WRITTEN = "nothing was written"
 
@@ -60,12 +61,12 @@ def path_below(folder: Path, name: str, source: str) -> Path:
 
 def beside(path: Path) -> Path:
     """Where a file is written before it gets its name."""
-    return path.with_name(f"{path.name}.part")
+    return path.with_name(f"{path.name}{UNFINISHED}")
 
 
 def _own_beside(path: Path) -> Path:
     """The same for a file that several processes may write at once."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def _sort_out(
     for entry in entries:
         name = below + entry.name
         if entry.is_file(follow_symlinks=False):
-            if name.isascii() or _is_utf8(name):
+            if name.isascii() or is_utf8(name):
                 files.add(name)
             else:
                 left_out.append(name)
@@ -114,7 +114,8 @@ def _sort_out(
     return links
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written down: in a store, a log or a list."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -16,6 +16,9 @@ LAST = "last.pth"  # rolling, for resume
 CHECKPOINT, BEST = "checkpoint.pth", "best.pth"
 PREDICTIONS = "predictions.png"
 RESULT = "result.json"  # the scores; written last
+# By which a folder of one part is told from the other's, and from a stranger's.
+OF_PRETRAINING = (LAST, "checkpoint-*.pth", "reconstructions-*.png")
+OF_FINETUNING = (CHECKPOINT, BEST, RESULT, PREDICTIONS)
 
 
 def checkpoint_path(folder: Path, epochs_completed: int) -> Path:

@@ -26,6 +26,7 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
     Raises LockedError, which names the holder, if another process works in `folder`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_own(path)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=_FORKED_SECONDS)
@@ -39,6 +40,15 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_own(path: Path) -> None:
+    """Raise ValueError unless the file is missing, or one that `hold` has written."""
+    if not os.path.lexists(path):
+        return
+    is_plain = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+    if not is_plain or path.read_bytes()[:1] not in (b"", b"{"):
+        raise ValueError(f"{path} is in the way: it is no lock of a run here; remove it")
 
 
 def _holder(path: Path) -> str:

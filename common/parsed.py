@@ -24,6 +24,7 @@ from common.files import read_text, shortened
 Percent = Annotated[FiniteFloat, Field(ge=0, le=100)]
 Count = Annotated[int, Field(ge=0)]
 
+LARGEST = 1e30  # of what a log holds
 LogRecord = dict[str, int | float | None]  # a line of log.txt: "epoch" from 1, numbers by name
 
 
@@ -89,8 +90,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     records: list[dict[str, Any]] = []
     for record in read_json_lines(path, LogRecord) if path.exists() else ():
+        where = f"{path}:{len(records) + 1} is damaged"
         if not isinstance(record.get("epoch"), int):
-            raise ValueError(f"{path}:{len(records) + 1} is damaged: it is of no epoch")
+            raise ValueError(f"{where}: it is of no epoch")
+        for name, value in record.items():
+            if value and (abs(value) > LARGEST or abs(value) < 1 / LARGEST):
+                raise ValueError(f"{where}: {name} is out of any range")
         records.append(record)
     return records
 

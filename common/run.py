@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from common.files import NOTHING_WRITTEN
+from common.layout import LOCK, LOG, PROGRESS
 from common.options import OptionGroup, option, plugin_option
 
 MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
@@ -66,6 +68,27 @@ class TrainingConfig(DeviceConfig):
         "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
         ("tensorboard",), neutral=True,
     )  # fmt: skip
+
+    def check_folder(self, own: Iterable[str], others: Iterable[str], *, is_run: bool) -> None:
+        """Raise ValueError if files of the output directory are not those of such a run.
+
+        own, others: patterns of the names of this part and of the other. is_run: whether there is
+        something to go on from; a run that was killed before has left its lock.
+        """
+        folder = self.output_dir
+        for pattern in others:
+            for path in folder.glob(pattern):
+                raise ValueError(
+                    f"--output-dir: {path} is of a run of the other part; name another"
+                )
+        for path in (path for pattern in (*own, LOG, PROGRESS) for path in folder.glob(pattern)):
+            if path.is_dir() or (path.exists() and not path.is_file()):
+                raise ValueError(f"--output-dir: {path} is no regular file; {NOTHING_WRITTEN}")
+            if not is_run and not (folder / LOCK).exists():
+                raise ValueError(
+                    f"--output-dir: {path} is there, and no run here made it; name another folder; "
+                    f"{NOTHING_WRITTEN}"
+                )
 
     def check_resume(self, found: Path | None) -> None:
         """Raise ValueError if `found`, an earlier call's file, is not what --resume asks for."""

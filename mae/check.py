@@ -7,7 +7,7 @@ from typing import Any
 
 from common.console import world_size
 from common.files import check_output_folder
-from common.layout import find_resumable
+from common.layout import OF_FINETUNING, OF_PRETRAINING, find_resumable
 from common.trackers import check_trackers
 from common.yamlfile import plain
 from mae.config import PretrainConfig, make_method
@@ -27,6 +27,7 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
     )
     check_output_folder(config.run.output_dir, reads=config.data.reads)
     check_trackers(config.run.log_with)
+    check_run_folder(config)
     if find_resumable(config.run.output_dir) is not None or config.run.resume == "required":
         from mae.checkpoint import open_own_checkpoint  # torch takes seconds to import
 
@@ -51,6 +52,12 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
         "settings": plain(config.settings()),
         "checkpoint_bytes": config.model.checkpoint_bytes,
     }  # fmt: skip
+
+
+def check_run_folder(config: PretrainConfig) -> None:
+    """Raise ValueError if the output directory holds what is not this run's."""
+    found = find_resumable(config.run.output_dir)
+    config.run.check_folder(OF_PRETRAINING, OF_FINETUNING, is_run=found is not None)
 
 
 def _rates(config: PretrainConfig) -> list[tuple[float, float, str]]:

@@ -21,6 +21,7 @@ from common.parsed import read_log
 from common.trackers import Trackers, check_trackers
 from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
+from mae.check import check_run_folder
 from mae.config import PretrainConfig
 from mae.data import collate
 from mae.epoch import EpochTrainer
@@ -42,6 +43,7 @@ def pretrain(config: PretrainConfig) -> bool:
     """
     with Interruption() as interruption:
         check_output_folder(config.run.output_dir, reads=config.data.reads)
+        check_run_folder(config)
         check_trackers(config.run.log_with)
         run, state = build_run(config)
         if state.epochs_completed >= config.epochs_this_round:

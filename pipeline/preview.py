@@ -15,7 +15,7 @@ import yaml
 
 from common import layout
 from common.console import say
-from common.files import check_output_folder, check_replaceable, write_text
+from common.files import NOTHING_WRITTEN, check_output_folder, check_replaceable, write_text
 from pipeline.layout import Layout
 from pipeline.local import read_progress
 from pipeline.machine import hardware, versions, visible_gpus
@@ -23,6 +23,7 @@ from pipeline.parts import Facts, ask, ask_facts, part_command
 from pipeline.plan import PACK, Step, make_plan, nodes_of
 from pipeline.records import differences, is_done, made_runs, write_plan
 from pipeline.report import is_report
+from pipeline.results import is_results_csv
 from pipeline.settings import Settings
 from pipeline.terminal import aligned
 
@@ -69,10 +70,12 @@ def check_own_files(paths: Layout) -> None:
     """
     for path, is_own in (
         (paths.run_yml, lambda head: head.startswith((b"settings:", b"command:"))),
-        (paths.results_csv, lambda head: head.startswith(b"method,")),
+        (paths.results_csv, is_results_csv),
         (paths.report_html, is_report),
     ):
         check_replaceable(path, "--output-dir", is_own=is_own)
+    if paths.bookkeeping.exists() and not paths.bookkeeping.is_dir():
+        raise ValueError(f"--output-dir: {paths.bookkeeping} is no folder; {NOTHING_WRITTEN}")
 
 
 def _check_same_settings(steps: list[Step], paths: Layout, facts: Facts) -> None:

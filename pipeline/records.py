@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from common import settings
@@ -46,9 +47,9 @@ class Record:
     exit_code: int | None = None
     started: float = 0.0
     """Unix seconds at which the latest attempt began."""
-    seconds: float = 0.0
+    seconds: Annotated[FiniteFloat, Field(le=1e12)] = 0.0
     """Wall seconds over all finished attempts."""
-    devices: int = 1
+    devices: Annotated[int, Field(ge=0, le=10**6)] = 1
     """GPUs, or 1 for the CPU: seconds x devices are the GPU-hours."""
     attempts: int = 0
     host: str = ""
@@ -75,8 +76,11 @@ class Record:
         eval_seed = 0  # an evaluation's seed is its pretraining's and the number of the finetuning
         if self.kind == "evaluate":
             eval_seed = parse_eval_name(self.name.removeprefix("evaluate_"))[2]
+        method = self.fingerprint.get("mask_method", Run.parse(self.run).method)
+        if not isinstance(method, str):
+            raise ValueError(f"mask_method is {method!r}")
         return Run(
-            method=self.fingerprint.get("mask_method", Run.parse(self.run).method),
+            method=method,
             coverage_ratio=float(self.fingerprint.get("coverage_ratio", DEFAULT_RATIO)),
             seed=int(self.fingerprint.get("seed", DEFAULT_SEED)) - eval_seed,
         )
@@ -84,8 +88,14 @@ class Record:
 
 def read_record(paths: Layout, step_name: str) -> Record | None:
     """The step's record, or None if it never started; ValueError if the file is damaged."""
+    path = paths.record(step_name)
     try:
-        return read_json(paths.record(step_name), Record)
+        record = read_json(path, Record)
+        try:
+            _ = record.pretraining
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        return record
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -124,7 +134,7 @@ class PlannedStep(TypedDict):
 def read_plan(paths: Layout) -> list[PlannedStep]:
     """The steps of the latest call; raises ValueError where no run has been."""
     try:
-        return read_json(paths.plan, list[PlannedStep])
+        return read_json(paths.plan, Annotated[list[PlannedStep], Field(min_length=1)])
     except FileNotFoundError:
         raise ValueError(f"{paths.root} is not the output directory of a run") from None
     except ValueError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common.files import check_output_file, write_text
+from common.files import check_output_file, check_replaceable, write_text
 from common.layout import LOG
 from common.parsed import read_log
 from pipeline.charts import HEIGHT, Point, Series, line_chart
@@ -22,7 +22,7 @@ from pipeline.layout import Layout
 from pipeline.pictures import picture_sections
 from pipeline.provenance import flatten, joined, provenance
 from pipeline.records import read_all_records, read_plan
-from pipeline.results import score_rows, table, write_results_csv
+from pipeline.results import is_results_csv, score_rows, table, write_results_csv
 
 
 def write_all(paths: Layout) -> str:
@@ -45,6 +45,8 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
 
     all_paths = [Layout(folder) for folder in folders]
     check_output_file(page, is_own=is_report)
+    for paths in all_paths:  # whoever calls this writes them, too
+        check_replaceable(paths.results_csv, "report", is_own=is_results_csv)
     for paths in all_paths:
         if not (paths.pretrain_output.exists() or paths.eval_output.exists()):
             if paths.run_yml.exists():

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.console import world_size
 from common.files import check_output_folder
-from common.layout import CHECKPOINT, RESULT
+from common.layout import CHECKPOINT, OF_FINETUNING, OF_PRETRAINING, RESULT
 from common.options import option_facts
 from common.parsed import Result, read_json
 from common.settings import check_same
@@ -84,6 +84,7 @@ def earlier_output(config: TrainConfig, task: Task) -> Path | None:
     folder = config.run.output_dir
     there = (folder / name for name in (RESULT, CHECKPOINT) if os.path.lexists(folder / name))
     found = next(there, None)  # a link to nothing is not nothing
+    config.run.check_folder(OF_FINETUNING, OF_PRETRAINING, is_run=found is not None)
     config.run.check_resume(found)
     if found is None:
         return None

@@ -110,9 +110,9 @@ def evaluate(
         assert checkpoint is not None
         result = evaluate_checkpoint(checkpoint, evaluation, changes, devices)
     if rank() == 0:
-        _show(result)
         if evaluation.out is not None:
             write_json(evaluation.out, result)
+        _show(result)
 
 
 def _is_scores(head: bytes) -> bool:

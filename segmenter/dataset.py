@@ -124,6 +124,9 @@ class DatasetDescription:
         if not path.is_file():
             raise ValueError(f"{self.source}: the list of {split} names is missing: {path}")
         names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        if len(set(names)) < len(names):
+            twice = next(name for n, name in enumerate(names) if name in names[:n])
+            raise ValueError(f"{path} lists {twice} twice")
         missing = [images / f"{name}{suffix}" for name in names if f"{name}{suffix}" not in present]
         if missing:
             raise ValueError(

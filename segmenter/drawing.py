@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from common.files import mark, replacing
+from common.files import mark, replacing, shortened
 from segmenter.classes import Classes
 from segmenter.data import WholeImages
 from segmenter.evaluate import evaluating
@@ -113,6 +113,7 @@ def _resized(picture: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    text = shortened(text, 120)
     while len(text) > 1 and font.getlength(text) > width:
         text = text[:-1]
     return text

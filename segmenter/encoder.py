@@ -35,7 +35,7 @@ class EncoderShape:
     in_channels: Annotated[int, Field(ge=1, le=4)]
     grid: Annotated[int, Field(ge=1, le=16384)]
     extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0
-    norm_eps: float = MAE_NORM_EPS
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = MAE_NORM_EPS
 
 
 class Encoder(VisionTransformer):

@@ -20,6 +20,9 @@ from segmenter.dataset import DatasetDescription, Pair
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 
 
+THINNEST = 64
+
+
 class UnreadableError(ValueError):
     """A file is missing, damaged or no image: of accidents like this a few are survived."""
 
@@ -67,9 +70,18 @@ def read_pair(pair: Pair, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     try:
         image = read_rgb(pair.image)
+        refuse_thin(image.shape[:2], pair.image)
     except ValueError as error:
         raise UnreadableError(str(error)) from None
     return image, _fitting_labels(pair, image.shape[:2], allowed)
+
+
+def refuse_thin(size: tuple[int, ...], path: Path) -> None:
+    """Raise ValueError for an image of which nothing would be left when it is scaled down."""
+    if max(size) > THINNEST * min(size):
+        raise ValueError(
+            f"{path} is {size[1]} x {size[0]} pixels; one side may be {THINNEST} times the other"
+        )
 
 
 def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError | None:

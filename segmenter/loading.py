@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from common.checkpoint import load_weights, misfits, read_torch_file, refuse_damaged
 from common.files import read_text
+from common.parsed import parsed_plain
 from common.vit import VIT_SIZES
 from segmenter.checkpoint import load_checkpoint
 from segmenter.classes import Classes, read_classes
@@ -77,6 +79,7 @@ def _load_release(path: Path) -> LoadedSegmenter:
         raise ValueError(
             f"{path.parent / VARIANT} does not describe a Segmenter: {error}"
         ) from error
+    shape = parsed_plain(SegmenterShape, dataclasses.asdict(shape), str(path.parent / VARIANT))
     model = Segmenter(shape)
     weights = {  # timm calls DeiT's distillation token a register
         name.replace("encoder.dist_token", "encoder.reg_token"): weight
@@ -151,7 +154,7 @@ _VariantLoader.add_constructor(
 def _read_variant(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(read_text(path), _VariantLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not describe a Segmenter")

@@ -21,6 +21,7 @@ from segmenter.data import scaled_images
 from segmenter.drawing import overlay, save_image, with_legend
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
+from segmenter.labels import refuse_thin
 from segmenter.loading import LoadedSegmenter, load_segmenter
 from segmenter.scoring import changed_protocol
 
@@ -65,6 +66,7 @@ def predict_files(
     for path in paths:
         try:
             image = read_rgb(path)
+            refuse_thin(image.shape[:2], path)
         except ValueError as error:
             unreadable.note([str(error)])
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 import stat
 import zipfile
@@ -35,6 +36,8 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
     RuntimeError if it cannot be downloaded.
     """
     check_output_folder(folder, "FOLDER")
+    if os.path.lexists(folder / ADE20K_NAME) and not is_ade20k(folder / ADE20K_NAME):
+        raise ValueError(f"{folder / ADE20K_NAME} is in the way: it is not ADE20K; remove it")
     ready = next(filter(is_ade20k, (folder, folder / ADE20K_NAME)), None)
     if ready is None:
         archive = folder / f"{ADE20K_NAME}.zip"
@@ -45,7 +48,13 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
             raise ValueError(f"{archive} has not the digest {digest}; remove it or give its own")
         unpack(archive, folder, ADE20K_NAME)
         ready = folder / ADE20K_NAME
+        logger.info("checking %s", ready)
+        try:
+            check_dataset(ready, ADE20K_PAIRS)
+        except ValueError as error:
+            raise RuntimeError(f"{error}; {archive} is kept") from None
         archive.unlink()
+        return ready
     logger.info("checking %s", ready)
     check_dataset(ready, ADE20K_PAIRS)
     return ready

@@ -47,6 +47,8 @@ def evaluate_checkpoint(
     wanted_dir = evaluation.save_predictions
     if wanted_dir is not None:
         check_output_folder(wanted_dir, "--save-predictions", reads=description.reads)
+        if wanted_dir.is_symlink():
+            raise ValueError(f"--save-predictions {wanted_dir} is a link; {NOTHING_WRITTEN}")
         if wanted_dir.exists() and any(wanted_dir.iterdir()):
             raise ValueError(f"--save-predictions {wanted_dir} is not empty; {NOTHING_WRITTEN}")
     protocol = changed_protocol(loaded.protocol, changes)

@@ -167,6 +167,8 @@ def inspect_command(masks_dir: Path, options: InspectOptions, speed: Speed) -> N
     from mae.segments.look import collect, describe, draw
 
     folder, ratios = options.images or _train_beside(masks_dir), options.coverage_ratio
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; name a file, without .png")
     picture = options.out.with_name(f"{options.out.name}.png")
     check_output_folder(picture.parent, "--out", reads=[folder] if folder else [])
     check_output_file(picture, is_own=is_marked(PICTURE))

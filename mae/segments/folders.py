@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from common.files import open_regular, path_below, read_bytes
-from common.images import load_image, relative_files
+from common.images import is_utf8, load_image, relative_files
 from mae.segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 EMPTY_LIST = "emptyfiles.txt"
 IMAGENET_NAME = re.compile(r"(n\d{8})_\d+")
 # A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
+MOST_AREA = 1e15  # pixels; what states more states nothing
 COVERAGE_TOLERANCE = 0.01
 
 
@@ -120,7 +121,7 @@ class JsonFolder(SegmentFolder):
             except ValueError as error:
                 raise ValueError(f"{path}: entry {number} is damaged: {error}") from None
             area = entry.get("area")
-            stated = area if isinstance(area, int | float) else None
+            stated = area if isinstance(area, int | float) and abs(area) < MOST_AREA else None
             yield segment, f"{path}: entry {number}", stated
 
 
@@ -145,11 +146,16 @@ class PngFolder(SegmentFolder):
 
     def _scan(self) -> Iterator[tuple[str, bool]]:
         """Looks for the table in every folder, and does not list the PNGs beside it."""
-        open_folders = [self.root]
+        open_folders, visited = [self.root], {os.path.realpath(self.root)}
         while open_folders:
             with os.scandir(open_folders.pop()) as entries:
-                folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+                folders = [Path(entry.path) for entry in sorted(entries, key=_links_last)
+                           if entry.is_dir() and is_utf8(entry.name)]  # fmt: skip
             for folder in folders:
+                real = os.path.realpath(folder)
+                if real in visited:
+                    continue
+                visited.add(real)
                 try:
                     size = (folder / self.table).stat().st_size
                 except OSError:
@@ -167,6 +173,10 @@ class PngFolder(SegmentFolder):
     def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float]]:
         """The PNGs of an image, each with the coverage that is stated."""
         raise NotImplementedError
+
+
+def _links_last(entry: os.DirEntry[str]) -> tuple[bool, str]:
+    return entry.is_symlink(), entry.name
 
 
 class PngTableFolder(PngFolder):

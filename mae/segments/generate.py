@@ -60,13 +60,16 @@ class Shard:
         if text is None:
             for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
                 if index in os.environ and count in os.environ:
-                    return cls(index=int(os.environ[index]), count=int(os.environ[count]))
+                    text = f"{os.environ[index]}/{os.environ[count]}"
+                    return cls._parsed(text, f"{index}/{count} is {text}")
             return cls()
+        return cls._parsed(text, f"--shard {text}")
+
+    @classmethod
+    def _parsed(cls, text: str, what: str) -> Shard:
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ValueError(
-                f"--shard {text}: write it as 0/4, the first of four; it counts from 0"
-            )
+            raise ValueError(f"{what}: write it as 0/4, the first of four; it counts from 0")
         return cls(index=int(index), count=int(count))
 
     def name(self, out: Path) -> Path:

@@ -34,6 +34,9 @@ SCHEMA = """
     CREATE INDEX segments_by_coverage ON segments (image, coverage);
     CREATE TABLE failures (key TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;
 """
+TABLES = (
+    "SELECT name FROM sqlite_master WHERE type = 'table' AND name IN ('images', 'segments', 'meta')"
+)
 LENGTH = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 NEAREST = """
     SELECT i.height, i.width, s.coverage, s.counts
@@ -83,6 +86,9 @@ class PackedStore:
             open_regular(path).close()  # SQLite would wait for a pipe
             with closing(connect_for_reading(path)) as connection:
                 self.meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+                tables = connection.execute(TABLES).fetchall()
+                if len(tables) != 3:
+                    raise sqlite3.DatabaseError("it lacks images, segments or meta")
                 (length,) = connection.execute(LENGTH).fetchone()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error

@@ -69,7 +69,7 @@ def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
 
 
 class StoreWriter:
-    """Adds images to `<out>.part`; `finish` gives it its name. Use as a context manager.
+    """Adds images to `<out>.segmae-part`; `finish` gives it its name. Use as a context manager.
 
     What is committed survives a kill, and a process that goes on starts from there. extend: a
     finished store `out` is taken away from its readers too, but only once there is something new

@@ -69,31 +69,31 @@ def test_a_dropped_connection_is_taken_up_where_it_ended(server, tmp_path):
 
 
 def test_a_later_call_goes_on_from_the_part(server, tmp_path):
-    (tmp_path / "out.pth.part").write_bytes(CONTENT[:1234])
+    (tmp_path / "out.pth.segmae-part").write_bytes(CONTENT[:1234])
     download([server.url], tmp_path / "out.pth", digest=DIGEST)
     assert (tmp_path / "out.pth").read_bytes() == CONTENT
     assert server.ranges == ["bytes=1234-"]
 
 
 def test_a_complete_part_is_only_checked(server, tmp_path):
-    (tmp_path / "out.pth.part").write_bytes(CONTENT)
+    (tmp_path / "out.pth.segmae-part").write_bytes(CONTENT)
     download([server.url], tmp_path / "out.pth", digest=DIGEST)
     assert (tmp_path / "out.pth").read_bytes() == CONTENT
 
 
 def test_a_server_without_ranges_sends_everything_again(server, tmp_path):
     server.knows_ranges = False
-    (tmp_path / "out.pth.part").write_bytes(b"something")
+    (tmp_path / "out.pth.segmae-part").write_bytes(b"something")
     download([server.url], tmp_path / "out.pth", digest=DIGEST)
     assert (tmp_path / "out.pth").read_bytes() == CONTENT
 
 
 def test_a_server_that_stops_fails_and_keeps_the_part(server, tmp_path):
-    (tmp_path / "out.pth.part").write_bytes(CONTENT[:1000])
+    (tmp_path / "out.pth.segmae-part").write_bytes(CONTENT[:1000])
     server.most_bytes = 0
     with pytest.raises(RuntimeError, match="run again to go on"):
         download([server.url], tmp_path / "out.pth", digest=DIGEST)
-    assert (tmp_path / "out.pth.part").read_bytes() == CONTENT[:1000]
+    assert (tmp_path / "out.pth.segmae-part").read_bytes() == CONTENT[:1000]
     assert len(server.ranges) == module.ATTEMPTS_WITHOUT_PROGRESS
     assert not (tmp_path / "out.pth").exists()
 

@@ -64,7 +64,12 @@ def test_many_processes_may_replace_one_small_file(tmp_path):
 def test_names_are_built_and_parsed_in_one_place(tmp_path):
     for build in (checkpoint_path, reconstructions_path):
         assert epochs_of(build(tmp_path, 12)) == 12
-    for name in ("checkpoint-x.pth", "checkpoint-1.pth.part", "last.pth", "xcheckpoint-1.pth"):
+    for name in (
+        "checkpoint-x.pth",
+        "checkpoint-1.pth.segmae-part",
+        "last.pth",
+        "xcheckpoint-1.pth",
+    ):
         assert epochs_of(tmp_path / name) is None
     assert find_resumable(tmp_path) is None
     for epochs in (9, 10):

@@ -65,7 +65,7 @@ def _kill_in_second_save(rank):
     fsync = os.fsync
 
     def kill(descriptor):
-        if Path(f"/proc/self/fd/{descriptor}").readlink().name.endswith(".pth.part"):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name.endswith(".pth.segmae-part"):
             calls.append(descriptor)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -121,8 +121,8 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half_made(
     message = err[err.rindex("Error: ") :]
     assert "cannot be written" in message
     assert len(message.splitlines()) <= 2
-    unfinished = {path.name for path in (world / "out").glob("*.part")}
-    assert unfinished <= {"x.sqlite.part"}  # it goes on from there
+    unfinished = {path.name for path in (world / "out").glob("*.segmae-part")}
+    assert unfinished <= {"x.sqlite.segmae-part"}  # it goes on from there
     assert not list((world / "out").glob("x*[!t]"))
     assert not list((world / "new").glob("*.pt*")) if (world / "new").exists() else True
 

@@ -86,7 +86,7 @@ def test_what_is_done_is_skipped_and_new_images_are_added(images, tmp_path):
 def test_other_settings_are_refused_naming_the_difference(images, tmp_path, in_child):
     out, other = tmp_path / "masks.sqlite", felzenszwalb(scales=(100, 800), longest_side=48)
     assert in_child(kill_during, images, out, FAST, 2) == -signal.SIGKILL
-    with pytest.raises(ValueError, match=r"masks\.sqlite\.part .*longest_side: 64 -> 48"):
+    with pytest.raises(ValueError, match=r"masks\.sqlite\.segmae-part .*longest_side: 64 -> 48"):
         run(images, out, other)
     run(images, out)
     with pytest.raises(ValueError, match=r"masks\.sqlite was made .*longest_side: 64 -> 48"):
@@ -158,7 +158,7 @@ def test_a_killed_run_equals_one_that_was_not(images, tmp_path, in_child, after)
     assert in_child(kill_during, images, out, FAST, after) == -signal.SIGKILL
     assert run(images, out).already_there == after
     assert all_segments(out) == all_segments(whole)
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.segmae-part"))
 
 
 def test_a_run_killed_before_it_gave_the_store_its_name_finishes_it(images, tmp_path, in_child):
