@@ -28,9 +28,9 @@ ENOUGH_FREE = 1.05  # times what is still to come
 def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
     """Fetch the file from the first address that has it.
 
-    What has arrived stays in `<path>.segmae-part` and is continued by the next call. digest: "md5:..." or
-    "sha256:...", perhaps its first digits only; a file of another digest is thrown away. Raises
-    RuntimeError if no address works, the digest differs, or the disk is too small.
+    What has arrived stays in `<path>.segmae-part` and is continued by the next call. digest:
+    "md5:..." or "sha256:...", perhaps its first digits only; a file of another digest is thrown
+    away. Raises RuntimeError if no address works, the digest differs, or the disk is too small.
     """
     part = beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)

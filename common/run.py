@@ -78,9 +78,7 @@ class TrainingConfig(DeviceConfig):
         folder = self.output_dir
         for pattern in others:
             for path in folder.glob(pattern):
-                raise ValueError(
-                    f"--output-dir: {path} is of a run of the other part; name another"
-                )
+                raise ValueError(f"--output-dir: {path} is of a run of the other part")
         for path in (path for pattern in (*own, LOG, PROGRESS) for path in folder.glob(pattern)):
             if path.is_dir() or (path.exists() and not path.is_file()):
                 raise ValueError(f"--output-dir: {path} is no regular file; {NOTHING_WRITTEN}")
