@@ -93,7 +93,7 @@ def read_record(paths: Layout, step_name: str) -> Record | None:
         record = read_json(path, Record)
         try:
             _ = record.pretraining
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
         return record
     except FileNotFoundError:

@@ -11,7 +11,7 @@ import click
 from common.command import CONTEXT, PATH, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, say
 from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
-from common.images import find_images
+from common.images import IMAGE_SUFFIXES, find_images
 from common.options import OptionGroup, option
 from mae.listing import segment_key
 from mae.segments.check import check
@@ -69,6 +69,8 @@ class GenerateOptions(OptionGroup):
         if not self.images.is_dir():
             raise ValueError(f"--images {self.images} is not a folder")
         check_output_file(self.out)
+        if self.out.suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(f"--out {self.out} has an image's name; give one such as masks.sqlite")
 
 
 @dataclass(frozen=True, kw_only=True)
