@@ -155,4 +155,4 @@ def test_a_log_line_that_a_kill_cut_is_dropped(tmp_path):
 def test_json_is_written_beside_and_renamed(tmp_path):
     write_json(tmp_path / "a.json", {"a": [1]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1]}
-    assert beside(tmp_path / "a.json").name == "a.json.part"
+    assert beside(tmp_path / "a.json").name == "a.json.segmae-part"
