@@ -27,6 +27,8 @@ from common.images import (
 )
 from mae.transforms import Crop, crop_image
 
+FILL = 128  # of all three colours: coefficients of 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class CroppedImage:
@@ -83,15 +85,14 @@ def _decode_crop(content: bytearray, header: JpegHeader, crop: Crop, size: int) 
         return None
     finally:
         content[header.height_at : header.height_at + 2] = header.height.to_bytes(2)
-    if image.shape != (rows, header.width, 3) or _ends_flat(image):
+    if image.shape != (rows, header.width, 3) or _ends_grey(image):
         return None
     return crop_image(torch.from_numpy(image).permute(2, 0, 1), crop, size)
 
 
-def _ends_flat(image: np.ndarray) -> bool:
-    """Whether the last row is of one colour: decoders fill so what a damaged file lacks."""
-    last = image[-1]
-    return bool((last == last[0]).all())
+def _ends_grey(image: np.ndarray) -> bool:
+    """Whether the last row is the grey with which libjpeg fills what a damaged file lacks."""
+    return bool((image[-1] == FILL).all())
 
 
 def _decode_reduced(
@@ -107,7 +108,7 @@ def _decode_reduced(
         (crop.top + crop.height) / reduction,
     )
     whole = image.convert("RGB")
-    if _ends_flat(np.asarray(whole)):
+    if _ends_grey(np.asarray(whole)):
         return None
     resized = whole.resize((size, size), Image.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1)
