@@ -32,6 +32,7 @@ JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # markers before the size: baseline, extended, progressive
 JPEG_APP1, EXIF_START = 0xE1, b"Exif\0\0"
 ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
+XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)(\d)")
 GREY_OR_COLOUR = (1, 3)  # channels of a JPEG; four are CMYK
 # libjpeg's words for bytes that belong to nothing: cameras leave a few; more of them are
 # what the picture lacks.
@@ -148,9 +149,18 @@ def decode_rgb(content: bytes | bytearray) -> np.ndarray:
     if header is not None:
         refuse_huge(header.height, header.width)
         pixels = _decode_jpeg(content)
-        if pixels is not None and header.is_upright:
-            return pixels
+        if pixels is not None:
+            return pixels if header.is_upright else _turned(pixels, content)
     return np.array(_to_rgb(upright(load_image(content))))
+
+
+def _turned(pixels: np.ndarray, content: bytes | bytearray) -> np.ndarray:
+    """The decoded pixels of a file, turned as it says."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.info = load_image(content, decode=False).info  # EXIF and XMP
+    return np.array(upright(image))
 
 
 def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
@@ -292,7 +302,8 @@ def jpeg_header(content: bytes | bytearray) -> JpegHeader | None:
 def _is_upright(block: bytes) -> bool:
     """Whether an APP1 block does not turn the image: Pillow judges those that may."""
     if not block.startswith(EXIF_START):
-        return b"Orientation" not in block  # XMP
+        turned = XMP_ORIENTATION.search(block)
+        return turned is None or int(turned[1]) == UPRIGHT
     from PIL import Image
 
     exif = Image.Exif()
