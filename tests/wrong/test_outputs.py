@@ -136,7 +136,7 @@ INPUTS = [
     Case("pack over a file that is no store", "mae masks pack {w}/loose --overwrite --out "
          "{w}/photos/photo_0.png", "is no packed store"),
     Case("generate onto an image", "mae masks generate felzenszwalb --images {w}/photos --out "
-         "{w}/photos/photo_0.png", "not a packed store"),
+         "{w}/photos/photo_0.png", "has an image's name"),
     Case("inspect into the training images", "mae masks inspect {w}/in1k/masks --processes 1 --out "
          "{w}/in1k/train/class0/picture", "which is read"),
     Case("save predictions into the annotations", "segmenter evaluate {w}/fine/best.pth --plugin "
