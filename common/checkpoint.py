@@ -10,16 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from common.files import replacing, shortened
-from common.parsed import parsed
+from common.parsed import Count, parsed
 
 FORMAT_VERSION = 1
 NOT_TENSORS = "it is no file of torch.save, or holds more than tensors and plain values"
 MOST_NAMED = 5
+
+
+@with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
+class Checkpoint(TypedDict):
+    """What a training's checkpoint holds, whatever it trains, beside the format's version."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    epochs_completed: Count
+    steps_completed: Count
+    config: dict[str, Any]
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -105,30 +118,27 @@ def refuse_damaged(content: Any, path: Path) -> None:
 
 
 def not_finite(content: Any, name: str = "") -> str:
-    """The name of the first tensor in nested values that holds NaN or infinity, else empty."""
+    """The name of the first tensor in nested values that is not sound, else empty."""
     if isinstance(content, Tensor):
-        if content.layout != torch.strided or content.is_meta or content.is_complex():
-            return name
-        if content.numel() * content.element_size() > content.untyped_storage().nbytes():
-            return name  # one value that claims to be many
-        if not content.is_floating_point() or not content.numel():
-            return ""
-        return (
-            ""
-            if all(
-                map(
-                    torch.isfinite,
-                    torch.aminmax(
-                        content.detach().float() if content.element_size() < 2 else content.detach()
-                    ),
-                )
-            )
-            else name
-        )
+        return "" if _is_sound(content) else name
     items: Any = content.items() if isinstance(content, Mapping) else ()
     items = enumerate(content) if isinstance(content, list | tuple) else items
     inner = f"{name}." if name else ""
     return next(filter(None, (not_finite(value, f"{inner}{key}") for key, value in items)), "")
+
+
+def _is_sound(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor whose values are all there, and none of them NaN or infinity."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
+        return False
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return False  # one value that claims to be many
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:  # torch has no comparison of float8
+        tensor = tensor.float()
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
@@ -162,7 +172,7 @@ def misfits(
         elif weights[name].shape != parameter.shape:
             have, want = tuple(weights[name].shape), tuple(parameter.shape)
             problems.append(f"{name} is {have} instead of {want}")
-        elif not weights[name].is_floating_point():
+        elif weights[name].is_floating_point() != parameter.is_floating_point():
             problems.append(f"{name} is {weights[name].dtype}")
     more = f" and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
     return "; ".join(problems[:MOST_NAMED]) + more

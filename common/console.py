@@ -113,15 +113,16 @@ def _close_output() -> bool:
 
 def rank() -> int:
     """This process among those of torchrun or Slurm, known before torch is imported."""
-    return _number("RANK", _number("SLURM_PROCID", 0))
+    return number_of("RANK", number_of("SLURM_PROCID", 0))
 
 
 def world_size() -> int:
     """The number of processes that torchrun started, or will, as benchmark.py says."""
-    return max(1, _number("WORLD_SIZE", 1))
+    return max(1, number_of("WORLD_SIZE", 1))
 
 
-def _number(variable: str, default: int) -> int:
+def number_of(variable: str, default: int) -> int:
+    """What an environment variable says, where it is a number from 0."""
     text = os.environ.get(variable, "")
     return int(text) if text.isascii() and text.isdecimal() else default
 

@@ -6,10 +6,8 @@ H x W are pixels of the image as people see it: turned as EXIF or XMP says.
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.files import read_bytes, shortened
+from common.folders import relative_files
 
 if TYPE_CHECKING:  # not every command that lists images opens some
     from PIL import Image
 
-logger = logging.getLogger(__name__)
-
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-MOST_NAMED = 3
 MOST_PIXELS = 178_956_970  # as many as Pillow takes by itself
 MOST_PIXELS_VARIABLE = "SEGMAE_MAX_IMAGE_PIXELS"
 
@@ -51,77 +47,6 @@ def find_images(folder: Path) -> list[str]:
         known = " ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(f"no image below {folder} (looked for {known})")
     return found
-
-
-def relative_files(folder: Path) -> set[str]:
-    """Regular files below a folder, at any depth, as relative posix paths.
-
-    Every real folder is visited once: links to folders come last, in their order, and lead nowhere
-    if what they name is there already. Pipes, devices and names that are not UTF-8 are left out
-    with a warning. Raises ValueError for a folder that cannot be listed.
-    """
-    files: set[str] = set()
-    left_out: list[str] = []
-    visited: set[tuple[int, int]] = set()
-    own, linked = [""], [""][:0]
-    while own or linked:
-        below = own.pop() if own else linked.pop(0)
-        path = f"{folder}/{below}"
-        try:
-            here = os.stat(path)  # noqa: PTH116
-            if (here.st_dev, here.st_ino) in visited:
-                continue
-            visited.add((here.st_dev, here.st_ino))
-            with os.scandir(path) as entries:
-                links = _sort_out(entries, below, files, own, left_out)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be listed: {error.strerror}") from None
-        linked += sorted(links)
-    if left_out:
-        some = ", ".join(shortened(name) for name in sorted(left_out)[:MOST_NAMED])
-        logger.warning(
-            "%s: %d names are no regular files, or not UTF-8, and left out: %s",
-            folder, len(left_out), some,
-        )  # fmt: skip
-    return files
-
-
-def _sort_out(
-    entries: Iterator[os.DirEntry[str]],
-    below: str,
-    files: set[str],
-    folders: list[str],
-    left_out: list[str],
-) -> list[str]:
-    """Put what a folder holds where it belongs; the links to folders are returned."""
-    links = []
-    for entry in entries:
-        name = below + entry.name
-        if entry.is_file(follow_symlinks=False):
-            if name.isascii() or is_utf8(name):
-                files.add(name)
-            else:
-                left_out.append(name)
-        elif entry.is_dir(follow_symlinks=False):
-            folders.append(f"{name}/")
-        elif not entry.is_symlink():
-            left_out.append(name)
-        elif os.path.isdir(entry.path):  # noqa: PTH112
-            links.append(f"{name}/")
-        elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # noqa: PTH110, PTH113
-            files.add(name)  # a link to nothing is named by whoever wants to read it
-        else:
-            left_out.append(name)
-    return links
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a name can be written down: in a store, a log or a list."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_image(path: str) -> bool:
@@ -170,18 +95,16 @@ def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
     """
     import simplejpeg
 
-    strict = True
-    while True:
-        try:
-            return simplejpeg.decode_jpeg(content, "RGB", strict=strict)
-        except ValueError as error:
-            extraneous = EXTRANEOUS.search(str(error))
-            if strict and extraneous and int(extraneous[1]) <= FEW_BYTES:
-                strict = False
-            elif str(error).startswith(("Corrupt JPEG", "Premature end")):
-                raise ValueError(str(error)) from None
-            else:
-                return None
+    try:
+        return simplejpeg.decode_jpeg(content, "RGB", strict=True)
+    except ValueError as error:
+        said = str(error)
+    extraneous = EXTRANEOUS.search(said)
+    if extraneous and int(extraneous[1]) <= FEW_BYTES:
+        return simplejpeg.decode_jpeg(content, "RGB", strict=False)
+    if said.startswith(("Corrupt JPEG", "Premature end")):
+        raise ValueError(said)
+    return None
 
 
 def load_image(
@@ -198,6 +121,7 @@ def load_image(
     name = f"{source} cannot be read as an image: " if isinstance(source, Path) else ""
     content = read_bytes(source) if isinstance(source, Path) else source
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
+    _most_pixels()  # a wrong limit is no damage of the image
     try:
         image = Image.open(io.BytesIO(content))
         refuse_huge(image.height, image.width)
@@ -207,7 +131,7 @@ def load_image(
             image.load()
         else:
             image.getexif()
-    except (_LimitError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # what is in a damaged file can make Pillow raise anything
         reason = str(error) or type(error).__name__
@@ -217,24 +141,24 @@ def load_image(
     return image
 
 
-class _LimitError(RuntimeError):
-    """The limit of pixels is no number."""
-
-
 def refuse_huge(height: int, width: int) -> None:
     """Raise ValueError for an image of more pixels than allowed: decoding it may take all memory.
 
     Raises RuntimeError if the limit is no number.
     """
-    given = os.environ.get(MOST_PIXELS_VARIABLE, "")
-    if given and not (given.isascii() and given.isdecimal() and len(given) < 20):
-        raise _LimitError(f"{MOST_PIXELS_VARIABLE} is {shortened(given)}; give a whole number")
-    most = int(given or MOST_PIXELS)
+    most = _most_pixels()
     if height * width > most:
         raise ValueError(
             f"it has {width} x {height} pixels, more than {most}; {MOST_PIXELS_VARIABLE}=N allows "
             "more"
         )
+
+
+def _most_pixels() -> int:
+    given = os.environ.get(MOST_PIXELS_VARIABLE, "")
+    if given and not (given.isascii() and given.isdecimal() and len(given) < 20):
+        raise RuntimeError(f"{MOST_PIXELS_VARIABLE} is {shortened(given)}; give a whole number")
+    return int(given or MOST_PIXELS)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -10,14 +10,10 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    NotRequired,  # pydantic asks for it before Python 3.12
-)
+from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
 
 from common.files import read_text, shortened
 
@@ -70,7 +66,7 @@ def parsed_plain(shape: Any, content: Any, source: str) -> Any:
         text = json.dumps(content)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{source}: {shortened(error)}") from None
-    return _parsed_json(text, shape, source)
+    return parsed_text(text, shape, source)
 
 
 def read_json(path: Path, shape: Any) -> Any:
@@ -80,7 +76,7 @@ def read_json(path: Path, shape: Any) -> Any:
     """
     if not path.exists():
         raise FileNotFoundError(2, "No such file or directory", str(path))
-    return _parsed_json(read_text(path), shape, str(path))
+    return parsed_text(read_text(path), shape, str(path))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -107,10 +103,11 @@ def read_json_lines(path: Path, shape: Any) -> Iterator[Any]:
     """
     *lines, _ = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
-        yield _parsed_json(line, shape, f"{path}:{number}")
+        yield parsed_text(line, shape, f"{path}:{number}")
 
 
-def _parsed_json(text: str, shape: Any, source: str) -> Any:
+def parsed_text(text: str | bytes, shape: Any, source: str) -> Any:
+    """The same for JSON as text."""
     try:
         return _adapter(shape).validate_json(text, strict=True)
     except ValidationError as error:

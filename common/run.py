@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from common.console import number_of
 from common.files import NOTHING_WRITTEN
 from common.layout import LOCK, LOG, PROGRESS
 from common.options import OptionGroup, option, plugin_option
@@ -45,7 +46,7 @@ class DeviceConfig(PluginConfig):
         """By default the cores that are left to this process but one, at most 12."""
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = len(os.sched_getaffinity(0)) // max(1, number_of("LOCAL_WORLD_SIZE", 1))
         return max(1, min(12, cores - 1))
 
 
@@ -80,7 +81,7 @@ class TrainingConfig(DeviceConfig):
             for path in folder.glob(pattern):
                 raise ValueError(f"--output-dir: {path} is of a run of the other part")
         for path in (path for pattern in (*own, LOG, PROGRESS) for path in folder.glob(pattern)):
-            if path.is_dir() or (path.exists() and not path.is_file()):
+            if path.exists() and not path.is_file():
                 raise ValueError(f"--output-dir: {path} is no regular file; {NOTHING_WRITTEN}")
             if not is_run and not (folder / LOCK).exists():
                 raise ValueError(

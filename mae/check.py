@@ -25,9 +25,7 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
         processes=world_size(),
         batch_size=config.run.batch_size,
     )
-    check_output_folder(config.run.output_dir, reads=config.data.reads)
-    check_trackers(config.run.log_with)
-    check_run_folder(config)
+    check_output(config)
     if find_resumable(config.run.output_dir) is not None or config.run.resume == "required":
         from mae.checkpoint import open_own_checkpoint  # torch takes seconds to import
 
@@ -54,10 +52,13 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
     }  # fmt: skip
 
 
-def check_run_folder(config: PretrainConfig) -> None:
-    """Raise ValueError if the output directory holds what is not this run's."""
-    found = find_resumable(config.run.output_dir)
-    config.run.check_folder(OF_PRETRAINING, OF_FINETUNING, is_run=found is not None)
+def check_output(config: PretrainConfig) -> None:
+    """Raise ValueError unless the run can write what it will, and only over what is its own."""
+    run = config.run
+    check_output_folder(run.output_dir, reads=config.data.reads)
+    found = find_resumable(run.output_dir)
+    run.check_folder(OF_PRETRAINING, OF_FINETUNING, is_run=found is not None)
+    check_trackers(run.log_with)
 
 
 def _rates(config: PretrainConfig) -> list[tuple[float, float, str]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, FiniteFloat, with_config
+from pydantic import FiniteFloat
 from torch import Tensor
 from typing_extensions import TypedDict
 
 import common.checkpoint
+from common.checkpoint import Checkpoint
 from common.layout import find_resumable
 from common.parsed import Count
 from mae.config import PretrainConfig
@@ -21,17 +22,6 @@ class TrainedImages(TypedDict):
 
     count: Count
     digest: str
-
-
-@with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
-class Checkpoint(TypedDict):
-    """What a checkpoint of pretraining holds, beside the format's version."""
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    epochs_completed: Count
-    steps_completed: Count
-    config: dict[str, Any]
 
 
 class WholeCheckpoint(Checkpoint):

@@ -12,16 +12,16 @@ from torch.utils.data import DataLoader, Subset
 
 from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
 from common.devices import peak_flops, peak_memory_mib
-from common.files import also_save_as, check_output_folder
+from common.files import also_save_as
 from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.layout import LAST, LOCK, LOG, checkpoint_path, reconstructions_path
 from common.lock import LockedError, hold
 from common.logbook import Logbook
 from common.parsed import read_log
-from common.trackers import Trackers, check_trackers
+from common.trackers import Trackers
 from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
-from mae.check import check_run_folder
+from mae.check import check_output
 from mae.config import PretrainConfig
 from mae.data import collate
 from mae.epoch import EpochTrainer
@@ -42,9 +42,7 @@ def pretrain(config: PretrainConfig) -> bool:
     run fails (a loss that is not finite, too many unreadable images).
     """
     with Interruption() as interruption:
-        check_output_folder(config.run.output_dir, reads=config.data.reads)
-        check_run_folder(config)
-        check_trackers(config.run.log_with)
+        check_output(config)
         run, state = build_run(config)
         if state.epochs_completed >= config.epochs_this_round:
             _check_round_is_there(config, state)

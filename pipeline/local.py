@@ -100,7 +100,7 @@ class LocalLauncher:
         """By exit code and by the files it had to leave."""
         step, what, outputs = running.step, "", dict[str, int]()
         state: State = "done"
-        if exit_code == EXIT_STOPPED or read_progress(step.folder).get("state") == "stopped":
+        if exit_code == EXIT_STOPPED or was_stopped(step.folder):
             state = "stopped"
         elif exit_code != 0:
             state, what = "failed", f"ended with exit code {exit_code}"
@@ -180,6 +180,13 @@ def read_progress(folder: Path) -> dict[str, Any]:
         return read_json(folder / PROGRESS, StepProgress)
     except FileNotFoundError:
         return {}
+
+
+def was_stopped(folder: Path) -> bool:
+    """Whether a step has saved and ended because it was told to; torchrun's exit code hides it."""
+    with suppress(ValueError):  # a damaged file says nothing; the exit code does
+        return read_progress(folder).get("state") == "stopped"
+    return False
 
 
 def progress_text(folder: Path) -> str:

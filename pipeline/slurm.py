@@ -25,7 +25,7 @@ from common.files import write_json
 from common.lock import hold
 from pipeline import preview, slurm_queue
 from pipeline.layout import Layout
-from pipeline.local import LocalLauncher, environment, read_progress
+from pipeline.local import LocalLauncher, environment, was_stopped
 from pipeline.plan import Step, nodes_of
 from pipeline.process import REPO_ROOT, Child, end_marked
 from pipeline.records import Record, is_done, other_settings, read_record, write_record
@@ -275,7 +275,7 @@ class StepJob:
         end_marked(mark)
         if exit_code == 0:
             return "done"
-        if self._ending or read_progress(step.folder).get("state") == "stopped":
+        if self._ending or was_stopped(step.folder):
             return "stopped"
         raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
 

@@ -109,9 +109,9 @@ def build_run(
     checkpoint_path: Path | None,
 ) -> tuple[Run, State]:
     """Build the run as the checkpoint has it, or anew. Writes nothing. Raises ValueError."""
-    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else {}
     torch.manual_seed(config.optimisation.seed)
-    if checkpoint is None or checkpoint_path is None:
+    if checkpoint_path is None:
         model, state = _start(config, task), State()
     else:
         shape = SegmenterShape.from_plain(checkpoint["shape"], checkpoint_path)
@@ -121,7 +121,7 @@ def build_run(
     refuse_disagreement(accelerator, state.epochs_completed, state.steps_completed)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config.optimisation)
-    if checkpoint is not None and checkpoint_path is not None:
+    if checkpoint_path is not None:
         load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
     description = task.description
     run = Run(

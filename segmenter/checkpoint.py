@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, with_config
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
 import common.checkpoint
-from common.checkpoint import misfits, read_torch_file, refuse_damaged, resample_positions
-from common.parsed import Count
+from common.checkpoint import (
+    Checkpoint,
+    misfits,
+    read_torch_file,
+    refuse_damaged,
+    resample_positions,
+)
 from common.vit import IMAGE_CHANNELS, VIT_SIZES
 from segmenter.config import ModelConfig
 from segmenter.encoder import POSITIONS, Encoder, EncoderShape
@@ -25,20 +30,14 @@ class DatasetFacts(TypedDict):
     reduce_zero_label: bool
 
 
-@with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
-class Checkpoint(TypedDict):
-    """What a checkpoint of finetuning holds, beside the format's version."""
+class FinetunedCheckpoint(Checkpoint):
+    """What is needed to continue, and to evaluate and predict without the dataset."""
 
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
     shape: dict[str, Any]
     classes: list[str]
     palette: list[Colour]
     dataset: DatasetFacts
     protocol: dict[str, Any]
-    config: dict[str, Any]
-    epochs_completed: Count
-    steps_completed: Count
     state: dict[str, Any]
 
 
@@ -53,7 +52,7 @@ Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """Read what `train` saved onto the CPU. Raises ValueError if the file is none."""
     return common.checkpoint.load_checkpoint(
-        path, program="python -m segmenter train", shape=Checkpoint, lazily=lazily
+        path, program="python -m segmenter train", shape=FinetunedCheckpoint, lazily=lazily
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_text
-from common.images import relative_files
+from common.folders import relative_files
 from common.yamlfile import check_names, read_yaml
 
 TRAIN, VAL = "train", "val"

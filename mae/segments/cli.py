@@ -13,6 +13,7 @@ from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, say
 from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
 from common.images import IMAGE_SUFFIXES, find_images
 from common.options import OptionGroup, option
+from common.run import MOST_PROCESSES
 from mae.listing import segment_key
 from mae.segments.check import check
 from mae.segments.forms import open_any_form
@@ -30,7 +31,7 @@ class Speed(OptionGroup):
 
     title: ClassVar[str] = "Speed"
     processes: int | None = option(
-        "Default: one per core.", None, at_least=1, at_most=1024, neutral=True
+        "Default: one per core.", None, at_least=1, at_most=MOST_PROCESSES, neutral=True
     )
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from common.files import open_regular, path_below, read_bytes
-from common.images import is_utf8, load_image, relative_files
+from common.folders import relative_files, walk
+from common.images import load_image
 from mae.segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle
 
 logger = logging.getLogger(__name__)
@@ -146,22 +147,19 @@ class PngFolder(SegmentFolder):
 
     def _scan(self) -> Iterator[tuple[str, bool]]:
         """Looks for the table in every folder, and does not list the PNGs beside it."""
-        open_folders, visited = [self.root], {os.path.realpath(self.root)}
-        while open_folders:
-            with os.scandir(open_folders.pop()) as entries:
-                folders = [Path(entry.path) for entry in sorted(entries, key=_links_last)
-                           if entry.is_dir() and is_utf8(entry.name)]  # fmt: skip
-            for folder in folders:
-                real = os.path.realpath(folder)
-                if real in visited:
-                    continue
-                visited.add(real)
-                try:
-                    size = (folder / self.table).stat().st_size
-                except OSError:
-                    open_folders.append(folder)
-                    continue
-                yield folder.relative_to(self.root).as_posix(), size <= self.bytes_of_header
+        found: dict[str, bool] = {}
+
+        def enter(below: str) -> bool:
+            try:
+                size = (self.root / below / self.table).stat().st_size
+            except OSError:
+                return True
+            found[below.removesuffix("/")] = size <= self.bytes_of_header
+            return False
+
+        for _ in walk(self.root, enter):
+            pass
+        yield from found.items()
 
     def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
         table = self.root / key / self.table
@@ -173,10 +171,6 @@ class PngFolder(SegmentFolder):
     def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float]]:
         """The PNGs of an image, each with the coverage that is stated."""
         raise NotImplementedError
-
-
-def _links_last(entry: os.DirEntry[str]) -> tuple[bool, str]:
-    return entry.is_symlink(), entry.name
 
 
 class PngTableFolder(PngFolder):

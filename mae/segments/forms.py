@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from common.folders import walk
 from mae.segments.folders import JsonFolder, PngMetadataFolder, PngTableFolder, SegmentFolder
 from mae.segments.store import STORE_NAME, PackedStore
 
@@ -15,8 +17,10 @@ def form_of(path: Path) -> str:
     """What the segments at a path are kept as, "none" if there are none; raises nothing."""
     if os.path.isfile(_store_path(path)):  # noqa: PTH113  (Path's raises where it may not look)
         return PackedStore.name
-    form = _folder_form(path)
-    return form.name if form else "none"
+    with suppress(ValueError):  # whoever opens them will say why
+        form = _folder_form(path)
+        return form.name if form else "none"
+    return "none"
 
 
 def open_segments(path: Path) -> PackedStore:
@@ -56,7 +60,10 @@ def _store_path(path: Path) -> Path:
 
 def _folder_form(root: Path) -> type[SegmentFolder] | None:
     """By the first file that tells; a whole walk could take minutes."""
-    for _, _, names in os.walk(root, followlinks=True):
+    if not os.path.isdir(root):  # noqa: PTH112
+        return None
+    for _, entries in walk(root):
+        names = [entry.name for entry in entries]
         for form in (PngTableFolder, PngMetadataFolder):
             if form.table in names:
                 return form

@@ -10,7 +10,6 @@ Shapes: B images, P points at a time, K candidates kept, H x W pixels of an imag
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes, nms
 
+from common.console import number_of
 from common.devices import choose_device, choose_precision
 from mae.segments.segment import Segment, ordered, segment_from_pixels
 from mae.segments.settings import SamSettings, as_stored
@@ -36,8 +36,8 @@ class Sam:
         """Load the model. Raises ValueError if that fails, saying what to do."""
         self.options = options
         self.batch_size = options.batch_size
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
-        self.device = choose_device(options.device, int(local_rank))
+        local_rank = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
+        self.device = choose_device(options.device, local_rank)
         self.precision = choose_precision(options.precision, on_cuda=self.device.type == "cuda")
         self.settings = as_stored(self.name, options, precision=self.precision)
         self.processor, model = _load(options.model)

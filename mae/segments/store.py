@@ -7,7 +7,6 @@ A zlib stream per image would take 50%, but then one segment could not be read a
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import zlib
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import open_regular
+from common.parsed import parsed_text
 from mae.segments.segment import Segment
 
 STORE_NAME = "masks.sqlite"
@@ -108,13 +108,9 @@ class PackedStore:
 
     def _settings(self) -> dict[str, Any]:
         """How the segments were made, as far as is known."""
-        try:
-            settings = json.loads(self.meta["settings"])
-        except (KeyError, TypeError, ValueError, RecursionError):
-            settings = None
-        if not isinstance(settings, dict):
-            raise ValueError(f"{self.path} is damaged: it does not say how it was made")
-        return settings
+        stored = self.meta.get("settings")
+        text = stored if isinstance(stored, str) else ""
+        return parsed_text(text, dict[str, Any], f"{self.path}: how it was made")
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """The segment closest to a coverage in percent, the smaller on a tie; None: there is none.

@@ -102,8 +102,7 @@ NO_CHECKPOINTS = {
 NO_FINETUNED = {
     "empty": write(FINE, b""), "cut": cut(FINE), "pretrained": lambda w: (
         (w / FINE).write_bytes((w / PRE).read_bytes())),
-    "NaN": change(FINE, model=poison(NAN)), "infinity": change(FINE, model=poison(INF, "head.weight"
-                                                               if False else "cls_token")),
+    "NaN": change(FINE, model=poison(NAN)), "infinity": change(FINE, model=poison(INF)),
     "shape that is text": change(FINE, shape="large"),
     "shape without its encoder": change(FINE, shape__encoder=DELETE),
     "a patch of 0 pixels": change(FINE, shape__encoder__patch_size=0),
