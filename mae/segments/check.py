@@ -10,6 +10,7 @@ from pathlib import Path
 from common.files import HEAD_BYTES, check_output_file, write_text
 from common.images import find_images, read_rgb
 from common.interruption import Interruption
+from common.parsed import read_json_lines
 from common.progress import Counter
 from mae.listing import segment_key
 from mae.segments.forms import SegmentSource, open_any_form
@@ -104,12 +105,8 @@ def _read_state(path: Path, identity: dict[str, str]) -> dict[str, str]:
     """What an interrupted check has found; a last line cut short is checked again."""
     if not path.exists():
         return {}
-    lines = path.read_text().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n")]
-    if complete and json.loads(complete[0]) != identity:
-        raise ValueError(
-            f"{path} is of a check of {json.loads(complete[0])}; remove it, or name another --out"
-        )
-    if len(complete) < len(lines):
-        path.write_text("".join(complete))
-    return dict(map(json.loads, complete[1:]))
+    found = list(read_json_lines(path, dict[str, str] | tuple[str, str]))
+    if found and found[0] != identity:
+        raise ValueError(f"{path} is of a check of {found[0]}; remove it, or name another --out")
+    write_text(path, "".join(json.dumps(line) + "\n" for line in found))
+    return dict(found[1:])

@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from common.images import MOST_PIXELS_VARIABLE, find_images, read_rgb
 from mae.listing import segment_key
+from mae.segments.forms import form_of
 
 
 def read_image(path):
@@ -199,6 +200,14 @@ def test_links_to_folders_are_followed_and_lead_to_nothing_twice(tmp_path):
     (train / "d").symlink_to(tmp_path / "elsewhere")
     (train / "e").symlink_to(tmp_path / "elsewhere")
     assert find_images(train) == ["b/one.jpg", "c/two.jpg", "d/x.jpg"]
+
+
+def test_links_in_circles_do_not_multiply_what_is_looked_for(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        for other in "abc":
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
+    assert form_of(tmp_path) == "none"  # of segments; for ever, if every way were gone
 
 
 def test_pipes_sockets_and_devices_are_left_out_with_a_word(tmp_path, caplog):

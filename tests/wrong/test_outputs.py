@@ -61,32 +61,29 @@ def spoil(kind, path):
         Image.new("RGB", (3, 3)).save(path, format="PNG")
 
 
-def places(suffix):
-    return {
-        "a missing folder": "{w}/no/such/x" + suffix,
-        "below a file": "{w}/nano.py/x" + suffix,
-        "a long name": "{w}/" + "x" * 260 + suffix,
-        "a name too long for what is written beside": "{w}/" + "x" * 240 + suffix,
-        "a folder": "{w}/there" + suffix,
-        "a pipe": "{w}/there" + suffix,
-        "a user's file": "{w}/there" + suffix,
-        "a photograph": "{w}/there" + suffix,
-    }
-
+PLACES = {
+    "a missing folder": "{w}/no/such/x",
+    "below a file": "{w}/nano.py/x",
+    "a long name": "{w}/" + "x" * 260,
+    "a name too long for what is written beside": "{w}/" + "x" * 240,
+    "a folder": "{w}/there",
+    "a pipe": "{w}/there",
+    "a user's file": "{w}/there",
+    "a photograph": "{w}/there",
+}
 
 FILES = [
     Case(
         f"{command}: {kind}",
-        f"{words} {place}",
+        f"{words} {place}{suffix}",
         "",
-        prepare=lambda w, kind=kind, place=place: (
+        prepare=lambda w, kind=kind, place=place, suffix=suffix: (
             a_run(w),
-            spoil(kind, Path(place.replace("{w}", str(w)))),
+            spoil(kind, Path(place.replace("{w}", str(w)) + (suffix or ".png"))),
         ),
     )
     for command, (words, suffix) in TO_FILE.items()
-    for kind, place in places(suffix).items()
-    if command != "inspect"
+    for kind, place in PLACES.items()
 ]
 FOLDERS = [
     Case(f"{command}: {kind}", f"{words} {place}")
