@@ -10,10 +10,10 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from common.download import download, has_digest
-from common.files import beside, check_output_folder, check_replaceable
+from common.files import beside, check_output_folder, check_replaceable, path_below
 from segmenter.dataset import SPLITS, TRAIN, VAL, DatasetDescription, is_ade20k, read_description
 from segmenter.labels import check_labels
 
@@ -127,11 +127,7 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
 
 
 def _check_member(member: zipfile.ZipInfo, archive: Path, name: str) -> None:
-    path = PurePosixPath(member.filename.replace("\\", "/"))
-    if not path.parts:
-        raise ValueError(f"{archive} is refused: a member has no name")
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-        raise ValueError(f"{archive} is refused: {member.filename!r} would leave the folder")
+    path = path_below(Path(), member.filename, f"{archive} is refused")
     if stat.S_ISLNK(member.external_attr >> 16):
         raise ValueError(f"{archive} is refused: {member.filename!r} is a link")
     if path.parts[0] != name:
