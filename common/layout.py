@@ -15,10 +15,11 @@ LAST = "last.pth"  # rolling, for resume
 # Finetuning's.
 CHECKPOINT, BEST = "checkpoint.pth", "best.pth"
 PREDICTIONS = "predictions.png"
+AREAS = "areas.npz"  # of each validation image: images [N], areas [N, 3, K] in pixels
 RESULT = "result.json"  # the scores; written last
 # By which a folder of one part is told from the other's, and from a stranger's.
 OF_PRETRAINING = (LAST, "checkpoint-*.pth", "reconstructions-*.png")
-OF_FINETUNING = (CHECKPOINT, BEST, RESULT, PREDICTIONS)
+OF_FINETUNING = (CHECKPOINT, BEST, AREAS, RESULT, PREDICTIONS)
 
 
 def checkpoint_path(folder: Path, epochs_completed: int) -> Path:

@@ -14,9 +14,11 @@ from common import layout
 
 BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking methods
 # What a run's name leaves out.
-DEFAULT_RATIO, DEFAULT_SEED = 15.0, 0
+DEFAULT_RATIO, DEFAULT_SEED, OWN = 15.0, 0, "own"
+# The sources of segments by name, so that a folder that somebody copied aside is no run.
 _RUN_NAME = re.compile(
-    r"(?P<method>[A-Za-z]\w*)(-cov(?P<coverage>\d+(\.\d+)?))?(-seed(?P<seed>\d+))?"
+    r"(?P<method>[A-Za-z]\w*)(-cov(?P<coverage>\d+(\.\d+)?))?"
+    r"(-(?P<segments_from>borrowed|blob|block))?(-seed(?P<seed>\d+))?"
 )
 _EVAL_NAME = re.compile(r"(?P<run>.+)_(?P<epochs>\d+)(-evalseed(?P<eval_seed>\d+))?")
 
@@ -25,17 +27,23 @@ _EVAL_NAME = re.compile(r"(?P<run>.+)_(?P<epochs>\d+)(-evalseed(?P<eval_seed>\d+
 class Run:
     """What tells one pretraining from another in an output directory.
 
-    A method without a coverage ratio, and a baseline, count as having the default one.
+    A method without segments, and a baseline, count as having the default ones.
     """
 
     method: str
     coverage_ratio: float = DEFAULT_RATIO
+    segments_from: str = OWN
     seed: int = DEFAULT_SEED
 
     @property
     def full_name(self) -> str:
         """All of it, for a run whose name an earlier version gave to another."""
-        return f"{self.method}-cov{ratio_text(self.coverage_ratio)}-seed{self.seed}"
+        ratio = ratio_text(self.coverage_ratio)
+        return f"{self.method}-cov{ratio}{self._source}-seed{self.seed}"
+
+    @property
+    def _source(self) -> str:
+        return "" if self.segments_from == OWN else f"-{self.segments_from}"
 
     @property
     def name(self) -> str:
@@ -43,7 +51,7 @@ class Run:
         ratio = self.coverage_ratio
         coverage = "" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}"
         seed = "" if self.seed == DEFAULT_SEED else f"-seed{self.seed}"
-        return f"{self.method}{coverage}{seed}"
+        return f"{self.method}{coverage}{self._source}{seed}"
 
     @classmethod
     def parse(cls, name: str) -> Run:
@@ -57,6 +65,7 @@ class Run:
         return cls(
             method=match["method"],
             coverage_ratio=float(match["coverage"] or DEFAULT_RATIO),
+            segments_from=match["segments_from"] or OWN,
             seed=int(match["seed"] or DEFAULT_SEED),
         )
 
@@ -90,6 +99,7 @@ class Layout:
         self.results_csv = root / "results.csv"  # one row per evaluation
         self.report_html = root / "report.html"  # the page that answers the question
         self.pretrain_output = root / "pretrain_output"  # a folder for each run
+        self.probe_output = root / "probe_output"  # a folder for each checkpoint that was probed
         self.eval_output = root / "eval_output"  # a folder for each evaluation
         self.segments = root / "segments.sqlite"  # if their own folder cannot be written to
         # Bookkeeping.
@@ -110,6 +120,10 @@ class Layout:
     def official_checkpoint(self, model: str) -> Path:
         """The official MAE release checkpoint that `--stack` starts from."""
         return self.pretrain_output / f"mae_pretrain_{model}.pth"
+
+    def probe_dir(self, run: str, epochs: int) -> Path:
+        """One probe's folder."""
+        return self.probe_output / eval_name(run, epochs)
 
     def eval_dir(self, run: str, epochs: int, eval_seed: int = 0) -> Path:
         """One evaluation's folder."""

@@ -38,7 +38,7 @@ def evaluate_model(
     Images are scored in groups of `eval_batch_size` neighbours, and whole groups are given out: the
     arithmetic, and so the areas, are exactly the same for any number of processes.
     """
-    areas = Areas(model.shape.num_classes, images.description.ignore_index)
+    areas = Areas(len(images), model.shape.num_classes, images.description.ignore_index)
     unreadable = Unreadable()
     size, everything = scoring.eval_batch_size, range(len(images))
     per_round, offset = size * accelerator.num_processes, size * accelerator.process_index
@@ -60,7 +60,7 @@ def evaluate_model(
                 images.protocol,
             )
             for (index, sample), predicted in zip(usable, predictions, strict=True):
-                areas.add(predicted, sample.labels.to(accelerator.device))
+                areas.add(index, predicted, sample.labels.to(accelerator.device))
                 if on_prediction is not None:
                     on_prediction(index, predicted.cpu())
             if on_progress is not None:
@@ -69,8 +69,8 @@ def evaluate_model(
                 told = torch.tensor(float(interruption.requested), device=accelerator.device)
                 if accelerator.reduce(told, reduction="sum").item():
                     return None
-    # gloo and nccl both add float64 exactly here: areas are integers below 2^53.
-    areas.total = accelerator.reduce(areas.total.to(accelerator.device), reduction="sum").cpu()
+    by_image = areas.by_image.to(accelerator.device)
+    areas.by_image = accelerator.reduce(by_image, reduction="sum").cpu()
     skipped = torch.tensor(float(len(unreadable.texts)), device=accelerator.device)
     areas.unreadable_images = int(accelerator.reduce(skipped, reduction="sum").item())
     unreadable.check(areas.unreadable_images, len(images))

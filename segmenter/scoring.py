@@ -93,7 +93,7 @@ def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, 
         raise ValueError(f"--predictions {folder} is not a folder")
     description = read_description(evaluation.dataset)
     classes, pairs = read_classes(description), description.pairs(evaluation.split)
-    areas = Areas(len(classes), description.ignore_index)
+    areas = Areas(len(pairs), len(classes), description.ignore_index)
     stored = []
     for pair in pairs:
         path = folder / f"{pair.name}.png"
@@ -101,9 +101,9 @@ def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, 
             path = folder / f"{pair.name}{description.annotation_suffix}"
         stored.append(dataclasses.replace(pair, annotation=path))
     check_labels(description, [*pairs, *stored])
-    for both in zip(stored, pairs, strict=True):
+    for index, both in enumerate(zip(stored, pairs, strict=True)):
         predicted, labels = (_classes_of(pair.annotation, description) for pair in both)
-        areas.add(predicted, labels)
+        areas.add(index, predicted, labels)
     return _result(areas, classes, description, pairs, None)
 
 

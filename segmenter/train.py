@@ -12,7 +12,7 @@ from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
 from common.devices import make_accelerator, peak_memory_mib
 from common.files import also_save_as, write_json
 from common.interruption import Interruption
-from common.layout import BEST, CHECKPOINT, LOCK, PREDICTIONS, RESULT
+from common.layout import AREAS, BEST, CHECKPOINT, LOCK, PREDICTIONS, RESULT
 from common.lock import hold
 from common.logbook import Logbook
 from segmenter import labels
@@ -146,7 +146,7 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> bool:
 
 
 def _evaluate(run: Run, state: State, logbook: Logbook | None) -> dict[str, Any] | None:
-    """Plain scores, None if told to stop."""
+    """Plain scores, None if told to stop. The areas of each image are left in a file."""
     began = time.monotonic()
     areas = evaluate_model(
         run.accelerator,
@@ -157,7 +157,11 @@ def _evaluate(run: Run, state: State, logbook: Logbook | None) -> dict[str, Any]
         interruption=run.interruption,
     )
     state.total_seconds += time.monotonic() - began
-    return None if areas is None else areas.scores(run.classes.names)
+    if areas is None:
+        return None
+    if run.accelerator.is_main_process:  # of this evaluation, or of one that is lost and made again
+        areas.save(run.output_dir / AREAS, [pair.name for pair in run.task.val])
+    return areas.scores(run.classes.names)
 
 
 def _epoch_record(run: Run, state: State) -> dict[str, Any]:

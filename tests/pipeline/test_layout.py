@@ -12,9 +12,10 @@ RATIOS += [random.Random(0).uniform(0, 100) for _ in range(50)]
 
 
 @pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("source", ["own", "borrowed"])
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_names_are_parsed_back_whatever_the_ratio(ratio: float, seed: int) -> None:
-    run = Run(method="four_channels", coverage_ratio=ratio, seed=seed)
+def test_names_are_parsed_back_whatever_the_ratio(ratio: float, source: str, seed: int) -> None:
+    run = Run(method="four_channels", coverage_ratio=ratio, segments_from=source, seed=seed)
     assert Run.parse(run.name) == run
     for eval_seed in (0, 2):
         folder = Layout(Path("/out")).eval_dir(run.name, 5, eval_seed)
@@ -27,6 +28,9 @@ def test_names_as_the_design_has_them() -> None:
     assert Run(method="four_channels", coverage_ratio=25.0, seed=1).name == (
         "four_channels-cov25-seed1"
     )
+    run = Run(method="four_channels", coverage_ratio=25.0, segments_from="blob", seed=1)
+    assert run.name == "four_channels-cov25-blob-seed1"
+    assert paths.probe_dir(run.name, 5) == Path("/out/probe_output") / f"{run.name}_5"
     assert paths.eval_dir("scratch", 0) == Path("/out/eval_output/scratch_0")
     assert paths.eval_dir("patches", 5, 1).name == "patches_5-evalseed1"
 

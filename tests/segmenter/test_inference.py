@@ -103,10 +103,10 @@ def test_with_flips_a_mirrored_image_gives_the_mirrored_prediction(model):
 
 
 def test_scores_a_hand_can_compute():
-    areas = Areas(3, ignore_index=9)
+    areas = Areas(1, 3, ignore_index=9)
     labels = torch.tensor([[0, 0, 0, 1], [1, 1, 9, 9]], dtype=torch.uint8)
     predicted = torch.tensor([[0, 0, 1, 1], [1, 0, 2, 0]], dtype=torch.uint8)
-    areas.add(predicted, labels)
+    areas.add(0, predicted, labels)
     scores = areas.scores(["a", "b", "c"])
     assert scores["pixel_accuracy"] == pytest.approx(100 * 4 / 6)
     assert scores["class_iou"] == {
@@ -120,9 +120,9 @@ def test_areas_equal_mmsegmentations_metric_on_all_predictions():
     with quiet_imports():
         from mmseg.evaluation import IoUMetric
     generator = torch.Generator().manual_seed(0)
-    areas, peer = Areas(5, 255), IoUMetric(ignore_index=255, iou_metrics=["mIoU"])
+    areas, peer = Areas(6, 5, 255), IoUMetric(ignore_index=255, iou_metrics=["mIoU"])
     peer.dataset_meta = {"classes": list("abcde")}
-    for _ in range(6):
+    for index in range(6):
         labels = torch.randint(0, 5, (30, 41), dtype=torch.uint8, generator=generator)
         predicted = torch.where(
             torch.rand(30, 41, generator=generator) < 0.6,
@@ -130,7 +130,7 @@ def test_areas_equal_mmsegmentations_metric_on_all_predictions():
             torch.randint(0, 5, (30, 41), dtype=torch.uint8, generator=generator),
         )
         labels[:3] = 255
-        areas.add(predicted, labels)
+        areas.add(index, predicted, labels)
         sample = {"pred_sem_seg": {"data": predicted[None]}, "gt_sem_seg": {"data": labels[None]}}
         peer.process({}, [sample])
     expected = peer.compute_metrics(peer.results)

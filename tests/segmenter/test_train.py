@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,9 +47,21 @@ def test_a_run_leaves_everything_and_nothing_unfinished(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "log.txt", "checkpoint.pth", "best.pth", "predictions.png", "progress.json",
-        "result.json", "tensorboard", ".trackers.json", ".lock",
+        "areas.npz", "result.json", "tensorboard", ".trackers.json", ".lock",
     }  # fmt: skip
     assert any((finished / "tensorboard").iterdir())
+
+
+def test_the_areas_of_the_images_amount_to_the_scores(finished):
+    with np.load(finished / "areas.npz", allow_pickle=False) as file:
+        images, areas = file["images"], file["areas"]
+    result = result_of(finished)
+    assert len(images) == len(areas) == result["dataset"]["num_val"]
+    assert len(set(images.tolist())) == len(images)
+    intersection, predicted, label = areas.sum(0)
+    iou = 100 * intersection / (predicted + label - intersection)
+    assert iou.tolist() == pytest.approx(list(result["class_iou"].values()))
+    assert result["pixel_accuracy"] == pytest.approx(100 * intersection.sum() / label.sum())
 
 
 def test_the_log_has_each_epoch_once_with_its_scores(finished):
