@@ -69,6 +69,12 @@ def step_seconds(steps: Sequence[Step]) -> dict[str, float]:
         found[step.name] = cost["setup_seconds"] + epochs * cost["epoch_seconds"]
         if step.kind == "evaluate":
             found[step.name] += cost["evaluations"] * cost["evaluation_seconds"]
+    for step in steps:
+        if step.kind == "probe" and ("evaluate", None) in timed:
+            # It looks at every training image once, and at the others as an evaluation does.
+            cost, images = timed["evaluate", None], step.answer["images"]
+            looks = 1 + images["train"] / images["val"]
+            found[step.name] = cost["setup_seconds"] + looks * cost["evaluation_seconds"]
     return found
 
 
@@ -96,7 +102,7 @@ def wall_seconds(left: Sequence[Step], seconds: Mapping[str, float], *, overlaps
     lane_free: dict[str, float] = {}
     ends: dict[str, float] = {}
     for step in left:
-        lane = step.kind if overlaps else "the only one"
+        lane = step.lane if overlaps else "the only one"
         begin = max([lane_free.get(lane, 0.0), *(ends.get(need, 0.0) for need in step.needs)])
         ends[step.name] = lane_free[lane] = begin + seconds.get(step.name, 0.0)
     return max(ends.values(), default=0.0)

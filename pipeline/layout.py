@@ -15,10 +15,11 @@ from common import layout
 BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking methods
 # What a run's name leaves out.
 DEFAULT_RATIO, DEFAULT_SEED, OWN = 15.0, 0, "own"
-# The sources of segments by name, so that a folder that somebody copied aside is no run.
+# Controls of a method are known by name, so that a folder that somebody copied aside is no run.
+CONTROLS = ("borrowed", "blob", "block")
 _RUN_NAME = re.compile(
     r"(?P<method>[A-Za-z]\w*)(-cov(?P<coverage>\d+(\.\d+)?))?"
-    r"(-(?P<segments_from>borrowed|blob|block))?(-seed(?P<seed>\d+))?"
+    rf"(-(?P<segments_from>{'|'.join(CONTROLS)}))?(-seed(?P<seed>\d+))?"
 )
 _EVAL_NAME = re.compile(r"(?P<run>.+)_(?P<epochs>\d+)(-evalseed(?P<eval_seed>\d+))?")
 

@@ -35,7 +35,7 @@ class _Running:
 
 
 class LocalLauncher:
-    """Up to one step in each lane: one lane, or one for each kind if evaluations overlap."""
+    """Up to one step in each lane: one lane, or several if evaluations overlap."""
 
     def __init__(self, paths: Layout, *, overlaps: bool, output: BinaryIO | None = None):
         """`output` is where the steps' output is shown, standard output unless given."""
@@ -47,7 +47,7 @@ class LocalLauncher:
 
     def has_room_for(self, step: Step) -> bool:
         """Whether the step could start now."""
-        return all(self.overlaps and r.step.kind != step.kind for r in self.running)
+        return all(self.overlaps and r.step.lane != step.lane for r in self.running)
 
     def start(self, step: Step) -> list[Record]:
         """Starts the step; an orphan of an earlier, killed run is waited for first.

@@ -33,12 +33,14 @@ class Facts:
     of an earlier version counts as that does not have it."""
     official_checkpoints: tuple[str, ...] = ()
     """The models of which there are published ones."""
+    has_official: bool = False
+    """Whether that of this model is at hand."""
     packing: tuple[Path, Path] | None = None
     """Segments that have to be packed before pretraining reads them, and the store to write."""
 
-    def uses_ratio(self, method: str) -> bool:
-        """Whether the coverage ratio matters to the method."""
-        return "coverage_ratio" in self.methods[method]["settings"]
+    def uses(self, setting: str, method: str) -> bool:
+        """Whether a setting of masking matters to the method."""
+        return setting in self.methods[method]["settings"]
 
     def idle(self, method: Any) -> set[str]:
         """Settings that matter to other methods only; none for a method that is not known."""
@@ -87,10 +89,21 @@ def ask_facts(settings: Settings | None = None) -> Facts:
     return Facts(
         methods=mae["methods"],
         recipes=segmenter["recipes"],
-        options={"pretrain": mae["options"], "evaluate": segmenter["options"]},
+        options={
+            "pretrain": mae["options"],
+            "probe": segmenter["probe"],
+            "evaluate": segmenter["options"],
+        },
         official_checkpoints=tuple(mae["official_checkpoints"]),
+        has_official=settings is not None and _has_official(settings),
         packing=packing,
     )
+
+
+def _has_official(settings: Settings) -> bool:
+    experiment, paths = settings.experiment, Layout(settings.data.output_dir)
+    file = experiment.mae_checkpoint or paths.official_checkpoint(experiment.model)
+    return file.is_file()
 
 
 def part_command(program: Sequence[str], options: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """From settings to steps. Pure: nothing is read, written or started here.
 
 A step is one child process: fetch the official checkpoint, pack segments, pretrain up to the end of
-a round, or finetune and score a checkpoint. Steps meet in files only; `needs` names the steps that
-make them.
+a round, probe a checkpoint's frozen encoder, or finetune and score it. Steps meet in files only;
+`needs` names the steps that make them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from common import layout
 from common.yamlfile import check_names
-from pipeline.layout import BASELINES, DEFAULT_RATIO, Layout, Run, eval_name
-from pipeline.parts import Facts, as_arguments, part_command
+from pipeline.layout import BASELINES, DEFAULT_RATIO, OWN, Layout, Run, eval_name
+from pipeline.parts import Facts, as_arguments
 from pipeline.settings import Settings
 
 PACK = "pack_segments"
@@ -34,7 +34,7 @@ class Step:
 
     name: str
     """Unique, usable as a file name: pretrain_four_channels_5, evaluate_four_channels_5."""
-    kind: Literal["fetch", "pack", "pretrain", "evaluate"]
+    kind: Literal["fetch", "pack", "pretrain", "probe", "evaluate"]
     run: str
     """The run's name; its folder is called so."""
     epochs: int
@@ -43,6 +43,8 @@ class Step:
     """Python module, command and arguments, such as ("mae", "pretrain")."""
     options: Mapping[str, Any]
     """Its options: underscore spelling -> value."""
+    operands: tuple[str, ...] = ()
+    """Those of them that are given without their names."""
     processes: int
     needs: tuple[str, ...]
     folder: Path
@@ -76,13 +78,24 @@ class Step:
         return self.options.get("device") == "cuda"
 
     @property
+    def lane(self) -> str:
+        """Steps of different lanes may run beside each other: scoring uses the GPUs kept for it."""
+        return "evaluate" if self.kind == "probe" else self.kind
+
+    @property
     def command(self) -> list[str]:
         """The command line; torchrun's module form when there are several processes."""
         if self.processes == 1 and self.rendezvous == ("--standalone",):
-            return part_command(self.program, self.options)
+            return self.alone
         launch = ["-m", "torch.distributed.run", *self.rendezvous]
-        launch += [f"--nproc-per-node={self.processes}", "-m"]
-        return [sys.executable, *launch, *self.program, *as_arguments(self.options)]
+        return [sys.executable, *launch, f"--nproc-per-node={self.processes}", *self.alone[1:]]
+
+    @property
+    def alone(self) -> list[str]:
+        """The command line of one process by itself."""
+        operands = [str(self.options[name]) for name in self.operands]
+        named = {name: v for name, v in self.options.items() if name not in self.operands}
+        return [sys.executable, "-m", *self.program, *operands, *as_arguments(named)]
 
 
 def make_plan(
@@ -98,16 +111,12 @@ def make_plan(
         if method not in facts.methods:
             known = ", ".join(facts.methods)
             raise ValueError(f"--mask-method is {method!r}; choose one of {known}")
-    steps: list[Step] = []
-    only, names = experiment.eval, made or {}
-    if only == "mae" or (only is None and experiment.stack):
-        steps += plan.fetch()
-    if only in BASELINES or (only is None and 0 in experiment.eval_points):
-        baseline = only or ("mae" if experiment.stack else "scratch")
-        for seed in experiment.seed:
-            run = Run(method=baseline, seed=seed)
-            needs = tuple(step.name for step in steps if step.kind == "fetch")
-            steps += plan.evaluate(run, _name(run, names), 0, needs)
+    only, names, baselines = experiment.eval, made or {}, _baselines(settings, facts)
+    steps = plan.fetch() if "mae" in baselines or (experiment.stack and only is None) else []
+    fetched = tuple(step.name for step in steps)
+    for baseline, seed in product(baselines, experiment.seed):
+        run = Run(method=baseline, seed=seed)
+        steps += plan.score(run, _name(run, names), 0, fetched if baseline == "mae" else ())
     if only in BASELINES:
         return steps
     steps += plan.pack() if only is None else []
@@ -115,14 +124,27 @@ def make_plan(
     for run in _runs(settings, facts):
         name, previous = _name(run, names), prepared
         if only is not None:
-            steps += plan.evaluate(run, name, int(only), needs=())
+            steps += plan.score(run, name, int(only), needs=())
             continue
-        for epochs in sorted({*experiment.eval_points, experiment.pretrain_epochs} - {0}):
+        scored = {*experiment.eval_points, *experiment.probe_points}
+        for epochs in sorted({*scored, experiment.pretrain_epochs} - {0}):
             steps.append(plan.pretrain(run, name, epochs, previous))
             previous = (steps[-1].name,)
-            if epochs in experiment.eval_points:
-                steps += plan.evaluate(run, name, epochs, needs=previous)
+            steps += plan.score(run, name, epochs, needs=previous)
     return steps
+
+
+def _baselines(settings: Settings, facts: Facts) -> tuple[str, ...]:
+    """What is scored without a pretraining of ours."""
+    experiment = settings.experiment
+    if experiment.eval is not None:
+        return (experiment.eval,) if experiment.eval in BASELINES else ()
+    before = "mae" if experiment.stack else "scratch"  # what pretraining starts from
+    chosen = experiment.baselines
+    if chosen is None:
+        chosen = BASELINES if experiment.stack or facts.has_official else ("scratch",)
+    wanted = {*chosen, *([before] if 0 in experiment.eval_points else [])}
+    return tuple(name for name in BASELINES if name in wanted)
 
 
 def _name(run: Run, made: Mapping[Run, str]) -> str:
@@ -131,12 +153,14 @@ def _name(run: Run, made: Mapping[Run, str]) -> str:
 
 
 def _runs(settings: Settings, facts: Facts) -> Iterator[Run]:
-    """Every pretraining; one per seed for a method that has no coverage ratio."""
+    """Every pretraining; what does not matter to a method does not multiply its runs."""
     experiment = settings.experiment
     for method, seed in product(experiment.mask_method, experiment.seed):
-        ratios = experiment.coverage_ratio if facts.uses_ratio(method) else (DEFAULT_RATIO,)
-        for ratio in ratios:
-            yield Run(method=method, coverage_ratio=ratio, seed=seed)
+        ratios = experiment.coverage_ratio
+        ratios = ratios if facts.uses("coverage_ratio", method) else (DEFAULT_RATIO,)
+        sources = experiment.segments_from if facts.uses("segments_from", method) else (OWN,)
+        for ratio, source in product(ratios, sources):
+            yield Run(method=method, coverage_ratio=ratio, segments_from=source, seed=seed)
 
 
 class _Planner:
@@ -200,7 +224,7 @@ class _Planner:
                 "in1k_dir": settings.data.in1k_dir,
                 "masks_dir": settings.data.masks_dir,
                 "mask_method": run.method,
-                "coverage_ratio": run.coverage_ratio if self.facts.uses_ratio(run.method) else None,
+                **self._of_segments(run),
                 "model": settings.experiment.model,
                 "epochs": settings.experiment.pretrain_epochs,
                 "stop_after": epochs,
@@ -223,15 +247,70 @@ class _Planner:
             **self._decided("pretrain", options),
         )  # fmt: skip
 
-    def evaluate(self, run: Run, name: str, epochs: int, needs: tuple[str, ...]) -> list[Step]:
-        """Finetunes and scores the checkpoint after `epochs`, once for each finetuning seed.
+    def _of_segments(self, run: Run) -> dict[str, Any]:
+        """The options that tell which segments are hidden, as far as the method has them."""
+        given = {"coverage_ratio": run.coverage_ratio, "segments_from": run.segments_from}
+        return {name: v for name, v in given.items() if self.facts.uses(name, run.method)}
+
+    def score(self, run: Run, name: str, epochs: int, needs: tuple[str, ...]) -> list[Step]:
+        """Probes and finetunes the checkpoint after `epochs`, where that is wanted.
 
         A baseline's is a random ViT (scratch) or the official checkpoint (mae).
         """
+        experiment, steps = self.settings.experiment, []
+        always = run.method in BASELINES or experiment.eval is not None
+        if experiment.probe_freq != 0 and (always or epochs in experiment.probe_points):
+            steps.append(self.probe(run, name, epochs, needs))
+        if always or epochs in experiment.eval_points:
+            steps += self.evaluate(run, name, epochs, needs)
+        return steps
+
+    def probe(self, run: Run, name: str, epochs: int, needs: tuple[str, ...]) -> Step:
+        """Scores the frozen encoder, by the finetuning's protocol unless told otherwise."""
+        folder, known = self.paths.probe_dir(name, epochs), self.facts.options["probe"]
+        planned, given = self._scored(run, name, epochs)
+        given = {n: v for n, v in given.items() if n in known} | dict(self.settings.parts.probe)
+        planned |= {"seed": run.seed, "output_dir": folder}
+        planned = {n: v for n, v in planned.items() if n in known or n == "init"}
+        options = self._options("probe", planned, given)
+        decided = self._decided("probe", options)
+        init = self._within(options["init"])  # an operand, which no fact is about
+        decided["settings"]["init"] = init
+        return Step(
+            name=f"probe_{eval_name(name, epochs)}", kind="probe", run=name, epochs=epochs,
+            program=("segmenter", "probe"), options=options, operands=("init",), needs=needs,
+            folder=folder, outputs=(folder / layout.RESULT,), **self._scoring_devices, **decided,
+        )  # fmt: skip
+
+    def evaluate(self, run: Run, name: str, epochs: int, needs: tuple[str, ...]) -> list[Step]:
+        """Finetunes and scores the checkpoint, once for each finetuning seed."""
+        planned, given = self._scored(run, name, epochs)
+        steps = []
+        for eval_seed in range(self.settings.experiment.eval_seeds):
+            folder = self.paths.eval_dir(name, epochs, eval_seed)
+            own = {"seed": run.seed + eval_seed, "output_dir": folder}
+            options = self._options("finetune", {**planned, **own}, given)
+            left = (layout.RESULT, layout.LOG, layout.PREDICTIONS)
+            steps.append(Step(
+                name=f"evaluate_{eval_name(name, epochs, eval_seed)}", kind="evaluate", run=name,
+                epochs=epochs, program=("segmenter", "train"), options=options, needs=needs,
+                folder=folder, outputs=tuple(folder / file for file in left),
+                **self._scoring_devices, **self._decided("evaluate", options),
+            ))  # fmt: skip
+        return steps
+
+    @property
+    def _scoring_devices(self) -> dict[str, Any]:
+        compute = self.settings.compute
+        processes = len(compute.eval_gpus) or compute.processes
+        return {"processes": processes, "gpus": compute.eval_gpus or None}
+
+    def _scored(self, run: Run, name: str, epochs: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of whatever scores a checkpoint: those of the plan, and those that were given."""
         init: Path | str = self.paths.checkpoint(name, epochs)
         if run.method in BASELINES:
             init = "random" if run.method == "scratch" else self.official_checkpoint
-        settings, compute = self.settings, self.settings.compute
+        settings = self.settings
         given = dict(settings.parts.finetune)
         if init == "random":  # no checkpoint tells the patches: give it the others' size
             given.setdefault("patch_size", settings.parts.pretrain.get("patch_size"))
@@ -244,20 +323,7 @@ class _Planner:
             "model": settings.experiment.model,
             "dataset": settings.data.dataset,
         }
-        steps = []
-        for eval_seed in range(settings.experiment.eval_seeds):
-            folder = self.paths.eval_dir(name, epochs, eval_seed)
-            own = {"seed": run.seed + eval_seed, "output_dir": folder}
-            options = self._options("finetune", {**planned, **own}, given)
-            left = (layout.RESULT, layout.LOG, layout.PREDICTIONS)
-            steps.append(Step(
-                name=f"evaluate_{eval_name(name, epochs, eval_seed)}", kind="evaluate", run=name,
-                epochs=epochs, program=("segmenter", "train"), options=options, needs=needs,
-                folder=folder, processes=len(compute.eval_gpus) or compute.processes,
-                gpus=compute.eval_gpus or None, outputs=tuple(folder / file for file in left),
-                **self._decided("evaluate", options),
-            ))  # fmt: skip
-        return steps
+        return planned, given
 
     def _options(
         self, section: str, planned: Mapping[str, Any], given: Mapping[str, Any]
@@ -279,14 +345,15 @@ class _Planner:
 
     def _decided(self, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The step's `settings` and `older`."""
-        within, idle = f"{self.paths.root}/", self.facts.idle(options.get("mask_method"))
+        idle = self.facts.idle(options.get("mask_method"))
         resolved, older = self.facts.resolve(kind, options)
-        decided = {
-            name: value.removeprefix(within) if isinstance(value, str) else value
-            for name, value in resolved.items()
-            if name not in idle
-        }
+        decided = {n: self._within(value) for n, value in resolved.items() if n not in idle}
         return {"settings": decided, "older": older}
+
+    def _within(self, value: Any) -> Any:
+        """A path inside the output directory relative to it, so that it may be moved."""
+        text = str(value) if isinstance(value, Path) else value
+        return text.removeprefix(f"{self.paths.root}/") if isinstance(text, str) else text
 
 
 def nodes_of(step: Step, settings: Settings) -> int:

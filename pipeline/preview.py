@@ -19,7 +19,7 @@ from common.files import NOTHING_WRITTEN, check_output_folder, check_replaceable
 from pipeline.layout import Layout
 from pipeline.local import read_progress
 from pipeline.machine import hardware, versions, visible_gpus
-from pipeline.parts import Facts, ask, ask_facts, part_command
+from pipeline.parts import Facts, ask, ask_facts
 from pipeline.plan import PACK, Step, make_plan, nodes_of
 from pipeline.records import differences, is_done, made_runs, write_plan
 from pipeline.report import is_report
@@ -83,8 +83,8 @@ def _check_same_settings(steps: list[Step], paths: Layout, facts: Facts) -> None
     changed, remedy = differences(steps, paths, facts), "Use these or another --output-dir"
     if not changed:
         return
-    if not differences([step for step in steps if step.kind != "evaluate"], paths, facts):
-        remedy += f", or remove {paths.eval_output} to finetune every checkpoint anew"
+    if not differences([step for step in steps if step.lane != "evaluate"], paths, facts):
+        remedy += f", or remove {paths.eval_output} and {paths.probe_output} to score anew"
     raise ValueError(
         f"{paths.root} holds a run with other settings: {'; '.join(changed[:5])}"
         f"{' ...' if len(changed) > 5 else ''}. {remedy}"
@@ -118,7 +118,7 @@ def _ask_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, dict[st
     WORLD_SIZE tells a part, as torchrun will, how many processes share a batch.
     """
     kinds = {(step.kind, step.run): step for step in reversed(waiting)}
-    asked = {key: step for key, step in kinds.items() if step.kind in ("pretrain", "evaluate")}
+    asked = {key: step for key, step in kinds.items() if step.kind not in ("fetch", "pack")}
     will_pack = any(step.kind == "pack" for step in waiting)
     commands = []
     for step in asked.values():
@@ -126,7 +126,7 @@ def _ask_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, dict[st
         options, flags = dict(with_existing_init(step).options), []
         if step.kind == "pretrain" and will_pack:
             options["masks_dir"], flags = settings.data.masks_dir, ["--will-pack"]
-        commands.append([*part_command(step.program, options), "--check", "--json", *flags])
+        commands.append([*replace(step, options=options).alone, "--check", "--json", *flags])
     found = ask(
         commands,
         [{"WORLD_SIZE": str(s.processes * nodes_of(s, settings))} for s in asked.values()],
@@ -140,8 +140,8 @@ def with_existing_init(step: Step) -> Step:
     init = step.options.get("init")
     if init in (None, "random") or Path(init).exists():
         return step
-    # To pretrain from nothing, --init is left out; to finetune, it is "random".
-    instead = "random" if step.kind == "evaluate" else None
+    # To pretrain from nothing, --init is left out; to score nothing, it is "random".
+    instead = "random" if step.lane == "evaluate" else None
     return replace(step, options={**step.options, "init": instead})
 
 
@@ -186,6 +186,7 @@ def _what(step: Step) -> str:
         "fetch": f"download the official {options.get('model')}",
         "pack": "pack the segments into one file",
         "pretrain": f"pretrain up to epoch {step.epochs} of {options.get('epochs')}",
+        "probe": f"probe the frozen encoder, seed {options.get('seed')}",
         "evaluate": f"finetune and score, seed {options.get('seed')}",
     }[step.kind]
 

@@ -18,13 +18,22 @@ from typing_extensions import TypedDict
 from common import settings
 from common.files import write_json
 from common.parsed import read_json
-from pipeline.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, Layout, Run, parse_eval_name
+from pipeline.layout import (
+    BASELINES,
+    DEFAULT_RATIO,
+    DEFAULT_SEED,
+    OWN,
+    Layout,
+    Run,
+    parse_eval_name,
+)
 from pipeline.parts import Facts
 from pipeline.plan import Step
 
 # Settings in which the steps of a kind may differ within one output directory, or one report.
 MAY_DIFFER = {
-    "pretrain": frozenset({"mask_method", "coverage_ratio", "seed"}),
+    "pretrain": frozenset({"mask_method", "coverage_ratio", "segments_from", "seed"}),
+    "probe": frozenset({"init", "patch_size", "seed"}),
     "evaluate": frozenset({"init", "patch_size", "seed"}),
 }
 
@@ -82,6 +91,7 @@ class Record:
         return Run(
             method=method,
             coverage_ratio=float(self.fingerprint.get("coverage_ratio", DEFAULT_RATIO)),
+            segments_from=str(self.fingerprint.get("segments_from", OWN)),
             seed=int(self.fingerprint.get("seed", DEFAULT_SEED)) - eval_seed,
         )
 
@@ -221,15 +231,17 @@ def _binding(paths: Layout) -> list[Record]:
 
 
 def _binds(record: Record, paths: Layout) -> bool:
-    """Whether later calls have to keep to a pretraining's or an evaluation's settings.
+    """Whether later calls have to keep to a pretraining's, a probe's or an evaluation's settings.
 
-    Not when what it made was removed, a pretraining's scores included, and not when it is an
-    evaluation that came to nothing: that one's own part judges whether it can go on with others.
+    Not when what it made was removed, a pretraining's scores included, and not when it is a score
+    that came to nothing: that one's own part judges whether it can go on with others.
     """
+    scores = {"evaluate": paths.eval_output, "probe": paths.probe_output}
     if record.kind == "pretrain":
-        scores = paths.eval_output.glob(f"{record.run}_[0-9]*")
-        return paths.pretrain_dir(record.run).exists() or any(scores)
-    folder = paths.eval_output / record.name.removeprefix("evaluate_")
+        of_run = f"{record.run}_[0-9]*"
+        scored = any(any(folder.glob(of_run)) for folder in scores.values())
+        return paths.pretrain_dir(record.run).exists() or scored
+    folder = scores[record.kind] / record.name.removeprefix(f"{record.kind}_")
     return folder.exists() and record.state not in ("failed", "stopped")
 
 
@@ -238,7 +250,7 @@ def made_runs(paths: Layout) -> dict[Run, str]:
     found: dict[Run, str] = {}
     for record in read_all_records(paths):
         is_baseline = Run.parse(record.run).method in BASELINES
-        if record.kind not in MAY_DIFFER or (record.kind == "evaluate") != is_baseline:
+        if record.kind != ("evaluate" if is_baseline else "pretrain"):
             continue
         if _binds(record, paths) or record.state == "submitted":
             found.setdefault(record.pretraining, record.run)

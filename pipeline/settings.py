@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from common.options import OptionGroup, groups_of, option
 from common.run import MOST_EPOCHS, MOST_PROCESSES, MOST_SEED
 from common.yamlfile import plain
-from pipeline.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED
+from pipeline.layout import BASELINES, CONTROLS, DEFAULT_RATIO, DEFAULT_SEED, OWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,10 @@ class Experiment(OptionGroup):
         "Wanted share of the image to hide, in percent; one or several.", (DEFAULT_RATIO,),
         at_least=0, at_most=100,
     )  # fmt: skip
+    segments_from: tuple[str, ...] = option(
+        "Whose segments are hidden: own, or the controls borrowed, blob, block; one or several.",
+        (OWN,), choices=lambda: (OWN, *CONTROLS),
+    )  # fmt: skip
     seed: tuple[int, ...] = option(
         "Of pretraining and finetuning; one or several.",
         (DEFAULT_SEED,),
@@ -80,12 +84,21 @@ class Experiment(OptionGroup):
     eval_epochs: tuple[int, ...] | None = option(
         "Evaluate at these instead; 0 = before pretraining.", None, at_least=0
     )
+    probe_freq: int | None = option(
+        "Probe the frozen encoder every so many epochs, too; 0 = no probes at all. "
+        "Default: where it is evaluated.", None, at_least=0,
+    )  # fmt: skip
     eval_seeds: int = option(
         "Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, at_least=1, at_most=1000
     )
     recipe: str = option("Finetuning recipe: a name or a YAML file.", "segmenter")
     stack: bool = option("Start from the official MAE checkpoint.", False)
     mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
+    baselines: tuple[str, ...] | None = option(
+        "Reference lines: scratch (a random ViT), mae (the official checkpoint), or none. "
+        "Default: scratch, and mae if that file is at hand.", None,
+        choices=lambda: (*BASELINES, "none"),
+    )  # fmt: skip
     eval: str | None = option(
         "Evaluate only this: N epochs completed, scratch (a random ViT) or mae.", None
     )
@@ -96,14 +109,16 @@ class Experiment(OptionGroup):
         methods = tuple(method.replace("-", "_") for method in self.mask_method)
         object.__setattr__(self, "mask_method", methods)
         object.__setattr__(self, "model", self.model.replace("-", "_"))
-        for name in ("mask_method", "coverage_ratio", "seed", "eval_epochs"):
+        for name in (
+            "mask_method", "coverage_ratio", "segments_from", "seed", "eval_epochs", "baselines"
+        ):  # fmt: skip
             values = getattr(self, name) or ()
             if len(set(values)) != len(values):
                 raise ValueError(f"--{name.replace('_', '-')} names one twice")
         if any(epochs > self.pretrain_epochs for epochs in self.eval_epochs or ()):
             raise ValueError(f"--eval-epochs end with the {self.pretrain_epochs} of pretraining")
-        if self.mae_checkpoint and not self.stack and self.eval != "mae":
-            raise ValueError("--mae-checkpoint is of use only with --stack or --eval mae; add one")
+        if self.baselines and "none" in self.baselines and len(self.baselines) > 1:
+            raise ValueError("--baselines names none and others; give one or the other")
         if self.mae_checkpoint is not None and not self.mae_checkpoint.is_file():
             raise ValueError(f"--mae-checkpoint {self.mae_checkpoint} is not a file")
         if self.eval is not None and self.eval not in BASELINES and not self.eval.isdecimal():
@@ -116,6 +131,14 @@ class Experiment(OptionGroup):
             return tuple(sorted(self.eval_epochs))
         every = range(self.eval_freq, self.pretrain_epochs, self.eval_freq)
         return (*every, self.pretrain_epochs)
+
+    @property
+    def probe_points(self) -> tuple[int, ...]:
+        """Epochs completed at which to probe, ascending."""
+        if self.probe_freq == 0:
+            return ()
+        freq = self.probe_freq or self.pretrain_epochs + 1
+        return tuple(sorted({*range(freq, self.pretrain_epochs + 1, freq), *self.eval_points}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +259,7 @@ class Parts(OptionGroup):
     title: ClassVar[str] = "Steps"
     pretrain: Mapping[str, Any] = option("An option of python -m mae pretrain.", {})
     finetune: Mapping[str, Any] = option("An option of python -m segmenter train.", {})
+    probe: Mapping[str, Any] = option("An option of python -m segmenter probe.", {})
     log_with: tuple[str, ...] | None = option(
         "Trackers of both: tensorboard, wandb, ...; or none. Default: the parts'.", None,
         neutral=True,

@@ -216,7 +216,7 @@ class StepJob:
             raise RuntimeError(ended[0].message)
         if ended[0].state == "stopped":
             raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
-        if step.kind == "evaluate":
+        if step.lane == "evaluate":
             write_all(paths)
         return ended[0].state
 

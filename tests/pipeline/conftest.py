@@ -26,7 +26,11 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(data: Path, tmp_path: Path) -> Callable[..., Settings]:
-    """Settings as the command line makes them, from words such as "--seed 1,2"."""
+    """Settings as the command line makes them, from words such as "--seed 1,2".
+
+    Without reference lines and probes where the words do not ask for them: most plans are read here
+    for their rounds.
+    """
 
     def make(words: str = "", output_dir: Path = tmp_path / "out") -> Settings:
         made: list[Settings] = []
@@ -38,6 +42,8 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Settings]:
 
         base = f"run --in1k-dir {data / 'in1k'} --num-gpus 0 --output-dir {output_dir}"
         dataset = "" if "--ade20k-dir" in words else f" --eval-dataset {data / 'dataset.yml'}"
+        for flag, off in (("--baselines", "none"), ("--probe-freq", "0")):
+            base += "" if flag in words else f" {flag} {off}"
         group.main([*(base + dataset).split(), *words.split()], standalone_mode=False)
         return made[0]
 

@@ -56,7 +56,7 @@ def write_pretraining(paths: Layout, run: Run, epochs: tuple[int, ...]) -> None:
     folder = paths.pretrain_dir(run.name)
     folder.mkdir(parents=True)
     made_with: dict[str, object] = {"mask_method": run.method, "seed": run.seed}
-    if FACTS.uses_ratio(run.method):
+    if FACTS.uses("coverage_ratio", run.method):
         made_with["coverage_ratio"] = run.coverage_ratio
     for count in epochs:
         _record(paths, f"pretrain_{run.name}_{count}", "pretrain", run, made_with)

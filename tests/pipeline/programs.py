@@ -24,13 +24,14 @@ _PLACES = dict.fromkeys(
     ("output_dir", "device", "compile", "workers", "resume", "plugin", "log_with"),
     _fact(neutral=True),
 )
-_SEGMENTS = {"uses_segments": True, "settings": ["coverage_ratio", "hide"]}
+_SEGMENTS = {"uses_segments": True, "settings": ["coverage_ratio", "segments_from", "hide"]}
 # As test_parts.py compares them with the real ones.
 FACTS = Facts(
     official_checkpoints=("vit_base", "vit_large", "vit_huge"),
     methods={
         "patches": {"uses_segments": False, "settings": ["mask_ratio"]},
         **dict.fromkeys(("segments", "four_channels", "preencoder"), _SEGMENTS),
+        "segment_patches": {"uses_segments": True, "settings": ["mask_ratio", "segments_from"]},
     },
     recipes={
         "segmenter": {"epochs": 64, "batch_size": 8},
@@ -41,6 +42,7 @@ FACTS = Facts(
             **dict.fromkeys(("in1k_dir", "masks_dir", "init", "patch_size"), _fact()),
             "mask_method": _fact("patches"),
             "coverage_ratio": _fact(15.0),
+            "segments_from": _fact("own"),
             "hide": _fact("segment"),
             "use_unmasked_images": _fact(False),
             "mask_ratio": _fact(0.75),
@@ -53,8 +55,17 @@ FACTS = Facts(
             "stop_after": _fact(neutral=True),
             **_PLACES,
         },
+        "probe": {
+            **dict.fromkeys(("dataset", "patch_size", "image_size", "probes"), _fact()),
+            "model": _fact("vit_large"),
+            "recipe": _fact("segmenter"),
+            "seed": _fact(0),
+            "eval_batch_size": _fact(4, neutral=True),
+            **_PLACES,
+        },
         "evaluate": {
             **dict.fromkeys(("dataset", "init", "patch_size", "clip_grad"), _fact()),
+            "image_size": _fact(),
             "model": _fact("vit_large"),
             "recipe": _fact("segmenter"),
             "decoder": _fact(),

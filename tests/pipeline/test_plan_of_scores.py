@@ -1,0 +1,149 @@
+"""What is scored, and against what: probes, reference lines, controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.options import fields_of
+from mae.config import MethodConfig
+from pipeline.layout import CONTROLS, OWN
+from pipeline.plan import Step, make_plan
+from pipeline.settings import Settings
+from tests.pipeline.programs import FACTS, plan_of
+
+Make = Callable[..., Settings]
+
+
+def names(settings: Settings) -> list[str]:
+    return [step.name for step in plan_of(settings)]
+
+
+def probe_of(settings: Settings, name: str) -> Step:
+    return next(step for step in plan_of(settings) if step.name == name)
+
+
+def test_every_round_is_probed_before_it_is_finetuned(settings: Make) -> None:
+    call = "--pretrain-epochs 4 --eval-freq 2 --eval-epochs 4"
+    assert names(settings(call + " --probe-freq 2")) == [
+        "pretrain_four_channels_2",
+        "probe_four_channels_2",
+        "pretrain_four_channels_4",
+        "probe_four_channels_4",
+        "evaluate_four_channels_4",
+    ]
+
+
+def test_probes_can_be_more_frequent_than_evaluations_and_join_each(settings: Make) -> None:
+    steps = names(settings("--pretrain-epochs 5 --eval-freq 5 --probe-freq 2"))
+    assert [n for n in steps if n.startswith("probe")] == [
+        "probe_four_channels_2", "probe_four_channels_4", "probe_four_channels_5"
+    ]  # fmt: skip
+    assert [n for n in steps if n.startswith("evaluate")] == ["evaluate_four_channels_5"]
+
+
+def test_by_default_what_is_evaluated_is_probed(settings: Make) -> None:
+    made = settings("--pretrain-epochs 4 --eval-freq 2 --probe-freq 2")
+    experiment = replace(made.experiment, probe_freq=None)
+    assert experiment.probe_points == experiment.eval_points == (2, 4)
+
+
+def test_a_probe_gets_the_protocol_of_the_finetuning_and_options_of_its_own(
+    settings: Make,
+) -> None:
+    call = "--pretrain-epochs 1 --probe-freq 1 --recipe fast --finetune image_size=96"
+    made = settings(call + " --finetune epochs=3 --probe probes=knn --seed 4")
+    probe = probe_of(made, "probe_four_channels-seed4_1")
+    checkpoint = made.data.output_dir / "pretrain_output/four_channels-seed4/checkpoint-1.pth"
+    words = probe.command
+    assert words[2:5] == ["segmenter", "probe", str(checkpoint)]
+    assert "--init" not in words
+    for option, value in (("image-size", "96"), ("recipe", "fast"), ("seed", "4")):
+        assert words[words.index(f"--{option}") + 1] == value
+    assert "--epochs" not in words
+    assert probe.needs == ("pretrain_four_channels-seed4_1",)
+    assert probe.outputs == (
+        made.data.output_dir / "probe_output/four_channels-seed4_1/result.json",
+    )
+    assert probe.settings["init"] == "pretrain_output/four_channels-seed4/checkpoint-1.pth"
+
+
+def test_probes_use_the_gpus_kept_for_evaluation_and_their_lane(settings: Make) -> None:
+    call = "--pretrain-epochs 1 --probe-freq 1 --num-gpus 4 --eval-gpus 3"
+    probe = probe_of(settings(call), "probe_four_channels_1")
+    assert (probe.gpus, probe.processes, probe.lane) == ((3,), 1, "evaluate")
+
+
+def test_several_processes_of_a_probe_keep_its_operand(settings: Make) -> None:
+    call = "--pretrain-epochs 1 --probe-freq 1 --num-processes 2"
+    words = probe_of(settings(call), "probe_four_channels_1").command
+    at = words.index("segmenter")
+    assert words[at - 1 : at + 2] == ["-m", "segmenter", "probe"]
+    assert words[at + 2].endswith("checkpoint-1.pth")
+
+
+def with_official(settings: Settings, *, is_there: bool) -> list[str]:
+    return [step.name for step in make_plan(settings, replace(FACTS, has_official=is_there))]
+
+
+def test_scratch_is_scored_by_default_and_mae_where_its_file_is_at_hand(settings: Make) -> None:
+    call = "--pretrain-epochs 1 --mask-method patches,segments --probe-freq 1 --baselines scratch"
+    made = settings(call)
+    made = replace(made, experiment=replace(made.experiment, baselines=None))
+    scratch = ["probe_scratch_0", "evaluate_scratch_0"]
+    assert with_official(made, is_there=False)[:3] == [*scratch, "pretrain_patches_1"]
+    found = with_official(made, is_there=True)
+    assert [n for n in found if n.endswith("_0")] == [*scratch, "probe_mae_0", "evaluate_mae_0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--baselines none", []),
+        ("--baselines mae", ["fetch_vit_large", "evaluate_mae_0"]),
+        ("--baselines none --eval-epochs 0,1", ["evaluate_scratch_0"]),
+        ("--baselines none --eval-epochs 0,1 --stack", ["fetch_vit_large", "evaluate_mae_0"]),
+        ("--baselines scratch --seed 0,1", ["evaluate_scratch_0", "evaluate_scratch-seed1_0"]),
+    ],
+)
+def test_baselines_as_they_are_asked_for(settings: Make, words: str, expected: list[str]) -> None:
+    found = names(settings(f"--pretrain-epochs 1 {words}"))
+    assert [n for n in found if "_0" in n or "fetch" in n] == expected
+
+
+def test_a_baseline_is_one_step_however_many_methods_there_are(settings: Make) -> None:
+    call = "--mask-method patches,segments,four_channels --coverage-ratio 10,15 --baselines scratch"
+    assert names(settings(call)).count("evaluate_scratch_0") == 1
+
+
+def test_an_official_checkpoint_of_ones_own_is_a_baseline(settings: Make, tmp_path: Path) -> None:
+    file = tmp_path / "mae.pth"
+    file.write_text("x")
+    found = plan_of(settings(f"--baselines mae --mae-checkpoint {file} --pretrain-epochs 1"))
+    assert found[0].name == "evaluate_mae_0"
+    assert found[0].options["init"] == file
+
+
+def test_controls_multiply_the_methods_that_use_segments_only(settings: Make) -> None:
+    call = "--mask-method patches,segment_patches,four_channels --segments-from own,blob"
+    found = names(settings(call + " --pretrain-epochs 1 --coverage-ratio 15,25"))
+    assert [n for n in found if n.startswith("pretrain")] == [
+        "pretrain_patches_1",
+        "pretrain_segment_patches_1",
+        "pretrain_segment_patches-blob_1",
+        "pretrain_four_channels_1",
+        "pretrain_four_channels-blob_1",
+        "pretrain_four_channels-cov25_1",
+        "pretrain_four_channels-cov25-blob_1",
+    ]
+    by_name = {step.name: step for step in plan_of(settings(call + " --pretrain-epochs 1"))}
+    blob = by_name["pretrain_segment_patches-blob_1"].options
+    assert blob["segments_from"] == "blob" and "coverage_ratio" not in blob
+    assert "segments_from" not in by_name["pretrain_patches_1"].options
+
+
+def test_the_controls_are_those_that_pretraining_knows() -> None:
+    assert fields_of(MethodConfig)["segments_from"].choices == (OWN, *CONTROLS)
