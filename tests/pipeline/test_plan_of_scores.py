@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 from common.options import fields_of
 from mae.config import MethodConfig
-from pipeline.layout import CONTROLS, OWN
+from pipeline.layout import CONTROLS, OWN, Layout, Run
 from pipeline.plan import Step, make_plan
+from pipeline.records import Record, differences, is_done, made_runs, output_sizes, write_record
 from pipeline.settings import Settings
 from tests.pipeline.programs import FACTS, plan_of
 
@@ -147,3 +149,39 @@ def test_controls_multiply_the_methods_that_use_segments_only(settings: Make) ->
 
 def test_the_controls_are_those_that_pretraining_knows() -> None:
     assert fields_of(MethodConfig)["segments_from"].choices == (OWN, *CONTROLS)
+
+
+def recorded(paths: Layout, steps: list[Step]) -> None:
+    """The steps as done, with their outputs."""
+    for step in steps:
+        step.folder.mkdir(parents=True, exist_ok=True)
+        for path in step.outputs:
+            path.write_text("x")
+        outputs = output_sizes(step, paths)
+        write_record(paths, Record.of(step, "done", None, outputs=outputs))
+
+
+def test_probes_bind_later_calls_until_they_are_removed(settings: Make) -> None:
+    call = "--pretrain-epochs 1 --probe-freq 1 --baselines scratch"
+    first = settings(f"{call} --probe probes=knn")
+    paths = Layout(first.data.output_dir)
+    recorded(paths, plan_of(first))
+    assert all(is_done(step, paths) for step in plan_of(first, made_runs(paths)))
+    assert all(name == run.name for run, name in made_runs(paths).items())
+    other = plan_of(settings(f"{call} --mask-method patches"))
+    found = differences(other, paths, FACTS)
+    assert {difference.partition(":")[0] for difference in found} == {"scratch", "patches"}
+    assert all("probes: knn -> None" in difference for difference in found)
+    shutil.rmtree(paths.probe_output)
+    assert differences(other, paths, FACTS) == []
+
+
+def test_controls_of_a_method_may_share_an_output_directory(settings: Make) -> None:
+    first = settings("--pretrain-epochs 1 --segments-from own,blob --coverage-ratio 15,25")
+    paths = Layout(first.data.output_dir)
+    recorded(paths, plan_of(first))
+    more = plan_of(settings("--pretrain-epochs 1 --segments-from block"), made_runs(paths))
+    assert {step.run for step in more} == {"four_channels-block"}
+    assert differences(more, paths, FACTS) == []
+    blob = Run(method="four_channels", coverage_ratio=25.0, segments_from="blob")
+    assert made_runs(paths)[blob] == "four_channels-cov25-blob"
