@@ -1,0 +1,77 @@
+"""One real optimizer step of the trainer, however it is split: its loss and its gradients.
+
+AdamW's first moment after one step is a tenth of the gradient, so the checkpoint tells it.
+"""
+
+import pytest
+import torch
+
+from mae.build import build_run
+from mae.data import collate
+from mae.masking import patchify
+from mae.optimisation import BETAS, make_optimizer
+from tests.mae.conftest import make_config, read_epochs
+from tests.mae.test_against_transformers import _theirs, _translated
+
+ONE_STEP = {"patch_size": 8, "effective_batch_size": 16, "epochs": 2, "stop_after": 1}
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+SPLITS = [(16, 1), (8, 1), (4, 1), (8, 2), (4, 2)]  # images per forward pass, processes
+
+
+def first_step(in1k_dir, folder, **options):
+    """A model as training starts with, and the normalised images and patterns of its step 0."""
+    run, _ = build_run(make_config(in1k_dir, folder, **ONE_STEP, **options))
+    batch = collate([run.images[0, index] for index in run.plan.order(0)[:16].tolist()])
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return run.model, (batch.images / 255 - mean) / deviation, batch.pattern
+
+
+def trained(processes, in1k_dir, folder, split, **options):
+    """Loss of log.txt and gradients by name, of a run of one step."""
+    batch_size, count = split
+    config = make_config(in1k_dir, folder, **ONE_STEP, batch_size=batch_size, **options)
+    assert processes.run(config, processes=count) == [0] * count
+    run, _ = build_run(make_config(in1k_dir, folder / "fresh", **ONE_STEP, **options))
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    state = torch.load(folder / "last.pth", weights_only=True)["optimizer"]["state"]
+    groups = make_optimizer(run.model, config.optimisation).param_groups
+    ordered = [names[parameter] for group in groups for parameter in group["params"]]
+    gradients = {name: state[at]["exp_avg"] / (1 - BETAS[0]) for at, name in enumerate(ordered)}
+    return read_epochs(folder)[0]["train_loss"], gradients
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-5, rtol=1e-5), name
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-2
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_step_of_patches_is_that_of_transformers(processes, in1k_dir, tmp_path, split):
+    model, images, noise = first_step(in1k_dir, tmp_path / "reference", mask_method="patches")
+    theirs = _theirs(model.config)
+    theirs.load_state_dict(_translated(model.state_dict().items()))
+    expected = theirs(images, noise=noise).loss
+    expected.backward()
+    loss, gradients = trained(processes, in1k_dir, tmp_path / "run", split, mask_method="patches")
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    references = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    assert_close(_translated(gradients.items()), references)
+
+
+@pytest.mark.parametrize("split", SPLITS[1::3])
+def test_every_hidden_pixel_of_a_step_counts_the_same(processes, in1k_dir, tmp_path, split):
+    """Images that hide more weigh more: the mean is over the pixels of the whole batch."""
+    model, images, visible = first_step(in1k_dir, tmp_path / "reference")
+    hidden = 1 - visible.unsqueeze(1).float()
+    assert hidden.sum(dim=(1, 2, 3)).std() > 10
+    view = model.method.view(images, visible)
+    error = (model.decode(model.encode(view), view) - patchify(images, 8)).square()
+    weight = patchify(hidden.expand(-1, 3, -1, -1), 8)
+    expected = (error * weight).sum() / weight.sum()
+    expected.backward()
+    loss, gradients = trained(processes, in1k_dir, tmp_path / "run", split)
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    references = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_close({name: gradients[name] for name in references}, references)
