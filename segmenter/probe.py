@@ -86,7 +86,8 @@ def probe(config: ProbeConfig, task: Task) -> bool:
 
 def _answers(run: _Run) -> dict[str, Any] | None:
     """What result.json says of each probe; None if stopped."""
-    config, task, answers = run.config, run.task, {}
+    config, task = run.config, run.task
+    answers: dict[str, Any] = {}
     protocol = dataclasses.replace(config.protocol, multi_scale=False)
     images = WholeImages(task.description, task.train, protocol)
     found = _collect(run, "tokens", images, TrainingTokens(run.model, images, config.run.seed))
