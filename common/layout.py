@@ -17,9 +17,13 @@ CHECKPOINT, BEST = "checkpoint.pth", "best.pth"
 PREDICTIONS = "predictions.png"
 AREAS = "areas.npz"  # of each validation image: images [N], areas [N, 3, K] in pixels
 RESULT = "result.json"  # the scores; written last
-# By which a folder of one part is told from the other's, and from a stranger's.
+# A probe's, beside its result.json: the same areas.
+PROBE_AREAS = {"linear": "areas-linear.npz", "knn": "areas-knn.npz"}
+# By which the folders of runs are told from each other, and from a stranger's.
 OF_PRETRAINING = (LAST, "checkpoint-*.pth", "reconstructions-*.png")
 OF_FINETUNING = (CHECKPOINT, BEST, AREAS, RESULT, PREDICTIONS)
+OF_PROBES = (*PROBE_AREAS.values(), RESULT)
+OF_RUNS = (*OF_PRETRAINING, *OF_FINETUNING, *OF_PROBES)
 
 
 def checkpoint_path(folder: Path, epochs_completed: int) -> Path:

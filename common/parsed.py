@@ -25,18 +25,37 @@ LogRecord = dict[str, int | float | None]  # a line of log.txt: "epoch" from 1, 
 
 
 @with_config(ConfigDict(extra="allow"))
-class Result(TypedDict):
-    """result.json: the scores of a finetuning in percent, and what they depend on."""
+class Scores(TypedDict):
+    """What the areas of a split amount to, in percent."""
 
-    format_version: int
-    epochs: Count
     pixel_accuracy: Percent
     mean_accuracy: Percent
     mean_iou: Percent
-    best_mean_iou: NotRequired[Percent | None]
     class_iou: dict[str, Percent | None]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Result(Scores):
+    """result.json: the scores of a finetuning, and what they depend on."""
+
+    format_version: int
+    epochs: Count
+    best_mean_iou: NotRequired[Percent | None]
     seed: NotRequired[Count]
     minutes: NotRequired[Annotated[FiniteFloat, Field(ge=0)] | None]
+    settings: dict[str, Any]
+
+
+@with_config(ConfigDict(extra="allow"))
+class ProbeResult(TypedDict):
+    """result.json of `segmenter probe`: what was asked for, and what it depends on."""
+
+    format_version: int
+    linear: NotRequired[Scores]
+    knn: NotRequired[Scores]
+    rankme: NotRequired[Annotated[FiniteFloat, Field(ge=0)]]
+    seed: Count
+    seconds: dict[str, FiniteFloat]
     settings: dict[str, Any]
 
 

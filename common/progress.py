@@ -55,7 +55,11 @@ class Counter:
 
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
-        self.done += count
+        self.reach(self.done + count)
+
+    def reach(self, done: int, total: int | None = None) -> None:
+        """So many are done by now; total: of all, if that is only known now."""
+        self.done, self.total = done, total or self.total
         rate = (self.done - self.begun_with) / max(time.monotonic() - self.started, 1e-9)
         left = clock((self.total - self.done) / rate if rate else 0)
         self.display.show(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from common.console import number_of
 from common.files import NOTHING_WRITTEN
-from common.layout import LOCK, LOG, PROGRESS
+from common.layout import LOCK, LOG, OF_RUNS, PROGRESS
 from common.options import OptionGroup, option, plugin_option
 
 MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
@@ -51,11 +51,36 @@ class DeviceConfig(PluginConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(DeviceConfig):
-    """Where a training goes, and how it is kept."""
+class OutputConfig(DeviceConfig):
+    """Where a run goes."""
 
     title: ClassVar[str] = "Run"
     output_dir: Path = option("Where everything goes.", neutral=True)
+
+    def check_folder(self, own: Collection[str], *, is_run: bool) -> None:
+        """Raise ValueError if files of the output directory are not those of such a run.
+
+        own: patterns of their names. is_run: whether there is something to go on from; a run that
+        was killed before has left its lock.
+        """
+        folder = self.output_dir
+        for pattern in set(OF_RUNS) - set(own):
+            for path in folder.glob(pattern):
+                raise ValueError(f"--output-dir: {path} is of a run of another kind")
+        for path in (path for pattern in (*own, LOG, PROGRESS) for path in folder.glob(pattern)):
+            if path.exists() and not path.is_file():
+                raise ValueError(f"--output-dir: {path} is no regular file; {NOTHING_WRITTEN}")
+            if not is_run and not (folder / LOCK).exists():
+                raise ValueError(
+                    f"--output-dir: {path} is there, and no run here made it; name another folder; "
+                    f"{NOTHING_WRITTEN}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(OutputConfig):
+    """How a training is kept."""
+
     compile: Literal["auto", "on", "off"] = option(
         "torch.compile; auto: on a GPU.", "auto", neutral=True
     )
@@ -69,25 +94,6 @@ class TrainingConfig(DeviceConfig):
         "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
         ("tensorboard",), neutral=True,
     )  # fmt: skip
-
-    def check_folder(self, own: Iterable[str], others: Iterable[str], *, is_run: bool) -> None:
-        """Raise ValueError if files of the output directory are not those of such a run.
-
-        own, others: patterns of the names of this part and of the other. is_run: whether there is
-        something to go on from; a run that was killed before has left its lock.
-        """
-        folder = self.output_dir
-        for pattern in others:
-            for path in folder.glob(pattern):
-                raise ValueError(f"--output-dir: {path} is of a run of the other part")
-        for path in (path for pattern in (*own, LOG, PROGRESS) for path in folder.glob(pattern)):
-            if path.exists() and not path.is_file():
-                raise ValueError(f"--output-dir: {path} is no regular file; {NOTHING_WRITTEN}")
-            if not is_run and not (folder / LOCK).exists():
-                raise ValueError(
-                    f"--output-dir: {path} is there, and no run here made it; name another folder; "
-                    f"{NOTHING_WRITTEN}"
-                )
 
     def check_resume(self, found: Path | None) -> None:
         """Raise ValueError if `found`, an earlier call's file, is not what --resume asks for."""

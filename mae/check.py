@@ -7,7 +7,7 @@ from typing import Any
 
 from common.console import world_size
 from common.files import check_output_folder
-from common.layout import OF_FINETUNING, OF_PRETRAINING, find_resumable
+from common.layout import OF_PRETRAINING, find_resumable
 from common.trackers import check_trackers
 from common.yamlfile import plain
 from mae.config import PretrainConfig, make_method
@@ -57,7 +57,7 @@ def check_output(config: PretrainConfig) -> None:
     run = config.run
     check_output_folder(run.output_dir, reads=config.data.reads)
     found = find_resumable(run.output_dir)
-    run.check_folder(OF_PRETRAINING, OF_FINETUNING, is_run=found is not None)
+    run.check_folder(OF_PRETRAINING, is_run=found is not None)
     check_trackers(run.log_with)
 
 

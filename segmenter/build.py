@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -17,15 +16,27 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.checkpoint import load_optimizer, load_weights
-from common.devices import device_name, refuse_disagreement
+from common.devices import device_name, make_accelerator, refuse_disagreement
 from common.interruption import Interruption
+from common.layout import LOCK, RESULT
+from common.lock import hold
 from common.parsed import parsed_plain
+from common.run import versions
 from common.unreadable import Unreadable
 from common.vit import IMAGE_CHANNELS
-from segmenter.check import Task, all_settings, plan_batches
+from segmenter import labels
+from segmenter.check import Task, all_settings, earlier_output, plan_batches
 from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
 from segmenter.classes import Classes, read_classes
-from segmenter.config import RANDOM, SCORES, TrainConfig
+from segmenter.config import (
+    RANDOM,
+    SCORES,
+    EncoderConfig,
+    ModelConfig,
+    ProbeConfig,
+    ProtocolConfig,
+    TrainConfig,
+)
 from segmenter.data import (
     Batch,
     TrainingCrops,
@@ -40,6 +51,27 @@ from segmenter.schedule import BatchPlan
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "onedl-mmcv")
+
+
+@contextmanager
+def begin(
+    config: TrainConfig | ProbeConfig, task: Task
+) -> Iterator[tuple[Accelerator, Interruption, Path | None]]:
+    """Devices, labels and the output directory of a run, and what it goes on from there.
+
+    Raises ValueError for what the user can fix.
+    """
+    folder = config.run.output_dir
+    with Interruption() as interruption:
+        accelerator = make_accelerator(config.run)
+        for pairs in (task.train, task.val):
+            labels.check_labels(task.description, pairs, most=labels.MOST_CHECKED, forgiving=True)
+        with hold(folder / LOCK, folder) if accelerator.is_main_process else nullcontext():
+            accelerator.wait_for_everyone()  # from here on nobody else writes there
+            found = earlier_output(config, task)
+            if found is not None and found.name == RESULT:
+                logger.info("nothing to do: %s is there", found)
+            yield accelerator, interruption, found
 
 
 @dataclass(kw_only=True)
@@ -112,7 +144,8 @@ def build_run(
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else {}
     torch.manual_seed(config.optimisation.seed)
     if checkpoint_path is None:
-        model, state = _start(config, task), State()
+        model = start_model(config.init, config.model, config.protocol, task.num_classes)
+        state = State()
     else:
         shape = SegmenterShape.from_plain(checkpoint["shape"], checkpoint_path)
         model = Segmenter(shape, config.model)
@@ -141,25 +174,30 @@ def build_run(
     return run, state
 
 
-def _start(config: TrainConfig, task: Task) -> Segmenter:
-    """A new model, its encoder from `--init`."""
-    init, crop = config.run.init, config.protocol.crop_size
-    patch, in_channels = config.model.patch_size or config.model.encoder.patch_size, IMAGE_CHANNELS
+def start_model(
+    init: Path | Literal["random"],
+    config: EncoderConfig,
+    protocol: ProtocolConfig,
+    num_classes: int,
+) -> Segmenter:
+    """A new model, its encoder from `init`; with a linear decoder if only the encoder is given."""
+    patch, in_channels = config.patch_size or config.encoder.patch_size, IMAGE_CHANNELS
     if init != RANDOM:
         weights = read_encoder_weights(init)
-        stored = shape_of(weights, config.model, init)
+        stored = shape_of(weights, config, init)
         patch, in_channels = stored.patch_size, stored.in_channels
-    encoder = EncoderShape(
-        model=config.model.model, patch_size=patch, in_channels=in_channels, grid=-(-crop // patch)
-    )
+    whole = config if isinstance(config, ModelConfig) else None
     shape = SegmenterShape(
-        encoder=encoder,
-        decoder=config.model.decoder,
-        decoder_layers=config.model.decoder_layers,
-        num_classes=task.num_classes,
-        normalization=config.protocol.normalization,
-    )
-    model = Segmenter(shape, config.model)
+        encoder=EncoderShape(
+            model=config.model, patch_size=patch, in_channels=in_channels,
+            grid=-(-protocol.crop_size // patch),
+        ),
+        decoder=whole.decoder if whole else "linear",
+        decoder_layers=whole.decoder_layers if whole else 0,
+        num_classes=num_classes,
+        normalization=protocol.normalization,
+    )  # fmt: skip
+    model = Segmenter(shape, whole)
     if init == RANDOM:
         logger.info("the encoder starts from random weights")
     else:
@@ -233,27 +271,25 @@ def result_content(run: Run, state: State) -> dict[str, Any]:
         "mean_iou_std": None,
         "minutes": state.total_seconds / 60,
         "recipe": config.recipe(),
-        "protocol": config.protocol.described(),
-        "model": config.model.model,
-        "init": str(config.run.init),
-        "dataset": {
-            "name": run.task.description.name,
-            "num_classes": run.task.num_classes,
-            "num_val": len(run.task.val),
-        },
-        "versions": _versions(),
-        "device": device_name(run.accelerator.device),
-        "num_processes": run.accelerator.num_processes,
-        "settings": all_settings(config, run.task),
+        **depends_on(config, run.accelerator, run.task),
     }
 
 
-def _versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def depends_on(
+    config: TrainConfig | ProbeConfig, accelerator: Accelerator, task: Task
+) -> dict[str, Any]:
+    """What scores depend on, in every result.json."""
+    return {
+        "protocol": config.protocol.described(),
+        "model": config.model.model,
+        "init": str(config.init),
+        "dataset": {
+            "name": task.description.name,
+            "num_classes": task.num_classes,
+            "num_val": len(task.val),
+        },
+        "versions": versions(PACKAGES),
+        "device": device_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "settings": all_settings(config, task),
+    }

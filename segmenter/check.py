@@ -13,14 +13,15 @@ from typing import Any
 
 from common.console import world_size
 from common.files import check_output_folder
-from common.layout import CHECKPOINT, OF_FINETUNING, OF_PRETRAINING, RESULT
+from common.images import find_images
+from common.layout import CHECKPOINT, RESULT
 from common.options import option_facts
-from common.parsed import Result, read_json
+from common.parsed import ProbeResult, Result, read_json
 from common.settings import check_same
 from common.trackers import check_trackers
 from common.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.classes import count_classes
-from segmenter.config import GROUPS, RANDOM, TrainConfig
+from segmenter.config import GROUPS, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
 from segmenter.schedule import BatchPlan, learning_rate_points
 
@@ -37,23 +38,39 @@ class Task:
 
 def check_training(config: TrainConfig) -> Task:
     """The task, looked over. Raises ValueError for what would stop `train` from starting."""
-    description, init = read_description(config.run.dataset), config.run.init
+    task = check_start(config)
+    plan_batches(config, task, world_size())
+    check_trackers(config.run.log_with)
+    return task
+
+
+def check_start(config: TrainConfig | ProbeConfig) -> Task:
+    """The same for what `train` and `probe` both start from."""
+    description, init = read_description(config.run.dataset), config.init
     task = Task(
         description=description,
         num_classes=count_classes(description),
         train=description.pairs(TRAIN),
         val=description.pairs(VAL),
     )
-    plan_batches(config, task, world_size())
     check_output_folder(config.run.output_dir, reads=description.reads)
-    check_trackers(config.run.log_with)
     if init != RANDOM:
         if not init.is_file():
-            raise ValueError(f"--init {init} does not exist; give a checkpoint, or {RANDOM}")
+            flag = "--init" if isinstance(config, TrainConfig) else "CHECKPOINT"
+            raise ValueError(f"{flag} {init} does not exist; give a checkpoint, or {RANDOM}")
         from segmenter.checkpoint import check_encoder_file
 
         check_encoder_file(init, config.model)
     return task
+
+
+def check_probe(config: ProbeConfig) -> Task:
+    """The same for `probe`."""
+    folder = config.run.image_folder
+    if folder is not None:
+        find_images(folder)
+        check_output_folder(config.run.output_dir, reads=[folder])
+    return check_start(config)
 
 
 def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
@@ -65,7 +82,7 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
     )
 
 
-def all_settings(config: TrainConfig, task: Task) -> dict[str, Any]:
+def all_settings(config: TrainConfig | ProbeConfig, task: Task) -> dict[str, Any]:
     """What has to stay the same: a checkpoint's `config`, result.json's `settings`."""
     return {
         **config.settings(),
@@ -76,7 +93,7 @@ def all_settings(config: TrainConfig, task: Task) -> dict[str, Any]:
     }
 
 
-def earlier_output(config: TrainConfig, task: Task) -> Path | None:
+def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None:
     """What this call goes on from: result.json (all is done), checkpoint.pth, or nothing.
 
     Raises ValueError if it was made with other settings, or is not what --resume asks for.
@@ -84,29 +101,39 @@ def earlier_output(config: TrainConfig, task: Task) -> Path | None:
     folder = config.run.output_dir
     there = (folder / name for name in (RESULT, CHECKPOINT) if os.path.lexists(folder / name))
     found = next(there, None)  # a link to nothing is not nothing
-    config.run.check_folder(OF_FINETUNING, OF_PRETRAINING, is_run=found is not None)
-    config.run.check_resume(found)
+    config.run.check_folder(config.leaves, is_run=found is not None)
+    if isinstance(config, TrainConfig):
+        config.run.check_resume(found)
     if found is None:
         return None
+    is_training = isinstance(config, TrainConfig)
     if found.name == RESULT:
-        stored = read_json(found, Result)["settings"]
+        stored = read_json(found, Result if is_training else ProbeResult)["settings"]
     else:
         from segmenter.checkpoint import load_checkpoint
 
         stored = load_checkpoint(found, lazily=True)["config"]
-    older = {name: facts["older"] for name, facts in option_facts(GROUPS.values()).items()}
+    groups = GROUPS if is_training else PROBE_GROUPS
+    older = {name: facts["older"] for name, facts in option_facts(groups.values()).items()}
     check_same(stored, all_settings(config, task), older, what=str(found))
     return found
 
 
-def facts(config: TrainConfig, task: Task) -> dict[str, Any]:
+def facts(config: TrainConfig | ProbeConfig, task: Task) -> dict[str, Any]:
     """What the run amounts to, in plain values, for `--check --json`."""
+    known = {
+        "images": {TRAIN: len(task.train), VAL: len(task.val)},
+        "classes": task.num_classes,
+        "settings": all_settings(config, task),
+    }
+    return {**known, **_training_facts(config, task)} if isinstance(config, TrainConfig) else known
+
+
+def _training_facts(config: TrainConfig, task: Task) -> dict[str, Any]:
     optimisation, plan = config.optimisation, plan_batches(config, task, world_size())
     share = -(-plan.effective_batch_size // plan.processes)
     at_once = min(share, config.run.device_batch_size or share)
     return {
-        "images": {TRAIN: len(task.train), VAL: len(task.val)},
-        "classes": task.num_classes,
         "batch": {
             "effective": plan.effective_batch_size,
             "per_process": at_once,
@@ -117,7 +144,6 @@ def facts(config: TrainConfig, task: Task) -> dict[str, Any]:
         "learning_rate": {"peak": optimisation.lr, "points": learning_rate_points(optimisation)},
         "epochs": optimisation.epochs,
         "evaluations": optimisation.evaluations,
-        "settings": all_settings(config, task),
         "checkpoint_bytes": _checkpoint_bytes(config, task.num_classes),
     }
 

@@ -19,7 +19,7 @@ from common.checkpoint import (
     resample_positions,
 )
 from common.vit import IMAGE_CHANNELS, VIT_SIZES
-from segmenter.config import ModelConfig
+from segmenter.config import EncoderConfig
 from segmenter.encoder import POSITIONS, Encoder, EncoderShape
 
 
@@ -71,7 +71,7 @@ def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tenso
     return kept
 
 
-def shape_of(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> EncoderShape:
+def shape_of(weights: dict[str, Tensor], config: EncoderConfig, path: Path) -> EncoderShape:
     """What the weights say about their encoder. Raises ValueError if it is not the wanted one."""
     width, channels, patch = weights[EMBEDDING].shape[:3]
     if width != config.encoder.width:
@@ -109,7 +109,7 @@ def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> l
     return [name for name in own if name not in weights]
 
 
-def check_encoder_file(path: Path, config: ModelConfig) -> None:
+def check_encoder_file(path: Path, config: EncoderConfig) -> None:
     """Raise ValueError unless `start_encoder` would take the file. Allocates no weights."""
     weights = read_encoder_weights(path, lazily=True)
     shape = shape_of(weights, config, path)

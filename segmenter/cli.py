@@ -20,9 +20,12 @@ from common.yamlfile import plain
 from segmenter.config import (
     DEFAULT_RECIPE,
     GROUPS,
+    PROBE_GROUPS,
+    RANDOM,
     SCORES,
     EvaluateConfig,
     PictureConfig,
+    ProbeConfig,
     ProtocolChanges,
     ScoringConfig,
     TrainConfig,
@@ -80,11 +83,34 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
     return 0 if finetune(config, task) else EXIT_STOPPED
 
 
+@command(cli, own_layers=_recipe_layer, **PROBE_GROUPS)
+@click.argument("checkpoint", type=PATH, metavar="CHECKPOINT|random")
+@click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
+@click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
+def probe(checkpoint: Path, check: bool, as_json: bool, **groups: Any) -> int:
+    """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
+    from segmenter.check import check_probe, earlier_output, facts
+
+    init: Any = RANDOM if str(checkpoint) == RANDOM else checkpoint.absolute()
+    config = ProbeConfig(init=init, **groups)
+    task = check_probe(config)
+    found = earlier_output(config, task)
+    if check and as_json:
+        say(json.dumps(facts(config, task)))
+    if check or found is not None:
+        return 0
+    from segmenter.probe import probe as run_probes
+
+    log_to_stderr()
+    return 0 if run_probes(config, task) else EXIT_STOPPED
+
+
 @command(cli, plugin=PluginConfig)
 def recipes(plugin: PluginConfig) -> None:
-    """Print, as JSON, the recipes and the options of `train`; for benchmark.py."""
+    """Print, as JSON, the recipes and the options of `train` and `probe`; for benchmark.py."""
     values = {name: plain(recipe_values(name)) for name in recipe_names()}
-    say(json.dumps({"recipes": values, "options": option_facts(GROUPS.values())}))
+    options, of_probe = (option_facts(groups.values()) for groups in (GROUPS, PROBE_GROUPS))
+    say(json.dumps({"recipes": values, "options": options, "probe": of_probe}))
 
 
 @command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)

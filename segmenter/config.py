@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
+from common.layout import OF_FINETUNING, OF_PROBES
 from common.options import (
     Layer,
     OptionGroup,
@@ -19,7 +20,7 @@ from common.options import (
     option,
     read_layer,
 )
-from common.run import MOST_EPOCHS, MOST_SEED, DeviceConfig, TrainingConfig
+from common.run import MOST_EPOCHS, MOST_SEED, DeviceConfig, OutputConfig, TrainingConfig
 from common.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -30,8 +31,8 @@ MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(OptionGroup):
-    """Encoder and decoder."""
+class EncoderConfig(OptionGroup):
+    """The encoder."""
 
     title: ClassVar[str] = "Model"
     no_default: ClassVar[str] = OF_RECIPE
@@ -42,17 +43,23 @@ class ModelConfig(OptionGroup):
         at_least=1,
         at_most=16384,
     )
+
+    @property
+    def encoder(self) -> VitSize:
+        """Its sizes."""
+        return VIT_SIZES[self.model]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(EncoderConfig):
+    """Encoder and decoder."""
+
     decoder: Literal["mask_transformer", "linear"] = option("What turns tokens into classes.")
     decoder_layers: int = option("Blocks of the mask transformer.", at_least=1, at_most=1024)
     drop_path: float = option("Stochastic depth of the encoder.", at_least=0, below=1)
     dropout: float = option("Dropout of the encoder.", at_least=0, below=1)
     decoder_drop_path: float = option("Stochastic depth of the decoder.", at_least=0, below=1)
     decoder_dropout: float = option("Dropout of the decoder.", at_least=0, below=1)
-
-    @property
-    def encoder(self) -> VitSize:
-        """The encoder's sizes."""
-        return VIT_SIZES[self.model]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +179,36 @@ class DatasetConfig(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
+class RecipeConfig(DatasetConfig):
+    """What is trained on, and from where come the values that are not given."""
+
+    recipe: str = option("segmenter, mae, fast, or a YAML file.", DEFAULT_RECIPE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainingConfig, ScoringConfig, RecipeConfig):
     """What one finetuning starts from, where it goes and how it is kept."""
 
     title: ClassVar[str] = "Run"
     init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
-    recipe: str = option("segmenter, mae, fast, or a YAML file.", DEFAULT_RECIPE)
     device_batch_size: int | None = option(
         "Most images per device at once. Default: no limit.", None, at_least=1, neutral=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRunConfig(OutputConfig, ScoringConfig, RecipeConfig):
+    """What is asked of a frozen encoder, and where the answers go."""
+
+    title: ClassVar[str] = "Run"
+    probes: tuple[Literal["linear", "knn", "rankme"], ...] = option(
+        "What is asked.", ("linear", "knn", "rankme")
+    )
+    seed: int = option(
+        "Of random weights, and of the tokens that are kept.", 0, at_least=0, at_most=MOST_SEED
+    )
+    image_folder: Path | None = option(
+        "Class folders of images: kNN by their mean tokens. Default: none.", None
     )
 
 
@@ -214,6 +243,13 @@ class TrainConfig:
     optimisation: OptimisationConfig
     protocol: ProtocolConfig
 
+    leaves = OF_FINETUNING  # by these names
+
+    @property
+    def init(self) -> Path | Literal["random"]:
+        """Checkpoint of the encoder, or random."""
+        return self.run.init
+
     def recipe(self) -> dict[str, Any]:
         """Name and values of the recipe, as result.json shows them."""
         values = {**dataclasses.asdict(self.model), **dataclasses.asdict(self.optimisation)}
@@ -223,18 +259,49 @@ class TrainConfig:
 
     def settings(self) -> dict[str, Any]:
         """Plain values of all that decides the result, as checkpoints and result.json hold it."""
-        init = self.run.init
         return {
             **dataclasses.asdict(self.model),
             **dataclasses.asdict(self.optimisation),
             **self.protocol.described(),
             "precision": self.run.precision,
-            "init": init if init == RANDOM else init.name,
-            "init_fingerprint": None if init == RANDOM else fingerprint(init),
+            **_identity(self.init),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Everything `python -m segmenter probe` needs, by concern. init: its argument."""
+
+    init: Path | Literal["random"]
+    run: ProbeRunConfig
+    model: EncoderConfig
+    protocol: ProtocolConfig
+
+    leaves = OF_PROBES
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values of all that decides the result, as result.json holds them."""
+        folder = self.run.image_folder
+        return {
+            **dataclasses.asdict(self.model),
+            **self.protocol.described(),
+            "precision": self.run.precision,
+            "probes": list(self.run.probes),
+            "seed": self.run.seed,
+            "image_folder": None if folder is None else str(folder),
+            **_identity(self.init),
         }
 
 
 GROUPS = groups_of(TrainConfig)
+PROBE_GROUPS = {name: group for name, group in groups_of(ProbeConfig).items() if name != "init"}
+
+
+def _identity(init: Path | Literal["random"]) -> dict[str, Any]:
+    """What tells an encoder's weights from others, wherever their file lies."""
+    if init == RANDOM:
+        return {"init": init, "init_fingerprint": None}
+    return {"init": init.name, "init_fingerprint": fingerprint(init)}
 
 
 def read_recipe(name: str) -> Layer:

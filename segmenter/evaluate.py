@@ -12,7 +12,7 @@ from torch import Tensor
 from common.interruption import Interruption
 from common.unreadable import Unreadable
 from segmenter.config import ScoringConfig
-from segmenter.data import WholeImages, test_images
+from segmenter.data import TestImage, WholeImages, test_images
 from segmenter.inference import predict_classes
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter
@@ -39,6 +39,45 @@ def evaluate_model(
     arithmetic, and so the areas, are exactly the same for any number of processes.
     """
     areas = Areas(len(images), model.shape.num_classes, images.description.ignore_index)
+
+    def count(usable: list[tuple[int, TestImage]]) -> None:
+        predictions = predict_classes(
+            model,
+            [sample.scaled for _, sample in usable],
+            [sample.labels.shape for _, sample in usable],
+            images.protocol,
+        )
+        for (index, sample), predicted in zip(usable, predictions, strict=True):
+            areas.add(index, predicted, sample.labels.to(accelerator.device))
+            if on_prediction is not None:
+                on_prediction(index, predicted.cpu())
+
+    unreadable = each_group(
+        accelerator, model, images, scoring, count,
+        on_progress=on_progress, interruption=interruption,
+    )  # fmt: skip
+    if unreadable is None:
+        return None
+    by_image = areas.by_image.to(accelerator.device)
+    areas.by_image = accelerator.reduce(by_image, reduction="sum").cpu()
+    areas.unreadable_images = unreadable
+    return areas
+
+
+def each_group(
+    accelerator: Accelerator,
+    model: Segmenter,
+    images: WholeImages,
+    scoring: ScoringConfig,
+    work: Callable[[list[tuple[int, TestImage]]], None],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    interruption: Interruption | None = None,
+) -> int | None:
+    """Give `work` the usable images of each group of this process, with their indices.
+
+    Returns how many images of all processes were not usable; None if interrupted. See above.
+    """
     unreadable = Unreadable()
     size, everything = scoring.eval_batch_size, range(len(images))
     per_round, offset = size * accelerator.num_processes, size * accelerator.process_index
@@ -53,28 +92,17 @@ def evaluate_model(
             loaded = [(index, next(samples)) for index in group]
             unreadable.note(sample.unreadable for _, sample in loaded if sample.unreadable)
             usable = [(index, sample) for index, sample in loaded if not sample.unreadable]
-            predictions = predict_classes(
-                model,
-                [sample.scaled for _, sample in usable],
-                [sample.labels.shape for _, sample in usable],
-                images.protocol,
-            )
-            for (index, sample), predicted in zip(usable, predictions, strict=True):
-                areas.add(index, predicted, sample.labels.to(accelerator.device))
-                if on_prediction is not None:
-                    on_prediction(index, predicted.cpu())
+            work(usable)
             if on_progress is not None:
                 on_progress(min(len(images), number * per_round), len(images))
             if interruption is not None:  # all processes ask, and get the same answer
                 told = torch.tensor(float(interruption.requested), device=accelerator.device)
                 if accelerator.reduce(told, reduction="sum").item():
                     return None
-    by_image = areas.by_image.to(accelerator.device)
-    areas.by_image = accelerator.reduce(by_image, reduction="sum").cpu()
     skipped = torch.tensor(float(len(unreadable.texts)), device=accelerator.device)
-    areas.unreadable_images = int(accelerator.reduce(skipped, reduction="sum").item())
-    unreadable.check(areas.unreadable_images, len(images))
-    return areas
+    skipped_images = int(accelerator.reduce(skipped, reduction="sum").item())
+    unreadable.check(skipped_images, len(images))
+    return skipped_images
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Shapes: K classes, H x W original pixels, h x w pixels at a scale of the protoco
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,29 +70,11 @@ def window_logits(
     model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig
 ) -> list[Tensor]:
     """Class logits [K, h, w] of images [3, h, w], averaged where windows overlap."""
-    device = model.mean.device
-    pixels = [model.normalise(image.to(device, non_blocking=True)) for image in images]
-    by_size: dict[tuple[int, int], list[Window]] = defaultdict(list)
-    for number, image in enumerate(pixels):
-        for window in windows(number, image.shape[-2], image.shape[-1], protocol):
-            by_size[window.height, window.width].append(window)
-    canvases: list[Tensor | None] = [None] * len(pixels)
-    for same_size in by_size.values():
-        for first in range(0, len(same_size), MOST_WINDOWS):
-            _run_windows(model, pixels, same_size[first : first + MOST_WINDOWS], canvases)
-    return [_average(canvas, protocol) for canvas in canvases if canvas is not None]
-
-
-def _run_windows(
-    model: Segmenter, pixels: list[Tensor], group: list[Window], canvases: list[Tensor | None]
-) -> None:
-    """Add the logits of windows of one size to their images' canvases, created when needed."""
-    batch = torch.stack([_cut(pixels[window.image], window) for window in group])
-    patch_logits = model.patch_logits(batch)
-    for window, logits in zip(group, patch_logits, strict=True):
+    canvases: list[Tensor | None] = [None] * len(images)
+    for window, logits in patch_logits(model, images, protocol):
         # One window at a time: full-size logits of all of them would be the peak of memory.
         full = model.upsample(_as_batch(logits), window.height, window.width)[0]
-        height, width = pixels[window.image].shape[-2:]
+        height, width = images[window.image].shape[-2:]
         canvas = canvases[window.image]
         if canvas is None:
             if (window.height, window.width) == (height, width):
@@ -102,7 +84,25 @@ def _run_windows(
             # argmax over many classes like best: the canvas keeps that order in memory.
             canvas = full.new_zeros(height, width, len(full)).permute(2, 0, 1)
             canvases[window.image] = canvas
-        _cut(canvas, window).add_(full)
+        cut(canvas, window).add_(full)
+    return [_average(canvas, protocol) for canvas in canvases if canvas is not None]
+
+
+def patch_logits(
+    model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig
+) -> Iterator[tuple[Window, Tensor]]:
+    """Each window over images [3, h, w] uint8 with its logits [K, h / P, w / P], by P pixels."""
+    device = model.mean.device
+    pixels = [model.normalise(image.to(device, non_blocking=True)) for image in images]
+    by_size: dict[tuple[int, int], list[Window]] = defaultdict(list)
+    for number, image in enumerate(pixels):
+        for window in windows(number, image.shape[-2], image.shape[-1], protocol):
+            by_size[window.height, window.width].append(window)
+    for same_size in by_size.values():
+        for first in range(0, len(same_size), MOST_WINDOWS):
+            group = same_size[first : first + MOST_WINDOWS]
+            batch = torch.stack([cut(pixels[window.image], window) for window in group])
+            yield from zip(group, model.patch_logits(batch), strict=True)
 
 
 def _average(canvas: Tensor, protocol: ProtocolConfig) -> Tensor:
@@ -139,7 +139,7 @@ def _starts(length: int, protocol: ProtocolConfig) -> list[int]:
     return [min(start, last) for start in range(0, last + stride, stride)]
 
 
-def _cut(image: Tensor, window: Window) -> Tensor:
+def cut(image: Tensor, window: Window) -> Tensor:
     """The window's part of [..., h, w], a view."""
     bottom, right = window.top + window.height, window.left + window.width
     return image[..., window.top : bottom, window.left : right]

@@ -11,7 +11,7 @@ import numpy as np
 from segmenter.config import OptimisationConfig
 
 # Streams of random numbers that must not meet.
-ORDER_STREAM, SAMPLE_STREAM, STEP_STREAM = 0, 1, 2
+ORDER_STREAM, SAMPLE_STREAM, STEP_STREAM, TOKEN_STREAM = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,16 +62,13 @@ def evaluate_checkpoint(
             # In the numbering of the dataset's annotation files.
             Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(path)
 
-        def tell(done: int, total: int) -> None:
-            counter.advance(done - counter.done)
-
         areas = evaluate_model(
             accelerator,
             loaded.model.to(accelerator.device),
             WholeImages(description, pairs, protocol),
             devices,
             on_prediction=save if folder else None,
-            on_progress=tell if accelerator.is_main_process else None,
+            on_progress=counter.reach if accelerator.is_main_process else None,
         )
     assert areas is not None
     return _result(areas, loaded.classes, description, pairs, protocol)

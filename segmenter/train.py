@@ -5,19 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
-from common.devices import make_accelerator, peak_memory_mib
+from common.devices import peak_memory_mib
 from common.files import also_save_as, write_json
-from common.interruption import Interruption
-from common.layout import AREAS, BEST, CHECKPOINT, LOCK, PREDICTIONS, RESULT
-from common.lock import hold
+from common.layout import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from common.logbook import Logbook
-from segmenter import labels
-from segmenter.build import Run, State, build_run, checkpoint_content, result_content
-from segmenter.check import Task, all_settings, earlier_output
+from segmenter.build import Run, State, begin, build_run, checkpoint_content, result_content
+from segmenter.check import Task, all_settings
 from segmenter.config import SCORES, TrainConfig
 from segmenter.data import Batch
 from segmenter.drawing import draw_predictions
@@ -34,19 +30,11 @@ def finetune(config: TrainConfig, task: Task) -> bool:
     Returns True when result.json is there, False if a signal stopped the run, after saving. Raises
     ValueError for what the user can fix, and RuntimeError when the run fails.
     """
-    folder = config.run.output_dir
-    with Interruption() as interruption:
-        accelerator = make_accelerator(config.run)
-        for pairs in (task.train, task.val):
-            labels.check_labels(task.description, pairs, most=labels.MOST_CHECKED, forgiving=True)
-        with hold(folder / LOCK, folder) if accelerator.is_main_process else nullcontext():
-            accelerator.wait_for_everyone()  # from here on nobody else writes there
-            found = earlier_output(config, task)
-            if found is not None and found.name == RESULT:
-                logger.info("nothing to do: %s is there", found)
-                return True
-            run, state = build_run(config, accelerator, interruption, task, found)
-            return _fit(run, state)
+    with begin(config, task) as (accelerator, interruption, found):
+        if found is not None and found.name == RESULT:
+            return True
+        run, state = build_run(config, accelerator, interruption, task, found)
+        return _fit(run, state)
 
 
 def _fit(run: Run, state: State) -> bool:

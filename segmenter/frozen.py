@@ -1,0 +1,94 @@
+"""What is asked of frozen features: a linear classifier, nearest neighbours, their rank.
+
+Shapes: T training tokens, B x N tokens of windows, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segmenter.decoder import LinearDecoder
+
+WEIGHT_DECAY = 1e-3
+MOST_ITERATIONS = 200
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's evaluation (Caron et al. 2021, arXiv:2104.14294)
+MOST_SIMILARITIES = 2**26  # held at once
+RANKME_TOKENS = 25_600  # as many as its paper takes
+
+
+def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearDecoder:
+    """Batch norm and linear layer that classify tokens [T, D] with labels [T], as one layer.
+
+    Multinomial logistic regression of the standardised tokens: scikit-learn's LogisticRegression
+    with C = 1 / (WEIGHT_DECAY * T).
+    """
+    deviation, mean = torch.std_mean(tokens, dim=0, correction=0)
+    deviation = deviation.clamp(min=1e-6)
+    features = (tokens - mean) / deviation
+    layer = nn.Linear(tokens.shape[1], num_classes, device=tokens.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    solver = torch.optim.LBFGS(
+        layer.parameters(), max_iter=MOST_ITERATIONS, line_search_fn="strong_wolfe",
+        tolerance_change=1e-7,
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(layer(features), labels)
+        value = value + WEIGHT_DECAY / 2 * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    decoder = LinearDecoder(tokens.shape[1], num_classes).to(tokens.device)
+    with torch.no_grad():
+        decoder.head.weight.copy_(layer.weight / deviation)
+        decoder.head.bias.copy_(layer.bias - decoder.head.weight @ mean)
+    return decoder
+
+
+class NearestNeighbours(nn.Module):
+    """Classes of the training tokens that point the same way (Wu et al. 2018, arXiv:1805.01978)."""
+
+    bank: Tensor
+    labels: Tensor
+
+    def __init__(self, tokens: Tensor, labels: Tensor, num_classes: int) -> None:
+        """Tokens [T, D] and their labels [T]."""
+        super().__init__()
+        self.register_buffer("bank", F.normalize(tokens, dim=-1))
+        self.register_buffer("labels", labels)
+        self.num_classes = num_classes
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to each class's share of the votes [B, N, K]."""
+        queries = F.normalize(tokens.float().flatten(0, 1), dim=-1)
+        # In bf16 most neighbours would be equally near.
+        with torch.autocast(tokens.device.type, enabled=False):
+            parts = queries.split(max(1, MOST_SIMILARITIES // len(self.bank)))
+            return torch.cat([self.votes(part) for part in parts]).unflatten(0, tokens.shape[:2])
+
+    def votes(self, queries: Tensor, *, without_self: bool = False) -> Tensor:
+        """[Q, D] of length 1 to [Q, K]; a vote weighs exp(cosine / TEMPERATURE)."""
+        similarities = queries @ self.bank.T
+        if without_self:
+            similarities.fill_diagonal_(-torch.inf)
+        nearest = similarities.topk(min(NEIGHBOURS, len(self.bank) - without_self))
+        weights = (nearest.values / TEMPERATURE).softmax(-1)
+        votes = queries.new_zeros(len(queries), self.num_classes)
+        for weight, label in zip(weights.T, self.labels[nearest.indices].T, strict=True):
+            votes.scatter_add_(1, label[:, None], weight[:, None])  # one per row: always the same
+        return votes
+
+
+def rankme(tokens: Tensor) -> float:
+    """How many directions tokens [T, D] spread over, 1 to D (Garrido et al., arXiv:2210.02885).
+
+    The exponential of the entropy of the singular values; of evenly spaced tokens.
+    """
+    step = -(-len(tokens) // RANKME_TOKENS)
+    values = torch.linalg.svdvals(tokens[::step].double())
+    return float(torch.special.entr(values / values.sum()).sum().exp())
