@@ -18,6 +18,7 @@ from common.devices import make_accelerator, refuse_disagreement
 from common.interruption import leave_signals_to_the_main_process
 from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
+from mae.controls import SegmentSource
 from mae.data import Batch, FixedImages, MaskedImages, allow_many_files, collate
 from mae.listing import Listing, make_listing
 from mae.model import MaskedAutoencoder
@@ -91,7 +92,7 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
     run = config.run
     accelerator = make_accelerator(run)
     method = make_method(config.method, config.model)
-    listing = make_listing(config.data, method)
+    listing = make_listing(config.data, method, segments_from=config.method.segments_from)
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),
@@ -99,12 +100,14 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
         batch_size=run.batch_size,
     )
     checkpoint = open_own_checkpoint(config, listing)
+    segments = None
+    if listing.source is not None:
+        segments = SegmentSource(store=listing.source, donors=listing.train, options=config.method)
     images = MaskedImages(
         folder=config.data.in1k_dir / "train",
         paths=listing.train,
-        segments=listing.source,
+        segments=segments,
         method=method,
-        coverage_ratio=config.method.coverage_ratio,
         seed=config.optimisation.seed,
     )
     torch.manual_seed(config.optimisation.seed)

@@ -12,13 +12,15 @@ from common.trackers import check_trackers
 from common.yamlfile import plain
 from mae.config import PretrainConfig, make_method
 from mae.listing import make_listing
-from mae.schedule import learning_rate, make_batch_plan
+from mae.schedule import learning_rate, make_batch_plan, training_flops
 
 
 def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dict[str, Any]:
     """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
     method = make_method(config.method, config.model)
-    listing = make_listing(config.data, method, will_pack=will_pack)
+    listing = make_listing(
+        config.data, method, segments_from=config.method.segments_from, will_pack=will_pack
+    )
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),
@@ -48,6 +50,7 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
         },
         "epochs": config.optimisation.epochs,
         "settings": plain(config.settings()),
+        "flops_per_epoch": plan.images_per_epoch * training_flops(config.model, method),
         "checkpoint_bytes": config.model.checkpoint_bytes,
     }  # fmt: skip
 

@@ -53,8 +53,14 @@ class MethodConfig(OptionGroup):
         "Wanted coverage of the segment, percent of the image.", 15.0, at_least=0, at_most=100
     )
     hide: Literal["segment", "background"] = option("Which side of the segment.", "segment")
+    segments_from: Literal["own", "borrowed", "blob", "block"] = option(
+        "Whose: the image's, another's like it, or a shape as large.", "own"
+    )
     mask_ratio: float = option(
-        "Share of the patches that `patches` removes.", 0.75, at_least=0, below=1
+        "Share of the patches removed by methods that drop them.",
+        0.75,
+        at_least=0,
+        below=1,
     )
 
 

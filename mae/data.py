@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.unreadable import next_usable
-from mae.decode import CroppedImage, read_crop
+from mae.controls import SegmentSource
+from mae.decode import read_crop
 from mae.listing import segment_key
 from mae.masking import MaskingMethod
 from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, sample_rng
-from mae.segments.segment import Segment
-from mae.segments.store import PackedStore
-from mae.transforms import Crop, centre_crop, crop_segment, random_crop
+from mae.transforms import Crop, centre_crop, random_crop
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +71,8 @@ class MaskedImages(Dataset[Sample]):
 
     folder: Path
     paths: np.ndarray
-    segments: PackedStore | None
+    segments: SegmentSource | None
     method: MaskingMethod
-    coverage_ratio: float
     seed: int
 
     def __len__(self) -> int:
@@ -100,14 +98,10 @@ class MaskedImages(Dataset[Sample]):
         """One image, cropped as `choose_crop` says. Raises ValueError if it cannot be used."""
         relative = self.relative_path(index)
         image = read_crop(f"{self.folder}/{relative}", choose_crop, self.method.image_size)
-        segment = None if self.segments is None else self._segment(self.segments, relative, image)
+        segment = None
+        if self.segments is not None:
+            segment = self.segments.cut(self.method, segment_key(relative), image, rng)
         return make_sample(self.method, image.pixels, rng, segment)
-
-    def _segment(self, store: PackedStore, relative: str, image: CroppedImage) -> np.ndarray:
-        segment = store.nearest(segment_key(relative), self.coverage_ratio)
-        if segment is None:
-            raise ValueError("it has no segment")
-        return fitting_segment(segment, image, self.method.image_size)
 
 
 class FixedImages(Dataset[Sample]):
@@ -133,20 +127,10 @@ class FixedImages(Dataset[Sample]):
         raise RuntimeError(f"no image in {self.images.folder} can be used")
 
 
-def fitting_segment(segment: Segment, image: CroppedImage, size: int) -> np.ndarray:
-    """The segment [size, size], cut as its image was. Raises ValueError if it is another's."""
-    if (segment.height, segment.width) != (image.height, image.width):
-        raise ValueError(
-            f"it is {image.width}x{image.height} pixels, upright, but its segments are "
-            f"{segment.width}x{segment.height}"
-        )
-    return crop_segment(segment.decode(), image.crop, size)
-
-
 def make_sample(
     method: MaskingMethod, image: Tensor, rng: np.random.Generator, segment: np.ndarray | None
 ) -> Sample:
-    """Draw the pattern of an image [C, S, S]; `segment` [S, S] is cut as the image is."""
+    """Draw the pattern of an image [C, S, S]; `segment` is what `SegmentSource.cut` gives."""
     pattern = method.pattern(rng, segment)
     return Sample(image=image, pattern=pattern, hidden_pixels=method.hidden_pixels(pattern))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,18 @@ class Listing:
         return hashlib.sha256(b"\n".join(self.train.tolist())).hexdigest()[:16]
 
 
-def make_listing(data: DataConfig, method: MaskingMethod, *, will_pack: bool = False) -> Listing:
+def make_listing(
+    data: DataConfig,
+    method: MaskingMethod,
+    *,
+    segments_from: str = "own",
+    will_pack: bool = False,
+) -> Listing:
     """Find the images of a run, and their segments.
 
     will_pack: segments of any form will do, because they are packed before the run.
-    Raises ValueError if folders are missing or empty, or too many images have no segment.
+    Raises ValueError if folders are missing or empty, too many images have no segment, or there is
+    no second image to borrow segments from.
     """
     if not data.in1k_dir.is_dir():
         raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
@@ -63,12 +71,23 @@ def make_listing(data: DataConfig, method: MaskingMethod, *, will_pack: bool = F
         _check_missing(train, kept, source, data)
         left_out = len(train) - len(kept)
         train = kept
+        if method.uses_segments and segments_from == "borrowed":
+            check_donors(train)
     return Listing(
-        train=_encode(train),
-        val=_encode(_spread(listed_val, data.val_images)),
+        train=encode_paths(train),
+        val=encode_paths(_spread(listed_val, data.val_images)),
         left_out=left_out,
         source=source if method.uses_segments else None,
     )
+
+
+def check_donors(paths: Sequence[str]) -> None:
+    """Raise ValueError unless each of these images can borrow the segments of another one."""
+    if len({segment_key(path) for path in paths}) < 2:
+        raise ValueError(
+            "--segments-from borrowed takes the segments of other images, but there is only one "
+            f"with segments: {paths[0]}; give more images, or --segments-from own"
+        )
 
 
 def segment_key(relative_path: str) -> str:
@@ -115,5 +134,6 @@ def _spread(paths: list[str], most: int) -> list[str]:
     return [paths[index * len(paths) // most] for index in range(most)]
 
 
-def _encode(paths: list[str]) -> np.ndarray:
+def encode_paths(paths: list[str]) -> np.ndarray:
+    """Paths as `Listing` keeps them."""
     return np.array([path.encode() for path in paths], dtype=np.bytes_)

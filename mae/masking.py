@@ -45,9 +45,11 @@ class MaskingMethod:
 
     name: ClassVar[str]
     uses_segments: ClassVar[bool] = True
+    all_segments: ClassVar[bool] = False  # of an image, and not only one near the coverage ratio
     removes_tokens: ClassVar[bool] = False  # then the decoder needs mask tokens
     extra_channels: ClassVar[int] = 0  # input channels of the patch embedding beyond the image's
-    settings: ClassVar[tuple[str, ...]] = ("coverage_ratio", "hide")  # those that matter to it
+    # The options that matter to it.
+    settings: ClassVar[tuple[str, ...]] = ("coverage_ratio", "hide", "segments_from")
 
     def __init_subclass__(cls) -> None:
         """A class with a name of its own is a method that can be chosen."""
@@ -70,10 +72,17 @@ class MaskingMethod:
         """Patches per image that enter the encoder."""
         return self.num_patches
 
+    @property
+    def segment_side(self) -> int:
+        """Points per side at which `pattern` gets segments; a pixel each, unless fewer will do."""
+        return self.image_size
+
     def pattern(self, rng: np.random.Generator, segment: np.ndarray | None) -> np.ndarray:
         """Draw one sample's pattern.
 
-        segment: [H, W] uint8, 1 inside, already cropped, flipped and resized with the image.
+        segment: [H, W] uint8, 1 inside, already cropped, flipped and resized with the image to
+        `segment_side`, or what stands for it (`--segments-from`). With `all_segments` it is
+        [M, H, W], the image's M segments; without `uses_segments` it is None.
         """
         assert segment is not None
         return VISIBLE - segment if self.hide == "segment" else segment
@@ -109,7 +118,7 @@ class Patches(MaskingMethod):
     name = "patches"
     uses_segments = False
     removes_tokens = True
-    settings = ("mask_ratio",)
+    settings: ClassVar[tuple[str, ...]] = ("mask_ratio",)
 
     @property
     def num_kept(self) -> int:
@@ -189,6 +198,52 @@ class Preencoder(FourChannels):
             assert convolution.bias is not None
             convolution.bias.zero_()
         return torch.nn.Sequential(padding, convolution)
+
+
+class SegmentPatches(Patches):
+    """Whole segments are removed until `mask_ratio` is reached: `patches` but for *which* ones.
+
+    A patch belongs to a segment if more than half of it is inside, by 5 x 5 of its pixels: decoding
+    an image's segments at every pixel would cost more than the image.
+    """
+
+    name = "segment_patches"
+    uses_segments = True
+    all_segments = True
+    settings = ("mask_ratio", "segments_from")
+    POINTS = 5  # per side of a patch; odd, so that there is no tie
+
+    @property
+    def segment_side(self) -> int:
+        """So many points for each patch."""
+        return self.image_size // self.patch_size * self.POINTS
+
+    def pattern(self, rng: np.random.Generator, segment: np.ndarray | None) -> np.ndarray:
+        """Noise as `patches` draws it, raised where segments, in random order, are removed."""
+        assert segment is not None
+        noise, points = super().pattern(rng, None), self.POINTS
+        # Python's sum of whole arrays: numpy's own along so short an axis takes ten times as long.
+        inside = sum(segment.reshape(-1, points, self.segment_side).swapaxes(0, 1))
+        inside = sum(inside.reshape(-1, points).T)
+        belongs = inside.reshape(-1, self.num_patches) > points**2 // 2  # [M, N]
+        return remove_segments(noise, rng.permutation(belongs), self.num_patches - self.num_kept)
+
+
+def remove_segments(noise: np.ndarray, segments: np.ndarray, count: int) -> np.ndarray:
+    """Noise [N] float32 from 0 to 1, such that its `count` largest values are whole segments first.
+
+    segments: [M, N] bool, the patches of each, in the order in which they are removed. One of which
+    more is left than may still be removed is passed over. Single patches, those of the largest
+    noise, make up the number.
+    """
+    removed = np.zeros(len(noise), bool)
+    for patches in segments:
+        fresh = patches & ~removed
+        size = int(np.count_nonzero(fresh))
+        if size <= count:
+            removed |= fresh
+            count -= size
+    return noise + removed.astype(np.float32)
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor
 from common.checkpoint import load_weights, read_torch_file
 from common.files import check_output_file, is_marked, mark, replacing
 from mae.checkpoint import load_checkpoint
-from mae.config import make_method, parse_settings
-from mae.data import Batch, Sample, collate, fitting_segment, make_sample
+from mae.config import MethodConfig, make_method, parse_settings
+from mae.controls import SegmentSource
+from mae.data import Batch, Sample, collate, make_sample
 from mae.decode import read_crop
+from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
 from mae.segments import open_segments
-from mae.segments.segment import Segment
 from mae.segments.store import PackedStore
 from mae.transforms import centre_crop
 
@@ -43,13 +44,12 @@ def reconstruct_files(
     model = load_model(checkpoint, checkpoint_path)
     batch = unpack_fixed_set(checkpoint["fixed_set"])
     if images:
-        store = open_segments(masks_dir) if masks_dir and model.method.uses_segments else None
-        coverage = checkpoint["config"]["coverage_ratio"]
+        segments = None
+        if masks_dir and model.method.uses_segments:
+            options, _ = parse_settings(checkpoint["config"], checkpoint_path)
+            segments = _open_source(masks_dir, options)
         batch = collate(
-            [
-                _sample(model, path, number, batch, store, coverage)
-                for number, path in enumerate(images)
-            ]
+            [_sample(model, path, number, batch, segments) for number, path in enumerate(images)]
         )
     draw_reconstructions(model, batch, out)
 
@@ -104,16 +104,16 @@ def _sample(
     path: Path,
     number: int,
     fixed_set: Batch,
-    store: PackedStore | None,
-    coverage_percent: float,
+    segments: SegmentSource | None,
 ) -> Sample:
-    """Centre crop of an image file, hidden by its own segment or as one of the fixed set is."""
+    """Centre crop of an image file, hidden by its segment or as one of the fixed set is."""
     size, row = model.config.image_size, number % len(fixed_set)
     try:
         image = read_crop(path, centre_crop, size)
-        if store is not None:
-            own = fitting_segment(_own_segment(path, store, coverage_percent), image, size)
-            return make_sample(model.method, image.pixels, np.random.default_rng(number), own)
+        if segments is not None:
+            key, rng = _key_of(path, segments.store), np.random.default_rng(number)
+            segment = segments.cut(model.method, key, image, rng)
+            return make_sample(model.method, image.pixels, rng, segment)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return Sample(
@@ -123,13 +123,21 @@ def _sample(
     )
 
 
-def _own_segment(path: Path, store: PackedStore, coverage_percent: float) -> Segment:
-    """The segment of an image, found by the end of its path: class/stem, or stem."""
+def _open_source(masks_dir: Path, options: MethodConfig) -> SegmentSource:
+    """Segments of given images, which borrow from any image that has some."""
+    store = open_segments(masks_dir)
+    donors = [f"{key}.jpg" for key in sorted(store.images())]
+    if options.segments_from == "borrowed":
+        check_donors(donors)
+    return SegmentSource(store=store, donors=encode_paths(donors), options=options)
+
+
+def _key_of(path: Path, store: PackedStore) -> str:
+    """What segments know an image by, from the end of its path: class/stem, or stem."""
     absolute = path.absolute().with_suffix("")
     for key in (f"{absolute.parent.name}/{absolute.name}", absolute.name):
-        segment = store.nearest(key, coverage_percent)
-        if segment is not None:
-            return segment
+        if store.nearest(key, 0) is not None:
+            return key
     raise ValueError("--masks-dir has no segment of it")
 
 

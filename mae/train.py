@@ -25,9 +25,8 @@ from mae.check import check_output
 from mae.config import PretrainConfig
 from mae.data import collate
 from mae.epoch import EpochTrainer
-from mae.model import training_flops
 from mae.reconstruct import draw_reconstructions, pack_fixed_set
-from mae.schedule import learning_rate
+from mae.schedule import learning_rate, training_flops
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ def _open_logbook(run: Run, state: State) -> Logbook | None:
         run.config.run.output_dir,
         epochs_completed=state.epochs_completed,
         epochs_total=run.config.epochs_this_round,
-        images_per_epoch=run.plan.steps_per_epoch * run.plan.effective_batch_size,
+        images_per_epoch=run.plan.images_per_epoch,
         log_with=run.config.run.log_with,
         settings=run.config.settings(),
     )
@@ -169,8 +168,8 @@ def heldout_loss(run: Run) -> float | None:
 def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, Any]:
     """The line of log.txt about the epoch that just ended."""
     sums = dict(zip(EPOCH_SUMS, state.sums.tolist(), strict=True))
-    steps = run.plan.steps_per_epoch
-    images = steps * run.plan.effective_batch_size
+    steps, images = run.plan.steps_per_epoch, run.plan.images_per_epoch
+    flops = images * training_flops(run.config.model, run.images.method)
     coverage = sums["coverage"] / images
     variance = max(0.0, sums["coverage_square"] / images - coverage**2)
     last_step = state.epochs_completed + (steps - 1) / steps
@@ -182,6 +181,7 @@ def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, An
         "train_lr": learning_rate(optimisation, last_step / optimisation.epochs),
         "coverage_percent_mean": coverage,
         "coverage_percent_std": math.sqrt(variance),
+        "train_flops": flops * (state.epochs_completed + 1),
         "unreadable_images": round(sums["unreadable"]),
         "images_per_second": images / state.seconds,
         "data_wait_share": state.waited_seconds / state.seconds,
@@ -190,8 +190,7 @@ def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, An
     }
     peak = peak_flops(device)
     if peak is not None:
-        flops = training_flops(run.config.model, run.images.method) * images / state.seconds
-        record["mfu"] = flops / (peak * run.accelerator.num_processes)
+        record["mfu"] = flops / state.seconds / (peak * run.accelerator.num_processes)
     if heldout is None:
         del record["val_loss"]
     return record

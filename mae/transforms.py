@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mae.segments.segment import Segment, decode_at
+
 CROP_AREA = (0.2, 1.0)  # of the image, as MAE crops
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height
 CROP_TRIES = 10
+ImageSize = tuple[int, int]  # height and width
 CENTRE_CROP = 224 / 256  # of the shorter side, the usual crop for held-out images
 
 
@@ -70,14 +74,34 @@ def crop_image(image: Tensor, crop: Crop, size: int) -> Tensor:
     return resized.flip(-1) if crop.flip else resized
 
 
-def crop_segment(segment: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """The same for a segment [H, W] uint8, by nearest neighbour, so that it stays binary."""
-    rows = crop.top + _nearest(crop.height, size)
-    columns = crop.left + _nearest(crop.width, size)
+def crop_segment(segment: np.ndarray, crop: Crop, size: int, image: ImageSize) -> np.ndarray:
+    """The same for a segment [H, W] uint8, by nearest neighbour, so that it stays binary.
+
+    image: height and width of what the crop is a box of; a segment of another size is stretched.
+    """
+    rows, columns = _pixels(crop, size, image, segment.shape)
     if crop.flip:
         columns = columns[::-1]
     # Whole columns first: run lengths decode column by column, so that they lie together.
     return np.ascontiguousarray(segment.T[columns][:, rows].T)
+
+
+def crop_segments(
+    segments: Sequence[Segment], crop: Crop, size: int, image: ImageSize
+) -> np.ndarray:
+    """The same for all segments of one image at once, where few points will do: [M, size, size]."""
+    rows, columns = _pixels(crop, size, image, (segments[0].height, segments[0].width))
+    cut = decode_at(segments, rows, columns)
+    return cut[..., ::-1] if crop.flip else cut
+
+
+def _pixels(
+    crop: Crop, size: int, image: ImageSize, segment: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns [size] of a segment that lie under the pixels of a crop."""
+    rows = 2 * (crop.top + _nearest(crop.height, size)) + 1  # twice the middle of a pixel
+    columns = 2 * (crop.left + _nearest(crop.width, size)) + 1
+    return rows * segment[0] // (2 * image[0]), columns * segment[1] // (2 * image[1])
 
 
 def _nearest(length: int, size: int) -> np.ndarray:

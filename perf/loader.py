@@ -33,8 +33,9 @@ from torchvision.transforms import functional as vision
 from common.images import find_images
 from common.vit import IMAGE_MEAN, IMAGE_STD
 from mae.config import MethodConfig, ModelConfig, make_method
+from mae.controls import SegmentSource
 from mae.data import MaskedImages
-from mae.listing import segment_key
+from mae.listing import encode_paths, segment_key
 from mae.segments import open_segments
 from mae.segments.store import PackedStore
 
@@ -94,11 +95,11 @@ def make_ours(
     """Our samples of one masking method."""
     wanted = MethodConfig(mask_method=mask_method, coverage_ratio=COVERAGE_PERCENT)
     method = make_method(wanted, model)
-    source = source if method.uses_segments else None
-    listed = np.array([path.encode() for path in paths])
+    listed, segments = encode_paths(paths), None
+    if method.uses_segments and source is not None:
+        segments = SegmentSource(store=source, donors=listed, options=wanted)
     return MaskedImages(
-        folder=folder, paths=listed, segments=source, method=method,
-        coverage_ratio=wanted.coverage_ratio, seed=0,
+        folder=folder, paths=listed, segments=segments, method=method, seed=0,
     )  # fmt: skip
 
 

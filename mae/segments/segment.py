@@ -8,8 +8,9 @@ segment then takes some hundred bytes, and decodes in microseconds.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,20 +119,51 @@ def _order(segment: Segment) -> tuple[float, bytes]:
     return segment.coverage_percent, segment.counts
 
 
+def decode_at(segments: Sequence[Segment], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """All segments of one image at some of its pixels: [M, rows, columns] uint8.
+
+    rows, columns: ascending. For few pixels it takes a quarter of the time of `decode`. Raises
+    ValueError if runs do not fill the image.
+    """
+    height, width = segments[0].height, segments[0].width
+    columns, again = np.unique(columns, return_inverse=True)
+    places = (columns[:, None] * height + rows).ravel()  # of the points, in the order of the runs
+    decoded = np.empty((len(segments), len(places)), np.uint8)
+    every_run = _run_lengths([segment.counts for segment in segments])
+    for points, runs in zip(decoded, every_run, strict=True):
+        ends = runs.cumsum()
+        if not len(ends) or ends[-1] != height * width:
+            raise ValueError(f"its runs do not fill {width} x {height} pixels")
+        inside = np.zeros(len(runs), np.uint8)
+        inside[1::2] = 1
+        points_before = places.searchsorted(ends)
+        points_before[1:] -= points_before[:-1].copy()
+        points[:] = inside.repeat(points_before)  # ValueError for runs of less than nothing
+    return decoded.reshape(len(segments), len(columns), len(rows))[:, again].transpose(0, 2, 1)
+
+
 def run_lengths(counts: bytes) -> np.ndarray:
-    """COCO's compressed counts as run lengths, outside and inside in turn.
+    """One code's runs, outside and inside in turn; see `_run_lengths`."""
+    return _run_lengths([counts])[0]
+
+
+def _run_lengths(codes_of_each: list[bytes]) -> list[np.ndarray]:
+    """COCO's compressed counts as run lengths, outside and inside in turn, of several segments.
 
     The code of pycocotools' `rleFrString`: five bits a character, least significant first, bit 5 =
     more follow, sign in bit 4 of the last, and from the fourth run on the difference to the run
-    before the last. `counts` must be a complete code.
+    before the last. Each must be a complete code; numpy is entered once for all of them.
     """
-    codes = np.frombuffer(counts, dtype=np.uint8) - FIRST_CHARACTER
+    codes = np.frombuffer(b"".join(codes_of_each), dtype=np.uint8) - FIRST_CHARACTER
     last = np.flatnonzero(codes < MORE_BIT)
     first = np.append(0, last[:-1] + 1)
     place = np.arange(len(codes)) - first.repeat(last - first + 1)  # of a character in its number
     values = np.add.reduceat((codes & LOW_BITS).astype(np.int64) << (BITS * place), first)
     # The sign bit, twice: what it was counted as, and what it takes away.
     values -= (codes[last] & SIGN_BIT).astype(np.int64) << (BITS * place[last] + 1)
-    values[1::2] = values[1::2].cumsum()
-    values[2::2] = values[2::2].cumsum()
-    return values
+    stops = last.searchsorted(np.cumsum([len(counts) for counts in codes_of_each])).tolist()
+    each = [values[start:stop] for start, stop in pairwise([0, *stops])]
+    for runs in each:
+        runs[1::2] = runs[1::2].cumsum()
+        runs[2::2] = runs[2::2].cumsum()
+    return each

@@ -218,7 +218,9 @@ def test_methods_and_options_are_told_as_json_without_torch(in1k_dir):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
     facts = json.loads(done.stdout)
-    assert list(facts["methods"]) == ["patches", "segments", "four_channels", "preencoder"]
+    assert list(facts["methods"]) == [
+        "patches", "segments", "four_channels", "preencoder", "segment_patches",
+    ]  # fmt: skip
     assert facts["methods"]["patches"] == {"uses_segments": False, "settings": ["mask_ratio"]}
     assert facts["options"]["base_lr"] == {
         "default": 1.5e-4, "neutral": False, "several": False, "older": 1.5e-4,

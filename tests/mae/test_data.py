@@ -7,6 +7,7 @@ from PIL import Image
 
 from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
+from mae.controls import SegmentSource
 from mae.data import FixedImages, MaskedImages
 from mae.listing import make_listing
 from mae.schedule import make_batch_plan
@@ -47,7 +48,7 @@ def test_segment_lines_up_with_the_image(size, flip):
     segment[30:80, 50:120] = 1
     image = torch.from_numpy(np.repeat(segment[None] * 255, 3, axis=0))
     crop = Crop(top=13, left=21, height=80, width=110, flip=flip)
-    small = crop_segment(segment, crop, size)
+    small = crop_segment(segment, crop, size, segment.shape)
     assert set(np.unique(small)) == {0, 1}
     cut = crop_image(image, crop, size)[0].numpy() > 127
     assert (cut == (small > 0)).mean() > 0.97
@@ -89,11 +90,11 @@ def open_images(folder, mask_method="segments", **settings):
     segments = None
     if method.uses_segments:
         pack_segments(folder / "masks")
-        segments = open_segments(folder / "masks")
+        store = open_segments(folder / "masks")
+        segments = SegmentSource(store=store, donors=paths, options=method_config)
     return MaskedImages(
-        folder=folder / "train", paths=paths, segments=segments, method=method,
-        coverage_ratio=method_config.coverage_ratio, seed=7,
-    )  # fmt: skip
+        folder=folder / "train", paths=paths, segments=segments, method=method, seed=7
+    )
 
 
 @pytest.fixture

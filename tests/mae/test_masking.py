@@ -18,7 +18,7 @@ SMALL = ModelConfig(
     decoder_depth=1,
     decoder_heads=4,
 )
-PIXEL_METHODS = [name for name, method in METHODS.items() if method.uses_segments]
+PIXEL_METHODS = [name for name, m in METHODS.items() if m.uses_segments and not m.removes_tokens]
 
 
 def make_model(name, **settings):

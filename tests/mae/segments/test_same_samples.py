@@ -45,16 +45,17 @@ class Files:
 def samples_of(in1k, masks_dir, ratio, files=None):
     """Every sample of every epoch, as pretraining gets them; files: read them instead."""
     from mae.config import DataConfig, MethodConfig, ModelConfig, make_method
+    from mae.controls import SegmentSource
     from mae.data import MaskedImages
     from mae.listing import make_listing
 
     wanted = MethodConfig(mask_method="segments", coverage_ratio=ratio)
     method = make_method(wanted, ModelConfig(model="vit_tiny", image_size=64))
     listing = make_listing(DataConfig(in1k_dir=in1k, masks_dir=masks_dir), method)
+    segments = SegmentSource(store=files or listing.source, donors=listing.train, options=wanted)
     images = MaskedImages(
-        folder=in1k / "train", paths=listing.train, segments=files or listing.source,
-        method=method, coverage_ratio=ratio, seed=3,
-    )  # fmt: skip
+        folder=in1k / "train", paths=listing.train, segments=segments, method=method, seed=3
+    )
     return [
         (images.relative_path(index), images[epoch, index])
         for epoch in range(EPOCHS)
