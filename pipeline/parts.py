@@ -35,6 +35,8 @@ class Facts:
     """The models of which there are published ones."""
     has_official: bool = False
     """Whether that of this model is at hand."""
+    image_classes: Path | None = None
+    """val/, where it has a folder for each class."""
     packing: tuple[Path, Path] | None = None
     """Segments that have to be packed before pretraining reads them, and the store to write."""
 
@@ -96,6 +98,7 @@ def ask_facts(settings: Settings | None = None) -> Facts:
         },
         official_checkpoints=tuple(mae["official_checkpoints"]),
         has_official=settings is not None and _has_official(settings),
+        image_classes=_image_classes(data.in1k_dir) if data and data.in1k_dir else None,
         packing=packing,
     )
 
@@ -104,6 +107,13 @@ def _has_official(settings: Settings) -> bool:
     experiment, paths = settings.experiment, Layout(settings.data.output_dir)
     file = experiment.mae_checkpoint or paths.official_checkpoint(experiment.model)
     return file.is_file()
+
+
+def _image_classes(in1k_dir: Path) -> Path | None:
+    folder = in1k_dir / "val"
+    if not folder.is_dir() or sum(entry.is_dir() for entry in os.scandir(folder)) < 2:
+        return None
+    return folder
 
 
 def part_command(program: Sequence[str], options: Mapping[str, Any]) -> list[str]:

@@ -271,6 +271,7 @@ class _Planner:
         planned, given = self._scored(run, name, epochs)
         given = {n: v for n, v in given.items() if n in known} | dict(self.settings.parts.probe)
         planned |= {"seed": run.seed, "output_dir": folder}
+        planned["image_folder"] = given.pop("image_folder", self.facts.image_classes)
         planned = {n: v for n, v in planned.items() if n in known or n == "init"}
         options = self._options("probe", planned, given)
         decided = self._decided("probe", options)

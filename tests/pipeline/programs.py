@@ -56,7 +56,9 @@ FACTS = Facts(
             **_PLACES,
         },
         "probe": {
-            **dict.fromkeys(("dataset", "patch_size", "image_size", "probes"), _fact()),
+            **dict.fromkeys(
+                ("dataset", "patch_size", "image_size", "probes", "image_folder"), _fact()
+            ),
             "model": _fact("vit_large"),
             "recipe": _fact("segmenter"),
             "seed": _fact(0),

@@ -73,6 +73,16 @@ def test_a_probe_gets_the_protocol_of_the_finetuning_and_options_of_its_own(
     assert probe.settings["init"] == "pretrain_output/four_channels-seed4/checkpoint-1.pth"
 
 
+def test_images_with_classes_are_probed_too_unless_others_are_named(settings: Make) -> None:
+    made = settings("--pretrain-epochs 1 --probe-freq 1")
+    facts = replace(FACTS, image_classes=made.data.output_dir / "val")
+    probes = [step for step in make_plan(made, facts) if step.kind == "probe"]
+    assert [step.options["image_folder"] for step in probes] == [facts.image_classes]
+    other = settings("--pretrain-epochs 1 --probe-freq 1 --probe image_folder=/other")
+    probes = [step for step in make_plan(other, facts) if step.kind == "probe"]
+    assert [step.options["image_folder"] for step in probes] == ["/other"]
+
+
 def test_probes_use_the_gpus_kept_for_evaluation_and_their_lane(settings: Make) -> None:
     call = "--pretrain-epochs 1 --probe-freq 1 --num-gpus 4 --eval-gpus 3"
     probe = probe_of(settings(call), "probe_four_channels_1")
