@@ -20,7 +20,7 @@ from common.settings import check_same
 from common.trackers import check_trackers
 from common.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.classes import count_classes
-from segmenter.config import GROUPS, RANDOM, TrainConfig
+from segmenter.config import AUXILIARY_WIDTH, GROUPS, RANDOM, TrainConfig
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
 from segmenter.schedule import BatchPlan, learning_rate_points
 
@@ -44,7 +44,7 @@ def check_training(config: TrainConfig) -> Task:
         train=description.pairs(TRAIN),
         val=description.pairs(VAL),
     )
-    plan_batches(config, task, world_size())
+    _refuse_lone_images(config, plan_batches(config, task, world_size()))
     check_output_folder(config.run.output_dir, reads=description.reads)
     check_trackers(config.run.log_with)
     if init != RANDOM:
@@ -63,6 +63,17 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
         batch_size=config.optimisation.batch_size,
         processes=processes,
     )
+
+
+def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
+    """UPerNet's norms take the mean over a part of a batch, pooled to a pixel per image."""
+    most = min(config.run.device_batch_size or plan.batch_size, plan.effective_batch_size)
+    alone = plan.processes == 1 and 1 in (most, plan.effective_batch_size % most)
+    if config.model.decoder == "upernet" and alone:
+        raise ValueError(
+            f"a batch of {plan.effective_batch_size} in parts of {most} leaves an image alone, "
+            "which --decoder upernet cannot train on: change --batch-size or --device-batch-size"
+        )
 
 
 def all_settings(config: TrainConfig, task: Task) -> dict[str, Any]:
@@ -134,4 +145,7 @@ def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
     if model.decoder == "mask_transformer":
         parameters += transformer_parameters(size.width, model.decoder_layers) + 3 * size.width**2
     moments = 1 if config.optimisation.optimizer == "sgd" else 2
+    if model.decoder == "upernet":  # UPerHead 115 and pyramid 12 times the width's square
+        parameters += 127 * size.width**2 + 9 * size.width * AUXILIARY_WIDTH
+        parameters += size.depth * size.heads * 4 * patches  # relative positions
     return 4 * parameters * (1 + moments)

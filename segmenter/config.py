@@ -26,6 +26,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
+AUXILIARY_WIDTH = 256  # of the head that trains beside UPerNet, as in mmsegmentation's configs
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -42,7 +43,9 @@ class ModelConfig(OptionGroup):
         at_least=1,
         at_most=16384,
     )
-    decoder: Literal["mask_transformer", "linear"] = option("What turns tokens into classes.")
+    decoder: Literal["mask_transformer", "linear", "upernet"] = option(
+        "What turns tokens into classes."
+    )
     decoder_layers: int = option("Blocks of the mask transformer.", at_least=1, at_most=1024)
     drop_path: float = option("Stochastic depth of the encoder.", at_least=0, below=1)
     dropout: float = option("Dropout of the encoder.", at_least=0, below=1)
@@ -177,7 +180,7 @@ class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
 
     title: ClassVar[str] = "Run"
     init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
-    recipe: str = option("segmenter, mae, fast, or a YAML file.", DEFAULT_RECIPE)
+    recipe: str = option("segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE)
     device_batch_size: int | None = option(
         "Most images per device at once. Default: no limit.", None, at_least=1, neutral=True
     )
