@@ -46,7 +46,6 @@ MMSEG_NAMES = {
     r"\.ffn\.layers\.1\.": ".mlp.fc2.",
 }
 MMSEG_IGNORED = "relative_position_index"  # follows from the grid
-MMSEG_RECIPE = "upernet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,9 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
     if (path.parent / VARIANT).is_file():
         return _load_release(path)
     content = _read_with_stand_ins(path)
-    if isinstance(content, dict) and MMSEG_CLASSIFIER in (content.get("state_dict") or ()):
-        return _load_mmseg(content["state_dict"], content.get("meta") or {}, path)
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if isinstance(weights, dict) and MMSEG_CLASSIFIER in weights:
+        return _load_mmseg(weights, content.get("meta") or {}, path)
     checkpoint = load_checkpoint(path)
     shape = SegmenterShape.from_plain(checkpoint["shape"], path)
     if not shape.num_classes == len(checkpoint["classes"]) == len(checkpoint["palette"]):
@@ -103,24 +103,32 @@ def _load_release(path: Path) -> LoadedSegmenter:
             f"{path.parent / VARIANT} does not describe a Segmenter: {error}"
         ) from error
     shape = parsed_plain(SegmenterShape, dataclasses.asdict(shape), str(path.parent / VARIANT))
-    model = Segmenter(shape)
     weights = {  # timm calls DeiT's distillation token a register
         name.replace("encoder.dist_token", "encoder.reg_token"): weight
         for name, weight in content["model"].items()
         if not name.startswith(RELEASE_IGNORED)
     }
-    problems = misfits(model.state_dict(), weights, optional=())
-    if problems:
-        raise ValueError(f"{path} does not fit its {VARIANT}: {problems}")
-    refuse_damaged(weights, path)
-    model.load_state_dict(weights)
+    model = _filled(shape, weights, path, f"does not fit its {VARIANT}")
     description = read_description(DESCRIPTIONS / f"{dataset_name}.yml")
     return LoadedSegmenter(
-        model=model.eval(),
+        model=model,
         classes=read_classes(description),
         protocol=protocol,
         reduce_zero_label=description.reduce_zero_label,
     )
+
+
+def _filled(
+    shape: SegmenterShape, weights: dict[str, Tensor], path: Path, otherwise: str
+) -> Segmenter:
+    """A model with weights from elsewhere. Raises ValueError, with the word `otherwise`."""
+    model = Segmenter(shape)
+    problems = misfits(model.state_dict(), weights, optional=())
+    if problems:
+        raise ValueError(f"{path} {otherwise}: {problems}")
+    refuse_damaged(weights, path)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def _understand(
@@ -162,7 +170,7 @@ class _StandIn:
 
     def __init__(self, *given: Any) -> None: ...
 
-    def __setstate__(self, state: Any) -> None: ...
+    __setstate__ = __init__
 
 
 def _read_with_stand_ins(path: Path) -> Any:
@@ -177,46 +185,43 @@ def _read_with_stand_ins(path: Path) -> Any:
         return read_torch_file(path, lazily=True)
 
 
-def _load_mmseg(stored: dict[str, Tensor], meta: Any, path: Path) -> LoadedSegmenter:
+def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> LoadedSegmenter:
     """A checkpoint of mmsegmentation's MAE with UPerNet, by its state dict and its meta."""
-    weights = {}
-    for name, weight in stored.items():
-        if not name.endswith(MMSEG_IGNORED):
-            for pattern, own in MMSEG_NAMES.items():
-                name = re.sub(pattern, own, name)
-            weights[name] = weight
-    blocks = {name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}
+    no_upernet = "is no UPerNet on MAE of mmsegmentation"
     try:
+        weights = {
+            _mmseg_name(name): weight
+            for name, weight in stored.items()
+            if isinstance(weight, Tensor) and not name.endswith(MMSEG_IGNORED)
+        }
+        blocks = {name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}
         width, channels, patch = weights["encoder.patch_embed.proj.weight"].shape[:3]
-        encoder = EncoderShape(
-            model=_model_name({"d_model": width, "n_layers": len(blocks)}),
-            patch_size=patch,
-            in_channels=channels,
-            grid=round((weights[f"encoder.{POSITIONS}"].shape[1] - 1) ** 0.5),
-        )
+        model = _model_name({"d_model": width, "n_layers": len(blocks)})
+        grid = round((weights[f"encoder.{POSITIONS}"].shape[1] - 1) ** 0.5)
         num_classes = len(stored[MMSEG_CLASSIFIER])
         classes, reduce_zero_label = _mmseg_classes(meta, num_classes)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no UPerNet on MAE of mmsegmentation: {error}") from None
-    shape = SegmenterShape(
-        encoder=encoder, decoder="upernet", decoder_layers=0, num_classes=num_classes,
-        normalization="imagenet",
-    )  # fmt: skip
-    model = Segmenter(SegmenterShape.from_plain(dataclasses.asdict(shape), path))
-    problems = misfits(model.state_dict(), weights, optional=())
-    if problems:
-        raise ValueError(f"{path} is no UPerNet on MAE of mmsegmentation: {problems}")
-    refuse_damaged(weights, path)
-    model.load_state_dict(weights)
-    recipe, side = recipe_values(MMSEG_RECIPE), encoder.grid * encoder.patch_size
+        raise ValueError(f"{path} {no_upernet}: {error}") from None
+    encoder = {"model": model, "patch_size": patch, "in_channels": channels, "grid": grid}
+    shape = {
+        "encoder": encoder, "decoder": "upernet", "decoder_layers": 0, "num_classes": num_classes,
+        "normalization": "imagenet",
+    }  # fmt: skip
+    recipe, side = recipe_values("upernet"), grid * patch
     stride = side * recipe["window_stride"] // recipe["window_size"]
     sizes = dict.fromkeys(("image_size", "crop_size", "window_size"), side)
     return LoadedSegmenter(
-        model=model.eval(),
+        model=_filled(SegmenterShape.from_plain(shape, path), weights, path, no_upernet),
         classes=classes,
         protocol=make(ProtocolConfig, {**recipe, **sizes, "window_stride": stride}),
         reduce_zero_label=reduce_zero_label,
     )
+
+
+def _mmseg_name(name: str) -> str:
+    for pattern, own in MMSEG_NAMES.items():
+        name = re.sub(pattern, own, name)
+    return name
 
 
 def _mmseg_classes(meta: dict[str, Any], num_classes: int) -> tuple[Classes, bool]:

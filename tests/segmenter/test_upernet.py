@@ -1,7 +1,7 @@
 """UPerNet: the arithmetic, rates and checkpoints of mmsegmentation's own models."""
 
 import json
-import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +9,11 @@ import torch
 from common.checkpoint import read_torch_file
 from common.vit import VIT_SIZES, VitSize
 from segmenter.classes import quiet_imports
-from segmenter.config import OptimisationConfig, ProtocolConfig, recipe_values
+from segmenter.config import OptimisationConfig, recipe_values
 from segmenter.encoder import Encoder, EncoderShape, depths_of
 from segmenter.inference import window_logits
-from segmenter.loading import MMSEG_NAMES, load_segmenter
+from segmenter.loading import _mmseg_name as our_name
+from segmenter.loading import load_segmenter
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
 from segmenter.optimisation import make_optimizer
 from segmenter.schedule import BatchPlan, learning_rate
@@ -22,7 +23,6 @@ with quiet_imports():
     import mmseg.datasets
     import mmseg.models  # noqa: F401
     from mmengine.config import ConfigDict
-    from mmengine.dataset import pseudo_collate
     from mmengine.logging import MMLogger
     from mmengine.runner import Runner
     from mmengine.structures import PixelData
@@ -31,12 +31,12 @@ with quiet_imports():
     from mmseg.structures import SegDataSample
 
 DEPTH, WIDTH, HEADS, PATCH, GRID, SIDE = 4, 8, 2, 8, 4, 32
+NANO = VitSize(width=WIDTH, depth=DEPTH, heads=HEADS, patch_size=PATCH)
 
 
 @pytest.fixture(autouse=True)
 def nano(monkeypatch):
-    size = VitSize(width=WIDTH, depth=DEPTH, heads=HEADS, patch_size=PATCH)
-    monkeypatch.setitem(VIT_SIZES, "nano", size)
+    monkeypatch.setitem(VIT_SIZES, "nano", NANO)
 
 
 def theirs(num_classes=3):
@@ -77,12 +77,6 @@ def theirs(num_classes=3):
             spread = torch.randn_like(value) * 0.1
             value.data.add_(spread.abs() if "running_var" in name else spread)
     return model
-
-
-def our_name(name):
-    for pattern, own in MMSEG_NAMES.items():
-        name = re.sub(pattern, own, name)
-    return name
 
 
 def store(model, path, **meta):
@@ -240,10 +234,15 @@ def test_pretrained_weights_give_the_same_features_before_training(tmp_path):
         start_encoder(pyramid, weights, tmp_path / "mae.pth")
 
 
+NAMES, COLOURS = ("ground", "tree", "lake"), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
 class Scenes(torch.utils.data.Dataset):
     """What mmengine's runner asks of a dataset."""
 
-    metainfo = {"classes": ("ground", "tree", "lake"), "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}
+    @property
+    def metainfo(self):
+        return {"classes": NAMES, "palette": COLOURS}
 
     def __len__(self):
         return 2
@@ -267,7 +266,7 @@ def test_what_mmengines_runner_saved_is_scored(tmp_path):
     """With message hub and optimizer, as it saves during training."""
     model = theirs()
     runner = Runner(
-        model, str(tmp_path / "work"), log_level="ERROR",
+        model, str(tmp_path / "work"), log_level="ERROR", default_scope="mmseg",
         train_dataloader=torch.utils.data.DataLoader(Scenes(), 2, collate_fn=together),
         train_cfg={"by_epoch": False, "max_iters": 2},
         optim_wrapper={"optimizer": {"type": "AdamW", "lr": 1e-4}},
@@ -278,8 +277,8 @@ def test_what_mmengines_runner_saved_is_scored(tmp_path):
     with pytest.raises(ValueError, match="more than tensors"):
         read_torch_file(path)
     loaded = load_segmenter(path)
-    assert loaded.classes.names == Scenes.metainfo["classes"]
-    assert loaded.classes.palette.tolist() == Scenes.metainfo["palette"]
+    assert loaded.classes.names == NAMES
+    assert loaded.classes.palette.tolist() == COLOURS
     pixels = torch.randn(1, 3, SIDE, SIDE)
     with torch.no_grad():
         expected = model.eval()(pixels, mode="tensor")
@@ -298,3 +297,131 @@ def test_relative_positions_of_another_grid_are_resampled(both):
             block.attn.relative_position_bias_table.zero_()
         for one, other in zip(with_bias, encoder(pixels), strict=True):
             torch.testing.assert_close(one, other)  # softmax does not see a constant
+
+
+def test_released_checkpoints_without_names_are_known_by_the_number_of_classes(tmp_path):
+    loaded = load_segmenter(store(theirs(150), tmp_path / "ade20k.pth"))
+    assert len(loaded.classes) == 150
+    assert loaded.classes.names[0] == "wall"
+    assert loaded.reduce_zero_label
+    old = store(theirs(2), tmp_path / "old.pth", CLASSES=("a", "b"))  # before mmsegmentation 1.0
+    assert load_segmenter(old).classes.names == ("a", "b")
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
+    weights = theirs().state_dict()
+    path = tmp_path / "file.pth"
+    beit = {name: weight for name, weight in weights.items() if name != "backbone.pos_embed"}
+    small = {**weights, "decode_head.bottleneck.conv.weight": torch.zeros(1, 40, 3, 3)}
+    broken = {**weights, "neck.upsample_2x.0.bias": torch.full((WIDTH,), torch.nan)}
+    for state, meta, problem in (
+        (weights, {}, "it has 3 classes, but not their names in its meta"),
+        (weights, [1], "'list' object has no attribute 'get'"),
+        (beit, {"CLASSES": NAMES}, "'encoder.pos_embed'"),
+        (small, {"CLASSES": NAMES}, r"bottleneck\.conv\.weight is \(1, 40, 3, 3\) instead"),
+        (broken, {"CLASSES": NAMES}, "neck.upsample_2x.0.bias is not finite"),
+    ):
+        torch.save({"state_dict": state, "meta": meta}, path)
+        with pytest.raises(ValueError, match=problem) as raised:
+            load_segmenter(path)
+        assert str(raised.value).startswith(str(path))
+        assert "\n" not in str(raised.value)
+
+
+class Touch:
+    """Pickled as a call that would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return leave_file, (self.path,)
+
+
+def leave_file(path):
+    Path(path).touch()
+
+
+def test_nothing_of_a_checkpoint_runs(tmp_path):
+    left = tmp_path / "left"
+    path = store(theirs(), tmp_path / "evil.pth", CLASSES=NAMES, hook=Touch(str(left)))
+    load_segmenter(path)
+    torch.save({"model": Touch(str(left))}, path)
+    with pytest.raises(ValueError, match="more than tensors"):
+        load_segmenter(path)
+    assert not left.exists()
+
+
+RUN = {
+    "model": "nano", "recipe": "upernet", "decoder": "upernet", "batch_size": 4, "epochs": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(dataset, tmp_path):
+    assert call(*train_arguments(dataset, tmp_path / "run", **RUN)).code == 0
+    return tmp_path / "run"
+
+
+def test_a_run_is_trained_scored_and_drawn_from_its_file(dataset, run, tmp_path, command):
+    result = json.loads((run / "result.json").read_text())
+    assert result["recipe"]["decoder"] == "upernet"
+    options = ["--device", "cpu", "--workers", "0"]
+    out = tmp_path / "scores.json"
+    assert command(
+        "evaluate", run / "best.pth", "--dataset", dataset, *options, "--eval-batch-size", "1",
+        "--out", out,
+    ).code == 0  # fmt: skip
+    assert json.loads(out.read_text())["mean_iou"] == result["best_mean_iou"]
+    scales = ["--multi-scale", "--window-size", "48"]  # windows smaller and larger than the crop
+    assert command("evaluate", run / "best.pth", "--dataset", dataset, *options, *scales).code == 0
+    image = dataset.parent / "images/validation/100.jpg"
+    assert command("predict", run / "best.pth", image, "--out", tmp_path / "pictures").code == 0
+    assert (tmp_path / "pictures/100.png").exists()
+
+
+def test_the_size_of_a_checkpoint_counts_the_decoder(dataset, run, tmp_path, command):
+    outcome = command(*train_arguments(dataset, tmp_path / "other", **RUN), "--check", "--json")
+    size = sum(w.numel() for w in torch.load(run / "best.pth", weights_only=True)["model"].values())
+    assert json.loads(outcome.out)["checkpoint_bytes"] == pytest.approx(3 * 4 * size, rel=0.1)
+
+
+def test_a_run_that_stopped_goes_on_with_its_running_means(dataset, run, tmp_path, monkeypatch):
+    import segmenter.train
+
+    finish = segmenter.train._finish_epoch
+    monkeypatch.setattr(
+        segmenter.train, "_finish_epoch", lambda run, state, log: finish(run, state, log) and False
+    )
+    arguments = train_arguments(dataset, tmp_path / "again", **RUN)
+    assert call(*arguments).code == 75
+    monkeypatch.undo()
+    monkeypatch.setitem(VIT_SIZES, "nano", NANO)
+    assert call(*arguments).code == 0
+    files = [torch.load(f / "checkpoint.pth", weights_only=True) for f in (run, tmp_path / "again")]
+    for name, weight in files[0]["model"].items():
+        assert torch.equal(weight, files[1]["model"][name]), name
+
+
+def test_an_image_alone_is_refused(dataset, tmp_path, command):
+    for change in ({"batch_size": 1}, {"device_batch_size": 1}, {"device_batch_size": 3}):
+        outcome = command(*train_arguments(dataset, tmp_path / "run", **{**RUN, **change}))
+        assert outcome.code == 2
+        assert "leaves an image alone, which --decoder upernet cannot train on" in outcome.err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_score_the_weights_that_are_saved(dataset, tmp_path):
+    """On CPUs each has its own running means; DistributedDataParallel finds no idle parameter."""
+    arguments = train_arguments(dataset, tmp_path / "two", **{**RUN, "model": "vit_tiny"})
+    two = start(arguments, processes=2)
+    output, _ = two.communicate(timeout=240)
+    assert two.returncode == 0, output
+    result = json.loads((tmp_path / "two/result.json").read_text())
+    assert call(
+        "evaluate", tmp_path / "two/checkpoint.pth", "--dataset", dataset, "--device", "cpu",
+        "--workers", "0", "--eval-batch-size", "1", "--out", tmp_path / "one.json",
+    ).code == 0  # fmt: skip
+    alone = json.loads((tmp_path / "one.json").read_text())
+    assert alone["class_iou"] == result["class_iou"]
