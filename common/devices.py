@@ -52,7 +52,7 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
         cpu=not on_cuda,
         mixed_precision="bf16" if precision == "bf16" else "no",
         dynamo_backend="inductor" if compiled else "no",
-        # The only buffers are constants: mean and deviation of the pixels.
+        # No buffer has a part in training: constants, and running means.
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         ],

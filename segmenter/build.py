@@ -152,6 +152,9 @@ def build_run(
         load_weights(model, checkpoint["model"], checkpoint_path)
         state = parsed_plain(State, checkpoint["state"], f"{checkpoint_path}: state")
     refuse_disagreement(accelerator, state.epochs_completed, state.steps_completed)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # UPerNet's means are over the batch of all GPUs; on CPUs torch has no such layer.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config.optimisation)
     if checkpoint_path is not None:

@@ -21,7 +21,14 @@ from common.settings import check_same
 from common.trackers import check_trackers
 from common.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.classes import count_classes
-from segmenter.config import GROUPS, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
+from segmenter.config import (
+    AUXILIARY_WIDTH,
+    GROUPS,
+    PROBE_GROUPS,
+    RANDOM,
+    ProbeConfig,
+    TrainConfig,
+)
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
 from segmenter.schedule import BatchPlan, learning_rate_points
 
@@ -39,7 +46,7 @@ class Task:
 def check_training(config: TrainConfig) -> Task:
     """The task, looked over. Raises ValueError for what would stop `train` from starting."""
     task = check_start(config)
-    plan_batches(config, task, world_size())
+    _refuse_lone_images(config, plan_batches(config, task, world_size()))
     check_trackers(config.run.log_with)
     return task
 
@@ -80,6 +87,17 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
         batch_size=config.optimisation.batch_size,
         processes=processes,
     )
+
+
+def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
+    """UPerNet's norms take the mean over a part of a batch, pooled to a pixel per image."""
+    most = min(config.run.device_batch_size or plan.batch_size, plan.effective_batch_size)
+    alone = plan.processes == 1 and 1 in (most, plan.effective_batch_size % most)
+    if config.model.decoder == "upernet" and alone:
+        raise ValueError(
+            f"a batch of {plan.effective_batch_size} in parts of {most} leaves an image alone, "
+            "which --decoder upernet cannot train on: change --batch-size or --device-batch-size"
+        )
 
 
 def all_settings(config: TrainConfig | ProbeConfig, task: Task) -> dict[str, Any]:
@@ -160,4 +178,7 @@ def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
     if model.decoder == "mask_transformer":
         parameters += transformer_parameters(size.width, model.decoder_layers) + 3 * size.width**2
     moments = 1 if config.optimisation.optimizer == "sgd" else 2
+    if model.decoder == "upernet":  # UPerHead 115 and pyramid 12 times the width's square
+        parameters += 127 * size.width**2 + 9 * size.width * AUXILIARY_WIDTH
+        parameters += size.depth * size.heads * 4 * patches  # relative positions
     return 4 * parameters * (1 + moments)

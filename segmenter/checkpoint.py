@@ -20,7 +20,7 @@ from common.checkpoint import (
 )
 from common.vit import IMAGE_CHANNELS, VIT_SIZES
 from segmenter.config import EncoderConfig
-from segmenter.encoder import POSITIONS, Encoder, EncoderShape
+from segmenter.encoder import POSITIONS, RELATIVE_POSITIONS, Encoder, EncoderShape
 
 
 class DatasetFacts(TypedDict):
@@ -46,6 +46,8 @@ EMBEDDING = "patch_embed.proj.weight"
 IGNORED = ("mask_token", "decoder_", "preencoder.", "head.", "head_drop", "fc_norm.", "pre_logits.")
 # May be missing, and then starts fresh: MAE files that end in an average pool have no final norm.
 OPTIONAL = ("norm.weight", "norm.bias")
+# Of UPerNet's encoder, as pretraining has none of them: they start without effect.
+WITHOUT_EFFECT = (RELATIVE_POSITIONS, ".gamma")
 Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
@@ -104,6 +106,9 @@ def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> l
     )
     weights = {**weights, POSITIONS: positions}
     own = encoder.state_dict()
+    if encoder.depths:
+        weights = {n: weight for n, weight in weights.items() if not n.startswith(OPTIONAL)}
+        own = {n: weight for n, weight in own.items() if not n.endswith(WITHOUT_EFFECT)}
     _check_fit(own, weights, path)
     encoder.load_state_dict(weights, strict=False)
     return [name for name in own if name not in weights]

@@ -27,6 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
+AUXILIARY_WIDTH = 256  # of the head that trains beside UPerNet, as in mmsegmentation's configs
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -54,7 +55,9 @@ class EncoderConfig(OptionGroup):
 class ModelConfig(EncoderConfig):
     """Encoder and decoder."""
 
-    decoder: Literal["mask_transformer", "linear"] = option("What turns tokens into classes.")
+    decoder: Literal["mask_transformer", "linear", "upernet"] = option(
+        "What turns tokens into classes."
+    )
     decoder_layers: int = option("Blocks of the mask transformer.", at_least=1, at_most=1024)
     drop_path: float = option("Stochastic depth of the encoder.", at_least=0, below=1)
     dropout: float = option("Dropout of the encoder.", at_least=0, below=1)
@@ -182,7 +185,7 @@ class DatasetConfig(OptionGroup):
 class RecipeConfig(DatasetConfig):
     """What is trained on, and from where come the values that are not given."""
 
-    recipe: str = option("segmenter, mae, fast, or a YAML file.", DEFAULT_RECIPE)
+    recipe: str = option("segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,30 @@
-"""The two decoders of Segmenter (Strudel et al., ICCV 2021, arXiv:2105.05633, section 3.2).
+"""The two decoders of Segmenter (Strudel et al., ICCV 2021, arXiv:2105.05633, section 3.2), and
+UPerNet (Xiao et al., ECCV 2018, arXiv:1807.10221) as mmsegmentation finetunes MAE with it.
 
-The names of the weights are those of its release. Shapes: B images, N = h * w patches, D encoder
+The names of the weights are those of their releases. Shapes: B images, N = h * w patches, D encoder
 features, K classes.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segmenter.classes import quiet_imports
+from segmenter.config import AUXILIARY_WIDTH
+
 HEAD_WIDTH = 64  # features per attention head
 NORM_EPS = 1e-5
 INIT_STD = 0.02
+# UPerNet as mmsegmentation's configs/_base_/models/upernet_mae.py has it.
+AUXILIARY_WEIGHT = 0.4  # in the loss
+RESCALES = [4, 2, 1, 0.5]  # of the four depths, to strides 4, 8, 16, 32 for patches of 16
+CLASSIFIER_STD = 0.01
 
 
 class LinearDecoder(nn.Module):
@@ -78,6 +87,43 @@ class MaskTransformer(nn.Module):
         patches = F.normalize(patches @ self.proj_patch, dim=-1)
         classes = F.normalize(classes @ self.proj_classes, dim=-1)
         return self.mask_norm(patches @ classes.transpose(1, 2))
+
+
+class UPerNet(nn.Module):
+    """mmsegmentation's feature pyramid, UPerHead, and the FCN head that trains beside it.
+
+    dropout: of whole feature maps before the classifiers.
+    """
+
+    def __init__(self, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        with quiet_imports():  # seconds
+            from mmseg.models.decode_heads import FCNHead, UPerHead
+            from mmseg.models.necks import Feature2Pyramid
+
+            # out_channels: without it two classes would be warned about, one takes the other way.
+            common: dict[str, Any] = {
+                "num_classes": num_classes, "out_channels": num_classes, "dropout_ratio": dropout,
+                "norm_cfg": {"type": "BN"}, "align_corners": False,
+            }  # fmt: skip
+            self.neck = Feature2Pyramid(width, RESCALES, norm_cfg={"type": "BN"})
+            self.decode_head = UPerHead(
+                in_channels=[width] * 4, in_index=[0, 1, 2, 3], channels=width, **common
+            )
+            self.auxiliary_head = FCNHead(
+                in_channels=width, in_index=2, channels=AUXILIARY_WIDTH, num_convs=1,
+                concat_input=False, **common,
+            )  # fmt: skip
+        for head in (self.decode_head, self.auxiliary_head):
+            nn.init.normal_(head.conv_seg.weight, std=CLASSIFIER_STD)
+            nn.init.zeros_(head.conv_seg.bias)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Four [B, D, h, w] to class logits [B, K, 4h, 4w], and in training [B, K, h, w] beside."""
+        pyramid = self.neck(features)
+        heads = [self.decode_head, self.auxiliary_head] if self.training else [self.decode_head]
+        # Classes innermost in memory, as the other decoders leave them.
+        return [head(pyramid).contiguous(memory_format=torch.channels_last) for head in heads]
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from common.parsed import parsed_plain
 from common.vit import IMAGE_MEAN, IMAGE_STD, vit_size
 from segmenter.config import ModelConfig
-from segmenter.decoder import LinearDecoder, MaskTransformer
+from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet
 from segmenter.encoder import Encoder, EncoderShape
 
 # Mean and deviation of RGB pixels in 0 to 1, by `ProtocolConfig.normalization`.
@@ -32,7 +32,7 @@ class SegmenterShape:
     """All that decides the shapes of the weights, so that a checkpoint can be rebuilt."""
 
     encoder: EncoderShape
-    decoder: Literal["mask_transformer", "linear"]
+    decoder: Literal["mask_transformer", "linear", "upernet"]
     decoder_layers: Annotated[int, Field(ge=0, le=1024)]
     num_classes: Annotated[int, Field(ge=1, le=256)]
     normalization: Literal["half", "imagenet"]
@@ -63,10 +63,14 @@ class Segmenter(nn.Module):
             shape.encoder,
             drop_path=rates.drop_path if rates else 0.0,
             dropout=rates.dropout if rates else 0.0,
+            pyramid=shape.decoder == "upernet",
         )
         self.decoder: nn.Module
         if shape.decoder == "linear":
             self.decoder = LinearDecoder(width, shape.num_classes)
+        elif shape.decoder == "upernet":
+            dropout = rates.decoder_dropout if rates else 0.0
+            self.decoder = UPerNet(width, shape.num_classes, dropout=dropout)
         else:
             self.decoder = MaskTransformer(
                 width,
@@ -90,47 +94,68 @@ class Segmenter(nn.Module):
         }
 
     def no_weight_decay(self) -> set[str]:
-        """timm's hook: embeddings, which are matrices by shape only."""
+        """timm's hook: embeddings, which are matrices by shape only.
+
+        With UPerNet they decay, as in mmsegmentation, whose rule misses them by their prefix.
+        """
+        if self.shape.decoder == "upernet":
+            return set()
         return {
             "encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "decoder.cls_emb"
         }  # fmt: skip
 
-    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] uint8 RGB to class logits [B, K, H, W].
+    def forward(
+        self, images: Tensor, sizes: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, 3, H, W] uint8 RGB to class logits [B, K, H, W]; UPerNet in training: to a pair.
 
         sizes [B, 2]: height and width that are image; the rest is padding and counts as the mean.
         """
         pixels = self.normalise(images)
         if sizes is not None:
             pixels = pixels * _inside(sizes, images.shape[-2], images.shape[-1])
-        return self.upsample(self.patch_logits(pixels), images.shape[-2], images.shape[-1])
+        height, width = images.shape[-2:]
+        main, *auxiliary = (self.upsample(m, height, width) for m in self._all_logits(pixels))
+        return (main, auxiliary[0]) if auxiliary else main
 
     def normalise(self, images: Tensor) -> Tensor:
         """[..., 3, H, W] uint8 RGB to pixels of mean 0 and deviation 1."""
         return (images - self.mean) / self.std
 
     def patch_logits(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised pixels to [B, K, ceil(H / P), ceil(W / P)]."""
+        """[B, 3, H, W] normalised pixels to [B, K, ceil(H / P), ceil(W / P)]; UPerNet: 4x that."""
+        return self._all_logits(pixels)[0]
+
+    def _all_logits(self, pixels: Tensor) -> list[Tensor]:
+        """The decoder's logits, and beside them those that only train."""
         patch = self.shape.encoder.patch_size
         height, width = pixels.shape[-2:]
         pixels = F.pad(pixels, (0, -width % patch, 0, -height % patch))
-        logits = self.decoder(self.encoder(pixels))
+        decoded = self.decoder(self.encoder(pixels))
+        if isinstance(decoded, list):
+            return decoded
         rows = pixels.shape[-2] // patch
-        return logits.transpose(1, 2).unflatten(2, (rows, -1))
+        return [decoded.transpose(1, 2).unflatten(2, (rows, -1))]
 
     def upsample(self, patch_logits: Tensor, height: int, width: int) -> Tensor:
         """[B, K, h, w] to [B, K, H, W]: bilinear, then the padding of the last patches cut off."""
         patch = self.shape.encoder.patch_size
-        size = [side * patch for side in patch_logits.shape[-2:]]
+        size = [side + -side % patch for side in (height, width)]
         logits = F.interpolate(patch_logits.float(), size, mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def segmentation_loss(
+    logits: Tensor | tuple[Tensor, Tensor], labels: Tensor, ignore_index: int
+) -> Tensor:
     """Sum of the cross entropy over all pixels whose label counts; 0 if there are none.
 
-    logits [B, K, H, W]; labels [B, H, W], integers.
+    logits [B, K, H, W], or a pair of them: the second has `AUXILIARY_WEIGHT`. labels [B, H, W],
+    integers.
     """
+    if isinstance(logits, tuple):
+        main, auxiliary = (segmentation_loss(one, labels, ignore_index) for one in logits)
+        return main + AUXILIARY_WEIGHT * auxiliary
     # With the classes innermost, as the decoder leaves them in memory, this is a view.
     by_pixel = logits.float().permute(0, 2, 3, 1).flatten(0, 2)
     return F.cross_entropy(

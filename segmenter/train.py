@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate.utils import broadcast
+
 from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
 from common.devices import peak_memory_mib
 from common.files import also_save_as, write_json
@@ -136,6 +138,8 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> bool:
 def _evaluate(run: Run, state: State, logbook: Logbook | None) -> dict[str, Any] | None:
     """Plain scores, None if told to stop. The areas of each image are left in a file."""
     began = time.monotonic()
+    # Running means of UPerNet's norms differ by process on CPUs; the first one's are saved.
+    broadcast(list(run.model.buffers()))
     areas = evaluate_model(
         run.accelerator,
         run.model,

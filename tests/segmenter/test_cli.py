@@ -93,7 +93,7 @@ def test_recipes_and_options_are_told_as_json_without_torch(tmp_path):
     )  # fmt: skip
     assert not re.search(r"\| +(torch|mmseg|timm|accelerate)$", done.stderr, re.M)
     told = json.loads(done.stdout)
-    assert list(told["recipes"]) == ["fast", "mae", "segmenter"]
+    assert list(told["recipes"]) == ["fast", "mae", "segmenter", "upernet"]
     assert told["recipes"]["fast"]["lr"] == 5e-4
     assert told["options"]["model"] == {
         "default": "vit_large",
@@ -115,7 +115,7 @@ def test_check_knows_how_many_processes_there_will_be(dataset, tmp_path, command
 
 
 def test_recipes_are_complete_and_segmenter_is_the_papers():
-    assert recipe_names() == ["fast", "mae", "segmenter"]
+    assert recipe_names() == ["fast", "mae", "segmenter", "upernet"]
     for name in recipe_names():
         recipe_values(name)
     paper = recipe_values("segmenter")
@@ -169,7 +169,7 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
     ("changes", "messages"),
     [
         ({"model": "vit_mini"}, ["vit_mini", "vit_tiny", "vit_huge"]),
-        ({"recipe": "slow"}, ["'slow'", "fast, mae, segmenter"]),
+        ({"recipe": "slow"}, ["'slow'", "fast, mae, segmenter, upernet"]),
         ({"init": "nowhere.pth"}, ["nowhere.pth does not exist", "random"]),
         (
             {"output_dir": "/dev/null/run"},
