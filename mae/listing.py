@@ -44,11 +44,7 @@ class Listing:
 
 
 def make_listing(
-    data: DataConfig,
-    method: MaskingMethod,
-    *,
-    segments_from: str = "own",
-    will_pack: bool = False,
+    data: DataConfig, method: MaskingMethod, *, segments_from: str = "own", will_pack: bool = False
 ) -> Listing:
     """Find the images of a run, and their segments.
 

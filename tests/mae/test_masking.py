@@ -37,6 +37,13 @@ def a_visible_map():
     return visible
 
 
+def a_segment(method):
+    """What hides that box, as the method gets it: [H, W], or a stack of one at fewer points."""
+    middle = (np.arange(method.segment_side) + 0.5) * 32 / method.segment_side
+    inside = 1 - a_visible_map()[0].numpy()[np.ix_(middle.astype(int), middle.astype(int))]
+    return inside[None] if method.all_segments else inside
+
+
 def predict(model, images, pattern):
     view = model.method.view(images, pattern)
     return model.decode(model.encode(view), view)
@@ -114,11 +121,12 @@ def test_preencoder_is_a_same_convolution_that_starts_as_the_identity():
     assert torch.allclose(model.preencoder(four), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("patches", 1 + 4), ("segments", 1 + 16)])
-def test_only_patches_drops_tokens(name, tokens):
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("patches", 1 + 4), ("segment_patches", 1 + 4), ("segments", 1 + 16)]
+)
+def test_only_methods_that_remove_patches_drop_tokens(name, tokens):
     model = make_model(name)
-    rng = np.random.default_rng(0)
-    pattern = model.method.pattern(rng, np.zeros((32, 32), np.uint8))
+    pattern = model.method.pattern(np.random.default_rng(0), a_segment(model.method))
     view = model.method.view(torch.randn(1, 3, 32, 32), torch.from_numpy(pattern)[None])
     assert model.encode(view).shape == (1, tokens, 192)
 
@@ -135,8 +143,7 @@ def test_patches_encoder_never_sees_removed_patches():
 @pytest.mark.parametrize("name", METHODS)
 def test_hidden_pixels_counts_what_the_loss_looks_at(name):
     method = make_method(MethodConfig(mask_method=name), SMALL)
-    segment = 1 - a_visible_map()[0].numpy()
-    pattern = method.pattern(np.random.default_rng(0), segment)
+    pattern = method.pattern(np.random.default_rng(0), a_segment(method))
     batch = torch.from_numpy(pattern)[None]
     hidden = method.view(torch.randn(1, 3, 32, 32), batch).hidden.expand(1, 16, 64).sum()
     assert method.hidden_pixels(pattern) == hidden == (1 - method.visible_map(batch)).sum()
@@ -170,7 +177,7 @@ def test_norm_pix_loss_has_targets_of_mean_0_and_deviation_1():
 def test_every_trained_parameter_gets_a_gradient(name):
     """DDP is used without a search for unused parameters."""
     model = make_model(name).train()
-    pattern = model.method.pattern(np.random.default_rng(0), 1 - a_visible_map()[0].numpy())
+    pattern = model.method.pattern(np.random.default_rng(0), a_segment(model.method))
     model.squared_error(torch.randn(1, 3, 32, 32), torch.from_numpy(pattern)[None]).sum().backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []

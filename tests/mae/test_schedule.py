@@ -3,9 +3,13 @@
 import math
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from mae.config import OptimisationConfig
-from mae.schedule import learning_rate, make_batch_plan
+from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method
+from mae.model import MaskedAutoencoder
+from mae.schedule import learning_rate, make_batch_plan, training_flops
 
 RUN = OptimisationConfig(
     epochs=10, warmup_fraction=0.1, base_lr=1e-3, min_lr=1e-5, effective_batch_size=512
@@ -51,3 +55,17 @@ def test_impossible_batches_are_refused():
         make_batch_plan(RUN, num_images=100, processes=1, batch_size=64)
     with pytest.raises(ValueError, match="multiple of 3"):
         make_batch_plan(RUN, num_images=1000, processes=3, batch_size=64)
+
+
+@pytest.mark.parametrize("mask_method", ["patches", "segments"])
+def test_training_flops_are_what_torch_counts(mask_method):
+    """Up to the patch embedding's and the class token's small change."""
+    config = ModelConfig(model="vit_tiny", image_size=64, patch_size=8, decoder_depth=2)
+    method = make_method(MethodConfig(mask_method=mask_method), config)
+    model = MaskedAutoencoder(config, method)
+    visible = torch.randint(0, 2, (1, 64, 64), dtype=torch.uint8)
+    pattern = torch.rand(1, 64) if mask_method == "patches" else visible
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(images, pattern).sum().backward()
+    assert training_flops(config, method) == pytest.approx(counter.get_total_flops(), rel=0.03)

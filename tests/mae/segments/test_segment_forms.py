@@ -15,6 +15,7 @@ from mae.segments.folders import path_below, read_empty_list
 from mae.segments.forms import open_any_form
 from mae.segments.segment import (
     Segment,
+    decode_at,
     nearest,
     run_lengths,
     segment_from_pixels,
@@ -114,6 +115,24 @@ def test_run_lengths_agree_with_what_was_encoded():
         size = [1, sum(runs)]
         counts = coco.frPyObjects({"size": size, "counts": runs}, *size)["counts"]
         assert run_lengths(counts).tolist() == runs
+
+
+def test_segments_are_decoded_at_some_pixels_as_at_all():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.5, 1.0):
+        segments = [segment_from_pixels(rng.random((37, 53)) < share) for _ in range(5)]
+        rows, columns = (np.sort(rng.integers(0, most, 60)) for most in (37, 53))  # some twice
+        expected = [segment.decode()[rows][:, columns] for segment in segments]
+        assert np.array_equal(decode_at(segments, rows, columns), expected)
+
+
+@pytest.mark.parametrize("counts", [b"", b"5", b"52o", b"o"])
+def test_codes_that_do_not_fill_the_image_are_not_decoded_in_part(counts):
+    sound = segment_from_pixels(np.ones((4, 3)))
+    damaged = Segment(height=4, width=3, coverage_percent=50, counts=counts)
+    for segments in ([damaged], [sound, damaged], [damaged, sound]):
+        with pytest.raises(ValueError):
+            decode_at(segments, np.arange(4), np.arange(3))
 
 
 def test_a_wrong_area_is_reported_and_the_pixels_count(json_folder, read_json, caplog):
