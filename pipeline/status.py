@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline import slurm_queue
@@ -31,11 +33,9 @@ def read_status(paths: Layout) -> list[StepStatus]:
     records = {step["name"]: read_record(paths, step["name"]) for step in plan}
     unfinished = [r for r in records.values() if r is not None and r.state in _UNFINISHED]
     jobs = [slurm_queue.submitted_job(paths, record) for record in unfinished]
-    queue: dict[str, str] | None
-    try:
+    queue = None
+    with suppress(slurm_queue.QueueError):
         queue = slurm_queue.job_states(jobs)
-    except slurm_queue.QueueError:
-        queue = None
     return [_status(paths, step, records[step["name"]], queue) for step in plan]
 
 
@@ -94,8 +94,6 @@ def _is_running(paths: Layout, record: Record) -> bool:
 def status_text(paths: Layout) -> str:
     """All steps as aligned text, with the count of each state at the end."""
     found = read_status(paths)
-    counts: dict[str, int] = {}
-    for step in found:
-        counts[step.state] = counts.get(step.state, 0) + 1
+    counts = Counter(step.state for step in found)
     lines = aligned([(step.name, step.state, step.detail) for step in found])
     return "\n".join([lines, ", ".join(f"{count} {state}" for state, count in counts.items())])

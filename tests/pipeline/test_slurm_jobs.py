@@ -79,12 +79,12 @@ def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
     monkeypatch.setenv("MASTER_PORT", "29511")
     monkeypatch.setenv("SLURM_NODEID", "1")
-    command = on_this_cluster(step, Layout(step.folder), nodes=2).command
+    command = on_this_cluster(step, nodes=2).command
     assert command[1:8] == [
         *("-m", "torch.distributed.run", "--nnodes=2", "--node-rank=1"),
         *("--master-addr=10.0.0.7", "--master-port=29511", "--nproc-per-node=4"),
     ]
-    assert on_this_cluster(step, Layout(step.folder), nodes=1) is step
+    assert on_this_cluster(step, nodes=1) is step
 
 
 def test_only_states_that_may_still_work_are_live() -> None:
@@ -178,7 +178,7 @@ def test_fetching_takes_one_node_and_no_gpu(settings: Make, programs: Path) -> N
     parameters = job_parameters(chosen, fetch, [])
     assert parameters["nodes"] == 1
     assert not {"gpus_per_node", "cpus_per_task", "srun_args"} & parameters.keys()
-    assert on_this_cluster(fetch, Layout(chosen.data.output_dir), nodes=2) is fetch
+    assert on_this_cluster(fetch, nodes=2) is fetch
     assert job_parameters(chosen, pretrain, [])["nodes"] == 2
 
 
