@@ -18,9 +18,7 @@ from segmenter.classes import count_classes
 from segmenter.dataset import DatasetDescription, Pair
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
-
-
-THINNEST = 64
+THINNEST = 64  # an image's longer side, by the other
 
 
 class UnreadableError(ValueError):
