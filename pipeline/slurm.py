@@ -281,7 +281,8 @@ class StepJob:
 def on_this_cluster(step: Step, nodes: int) -> Step:
     """The step as this node starts it: across nodes, torchrun meets at the job's first node.
 
-    MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them.
+    MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them; else the port
+    follows from the number of the job.
     """
     if nodes == 1 or step.kind != "pretrain":
         return step

@@ -87,6 +87,26 @@ def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
     assert on_this_cluster(step, nodes=1) is step
 
 
+def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = replace(plan_of(settings("--pretrain-epochs 1"))[0], processes=4)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "n[3-4]"}
+    ranks = {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_LOCALID": "0"}
+    met = []
+    for node in ("0", "1"):
+        here = {"SLURM_NODEID": node, "SLURM_PROCID": node}
+        for name, value in {**job, **ranks, **here}.items():
+            monkeypatch.setenv(name, value)
+        met.append(on_this_cluster(step, nodes=2).rendezvous)
+    assert [found[1] for found in met] == ["--node-rank=0", "--node-rank=1"]
+    assert met[0][2:] == met[1][2:]
+    assert met[0][2] == "--master-addr=n3"
+    assert met[0][3].removeprefix("--master-port=").isdecimal()
+
+
 def test_only_states_that_may_still_work_are_live() -> None:
     assert slurm_queue.is_live("PENDING")
     assert slurm_queue.is_live("REQUEUED")
