@@ -42,9 +42,9 @@ def check_labels(
     judge = partial(_problem_of, allowed=allowed_labels(description), completely=completely)
     with ThreadPoolExecutor() as pool:
         problems = [error for error in pool.map(judge, looked_at) if error is not None]
-    wrong = [error for error in problems if isinstance(error, MisfitError)]
-    if forgiving and not too_many(len(problems) - len(wrong), len(looked_at)):
-        problems = wrong
+    unreadable = sum(not isinstance(error, MisfitError) for error in problems)
+    if forgiving and not too_many(unreadable, len(looked_at)):
+        problems = [error for error in problems if isinstance(error, MisfitError)]
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
