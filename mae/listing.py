@@ -125,9 +125,8 @@ def _check_missing(
 
 def _spread(paths: list[str], most: int) -> list[str]:
     """At most so many paths, evenly spread."""
-    if len(paths) <= most:
-        return paths
-    return [paths[index * len(paths) // most] for index in range(most)]
+    count = min(len(paths), most)
+    return [paths[index * len(paths) // count] for index in range(count)]
 
 
 def encode_paths(paths: list[str]) -> np.ndarray:

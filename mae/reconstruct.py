@@ -89,11 +89,9 @@ def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
 
 def _refuse_encoder_only(path: Path) -> None:
     """Raise ValueError for files that have no decoder: exports, and most official checkpoints."""
-    content = {} if path.suffix == ".safetensors" else read_torch_file(path, lazily=True)
-    weights = content.get("model", {}) if isinstance(content, dict) else {}
-    if path.suffix == ".safetensors" or (
-        "patch_embed.proj.weight" in weights and "decoder_pred.weight" not in weights
-    ):
+    content = read_torch_file(path, lazily=True)
+    weights = content.get("model", content) if isinstance(content, dict) else {}
+    if "patch_embed.proj.weight" in weights and "decoder_pred.weight" not in weights:
         raise ValueError(
             f"{path} holds an encoder only; reconstructing needs the decoder of a checkpoint-N.pth"
         )

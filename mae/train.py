@@ -44,7 +44,11 @@ def pretrain(config: PretrainConfig) -> bool:
         check_output(config)
         run, state = build_run(config)
         if state.epochs_completed >= config.epochs_this_round:
-            _check_round_is_there(config, state)
+            path = checkpoint_path(config.run.output_dir, config.epochs_this_round)
+            if not path.is_file():
+                raise ValueError(
+                    f"the run is at {state.epochs_completed} epochs already, but {path} is missing"
+                )
             logger.info("nothing to do: %d epochs are completed", state.epochs_completed)
             if run.accelerator.is_main_process:
                 _tell_what_a_kill_kept(config)
@@ -106,7 +110,12 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> None:
     The log is cut back to the checkpoint on resume, so it is written first; a round's own
     checkpoint comes before `last.pth`, so that whatever continues from there can rely on it.
     """
-    _refuse_damage(run, state)
+    damage = not_finite(run.model.state_dict())  # found by all processes
+    if damage:
+        raise RuntimeError(
+            f"{damage} is not finite after epoch {state.epochs_completed + 1}; the last checkpoint "
+            "is from before. A lower --base-lr or --clip-grad 1 may help"
+        )
     if logbook is not None and len(run.heldout):
         logbook.progress.evaluating(0, len(run.heldout))
     record = _epoch_record(run, state, heldout_loss(run))
@@ -122,16 +131,6 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> None:
     else:
         _save_round(run, state)
     logbook.saved()
-
-
-def _refuse_damage(run: Run, state: State) -> None:
-    """Raise RuntimeError, on all processes, if the epoch's last step has damaged the weights."""
-    damage = not_finite(run.model.state_dict())
-    if damage:
-        raise RuntimeError(
-            f"{damage} is not finite after epoch {state.epochs_completed + 1}; the last checkpoint "
-            "is from before. A lower --base-lr or --clip-grad 1 may help"
-        )
 
 
 @torch.no_grad()
@@ -237,12 +236,3 @@ def _tell_what_a_kill_kept(config: PretrainConfig) -> None:
         trackers = Trackers(output_dir, config.run.log_with, config.settings())
         trackers.send(read_log(output_dir / LOG))
         trackers.close()
-
-
-def _check_round_is_there(config: PretrainConfig, state: State) -> None:
-    """Raise ValueError if this round was passed but its checkpoint is gone."""
-    path = checkpoint_path(config.run.output_dir, config.epochs_this_round)
-    if not path.is_file():
-        raise ValueError(
-            f"the run is at {state.epochs_completed} epochs already, but {path} is missing"
-        )

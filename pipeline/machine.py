@@ -6,12 +6,12 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from common import run
 from pipeline.process import REPO_ROOT
 
 GIB = 2**30
@@ -20,16 +20,9 @@ _VERSIONS_OF = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentat
 
 def versions() -> dict[str, str]:
     """Python's, this repository's and the main packages' versions."""
-    found = {"python": platform.python_version()}
     commit = _said("git", "-C", str(REPO_ROOT), "rev-parse", "--short", "HEAD")
-    if commit:
-        found["segmae"] = commit[0]
-    for package in _VERSIONS_OF:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    own = {"segmae": commit[0]} if commit else {}
+    return own | run.versions(_VERSIONS_OF)
 
 
 def hardware() -> dict[str, Any]:

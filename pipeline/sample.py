@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +80,18 @@ def write_sample(folder: Path, size: SampleSize | None = None, seed: int = 0) ->
 
 def _write_in1k(folder: Path, size: SampleSize, rng: np.random.Generator) -> None:
     without_segments = greyscale = ""
-    for split, index in (
-        *product(["train"], range(size.train)),
-        *product(["val"], range(size.val)),
-    ):
-        scene = draw_scene(rng)
-        image, is_val = Image.fromarray(scene.image_hwc), split == "val"
+    for number in range(size.train + size.val):
+        is_val = number >= size.train
+        split, index = ("val", number - size.train) if is_val else ("train", number)
+        scene, found = draw_scene(rng), []
+        image = Image.fromarray(scene.image_hwc)
         stem = f"{scene.main_class}{'_val' if is_val else ''}_{index:04d}"
-        if not is_val and index == 0:
-            without_segments, found = stem, []
+        if number == 0:
+            without_segments = stem
         else:
             # The segmentation data's chance does not depend on those of val/.
             found = _segments(scene, rng.spawn(1)[0] if is_val else rng)
-        if not is_val and index == 1:
+        if number == 1:
             image, greyscale = image.convert("L"), stem
         _save_image(image, folder / split / scene.main_class / f"{stem}.JPEG")
         segments = folder / "masks" / scene.main_class / f"{stem}.json"

@@ -11,9 +11,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import click
 
 from common.console import EXIT_STOPPED
-from common.files import write_json
 from common.lock import hold
 from pipeline import preview, slurm_queue
 from pipeline.layout import Layout
@@ -185,15 +183,15 @@ def follow(paths: Layout) -> int:
     return 0 if all(step.state == "done" for step in found) else 1
 
 
+@dataclass
 class StepJob:
     """What runs inside a job: one step, told to save when the job is to end."""
 
-    def __init__(self, root: Path, step: Step, nodes: int) -> None:
-        self.root = root
-        self.step = step
-        self.nodes = nodes
-        self._launcher: LocalLauncher | None = None
-        self._ending = False
+    root: Path
+    step: Step
+    nodes: int
+    _launcher: LocalLauncher | None = None
+    _ending: bool = False
 
     def __call__(self) -> str:
         """Runs the step; returns its state. Raises RuntimeError if it fails, so the job fails."""
@@ -202,7 +200,7 @@ class StepJob:
         if is_done(self.step, paths):
             return "done"
         self._await_record(paths)
-        step = on_this_cluster(self.step, paths, self.nodes)
+        step = on_this_cluster(self.step, self.nodes)
         if int(os.environ.get("SLURM_NODEID", "0")) > 0:
             return self._assist(step, paths)
         self._launcher = LocalLauncher(paths, overlaps=False)
@@ -280,33 +278,20 @@ class StepJob:
         raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
 
 
-def on_this_cluster(step: Step, paths: Layout, nodes: int) -> Step:
+def on_this_cluster(step: Step, nodes: int) -> Step:
     """The step as this node starts it: across nodes, torchrun meets at the job's first node.
 
-    MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them.
+    MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them; else the port
+    follows from the number of the job.
     """
     if nodes == 1 or step.kind != "pretrain":
         return step
-    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
 
-    address = os.environ.get("MASTER_ADDR") or JobEnvironment().hostnames[0]
-    port = os.environ.get("MASTER_PORT") or str(_agreed_port(paths))
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not (address and port):
+        agreed = TorchDistributedEnvironment()
+        address, port = address or agreed.master_addr, port or str(agreed.master_port)
     node = f"--node-rank={os.environ.get('SLURM_NODEID', '0')}"
     meet = (f"--nnodes={nodes}", node, f"--master-addr={address}", f"--master-port={port}")
     return replace(step, rendezvous=meet)
-
-
-def _agreed_port(paths: Layout) -> int:
-    """A free port of the first node, which writes it down for the others."""
-    job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
-    file = paths.slurm / f"{job}_{restart}_port.json"
-    if os.environ.get("SLURM_NODEID", "0") == "0":
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            write_json(file, probe.getsockname()[1])
-    deadline = time.monotonic() + 120
-    while not file.exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the first node has not written {file}")
-        time.sleep(0.5)
-    return int(file.read_text())

@@ -15,6 +15,8 @@ from pipeline.records import Record
 _TRIES = 3  # a busy controller lets a question time out now and then
 _RETRY_SECONDS = 2.0
 _ANSWER_SECONDS = 60
+_RUNNING = ["RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"]
+_WAITING = ["PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"]
 
 
 class QueueError(ValueError):
@@ -59,24 +61,20 @@ def _ask(command: list[str]) -> str:
 
 def is_live(state: str) -> bool:
     """Whether a job in that state may still work."""
-    running = "RUNNING SUSPENDED COMPLETING STOPPED RESIZING SIGNALING STAGE_OUT"
-    return is_waiting(state) or state in running.split()
+    return is_waiting(state) or state in _RUNNING
 
 
 def is_waiting(state: str) -> bool:
     """Whether a job in that state is yet to start, or to start again."""
-    waiting = "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT"
-    return state in waiting.split()
+    return state in _WAITING
 
 
-def submitted_job(paths: Layout, record: Record | None) -> str:
+def submitted_job(paths: Layout, record: Record) -> str:
     """The job that was submitted for the step, "" if there is none.
 
     A local run inside an allocation records that allocation, which says nothing about the step;
     what was submitted has left submitit's file.
     """
-    if record is None or not record.job_id:
-        return ""
     left = paths.slurm / f"{record.job_id}_submitted.pkl"
     return record.job_id if left.exists() else ""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from collections import Counter
+from contextlib import suppress
+from typing import NamedTuple
 
 from pipeline import slurm_queue
 from pipeline.layout import Layout
@@ -15,8 +17,7 @@ from pipeline.terminal import aligned, duration
 _UNFINISHED = ("submitted", "running", "stopped")  # recorded states of which the queue knows more
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepStatus:
+class StepStatus(NamedTuple):
     """One line of `status`."""
 
     name: str
@@ -31,11 +32,9 @@ def read_status(paths: Layout) -> list[StepStatus]:
     records = {step["name"]: read_record(paths, step["name"]) for step in plan}
     unfinished = [r for r in records.values() if r is not None and r.state in _UNFINISHED]
     jobs = [slurm_queue.submitted_job(paths, record) for record in unfinished]
-    queue: dict[str, str] | None
-    try:
+    queue = None
+    with suppress(slurm_queue.QueueError):
         queue = slurm_queue.job_states(jobs)
-    except slurm_queue.QueueError:
-        queue = None
     return [_status(paths, step, records[step["name"]], queue) for step in plan]
 
 
@@ -45,19 +44,18 @@ def _status(
     """`queue`: job -> state in Slurm, None if Slurm cannot be asked."""
     if record is None:
         detail = f"for {', '.join(step['needs'])}" if step["needs"] else ""
-        return StepStatus(name=step["name"], state="waiting", detail=detail)
-    job = slurm_queue.submitted_job(paths, record)
-    in_queue = "" if queue is None else queue.get(job, "")
-    if job and queue is not None and record.state in _UNFINISHED:
+        return StepStatus(step["name"], "waiting", detail)
+    job = slurm_queue.submitted_job(paths, record) if record.state in _UNFINISHED else ""
+    in_queue = (queue or {}).get(job, "")
+    state: str = record.state
+    if job and queue is not None:
         if not slurm_queue.is_live(in_queue):
             # It may have ended since its record was read; then the record says how.
             record = read_record(paths, record.name) or record
         is_new = record.job_id != job  # submitted again since the queue was asked
         state = record.state if is_new else _state_of_job(record, in_queue)
-    elif record.state == "running" and not job and not _is_running(paths, record):
+    elif state == "running" and not job and not _is_running(paths, record):
         state = "interrupted"
-    else:
-        state = record.state
     details = {
         "running": progress_text(paths.root / step["folder"]),
         "done": f"took {duration(record.seconds)}",
@@ -67,10 +65,9 @@ def _status(
     }
     parts = [details.get(state, "the same command continues")]
     parts += [f"job {record.job_id}"] if record.job_id else []
-    if job and queue is None and record.state in _UNFINISHED:
+    if job and queue is None:
         parts.append("by its record: Slurm's queue cannot be asked")
-    detail = ", ".join(part for part in parts if part)
-    return StepStatus(name=step["name"], state=state, detail=detail)
+    return StepStatus(step["name"], state, ", ".join(filter(None, parts)))
 
 
 def _state_of_job(record: Record, in_queue: str) -> str:
@@ -94,8 +91,5 @@ def _is_running(paths: Layout, record: Record) -> bool:
 def status_text(paths: Layout) -> str:
     """All steps as aligned text, with the count of each state at the end."""
     found = read_status(paths)
-    counts: dict[str, int] = {}
-    for step in found:
-        counts[step.state] = counts.get(step.state, 0) + 1
-    lines = aligned([(step.name, step.state, step.detail) for step in found])
-    return "\n".join([lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
+    counts = Counter(step.state for step in found)
+    return f"{aligned(found)}\n{', '.join(f'{count} {state}' for state, count in counts.items())}"

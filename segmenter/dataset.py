@@ -5,13 +5,16 @@ A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are re
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from common.files import read_text
+from pydantic import Field
+
+from common.files import read_text, shortened
 from common.folders import relative_files
+from common.parsed import parsed_plain
 from common.yamlfile import check_names, read_yaml
 
 TRAIN, VAL = "train", "val"
@@ -19,6 +22,22 @@ SPLITS = (TRAIN, VAL)
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 MOST_NAMED = 3
+
+_Word = Annotated[str, Field(min_length=1)]
+_Colour = tuple[int, int, int]
+_Names = str | Annotated[list[str | int | float | bool], Field(min_length=2)]
+# What a description may hold, and what is said of a value of another form.
+_FORMS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("name", "image_suffix", "annotation_suffix"), (_Word, "is {}; give a word")),
+    **dict.fromkeys(
+        ("images", "annotations", "splits"),
+        (dict[Literal["train", "val"], _Word], "has to name a folder for each of train, val"),
+    ),
+    "classes": (_Names, "has to be a list of two or more names, each a word"),
+    "palette": (tuple[_Colour, ...] | None, "has to be a list of [red, green, blue]"),
+    "reduce_zero_label": (bool, "is {}; give true or false"),
+    "ignore_index": (Annotated[int, Field(ge=0, le=255)], "is {}; give a number from 0 to 255"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +65,23 @@ class DatasetDescription:
     name: str
     images: dict[str, Path]
     annotations: dict[str, Path]
-    splits: dict[str, Path]
-    image_suffix: str
-    annotation_suffix: str
+    splits: dict[str, Path] = field(default_factory=dict)
+    image_suffix: str = ".jpg"
+    annotation_suffix: str = ".png"
     classes: tuple[str, ...] | str
-    palette: tuple[tuple[int, int, int], ...]
-    reduce_zero_label: bool
-    ignore_index: int
+    palette: tuple[_Colour, ...] = ()
+    reduce_zero_label: bool = False
+    ignore_index: int = IGNORED
 
     def __post_init__(self) -> None:
         source, index = self.source, self.ignore_index
         names = () if isinstance(self.classes, str) else self.classes
+        if len(set(names)) < len(names):
+            raise ValueError(f"{source}: classes names one twice")
         if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
             raise ValueError(f"{source}: a value of the palette is not in 0 to 255")
         if self.palette and names and len(self.palette) != len(names):
             raise ValueError(f"{source}: {len(self.palette)} colours for {len(names)} classes")
-        if not isinstance(self.reduce_zero_label, bool):
-            given = f"{source}: reduce_zero_label is {self.reduce_zero_label!r}"
-            raise ValueError(f"{given}; give true or false")
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= 255:
-            raise ValueError(f"{source}: ignore_index is {index!r}; give a number from 0 to 255")
         if self.reduce_zero_label and index != IGNORED:
             raise ValueError(f"{source}: with reduce_zero_label, ignore_index has to be {IGNORED}")
         if index < len(names):
@@ -86,7 +102,13 @@ class DatasetDescription:
         names = self._names(images, split)
         if not names:
             raise ValueError(f"{self.source}: no *{self.image_suffix} in {images} ({split} images)")
-        pairs = [
+        missing = _missing(annotations, names, self.annotation_suffix)
+        if missing:
+            raise ValueError(
+                f"{self.source}: {len(missing)} of {len(names)} {split} images have no annotation: "
+                f"{_some(missing)}"
+            )
+        return [
             Pair(
                 name=name,
                 image=images / f"{name}{self.image_suffix}",
@@ -94,17 +116,6 @@ class DatasetDescription:
             )
             for name in names
         ]
-        present = relative_files(annotations)
-        missing = [
-            pair.annotation for pair in pairs
-            if f"{pair.name}{self.annotation_suffix}" not in present
-        ]  # fmt: skip
-        if missing:
-            raise ValueError(
-                f"{self.source}: {len(missing)} of {len(pairs)} {split} images have no annotation: "
-                f"{_some(missing)}"
-            )
-        return pairs
 
     def _folder(self, folders: dict[str, Path], split: str, what: str) -> Path:
         if split not in folders:
@@ -117,9 +128,9 @@ class DatasetDescription:
 
     def _names(self, images: Path, split: str) -> list[str]:
         suffix = self.image_suffix
-        present = relative_files(images)
         if split not in self.splits:
-            return sorted(name.removesuffix(suffix) for name in present if name.endswith(suffix))
+            found = relative_files(images)
+            return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
         path = self.splits[split]
         if not path.is_file():
             raise ValueError(f"{self.source}: the list of {split} names is missing: {path}")
@@ -127,7 +138,7 @@ class DatasetDescription:
         if len(set(names)) < len(names):
             twice = next(name for n, name in enumerate(names) if name in names[:n])
             raise ValueError(f"{path} lists {twice} twice")
-        missing = [images / f"{name}{suffix}" for name in names if f"{name}{suffix}" not in present]
+        missing = _missing(images, names, suffix)
         if missing:
             raise ValueError(
                 f"{path} lists {len(missing)} images that are not there: {_some(missing)}"
@@ -155,53 +166,30 @@ def read_description(path: Path) -> DatasetDescription:
 
 
 def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDescription:
-    known = {field.name for field in dataclasses.fields(DatasetDescription)} - {"source"}
-    check_names(content, known, str(source))
-    missing = [key for key in ("images", "annotations", "classes") if not content.get(key)]
-    if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing)}")
-    classes = content["classes"]
-    if not isinstance(classes, str):
-        if not isinstance(classes, list) or len(classes) < 2:
-            raise ValueError(f"{source}: classes has to be a list of two or more names")
-        if not all(isinstance(name, str | int | float) for name in classes):
-            raise ValueError(f"{source}: classes has to be a list of names, each a word")
-        classes = tuple(str(name) for name in classes)
-        if len(set(classes)) < len(classes):
-            raise ValueError(f"{source}: classes names one twice")
-    for key in ("name", "image_suffix", "annotation_suffix"):
-        if key in content and not (isinstance(content[key], str) and content[key]):
-            raise ValueError(f"{source}: {key} is {content[key]!r}; give a word")
-    return DatasetDescription(
-        source=source,
-        name=str(content.get("name", source.stem)),
-        images=_folders(content, "images", source, folder),
-        annotations=_folders(content, "annotations", source, folder),
-        splits=_folders({"splits": {}} | content, "splits", source, folder),
-        image_suffix=str(content.get("image_suffix", ".jpg")),
-        annotation_suffix=str(content.get("annotation_suffix", ".png")),
-        classes=classes,
-        palette=_palette(content.get("palette") or [], source),
-        reduce_zero_label=content.get("reduce_zero_label", False),
-        ignore_index=content.get("ignore_index", IGNORED),
-    )
+    check_names(content, _FORMS, str(source))
+    lacking = [key for key in ("images", "annotations", "classes") if not content.get(key)]
+    if lacking:
+        raise ValueError(f"{source} lacks {', '.join(lacking)}")
+    values: dict[str, Any] = {"name": source.stem}
+    for key, value in content.items():
+        form, complaint = _FORMS[key]
+        try:
+            values[key] = parsed_plain(form, value, key)
+        except ValueError:
+            said = complaint.format(shortened(repr(value)))
+            raise ValueError(f"{source}: {key} {said}") from None
+    for key in {"images", "annotations", "splits"} & values.keys():
+        values[key] = {split: folder / path for split, path in values[key].items()}
+    if not isinstance(values["classes"], str):
+        values["classes"] = tuple(map(str, values["classes"]))
+    values["palette"] = values.get("palette") or ()
+    return DatasetDescription(source=source, **values)
 
 
-def _folders(content: dict[str, Any], key: str, source: Path, folder: Path) -> dict[str, Path]:
-    value = content[key]
-    known = isinstance(value, dict) and set(value) <= set(SPLITS)
-    if not known or not all(isinstance(path, str) and path for path in value.values()):
-        raise ValueError(f"{source}: {key} has to name a folder for each of {', '.join(SPLITS)}")
-    return {split: folder / str(path) for split, path in value.items()}
-
-
-def _palette(rows: Any, source: Path) -> tuple[tuple[int, int, int], ...]:
-    try:
-        if not all(isinstance(value, int) for row in rows for value in row):
-            raise ValueError
-        return tuple((red, green, blue) for red, green, blue in rows)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: palette has to be a list of [red, green, blue]") from error
+def _missing(folder: Path, names: Sequence[str], suffix: str) -> list[Path]:
+    """The files of these names that are not in the folder."""
+    present = relative_files(folder)
+    return [folder / f"{name}{suffix}" for name in names if f"{name}{suffix}" not in present]
 
 
 def _some(paths: list[Path]) -> str:

@@ -21,14 +21,13 @@ PANEL_WIDTH = 360
 STRENGTH = 0.6  # of the classes' colours over the image
 MARGIN = 8  # pixels
 PHONE_SHARE = 30  # text is at least a thirtieth of the width high: 12 pixels on a phone
-BACKGROUND, INK, VOID = (255, 255, 255), (20, 20, 20), (0, 0, 0)
+BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
     """[H, W, 3] uint8 RGB: the image, coloured by class; labels beyond the classes stay dark."""
-    colours = np.zeros((256, 3), dtype=np.float32)
+    colours = np.zeros((256, 3), dtype=np.float32)  # black
     colours[: len(classes)] = classes.palette
-    colours[len(classes) :] = VOID
     mixed = (1 - STRENGTH) * image + STRENGTH * colours[labels]
     return mixed.round().astype(np.uint8)
 
@@ -56,11 +55,7 @@ def with_legend(picture: np.ndarray, labels: Sequence[int], classes: Classes) ->
 
 
 def draw_predictions(
-    accelerator: Accelerator,
-    model: Segmenter,
-    images: WholeImages,
-    classes: Classes,
-    path: Path,
+    accelerator: Accelerator, model: Segmenter, images: WholeImages, classes: Classes, path: Path
 ) -> None:
     """Image, annotation and prediction of a few test images, one row each, with a legend."""
     chosen = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
@@ -97,8 +92,7 @@ def _title_strip(titles: Sequence[str]) -> np.ndarray:
     strip = Image.new("RGB", (width, 5 * size // 3), BACKGROUND)
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size)
     for number, title in enumerate(titles):
-        shown = _shortened(title, font, PANEL_WIDTH - 2 * MARGIN)
-        draw.text((number * PANEL_WIDTH + MARGIN, size // 4), shown, fill=INK, font=font)
+        draw.text((number * PANEL_WIDTH + MARGIN, size // 4), title, fill=INK, font=font)
     return np.asarray(strip)
 
 

@@ -18,13 +18,11 @@ from segmenter.classes import count_classes
 from segmenter.dataset import DatasetDescription, Pair
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
+THINNEST = 64  # an image's longer side, by the other
 
 
-THINNEST = 64
-
-
-class UnreadableError(ValueError):
-    """A file is missing, damaged or no image: of accidents like this a few are survived."""
+class MisfitError(ValueError):
+    """Labels that can be read, but are no labels of this image or dataset: never an accident."""
 
 
 def check_labels(
@@ -44,9 +42,9 @@ def check_labels(
     judge = partial(_problem_of, allowed=allowed_labels(description), completely=completely)
     with ThreadPoolExecutor() as pool:
         problems = [error for error in pool.map(judge, looked_at) if error is not None]
-    wrong = [error for error in problems if not isinstance(error, UnreadableError)]
-    if forgiving and not too_many(len(problems) - len(wrong), len(looked_at)):
-        problems = wrong
+    unreadable = sum(not isinstance(error, MisfitError) for error in problems)
+    if forgiving and not too_many(unreadable, len(looked_at)):
+        problems = [error for error in problems if isinstance(error, MisfitError)]
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
@@ -66,13 +64,10 @@ def allowed_labels(description: DatasetDescription) -> np.ndarray:
 def read_pair(pair: Pair, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Image [H, W, 3] uint8 RGB and labels [H, W] uint8 as the file numbers them.
 
-    Raises ValueError if a file cannot be read (UnreadableError), or they do not fit.
+    Raises ValueError if a file cannot be read, MisfitError if they do not fit.
     """
-    try:
-        image = read_rgb(pair.image)
-        refuse_thin(image.shape[:2], pair.image)
-    except ValueError as error:
-        raise UnreadableError(str(error)) from None
+    image = read_rgb(pair.image)
+    refuse_thin(image.shape[:2], pair.image)
     return image, _fitting_labels(pair, image.shape[:2], allowed)
 
 
@@ -96,17 +91,17 @@ def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError
 
 
 def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.ndarray:
-    """The labels of an image of height x width. Raises ValueError if they are another's."""
+    """The labels of an image of height x width. Raises MisfitError if they are another's."""
     labels = read_label_file(pair.annotation)
     if labels.shape != size:
-        raise ValueError(
+        raise MisfitError(
             f"{pair.annotation} is {labels.shape[1]} x {labels.shape[0]} pixels, its image "
             f"{pair.image} is {size[1]} x {size[0]}"
         )
     if not allowed[labels].all():
         wrong = int(labels[~allowed[labels]].min())
         limits = np.flatnonzero(allowed)
-        raise ValueError(
+        raise MisfitError(
             f"{pair.annotation} holds label {wrong}, which is none of the "
             f"{len(limits)} allowed ones ({limits[0]} to {limits[-1]})"
         )
@@ -115,24 +110,18 @@ def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> n
 
 def read_label_file(path: Path) -> np.ndarray:
     """[H, W] uint8 labels of an annotation or prediction. Raises ValueError."""
-    try:
-        file = load_image(path)
-    except ValueError as error:
-        raise UnreadableError(str(error)) from None
+    file = load_image(path)
     if file.mode not in ("L", "P", "1", "I", "I;16"):
-        raise ValueError(f"{path} is a {file.mode} image; labels have one channel")
+        raise MisfitError(f"{path} is a {file.mode} image; labels have one channel")
     labels = np.asarray(file)
     if labels.min() < 0 or labels.max() > 255:
         wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(f"{path} holds label {wrong}; 0 to 255 are possible")
+        raise MisfitError(f"{path} holds label {wrong}; 0 to 255 are possible")
     return labels.astype(np.uint8)
 
 
 def _image_size(path: Path) -> tuple[int, int]:
     """Height and width, as `read_rgb` turns the image: by the EXIF orientation."""
-    try:
-        file = load_image(path, decode=False)
-    except ValueError as error:
-        raise UnreadableError(str(error)) from None
+    file = load_image(path, decode=False)
     turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (file.width, file.height) if turned else (file.height, file.width)

@@ -36,28 +36,26 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
     RuntimeError if it cannot be downloaded.
     """
     check_output_folder(folder, "FOLDER")
-    if os.path.lexists(folder / ADE20K_NAME) and not is_ade20k(folder / ADE20K_NAME):
-        raise ValueError(f"{folder / ADE20K_NAME} is in the way: it is not ADE20K; remove it")
-    ready = next(filter(is_ade20k, (folder, folder / ADE20K_NAME)), None)
-    if ready is None:
-        archive = folder / f"{ADE20K_NAME}.zip"
-        check_replaceable(archive, "FOLDER")
-        if not archive.exists():
-            download(urls, archive, digest=digest)
-        elif digest is not None and not has_digest(archive, digest):
-            raise ValueError(f"{archive} has not the digest {digest}; remove it or give its own")
-        unpack(archive, folder, ADE20K_NAME)
-        ready = folder / ADE20K_NAME
-        logger.info("checking %s", ready)
-        try:
-            check_dataset(ready, ADE20K_PAIRS)
-        except ValueError as error:
-            raise RuntimeError(f"{error}; {archive} is kept") from None
-        archive.unlink()
+    unpacked = folder / ADE20K_NAME
+    if os.path.lexists(unpacked) and not is_ade20k(unpacked):
+        raise ValueError(f"{unpacked} is in the way: it is not ADE20K; remove it")
+    ready = next(filter(is_ade20k, (folder, unpacked)), None)
+    if ready is not None:
+        check_dataset(ready, ADE20K_PAIRS)
         return ready
-    logger.info("checking %s", ready)
-    check_dataset(ready, ADE20K_PAIRS)
-    return ready
+    archive = folder / f"{ADE20K_NAME}.zip"
+    check_replaceable(archive, "FOLDER")
+    if not archive.exists():
+        download(urls, archive, digest=digest)
+    elif digest is not None and not has_digest(archive, digest):
+        raise ValueError(f"{archive} has not the digest {digest}; remove it or give its own")
+    unpack(archive, folder, ADE20K_NAME)
+    try:
+        check_dataset(unpacked, ADE20K_PAIRS)
+    except ValueError as error:
+        raise RuntimeError(f"{error}; {archive} is kept") from None
+    archive.unlink()
+    return unpacked
 
 
 def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -65,6 +63,7 @@ def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict
 
     expected: the splits that have to be there, with their pairs. Raises ValueError.
     """
+    logger.info("checking %s", path)
     description, found = read_description(path), {}
     problems = []
     for split in expected or (split for split in SPLITS if _is_there(description, split)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -152,4 +151,4 @@ def _folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Pat
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        os.replace(unfinished, path)  # noqa: PTH105  (says that an empty folder may be there)
+        unfinished.replace(path)  # an empty folder may be there

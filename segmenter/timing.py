@@ -27,8 +27,7 @@ def time_finetuning(config: TrainConfig, task: Task, steps: int) -> dict[str, fl
     """
     accelerator = make_accelerator(config.run)
     optimisation = config.optimisation
-    two_epochs = replace(optimisation, epochs=max(2, optimisation.epochs))
-    config = replace(config, optimisation=two_epochs)
+    config = replace(config, optimisation=replace(optimisation, epochs=max(2, optimisation.epochs)))
     run, state = build_run(config, accelerator, Interruption(), task, None)
     setup_seconds = time.time() - psutil.Process().create_time()
     plan = run.plan

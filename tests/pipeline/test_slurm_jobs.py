@@ -79,12 +79,32 @@ def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
     monkeypatch.setenv("MASTER_PORT", "29511")
     monkeypatch.setenv("SLURM_NODEID", "1")
-    command = on_this_cluster(step, Layout(step.folder), nodes=2).command
+    command = on_this_cluster(step, nodes=2).command
     assert command[1:8] == [
         *("-m", "torch.distributed.run", "--nnodes=2", "--node-rank=1"),
         *("--master-addr=10.0.0.7", "--master-port=29511", "--nproc-per-node=4"),
     ]
-    assert on_this_cluster(step, Layout(step.folder), nodes=1) is step
+    assert on_this_cluster(step, nodes=1) is step
+
+
+def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = replace(plan_of(settings("--pretrain-epochs 1"))[0], processes=4)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "n[3-4]"}
+    ranks = {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_LOCALID": "0"}
+    met = []
+    for node in ("0", "1"):
+        here = {"SLURM_NODEID": node, "SLURM_PROCID": node}
+        for name, value in {**job, **ranks, **here}.items():
+            monkeypatch.setenv(name, value)
+        met.append(on_this_cluster(step, nodes=2).rendezvous)
+    assert [found[1] for found in met] == ["--node-rank=0", "--node-rank=1"]
+    assert met[0][2:] == met[1][2:]
+    assert met[0][2] == "--master-addr=n3"
+    assert met[0][3].removeprefix("--master-port=").isdecimal()
 
 
 def test_only_states_that_may_still_work_are_live() -> None:
@@ -178,7 +198,7 @@ def test_fetching_takes_one_node_and_no_gpu(settings: Make, programs: Path) -> N
     parameters = job_parameters(chosen, fetch, [])
     assert parameters["nodes"] == 1
     assert not {"gpus_per_node", "cpus_per_task", "srun_args"} & parameters.keys()
-    assert on_this_cluster(fetch, Layout(chosen.data.output_dir), nodes=2) is fetch
+    assert on_this_cluster(fetch, nodes=2) is fetch
     assert job_parameters(chosen, pretrain, [])["nodes"] == 2
 
 
