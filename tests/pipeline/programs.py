@@ -24,7 +24,7 @@ _PLACES = dict.fromkeys(
     ("output_dir", "device", "compile", "workers", "resume", "plugin", "log_with"),
     _fact(neutral=True),
 )
-_SEGMENTS = {"uses_segments": True, "settings": ["coverage_ratio", "segments_from", "hide"]}
+_SEGMENTS = {"uses_segments": True, "settings": ["coverage_ratio", "hide", "segments_from"]}
 # As test_parts.py compares them with the real ones.
 FACTS = Facts(
     official_checkpoints=("vit_base", "vit_large", "vit_huge"),
