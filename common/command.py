@@ -65,7 +65,8 @@ class OptionCommand(click.Command):
         self.own_layers = own_layers
         self.titles: dict[str, str] = {}
         self.plugins: list[str] = []
-        self.params.append(_config_option())
+        text = "YAML file of `option: value` lines; the command line wins."
+        self.params.append(click.Option(["--config"], metavar="FILE", help=text))
         for group in groups.values():
             for field in fields_of(group).values():
                 self.params.append(_click_option(field, group.no_default))
@@ -117,11 +118,6 @@ def command(
         name, cls=OptionCommand, groups=groups, own_layers=own_layers, epilog=epilog,
         context_settings=CONTEXT,
     )  # fmt: skip
-
-
-def _config_option() -> click.Option:
-    text = "YAML file of `option: value` lines; the command line wins."
-    return click.Option(["--config"], metavar="FILE", help=text)
 
 
 def _click_option(field: Field, no_default: str) -> click.Option:

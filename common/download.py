@@ -72,11 +72,9 @@ def _fetch(url: str, part: Path) -> None:
             if _fetch_once(url, part, before):
                 return
             reason: Exception = OSError("the connection closed early")
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                raise
-            reason = error
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                raise
             reason = error
         arrived = (part.stat().st_size if part.exists() else 0) > before
         failures = 0 if arrived else failures + 1
