@@ -65,7 +65,7 @@ def make_listing(data: DataConfig, method: MaskingMethod, *, will_pack: bool = F
         train = kept
     return Listing(
         train=_encode(train),
-        val=_encode(_spread(listed_val, data.val_images)),
+        val=_encode(spread(listed_val, data.val_images)),
         left_out=left_out,
         source=source if method.uses_segments else None,
     )
@@ -108,7 +108,7 @@ def _check_missing(
     logger.info("%s ...; they are left out", text)
 
 
-def _spread(paths: list[str], most: int) -> list[str]:
+def spread(paths: list[str], most: int) -> list[str]:
     """At most so many paths, evenly spread."""
     if len(paths) <= most:
         return paths

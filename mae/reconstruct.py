@@ -18,7 +18,7 @@ from mae.config import make_method, parse_settings
 from mae.data import Batch, Sample, collate, fitting_segment, make_sample
 from mae.decode import read_crop
 from mae.model import MaskedAutoencoder
-from mae.segments import open_segments
+from mae.segments.forms import open_segments
 from mae.segments.segment import Segment
 from mae.segments.store import PackedStore
 from mae.transforms import centre_crop

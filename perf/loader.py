@@ -35,7 +35,7 @@ from common.vit import IMAGE_MEAN, IMAGE_STD
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.data import MaskedImages
 from mae.listing import segment_key
-from mae.segments import open_segments
+from mae.segments.forms import open_segments
 from mae.segments.store import PackedStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -99,18 +99,14 @@ class PackedStore:
         if path.stat().st_size < length:
             raise ValueError(f"{path} is cut short: it was {length} bytes; copy or pack it again")
         check_format(path, self.meta)
-        self.settings = self._settings()
+        # How the segments were made, as far as is known.
+        settings = str(self.meta.get("settings"))
+        self.settings = parsed_text(settings, dict[str, Any], f"{path}: how it was made")
         if self.meta.get("complete") != "1":
             raise ValueError(f"{path} was not finished; run the command that writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None, "_process_id": 0}
-
-    def _settings(self) -> dict[str, Any]:
-        """How the segments were made, as far as is known."""
-        stored = self.meta.get("settings")
-        text = stored if isinstance(stored, str) else ""
-        return parsed_text(text, dict[str, Any], f"{self.path}: how it was made")
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """The segment closest to a coverage in percent, the smaller on a tie; None: there is none.
