@@ -116,8 +116,8 @@ class PackedStore:
         rows = self._query(NEAREST, (key, coverage_percent))
         return self._segment(key, rows[0]) if rows else None
 
-    def segments(self, key: str) -> list[Segment]:
-        """All segments of an image, the smallest first."""
+    def segments(self, key: str, report: object = None) -> list[Segment]:
+        """All segments of an image, the smallest first. report: a store states nothing twice."""
         return [self._segment(key, row) for row in self._query(ALL, (key,))]
 
     def images(self) -> set[str]:
