@@ -101,11 +101,11 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
         begins = response.headers.get("Content-Range", "")
         if start and resumed and not begins.startswith(f"bytes {start}-"):
             raise OSError("the server sent another part than was asked for")
-        length = response.headers.get("Content-Length")
+        to_come = int(response.headers.get("Content-Length", 0))  # a server need not say
         position = start if resumed else 0
-        total_bytes = position + int(length) if length is not None else None
-        _check_disk(part, 0 if total_bytes is None else total_bytes - position)
-        megabytes = (total_bytes or 0) // 10**6
+        total_bytes = position + to_come
+        _check_disk(part, to_come)
+        megabytes = total_bytes // 10**6
         with (
             part.open("ab" if resumed else "wb") as file,
             Counter(part.stem, total=megabytes, done=position // 10**6, unit="MB") as counter,
@@ -114,7 +114,7 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
                 file.write(chunk)
                 position += len(chunk)
                 counter.advance(position // 10**6 - counter.done)
-    return total_bytes is None or position >= total_bytes
+    return position >= total_bytes
 
 
 def _check_disk(part: Path, missing: int) -> None:

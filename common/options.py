@@ -254,18 +254,15 @@ class Layer:
     source: str = ""
 
 
-def read_layer(path: Path, groups: Iterable[type[OptionGroup]], also: Iterable[str] = ()) -> Layer:
-    """A YAML file of options, in either spelling. Raises ValueError for a name that is none.
-
-    also: names that are known beside those of the groups.
-    """
+def read_layer(path: Path, groups: Iterable[type[OptionGroup]]) -> Layer:
+    """A YAML file of options, in either spelling. Raises ValueError for a name that is none."""
     values: dict[str, Any] = {}
     for key, value in read_yaml(path).items():
         name = key.replace("-", "_")
         if name in values:
             raise ValueError(f"{path}: {name} is given twice")
         values[name] = value
-    check_names(values, [*fields_of(*groups), *also], str(path))
+    check_names(values, fields_of(*groups), str(path))
     return Layer(values, str(path))
 
 
