@@ -38,17 +38,15 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
     for url in urls:
         try:
             _fetch(url, part)
+            if digest is not None and not has_digest(part, digest):
+                part.unlink()
+                raise OSError(f"the file has not the digest {digest}")
         except (OSError, http.client.HTTPException) as error:
             problems.append(f"{url}: {error}")
-            logger.warning("%s: %s", url, error)
-            continue
-        if digest is not None and not has_digest(part, digest):
-            part.unlink()
-            problems.append(f"{url}: the file has not the digest {digest}")
             logger.warning("%s", problems[-1])
-            continue
-        part.replace(path)
-        return
+        else:
+            part.replace(path)
+            return
     kept = f"; {part} is kept, run again to go on from there" if part.exists() else ""
     raise RuntimeError(f"{path.name} could not be downloaded: {'; '.join(problems)}{kept}")
 

@@ -38,10 +38,11 @@ TABLES = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND name IN ('images', 'segments', 'meta')"
 )
 LENGTH = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-NEAREST = """
+ROWS = """
     SELECT i.height, i.width, s.coverage, s.counts
     FROM images AS i JOIN segments AS s ON s.image = i.id
-    WHERE i.key = ?1 AND s.coverage = (
+    WHERE i.key = ?1 """
+NEAREST = f"""{ROWS} AND s.coverage = (
         SELECT coverage FROM (
             SELECT max(coverage) AS coverage FROM segments WHERE image = i.id AND coverage <= ?2
             UNION ALL
@@ -50,11 +51,7 @@ NEAREST = """
     )
     ORDER BY s.id LIMIT 1
 """
-ALL = """
-    SELECT i.height, i.width, s.coverage, s.counts
-    FROM images AS i JOIN segments AS s ON s.image = i.id
-    WHERE i.key = ? ORDER BY s.coverage, s.id
-"""
+ALL = f"{ROWS} ORDER BY s.coverage, s.id"
 
 
 @dataclass(frozen=True, kw_only=True)
