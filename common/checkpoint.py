@@ -20,7 +20,6 @@ from common.files import replacing, shortened
 from common.parsed import Count, parsed
 
 FORMAT_VERSION = 1
-NOT_TENSORS = "it is no file of torch.save, or holds more than tensors and plain values"
 MOST_NAMED = 5
 
 
@@ -151,7 +150,10 @@ def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
         mapped = lazily and zipfile.is_zipfile(path)  # older files can only be read as a whole
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:  # torch's text advises to load it unsafely
-        raise ValueError(f"{path} cannot be read as a checkpoint: {NOT_TENSORS}") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is no file of torch.save, or holds more "
+            "than tensors and plain values"
+        ) from error
     except Exception as error:  # reading a file of another kind can raise anything
         reason = shortened(next(iter(str(error).splitlines()), "") or type(error).__name__)
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error

@@ -65,7 +65,8 @@ class OptionCommand(click.Command):
         self.own_layers = own_layers
         self.titles: dict[str, str] = {}
         self.plugins: list[str] = []
-        self.params.append(_config_option())
+        text = "YAML file of `option: value` lines; the command line wins."
+        self.params.append(click.Option(["--config"], metavar="FILE", help=text))
         for group in groups.values():
             for field in fields_of(group).values():
                 self.params.append(_click_option(field, group.no_default))
@@ -119,36 +120,27 @@ def command(
     )  # fmt: skip
 
 
-def _config_option() -> click.Option:
-    text = "YAML file of `option: value` lines; the command line wins."
-    return click.Option(["--config"], metavar="FILE", help=text)
-
-
 def _click_option(field: Field, no_default: str) -> click.Option:
     """Click only collects the words; `merge` converts and judges them."""
-    help_text, words = field.spec.help, field.words()
+    flag, note = field.flag, ""
+    more: dict[str, Any] = {}
     shown = plain(field.default) if field.default is not REQUIRED else None
     if field.kind is bool:
-        if shown:
-            help_text += "  [default: on]"
-        return click.Option(
-            [f"{field.flag}/--no-{field.flag[2:]}", field.name], default=None, help=help_text
-        )
-    if field.is_mapping:
-        return click.Option(
-            [field.flag, field.name], multiple=True, metavar="KEY=VALUE", help=help_text
-        )
-    if field.default is REQUIRED:
-        help_text += f"  [{no_default}]"
-    elif shown is not None and shown != []:
-        text = ",".join(map(str, shown)) if isinstance(shown, list) else shown
-        help_text += f"  [default: {text}]"
-    kind = item_type(field.kind)
-    several = ",..." if typing.get_origin(field.kind) is tuple else ""
-    metavar = f"[{'|'.join(words)}]" if words else "|".join([_METAVARS[kind], *field.instead])
-    return click.Option(
-        [field.flag, field.name], metavar=metavar + several, help=help_text, default=None
-    )
+        flag += f"/--no-{flag[2:]}"
+        note = "default: on" if shown else ""
+    elif field.is_mapping:
+        more = {"multiple": True, "metavar": "KEY=VALUE"}
+    else:
+        if field.default is REQUIRED:
+            note = no_default
+        elif shown is not None and shown != []:
+            text = ",".join(map(str, shown)) if isinstance(shown, list) else shown
+            note = f"default: {text}"
+        words, kind = field.words(), item_type(field.kind)
+        metavar = f"[{'|'.join(words)}]" if words else "|".join([_METAVARS[kind], *field.instead])
+        more = {"metavar": metavar + (",..." if typing.get_origin(field.kind) is tuple else "")}
+    help_text = field.spec.help + (f"  [{note}]" if note else "")
+    return click.Option([flag, field.name], default=None, help=help_text, **more)
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}

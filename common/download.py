@@ -38,17 +38,15 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
     for url in urls:
         try:
             _fetch(url, part)
+            if digest is not None and not has_digest(part, digest):
+                part.unlink()
+                raise OSError(f"the file has not the digest {digest}")
         except (OSError, http.client.HTTPException) as error:
             problems.append(f"{url}: {error}")
-            logger.warning("%s: %s", url, error)
-            continue
-        if digest is not None and not has_digest(part, digest):
-            part.unlink()
-            problems.append(f"{url}: the file has not the digest {digest}")
             logger.warning("%s", problems[-1])
-            continue
-        part.replace(path)
-        return
+        else:
+            part.replace(path)
+            return
     kept = f"; {part} is kept, run again to go on from there" if part.exists() else ""
     raise RuntimeError(f"{path.name} could not be downloaded: {'; '.join(problems)}{kept}")
 
@@ -72,11 +70,9 @@ def _fetch(url: str, part: Path) -> None:
             if _fetch_once(url, part, before):
                 return
             reason: Exception = OSError("the connection closed early")
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                raise
-            reason = error
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                raise
             reason = error
         arrived = (part.stat().st_size if part.exists() else 0) > before
         failures = 0 if arrived else failures + 1
@@ -103,11 +99,11 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
         begins = response.headers.get("Content-Range", "")
         if start and resumed and not begins.startswith(f"bytes {start}-"):
             raise OSError("the server sent another part than was asked for")
-        length = response.headers.get("Content-Length")
+        to_come = int(response.headers.get("Content-Length", 0))  # a server need not say
         position = start if resumed else 0
-        total_bytes = position + int(length) if length is not None else None
-        _check_disk(part, 0 if total_bytes is None else total_bytes - position)
-        megabytes = (total_bytes or 0) // 10**6
+        total_bytes = position + to_come
+        _check_disk(part, to_come)
+        megabytes = total_bytes // 10**6
         with (
             part.open("ab" if resumed else "wb") as file,
             Counter(part.stem, total=megabytes, done=position // 10**6, unit="MB") as counter,
@@ -116,7 +112,7 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
                 file.write(chunk)
                 position += len(chunk)
                 counter.advance(position // 10**6 - counter.done)
-    return total_bytes is None or position >= total_bytes
+    return position >= total_bytes
 
 
 def _check_disk(part: Path, missing: int) -> None:

@@ -83,24 +83,17 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except (OSError, RuntimeError) as error:
-        _remove(unfinished)
-        # torch wraps what the file system said in an error of its own.
-        said = error if isinstance(error, OSError) else error.__context__
+    except BaseException as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        # torch wraps what the file system said in a RuntimeError.
+        said = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(said, OSError):
             raise
         raise RuntimeError(
             f"{path} cannot be written: {said.strerror or said}. Make room and run the same "
             "command again"
         ) from error
-    except BaseException:
-        _remove(unfinished)
-        raise
-
-
-def _remove(unfinished: Path) -> None:
-    with suppress(OSError):
-        unfinished.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -138,10 +131,7 @@ def check_output_folder(
         nearest = folder.absolute() / ("x" * LONGEST_NAME)
         while not nearest.exists():
             nearest = nearest.parent
-        if not nearest.is_dir():
-            raise OSError(f"{nearest} is not a folder")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise OSError(f"{nearest} cannot be written to")
+        _check_writable(nearest)
         for read in reads:
             if folder.resolve().is_relative_to(read.resolve()):
                 raise OSError(f"it lies in {read}, which is read; name another place")
@@ -161,12 +151,8 @@ def check_output_file(
     command judges that by itself.
     """
     with _refusing(flag, path):
-        folder = path.absolute().parent
-        if not folder.is_dir():
-            raise OSError(f"{folder} is not a folder")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise OSError(f"{folder} cannot be written to")
-        check_replaceable(path, flag, reads=reads, is_own=is_own)
+        _check_writable(path.absolute().parent)
+    check_replaceable(path, flag, reads=reads, is_own=is_own)
 
 
 def check_replaceable(
@@ -196,6 +182,13 @@ def check_replaceable(
             with open_regular(path) as file:
                 if not is_own(file.read(HEAD_BYTES)):
                     raise OSError("it is there, and this command did not make it; name another")
+
+
+def _check_writable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise OSError(f"{folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} cannot be written to")
 
 
 @contextmanager

@@ -175,12 +175,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of Pillow to RGB; Pillow itself would clip what has more than 8 bits."""
     from PIL import Image
 
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
+    if image.mode.startswith(("I", "F")):
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-        low, high = values.min(), values.max()
+        is_16_bits = image.mode.startswith("I;16")
+        low, high = (0, 65535) if is_16_bits else (values.min(), values.max())
         stretched = (values - low) * (255 / max(high - low, 1e-9))
         return Image.fromarray(stretched.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA") or "transparency" in image.info:

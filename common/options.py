@@ -18,7 +18,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -55,7 +55,7 @@ class Spec:
     def range_text(self) -> str:
         """The allowed numbers, in words."""
         if self.at_least is None and self.above is None:
-            return f"at most {self.at_most:g}"
+            return "a finite number" if self.at_most is None else f"at most {self.at_most:g}"
         low = f"{self.at_least:g}" if self.at_least is not None else f"more than {self.above}"
         if self.at_most is not None:
             return f"{low} to {self.at_most:g}"
@@ -80,12 +80,6 @@ def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def plugin_option() -> Any:
-    """The field `plugin` of a group: it is loaded before any option is judged."""
-    text = "Python file with masking methods or models of your own."
-    return option(text, None, neutral=True, is_plugin=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +144,8 @@ class Field:
                 raise self._refusal(item, f"choose one of {', '.join(words)}")
             is_number = isinstance(item, int | float) and not isinstance(item, bool)
             if is_number and not self.spec.allows(item):
-                limits = self.spec.at_least, self.spec.above, self.spec.at_most
-                limited = any(limit is not None for limit in limits)
-                expected = self.spec.range_text() if limited else "a finite number"
-                expected += f", below {LARGEST:g}" if item >= LARGEST else ""
-                raise self._refusal(item, expected)
+                below = f", below {LARGEST:g}" if item >= LARGEST else ""
+                raise self._refusal(item, self.spec.range_text() + below)
 
     def _one(self, value: Any) -> Any:
         kind, words = item_type(self.kind), self.words()
@@ -233,9 +224,13 @@ def item_type(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
 
 
-def fields_of(group: type[OptionGroup]) -> dict[str, Field]:
-    """The options of a group by name, in their order."""
-    hints, found = typing.get_type_hints(group), {}
+def fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
+    """The options of groups by name, in their order."""
+    return {name: field for group in groups for name, field in _fields_of(group)}
+
+
+def _fields_of(group: type[OptionGroup]) -> Iterator[tuple[str, Field]]:
+    hints = typing.get_type_hints(group)
     for field in dataclasses.fields(group):
         kind, instead = hints[field.name], ()
         parts = [kind]
@@ -248,8 +243,7 @@ def fields_of(group: type[OptionGroup]) -> dict[str, Field]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         spec = field.metadata["option"]
-        found[field.name] = Field(field.name, kind, optional, default, spec, instead)
-    return found
+        yield field.name, Field(field.name, kind, optional, default, spec, instead)
 
 
 @dataclass(frozen=True)
@@ -260,25 +254,21 @@ class Layer:
     source: str = ""
 
 
-def read_layer(path: Path, groups: Iterable[type[OptionGroup]], also: Iterable[str] = ()) -> Layer:
-    """A YAML file of options, in either spelling. Raises ValueError for a name that is none.
-
-    also: names that are known beside those of the groups.
-    """
+def read_layer(path: Path, groups: Iterable[type[OptionGroup]]) -> Layer:
+    """A YAML file of options, in either spelling. Raises ValueError for a name that is none."""
     values: dict[str, Any] = {}
     for key, value in read_yaml(path).items():
         name = key.replace("-", "_")
         if name in values:
             raise ValueError(f"{path}: {name} is given twice")
         values[name] = value
-    known = {name for group in groups for name in fields_of(group)}
-    check_names(values, [*known, *also], str(path))
+    check_names(values, fields_of(*groups), str(path))
     return Layer(values, str(path))
 
 
 def merge(groups: Iterable[type[OptionGroup]], layers: Iterable[Layer]) -> dict[str, Any]:
     """The converted values of all layers by name. Raises ValueError, naming the file."""
-    fields = {name: field for group in groups for name, field in fields_of(group).items()}
+    fields = fields_of(*groups)
     merged: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.values.items():
@@ -320,6 +310,5 @@ def option_facts(groups: Iterable[type[OptionGroup]]) -> dict[str, dict[str, Any
             "several": typing.get_origin(field.kind) is tuple,
             "older": None if field.spec.older is REQUIRED else plain(field.spec.older),
         }
-        for group in groups
-        for name, field in fields_of(group).items()
+        for name, field in fields_of(*groups).items()
     }

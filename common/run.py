@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from common.console import number_of
 from common.files import NOTHING_WRITTEN
 from common.layout import LOCK, LOG, OF_RUNS, PROGRESS
-from common.options import OptionGroup, option, plugin_option
+from common.options import OptionGroup, option
 
 MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
 MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms draw from
@@ -24,7 +24,10 @@ class PluginConfig(OptionGroup):
     """For commands that know methods or models."""
 
     title: ClassVar[str] = "Options"
-    plugin: Path | None = plugin_option()
+    plugin: Path | None = option(
+        "Python file with masking methods or models of your own.", None,
+        neutral=True, is_plugin=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

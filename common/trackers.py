@@ -22,6 +22,7 @@ STATE = ".trackers.json"
 NONE = "none"
 # They keep what they got in memory until they are closed, and ignore a step that they have already.
 BUFFERING = {"wandb"}
+LOG_OPTIONS = {"wandb": {"commit": True}}  # it would hold a step back until the next
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -60,7 +61,7 @@ class Trackers:
                 if record["epoch"] > self.sent.get(name, 0):
                     values = {k: v for k, v in record.items() if k != "epoch" and v is not None}
                     tracker = self.trackers.get(name) or self._start(name)
-                    tracker.log(values, step=record["epoch"], **_LOG_OPTIONS.get(name, {}))
+                    tracker.log(values, step=record["epoch"], **LOG_OPTIONS.get(name, {}))
                     self.sent[name] = record["epoch"]
         if self.trackers:
             self._write()
@@ -76,19 +77,22 @@ class Trackers:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         is_new = name not in self.ids
-        options = self._start_options(name, self.output_dir)
-        self.trackers[name] = tracker = LOGGER_TYPE_TO_CLASS[name](_run_name(name), **options)
+        options = self._start_options(name)
+        run = name if name == "tensorboard" else PROJECT  # there it is a folder of logging_dir
+        self.trackers[name] = tracker = LOGGER_TYPE_TO_CLASS[name](run, **options)
         tracker.start()
         if name == "mlflow":  # it gives the names itself
             self.ids[name] = tracker.active_run.info.run_id
         if is_new and name != "tensorboard":  # its hparams would be a second run there
-            tracker.store_init_configuration({k: _simple(v) for k, v in self.settings.items()})
+            plain = bool | int | float | str
+            settings = {k: v if isinstance(v, plain) else str(v) for k, v in self.settings.items()}
+            tracker.store_init_configuration(settings)
         self._write()
         return tracker
 
-    def _start_options(self, name: str, output_dir: Path) -> dict[str, Any]:
+    def _start_options(self, name: str) -> dict[str, Any]:
         """What makes a tracker go on with the run of an earlier call."""
-        run_id = self.ids.get(name)
+        run_id, output_dir = self.ids.get(name), self.output_dir
         if name == "mlflow":
             return {"run_id": run_id} if run_id else {"run_name": output_dir.name}
         run_id = self.ids.setdefault(name, uuid.uuid4().hex[:12])
@@ -113,15 +117,3 @@ class Trackers:
     def _write(self, *, closed: bool = False) -> None:
         self.safe |= {n: e for n, e in self.sent.items() if closed or n not in BUFFERING}
         write_json(self.path, {"ids": self.ids, "sent": self.safe})
-
-
-_LOG_OPTIONS = {"wandb": {"commit": True}}  # it would hold a step back until the next
-
-
-def _run_name(tracker: str) -> str:
-    """TensorBoard takes it for the folder below logging_dir."""
-    return "tensorboard" if tracker == "tensorboard" else PROJECT
-
-
-def _simple(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) else str(value)

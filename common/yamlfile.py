@@ -51,7 +51,7 @@ for _kind, (_form, _first) in _PLAIN_FORMS.items():
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file of `key: value` lines. Raises ValueError, in one line, for anything else."""
-    content = _parse(read_text(path), str(path))
+    content = parse_value(read_text(path), str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -60,11 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str, what: str) -> Any:
-    """One value as a YAML file would have it. Raises ValueError that begins with `what`."""
-    return _parse(text, what)
-
-
-def _parse(text: str, what: str) -> Any:
+    """What a text stands for as YAML. Raises ValueError that begins with `what`."""
     try:
         loader = _PlainLoader(text)
         node = loader.get_single_node()

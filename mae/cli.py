@@ -84,7 +84,7 @@ class _Folders(PluginConfig):
 @command(cli, folders=_Folders)
 def methods(folders: _Folders) -> None:
     """Print, as JSON, the masking methods and the options of `pretrain`; for benchmark.py."""
-    from mae.segments import form_of
+    from mae.segments.forms import form_of
     from mae.segments.store import STORE_NAME
 
     masks = folders.masks_dir or (folders.in1k_dir and folders.in1k_dir / "masks")

@@ -101,12 +101,8 @@ def _decode_reduced(
     draft = header.width // reduction, header.height // reduction
     image = load_image(content, draft=draft)
     reduction = round(header.width / image.width)  # draft knows powers of two only
-    box = (
-        crop.left / reduction,
-        crop.top / reduction,
-        (crop.left + crop.width) / reduction,
-        (crop.top + crop.height) / reduction,
-    )
+    left, top = crop.left / reduction, crop.top / reduction
+    box = (left, top, left + crop.width / reduction, top + crop.height / reduction)
     whole = image.convert("RGB")
     if _ends_grey(np.asarray(whole)):
         return None

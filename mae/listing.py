@@ -71,7 +71,7 @@ def make_listing(
             check_donors(train)
     return Listing(
         train=encode_paths(train),
-        val=encode_paths(_spread(listed_val, data.val_images)),
+        val=encode_paths(spread(listed_val, data.val_images)),
         left_out=left_out,
         source=source if method.uses_segments else None,
     )
@@ -123,7 +123,7 @@ def _check_missing(
     logger.info("%s ...; they are left out", text)
 
 
-def _spread(paths: list[str], most: int) -> list[str]:
+def spread(paths: list[str], most: int) -> list[str]:
     """At most so many paths, evenly spread."""
     count = min(len(paths), most)
     return [paths[index * len(paths) // count] for index in range(count)]

@@ -20,7 +20,7 @@ from mae.data import Batch, Sample, collate, make_sample
 from mae.decode import read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.segments import open_segments
+from mae.segments.forms import open_segments
 from mae.segments.store import PackedStore
 from mae.transforms import centre_crop
 

@@ -36,7 +36,7 @@ from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
 from mae.data import MaskedImages
 from mae.listing import encode_paths, segment_key
-from mae.segments import open_segments
+from mae.segments.forms import open_segments
 from mae.segments.store import PackedStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -25,10 +25,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python perf/masks.py` finds the packages beside perf/
 
-from mae.segments import PackedStore  # noqa: E402
 from mae.segments.folders import PngTableFolder  # noqa: E402
 from mae.segments.forms import SegmentSource, open_any_form  # noqa: E402
 from mae.segments.pack import pack, unpack  # noqa: E402
+from mae.segments.store import PackedStore  # noqa: E402
 
 BLOCK = 4096
 PEER = "PNG + table (Pillow)"

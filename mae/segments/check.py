@@ -16,7 +16,6 @@ from mae.listing import segment_key
 from mae.segments.forms import SegmentSource, open_any_form
 from mae.segments.parallel import in_order
 from mae.segments.segment import Segment, segment_from_counts
-from mae.segments.store import PackedStore
 
 
 def check(
@@ -74,10 +73,7 @@ def _check_one(train: Path, source: SegmentSource, without: set[str], path: str)
     try:
         height, width = read_rgb(train / path).shape[:2]
         key = segment_key(path)
-        if isinstance(source, PackedStore):
-            segments = source.segments(key)
-        else:
-            segments = source.segments(key, reports.append)
+        segments = source.segments(key, reports.append)
         if not segments and key not in without:
             raise ValueError("has no segments, and no list says so")
         for segment in segments:

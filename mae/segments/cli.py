@@ -26,9 +26,7 @@ PICTURE = "segments"  # the kind that `inspect` draws
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed(OptionGroup):
-    """Of every command that works on many images by many processes."""
-
+class _Speed(OptionGroup):
     title: ClassVar[str] = "Speed"
     processes: int | None = option(
         "Default: one per core.", None, at_least=1, at_most=MOST_PROCESSES, neutral=True
@@ -36,18 +34,14 @@ class Speed(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(OptionGroup):
-    """Of `merge`."""
-
+class _MergeOptions(OptionGroup):
     title: ClassVar[str] = "Output"
     out: Path = option("The store to write.")
     overwrite: bool = option("Replace a finished store.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackOptions(OptionGroup):
-    """Of `pack`."""
-
+class _PackOptions(OptionGroup):
     title: ClassVar[str] = "Output"
     out: Path | None = option("Default: masks.sqlite in MASKS_DIR, where it is found.", None)
     overwrite: bool = option("Replace a finished store.", False)
@@ -55,9 +49,7 @@ class PackOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(OptionGroup):
-    """What every generator is told."""
-
+class _GenerateOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path = option("Folder of images, at any depth.")
     out: Path = option("The packed store to write, such as masks.sqlite.")
@@ -75,9 +67,7 @@ class GenerateOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(OptionGroup):
-    """Of `inspect`."""
-
+class _InspectOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
     coverage_ratio: tuple[float, ...] = option(
@@ -87,9 +77,7 @@ class InspectOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions(OptionGroup):
-    """Of `check`."""
-
+class _CheckOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     masks_dir: Path | None = option("Default: IN1K_DIR/masks.", None)
     out: Path = option("Where offenders are listed.", Path("offenders.txt"))
@@ -101,33 +89,26 @@ def masks() -> None:
     log_to_stderr("%(message)s")
 
 
-@command(masks, "pack", options=PackOptions, speed=Speed)
+@command(masks, "pack", options=_PackOptions, speed=_Speed)
 @click.argument("masks_dir", type=PATH)
-def pack_command(masks_dir: Path, options: PackOptions, speed: Speed) -> int:
+def pack_command(masks_dir: Path, options: _PackOptions, speed: _Speed) -> int:
     """Pack segments of any form into one SQLite file; the same command goes on if interrupted."""
-    summary = pack(
-        masks_dir,
-        options.out,
-        overwrite=options.overwrite,
-        allow_damaged=options.allow_damaged,
-        processes=speed.processes,
-    )
-    return _report(summary)
+    return _report(pack(masks_dir, **vars(options), processes=speed.processes))
 
 
-@command(masks, "unpack", speed=Speed)
+@command(masks, "unpack", speed=_Speed)
 @click.argument("store", type=PATH)
 @click.argument("out", type=PATH)
-def unpack_command(store: Path, out: Path, speed: Speed) -> int:
+def unpack_command(store: Path, out: Path, speed: _Speed) -> int:
     """Write the segments of a packed store as RLE JSON again, one file per image."""
     return _report(unpack(store, out, processes=speed.processes))
 
 
-@command(masks, "merge", options=MergeOptions)
+@command(masks, "merge", options=_MergeOptions)
 @click.argument("shards", type=PATH, nargs=-1, required=True)
-def merge_command(shards: tuple[Path, ...], options: MergeOptions) -> int:
+def merge_command(shards: tuple[Path, ...], options: _MergeOptions) -> int:
     """Join packed stores, say the shards of `generate`, into one."""
-    return _report(merge(shards, options.out, overwrite=options.overwrite))
+    return _report(merge(shards, **vars(options)))
 
 
 @masks.group("generate", context_settings=CONTEXT)
@@ -135,8 +116,8 @@ def generators() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-@command(generators, "sam", options=GenerateOptions, settings=SamSettings)
-def sam_command(options: GenerateOptions, settings: SamSettings) -> int:
+@command(generators, "sam", options=_GenerateOptions, settings=SamSettings)
+def sam_command(options: _GenerateOptions, settings: SamSettings) -> int:
     """By Segment Anything, any SAM or SAM 2 checkpoint that `transformers` can load."""
     from mae.segments.sam import Sam
 
@@ -145,10 +126,10 @@ def sam_command(options: GenerateOptions, settings: SamSettings) -> int:
 
 @command(
     generators, "felzenszwalb",
-    options=GenerateOptions, settings=FelzenszwalbSettings, speed=Speed,
+    options=_GenerateOptions, settings=FelzenszwalbSettings, speed=_Speed,
 )  # fmt: skip
 def felzenszwalb_command(
-    options: GenerateOptions, settings: FelzenszwalbSettings, speed: Speed
+    options: _GenerateOptions, settings: FelzenszwalbSettings, speed: _Speed
 ) -> int:
     """Without weights or a GPU: regions of similar colour, at several scales."""
     from mae.segments.felzenszwalb import Felzenszwalb
@@ -156,16 +137,15 @@ def felzenszwalb_command(
     return _generate(Felzenszwalb(settings), options, speed.processes)
 
 
-def _generate(generator: Generator, options: GenerateOptions, processes: int | None = None) -> int:
+def _generate(generator: Generator, options: _GenerateOptions, processes: int | None = None) -> int:
     shard = Shard.parse(options.shard)
-    return _report(
-        generate(options.images, options.out, generator, shard=shard, processes=processes)
-    )
+    made = generate(options.images, options.out, generator, shard=shard, processes=processes)
+    return _report(made)
 
 
-@command(masks, "inspect", options=InspectOptions, speed=Speed)
+@command(masks, "inspect", options=_InspectOptions, speed=_Speed)
 @click.argument("masks_dir", type=PATH)
-def inspect_command(masks_dir: Path, options: InspectOptions, speed: Speed) -> None:
+def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) -> None:
     """Print and draw what the segments of a dataset are like."""
     from mae.segments.look import collect, describe, draw
 
@@ -195,9 +175,9 @@ def _train_beside(masks_dir: Path) -> Path | None:
     return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), None)
 
 
-@command(masks, "check", options=CheckOptions, speed=Speed)
+@command(masks, "check", options=_CheckOptions, speed=_Speed)
 @click.argument("in1k_dir", type=PATH)
-def check_command(in1k_dir: Path, options: CheckOptions, speed: Speed) -> int:
+def check_command(in1k_dir: Path, options: _CheckOptions, speed: _Speed) -> int:
     """Check that every training image opens and its segments fit; exit code 1 if not."""
     masks_dir = options.masks_dir or in1k_dir / "masks"
     checked, left = check(in1k_dir, masks_dir, options.out, processes=speed.processes)

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 EMPTY_LIST = "emptyfiles.txt"
 IMAGENET_NAME = re.compile(r"(n\d{8})_\d+")
-# A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
 MOST_AREA = 1e15  # pixels; what states more states nothing
+# A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
 COVERAGE_TOLERANCE = 0.01
 
 
@@ -166,7 +166,8 @@ class PngFolder(SegmentFolder):
         with open_regular(table) as file:
             lines = file.read().decode(errors="replace").splitlines()
         for path, stated in self._listed(table, lines):
-            yield segment_from_pixels(read_segment_png(path)), str(path), stated
+            pixels = np.asarray(load_image(path).convert("L"))  # anything but 0 = inside
+            yield segment_from_pixels(pixels), str(path), stated
 
     def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float]]:
         """The PNGs of an image, each with the coverage that is stated."""
@@ -216,14 +217,6 @@ class PngMetadataFolder(PngFolder):
         if names and there - names:
             raise ValueError(f"{table}: does not list {min(there - names)}; it was cut short")
         return listed
-
-
-def read_segment_png(path: Path) -> np.ndarray:
-    """The pixels of a segment's PNG as [H, W] uint8, anything but 0 = inside.
-
-    Raises ValueError naming the file if it is missing or no image.
-    """
-    return np.asarray(load_image(path).convert("L"))
 
 
 def read_empty_list(path: Path) -> set[str]:

@@ -57,16 +57,13 @@ class Shard:
 
         Raises ValueError.
         """
+        what = f"--shard {text}"
+        for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if text is None and os.environ.keys() >= set(names):
+                text = "/".join(os.environ[name] for name in names)
+                what = f"{'/'.join(names)} is {text}"
         if text is None:
-            for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-                if index in os.environ and count in os.environ:
-                    text = f"{os.environ[index]}/{os.environ[count]}"
-                    return cls._parsed(text, f"{index}/{count} is {text}")
             return cls()
-        return cls._parsed(text, f"--shard {text}")
-
-    @classmethod
-    def _parsed(cls, text: str, what: str) -> Shard:
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise ValueError(f"{what}: write it as 0/4, the first of four; it counts from 0")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from common.images import read_rgb
 from common.progress import Counter
+from mae.listing import spread
 from mae.segments.forms import SegmentSource
 from mae.segments.parallel import in_order
 from mae.segments.segment import Segment, nearest
@@ -51,7 +52,7 @@ class Statistics:
 def collect(source: SegmentSource, *, processes: int | None) -> Statistics:
     """Read the segments of at most `MOST_READ` images. Raises ValueError if there are none."""
     keys = sorted(source.images())
-    chosen = _evenly_spread(keys, MOST_READ)
+    chosen = spread(keys, MOST_READ)
     coverages: dict[str, np.ndarray] = {}
     damaged = []
     with (
@@ -118,7 +119,7 @@ def draw(
 
     images: the files by key, perhaps not all.
     """
-    shown = _evenly_spread([key for key in statistics.coverages if key in images], MOST_DRAWN)
+    shown = spread([key for key in statistics.coverages if key in images], MOST_DRAWN)
     columns, charts_height, row_height = 1 + len(ratios), 3.8, 2.05
     heights = [charts_height]
     if shown:
@@ -133,12 +134,6 @@ def draw(
         for row, key in zip(rows, shown, strict=True):
             _draw_row(row, source, key, images[key], ratios)
     return figure
-
-
-def _evenly_spread(keys: list[str], most: int) -> list[str]:
-    """At most so many."""
-    count = min(len(keys), most)
-    return [keys[index * len(keys) // count] for index in range(count)]
 
 
 def _draw_charts(charts: Any, statistics: Statistics, ratios: Sequence[float]) -> None:

@@ -40,11 +40,7 @@ class Segment:
 
         Raises ValueError if the runs do not fill the image, which pycocotools does not check.
         """
-        if not COMPLETE_CODE.fullmatch(self.counts):
-            raise ValueError("its counts are no run-length code")
-        runs = run_lengths(self.counts)
-        if runs.min() < 0 or int(runs.sum()) != self.height * self.width:
-            raise ValueError(f"its runs do not fill {self.width} x {self.height} pixels")
+        runs = _checked_runs(self.height, self.width, self.counts)
         inside = np.zeros(len(runs), np.uint8)
         inside[1::2] = 1
         return np.repeat(inside, runs).reshape(self.width, self.height).T
@@ -84,13 +80,19 @@ def segment_from_rle(segmentation: Any) -> Segment:
 
 def segment_from_counts(height: int, width: int, counts: bytes) -> Segment:
     """From compressed run lengths. Raises ValueError unless they are that, and fill the image."""
+    inside = int(_checked_runs(height, width, counts)[1::2].sum())
+    percent = 100 * inside / (height * width)
+    return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
+
+
+def _checked_runs(height: int, width: int, counts: bytes) -> np.ndarray:
+    """The run lengths of a code. Raises ValueError unless it is one, and they fill the image."""
     if not COMPLETE_CODE.fullmatch(counts):
         raise ValueError("its counts stop in the middle of a number, or are no counts at all")
     runs = run_lengths(counts)
     if runs.min() < 0 or int(runs.sum()) != height * width:
         raise ValueError(f"its runs cover {int(runs.sum())} pixels, its size is {height} x {width}")
-    percent = 100 * int(runs[1::2].sum()) / (height * width)
-    return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
+    return runs
 
 
 def ordered(segments: Iterable[Segment]) -> list[Segment]:

@@ -38,10 +38,11 @@ TABLES = (
     "SELECT name FROM sqlite_master WHERE type = 'table' AND name IN ('images', 'segments', 'meta')"
 )
 LENGTH = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-NEAREST = """
+ROWS = """
     SELECT i.height, i.width, s.coverage, s.counts
     FROM images AS i JOIN segments AS s ON s.image = i.id
-    WHERE i.key = ?1 AND s.coverage = (
+    WHERE i.key = ?1 """
+NEAREST = f"""{ROWS} AND s.coverage = (
         SELECT coverage FROM (
             SELECT max(coverage) AS coverage FROM segments WHERE image = i.id AND coverage <= ?2
             UNION ALL
@@ -50,11 +51,7 @@ NEAREST = """
     )
     ORDER BY s.id LIMIT 1
 """
-ALL = """
-    SELECT i.height, i.width, s.coverage, s.counts
-    FROM images AS i JOIN segments AS s ON s.image = i.id
-    WHERE i.key = ? ORDER BY s.coverage, s.id
-"""
+ALL = f"{ROWS} ORDER BY s.coverage, s.id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +96,14 @@ class PackedStore:
         if path.stat().st_size < length:
             raise ValueError(f"{path} is cut short: it was {length} bytes; copy or pack it again")
         check_format(path, self.meta)
-        self.settings = self._settings()
+        # How the segments were made, as far as is known.
+        settings = str(self.meta.get("settings"))
+        self.settings = parsed_text(settings, dict[str, Any], f"{path}: how it was made")
         if self.meta.get("complete") != "1":
             raise ValueError(f"{path} was not finished; run the command that writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None, "_process_id": 0}
-
-    def _settings(self) -> dict[str, Any]:
-        """How the segments were made, as far as is known."""
-        stored = self.meta.get("settings")
-        text = stored if isinstance(stored, str) else ""
-        return parsed_text(text, dict[str, Any], f"{self.path}: how it was made")
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """The segment closest to a coverage in percent, the smaller on a tie; None: there is none.
@@ -120,8 +113,8 @@ class PackedStore:
         rows = self._query(NEAREST, (key, coverage_percent))
         return self._segment(key, rows[0]) if rows else None
 
-    def segments(self, key: str) -> list[Segment]:
-        """All segments of an image, the smallest first."""
+    def segments(self, key: str, report: object = None) -> list[Segment]:
+        """All segments of an image, the smallest first. report: a store states nothing twice."""
         return [self._segment(key, row) for row in self._query(ALL, (key,))]
 
     def images(self) -> set[str]:

@@ -12,7 +12,7 @@ from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SHAPES, SegmentSource
 from mae.data import FixedImages, MaskedImages
 from mae.listing import encode_paths, make_listing, segment_key
-from mae.segments import open_segments
+from mae.segments.forms import open_segments
 from mae.segments.pack import pack
 from mae.transforms import Crop, crop_segment, crop_segments
 from tests.mae.conftest import make_config, pack_segments, write_image, write_segments

@@ -11,11 +11,11 @@ from PIL import Image
 
 from common.files import beside
 from common.images import read_rgb
-from mae.segments import PackedStore
 from mae.segments.felzenszwalb import Felzenszwalb
 from mae.segments.generate import Shard, generate
 from mae.segments.pack import merge, pack
 from mae.segments.settings import FelzenszwalbSettings
+from mae.segments.store import PackedStore
 from mae.segments.writing import StoreWriter
 
 

@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from common.images import read_rgb
-from mae.segments import PackedStore
 from mae.segments.generate import Shard, generate
 from mae.segments.pack import merge
 from mae.segments.sam import Sam
 from mae.segments.settings import SamSettings
+from mae.segments.store import PackedStore
 
 SAM_OPTIONS = {
     "points_per_side": 3,

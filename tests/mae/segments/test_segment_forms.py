@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from mae.segments import form_of, open_segments
 from mae.segments.folders import path_below, read_empty_list
-from mae.segments.forms import open_any_form
+from mae.segments.forms import form_of, open_any_form, open_segments
 from mae.segments.segment import (
     Segment,
     decode_at,

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.files import beside
-from mae.segments import open_segments
-from mae.segments.forms import open_any_form
+from mae.segments.forms import open_any_form, open_segments
 from mae.segments.pack import merge, pack, unpack
 from mae.segments.segment import nearest
 from mae.segments.store import PackedStore
