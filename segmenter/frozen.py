@@ -20,7 +20,16 @@ MOST_SIMILARITIES = 2**26  # held at once
 RANKME_TOKENS = 25_600  # as many as its paper takes
 
 
-def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearDecoder:
+class LinearProbe(LinearDecoder):
+    """In fp32: its logits are small differences of large numbers."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to class logits [B, N, K]."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return super().forward(tokens.float())
+
+
+def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
     """Batch norm and linear layer that classify tokens [T, D] with labels [T], as one layer.
 
     Multinomial logistic regression of the standardised tokens: scikit-learn's LogisticRegression
@@ -28,7 +37,7 @@ def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearDecode
     """
     mean, deviation = _statistics(tokens)
     features = (tokens - mean) / deviation
-    decoder = LinearDecoder(tokens.shape[1], num_classes).to(tokens.device)
+    decoder = LinearProbe(tokens.shape[1], num_classes).to(tokens.device)
     weight, bias = decoder.head.weight, decoder.head.bias
     nn.init.zeros_(weight)
     solver = torch.optim.LBFGS(

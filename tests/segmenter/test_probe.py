@@ -97,6 +97,15 @@ def test_neighbours_are_scikit_learns(features, monkeypatch, at_once):
     torch.testing.assert_close(votes, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("decoder_of", [fit_linear, NearestNeighbours])
+def test_half_precision_of_the_encoder_does_not_blur_the_probes(features, decoder_of):
+    tokens, labels, others = features
+    decoder = decoder_of(tokens, labels, CLASSES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decoder(others[None])
+    assert torch.equal(found, decoder(others[None]))
+
+
 def test_an_image_does_not_vote_for_itself():
     """Two of each class lie on one line, the fifth is alone of its class."""
     tokens = torch.eye(3)[[0, 0, 1, 1, 2]]
