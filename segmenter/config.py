@@ -22,6 +22,7 @@ from common.options import (
 )
 from common.run import MOST_EPOCHS, MOST_SEED, DeviceConfig, OutputConfig, TrainingConfig
 from common.vit import VIT_SIZES, VitSize
+from common.yamlfile import plain
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
@@ -262,13 +263,7 @@ class TrainConfig:
 
     def settings(self) -> dict[str, Any]:
         """Plain values of all that decides the result, as checkpoints and result.json hold it."""
-        return {
-            **dataclasses.asdict(self.model),
-            **dataclasses.asdict(self.optimisation),
-            **self.protocol.described(),
-            "precision": self.run.precision,
-            **_identity(self.init),
-        }
+        return {**_shared_settings(self), **dataclasses.asdict(self.optimisation)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,28 +278,24 @@ class ProbeConfig:
     leaves = OF_PROBES
 
     def settings(self) -> dict[str, Any]:
-        """Plain values of all that decides the result, as result.json holds them."""
-        folder = self.run.image_folder
-        return {
-            **dataclasses.asdict(self.model),
-            **self.protocol.described(),
-            "precision": self.run.precision,
-            "probes": list(self.run.probes),
-            "seed": self.run.seed,
-            "image_folder": None if folder is None else str(folder),
-            **_identity(self.init),
-        }
+        """The same as result.json holds it."""
+        own = {name: getattr(self.run, name) for name in ("probes", "seed", "image_folder")}
+        return {**_shared_settings(self), **plain(own)}
 
 
 GROUPS = groups_of(TrainConfig)
 PROBE_GROUPS = {name: group for name, group in groups_of(ProbeConfig).items() if name != "init"}
 
 
-def _identity(init: Path | Literal["random"]) -> dict[str, Any]:
-    """What tells an encoder's weights from others, wherever their file lies."""
-    if init == RANDOM:
-        return {"init": init, "init_fingerprint": None}
-    return {"init": init.name, "init_fingerprint": fingerprint(init)}
+def _shared_settings(config: TrainConfig | ProbeConfig) -> dict[str, Any]:
+    init = config.init
+    return {
+        **dataclasses.asdict(config.model),
+        **config.protocol.described(),
+        "precision": config.run.precision,
+        "init": init if init == RANDOM else init.name,
+        "init_fingerprint": None if init == RANDOM else fingerprint(init),
+    }
 
 
 def read_recipe(name: str) -> Layer:

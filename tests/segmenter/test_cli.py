@@ -28,7 +28,8 @@ def test_help_and_check_do_not_import_torch(dataset, tmp_path):
     script = """
 import sys
 import segmenter.cli as cli
-for arguments in (["train", "--help"], sys.argv[1:]):
+probe = ["probe", "random", *(f"--{word}" for word in sys.argv[1].split("|"))]
+for arguments in (["train", "--help"], ["probe", "--help"], probe, sys.argv[2:]):
     try:
         cli.main(arguments)
     except SystemExit as error:
@@ -37,7 +38,8 @@ loaded = {"torch", "mmseg", "mmcv", "timm", "accelerate"} & set(sys.modules)
 assert not loaded, loaded
 """
     arguments = [*train_arguments(dataset, tmp_path / "run"), "--check"]
-    subprocess.run([sys.executable, "-c", script, *arguments], cwd=REPOSITORY, check=True)
+    of_probe = f"dataset={dataset}|output-dir={tmp_path / 'run'}|check"
+    subprocess.run([sys.executable, "-c", script, of_probe, *arguments], cwd=REPOSITORY, check=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -94,6 +96,8 @@ def test_recipes_and_options_are_told_as_json_without_torch(tmp_path):
     assert not re.search(r"\| +(torch|mmseg|timm|accelerate)$", done.stderr, re.M)
     told = json.loads(done.stdout)
     assert list(told["recipes"]) == ["fast", "mae", "segmenter", "upernet"]
+    assert {"probes", "seed", "model", "window_stride", "precision"} <= set(told["probe"])
+    assert not {"init", "epochs", "decoder", "compile"} & set(told["probe"])
     assert told["recipes"]["fast"]["lr"] == 5e-4
     assert told["options"]["model"] == {
         "default": "vit_large",

@@ -12,7 +12,7 @@ from pycocotools import mask as coco
 
 from common.images import decode_rgb, jpeg_header
 from common.options import Layer, fields_of, make, merge
-from common.parsed import Result, StepProgress, read_json, read_log
+from common.parsed import ProbeResult, Result, StepProgress, read_json, read_log
 from common.yamlfile import parse_value, read_yaml
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.segments.folders import JsonFolder, PngMetadataFolder, PngTableFolder, read_empty_list
@@ -22,6 +22,7 @@ from pipeline.layout import Run, parse_eval_name
 from pipeline.records import Record
 from pipeline.settings import GROUPS as PLAN_GROUPS
 from segmenter.config import GROUPS as TRAIN_GROUPS
+from segmenter.config import PROBE_GROUPS
 from segmenter.dataset import read_description
 
 ANY = settings(
@@ -38,7 +39,11 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-GROUPS = [*PRETRAIN_GROUPS.values(), *TRAIN_GROUPS.values(), *PLAN_GROUPS.values()]
+GROUPS = [
+    group
+    for groups in (PRETRAIN_GROUPS, TRAIN_GROUPS, PROBE_GROUPS, PLAN_GROUPS)
+    for group in groups.values()
+]
 OPTIONS = [(group, name) for group in GROUPS for name in fields_of(group)]
 
 
@@ -139,7 +144,7 @@ def test_dataset_files(changes, tmp_path):
 @given(content=st.one_of(VALUES.map(lambda v: json.dumps(v).encode()), st.binary(max_size=200)))
 def test_what_runs_leave(content, tmp_path):
     (tmp_path / "a.json").write_bytes(content + b"\n")
-    for shape in (Result, StepProgress, Record):
+    for shape in (Result, ProbeResult, StepProgress, Record):
         value_or_named(lambda shape=shape: read_json(tmp_path / "a.json", shape), "a.json")
     value_or_named(lambda: read_log(tmp_path / "a.json"), "a.json")
 

@@ -24,6 +24,17 @@ BARE = [
          "give either a CHECKPOINT or --predictions"),
     Case("evaluate with too much", "segmenter evaluate {w}/fine/best.pth --predictions {w} "
          "--dataset {w}/data/dataset.yml", "give either"),
+    Case("probe nothing", "segmenter probe --dataset {w}/data/dataset.yml", "Missing argument"),
+    Case("probe with an option of training", "segmenter probe random --lr 1", "No such option"),
+    Case("probe of no image folder", ["segmenter", "probe", "random", "--plugin", "{w}/nano.py",
+         "--model", "vit_speck", "--dataset", "{w}/data/dataset.yml", "--output-dir", "{w}/new",
+         "--image-folder", "{w}/data/nosuch"], "nosuch is not a folder"),
+    Case("probe of a photograph", "segmenter probe {w}/photos/photo_0.png --plugin {w}/nano.py "
+         "--model vit_speck --dataset {w}/data/dataset.yml --output-dir {w}/new", "photo_0.png"),
+    Case("probe of a finetuning", "segmenter probe {w}/fine/best.pth --plugin {w}/nano.py "
+         "--model vit_speck --dataset {w}/data/dataset.yml --output-dir {w}/new", "best.pth"),
+    Case("probe into the images", "segmenter probe random --plugin {w}/nano.py --model vit_speck "
+         "--dataset {w}/data/dataset.yml --output-dir {w}/data/images/training/x", "which is read"),
     Case("predict nothing", "segmenter predict {w}/fine/best.pth --out {w}/o", "Missing argument"),
     Case("merge nothing", "mae masks merge --out {w}/o.sqlite", "Missing argument"),
     Case("an unknown command", "mae pretain", "No such command"),

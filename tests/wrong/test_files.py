@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from tests.wrong.world import Case, call, check, pretrain_words, train_words
+from tests.wrong.world import Case, call, check, pretrain_words, probe_words, train_words
 
 EXPORT = "mae export {w}/pre/checkpoint-1.pth --plugin {w}/nano.py --out {w}/out.pth"
 DRAW = "mae reconstruct {w}/pre/checkpoint-1.pth --plugin {w}/nano.py --out {w}/out.png"
@@ -243,6 +243,12 @@ def test_a_finetuning_does_not_start_from_it(name, world, capsys, check_only):
     words = [*train_words(world), *check_only]
     words[words.index("--init") + 1] = str(world / PRE)
     check(Case(name, words, "checkpoint-1.pth"), world, capsys)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_probe_does_not_start_from_it(name, world, capsys):
+    STARTS[name](world)
+    check(Case(name, probe_words(world, init=str(world / PRE)), "checkpoint-1.pth"), world, capsys)
 
 
 @pytest.mark.parametrize("name", [n for n in NO_CHECKPOINTS if n not in ("a folder", "a pipe")])

@@ -8,7 +8,14 @@ import pytest
 import yaml
 
 from common.options import fields_of, item_type
-from tests.wrong.world import assert_clear, benchmark_words, call, pretrain_words, train_words
+from tests.wrong.world import (
+    assert_clear,
+    benchmark_words,
+    call,
+    pretrain_words,
+    probe_words,
+    train_words,
+)
 
 NUMBERS = ["nan", "inf", "-inf", "1e400", "abc", "", "1_0", "0x10", "9" * 400, "[]", "true", "1,,2"]
 WHOLE = [*NUMBERS, "1.5", "1e3", "٣"]
@@ -21,6 +28,8 @@ def groups_of_command(program):
         from mae.config import GROUPS
     elif program == "segmenter":
         from segmenter.config import GROUPS
+    elif program == "probe":
+        from segmenter.config import PROBE_GROUPS as GROUPS
     else:
         from pipeline.settings import GROUPS
     return GROUPS
@@ -35,7 +44,10 @@ def some_of(values, name):
     return [values[(first + n) % len(values)] for n in range(min(OF_EACH, len(values)))]
 
 
-WORDS = {"mae": pretrain_words, "segmenter": train_words, "benchmark": benchmark_words}
+WORDS = {
+    "mae": pretrain_words, "segmenter": train_words, "probe": probe_words,
+    "benchmark": benchmark_words,
+}  # fmt: skip
 
 
 def wrong_words():

@@ -41,6 +41,8 @@ TO_FOLDER = {
                         "--workers 0 --dataset {w}/data/dataset.yml --save-predictions",
     "unpack": "mae masks unpack {w}/in1k/masks/masks.sqlite",
     "sample": "benchmark sample",
+    "probe": "segmenter probe random --plugin {w}/nano.py --model vit_speck --device cpu --workers "
+             "0 --dataset {w}/data/dataset.yml --output-dir",
     "prepare": "segmenter prepare ade20k --url http://127.0.0.1:9/x",
 }  # fmt: skip
 

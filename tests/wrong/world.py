@@ -71,6 +71,18 @@ def train_words(world: Path, out: str = "new") -> list[str]:
     return ["segmenter", "train", *words_of({**FINETUNE, **paths})]
 
 
+def probe_words(world: Path, out: str = "new", init: str = "random") -> list[str]:
+    """A probe that would run."""
+    paths = {
+        "plugin": world / "nano.py", "dataset": world / "data/dataset.yml",
+        "output_dir": world / out,
+    }  # fmt: skip
+    shared = ("model", "recipe", "image_size", "crop_size", "window_size", "window_stride",
+              "workers", "device")  # fmt: skip
+    options = {name: FINETUNE[name] for name in shared}
+    return ["segmenter", "probe", init, *words_of({**options, **paths})]
+
+
 def benchmark_words(world: Path, out: str = "new") -> list[str]:
     """A plan that would run."""
     paths = {

@@ -1,0 +1,364 @@
+"""Frozen probes: against scikit-learn, against what is known, and as runs that end every way."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+import segmenter.frozen
+import segmenter.probe
+import segmenter.tokens
+from common.run import DeviceConfig
+from segmenter.build import start_model
+from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
+from segmenter.data import WholeImages
+from segmenter.dataset import read_description
+from segmenter.evaluate import each_group, evaluate_model
+from segmenter.frozen import NearestNeighbours, fit_linear, rankme
+from segmenter.tokens import Tokens
+from tests.segmenter.boxes import IGNORE, call, start, train_arguments, write_dataset
+
+SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "class_iou")
+CLASSES, PATCH = 3, 16
+PROTOCOL = ProtocolConfig(
+    image_size=40, crop_size=32, window_size=32, window_stride=24, normalization="imagenet"
+)
+
+
+def probe_arguments(dataset, output_dir, init="random", **changes):
+    options = {
+        "dataset": dataset, "output_dir": output_dir, "model": "vit_tiny", "recipe": "fast",
+        "image_size": 40, "crop_size": 32, "window_size": 32, "window_stride": 24,
+        "eval_batch_size": 1, "device": "cpu", "workers": 0, **changes,
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return ["probe", str(init), *words]
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def answers_of(folder):
+    result = result_of(folder)
+    return {name: result[name] for name in ("linear", "knn", "rankme")}
+
+
+@pytest.fixture(scope="module")
+def probed(dataset, tmp_path_factory):
+    """The output directory of a probe that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("probed") / "out"
+    assert call(*probe_arguments(dataset, folder)).code == 0
+    return folder
+
+
+@pytest.fixture
+def features():
+    """Tokens of three overlapping classes, of unequal scales; and as many to be classified."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, 400)
+    centres = rng.normal(size=(CLASSES, 12))
+    tokens = (centres[labels] + 1.5 * rng.normal(size=(400, 12))) * rng.uniform(0.1, 9, 12) + 2
+    tokens, labels = torch.from_numpy(tokens).float(), torch.from_numpy(labels)
+    return tokens[:300], labels[:300], tokens[300:]
+
+
+def test_the_linear_probe_is_scikit_learns_logistic_regression(features):
+    tokens, labels, others = features
+    decoder = fit_linear(tokens, labels, CLASSES)
+    mean, deviation = tokens.mean(0), tokens.std(0, correction=0)
+    peer = LogisticRegression(
+        C=1 / (segmenter.frozen.WEIGHT_DECAY * len(tokens)), tol=1e-8, max_iter=5000
+    ).fit((tokens - mean) / deviation, labels)
+    expected = torch.from_numpy(peer.predict_proba((others - mean) / deviation)).float()
+    found = decoder(others[None])[0].softmax(-1)
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("at_once", [2**26, 700])
+def test_neighbours_are_scikit_learns(features, monkeypatch, at_once):
+    monkeypatch.setattr(segmenter.frozen, "MOST_SIMILARITIES", at_once)
+    tokens, labels, others = features
+    votes = NearestNeighbours(tokens, labels, CLASSES)(others.unflatten(0, (4, 25))).flatten(0, 1)
+    mean, deviation = tokens.mean(0), tokens.std(0, correction=0)
+    peer = KNeighborsClassifier(
+        segmenter.frozen.NEIGHBOURS, metric="cosine",
+        weights=lambda distances: np.exp((1 - distances) / segmenter.frozen.TEMPERATURE),
+    ).fit((tokens - mean) / deviation, labels)  # fmt: skip
+    expected = torch.from_numpy(peer.predict_proba((others - mean) / deviation)).float()
+    torch.testing.assert_close(votes, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("decoder_of", [fit_linear, NearestNeighbours])
+def test_half_precision_of_the_encoder_does_not_blur_the_probes(features, decoder_of):
+    tokens, labels, others = features
+    decoder = decoder_of(tokens, labels, CLASSES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decoder(others[None])
+    assert torch.equal(found, decoder(others[None]))
+
+
+def test_an_image_does_not_vote_for_itself():
+    """Two of each class lie on one line, the fifth is alone of its class."""
+    tokens = torch.eye(3)[[0, 0, 1, 1, 2]]
+    voters = NearestNeighbours(tokens, torch.tensor([0, 0, 1, 1, 2]), 3)
+    votes = voters.of_the_others()
+    assert votes.argmax(1)[:4].tolist() == [0, 0, 1, 1]
+    assert votes[4, 2] == 0
+
+
+def test_rankme_of_known_matrices():
+    assert rankme(torch.eye(64)) == pytest.approx(64)
+    assert rankme(torch.arange(1.0, 9)[:, None] * torch.ones(1, 5)) == pytest.approx(1, abs=1e-6)
+    values = torch.tensor([3.0, 2, 1])  # by hand: exp of the entropy of 1/2, 1/3, 1/6
+    entropy = math.log(2) / 2 + math.log(3) / 3 + math.log(6) / 6
+    assert rankme(values.diag()) == pytest.approx(math.exp(entropy))
+
+
+def test_a_token_has_the_label_of_most_valid_pixels(dataset):
+    description = read_description(dataset)
+    size = EncoderConfig(model="vit_tiny", patch_size=4)
+    model = start_model("random", size, PROTOCOL, CLASSES)
+    tokens = Tokens(model, WholeImages(description, [], PROTOCOL), 0)
+    labels = torch.full((5, 6), IGNORE, dtype=torch.uint8)
+    labels[:3, :3] = torch.tensor([[2, 2, IGNORE], [2, 1, IGNORE], [1, IGNORE, IGNORE]])
+    labels[4, 5] = 0
+    assert tokens._majority(labels).tolist() == [3, 0, 0, 1]
+
+
+class Oracle(nn.Module):
+    """An encoder whose tokens are the labels: boxes' classes have colours of their own."""
+
+    embed_dim = CLASSES
+    colours = torch.tensor([[90.0, 60, 30], [200, 30, 40], [90, 160, 220]])
+
+    def forward(self, pixels):
+        """[B, 3, H, W] normalised pixels to [B, N, 3]."""
+        mean, std = self.mean[:, 0, 0], self.std[:, 0, 0]
+        patches = nn.functional.avg_pool2d(pixels, self.patch).flatten(2).transpose(1, 2)
+        nearest = torch.cdist(patches * std + mean, self.colours).argmin(-1)
+        return nn.functional.one_hot(nearest, CLASSES).float()
+
+
+class Noise(Oracle):
+    def forward(self, pixels):
+        return torch.randn(super().forward(pixels).shape)
+
+
+def probed_with(dataset, encoder, decoder_of):
+    """Scores by the parts of `probe` with another encoder, of patches of 2 pixels."""
+    description = read_description(dataset)
+    size = EncoderConfig(model="vit_tiny", patch_size=2)
+    model = start_model("random", size, PROTOCOL, CLASSES)
+    encoder.mean, encoder.std, encoder.patch = model.mean, model.std, 2
+    model.encoder, model.decoder = encoder, nn.Identity()
+    scoring = ScoringConfig(device="cpu", workers=0)
+    accelerator = segmenter.build.make_accelerator(DeviceConfig(device="cpu"))
+    train = WholeImages(description, description.pairs("train"), PROTOCOL)
+    tokens = Tokens(model, train, 0)
+    each_group(accelerator, model, train, scoring, tokens.add)
+    model.decoder = decoder_of(*tokens.total(accelerator), CLASSES)
+    val = WholeImages(description, description.pairs("val"), PROTOCOL)
+    return evaluate_model(accelerator, model, val, scoring)
+
+
+@pytest.mark.parametrize("decoder_of", [fit_linear, NearestNeighbours])
+def test_tokens_that_are_the_labels_score_near_100(dataset, decoder_of):
+    scores = probed_with(dataset, Oracle(), decoder_of).scores("gbs")
+    assert scores["pixel_accuracy"] > 92  # the borders of patches are not those of boxes
+    assert scores["mean_iou"] > 85
+
+
+def test_tokens_of_noise_score_what_the_majority_class_scores(tmp_path):
+    dataset = write_dataset(tmp_path, train=60)  # enough tokens for noise to be only that
+    areas = probed_with(dataset, Noise(), fit_linear)
+    labels = areas.by_image.sum(0)[2].double()
+    iou_of_majority = 100 * (labels.max() / labels.sum()).item() / CLASSES
+    assert areas.scores("gbs")["mean_iou"] == pytest.approx(iou_of_majority, abs=1)
+
+
+def test_a_probe_leaves_scores_areas_and_nothing_else(probed, dataset):
+    assert {path.name for path in probed.iterdir()} == {
+        "result.json", "areas-linear.npz", "areas-knn.npz", ".lock",
+    }  # fmt: skip
+    result = result_of(probed)
+    assert set(result) == {
+        "format_version", "linear", "knn", "rankme", "seed", "seconds", "model", "init",
+        "protocol", "dataset", "versions", "device", "num_processes", "settings",
+    }  # fmt: skip
+    assert (result["init"], result["seed"], result["model"]) == ("random", 0, "vit_tiny")
+    assert result["protocol"]["window_stride"] == 24
+    assert 1 <= result["rankme"] <= 192
+    for name in ("linear", "knn"):
+        with np.load(probed / f"areas-{name}.npz", allow_pickle=False) as file:
+            intersection, predicted, label = file["areas"].sum(0)
+            assert file["images"].tolist() == ["100", "101", "102"]
+        iou = 100 * intersection / (predicted + label - intersection)
+        assert iou.tolist() == pytest.approx(list(result[name]["class_iou"].values()))
+        assert set(SCORES) <= set(result[name])
+
+
+def test_only_the_probes_that_are_asked_for_are_made(dataset, tmp_path):
+    assert call(*probe_arguments(dataset, tmp_path / "out", probes="rankme")).code == 0
+    assert {"linear", "knn"}.isdisjoint(result_of(tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("areas*"))
+
+
+def test_workers_change_nothing_and_seeds_do(dataset, probed, tmp_path):
+    assert call(*probe_arguments(dataset, tmp_path / "two", workers=2)).code == 0
+    assert answers_of(tmp_path / "two") == answers_of(probed)
+    assert call(*probe_arguments(dataset, tmp_path / "seed", seed=1)).code == 0
+    assert answers_of(tmp_path / "seed") != answers_of(probed)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(dataset, probed, tmp_path):
+    process = start(probe_arguments(dataset, tmp_path / "two"), processes=2)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert result_of(tmp_path / "two")["num_processes"] == 2
+    assert answers_of(tmp_path / "two")["rankme"] == pytest.approx(result_of(probed)["rankme"])
+    for name in ("linear", "knn"):
+        for key in SCORES[:3]:
+            found = result_of(tmp_path / "two")[name][key]
+            assert found == pytest.approx(result_of(probed)[name][key], abs=0.5)
+
+
+def test_random_is_the_encoder_that_train_begins_with(dataset, tmp_path, monkeypatch):
+    """A training at the smallest rate leaves it; the decoder and dropout are no part of it."""
+    arguments = train_arguments(dataset, tmp_path / "run", epochs=1, lr=1e-12, weight_decay=0)
+    assert call(*arguments, "--seed", 5).code == 0
+    trained = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["model"]
+    seen = []
+
+    def spy(*arguments):
+        seen.append(start_model(*arguments))
+        return seen[0]
+
+    monkeypatch.setattr(segmenter.probe, "start_model", spy)
+    arguments = probe_arguments(dataset, tmp_path / "out", seed=5, probes="rankme")
+    assert call(*arguments).code == 0
+    for name, weight in seen[0].encoder.state_dict().items():
+        torch.testing.assert_close(weight, trained[f"encoder.{name}"], atol=1e-6, rtol=0)
+
+
+def test_a_folded_fourth_channel_changes_nothing(dataset, tmp_path):
+    """The constant 1 of the fourth channel is a bias: by hand, on random weights."""
+    torch.manual_seed(0)
+    whole = start_model("random", EncoderConfig(model="vit_tiny"), PROTOCOL, 3).encoder.state_dict()
+    kernel = torch.randn(192, 4, PATCH, PATCH) * 0.02
+    bias = whole["patch_embed.proj.bias"]
+    folded = {
+        "patch_embed.proj.weight": kernel[:, :3],
+        "patch_embed.proj.bias": bias + kernel[:, 3].sum((1, 2)),
+    }
+    torch.save({"model": {**whole, "patch_embed.proj.weight": kernel}}, tmp_path / "four.pth")
+    torch.save({"model": {**whole, **folded}}, tmp_path / "three.pth")
+    found = []
+    for name in ("four", "three"):
+        arguments = probe_arguments(dataset, tmp_path / name, tmp_path / f"{name}.pth")
+        assert call(*arguments).code == 0
+        found.append(answers_of(tmp_path / name))
+    assert found[0]["rankme"] == pytest.approx(found[1]["rankme"], rel=1e-4)
+    for name in ("linear", "knn"):
+        assert found[0][name]["mean_iou"] == pytest.approx(found[1][name]["mean_iou"], abs=0.5)
+
+
+def test_no_more_tokens_are_kept_than_the_bound_allows(dataset, tmp_path, monkeypatch):
+    """7 images of 9 windows' tokens each, and room for 10 in all: one or two of each image."""
+    monkeypatch.setattr(segmenter.tokens, "MOST_TOKENS", 10)
+    kept = []
+
+    def spy(tokens, labels, num_classes):
+        kept.append(tokens)
+        return fit_linear(tokens, labels, num_classes)
+
+    monkeypatch.setattr(segmenter.probe, "fit_linear", spy)
+    assert call(*probe_arguments(dataset, tmp_path / "out", probes="linear")).code == 0
+    assert kept[0].shape == (10, 192)
+
+
+def test_done_is_done_and_other_settings_are_refused(dataset, probed, command):
+    before = {path: path.stat().st_mtime_ns for path in probed.iterdir()}
+    assert command(*probe_arguments(dataset, probed)).code == 0
+    for check in ([], ["--check"]):
+        outcome = command(*probe_arguments(dataset, probed, seed=3), *check)
+        assert outcome.code == 2
+        assert "seed: 0 -> 3" in outcome.err
+    assert before == {path: path.stat().st_mtime_ns for path in probed.iterdir()}
+
+
+def test_a_folder_of_another_run_is_refused(dataset, finished, probed, command):
+    outcome = command(*probe_arguments(dataset, finished))
+    assert (outcome.code, "is of a run of another kind" in outcome.err) == (2, True)
+    outcome = command(*train_arguments(dataset, probed))
+    assert (outcome.code, "is of a run of another kind" in outcome.err) == (2, True)
+
+
+def test_check_tells_what_is_known_and_writes_nothing(dataset, tmp_path, command):
+    outcome = command(*probe_arguments(dataset, tmp_path / "out"), "--check", "--json")
+    facts = json.loads(outcome.out)
+    assert facts["images"] == {"train": 7, "val": 3}
+    assert facts["settings"]["probes"] == ["linear", "knn", "rankme"]
+    outcome = command(*probe_arguments(dataset, tmp_path / "out", tmp_path / "no.pth"), "--check")
+    assert (outcome.code, "CHECKPOINT" in outcome.err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("at", ["tokens", "linear"])
+def test_a_signal_ends_it_and_leaves_nothing_half_written(
+    dataset, probed, tmp_path, monkeypatch, at
+):
+    original = segmenter.probe._Run.over
+
+    def interrupted(run, name, *arguments, **more):
+        if name == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, name, *arguments, **more)
+
+    monkeypatch.setattr(segmenter.probe._Run, "over", interrupted)
+    assert call(*probe_arguments(dataset, tmp_path / "out")).code == 75
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    monkeypatch.undo()
+    assert call(*probe_arguments(dataset, tmp_path / "out")).code == 0
+    assert answers_of(tmp_path / "out") == answers_of(probed)
+
+
+def test_one_unreadable_training_image_is_skipped_and_two_are_too_many(
+    own_dataset, tmp_path, command, caplog, monkeypatch
+):
+    monkeypatch.setattr(segmenter.labels, "MOST_CHECKED", 1)
+    for number, code in ((4, 0), (5, 1)):
+        image = own_dataset.parent / f"images/training/{number:03d}.jpg"
+        image.write_bytes(b"no image")
+        assert command(*probe_arguments(own_dataset, tmp_path / str(number))).code == code
+        assert f"skipped an unreadable image: {image}" in caplog.text
+    assert not (tmp_path / "5/result.json").exists()
+
+
+def test_images_of_class_folders_are_told_apart(dataset, tmp_path, caplog):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(8):  # two classes, of two colours
+        path = tmp_path / f"val/{'red' if number % 2 else 'blue'}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 60, (40, 40, 3), dtype=np.uint8)
+        pixels[..., 0 if number % 2 else 2] += 180
+        Image.fromarray(pixels).save(path)
+    arguments = probe_arguments(dataset, tmp_path / "out", image_folder=tmp_path / "val")
+    assert call(*arguments).code == 0
+    assert result_of(tmp_path / "out")["image_knn"] == {
+        "accuracy": 100, "num_images": 8, "num_classes": 2,
+    }  # fmt: skip
+    arguments = probe_arguments(dataset, tmp_path / "one", image_folder=tmp_path / "val/red")
+    assert call(*arguments).code == 0
+    assert "image_knn" not in result_of(tmp_path / "one")
