@@ -41,6 +41,24 @@ class Result(TypedDict):
 
 
 @with_config(ConfigDict(extra="allow"))
+class ProbeScore(TypedDict, total=False):
+    """One probe's score in percent: the mean IoU, or the share of right answers."""
+
+    mean_iou: Percent
+    accuracy: Percent
+
+
+@with_config(ConfigDict(extra="allow"))
+class ProbeResult(TypedDict, total=False):
+    """A probe's result.json: scores of the frozen encoder, as many as were asked for."""
+
+    linear: ProbeScore
+    knn: ProbeScore
+    image_knn: ProbeScore
+    rankme: Annotated[FiniteFloat, Field(ge=0)]
+
+
+@with_config(ConfigDict(extra="allow"))
 class StepProgress(TypedDict, total=False):
     """progress.json: where a step is."""
 
