@@ -47,12 +47,20 @@ class Result(Scores):
 
 
 @with_config(ConfigDict(extra="allow"))
+class ImageScore(TypedDict):
+    """The share of images whose class is told by their neighbours, in percent."""
+
+    accuracy: Percent
+
+
+@with_config(ConfigDict(extra="allow"))
 class ProbeResult(TypedDict):
     """result.json of `segmenter probe`: what was asked for, and what it depends on."""
 
     format_version: int
     linear: NotRequired[Scores]
     knn: NotRequired[Scores]
+    image_knn: NotRequired[ImageScore]
     rankme: NotRequired[Annotated[FiniteFloat, Field(ge=0)]]
     seed: Count
     seconds: dict[str, FiniteFloat]

@@ -8,12 +8,14 @@ blind readers can tell apart; lines also differ in dashes and markers, for print
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 HEIGHT = 260  # pixels of the plotting area
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a6761d", "#56b4e9", "#666666", "#000000")
+COLORS = len(_COLORS)
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 _MARKERS = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0",  # disc
@@ -42,33 +44,73 @@ class Series:
     label: str
     points: Sequence[Point]
     style: int
-    """Chooses colour, dashes and marker; the same number looks the same in every chart."""
+    """Chooses colour, dashes and marker; the same number looks the same in every chart, and n and
+    n + COLORS have the colour in common."""
 
 
-def line_chart(series: Sequence[Series], caption: str, *, x_title: str, y_title: str) -> str:
-    """A figure of HTML: the lines over common axes; empty where no line has a point."""
-    series = [line for line in series if line.points]
-    if not series:
+def line_chart(
+    views: Mapping[str, Sequence[Series]],
+    caption: str,
+    *,
+    y_title: str,
+    least_span: float = 0.0,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> str:
+    """A figure of HTML: the lines over common axes; empty where no line has a point.
+
+    views: x axis's title -> the lines over it; of several, the reader chooses one by a switch that
+    works without script. least_span: of the y axis, so that noise is not blown up. limits: of y.
+    """
+    views = {title: [s for s in series if s.points] for title, series in views.items()}
+    views = {title: series for title, series in views.items() if series}
+    name, parts, switch = f"x{zlib.crc32(caption.encode())}", [], []
+    for index, (title, series) in enumerate(views.items()):
+        if len(views) > 1:
+            checked, said = "" if index else " checked", escape(title)
+            switch.append(
+                f'<input type="radio" name="{name}" id="{name}-{index}" class="x{index}"{checked}>'
+                f'<label for="{name}-{index}">{said}</label>'
+            )
+        plot = _plot(series, escape(caption), title, y_title, least_span, limits)
+        parts.append(f'<div class="area plot{index}">{plot}</div>')
+    if not parts:
         return ""
-    points = [point for line in series for point in line.points]
-    x_ticks = ticks([point.x for point in points], whole=True)
-    lows = [point.y if point.low is None else point.low for point in points]
-    highs = [point.y if point.high is None else point.high for point in points]
-    y_ticks = ticks(lows + highs)
-    scale = _Scale(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
-    parts = [_axes(scale, x_ticks, y_ticks, x_title, y_title)]
-    parts += [_line(line, scale) for line in series]
-    styles = {line.label: line.style for line in series}  # several seeds: one entry
-    legend = "".join(
+    styles = {line.label: line.style for series in views.values() for line in series}
+    legend = "".join(  # several seeds: one entry
         f'<li><svg width="40" height="14" aria-hidden="true"><line x1="2" y1="7" x2="38" y2="7" '
         f'{_stroke(style)}/><svg x="20" y="7" class="mark">{_marker(style)}</svg></svg>'
         f"{escape(label)}</li>"
         for label, style in styles.items()
     )
-    said = escape(caption)
-    svg = f'<svg class="plot" role="img" aria-label="{said}">{"".join(parts)}</svg>'
-    area = f'<ul class="legend">{legend}</ul><div class="area">{svg}</div>'
-    return f"<figure>{area}<figcaption>{said}</figcaption></figure>"
+    figure = f'{"".join(switch)}<ul class="legend">{legend}</ul>{"".join(parts)}'
+    return f"<figure>{figure}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _plot(
+    series: Sequence[Series],
+    said: str,
+    x_title: str,
+    y_title: str,
+    least_span: float,
+    limits: tuple[float, float],
+) -> str:
+    points = [point for line in series for point in line.points]
+    x_ticks = ticks([point.x for point in points], whole=x_title.startswith("epochs"))
+    ends = [end for p in points for end in (p.y, p.low, p.high) if end is not None]
+    ends = [min(max(end, limits[0]), limits[1]) for end in ends if math.isfinite(end)]
+    missing = least_span - (max(ends) - min(ends)) if ends else 0.0
+    if missing > 0:
+        low = max(limits[0], min(min(ends) - missing / 2, limits[1] - least_span))
+        ends += [low, low + least_span]
+    y_ticks = ticks(ends)
+    scale = _Scale(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    parts = [_axes(scale, x_ticks, y_ticks, x_title, y_title)]
+    # Bars at the same place stand beside each other.
+    step = min(4.0, 24 / len(series)) if any(p.low is not None for p in points) else 0.0
+    for index, line in enumerate(series):
+        beside = step * (index - (len(series) - 1) / 2)
+        parts.append(f'<g transform="translate({beside:.1f} 0)">{_line(line, scale)}</g>')
+    return f'<svg class="plot" role="img" aria-label="{said}">{"".join(parts)}</svg>'
 
 
 @dataclass(frozen=True)
@@ -83,7 +125,8 @@ class _Scale:
         return 100 * (value - self.x_low) / (self.x_high - self.x_low)
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """Pixels from the top; a value beyond the axis is at its end."""
+        value = min(max(value, self.y_low), self.y_high)
         return HEIGHT * (self.y_high - value) / (self.y_high - self.y_low)
 
 
@@ -157,10 +200,15 @@ def _thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def _stroke(style: int, *, dashed: bool = True) -> str:
-    dash = _DASHES[style % len(_DASHES)] if dashed else ""
+    dash = _DASHES[_variant(style) % len(_DASHES)] if dashed else ""
     dash_attribute = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'stroke="{_COLORS[style % len(_COLORS)]}" stroke-width="2.2"{dash_attribute}'
+    return f'stroke="{_COLORS[style % COLORS]}" stroke-width="2.2"{dash_attribute}'
 
 
 def _marker(style: int) -> str:
-    return f'<path d="{_MARKERS[style % len(_MARKERS)]}" fill="{_COLORS[style % len(_COLORS)]}"/>'
+    marker = _MARKERS[_variant(style) % len(_MARKERS)]
+    return f'<path d="{marker}" fill="{_COLORS[style % COLORS]}"/>'
+
+
+def _variant(style: int) -> int:
+    return style % COLORS + style // COLORS

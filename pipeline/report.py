@@ -10,19 +10,27 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from common.files import check_output_file, check_replaceable, write_text
 from common.layout import LOG
 from common.parsed import read_log
+from pipeline.answer import answer
 from pipeline.charts import HEIGHT, Point, Series, line_chart
-from pipeline.curves import REFERENCE, Line, class_breakdown, last_common_epochs, make_lines
+from pipeline.curves import Line, class_breakdown, make_lines
 from pipeline.layout import Layout
 from pipeline.pictures import picture_sections
 from pipeline.provenance import flatten, joined, provenance
 from pipeline.records import read_all_records, read_plan
-from pipeline.results import is_results_csv, score_rows, table, write_results_csv
+from pipeline.results import (
+    FINETUNING,
+    MEASURES,
+    cost_text,
+    is_results_csv,
+    score_rows,
+    table,
+    write_results_csv,
+)
 
 
 def write_all(paths: Layout) -> str:
@@ -48,7 +56,10 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     for paths in all_paths:  # whoever calls this writes them, too
         check_replaceable(paths.results_csv, "report", is_own=is_results_csv)
     for paths in all_paths:
-        if not (paths.pretrain_output.exists() or paths.eval_output.exists()):
+        if not any(
+            folder.exists()
+            for folder in (paths.pretrain_output, paths.probe_output, paths.eval_output)
+        ):
             if paths.run_yml.exists():
                 continue  # a run that has just begun
             raise ValueError(f"{paths.root} is not the output directory of a run")
@@ -58,11 +69,12 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
         Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     )
     content = {
+        "cost_text": cost_text,
         "title": "Mean IoU against pretraining",
         "subtitle": f"{', '.join(p.root.name for p in all_paths)}; {time.strftime('%F %H:%M')}",
         "chart_height": HEIGHT,
         "progress": _progress_note(all_paths),
-        **_answer(lines),
+        **_answers(every_line),
         **_scores(lines),
         "loss_charts": _training_charts(every_line),
         "classes": class_breakdown(lines),
@@ -88,88 +100,17 @@ def _progress_note(all_paths: Sequence[Layout]) -> str:
     return " ".join(notes)
 
 
-def _answer(lines: Sequence[Line]) -> dict[str, Any]:
-    """The sentences, remarks and chart at the top of the page."""
-    trained, common = [line for line in lines if not line.is_baseline], last_common_epochs(lines)
-    sentences: list[str] = []
-    remarks: list[str] = []
-    if not lines:
-        sentences.append("No evaluation has finished yet.")
-    if common is not None:
-        sentences, remarks = _compare(trained, common)
-    elif trained:
-        sentences.append("The methods have not been evaluated at a common epoch yet.")
-    for line in lines:
-        if line.is_baseline:
-            name = {"scratch": "without pretraining", "mae": "the official MAE checkpoint"}
-            sentences.append(f"For comparison, {name[line.method]}: {_spread(line.scores(0))}.")
-    several = any(len(line.scores(epochs)) > 1 for line in lines for epochs in line.epochs)
-    caption = "Mean IoU on the validation set against epochs of pretraining."
-    if several:
-        caption += " Points are means over seeds, bars reach from the lowest to the highest."
-    return {"answer": sentences, "remarks": remarks, "miou_chart": _miou_chart(lines, caption)}
-
-
-def _compare(lines: Sequence[Line], epochs: int) -> tuple[list[str], list[str]]:
-    """The best method, its distance to `patches`, and what speaks against trusting it."""
-    ranked = sorted(lines, key=lambda line: -mean(line.scores(epochs)))
-    best, unit = ranked[0], "epoch" if epochs == 1 else "epochs"
-    if len(lines) == 1:
-        only = f"{best.label} reaches {_spread(best.scores(epochs))} mean IoU"
-        return [f"After {epochs} {unit} of pretraining, {only}."], []
-    sentences = [
-        f"After {epochs} {unit} of pretraining, {best.label} is best: "
-        f"{_spread(best.scores(epochs))} mean IoU."
-    ]
-    reference = next((line for line in lines if line.method == REFERENCE), ranked[1])
-    others = [line for line in ranked if line is not reference]
-    differences = [
-        f"{line.label} {mean(line.scores(epochs)) - mean(reference.scores(epochs)):+.2f}"
-        for line in others
-    ]
-    sentences.append(f"Against {reference.label}, in points: {', '.join(differences)}.")
-    low, high = min(reference.scores(epochs)), max(reference.scores(epochs))
-    within = [
-        line.label
-        for line in others
-        if max(line.scores(epochs)) >= low and min(line.scores(epochs)) <= high
-    ]
-    remarks = []
-    if min(len(line.scores(epochs)) for line in lines) < 2:
-        remarks.append(
-            "There is one seed per method here, so nothing tells a real difference from chance: "
-            "run several, such as --seed 0,1,2."
-        )
-    elif within:
-        remarks.append(
-            f"The difference to {reference.label} is within the spread over seeds for "
-            f"{', '.join(within)}: it may be chance."
-        )
-    return sentences, remarks
-
-
-def _spread(scores: Sequence[float]) -> str:
-    if len(scores) == 1:
-        return f"{scores[0]:.2f}%"
-    if not scores:
-        return "not scored"
-    return f"{mean(scores):.2f}% ({min(scores):.2f} to {max(scores):.2f}, {len(scores)} seeds)"
-
-
-def _miou_chart(lines: Sequence[Line], caption: str) -> str:
-    """A baseline of epoch 0 is drawn as a level over the whole width."""
-    last = max((line.epochs[-1] for line in lines), default=0)
-    series = []
-    for line in lines:
-        points = []
-        for epochs in line.epochs:
-            scores = line.scores(epochs)
-            if scores:
-                at = [0, last] if line.is_baseline and last > 0 else [epochs]
-                spread = {"low": min(scores), "high": max(scores)} if len(scores) > 1 else {}
-                points += [Point(x=x, y=mean(scores), **spread) for x in at]
-        series.append(Series(label=line.label, points=points, style=line.style))
-    return line_chart(series, caption, x_title="epochs of pretraining", y_title="mean IoU (%)")
+def _answers(lines: Sequence[Line]) -> dict[str, Any]:
+    """What the measures say: complete finetuning first, the probes where there is none yet."""
+    found = [answer(lines, measure) for measure in MEASURES.values()]
+    scored = [one for one in found if one] or [{"sentences": []}]
+    first, *others = sorted(scored, key=lambda one: not one["sentences"])
+    if not first["sentences"]:
+        first["sentences"] = ["No evaluation has finished yet."]
+    elif first["measure"] is not FINETUNING:
+        said = "No finetuning has been scored yet; this is what frozen probes say."
+        first["sentences"].insert(0, said)
+    return {"answer": first, "probes": others}
 
 
 def _scores(lines: Sequence[Line]) -> dict[str, Any]:
@@ -232,4 +173,4 @@ def _log_chart(
             if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
         ]
         series.append(Series(label=line.label, points=points, style=line.style))
-    return line_chart(series, caption, x_title=x_title, y_title=y_title)
+    return line_chart({x_title: series}, caption, y_title=y_title)

@@ -158,7 +158,7 @@ def test_controls_multiply_the_methods_that_use_segments_only(settings: Make) ->
 
 
 def test_the_controls_are_those_that_pretraining_knows() -> None:
-    assert fields_of(MethodConfig)["segments_from"].choices == (OWN, *CONTROLS)
+    assert fields_of(MethodConfig)["segments_from"].words() == (OWN, *CONTROLS)
 
 
 def recorded(paths: Layout, steps: list[Step]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.sample import SampleSize, write_sample
 
+TIMES = ("minutes", "device_hours")
 SIZE = SampleSize(train=12, val=4, segmentation_train=8, segmentation_val=6)
 _CONFIG = """
 model: vit_tiny
@@ -46,7 +47,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def scores(output_dir: Path) -> list[dict[str, str]]:
-    """results.csv without the minutes: what equal runs have in common."""
+    """results.csv without the times: what equal runs have in common."""
     with (output_dir / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    return [{key: value for key, value in row.items() if key != "minutes"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]

@@ -1,0 +1,166 @@
+"""How sure a mean over seeds, or a difference, is: chance in training and chance in the images.
+
+Every seed is scored on the same validation images: seeds are crossed with images, as readers are
+with cases in studies of medical imaging, whose analysis this is. The variance of the mean is that
+between seeds (which holds what seed and image make together) and, once, what all seeds owe to the
+choice of images: the covariance between seeds when images are drawn anew (Obuchowski and Rockette,
+Communications in Statistics 24, 1995). Adding the variances of both as they stand would count what
+seed and image make together twice. The interval is Behrens' and Fisher's: of the sum of a t
+variable for the few seeds and a normal one for the many images. Degrees of freedom by Welch and
+Satterthwaite hold the truth in 92% of cases only with three seeds.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CONFIDENCE, POWER = 0.95, 0.80
+DRAWS = 1000  # of the images; the standard error is then known to 2%
+_GRID = 200  # points of a normal distribution, of equal probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over seeds, or of differences between seeds, in the scores' unit."""
+
+    value: float
+    low: float
+    """The 95% interval; of a single seed, it holds what chance in the images makes only."""
+    high: float
+    p_value: float
+    """How likely a value so far from 0 is if the true one is 0."""
+    detectable: float
+    """The smallest true difference that would be told from 0 with 80% probability."""
+    seeds: int
+    of_images: bool
+    """Whether chance in the images is part of it."""
+
+    def within(self, most: float) -> str:
+        """The interval of a score, which lies from 0 to `most`."""
+        return f"{max(0.0, self.low):.2f} to {min(most, self.high):.2f}"
+
+
+def estimate(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None) -> Estimate | None:
+    """Mean with its interval. scores: one for each seed; drawn: [DRAWS] each, on other images.
+
+    Without `drawn`, chance is that between seeds. None where there is nothing to tell it by.
+    """
+    if len(scores) < (2 if drawn is None else 1):
+        return None
+    import numpy as np
+
+    seeds, value = len(scores), float(np.mean(scores))
+    between = float(np.var(scores, ddof=1)) / seeds if seeds > 1 else 0.0
+    shared = 0.0
+    if drawn is not None:
+        covariance = np.atleast_2d(np.cov(drawn))
+        off_diagonal = covariance.sum() - covariance.trace()
+        shared = float(off_diagonal) / (seeds * (seeds - 1)) if seeds > 1 else covariance[0, 0]
+    error = _Error(max(between, 1e-18) ** 0.5, max(1, seeds - 1), max(0.0, shared) ** 0.5)
+    half = error.exceeded_by((1 - CONFIDENCE) / 2)
+    return Estimate(
+        value=value,
+        low=value - half,
+        high=value + half,
+        p_value=min(1.0, 2 * error.tail(abs(value))),
+        detectable=half + error.exceeded_by(1 - POWER),
+        seeds=seeds,
+        of_images=drawn is not None,
+    )
+
+
+@dataclass(frozen=True)
+class _Error:
+    """Of an estimate: deviation x Student's t of `freedom` + common x a normal variable."""
+
+    deviation: float
+    freedom: int
+    common: float
+
+    def tail(self, value: float) -> float:
+        """The probability of more than `value`: the mean over a grid of the normal variable."""
+        import numpy as np
+        from scipy import special
+
+        normal = self.common * special.ndtri((np.arange(_GRID) + 0.5) / _GRID)
+        return float(special.stdtr(self.freedom, (normal - value) / self.deviation).mean())
+
+    def exceeded_by(self, share: float) -> float:
+        """The value that `share` of the errors exceed; share: below a half."""
+        from scipy import optimize, special
+
+        # Where each part exceeds its own with half the share, the sum cannot do so more often.
+        most = -self.deviation * special.stdtrit(self.freedom, share / 2)
+        most -= self.common * special.ndtri(share / 2)
+        return float(
+            optimize.brentq(
+                lambda value: self.tail(value) - share, 0, 1.01 * most, xtol=1e-4 * most
+            )
+        )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values, corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    The chance that any of them falls below a level without cause is that level at most.
+    """
+    largest, corrected = 0.0, [0.0] * len(p_values)
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def mean_iou(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
+    """[..., K] areas by class -> [...] in percent: the mean over the classes that occur."""
+    import numpy as np
+
+    occurs = union > 0
+    iou = np.divide(intersection, union, out=np.zeros(union.shape), where=occurs)
+    return 100 * iou.sum(-1) / np.maximum(1, occurs.sum(-1))
+
+
+def draw_images(path: Path) -> np.ndarray:
+    """Mean IoU in percent, had other images been drawn: [DRAWS], a bootstrap of an areas.npz.
+
+    The draws are the same for every file of the same images, so that differences are paired.
+    Raises ValueError that names the file if it is damaged.
+    """
+    names, areas = read_areas(path)
+    intersection, predicted, label = areas.astype("float32").transpose(1, 0, 2)  # 3 x [N, K]
+    counts = _counts(names)  # float32 knows a sum of pixels to one in a million
+    union = counts @ (predicted + label - intersection)
+    return mean_iou(counts @ intersection, union)
+
+
+@lru_cache(maxsize=2)
+def _counts(names: tuple[str, ...]) -> np.ndarray:
+    """[DRAWS, N]: how often each image is in each draw of N with replacement."""
+    import numpy as np
+
+    rng, images = np.random.default_rng(zlib.crc32("\n".join(names).encode())), len(names)
+    return rng.multinomial(images, [1 / images] * images, size=DRAWS).astype("float32")
+
+
+def read_areas(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the images and their areas [N, 3, K] in pixels: intersection, prediction, label."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            names, areas = stored["images"], stored["areas"]
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {str(error) or type(error).__name__}") from None
+    fits = areas.ndim == 3 and areas.shape[:2] == (len(names), 3) and areas.size
+    if not fits or areas.dtype.kind not in "iu" or (areas < 0).any():
+        raise ValueError(f"{path} is damaged: areas of {areas.dtype} {list(areas.shape)}")
+    return tuple(map(str, names)), areas

@@ -1,0 +1,221 @@
+"""The sentences agree with the intervals, and say what they do not show."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.layout import AREAS, LOG, RESULT
+from pipeline.answer import answer
+from pipeline.charts import Point, Series, line_chart
+from pipeline.curves import make_lines
+from pipeline.layout import Layout, Run
+from pipeline.report import write_all, write_report
+from pipeline.results import FINETUNING, MEASURES, read_evaluations
+from pipeline.statistics import mean_iou, read_areas
+from tests.pipeline.finished_run import write_evaluation, write_run
+from tests.pipeline.programs import REPO_ROOT
+from tests.pipeline.test_report import text_of
+
+THREE = (0, 1, 2)
+
+
+def answered(paths: Layout, measure: str = "finetuning") -> dict[str, Any]:
+    found = answer(make_lines([paths]), MEASURES[measure])
+    assert found is not None
+    return found
+
+
+def said(found: dict[str, Any]) -> str:
+    return " ".join(found["sentences"])
+
+
+def test_areas_amount_to_the_score_in_result_json(tmp_path: Path) -> None:
+    for evaluation in read_evaluations(write_run(tmp_path / "run", seeds=(0, 1), chance=1.0)):
+        _, areas = read_areas(evaluation.folder / AREAS)
+        intersection, predicted, label = areas.sum(0)
+        score = mean_iou(intersection, predicted + label - intersection)
+        assert score == pytest.approx(evaluation.score)
+
+
+def test_every_verdict_follows_from_its_interval(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", seeds=THREE, chance=0.5, spread=0.3)
+    found = answered(paths)
+    states = set()
+    for c in found["differences"]:
+        assert c.seeds == 3
+        assert (c.state == "none") == (c.p_value >= 0.05)
+        if c.state != "none":
+            assert c.difference.low > 0 if c.state == "better" else c.difference.high < 0
+            assert f"{c.first.label} (by {abs(c.difference.value):.2f} points" in said(found)
+        else:
+            assert f"{c.first.label} ({c.difference.value:+.2f} points" in said(found)
+        states.add(c.state)
+    assert states == {"better", "none"}
+    assert "points or more would have been shown with 80% probability" in said(found)
+    assert "Better than patches: four_channels 15%" in said(found)
+    assert "Better than scratch: four_channels 15%" in said(found)
+    assert re.search(r"lies [\d.]+ standard deviations of the 3 scratch seeds above", said(found))
+
+
+def test_one_seed_is_warned_of_and_never_called_a_difference(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", gain=2.0)
+    found = answered(paths)
+    assert {c.state for c in found["differences"]} == {"unknown"}
+    assert all(c.difference.low > 0 for c in found["differences"] if c.first.label[0] == "f")
+    assert "There is one seed in common per method, so nothing tells" in found["remarks"][0]
+    write_all(paths)
+    words = text_of(paths.report_html)
+    assert words.index("nothing tells a real difference") < words.index("is highest")
+    assert "better" not in words.lower()
+
+
+def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",), seeds=THREE, chance=0.1)
+    for seed in (1, 2, 7):
+        write_evaluation(paths, Run(method="segments", seed=seed), 10, 35.0 + seed)
+    for seed in (5, 6):
+        write_evaluation(paths, Run(method="preencoder", seed=seed), 10, 50.0)
+    by_label = {c.first.label: c for c in answered(paths)["differences"] if c.first.method != "x"}
+    assert (by_label["segments"].seeds, by_label["segments"].state) == (2, "better")
+    assert (by_label["preencoder"].seeds, by_label["preencoder"].state) == (0, "unknown")
+    assert "no seed in common for preencoder and patches" in " ".join(answered(paths)["remarks"])
+    assert "preencoder (no seed in common)" in said(answered(paths))
+
+
+def test_without_areas_the_interval_is_of_seeds_and_that_is_said(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", seeds=THREE, chance=0.5)
+    next(paths.eval_output.glob(f"segments_10/{AREAS}")).unlink()
+    found = answered(paths)
+    assert [c.first.label for c in found["differences"] if not c.difference.of_images] == [
+        "segments 15%"
+    ]
+    assert "without areas by image" in " ".join(found["remarks"])
+
+
+def test_the_fixture_of_the_version_before_has_a_report(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(REPO_ROOT / "tests/fixtures/earlier_run/run", run)
+    (run / "run.yml").write_text((run / "run.yml").read_text().replace("@", "/"))
+    write_report([run], run / "report.html")
+    assert "four_channels 15% reaches" in text_of(run / "report.html")
+
+
+def test_own_segments_are_compared_with_their_controls_only(tmp_path: Path) -> None:
+    sources = ("own", "borrowed", "blob")
+    paths = write_run(
+        tmp_path / "run", ("patches", "segments"), seeds=THREE, sources=sources, chance=0.05
+    )
+    found = answered(paths)
+    pairs = [(c.first.label, c.second.label) for c in found["differences"]]
+    assert pairs == [
+        ("segments 15%", "patches"),
+        ("segments 15%", "scratch"),
+        ("segments 15%", "segments 15% blob"),
+        ("segments 15%", "segments 15% borrowed"),
+    ]
+    assert found["objects"][0].startswith(
+        "segments 15%: yes, the image's own segment is better than every control. "
+        "Better than: blob (by 2."
+    )
+
+
+def test_controls_that_do_not_differ_show_nothing_about_objects(tmp_path: Path) -> None:
+    paths = write_run(
+        tmp_path / "run", ("segments",), seeds=THREE, sources=("own", "blob"), chance=0.5, gain=0
+    )
+    found = answered(paths)
+    assert found["objects"][0].startswith("segments 15%: not shown. No difference shown to: blob (")
+    assert "would have been shown with 80% probability" in found["objects"][0]
+
+
+def test_equal_cost_is_told_from_equal_epochs(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segment_patches", "segments"))
+    cost = "segment_patches 1.00 x (equal cost), segments 15% 2.40 x (equal epochs only)"
+    assert f"Training FLOPs against patches: {cost}" in said(answered(paths))
+    for log in paths.pretrain_output.glob(f"*/{LOG}"):
+        log.unlink()
+    assert "FLOPs" not in said(answered(paths))
+
+
+def test_probes_answer_where_no_finetuning_has_been_scored(tmp_path: Path) -> None:
+    methods, seeds = ("patches", "four_channels"), THREE
+    paths = write_run(
+        tmp_path / "a", methods, seeds=seeds, chance=0.3, probes=True, finetuned=False
+    )
+    write_all(paths)
+    words = text_of(paths.report_html)
+    assert "No finetuning has been scored yet" in words
+    assert words.index("four_channels 15% is highest:") < words.index("The frozen kNN probe")
+    assert "RankMe" in words
+    both = write_run(tmp_path / "b", methods, seeds=seeds, chance=0.3, probes=True)
+    write_all(both)
+    words = text_of(both.report_html)
+    assert words.index("by complete finetuning") < words.index("by the frozen linear probe")
+
+
+def test_probes_of_one_score_only_are_no_error_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches",), probes=True)
+    probe = paths.probe_dir("patches", 10)
+    result = json.loads((probe / RESULT).read_text())
+    result |= {"rankme": 12, "image_knn": {"accuracy": 40.0}}
+    del result["knn"]
+    (probe / RESULT).write_text(json.dumps(result))
+    assert said(answered(paths, "image_knn")).endswith("patches reaches 40.00%.")
+    assert said(answered(paths, "rankme")).endswith("patches reaches 12.00.")
+    (paths.probe_dir("patches", 5) / "areas-knn.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"patches_5/areas-knn\.npz is damaged"):
+        write_all(paths)
+
+
+def test_the_axis_of_scores_spans_5_points_unless_intervals_are_narrower(tmp_path: Path) -> None:
+    def span(chart: str) -> float:
+        labels = re.findall(r'text-anchor="end">([\d.]+)<', chart.split('class="area plot1"')[0])
+        return float(np.ptp([float(label) for label in labels]))
+
+    flat = {"methods": ("patches",), "epochs": (9, 10), "gain": 0.0}
+    assert span(answered(write_run(tmp_path / "one", **flat))["chart"]) >= 5
+    points = [Point(x=i, y=30 + i / 100, low=29.99, high=30.05) for i in range(3)]
+    line = Series(label="x", points=points, style=0)
+    narrow = line_chart({"epochs": [line]}, "c", y_title="%", least_span=0.24)
+    assert 0.24 <= span(narrow) < 1
+    top = Series(label="x", points=[Point(x=0, y=99.9), Point(x=1, y=100)], style=0)
+    chart = line_chart({"e": [top]}, "c", y_title="%", least_span=5, limits=(0, 100))
+    assert 5 <= span(chart) <= 6
+
+
+def test_the_chart_switches_between_epochs_and_costs_without_script(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", seeds=(0, 1))
+    chart = answered(paths)["chart"]
+    assert chart.count('type="radio"') == chart.count('class="area plot') == 3
+    assert chart.count("checked") == 1
+    assert ">training FLOPs (x 1e18)</label>" in chart
+    for log in paths.pretrain_output.glob(f"*/{LOG}"):
+        log.unlink()
+    assert answered(paths)["chart"].count('type="radio"') == 2, "what is known"
+    shutil.rmtree(paths.records)
+    assert 'type="radio"' not in answered(paths)["chart"], "nothing to choose from"
+
+
+def test_lines_of_one_method_share_a_colour_and_no_two_lines_look_alike(tmp_path: Path) -> None:
+    sources = ("own", "borrowed", "blob", "block")
+    paths = write_run(tmp_path / "run", ("patches", "segments", "four_channels"), sources=sources)
+    styles = {line.label: line.style for line in make_lines([paths])}
+    assert len(set(styles.values())) == len(styles) == 10
+    legend = answered(paths)["chart"].split("<ul")[1].split("</ul>")[0].split("<li>")[1:]
+    looks = {re.sub(r"</svg>[^<]*</li>", "", entry) for entry in legend}
+    assert len(looks) == 10
+
+
+def test_methods_without_a_common_epoch_get_no_verdict(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches",), epochs=(5,))
+    write_evaluation(paths, Run(method="segments"), 7, 30.0)
+    found = answered(paths)
+    assert found["sentences"] == ["The methods have not been evaluated at a common epoch yet."]
+    assert FINETUNING is found["measure"]
