@@ -14,7 +14,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from common.files import write_text
-from common.layout import AREAS, LOG, RESULT
+from common.layout import AREAS, LOG, PROBE_AREAS, RESULT
 from common.parsed import ProbeResult, Result, parsed, read_json, read_log
 from common.yamlfile import read_yaml
 from pipeline.layout import BASELINES, OWN, Layout, Run, parse_eval_name, ratio_text
@@ -56,8 +56,9 @@ MIOU = "mean IoU (%)"
 MEASURES = {
     "finetuning": Measure(words="complete finetuning", unit=MIOU, key="mean_iou", areas=AREAS),
     "linear": Measure(words="the frozen linear probe", unit=MIOU, key="mean_iou",
-                      areas="areas-linear.npz"),
-    "knn": Measure(words="the frozen kNN probe", unit=MIOU, key="mean_iou", areas="areas-knn.npz"),
+                      areas=PROBE_AREAS["linear"]),
+    "knn": Measure(words="the frozen kNN probe", unit=MIOU, key="mean_iou",
+                   areas=PROBE_AREAS["knn"]),
     "image_knn": Measure(words="kNN over whole images", unit="accuracy (%)", key="accuracy"),
     "rankme": Measure(words="its features", unit="RankMe (features used)", key="rankme",
                       most=float("inf")),

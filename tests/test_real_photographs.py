@@ -12,12 +12,14 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
-METHODS = ["patches", "segments", "four_channels", "preencoder"]
+METHODS = ["patches", "segments", "four_channels", "preencoder", "segment_patches"]
 CONFIG = """
 model: vit_tiny
 num_gpus: 0
 pretrain_epochs: 2
 eval_freq: 2
+baselines: none
+probe_freq: 0
 overlap: true
 pretrain: {image_size: 64, patch_size: 16, decoder_width: 32, decoder_depth: 1, decoder_heads: 2,
            batch_size: 8, effective_batch_size: 8, base_lr: 1.0e-3, workers: 0}

@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from common.parsed import read_log
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 FALL_OF_THE_LOSS = 0.30
 TIMES_THE_BASELINE = 3
+METHODS, KINDS = ("patches", "four_channels"), ("eval", "probe")
 
 
 def majority_mean_iou(dataset_yml: Path) -> float:
@@ -23,16 +26,27 @@ def majority_mean_iou(dataset_yml: Path) -> float:
     return 100 * pixels.max() / pixels.sum() / np.count_nonzero(pixels)
 
 
+def results_in(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/result.json")}
+
+
 @pytest.mark.slow
 def test_the_sample_run_shows_learning(tmp_path: Path) -> None:
     done = run_benchmark("--config", REPO_ROOT / "configs/sample.yml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     dataset = tmp_path / "sample/segmentation/dataset.yml"
 
-    [log] = (tmp_path / "output/pretrain_output").glob("*/log.txt")
-    losses = [json.loads(line)["train_loss"] for line in log.read_text().splitlines()]
-    assert losses[-1] <= (1 - FALL_OF_THE_LOSS) * losses[0], losses
+    for method in METHODS:
+        log = read_log(tmp_path / f"output/pretrain_output/{method}/log.txt")
+        losses = [record["train_loss"] for record in log]
+        assert losses[-1] <= (1 - FALL_OF_THE_LOSS) * losses[0], losses
 
-    results = (tmp_path / "output/eval_output").glob("*/result.json")
-    scores = {path.parent.name: json.loads(path.read_text())["mean_iou"] for path in results}
-    assert scores["four_channels_6"] >= TIMES_THE_BASELINE * majority_mean_iou(dataset), scores
+    finetuned, probed = (results_in(tmp_path / f"output/{kind}_output") for kind in KINDS)
+    for method in METHODS:
+        score = finetuned[f"{method}_6"]["mean_iou"]
+        assert score >= TIMES_THE_BASELINE * majority_mean_iou(dataset), (method, score)
+        for name in ("linear", "knn"):
+            scores = {run: result[name]["mean_iou"] for run, result in probed.items()}
+            assert scores[f"{method}_6"] > scores["scratch_0"], (name, scores)
+    assert {"scratch_0", *(f"{method}_3" for method in METHODS)} < probed.keys()
+    assert "scratch" in done.stdout

@@ -12,6 +12,8 @@ SIZE = SampleSize(train=12, val=4, segmentation_train=8, segmentation_val=6)
 _CONFIG = """
 model: vit_tiny
 recipe: fast
+baselines: none # the sample run has them, and probes
+probe_freq: 0
 num_gpus: 0
 coverage_ratio: 15
 pretrain:
