@@ -31,8 +31,9 @@ def results_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(800)
 def test_the_sample_run_shows_learning(tmp_path: Path) -> None:
-    done = run_benchmark("--config", REPO_ROOT / "configs/sample.yml", cwd=tmp_path)
+    done = run_benchmark("--config", REPO_ROOT / "configs/sample.yml", cwd=tmp_path, timeout=700)
     assert done.returncode == 0, done.stderr
     dataset = tmp_path / "sample/segmentation/dataset.yml"
 
