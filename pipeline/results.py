@@ -60,7 +60,7 @@ MEASURES = {
     "knn": Measure(words="the frozen kNN probe", unit=MIOU, key="mean_iou",
                    areas=PROBE_AREAS["knn"]),
     "image_knn": Measure(words="kNN over whole images", unit="accuracy (%)", key="accuracy"),
-    "rankme": Measure(words="its features", unit="RankMe (features used)", key="rankme",
+    "rankme": Measure(words="the spread of its features", unit="RankMe (features used)", key="rankme",
                       most=float("inf")),
 }  # fmt: skip
 FINETUNING = MEASURES["finetuning"]
