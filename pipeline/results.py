@@ -60,8 +60,8 @@ MEASURES = {
     "knn": Measure(words="the frozen kNN probe", unit=MIOU, key="mean_iou",
                    areas=PROBE_AREAS["knn"]),
     "image_knn": Measure(words="kNN over whole images", unit="accuracy (%)", key="accuracy"),
-    "rankme": Measure(words="the spread of its features", unit="RankMe (features used)", key="rankme",
-                      most=float("inf")),
+    "rankme": Measure(words="the spread of its features", unit="RankMe (features used)",
+                      key="rankme", most=float("inf")),
 }  # fmt: skip
 FINETUNING = MEASURES["finetuning"]
 

@@ -46,8 +46,8 @@ def test_the_sample_run_shows_learning(tmp_path: Path) -> None:
     for method in METHODS:
         score = finetuned[f"{method}_6"]["mean_iou"]
         assert score >= TIMES_THE_BASELINE * majority_mean_iou(dataset), (method, score)
-        for name in ("linear", "knn"):
-            scores = {run: result[name]["mean_iou"] for run, result in probed.items()}
-            assert scores[f"{method}_6"] > scores["scratch_0"], (name, scores)
+        # Not kNN: these classes have colours of their own, which random features tell apart, too.
+        scores = {run: result["linear"]["mean_iou"] for run, result in probed.items()}
+        assert scores[f"{method}_6"] > scores["scratch_0"], scores
     assert {"scratch_0", *(f"{method}_3" for method in METHODS)} < probed.keys()
     assert "scratch" in done.stdout
