@@ -12,7 +12,7 @@ from common.trackers import check_trackers
 from common.yamlfile import plain
 from mae.config import PretrainConfig, make_method
 from mae.listing import make_listing
-from mae.schedule import learning_rate, make_batch_plan, training_flops
+from mae.schedule import learning_rate, make_batch_plan
 
 
 def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dict[str, Any]:
@@ -50,7 +50,6 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
         },
         "epochs": config.optimisation.epochs,
         "settings": plain(config.settings()),
-        "flops_per_epoch": plan.images_per_epoch * training_flops(config.model, method),
         "checkpoint_bytes": config.model.checkpoint_bytes,
     }  # fmt: skip
 

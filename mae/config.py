@@ -57,10 +57,7 @@ class MethodConfig(OptionGroup):
         "Whose: the image's, another's like it, or a shape as large.", "own"
     )
     mask_ratio: float = option(
-        "Share of the patches removed by methods that drop them.",
-        0.75,
-        at_least=0,
-        below=1,
+        "Share of the patches that is removed, where some are.", 0.75, at_least=0, below=1
     )
 
 

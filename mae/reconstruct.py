@@ -124,7 +124,7 @@ def _sample(
 def _open_source(masks_dir: Path, options: MethodConfig) -> SegmentSource:
     """Segments of given images, which borrow from any image that has some."""
     store = open_segments(masks_dir)
-    donors = [f"{key}.jpg" for key in sorted(store.images())]
+    donors = [f"{key}.jpg" for key in sorted(store.images())]  # any suffix: they are paths
     if options.segments_from == "borrowed":
         check_donors(donors)
     return SegmentSource(store=store, donors=encode_paths(donors), options=options)

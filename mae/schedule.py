@@ -1,4 +1,4 @@
-"""Which images make a step, the learning rate, and what an image costs. No torch here."""
+"""Which images make a step, and the learning rate: pure functions of progress. No torch here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.vit import IMAGE_CHANNELS
-from mae.config import ModelConfig, OptimisationConfig
-from mae.masking import MaskingMethod
+from mae.config import OptimisationConfig
 
 # Separate streams of random numbers from one seed.
 ORDER_STREAM, SAMPLE_STREAM, FIXED_STREAM = 0, 1, 2
@@ -115,25 +113,3 @@ def learning_rate(optimisation: OptimisationConfig, progress: float) -> float:
         return peak * progress / warmup
     cosine = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
     return optimisation.min_lr + (peak - optimisation.min_lr) * cosine
-
-
-def training_flops(config: ModelConfig, method: MaskingMethod) -> float:
-    """Floating-point operations of one image's forward and backward pass, by its matrix products.
-
-    Twice the multiply-adds, and the backward pass counted as two forward passes, as is usual for
-    model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
-    """
-    kept = method.num_kept
-    encoder, patch_values = config.encoder, config.patch_pixels**2 * IMAGE_CHANNELS
-    forward = (
-        _transformer_flops(kept + 1, encoder.width, encoder.depth)
-        + _transformer_flops(config.num_patches + 1, config.decoder_width, config.decoder_depth)
-        + 2 * config.num_patches * patch_values * (encoder.width + config.decoder_width)
-        + 2 * (kept + 1) * encoder.width * config.decoder_width
-    )
-    return 3.0 * forward
-
-
-def _transformer_flops(tokens: int, width: int, depth: int) -> int:
-    """Forward pass of `depth` blocks: 12 width^2 weights each, and tokens x tokens attention."""
-    return depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)

@@ -25,8 +25,9 @@ from mae.check import check_output
 from mae.config import PretrainConfig
 from mae.data import collate
 from mae.epoch import EpochTrainer
+from mae.model import training_flops
 from mae.reconstruct import draw_reconstructions, pack_fixed_set
-from mae.schedule import learning_rate, training_flops
+from mae.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,8 @@ from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_metho
 from mae.data import collate
 from mae.listing import segment_key
 from mae.masking import METHODS
-from mae.model import MaskedAutoencoder
+from mae.model import MaskedAutoencoder, training_flops
 from mae.optimisation import GuardedUpdate, make_optimizer
-from mae.schedule import training_flops
 from mae.segments.store import PackedStore
 from perf.loader import make_ours, pack, sample_data
 

@@ -190,7 +190,7 @@ class _Planner:
         if experiment.model not in self.facts.official_checkpoints:
             known = ", ".join(self.facts.official_checkpoints)
             raise ValueError(
-                f"--stack, --eval mae: there is no official checkpoint of {experiment.model}, but "
+                f"--stack, --eval or --baselines mae: there is no official {experiment.model}, but "
                 f"of {known}; name a file of your own by --mae-checkpoint"
             )
         return [
@@ -275,8 +275,7 @@ class _Planner:
         planned = {n: v for n, v in planned.items() if n in known or n == "init"}
         options = self._options("probe", planned, given)
         decided = self._decided("probe", options)
-        init = self._within(options["init"])  # an operand, which no fact is about
-        decided["settings"]["init"] = init
+        decided["settings"]["init"] = self._within(options["init"])  # no fact is about operands
         return Step(
             name=f"probe_{eval_name(name, epochs)}", kind="probe", run=name, epochs=epochs,
             program=("segmenter", "probe"), options=options, operands=("init",), needs=needs,

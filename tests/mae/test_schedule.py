@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method
-from mae.model import MaskedAutoencoder
-from mae.schedule import learning_rate, make_batch_plan, training_flops
+from mae.model import MaskedAutoencoder, training_flops
+from mae.schedule import learning_rate, make_batch_plan
 
 RUN = OptimisationConfig(
     epochs=10, warmup_fraction=0.1, base_lr=1e-3, min_lr=1e-5, effective_batch_size=512

@@ -44,6 +44,15 @@ def test_costs_are_set_up_epochs_and_evaluations(settings: Make, timed: list[str
     }
 
 
+def test_a_probe_looks_once_at_the_training_images_and_at_the_others(
+    settings: Make, timed: list[str]
+) -> None:
+    steps = plan_of(settings("--pretrain-epochs 4 --eval-freq 4 --probe-freq 2"))
+    steps = [replace(step, answer={"images": {"train": 40, "val": 10}}) for step in steps]
+    found = step_seconds(steps)
+    assert found["probe_four_channels_2"] == found["probe_four_channels_4"] == 1 + (1 + 4) * 30
+
+
 def test_each_method_is_timed_once(settings: Make, timed: list[str]) -> None:
     step_seconds(plan_of(settings("--mask-method patches,segments --seed 0,1 --pretrain-epochs 2")))
     assert timed == ["pretrain_patches_2", "evaluate_patches_2", "pretrain_segments_2"]
