@@ -190,8 +190,8 @@ class _Planner:
         if experiment.model not in self.facts.official_checkpoints:
             known = ", ".join(self.facts.official_checkpoints)
             raise ValueError(
-                f"--stack, --eval or --baselines mae: there is no official {experiment.model}, but "
-                f"of {known}; name a file of your own by --mae-checkpoint"
+                "--stack, --eval or --baselines mae: there is no official checkpoint of "
+                f"{experiment.model}, but of {known}; name a file of your own by --mae-checkpoint"
             )
         return [
             Step(

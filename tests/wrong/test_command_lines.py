@@ -93,6 +93,7 @@ PLAN = [
     ("no processes", ["--num-processes", "0"], "--num-processes is 0; give 1"),
     ("a stack without a file", ["--stack"], "no official checkpoint of vit_speck"),
     ("mae without a file", ["--eval", "mae"], "no official checkpoint of vit_speck"),
+    ("a line without a file", ["--baselines", "mae"], "no official checkpoint of vit_speck"),
     ("a checkpoint that is not there", ["--stack", "--mae-checkpoint", "{w}/no.pth"],
      "is not a file"),
     ("a damaged official checkpoint", ["--stack", "--mae-checkpoint", "{w}/nano.py"], "nano.py"),
