@@ -6,6 +6,7 @@ import pickle
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from common.files import replacing, shortened
+from common.files import also_save_as, replacing, shortened
 from common.parsed import Count, parsed
 
 FORMAT_VERSION = 1
@@ -46,21 +47,74 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
         torch.save({"format_version": FORMAT_VERSION, **content}, file)
 
 
-class PeriodicSave:
-    """--save-every-minutes: saves inside an epoch when it is time to; None: never."""
+class Saver:
+    """As a context: saves in a thread, one checkpoint after the other, while training goes on.
 
-    def __init__(self, minutes: float | None, save: Callable[[], None]) -> None:
-        self.seconds = float("inf") if minutes is None else minutes * 60
-        self.save = save
+    A kill loses what is still being written, as if it had come a moment earlier. Of several
+    processes only the first may save.
+    """
+
+    def __init__(self, every_minutes: float | None) -> None:
+        """every_minutes: between saves, so that one is due; None: it never is."""
+        self.seconds = float("inf") if every_minutes is None else every_minutes * 60
         self.saved_at = time.monotonic()
+        self.thread = ThreadPoolExecutor(1)
+        self.running: Future[None] | None = None
+        self.afterwards: Callable[[], None] | None = None
 
-    def __call__(self, *, at_end: bool) -> None:
-        """After a step; the end of an epoch is saved anyway."""
-        is_due = time.monotonic() - self.saved_at >= self.seconds
-        if is_due and not at_end:
-            self.save()
-        if is_due or at_end:
-            self.saved_at = time.monotonic()
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()  # waits
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last save is so long ago."""
+        return time.monotonic() - self.saved_at >= self.seconds
+
+    def save(
+        self,
+        content: dict[str, Any],
+        path: Path,
+        *,
+        also: Path | None = None,
+        afterwards: Callable[[], None] | None = None,
+    ) -> None:
+        """Take a copy of what is to be saved, and begin to write it when the one before is done.
+
+        also: a second name that it gets. afterwards: is called by `settle`. Raises RuntimeError if
+        the one before could not be written.
+        """
+        self.settle(wait=True)
+        self.running = self.thread.submit(_write, _copied(content), path, also)
+        self.afterwards, self.saved_at = afterwards, time.monotonic()
+
+    def settle(self, *, wait: bool) -> None:
+        """Call the `afterwards` of what has been written. Raises RuntimeError if that failed."""
+        if self.running is None or not (wait or self.running.done()):
+            return
+        running, self.running = self.running, None
+        running.result()
+        if self.afterwards is not None:
+            self.afterwards()
+
+
+def _copied(content: Any) -> Any:
+    """Nested plain values, with tensors of their own on the CPU."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, Mapping):
+        return {key: _copied(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_copied(value) for value in content]
+    return content
+
+
+def _write(content: dict[str, Any], path: Path, also: Path | None) -> None:
+    save_checkpoint(content, path)
+    if also is not None:
+        also_save_as(path, also)
 
 
 def load_checkpoint(

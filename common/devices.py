@@ -48,15 +48,20 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
         if lacking:
             logger.warning("there is no %s here: the model is not compiled", lacking)
     precision = choose_precision(config.precision, on_cuda=on_cuda)
-    return Accelerator(
+    if precision == "fp32" and on_cuda and isinstance(config, TrainingConfig):
+        _allow_tf32()
+    accelerator = Accelerator(
         cpu=not on_cuda,
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision="no" if precision == "fp32" else precision,
         dynamo_backend="inductor" if compiled else "no",
         # No buffer has a part in training: constants, and running means.
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         ],
     )
+    if precision == "fp16":
+        accelerator.native_amp = True  # which it leaves out on a CPU
+    return accelerator
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
@@ -68,12 +73,25 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def choose_precision(wanted: Literal["auto", "bf16", "fp32"], *, on_cuda: bool) -> str:
-    """auto: bf16 where a GPU has it in hardware; torch also emulates it, slowly."""
+def choose_precision(
+    wanted: Literal["auto", "bf16", "fp16", "fp32"], *, on_cuda: bool
+) -> Literal["bf16", "fp16", "fp32"]:
+    """auto: bf16 where a GPU has it in hardware (torch also emulates it, slowly), else fp16."""
     if wanted != "auto":
         return wanted
-    has_it = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_it else "fp32"
+    if not on_cuda:
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _allow_tf32() -> None:
+    """Training multiplies fp32 matrices with 10 bits of mantissa, 8 times faster, where a GPU can.
+
+    Probes do not: their neighbours would be equally near.
+    """
+    if torch.cuda.get_device_capability() >= (8, 0):
+        torch.set_float32_matmul_precision("high")
+        logger.info("fp32 matrix products are computed in TF32")
 
 
 def _refuse_unconnected_processes() -> None:

@@ -58,9 +58,9 @@ class Logbook:
         self.records.append(record)
         logger.info("%s", "  ".join(f"{name} {_short(value)}" for name, value in record.items()))
 
-    def saved(self) -> None:
-        """What was added is in a checkpoint now."""
-        self.trackers.send(self.records)
+    def saved(self, epochs_completed: int) -> None:
+        """So many epochs are in a checkpoint now."""
+        self.trackers.send([r for r in self.records if r["epoch"] <= epochs_completed])
 
     def close(self, outcome: str) -> None:
         """The end: done, stopped or failed."""

@@ -38,7 +38,10 @@ class DeviceConfig(PluginConfig):
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto: a GPU if there is one.", "auto", neutral=True
     )
-    precision: Literal["auto", "bf16", "fp32"] = option("auto: bf16 where a GPU has it.", "auto")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.",
+        "auto",
+    )
     workers: int | None = option(
         "Loader processes per device. Default: by the number of cores.", None,
         at_least=0, at_most=MOST_PROCESSES, neutral=True,

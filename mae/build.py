@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.checkpoint import load_optimizer, load_weights
 from common.devices import make_accelerator, refuse_disagreement
-from common.interruption import leave_signals_to_the_main_process
+from common.interruption import Interruption, leave_signals_to_the_main_process
+from common.training import MicroBatch, TrainingRun
+from common.update import GuardedUpdate
+from common.vit import IMAGE_CHANNELS
 from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
 from mae.controls import SegmentSource
@@ -23,9 +25,9 @@ from mae.data import Batch, FixedImages, MaskedImages, allow_many_files, collate
 from mae.listing import Listing, make_listing
 from mae.model import MaskedAutoencoder
 from mae.official import read_official_weights, start_from_official
-from mae.optimisation import GuardedUpdate, make_optimizer
+from mae.optimisation import make_optimizer
 from mae.reconstruct import FIXED_SET_SIZE, unpack_fixed_set
-from mae.schedule import BatchPlan, make_batch_plan
+from mae.schedule import BatchPlan, learning_rate, make_batch_plan
 
 logger = logging.getLogger(__name__)
 
@@ -37,31 +39,78 @@ EPOCH_SUMS = ("loss", "coverage", "coverage_square", "unreadable")
 class State:
     """Where a run stands.
 
-    sums: [4] float64 on the device, see EPOCH_SUMS, over the steps and processes of this epoch.
+    sums: [4] float64, see EPOCH_SUMS, over the steps and processes of this epoch.
     seconds, waited_seconds: spent on this epoch, and of that waiting for data.
     """
 
-    sums: Tensor
+    sums: Tensor = field(default_factory=lambda: torch.zeros(len(EPOCH_SUMS), dtype=torch.float64))
     epochs_completed: int = 0
     steps_completed: int = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
 
+    @property
+    def unreadable_images(self) -> float:
+        """Of this epoch."""
+        return self.sums[EPOCH_SUMS.index("unreadable")].item()
+
+    def add(self, sums: list[float]) -> None:
+        """Those of some steps."""
+        self.sums += torch.tensor(sums, dtype=torch.float64)
+
 
 @dataclass(kw_only=True)
-class Run:
+class Run(TrainingRun):
     """What stays the same during a call."""
 
+    remedy: ClassVar[str] = (
+        "the last checkpoint is from before. A lower --base-lr or --clip-grad 1 may help"
+    )
     config: PretrainConfig
-    accelerator: Accelerator
     plan: BatchPlan
     listing: Listing
     images: MaskedImages
     heldout: FixedImages
     fixed_set: Batch
     model: MaskedAutoencoder  # plain, for saving and evaluating
-    prepared: nn.Module  # the same weights, wrapped for training
-    update: GuardedUpdate
+
+    @property
+    def num_images(self) -> int:
+        """Of the training set."""
+        return self.plan.num_images
+
+    @property
+    def passes_per_step(self) -> int:
+        """Micro-batches."""
+        return self.plan.accumulation_steps
+
+    @property
+    def values_per_pass(self) -> int:
+        """Pixels and channels of a micro-batch, hidden or not."""
+        return self.plan.micro_batch_size * self.config.model.image_size**2 * IMAGE_CHANNELS
+
+    def micro_batches(self, state: State, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
+        """Those of a step, each fetched when its turn has come."""
+        for number in range(1, self.plan.accumulation_steps + 1):
+            batch = next(batches)
+            self.unreadable.note(batch.unreadable)
+            hidden = batch.hidden_pixels.double()
+            coverage = hidden * (100 / self.config.model.image_size**2)
+            yield MicroBatch(
+                inputs=(batch.images, batch.pattern),
+                num_values=hidden.sum().item() * IMAGE_CHANNELS,
+                # as in EPOCH_SUMS
+                counts=(
+                    coverage.sum().item(), coverage.square().sum().item(), len(batch.unreadable)
+                ),
+                is_last=number == self.plan.accumulation_steps,
+            )  # fmt: skip
+
+    def learning_rate(self, state: State) -> float:
+        """The rate of the step that comes next."""
+        optimisation = self.config.optimisation
+        done = state.epochs_completed + state.steps_completed / self.plan.steps_per_epoch
+        return learning_rate(optimisation, done / optimisation.epochs)
 
     def batches(self, state: State, epochs: int) -> Iterator[Batch]:
         """This process's batches from where the state stands until so many epochs are completed.
@@ -84,7 +133,7 @@ class Run:
         return iter(loader)
 
 
-def build_run(config: PretrainConfig) -> tuple[Run, State]:
+def build_run(config: PretrainConfig, interruption: Interruption) -> tuple[Run, State]:
     """Build the run; continue from its newest checkpoint if there is one. Writes nothing.
 
     Raises ValueError for what the user can fix.
@@ -113,9 +162,12 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
     torch.manual_seed(config.optimisation.seed)
     model = MaskedAutoencoder(config.model, method).to(accelerator.device)
     optimizer = make_optimizer(model, config.optimisation)
-    state = State(sums=torch.zeros(len(EPOCH_SUMS), dtype=torch.float64, device=accelerator.device))
+    update = GuardedUpdate(
+        optimizer, config.optimisation.clip_grad, scales_loss=accelerator.mixed_precision == "fp16"
+    )
+    state = State()
     if checkpoint is not None:
-        _continue_from(checkpoint, run.output_dir, model, optimizer, state)
+        _continue_from(checkpoint, run.output_dir, model, update, state)
         fixed_set = unpack_fixed_set(checkpoint["fixed_set"])
     else:
         _start(config, model)
@@ -124,6 +176,7 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
     return Run(
         config=config,
         accelerator=accelerator,
+        interruption=interruption,
         listing=listing,
         plan=plan,
         images=images,
@@ -131,7 +184,7 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
         fixed_set=fixed_set,
         model=model,
         prepared=accelerator.prepare_model(model),
-        update=GuardedUpdate(optimizer, config.optimisation.clip_grad),
+        update=update,
     ), state
 
 
@@ -162,11 +215,12 @@ def _continue_from(
     checkpoint: dict[str, Any],
     folder: Path,
     model: MaskedAutoencoder,
-    optimizer: torch.optim.Optimizer,
+    update: GuardedUpdate,
     state: State,
 ) -> None:
     load_weights(model, checkpoint["model"], folder)
-    load_optimizer(optimizer, checkpoint["optimizer"], folder)
+    load_optimizer(update.optimizer, checkpoint["optimizer"], folder)
+    update.continue_from(checkpoint, folder)
     state.epochs_completed = checkpoint["epochs_completed"]
     state.steps_completed = checkpoint["steps_completed"]
     state.seconds = checkpoint["seconds"]

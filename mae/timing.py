@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from common.checkpoint import PeriodicSave
 from common.interruption import Interruption
+from common.training import EpochTrainer
 from mae.build import build_run
 from mae.config import PretrainConfig
 from mae.data import FixedImages
-from mae.epoch import EpochTrainer
 from mae.train import heldout_loss
 
 
@@ -21,7 +20,8 @@ def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | N
     up the loader, the allocator and torch.compile; as many are timed.
     """
     began = time.monotonic()
-    run, state = build_run(config)
+    interruption = Interruption()
+    run, state = build_run(config, interruption)
     plan, heldout = run.plan, run.heldout
     steps = min(steps, plan.steps_per_epoch)
     # An epoch of so many steps, twice, and a loss of no more held-out images than those steps have.
@@ -30,8 +30,8 @@ def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | N
         run.images, heldout.images.folder, heldout.images.paths[: run.plan.num_images]
     )
     first_epoch, state.steps_completed = state.epochs_completed, 0
-    with Interruption() as interruption:
-        trainer = EpochTrainer(run, interruption, None, PeriodicSave(None, lambda: None))
+    with interruption:
+        trainer = EpochTrainer(run)
         batches = run.batches(state, epochs=first_epoch + 2)
         setup_seconds = time.monotonic() - began
         for epoch in (first_epoch, first_epoch + 1):

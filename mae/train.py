@@ -5,26 +5,26 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
+from common.checkpoint import Saver, not_finite
 from common.devices import peak_flops, peak_memory_mib
-from common.files import also_save_as
 from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.layout import LAST, LOCK, LOG, checkpoint_path, reconstructions_path
 from common.lock import LockedError, hold
 from common.logbook import Logbook
 from common.parsed import read_log
 from common.trackers import Trackers
+from common.training import EpochTrainer
 from common.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
 from mae.check import check_output
 from mae.config import PretrainConfig
 from mae.data import collate
-from mae.epoch import EpochTrainer
 from mae.model import training_flops
 from mae.reconstruct import draw_reconstructions, pack_fixed_set
 from mae.schedule import learning_rate
@@ -43,7 +43,7 @@ def pretrain(config: PretrainConfig) -> bool:
     """
     with Interruption() as interruption:
         check_output(config)
-        run, state = build_run(config)
+        run, state = build_run(config, interruption)
         if state.epochs_completed >= config.epochs_this_round:
             path = checkpoint_path(config.run.output_dir, config.epochs_this_round)
             if not path.is_file():
@@ -58,34 +58,31 @@ def pretrain(config: PretrainConfig) -> bool:
         first = run.accelerator.is_main_process  # the only one that writes
         output_dir = config.run.output_dir
         with hold(output_dir / LOCK, output_dir) if first else nullcontext():
-            return _fit(run, state, interruption)
+            return _fit(run, state)
 
 
-def _fit(run: Run, state: State, interruption: Interruption) -> bool:
+def _fit(run: Run, state: State) -> bool:
     """Train to the end of the round. Returns False if stopped by a signal."""
-    logbook = _open_logbook(run, state)
-    progress = logbook.progress if logbook else None
-    minutes = run.config.run.save_every_minutes
-    save_if_due = PeriodicSave(minutes, lambda: save_last(run, state))
-    trainer = EpochTrainer(run, interruption, progress, save_if_due)
-    batches = run.batches(state, run.config.epochs_this_round)
+    logbook, epochs = _open_logbook(run, state), run.config.epochs_this_round
     outcome = "failed"
-    try:
-        while state.epochs_completed < run.config.epochs_this_round:
-            stopped = trainer.train_one_epoch(state, batches)
-            if state.steps_completed < run.plan.steps_per_epoch:
-                save_last(run, state)
-            else:
-                _finish_epoch(run, state, logbook)
-            if stopped and state.epochs_completed < run.config.epochs_this_round:
-                logger.warning("stopped by a signal; run the same command again to continue")
-                outcome = "stopped"
-                break
-        else:
-            outcome = "done"
-    finally:
-        if logbook is not None:
-            logbook.close(outcome)
+    with Saver(run.config.run.save_every_minutes) as saver:
+        progress = logbook.progress if logbook else None
+        trainer = EpochTrainer(run, progress, saver, lambda: _save_last(run, state, saver))
+        batches, stopped = run.batches(state, epochs), False
+        try:
+            while state.epochs_completed < epochs and not stopped:
+                stopped = trainer.train_one_epoch(state, batches)
+                if state.steps_completed < run.plan.steps_per_epoch:
+                    _save_last(run, state, saver)
+                else:
+                    _finish_epoch(run, state, logbook, saver)
+            saver.settle(wait=True)
+            outcome = "done" if state.epochs_completed == epochs else "stopped"
+        finally:
+            if logbook is not None:
+                logbook.close(outcome)
+    if outcome == "stopped":
+        logger.warning("stopped by a signal; run the same command again to continue")
     run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
     run.accelerator.end_training()
     return outcome == "done"
@@ -105,7 +102,7 @@ def _open_logbook(run: Run, state: State) -> Logbook | None:
     )
 
 
-def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> None:
+def _finish_epoch(run: Run, state: State, logbook: Logbook | None, saver: Saver) -> None:
     """Evaluate, log, draw and save, in an order in which a kill loses nothing.
 
     The log is cut back to the checkpoint on resume, so it is written first; a round's own
@@ -114,8 +111,7 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> None:
     damage = not_finite(run.model.state_dict())  # found by all processes
     if damage:
         raise RuntimeError(
-            f"{damage} is not finite after epoch {state.epochs_completed + 1}; the last checkpoint "
-            "is from before. A lower --base-lr or --clip-grad 1 may help"
+            f"{damage} is not finite after epoch {state.epochs_completed + 1}; {run.remedy}"
         )
     if logbook is not None and len(run.heldout):
         logbook.progress.evaluating(0, len(run.heldout))
@@ -127,11 +123,12 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> None:
     if logbook is None:
         return
     logbook.add_epoch(record)
-    if state.epochs_completed < run.config.epochs_this_round:
-        save_last(run, state)
-    else:
-        _save_round(run, state)
-    logbook.saved()
+    output_dir, number = run.config.run.output_dir, state.epochs_completed
+    path, also = output_dir / LAST, None
+    if number == run.config.epochs_this_round:
+        draw_reconstructions(run.model, run.fixed_set, reconstructions_path(output_dir, number))
+        path, also = checkpoint_path(output_dir, number), path
+    saver.save(_checkpoint(run, state), path, also=also, afterwards=partial(logbook.saved, number))
 
 
 @torch.no_grad()
@@ -188,6 +185,9 @@ def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, An
         "epoch_seconds": state.seconds,
         "peak_memory_mib": peak_memory_mib(device),
     }
+    scaling = run.update.loss_scaling()
+    if scaling is not None:
+        record |= {"loss_scale": scaling["scale"], "skipped_steps": scaling["skipped_steps"]}
     peak = peak_flops(device)
     if peak is not None:
         record["mfu"] = flops / state.seconds / (peak * run.accelerator.num_processes)
@@ -196,24 +196,16 @@ def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, An
     return record
 
 
-def _save_round(run: Run, state: State) -> None:
-    """The picture and the checkpoint of a round that is complete, in the first process."""
-    output_dir = run.config.run.output_dir
-    picture = reconstructions_path(output_dir, state.epochs_completed)
-    draw_reconstructions(run.model, run.fixed_set, picture)
-    path = checkpoint_path(output_dir, state.epochs_completed)
-    save_checkpoint(_checkpoint(run, state), path)
-    also_save_as(path, output_dir / LAST)
-
-
-def save_last(run: Run, state: State) -> None:
+def _save_last(run: Run, state: State, saver: Saver) -> None:
     """Save where the run stands; only the first process does."""
     if run.accelerator.is_main_process:
-        save_checkpoint(_checkpoint(run, state), run.config.run.output_dir / LAST)
+        saver.save(_checkpoint(run, state), run.config.run.output_dir / LAST)
 
 
 def _checkpoint(run: Run, state: State) -> dict[str, Any]:
+    scaling = run.update.loss_scaling()
     return {
+        **({"loss_scaling": scaling} if scaling else {}),
         "model": run.model.state_dict(),
         "optimizer": run.update.optimizer.state_dict(),
         "epochs_completed": state.epochs_completed,
@@ -221,7 +213,7 @@ def _checkpoint(run: Run, state: State) -> dict[str, Any]:
         "config": run.config.settings(),
         "images": {"count": len(run.listing.train), "digest": run.listing.digest},
         "fixed_set": pack_fixed_set(run.fixed_set),
-        "sums": state.sums.cpu(),
+        "sums": state.sums,
         "seconds": state.seconds,
         "waited_seconds": state.waited_seconds,
         "learning_rate": run.config.optimisation.learning_rate,

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from common.devices import peak_flops
 from common.images import find_images
+from common.update import GuardedUpdate
 from common.vit import VIT_SIZES
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method
 from mae.data import collate
 from mae.listing import segment_key
 from mae.masking import METHODS
 from mae.model import MaskedAutoencoder, training_flops
-from mae.optimisation import GuardedUpdate, make_optimizer
+from mae.optimisation import make_optimizer
 from mae.segments.store import PackedStore
 from perf.loader import make_ours, pack, sample_data
 
@@ -47,12 +48,13 @@ def make_our_step(
     compiled: bool,
     as_float: bool = False,
 ) -> Step:
-    """One training step as `mae.epoch` takes it, on a batch of images, patterns, hidden pixels."""
+    """A step as `common.training` takes it, on a batch of images, patterns, hidden pixels."""
     torch.manual_seed(0)
     method = make_method(MethodConfig(mask_method=mask_method), config)
     model = MaskedAutoencoder(config, method).to(device)
-    update = GuardedUpdate(make_optimizer(model, OPTIMISATION), None)
+    update = GuardedUpdate(make_optimizer(model, OPTIMISATION), None, scales_loss=False)
     images, pattern, hidden_pixels = batch
+    hidden_values = torch.tensor(float(hidden_pixels * 3), device=device)
     if as_float:
         images = model.cpu().normalise(images)
         model.to(device)
@@ -64,9 +66,9 @@ def make_our_step(
     def step() -> None:
         on_device = [part.to(device, non_blocking=True) for part in (images, pattern)]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = run(*on_device).sum() / (hidden_pixels * 3)
-        loss.backward()
-        update.step(loss.detach(), 1e-4)
+            error = run(*on_device).sum()
+        error.backward()
+        update.step(error.detach() / hidden_values, hidden_values, 1e-4)
 
     return step
 

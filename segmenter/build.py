@@ -6,14 +6,13 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import Optimizer
 
 from common.checkpoint import load_optimizer, load_weights
 from common.devices import device_name, make_accelerator, refuse_disagreement
@@ -22,7 +21,8 @@ from common.layout import LOCK, RESULT
 from common.lock import hold
 from common.parsed import parsed_plain
 from common.run import versions
-from common.unreadable import Unreadable
+from common.training import MicroBatch, TrainingRun
+from common.update import GuardedUpdate
 from common.vit import IMAGE_CHANNELS
 from segmenter import labels
 from segmenter.check import Task, all_settings, earlier_output, plan_batches
@@ -44,9 +44,9 @@ from segmenter.data import (
     training_batches,
 )
 from segmenter.encoder import EncoderShape
-from segmenter.model import Segmenter, SegmenterShape
+from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
 from segmenter.optimisation import make_optimizer
-from segmenter.schedule import BatchPlan
+from segmenter.schedule import BatchPlan, learning_rate, step_seed
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ class State:
     """Where a run stands.
 
     loss_sum, unreadable_images: over the steps of this epoch. seconds, waited_seconds: spent on
-    this epoch's training, and of that waiting for data. total_seconds: of the run, over all
-    restarts.
+    this epoch's training, and of that waiting for data. total_seconds: of the epochs before and
+    of all evaluations, over all restarts.
     scores: of the newest evaluation, plain; best_mean_iou: percent.
     """
 
@@ -94,26 +94,73 @@ class State:
     scores: dict[str, Any] | None = None
     best_mean_iou: float | None = None
 
+    def add(self, sums: list[float]) -> None:
+        """Loss and unreadable images of some steps."""
+        loss, unreadable = sums
+        self.loss_sum += loss
+        self.unreadable_images += round(unreadable)
+
 
 @dataclass(kw_only=True)
-class Run:
+class Run(TrainingRun):
     """What stays the same during a call.
 
     model and prepared share their weights: plain for saving and evaluating, wrapped for training.
     """
 
+    remedy: ClassVar[str] = (
+        "the last checkpoint is from before. A lower --lr or --clip-grad 1 may help"
+    )
     config: TrainConfig
-    accelerator: Accelerator
-    interruption: Interruption
     task: Task
     classes: Classes
     plan: BatchPlan
     crops: TrainingCrops
     images: WholeImages
     model: Segmenter
-    prepared: nn.Module
-    optimizer: Optimizer
-    unreadable: Unreadable = field(default_factory=Unreadable)
+
+    @property
+    def num_images(self) -> int:
+        """Of the training set."""
+        return len(self.task.train)
+
+    @property
+    def images_per_pass(self) -> int:
+        """At most."""
+        share = -(-self.plan.effective_batch_size // self.plan.processes)
+        return min(share, self.config.run.device_batch_size or share)
+
+    @property
+    def passes_per_step(self) -> int:
+        """Micro-batches, on the process that has most."""
+        return -(-self.plan.effective_batch_size // (self.plan.processes * self.images_per_pass))
+
+    @property
+    def values_per_pass(self) -> int:
+        """Pixels, whether they count or not."""
+        return self.images_per_pass * self.config.protocol.crop_size**2
+
+    def micro_batches(self, state: State, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
+        """Those of a step: parts of one batch of the loader."""
+        step = state.epochs_completed * self.plan.steps_per_epoch + state.steps_completed
+        seed = step_seed(self.config.optimisation.seed, step, self.accelerator.process_index)
+        torch.manual_seed(seed)  # of dropout and drop path
+        batch = next(batches)
+        self.unreadable.note(batch.unreadable)
+        parts = batch.parts(self.images_per_pass)
+        skipped = len(batch.unreadable)  # counted with the first part
+        for number, (*inputs, valid_pixels) in enumerate(parts, start=1):
+            yield MicroBatch(
+                inputs=tuple(inputs),
+                num_values=valid_pixels.sum().item(),
+                counts=(skipped if number == 1 else 0,),
+                is_last=number == len(parts),
+            )
+
+    def learning_rate(self, state: State) -> float:
+        """The rate of the step that comes next."""
+        done = state.epochs_completed + state.steps_completed / self.plan.steps_per_epoch
+        return learning_rate(self.config.optimisation, done / self.config.optimisation.epochs)
 
     @property
     def output_dir(self) -> Path:
@@ -157,8 +204,12 @@ def build_run(
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config.optimisation)
+    update = GuardedUpdate(
+        optimizer, config.optimisation.clip_grad, scales_loss=accelerator.mixed_precision == "fp16"
+    )
     if checkpoint_path is not None:
         load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
+        update.continue_from(checkpoint, checkpoint_path)
     description = task.description
     run = Run(
         config=config,
@@ -170,8 +221,8 @@ def build_run(
         crops=TrainingCrops(description, task.train, config.protocol, config.optimisation.seed),
         images=WholeImages(description, task.val, config.protocol),
         model=model,
-        prepared=accelerator.prepare_model(model),
-        optimizer=optimizer,
+        prepared=accelerator.prepare_model(TrainingLoss(model, description.ignore_index)),
+        update=update,
     )
     _describe(run, state)
     return run, state
@@ -235,9 +286,11 @@ def _describe(run: Run, state: State) -> None:
 
 def checkpoint_content(run: Run, state: State) -> dict[str, Any]:
     """Everything needed to continue, and to evaluate and predict without the dataset."""
+    scaling = run.update.loss_scaling()
     return {
+        **({"loss_scaling": scaling} if scaling else {}),
         "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": run.update.optimizer.state_dict(),
         "shape": dataclasses.asdict(run.model.shape),
         "classes": list(run.classes.names),
         "palette": run.classes.palette.tolist(),

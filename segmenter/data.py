@@ -51,11 +51,10 @@ class Batch(NamedTuple):
     valid_pixels: Tensor
     unreadable: list[str]
 
-    def parts(self, most: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Images, labels and sizes in parts of at most `most` images."""
-        size = most or len(self.images)
-        tensors = self.images, self.labels, self.sizes
-        return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+    def parts(self, most: int) -> list[tuple[Tensor, ...]]:
+        """Images, labels, sizes and valid pixels in parts of at most `most` images."""
+        tensors = self.images, self.labels, self.sizes, self.valid_pixels
+        return list(zip(*(tensor.split(most) for tensor in tensors), strict=True))
 
 
 def _collate(crops: list[Batch]) -> Batch:

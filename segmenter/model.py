@@ -145,6 +145,18 @@ class Segmenter(nn.Module):
         return logits[..., :height, :width]
 
 
+class TrainingLoss(nn.Module):
+    """The loss is part of what is compiled: full-size logits of many classes need not be stored."""
+
+    def __init__(self, model: Segmenter, ignore_index: int) -> None:
+        super().__init__()
+        self.model, self.ignore_index = model, ignore_index
+
+    def forward(self, images: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+        """See `Segmenter.forward` and `segmentation_loss`."""
+        return segmentation_loss(self.model(images, sizes), labels, self.ignore_index)
+
+
 def segmentation_loss(
     logits: Tensor | tuple[Tensor, Tensor], labels: Tensor, ignore_index: int
 ) -> Tensor:

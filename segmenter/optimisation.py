@@ -39,9 +39,3 @@ def make_optimizer(model: Segmenter, optimisation: OptimisationConfig) -> Optimi
         return SGD(groups, lr=optimisation.lr, momentum=optimisation.momentum, fused=True)
     betas = (optimisation.momentum, ADAM_BETA2)
     return AdamW(groups, lr=optimisation.lr, betas=betas, fused=True)
-
-
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group its share of the rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]

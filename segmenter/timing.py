@@ -9,11 +9,11 @@ import psutil
 
 from common.devices import make_accelerator
 from common.interruption import Interruption
+from common.training import EpochTrainer
 from segmenter.build import Run, build_run
 from segmenter.check import Task
 from segmenter.config import TrainConfig
 from segmenter.data import WholeImages
-from segmenter.epoch import train_one_epoch
 from segmenter.evaluate import evaluate_model
 
 GROUPS_SCORED = 4  # per process, and one to warm up
@@ -34,11 +34,10 @@ def time_finetuning(config: TrainConfig, task: Task, steps: int) -> dict[str, fl
     steps = min(steps, plan.steps_per_epoch)
     # An epoch of so many steps, twice.
     run.plan = replace(plan, num_images=min(plan.num_images, steps * plan.batch_size))
-    batches = run.batches(state, epochs=2)
+    batches, trainer = run.batches(state, epochs=2), EpochTrainer(run)
     for epoch in range(2):
         state.epochs_completed, state.steps_completed, state.seconds = epoch, 0, 0.0
-        for _ in train_one_epoch(run, state, batches):
-            pass
+        trainer.train_one_epoch(state, batches)
     epoch_seconds = state.seconds * plan.steps_per_epoch / steps
     evaluation_seconds = _evaluation_seconds(run)
     if not accelerator.is_main_process:

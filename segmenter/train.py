@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from accelerate.utils import broadcast
 
-from common.checkpoint import PeriodicSave, not_finite, save_checkpoint
+from common.checkpoint import Saver, not_finite
 from common.devices import peak_memory_mib
-from common.files import also_save_as, write_json
+from common.files import write_json
 from common.layout import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from common.logbook import Logbook
+from common.training import EpochTrainer
 from segmenter.build import Run, State, begin, build_run, checkpoint_content, result_content
 from segmenter.check import Task, all_settings
 from segmenter.config import SCORES, TrainConfig
-from segmenter.data import Batch
 from segmenter.drawing import draw_predictions
-from segmenter.epoch import train_one_epoch
 from segmenter.evaluate import evaluate_model
 from segmenter.schedule import learning_rate
 
@@ -42,23 +42,26 @@ def finetune(config: TrainConfig, task: Task) -> bool:
 def _fit(run: Run, state: State) -> bool:
     """Train to the end. Returns False if stopped by a signal."""
     epochs, logbook = run.config.optimisation.epochs, _open_logbook(run, state)
-    save_if_due = PeriodicSave(run.config.run.save_every_minutes, lambda: _save(run, state))
-    batches = run.batches(state, epochs)
     outcome = "failed"
-    try:
-        while state.epochs_completed < epochs:
-            to_its_end = _train_epoch(run, state, batches, logbook, save_if_due)
-            if not (to_its_end and _finish_epoch(run, state, logbook)):
-                _save(run, state)
-                logger.warning("stopped by a signal; run the same command again to continue")
-                outcome = "stopped"
-                break
-        else:
-            _finish_run(run, state)
-            outcome = "done"
-    finally:
-        if logbook is not None:
-            logbook.close(outcome)
+    with Saver(run.config.run.save_every_minutes) as saver:
+        progress = logbook.progress if logbook else None
+        trainer = EpochTrainer(run, progress, saver, lambda: _save(run, state, saver))
+        batches, stopped = run.batches(state, epochs), False
+        try:
+            while state.epochs_completed < epochs and not stopped:
+                stopped = trainer.train_one_epoch(state, batches)
+                stopped = stopped or not _finish_epoch(run, state, logbook, saver)
+            if stopped:
+                _save(run, state, saver)
+            saver.settle(wait=True)
+            if not stopped:
+                _finish_run(run, state)
+            outcome = "stopped" if stopped else "done"
+        finally:
+            if logbook is not None:
+                logbook.close(outcome)
+    if stopped:
+        logger.warning("stopped by a signal; run the same command again to continue")
     run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
     return outcome == "done"
 
@@ -77,26 +80,7 @@ def _open_logbook(run: Run, state: State) -> Logbook | None:
     )
 
 
-def _train_epoch(
-    run: Run,
-    state: State,
-    batches: Iterator[Batch],
-    logbook: Logbook | None,
-    save_if_due: PeriodicSave,
-) -> bool:
-    """Train, tell and save in between. Returns False if told to stop."""
-    steps = run.plan.steps_per_epoch
-    for seconds, stop in train_one_epoch(run, state, batches):
-        if logbook is not None:
-            done = state.epochs_completed + state.steps_completed / steps
-            logbook.progress.advance(done, run.plan.effective_batch_size, seconds)
-        if stop:
-            return False
-        save_if_due(at_end=state.steps_completed == steps)
-    return True
-
-
-def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> bool:
+def _finish_epoch(run: Run, state: State, logbook: Logbook | None, saver: Saver) -> bool:
     """Evaluate if it is time to, log and save. Returns False if told to stop while evaluating.
 
     A kill loses nothing: the log is cut back to the checkpoint on resume, so it is written first;
@@ -106,17 +90,15 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> bool:
     number = state.epochs_completed + 1
     damage = not_finite(run.model.state_dict())
     if damage:
-        raise RuntimeError(
-            f"{damage} is not finite after epoch {number}; the last checkpoint is from before. "
-            "A lower --lr or --clip-grad 1 may help"
-        )
+        raise RuntimeError(f"{damage} is not finite after epoch {number}; {run.remedy}")
     scores = None
     if number % optimisation.eval_every == 0 or number == optimisation.epochs:
-        _save(run, state)
+        _save(run, state, saver)
         scores = _evaluate(run, state, logbook)
         if scores is None:
             return False
     record = _epoch_record(run, state)
+    state.total_seconds += state.seconds
     state.epochs_completed, state.steps_completed = number, 0
     state.loss_sum = state.seconds = state.waited_seconds = 0.0
     state.unreadable_images = 0
@@ -129,9 +111,7 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None) -> bool:
         record |= {f"val_{name}": scores[name] for name in SCORES}
     if logbook is not None:
         logbook.add_epoch(record)
-    _save(run, state, best=is_best)
-    if logbook is not None:
-        logbook.saved()
+        _save(run, state, saver, best=is_best, afterwards=partial(logbook.saved, number))
     return True
 
 
@@ -161,7 +141,7 @@ def _epoch_record(run: Run, state: State) -> dict[str, Any]:
     steps, optimisation = run.plan.steps_per_epoch, run.config.optimisation
     updates = (state.epochs_completed + 1) * steps
     last = (updates - 1) / (steps * optimisation.epochs)
-    return {
+    record = {
         "epoch": state.epochs_completed + 1,
         "num_updates": updates,
         "train_loss": state.loss_sum / steps,
@@ -172,16 +152,27 @@ def _epoch_record(run: Run, state: State) -> dict[str, Any]:
         "epoch_seconds": state.seconds,
         "peak_memory_mib": peak_memory_mib(run.accelerator.device),
     }
+    scaling = run.update.loss_scaling()
+    if scaling is not None:
+        record |= {"loss_scale": scaling["scale"], "skipped_steps": scaling["skipped_steps"]}
+    return record
 
 
-def _save(run: Run, state: State, *, best: bool = False) -> None:
+def _save(
+    run: Run,
+    state: State,
+    saver: Saver,
+    *,
+    best: bool = False,
+    afterwards: Callable[[], None] | None = None,
+) -> None:
     """The first process writes checkpoint.pth, and best.pth first if this is the best."""
     if not run.accelerator.is_main_process:
         return
-    path = run.output_dir / (BEST if best else CHECKPOINT)
-    save_checkpoint(checkpoint_content(run, state), path)
+    path, also = run.output_dir / CHECKPOINT, None
     if best:
-        also_save_as(path, run.output_dir / CHECKPOINT)
+        path, also = run.output_dir / BEST, path
+    saver.save(checkpoint_content(run, state), path, also=also, afterwards=afterwards)
 
 
 def _finish_run(run: Run, state: State) -> None:

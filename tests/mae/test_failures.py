@@ -6,14 +6,15 @@ import time
 import numpy as np
 import pytest
 import torch
+from mae.epoch import steps_between_looks
 
 from common.checkpoint import save_checkpoint
 from common.layout import LOCK
 from common.lock import LockedError, hold
+from common.update import GuardedUpdate
 from mae.checkpoint import load_checkpoint
-from mae.epoch import steps_between_looks
 from mae.listing import make_listing
-from mae.optimisation import GuardedUpdate, make_optimizer
+from mae.optimisation import make_optimizer
 from mae.train import pretrain
 from tests.mae.conftest import (
     make_config,

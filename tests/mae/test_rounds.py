@@ -90,9 +90,9 @@ def _kill_after_the_log_line(rank):
 
 def _kill_before_step_11(rank):
     """SIGKILL inside the last epoch."""
-    from mae import optimisation
+    from common import update
 
-    step, calls = optimisation.GuardedUpdate.step, []
+    step, calls = update.GuardedUpdate.step, []
 
     def count_and_kill(self, *arguments):
         calls.append(1)
@@ -100,7 +100,7 @@ def _kill_before_step_11(rank):
             os.kill(os.getpid(), signal.SIGKILL)
         step(self, *arguments)
 
-    optimisation.GuardedUpdate.step = count_and_kill
+    update.GuardedUpdate.step = count_and_kill
 
 
 def _save_after_every_step(rank):
@@ -121,10 +121,10 @@ class _Hours:
 
 
 def _save_after_every_step_and_kill_before_step_5(rank):
-    from mae import optimisation
+    from common import update
 
     _save_after_every_step(rank)
-    step, calls = optimisation.GuardedUpdate.step, []
+    step, calls = update.GuardedUpdate.step, []
 
     def count_and_kill(self, *arguments):
         calls.append(1)
@@ -132,7 +132,7 @@ def _save_after_every_step_and_kill_before_step_5(rank):
             os.kill(os.getpid(), signal.SIGKILL)
         step(self, *arguments)
 
-    optimisation.GuardedUpdate.step = count_and_kill
+    update.GuardedUpdate.step = count_and_kill
 
 
 @pytest.mark.parametrize(

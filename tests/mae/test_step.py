@@ -6,6 +6,7 @@ AdamW's first moment after one step is a tenth of the gradient, so the checkpoin
 import pytest
 import torch
 
+from common.interruption import Interruption
 from mae.build import build_run
 from mae.data import collate
 from mae.masking import patchify
@@ -20,7 +21,7 @@ SPLITS = [(16, 1), (8, 1), (4, 1), (8, 2), (4, 2)]  # images per forward pass, p
 
 def first_step(in1k_dir, folder, **options):
     """A model as training starts with, and the normalised images and patterns of its step 0."""
-    run, _ = build_run(make_config(in1k_dir, folder, **ONE_STEP, **options))
+    run, _ = build_run(make_config(in1k_dir, folder, **ONE_STEP, **options), Interruption())
     batch = collate([run.images[0, index] for index in run.plan.order(0)[:16].tolist()])
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     return run.model, (batch.images / 255 - mean) / deviation, batch.pattern
@@ -31,7 +32,9 @@ def trained(processes, in1k_dir, folder, split, **options):
     batch_size, count = split
     config = make_config(in1k_dir, folder, **ONE_STEP, batch_size=batch_size, **options)
     assert processes.run(config, processes=count) == [0] * count
-    run, _ = build_run(make_config(in1k_dir, folder / "fresh", **ONE_STEP, **options))
+    run, _ = build_run(
+        make_config(in1k_dir, folder / "fresh", **ONE_STEP, **options), Interruption()
+    )
     names = {parameter: name for name, parameter in run.model.named_parameters()}
     state = torch.load(folder / "last.pth", weights_only=True)["optimizer"]["state"]
     groups = make_optimizer(run.model, config.optimisation).param_groups
