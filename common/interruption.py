@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -34,6 +36,30 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous:
             signal.signal(number, handler)
+
+    @contextmanager
+    def shielding_children(self) -> Iterator[None]:
+        """What is started in this context never gets a stop signal; this process notes them.
+
+        torchrun, Slurm and a terminal signal a whole process group: the processes that compile a
+        model would end, and its training fail instead of stopping.
+        """
+        done = threading.Event()
+
+        def receive() -> None:
+            while not done.is_set():
+                if signal.sigtimedwait(STOP_SIGNALS, 0.1) is not None:
+                    self._request(0, None)
+
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # is inherited
+        receiver = threading.Thread(target=receive, daemon=True)
+        receiver.start()
+        try:
+            yield
+        finally:
+            done.set()
+            receiver.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -12,12 +12,13 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 from common.checkpoint import Saver
@@ -134,6 +135,7 @@ class EpochTrainer:
         self.wishes = torch.zeros(2, dtype=torch.float64, device=self.device)  # to stop, to save
         self.first_bad_step = torch.full((), -1, device=self.device)  # by this process's own loss
         self.reads: deque[_Read] = deque()
+        self.has_stepped = False
 
     def train_one_epoch(self, state: TrainingState, batches: Iterator[Any]) -> bool:
         """Train to the end of the state's epoch, or until a signal. Returns True if stopped.
@@ -145,7 +147,8 @@ class EpochTrainer:
         self.run.prepared.train()
         while state.steps_completed < plan.steps_per_epoch:
             began = time.monotonic()
-            self._step(state, batches)
+            with self._compiling():
+                self._step(state, batches)
             state.steps_completed += 1
             at_end = state.steps_completed == plan.steps_per_epoch
             looks = at_end or state.steps_completed % self.steps_between_looks == 0
@@ -162,6 +165,13 @@ class EpochTrainer:
             if stop:
                 return True
         return False
+
+    def _compiling(self) -> AbstractContextManager[None]:
+        """Of the first step, in which the model may be compiled."""
+        is_compiled = self.run.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        shielding = is_compiled and not self.has_stepped
+        self.has_stepped = True
+        return self.run.interruption.shielding_children() if shielding else nullcontext()
 
     def _step(self, state: TrainingState, batches: Iterator[Any]) -> None:
         """One optimizer step. Each micro-batch is computed while the next is still being loaded."""

@@ -129,7 +129,7 @@ def make_peer(model: str, protocol: ProtocolConfig, num_classes: int) -> Encoder
 
 
 def our_step(accelerator: Accelerator, model: Segmenter, images: Tensor, labels: Tensor) -> Any:
-    """One step as `segmenter.epoch` takes it."""
+    """One step as `common.training` takes it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
     def step() -> None:

@@ -28,16 +28,19 @@ def time_finetuning(config: TrainConfig, task: Task, steps: int) -> dict[str, fl
     accelerator = make_accelerator(config.run)
     optimisation = config.optimisation
     config = replace(config, optimisation=replace(optimisation, epochs=max(2, optimisation.epochs)))
-    run, state = build_run(config, accelerator, Interruption(), task, None)
+    interruption = Interruption()
+    run, state = build_run(config, accelerator, interruption, task, None)
     setup_seconds = time.time() - psutil.Process().create_time()
     plan = run.plan
     steps = min(steps, plan.steps_per_epoch)
     # An epoch of so many steps, twice.
     run.plan = replace(plan, num_images=min(plan.num_images, steps * plan.batch_size))
     batches, trainer = run.batches(state, epochs=2), EpochTrainer(run)
-    for epoch in range(2):
-        state.epochs_completed, state.steps_completed, state.seconds = epoch, 0, 0.0
-        trainer.train_one_epoch(state, batches)
+    with interruption:
+        for epoch in range(2):
+            state.epochs_completed, state.steps_completed, state.seconds = epoch, 0, 0.0
+            if trainer.train_one_epoch(state, batches):
+                raise RuntimeError("stopped by a signal")
     epoch_seconds = state.seconds * plan.steps_per_epoch / steps
     evaluation_seconds = _evaluation_seconds(run)
     if not accelerator.is_main_process:

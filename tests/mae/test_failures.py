@@ -6,12 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from mae.epoch import steps_between_looks
 
 from common.checkpoint import save_checkpoint
 from common.layout import LOCK
 from common.lock import LockedError, hold
-from common.update import GuardedUpdate
 from mae.checkpoint import load_checkpoint
 from mae.listing import make_listing
 from mae.optimisation import make_optimizer
@@ -75,38 +73,6 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_process(in1k_dir, tmp_pa
     assert kept["epochs_completed"] == 2
     assert all(torch.isfinite(weight).all() for weight in kept["model"].values())
     assert '"state": "failed"' in (tmp_path / "progress.json").read_text()
-
-
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_nothing_is_updated_from_the_first_bad_step_on(tmp_path, bad):
-    layer = torch.nn.Linear(3, 2)
-    optimisation = make_config(tmp_path, tmp_path).optimisation
-    update = GuardedUpdate(make_optimizer(layer, optimisation), None)
-
-    def step(factor, loss):
-        (layer(torch.ones(1, 3)).sum() * factor).backward()
-        update.step(torch.tensor(loss), 0.1)
-        return layer.weight.detach().clone()
-
-    before = layer.weight.detach().clone()
-    good = step(1.0, 0.5)
-    assert not torch.equal(good, before)
-    nan = float("nan")
-    assert torch.equal(step(nan if bad == "gradient" else 1.0, nan if bad == "loss" else 0.5), good)
-    assert torch.equal(step(1.0, 0.5), good)
-    assert update.failed == 1
-    state = update.optimizer.state_dict()["state"]
-    assert all(torch.isfinite(value).all() for entry in state.values() for value in entry.values())
-
-
-def test_gradients_are_clipped_to_their_norm(tmp_path):
-    layer = torch.nn.Linear(3, 2, bias=False)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
-    update = GuardedUpdate(optimizer, 0.5)
-    before = layer.weight.detach().clone()
-    (layer(torch.ones(1, 3)).sum() * 100).backward()
-    update.step(torch.tensor(1.0), 1.0)
-    assert (before - layer.weight).norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_biases_norms_and_fixed_parts_do_not_decay(in1k_dir, tmp_path):
@@ -283,12 +249,6 @@ def test_a_save_that_finds_no_room_leaves_the_old_file_alone(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
     assert load_checkpoint(tmp_path / "last.pth", whole=False)["model"]["weight"].shape == (10,)
-
-
-def test_on_a_gpu_a_signal_waits_for_few_forward_passes():
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert [steps_between_looks(cuda, passes) for passes in (1, 4, 10, 64)] == [10, 2, 1, 1]
-    assert steps_between_looks(cpu, 1) == 1
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(

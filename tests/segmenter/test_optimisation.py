@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from common.update import GuardedUpdate
 from common.vit import VIT_SIZES, VitSize
 from segmenter.config import OptimisationConfig
 from segmenter.encoder import EncoderShape
 from segmenter.model import Segmenter, SegmenterShape
-from segmenter.optimisation import make_optimizer, set_learning_rate
+from segmenter.optimisation import make_optimizer
 
 ADAMW = OptimisationConfig(
     epochs=1, batch_size=1, optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=0.05,
@@ -83,7 +84,10 @@ def test_one_rate_and_no_decay_make_one_group(model):
 
 def test_the_schedules_rate_is_scaled_by_group(model):
     optimizer = make_optimizer(model, ADAMW)
-    set_learning_rate(optimizer, 0.8)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    update = GuardedUpdate(optimizer, None, scales_loss=False)
+    update.step(torch.tensor(0.5), torch.tensor(1.0), 0.8)
     assert {group["lr_scale"]: group["lr"] for group in optimizer.param_groups} == {
         0.125: 0.1, 0.25: 0.2, 0.5: 0.4, 1.0: 0.8,
     }  # fmt: skip

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import common.checkpoint
-import segmenter.epoch
+import segmenter.model
 from common.logbook import TIMING_KEYS
 from common.parsed import read_log
+from common.training import EpochTrainer
 from tests.segmenter.boxes import call, start, train_arguments
 from tests.tensorboard_events import scalars
 
@@ -123,7 +124,7 @@ def test_a_signal_saves_and_the_same_command_continues_exactly(
 ):
     """Step 2 is the end of an epoch: the signal then stops the evaluation."""
     steps = []
-    original = segmenter.epoch._step
+    original = EpochTrainer._step
 
     def interrupted(*arguments):
         steps.append(1)
@@ -131,7 +132,7 @@ def test_a_signal_saves_and_the_same_command_continues_exactly(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(segmenter.epoch, "_step", interrupted)
+    monkeypatch.setattr(EpochTrainer, "_step", interrupted)
     arguments = train_arguments(dataset, tmp_path / "run")
     assert call(*arguments).code == 75
     assert len(steps) == step
@@ -220,17 +221,17 @@ def test_resume_never_refuses_an_existing_run(dataset, finished, tmp_path, comma
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(dataset, tmp_path, command, monkeypatch):
-    original = segmenter.epoch.segmentation_loss
+    original = segmenter.model.segmentation_loss
     calls = []
 
     def poisoned(*arguments):
         calls.append(1)
         return original(*arguments) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(segmenter.epoch, "segmentation_loss", poisoned)
+    monkeypatch.setattr(segmenter.model, "segmentation_loss", poisoned)
     outcome = command(*train_arguments(dataset, tmp_path / "run"))
     assert outcome.code == 1
-    assert "not finite in epoch 2, step 2 of 2, on process 0" in outcome.err
+    assert "not finite on process 0, step 2 of 2 in epoch 2" in outcome.err
     assert "Traceback" not in outcome.err
     state = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
     assert (state["epochs_completed"], state["steps_completed"]) == (1, 0)
