@@ -144,7 +144,7 @@ def put_wheel(index: Path, name: str, version: str, *needs: str) -> str:
 
 @pytest.fixture
 def indexes(tmp_path: Path) -> Iterator[str]:
-    """The address of two package indexes on loopback: locked/ with what a lock names, and cu126/."""
+    """The address of two package indexes on loopback: locked/ for the lock, and cu126/."""
     served = tmp_path / "indexes"
     for name, version, *needs in [
         ("torch", "2.14.1+cu126", "triton==3.8.0", "nvidia-cublas-cu12", "filelock"),
@@ -177,9 +177,9 @@ def test_torch_comes_from_another_index_and_the_rest_from_the_lock(
     )
     lock = [("torch", "2.14.1"), ("torchvision", "0.29.1"), ("filelock", "3.1"),
             ("triton", "3.8.0"), ("nvidia-cublas", "13.1"), ("cuda-bindings", "13.5")]  # fmt: skip
-    lines = [f"{n}=={v}; python_version >= '3.10' --hash=sha256:{put_wheel(served / 'locked', n, v)}"
-             for n, v in lock]  # fmt: skip
-    (tree / "requirements.txt").write_text("\n".join(lines) + "\n")
+    hashed = [(f"{n}=={v}", put_wheel(served / "locked", n, v)) for n, v in lock]
+    lines = [f"{pin}; python_version >= '3.10' --hash=sha256:{sha}\n" for pin, sha in hashed]
+    (tree / "requirements.txt").write_text("".join(lines))
 
     def call(**torch_index: str) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
