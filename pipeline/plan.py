@@ -79,7 +79,7 @@ class Step:
 
     @property
     def lane(self) -> str:
-        """Steps of different lanes may run beside each other: scoring uses the GPUs kept for it."""
+        """Without GPUs, steps of different lanes may run beside each other."""
         return "evaluate" if self.kind == "probe" else self.kind
 
     @property

@@ -195,9 +195,9 @@ def _devices(step: Step) -> str:
     """What it runs on, in words."""
     if not step.devices_are_gpus:
         return "CPU"
-    several = f"{step.devices} GPU{'s' if step.devices > 1 else ''}"
-    spare = len(step.gpus or ()) > step.devices
-    return f"{several} of {','.join(map(str, step.gpus or ()))}" if spare else several
+    there = len(step.gpus or ())
+    several = f"{step.devices} of {there}" if there > step.devices else str(step.devices)
+    return f"{several} GPU{'' if several == '1' else 's'}"
 
 
 def _schedule_text(answer: Mapping[str, Any]) -> str:

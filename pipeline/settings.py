@@ -189,7 +189,7 @@ class Compute(OptionGroup):
         to_score_on = len(self.eval_gpus) or total
         if self.gpus_per_eval > max(to_score_on, 1):
             raise ValueError(
-                f"--gpus-per-eval {self.gpus_per_eval}: there are {to_score_on} to evaluate on"
+                f"--gpus-per-eval {self.gpus_per_eval}: the GPUs to evaluate on are {to_score_on}"
             )
         if gpus and self.num_processes not in (None, gpus):
             raise ValueError(
@@ -326,6 +326,11 @@ class Settings:
         if cluster.launcher == "local" and unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             yield f"{flags}: only used with --launcher slurm"
+        if cluster.launcher == "local" and experiment.eval is None and self.compute.scores_last:
+            yield (
+                "scores take fewer GPUs than pretraining, so they come after pretraining, side by "
+                "side; --eval-gpus keeps some for them meanwhile"
+            )
         for ratio in experiment.coverage_ratio:
             if 0 < ratio < 1:
                 yield f"--coverage-ratio is in percent: {ratio} % of the image"

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,24 @@ def test_each_gpu_kept_for_evaluation_is_a_lane_beside_pretraining(
     first = ("evaluate_four_channels_1", "evaluate_four_channels_1-evalseed1")
     assert at_once(records, *first, "pretrain_four_channels_2") == 3
     assert records["pretrain_four_channels_2"].devices == 6
+
+
+def test_a_score_takes_no_gpu_that_pretraining_waits_for(
+    settings: Make, machine_with: Callable[[int], None], locks: Path
+) -> None:
+    machine_with(2)
+    call = "--stack --model vit_base --baselines scratch --pretrain-epochs 1 --eval-epochs 1"
+    chosen = settings(f"{call} --num-gpus 2")
+    fetch, *steps = plan(chosen, locks)
+    folder = fetch.folder
+    fetch = replace(
+        standin(fetch, output_dir=folder, gpus=None, seconds=0.5), outputs=(folder / "result.json",)
+    )
+    code, records = run([fetch, *steps], chosen)
+    assert code == 0
+    pretrain, scratch = records["pretrain_four_channels_1"], records["evaluate_scratch_0"]
+    assert pretrain.started >= records[fetch.name].started + records[fetch.name].seconds
+    assert scratch.started >= pretrain.started + pretrain.seconds
 
 
 def test_a_score_may_take_several_gpus(

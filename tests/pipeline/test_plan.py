@@ -156,7 +156,7 @@ def test_the_table_says_what_each_step_runs_on(
         re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[3:5]
     )
     assert "2 GPUs" in pretrain
-    assert "1 GPU of 2,3" in evaluate
+    assert "1 of 2 GPUs" in evaluate
 
 
 def test_options_of_the_parts_are_passed_on_in_either_spelling(settings: Make) -> None:
@@ -256,8 +256,8 @@ def test_true_and_false_become_flags() -> None:
         ("--pretrain lr", "KEY=VALUE"),
         ("--num-gpus 2 --eval-gpus 2", "GPUs 0 to 1"),
         ("--eval-gpus 0 --num-gpus 1", "leaves no GPU"),
-        ("--num-gpus 4 --eval-gpus 3 --gpus-per-eval 2", "there are 1 to evaluate on"),
-        ("--num-gpus 0 --gpus-per-eval 2", "there are 0 to evaluate on"),
+        ("--num-gpus 4 --eval-gpus 3 --gpus-per-eval 2", "to evaluate on are 1"),
+        ("--num-gpus 0 --gpus-per-eval 2", "to evaluate on are 0"),
         ("--stack --mae-checkpoint /nowhere", "is not a file"),
         ("--mae-checkpoint /nowhere", "is not a file"),
         ("--segments-from mine", "choose one of own, borrowed, blob, block"),
@@ -335,6 +335,13 @@ def test_flags_without_effect_are_mentioned(settings: Make) -> None:
     first, second = settings("--nodes 2 --partition gpu --coverage-ratio 0.15").notes()
     assert first == "--nodes, --partition: only used with --launcher slurm"
     assert "0.15 % of the image" in second
+
+
+def test_scores_that_wait_for_the_end_are_mentioned(settings: Make) -> None:
+    (said,) = settings("--eval-freq 1 --num-gpus 8").notes()
+    assert "after pretraining" in said and "--eval-gpus" in said
+    for words in ("--num-gpus 8 --eval-gpus 7", "--num-gpus 1", "--eval scratch --num-gpus 8"):
+        assert list(settings(f"--eval-freq 1 {words}").notes()) == []
 
 
 def test_only_pretraining_is_spread_over_nodes(settings: Make) -> None:
