@@ -235,3 +235,19 @@ def test_what_is_made_on_other_numbers_of_gpus_is_done(
     paths = Layout(chosen.data.output_dir)
     for words in ("--num-gpus 8", "--num-gpus 2", "--num-gpus 0"):
         assert all(is_done(step, paths) for step in plan_of(settings(f"--eval scratch {words}")))
+
+
+def test_what_steps_beside_each_other_print_is_headed_by_their_names(
+    settings: Make, machine_with: Callable[[int], None], locks: Path
+) -> None:
+    machine_with(2)
+    chosen = settings("--eval scratch --eval-seeds 2 --num-gpus 2")
+    first, second = plan(chosen, locks)
+    output = io.BytesIO()
+    launcher = LocalLauncher(Layout(chosen.data.output_dir), overlaps=True, output=output)
+    assert benchmark.alternate([first, second], launcher, keep_going=True) == 0
+    assert f"==> {first.name} <==\nstarted".encode() in output.getvalue()
+    alone = replace(first, name="alone", folder=first.folder.with_name("alone"))
+    output.truncate(0)
+    assert benchmark.alternate([alone], launcher, keep_going=True) == 0
+    assert b"==>" not in output.getvalue()
