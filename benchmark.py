@@ -53,20 +53,23 @@ def run(settings: Settings) -> int:
 def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -> int:
     """Runs every step that is not done yet, each after those it needs.
 
-    In sequence that is the order of the plan: a round of pretraining, its evaluation, the next
-    round. With lanes that overlap, an evaluation runs beside the next round.
+    In sequence that is the order of the plan. Steps that have devices of their own run beside each
+    other; none takes a GPU for which an earlier one waits.
     """
     done = {step.name for step in steps if records.is_done(step, launcher.paths)}
     waiting = [step for step in steps if step.name not in done]
     failed = stopping = False
     with stop_signals() as signals:
         while waiting or launcher.running:
-            refused = []
-            for step in [s for s in waiting if done.issuperset(s.needs)]:
-                if launcher.has_room_for(step):
+            refused, kept = [], set[int]()
+            for step in list(waiting):
+                may_take = kept.isdisjoint(step.gpus or ()) and launcher.has_room_for(step)
+                if may_take and done.issuperset(step.needs):
                     say(f"\n== {step.name} ({len(done)} of {len(steps)} steps done)")
                     waiting.remove(step)
                     refused += launcher.start(step)
+                else:
+                    kept.update(step.gpus or ())
             for end in [*refused, *launcher.poll()]:
                 done |= {end.name} if end.state == "done" else set()
                 failed = failed or end.state == "failed"

@@ -9,7 +9,8 @@
 #           --pretrain-epochs 50 --eval-freq 5 --num-gpus 8
 #
 # Run the same command again to continue a run that was stopped. ./run_benchmark.sh --help lists the options.
-# PYTHON=/path/to/python uses an existing environment, VENV_DIR=DIR makes it elsewhere than in .venv.
+# PYTHON=/path/to/python uses an existing environment, VENV_DIR=DIR makes it elsewhere than in .venv,
+# TORCH_INDEX=URL takes torch and torchvision from another package index (environment.sh).
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 start="$PWD"

@@ -15,20 +15,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from common import cards
 from common.run import DeviceConfig, TrainingConfig
 
 logger = logging.getLogger(__name__)
-
-# Dense bf16 peak in FLOP/s by the name that CUDA gives, from the makers' data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "A10G": 70e12,
-}
 
 
 def make_accelerator(config: DeviceConfig) -> Accelerator:
@@ -43,7 +33,7 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     wanted = config.compile if isinstance(config, TrainingConfig) else "off"
     compiled = wanted == "on"
     if wanted == "auto" and on_cuda:
-        lacking = _lacks_to_compile()
+        lacking = lacks_to_compile()
         compiled = not lacking
         if lacking:
             logger.warning("there is no %s here: the model is not compiled", lacking)
@@ -65,12 +55,38 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
-    """The GPU of this process if there is one and it is not unwanted. Raises ValueError."""
+    """The GPU of this process if there is one and it is not unwanted.
+
+    Raises ValueError if a wanted one is not there, or torch has no kernels for it.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
+        raise ValueError(
+            f"--device cuda: {why_no_gpu()}; use --device cpu, or see ./run_benchmark.sh doctor"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    capability, archs = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not cards.has_kernels(capability, archs):
+        cuda = torch.version.cuda or ""
+        raise ValueError(
+            f"torch {torch.__version__} has no kernels for {device_name(device)}: use --device cpu "
+            f"or {cards.remedy(capability, cuda, archs)}"
+        )
+    return device
+
+
+def why_no_gpu() -> str:
+    """Why torch can use no GPU here, with both CUDA versions where the driver is too old."""
+    said = "there is none"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, too old, no GPU; built without
+        said = str(error).partition(". ")[0]
+    found = re.search(r"found version (\d+)(\d\d)\d\b", said)  # 12020 is 12.2
+    if found:
+        said = f"the NVIDIA driver is too old, it has CUDA {found[1]}.{int(found[2])}"
+    return f"torch {torch.__version__}, for CUDA {torch.version.cuda}, has no GPU: {said}"
 
 
 def choose_precision(
@@ -105,7 +121,7 @@ def _refuse_unconnected_processes() -> None:
         )
 
 
-def _lacks_to_compile() -> str:
+def lacks_to_compile() -> str:
     """What is missing: torch.compile and Triton build pieces of C at run time, on a GPU too."""
     if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
         return "C compiler (gcc or clang)"
@@ -145,7 +161,9 @@ def peak_memory_mib(device: torch.device) -> int:
     return kibibytes // 2**10
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a known GPU in FLOP/s, None for any other device."""
-    name = device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Dense peak of a known GPU in FLOP/s for "fp16", "bf16" or else fp32 (TF32 where it has it).
+
+    None for any other device, and for bf16 without hardware for it.
+    """
+    return cards.peak_flops(device_name(device), precision)

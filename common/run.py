@@ -16,6 +16,7 @@ from common.layout import LOCK, LOG, OF_RUNS, PROGRESS
 from common.options import OptionGroup, option
 
 MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
+PROCESSES_HERE = "SEGMAE_PROCESSES_HERE"  # environment: how many steps beside each other have
 MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms draw from
 
 
@@ -52,8 +53,8 @@ class DeviceConfig(PluginConfig):
         """By default the cores that are left to this process but one, at most 12."""
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) // max(1, number_of("LOCAL_WORLD_SIZE", 1))
-        return max(1, min(12, cores - 1))
+        processes = max(number_of("LOCAL_WORLD_SIZE", 1), number_of(PROCESSES_HERE, 1), 1)
+        return max(1, min(12, len(os.sched_getaffinity(0)) // processes - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

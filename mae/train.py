@@ -188,7 +188,7 @@ def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, An
     scaling = run.update.loss_scaling()
     if scaling is not None:
         record |= {"loss_scale": scaling["scale"], "skipped_steps": scaling["skipped_steps"]}
-    peak = peak_flops(device)
+    peak = peak_flops(device, run.accelerator.mixed_precision)
     if peak is not None:
         record["mfu"] = flops / state.seconds / (peak * run.accelerator.num_processes)
     if heldout is None:

@@ -208,7 +208,7 @@ def _gpu_figures(
     _wait(device)
     images_per_second = size / milliseconds * 1e3
     flops = training_flops(config, make_method(MethodConfig(mask_method=method), config))
-    peak = peak_flops(device)
+    peak = peak_flops(device, "bf16")
     return {
         "images_per_second": images_per_second,
         "mfu": flops * images_per_second / peak if peak else None,

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
+from common import cards
 from pipeline import machine
 from pipeline.estimate import kept_bytes
 from pipeline.machine import GIB
+from pipeline.parts import ask, part_command
 from pipeline.plan import Step
 from pipeline.preview import checked_plan
 from pipeline.settings import Settings
 from pipeline.terminal import aligned
 
 _LITTLE_MEMORY_GIB = 2.0
+_SET_UP = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
+_UNUSED_SHARE = 0.9  # of a GPU's memory is free where nobody else uses it
 
 
 class Finding(NamedTuple):
@@ -53,9 +56,7 @@ def findings_text(findings: list[Finding]) -> str:
 
 def _software() -> Iterator[Finding]:
     for name, version in machine.versions().items():
-        fix = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
-        missing = version == "not installed"
-        yield Finding(name, version, fix if missing else "")
+        yield Finding(name, version, _SET_UP if version == "not installed" else "")
 
 
 def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
@@ -64,10 +65,10 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     fix = ""
     if (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local":
         fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
-    yield Finding("devices", ", ".join(gpus) or "no GPU, CPU only", fix)
-    if gpus and not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
-        fix = "install gcc (Debian: build-essential, python3-dev), or models run uncompiled"
-        yield Finding("C compiler", "none", fix)
+    listed = ", ".join(f"{count} x {name}" for name, count in Counter(gpus).items())
+    yield Finding("devices", listed or "no GPU, CPU only", fix)
+    if gpus and wanted != 0:
+        yield from _torch_on(machine.gpus())
     processes = compute.num_processes or (len(gpus) if wanted is None else wanted) or 1
     workers = groups["parts"].pretrain.get("workers")
     text = f"{cores} cores, {processes} processes"
@@ -87,6 +88,53 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
         fix = "give it more (docker: --shm-size=16g), or use workers=0"
         too_little = free < 1 and workers != 0
         yield Finding("shared memory", f"{free:.1f} GiB free", fix if too_little else "")
+
+
+def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
+    """What the installed torch makes of the GPUs that nvidia-smi lists."""
+    try:
+        torch = ask([part_command(["common.gpus"], {})])[0]
+    except ValueError as error:
+        yield Finding("torch on GPUs", "it cannot be asked", str(error).replace("\n", "; "))
+        return
+    misfits, seen, visible = list(_misfits(torch, gpus)), len(torch["gpus"]), machine.visible_gpus()
+    yield from misfits
+    if seen < len(visible) and not misfits:
+        text = torch["error"] or f"torch sees {seen} of {len(visible)}"
+        fix = "see that this user and container may use them; of slices (MIG) a process sees one"
+        yield Finding("torch on GPUs", text, fix)
+    for index, gpu in enumerate(torch["gpus"]):
+        free, total = gpu["free_bytes"] / GIB, gpu["total_bytes"] / GIB
+        text = f"{free:.1f} of {total:.1f} GiB free, {'' if gpu['bf16'] else 'no '}bf16 in hardware"
+        fix = "" if free > _UNUSED_SHARE * total else "nvidia-smi names the programs that use it"
+        if gpu["error"]:
+            text = f"torch cannot compute on it: {gpu['error']}"
+            fix = misfits[0].fix if misfits else "nvidia-smi -q shows whether the card is in order"
+        yield Finding(f"GPU {index}", text, fix)
+    if torch["lacks_to_compile"]:
+        fix = "install it, or models run uncompiled (Debian: build-essential, python3-dev)"
+        yield Finding("compiling", f"there is no {torch['lacks_to_compile']}", fix)
+
+
+def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Finding]:
+    """Cards and drivers that this build of torch is not made for, each kind once."""
+    build, cuda, archs = f"torch {torch['torch']}", torch["cuda"], torch["archs"]
+    if not cuda:
+        yield Finding("torch on GPUs", f"{build} is built without CUDA", _SET_UP)
+        return
+    needed = cards.least_driver(cuda)
+    for name, capability, driver in dict.fromkeys((g.name, g.capability, g.driver) for g in gpus):
+        causes = []
+        if driver < needed:
+            causes.append(
+                f"CUDA {cuda} of {build} needs driver {needed} or newer, here is {driver}"
+            )
+        if capability is not None and not cards.has_kernels(capability, archs):
+            has, lacks = " ".join(archs), "sm_{}{}".format(*capability)
+            causes.append(f"{build} has kernels for {has}, not for {lacks}")
+        if causes:
+            fix = cards.remedy(capability, cuda, archs, driver)
+            yield Finding(name, "; ".join(causes), fix)
 
 
 def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:

@@ -33,6 +33,9 @@ def estimate_run(settings: Settings) -> str:
     disk = f"disk: about {kept / GIB:.1f} GiB will be kept, {free / GIB:.0f} GiB are free"
     total = wall_seconds(left, seconds, overlaps=settings.compute.overlaps)
     wall = f"wall time: {duration(total)} ({total / 3600:.2f} h)"
+    in_turn = sum(seconds.values())
+    if in_turn > total:
+        wall += f"; one step after another it would be {duration(in_turn)}"
     return f"{_table(left, seconds)}\n{wall}\n{disk}"
 
 
@@ -98,11 +101,21 @@ def _table(left: Sequence[Step], seconds: Mapping[str, float]) -> str:
 
 
 def wall_seconds(left: Sequence[Step], seconds: Mapping[str, float], *, overlaps: bool) -> float:
-    """From start to end: a sum in sequence; with overlap, each kind of step has its own lane."""
-    lane_free: dict[str, float] = {}
+    """From start to end, as `benchmark.alternate` has it.
+
+    A step waits for as many of its GPUs as it takes; without, for its lane: one, or with overlap
+    one for each kind of step.
+    """
+    free_at: dict[int | str, float] = {}
     ends: dict[str, float] = {}
     for step in left:
-        lane = step.lane if overlaps else "the only one"
-        begin = max([lane_free.get(lane, 0.0), *(ends.get(need, 0.0) for need in step.needs)])
-        ends[step.name] = lane_free[lane] = begin + seconds.get(step.name, 0.0)
+        lanes: Sequence[int | str] = step.gpus or [step.lane if overlaps else "the only one"]
+        taken = sorted(lanes, key=lambda lane: free_at.get(lane, 0.0))[: step.processes]
+        begin = max(
+            *(free_at.get(lane, 0.0) for lane in taken),
+            *(ends.get(need, 0.0) for need in step.needs),
+            0.0,
+        )
+        ends[step.name] = begin + seconds.get(step.name, 0.0)
+        free_at |= dict.fromkeys(taken, ends[step.name])
     return max(ends.values(), default=0.0)

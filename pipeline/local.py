@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 from common.console import EXIT_STOPPED
 from common.layout import PROGRESS
 from common.parsed import StepProgress, read_json
+from common.run import PROCESSES_HERE
 from pipeline import machine, process
 from pipeline.layout import Layout
 from pipeline.machine import GIB
@@ -32,22 +34,31 @@ class _Running:
     step: Step
     child: process.Child
     record: Record
+    gpus: tuple[int, ...]
 
 
 class LocalLauncher:
-    """Up to one step in each lane: one lane, or several if evaluations overlap."""
+    """Steps on GPUs of their own beside each other; without, one step, or one in each lane."""
 
     def __init__(self, paths: Layout, *, overlaps: bool, output: BinaryIO | None = None):
-        """`output` is where the steps' output is shown, standard output unless given."""
+        """overlaps: whether several run at once. output: where theirs is shown, else stdout."""
         self.paths = paths
         self.overlaps = overlaps
         self.output = output or sys.stdout.buffer
         self.running: list[_Running] = []
         self._line_drawn = False
+        self._shown = ""
 
     def has_room_for(self, step: Step) -> bool:
         """Whether the step could start now."""
+        if step.gpus is not None:
+            return len(self._free(step)) >= step.processes
         return all(self.overlaps and r.step.lane != step.lane for r in self.running)
+
+    def _free(self, step: Step) -> list[int]:
+        """The GPUs that it may use and no running step has."""
+        taken = {gpu for running in self.running for gpu in running.gpus}
+        return [gpu for gpu in step.gpus or () if gpu not in taken]
 
     def start(self, step: Step) -> list[Record]:
         """Starts the step; an orphan of an earlier, killed run is waited for first.
@@ -64,12 +75,14 @@ class LocalLauncher:
         earlier = read_record(self.paths, step.name)
         # A rolling progress file of the round before would be taken for this one's.
         (step.folder / PROGRESS).unlink(missing_ok=True)
-        child = process.Child(step.command, step.console_log, mark, environment(step))
+        gpus = tuple(self._free(step)[: step.processes])
+        child = process.Child(step.command, step.console_log, mark, environment(step, gpus))
         job = os.environ.get("SLURM_JOB_ID", "")
         where = {"host": socket.gethostname(), "pid": child.pid, "job_id": job}
         record = Record.of(step, "running", earlier, started=time.time(), **where)
         write_record(self.paths, record)
-        self.running.append(_Running(step, child, record))
+        self.running.append(_Running(step, child, record, gpus))
+        self._shown = step.name  # benchmark.py has said so
         return []
 
     def poll(self) -> list[Record]:
@@ -77,7 +90,7 @@ class LocalLauncher:
         finished = []
         for running in list(self.running):
             exit_code = running.child.exit_code()  # before its last output is read
-            self._show(running.child.new_output())
+            self._show(running.child.new_output(), running.step)
             if exit_code is not None:
                 process.end_marked(running.child.mark)
                 self.running.remove(running)
@@ -117,10 +130,14 @@ class LocalLauncher:
         write_record(self.paths, record)
         return record
 
-    def _show(self, output: bytes) -> None:
+    def _show(self, output: bytes, step: Step) -> None:
+        """Of several steps in turn, each part is headed by the step's name, as tail does it."""
         if output:
-            self._write((b"\r\x1b[2K" if self._line_drawn else b"") + output)
-            self._line_drawn = False
+            head = b"\r\x1b[2K" if self._line_drawn else b""
+            if self._shown != step.name:
+                head += f"==> {step.name} <==\n".encode()
+            self._write(head + output)
+            self._line_drawn, self._shown = False, step.name
 
     def _write(self, output: bytes) -> None:
         """Shown if somebody still listens; it stands in console.log in any case."""
@@ -160,8 +177,11 @@ def shortage(step: Step) -> str:
     )
 
 
-def environment(step: Step) -> dict[str, str]:
-    """What the step's process needs beside this process's environment."""
+def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
+    """What the step's process needs beside this process's environment.
+
+    gpus: those that it gets, by default the first of those that it may use.
+    """
     # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
     added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}"}
     if step.options.get("device") == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
@@ -169,8 +189,10 @@ def environment(step: Step) -> dict[str, str]:
         # ten times slower than threads that sleep (measured with vit_tiny).
         added["OMP_WAIT_POLICY"] = "PASSIVE"
     if step.gpus is not None:
-        visible = machine.visible_gpus()
-        added["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] for gpu in step.gpus)
+        visible, gpus = machine.visible_gpus(), gpus or step.gpus[: step.processes]
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] for gpu in gpus)
+        # One process for each GPU, of this step or beside it: they share the cores.
+        added[PROCESSES_HERE] = str(len(step.gpus))
     return added
 
 

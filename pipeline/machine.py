@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from common import run
+from common.cards import Capability
 from pipeline.process import REPO_ROOT
 
 GIB = 2**30
@@ -32,7 +35,7 @@ def hardware() -> dict[str, Any]:
         "processor": _processor(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "gpus": gpu_names(),
+        "gpus": [gpu.name for gpu in gpus()],
     }
 
 
@@ -43,17 +46,44 @@ def _processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def gpu_names() -> list[str]:
-    """The GPUs' names as nvidia-smi gives them; empty where there is none."""
-    return _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+class Gpu(NamedTuple):
+    """A card as nvidia-smi lists it; slices of it (MIG) are no cards."""
+
+    name: str
+    driver: int
+    """The branch, such as 580."""
+    memory_gib: float
+    capability: Capability | None
+    """None where nvidia-smi is too old to tell."""
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that the driver has; empty where there is no nvidia-smi or it fails."""
+    fields = "--query-gpu=name,driver_version,memory.total"
+    form = "--format=csv,noheader,nounits"
+    lines = _said("nvidia-smi", f"{fields},compute_cap", form) or _said("nvidia-smi", fields, form)
+    return [_gpu(line) for line in lines]
+
+
+def _gpu(line: str) -> Gpu:
+    name, driver, memory, *rest = line.split(", ")
+    capability = re.fullmatch(r"(\d+)\.(\d+)", rest[0]) if rest else None
+    return Gpu(
+        name=name,
+        driver=int(driver.partition(".")[0]),
+        memory_gib=float(memory) * 2**20 / GIB if memory.isdecimal() else 0.0,
+        capability=(int(capability[1]), int(capability[2])) if capability else None,
+    )
 
 
 def visible_gpus() -> list[str]:
     """Indices or ids of the GPUs this process may use, found without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [part.strip() for part in visible.split(",") if part.strip()]
-    return [str(index) for index, _ in enumerate(gpu_names())]
+    if visible is None:
+        return [str(index) for index, _ in enumerate(gpus())]
+    # As CUDA reads it: from -1, or whatever else is none, the rest does not count.
+    named = (part.strip() for part in visible.split(","))
+    return list(takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, named))
 
 
 def _said(*command: str) -> list[str]:

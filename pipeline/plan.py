@@ -56,7 +56,7 @@ class Step:
     older: Mapping[str, Any] = field(default_factory=dict)
     """What these settings count as where an earlier version's record does not have them."""
     gpus: tuple[int, ...] | None = None
-    """GPUs to pin the step to; None = all that are visible."""
+    """GPUs of this machine, of which it gets one for each process; None = all that are visible."""
     rendezvous: tuple[str, ...] = ("--standalone",)
     """How torchrun's processes find each other; one machine picks a free port by itself."""
     answer: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Step:
 
     @property
     def lane(self) -> str:
-        """Steps of different lanes may run beside each other: scoring uses the GPUs kept for it."""
+        """Without GPUs, steps of different lanes may run beside each other."""
         return "evaluate" if self.kind == "probe" else self.kind
 
     @property
@@ -101,7 +101,10 @@ class Step:
 def make_plan(
     settings: Settings, facts: Facts, made: Mapping[Run, str] | None = None
 ) -> list[Step]:
-    """The steps in the order in which one machine would take them.
+    """The steps in the order in which one machine takes them.
+
+    Scores that take less than the GPUs of a pretraining come after all of it, side by side, unless
+    GPUs are kept for them.
 
     facts: what the parts know. made: names of runs that are in the output directory already, where
     an earlier version gave them another name than theirs.
@@ -131,6 +134,8 @@ def make_plan(
             steps.append(plan.pretrain(run, name, epochs, previous))
             previous = (steps[-1].name,)
             steps += plan.score(run, name, epochs, needs=previous)
+    if settings.cluster.launcher == "local" and settings.compute.scores_last:
+        steps.sort(key=lambda step: {"probe": 1, "evaluate": 2}.get(step.kind, 0))
     return steps
 
 
@@ -242,7 +247,7 @@ class _Planner:
             name=f"pretrain_{name}_{epochs}", kind="pretrain", run=name, epochs=epochs,
             program=("mae", "pretrain"), options=placed, needs=needs, folder=folder,
             processes=settings.compute.processes,
-            gpus=settings.compute.pretrain_gpus if settings.compute.eval_gpus else None,
+            gpus=self._gpus(settings.compute.pretrain_gpus),
             outputs=tuple(path(folder, epochs) for path in outputs),
             **self._decided("pretrain", options),
         )  # fmt: skip
@@ -302,8 +307,12 @@ class _Planner:
     @property
     def _scoring_devices(self) -> dict[str, Any]:
         compute = self.settings.compute
-        processes = len(compute.eval_gpus) or compute.processes
-        return {"processes": processes, "gpus": compute.eval_gpus or None}
+        processes = compute.gpus_per_eval if compute.num_gpus else compute.processes
+        return {"processes": processes, "gpus": self._gpus(compute.scoring_gpus)}
+
+    def _gpus(self, those: tuple[int, ...]) -> tuple[int, ...] | None:
+        """None on the CPU, and in a Slurm job, which sees its own only."""
+        return those if those and self.settings.cluster.launcher == "local" else None
 
     def _scored(self, run: Run, name: str, epochs: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options of whatever scores a checkpoint: those of the plan, and those that were given."""

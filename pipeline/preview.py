@@ -163,11 +163,11 @@ def show(settings: Settings, *, verbose: bool) -> None:
     done = {step.name for step in steps if is_done(step, paths)}
     say(f"{len(steps)} steps, {len(done)} done, in {paths.root}\n")
     numbers = {step.name: str(number) for number, step in enumerate(steps, start=1)}
-    rows = [("", "step", "what it does", "after", "")]
+    rows = [("", "step", "what it does", "on", "after", "")]
     for step in steps:
         after = ", ".join(numbers[need] for need in step.needs) or "-"
         state = "done" if step.name in done else "to do"
-        rows.append((numbers[step.name], step.name, _what(step), after, state))
+        rows.append((numbers[step.name], step.name, _what(step), _devices(step), after, state))
     say(aligned(rows, right=(0,)))
     for step in steps if verbose else ():
         say(f"\n{numbers[step.name]}  {shlex.join(step.command)}")
@@ -189,6 +189,15 @@ def _what(step: Step) -> str:
         "probe": f"probe the frozen encoder, seed {options.get('seed')}",
         "evaluate": f"finetune and score, seed {options.get('seed')}",
     }[step.kind]
+
+
+def _devices(step: Step) -> str:
+    """What it runs on, in words."""
+    if not step.devices_are_gpus:
+        return "CPU"
+    there = len(step.gpus or ())
+    several = f"{step.devices} of {there}" if there > step.devices else str(step.devices)
+    return f"{several} GPU{'' if several == '1' else 's'}"
 
 
 def _schedule_text(answer: Mapping[str, Any]) -> str:

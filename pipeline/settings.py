@@ -160,6 +160,10 @@ class Compute(OptionGroup):
         "Evaluate on these, such as 6,7, beside pretraining on the others.", (),
         at_least=0, neutral=True,
     )  # fmt: skip
+    gpus_per_eval: int = option(
+        "GPUs of one finetuning or probe; several run side by side.", 1,
+        at_least=1, at_most=MOST_PROCESSES, neutral=True,
+    )  # fmt: skip
     overlap: bool = option("Evaluate beside pretraining on the CPU too.", False, neutral=True)
 
     def resolved(self, cluster: Cluster, gpus_here: int) -> Compute:
@@ -182,6 +186,11 @@ class Compute(OptionGroup):
         gpus = total - len(self.eval_gpus)
         if self.eval_gpus and not gpus:
             raise ValueError("--eval-gpus leaves no GPU for pretraining")
+        to_score_on = len(self.eval_gpus) or total
+        if self.gpus_per_eval > max(to_score_on, 1):
+            raise ValueError(
+                f"--gpus-per-eval {self.gpus_per_eval}: the GPUs to evaluate on are {to_score_on}"
+            )
         if gpus and self.num_processes not in (None, gpus):
             raise ValueError(
                 f"--num-processes {self.num_processes} with {gpus} GPUs for pretraining: every GPU "
@@ -200,9 +209,19 @@ class Compute(OptionGroup):
         return self.num_processes or 1
 
     @property
+    def scoring_gpus(self) -> tuple[int, ...]:
+        """Those kept for evaluation, or else all."""
+        return self.eval_gpus or self.pretrain_gpus
+
+    @property
+    def scores_last(self) -> bool:
+        """Whether a score in between would keep pretraining waiting and leave GPUs idle."""
+        return not self.eval_gpus and self.gpus_per_eval < (self.num_gpus or 0)
+
+    @property
     def overlaps(self) -> bool:
-        """Whether evaluations run beside pretraining."""
-        return self.overlap or bool(self.eval_gpus)
+        """Whether steps run beside each other: GPUs are handed out, on the CPU it is asked for."""
+        return self.overlap or bool(self.num_gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +326,11 @@ class Settings:
         if cluster.launcher == "local" and unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             yield f"{flags}: only used with --launcher slurm"
+        if cluster.launcher == "local" and experiment.eval is None and self.compute.scores_last:
+            yield (
+                "scores take fewer GPUs than pretraining, so they come after pretraining, side by "
+                "side; --eval-gpus keeps some for them meanwhile"
+            )
         for ratio in experiment.coverage_ratio:
             if 0 < ratio < 1:
                 yield f"--coverage-ratio is in percent: {ratio} % of the image"

@@ -124,7 +124,7 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
         "cpus_per_task": cpus,
         # Since Slurm 22.05 srun does not take it over from sbatch: the task would get one core.
         "srun_args": asked_cpus and [f"--cpus-per-task={asked_cpus}"],
-        "gpus_per_node": _gpus(settings, step) or None,
+        "gpus_per_node": step.devices if step.devices_are_gpus else None,
         "partition": cluster.partition,
         "qos": cluster.qos,
         "time": cluster.minutes,
@@ -135,18 +135,13 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
     return {key: value for key, value in chosen.items() if value is not None}
 
 
-def _gpus(settings: Settings, step: Step) -> int:
-    """GPUs of a step's job on each node."""
-    return settings.compute.num_gpus or 0 if step.devices_are_gpus else 0
-
-
 def cpus_per_task(settings: Settings, step: Step) -> int | None:
     """CPUs of a job on each node: for its processes and their loader workers.
 
     At most what the largest node has, so that the job can start. None leaves it to the user's
     --sbatch, or for a single process on the CPU to the site.
     """
-    gpus, cluster = _gpus(settings, step), settings.cluster
+    gpus, cluster = step.devices if step.devices_are_gpus else 0, settings.cluster
     is_given = bool({"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys())
     if is_given or not (gpus or step.processes > 1):
         return None

@@ -31,6 +31,18 @@ def main() -> int:
     behaviour = value("--behaviour")
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(f"started {os.getpid()}\n")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "--gpus" in sys.argv else []
+    locks = [Path(value("--gpus")) / gpu for gpu in gpus]
+    for lock in locks:
+        lock.touch(exist_ok=False)  # another step has it: this one fails
+    try:
+        return work(folder, behaviour)
+    finally:
+        for lock in locks:
+            lock.unlink()
+
+
+def work(folder: Path, behaviour: str) -> int:
     if behaviour == "fail":
         sys.stdout.write("the reason\n")
         return 3

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.version import cuda
 
+from pipeline import doctor
 from pipeline.doctor import Finding, examine, findings_text
 from pipeline.settings import GROUPS, Compute, Parts, Settings
+from tests.pipeline.programs import fake_program, run_benchmark
+
+LOCKED = {
+    "torch": "2.14.1+cu130", "cuda": "13.0", "lacks_to_compile": "", "error": "no GPU", "gpus": [],
+    "archs": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"],
+}  # fmt: skip
+CARD = {"error": "", "free_bytes": 2**35, "total_bytes": 2**35, "bf16": True}
 
 
 def to_fix(**groups: object) -> list[str]:
@@ -39,3 +51,77 @@ def test_what_to_fix_is_marked_with_its_remedy() -> None:
     assert findings_text(found).splitlines() == [
         *("ok   a   good", "FIX  bb  bad", "         -> do it", "1 to fix"),
     ]
+
+
+@pytest.mark.skipif(
+    not (cuda or "").startswith("13."), reason="torch is not the lock's, but of TORCH_INDEX"
+)
+def test_eight_v100_with_the_locked_torch_are_told_the_cause_and_the_command(
+    tmp_path: Path,
+) -> None:
+    """The command as a user calls it; torch itself is asked, and sees none of these cards."""
+    cards = ["echo 'Tesla V100-SXM2-32GB, 535.104.05, 32768, 7.0'"] * 8
+    fake_program(tmp_path / "bin", "nvidia-smi", "\n".join(cards))
+    done = run_benchmark("doctor", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1
+    assert any("8 x Tesla V100-SXM2-32GB" in line for line in lines)
+    at = next(n for n, line in enumerate(lines) if line.startswith("FIX  Tesla V100"))
+    assert "needs driver 580 or newer, here is 535" in lines[at]
+    assert f"torch {version('torch')}" in lines[at] and "not for sm_70" in lines[at]
+    assert "-> TORCH_INDEX=URL ./run_benchmark.sh" in lines[at + 1]
+
+
+def on_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: str, **torch: object
+) -> dict[str, Finding]:
+    """What is found on one card where torch answers so."""
+    fake_program(tmp_path / "bin", "nvidia-smi", f"echo '{card}'")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(doctor, "ask", lambda commands: [LOCKED | torch])
+    given = {name: group() for name, group in GROUPS.items()}
+    return {f.subject: f for f in examine(lambda: pytest.fail("no run was asked for"), given)}
+
+
+H100 = "NVIDIA H100 80GB HBM3, 580.65.06, 81559, 9.0"
+
+
+def test_a_card_that_computes_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = on_gpus(monkeypatch, tmp_path, H100, error="", gpus=[CARD])
+    assert found["GPU 0"].text == "32.0 of 32.0 GiB free, bf16 in hardware"
+    assert [f.subject for f in found.values() if f.fix] == []
+
+
+@pytest.mark.parametrize(
+    ("torch", "subject", "text", "fix"),
+    [
+        ({"gpus": [CARD | {"free_bytes": 2**34}]}, "GPU 0", "16.0 of 32.0", "programs that use it"),
+        (
+            {"gpus": [CARD | {"error": "ECC"}]},
+            "GPU 0",
+            "cannot compute on it: ECC",
+            "nvidia-smi -q",
+        ),
+        ({}, "torch on GPUs", "no GPU", "container"),
+        ({"cuda": None, "archs": []}, "torch on GPUs", "without CUDA", "./run_benchmark.sh"),
+        ({"lacks_to_compile": "C compiler"}, "compiling", "no C compiler", "python3-dev"),
+    ],
+)
+def test_what_torch_lacks_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    torch: dict[str, object], subject: str, text: str, fix: str,
+) -> None:  # fmt: skip
+    finding = on_gpus(monkeypatch, tmp_path, H100, **torch)[subject]
+    assert text in finding.text
+    assert fix in finding.fix
+
+
+def test_a_card_that_fails_for_want_of_kernels_is_told_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = "Tesla V100-SXM2-32GB, 580.65.06, 32768, 7.0"
+    broken = CARD | {"error": "no kernel image is available", "bf16": False}
+    found = on_gpus(monkeypatch, tmp_path, card, error="", gpus=[broken])
+    assert "driver" not in found["Tesla V100-SXM2-32GB"].text
+    assert found["GPU 0"].fix == found["Tesla V100-SXM2-32GB"].fix

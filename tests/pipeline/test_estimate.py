@@ -65,6 +65,30 @@ def test_evaluations_beside_pretraining_take_no_time_of_their_own(settings: Make
     assert wall_seconds(steps, seconds, overlaps=True) == 30
 
 
+def test_ten_finetunings_on_eight_gpus_are_two_waves_after_pretraining(settings: Make) -> None:
+    call = "--pretrain-epochs 10 --eval-freq 1"
+    shared = plan_of(settings(f"{call} --num-gpus 8"))
+    hours = {"pretrain": 0.25, "evaluate": 2.0}
+    seconds = {step.name: hours[step.kind] for step in shared}
+    assert wall_seconds(shared, seconds, overlaps=True) == 10 * 0.25 + 2 * 2.0
+    kept = plan_of(settings(f"{call} --num-gpus 8 --eval-gpus 6,7"))
+    # Two lanes of five: the first starts with the first checkpoint, the second with the next.
+    assert wall_seconds(kept, seconds, overlaps=True) == 0.25 + 0.25 + 5 * 2.0
+    pairs = plan_of(settings(f"{call} --num-gpus 8 --gpus-per-eval 2"))
+    assert wall_seconds(pairs, seconds, overlaps=True) == 10 * 0.25 + 3 * 2.0  # 4, 4, 2
+
+
+def test_the_estimate_says_what_running_beside_each_other_gains(
+    settings: Make, timed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "checked_plan", plan_of)
+    said = estimate.estimate_run(settings("--pretrain-epochs 4 --eval-freq 2 --num-gpus 2"))
+    # two rounds of 5 + 2 x 10 seconds; two finetunings of 1 + 6 x 2 + 3 x 30 at once
+    assert "wall time: 2 min 33 s (0.04 h); one step after another it would be 4 min 16 s" in said
+    everything = next(line for line in said.splitlines() if line.startswith("all"))
+    assert everything.split()[-1] == f"{(2 * 50 + 2 * 103) / 3600:.2f}"
+
+
 def test_what_is_kept_is_counted_by_the_sizes_that_the_parts_give(settings: Make) -> None:
     steps = plan_of(settings("--pretrain-epochs 2 --eval-freq 1"))
     steps = [replace(step, answer={"checkpoint_bytes": 100}) for step in steps]

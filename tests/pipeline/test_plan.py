@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import preview
 from pipeline.layout import Layout
 from pipeline.parts import as_arguments
 from pipeline.plan import Step, make_plan, nodes_of
@@ -134,6 +135,30 @@ def test_eval_gpus_are_taken_off_pretraining(settings: Make) -> None:
     assert (evaluate.gpus, evaluate.processes) == ((3,), 1)
 
 
+def test_scores_of_one_gpu_come_after_all_pretraining_that_needs_more(settings: Make) -> None:
+    call = "--pretrain-epochs 2 --eval-freq 1 --probe-freq 1 --baselines scratch"
+    steps = plan_of(settings(call + " --num-gpus 8"))
+    assert [step.kind for step in steps] == ["pretrain"] * 2 + ["probe"] * 3 + ["evaluate"] * 3
+    assert [step.gpus for step in steps] == [tuple(range(8))] * 8
+    assert [step.processes for step in steps] == [8] * 2 + [1] * 6
+    in_turn = [step.kind for step in plan_of(settings(call))]
+    for words in ("--num-gpus 8 --gpus-per-eval 8", "--num-gpus 1", "--num-gpus 8 --eval-gpus 7"):
+        assert [step.kind for step in plan_of(settings(f"{call} {words}"))] == in_turn
+
+
+def test_the_table_says_what_each_step_runs_on(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = settings("--pretrain-epochs 1 --num-gpus 4 --eval-gpus 2,3")
+    monkeypatch.setattr(preview, "checked_plan", plan_of)
+    preview.show(chosen, verbose=False)
+    pretrain, evaluate = (
+        re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[3:5]
+    )
+    assert "2 GPUs" in pretrain
+    assert "1 of 2 GPUs" in evaluate
+
+
 def test_options_of_the_parts_are_passed_on_in_either_spelling(settings: Make) -> None:
     call = "--pretrain patch-size=8 --pretrain compile=off --finetune decoder=linear"
     pretrain, evaluate = plan_of(settings(call + " --pretrain-epochs 1"))
@@ -231,6 +256,8 @@ def test_true_and_false_become_flags() -> None:
         ("--pretrain lr", "KEY=VALUE"),
         ("--num-gpus 2 --eval-gpus 2", "GPUs 0 to 1"),
         ("--eval-gpus 0 --num-gpus 1", "leaves no GPU"),
+        ("--num-gpus 4 --eval-gpus 3 --gpus-per-eval 2", "to evaluate on are 1"),
+        ("--num-gpus 0 --gpus-per-eval 2", "to evaluate on are 0"),
         ("--stack --mae-checkpoint /nowhere", "is not a file"),
         ("--mae-checkpoint /nowhere", "is not a file"),
         ("--segments-from mine", "choose one of own, borrowed, blob, block"),
@@ -308,6 +335,13 @@ def test_flags_without_effect_are_mentioned(settings: Make) -> None:
     first, second = settings("--nodes 2 --partition gpu --coverage-ratio 0.15").notes()
     assert first == "--nodes, --partition: only used with --launcher slurm"
     assert "0.15 % of the image" in second
+
+
+def test_scores_that_wait_for_the_end_are_mentioned(settings: Make) -> None:
+    (said,) = settings("--eval-freq 1 --num-gpus 8").notes()
+    assert "after pretraining" in said and "--eval-gpus" in said
+    for words in ("--num-gpus 8 --eval-gpus 7", "--num-gpus 1", "--eval scratch --num-gpus 8"):
+        assert list(settings(f"--eval-freq 1 {words}").notes()) == []
 
 
 def test_only_pretraining_is_spread_over_nodes(settings: Make) -> None:

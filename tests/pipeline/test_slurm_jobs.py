@@ -181,6 +181,18 @@ def test_a_job_asks_for_cores_for_its_processes_and_their_loaders(
     assert parameters.get("srun_args") == (given and [f"--cpus-per-task={given}"])
 
 
+def test_a_score_asks_for_one_gpu_and_its_cores(settings: Make, programs: Path) -> None:
+    call = "--launcher slurm --pretrain-epochs 1 --gpus-per-node 8 --probe-freq 1"
+    for words, gpus in (("", 1), (" --gpus-per-eval 4", 4)):
+        chosen = settings(call + words)
+        pretrain, *scores = plan_of(chosen)
+        assert [pretrain.kind, *(step.kind for step in scores)] == ["pretrain", "probe", "evaluate"]
+        for step in scores:
+            found = job_parameters(chosen, step, [])
+            assert (found["gpus_per_node"], found["cpus_per_task"]) == (gpus, 12 * gpus)
+            assert step.gpus is None  # those of its job
+
+
 def test_no_more_cores_are_asked_for_than_a_node_has(settings: Make, programs: Path) -> None:
     nodes = ("debug* 8 gpu:a100:8", "gpu 32 gpu:a100:8", "gpu 48 gpu:a100:8(S:0-1)",
              "gpu 96 gpu:h200:4", "gpu 256 (null)")  # fmt: skip

@@ -186,7 +186,7 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"drop_path": 1.5}, ["--drop-path is 1.5", "0 to below 1"]),
         ({"epochs": 0}, ["--epochs is 0"]),
         ({"resume": "required"}, ["--resume required", "there is no checkpoint"]),
-        ({"device": "cuda"}, ["--device cuda", "no CUDA device"]),
+        ({"device": "cuda"}, ["--device cuda", "has no GPU"]),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(

@@ -79,7 +79,7 @@ PRETRAIN = [
     ("more images than there are", ["--effective-batch-size", "9"], "give at most 8", None),
     ("a stop after the end", ["--stop-after", "3"], "give 1 to the 2 epochs", None),
     ("a tracker that is not there", ["--log-with", "wandb"], "pip install wandb", None),
-    ("a device that is not there", ["--device", "cuda"], "no CUDA device", None),
+    ("a device that is not there", ["--device", "cuda"], "has no GPU", None),
 ]  # fmt: skip
 PLAN = [
     *[(f"--pretrain {text}", ["--pretrain", text], "--pretrain: there is no")

@@ -1,0 +1,102 @@
+"""Against what NVIDIA's tables say, card by card."""
+
+import pytest
+
+from common.cards import has_kernels, least_driver, peak_flops, remedy
+
+LOCKED = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # torch 2.14.1 for CUDA 13
+
+
+@pytest.mark.parametrize(
+    ("name", "fp16", "bf16", "fp32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989, 989, 495),
+        ("NVIDIA H100 PCIe", 756, 756, 378),
+        ("NVIDIA H100 NVL", 835, 835, 418),
+        ("NVIDIA H200", 989, 989, 495),
+        ("NVIDIA H800", 989, 989, 495),
+        ("NVIDIA H20", 148, 148, 74),
+        ("NVIDIA B200", 2250, 2250, 1125),
+        ("NVIDIA A100-SXM4-40GB", 312, 312, 156),
+        ("A100-SXM4-80GB", 312, 312, 156),  # as older drivers name it
+        ("NVIDIA A100 80GB PCIe", 312, 312, 156),
+        ("NVIDIA A100-PCIE-40GB", 312, 312, 156),
+        ("NVIDIA A800-SXM4-80GB", 312, 312, 156),
+        ("NVIDIA A10", 125, 125, 62.5),
+        ("NVIDIA A10G", 70, 70, 35),
+        ("NVIDIA A40", 149.7, 149.7, 74.8),
+        ("NVIDIA RTX A6000", 154.8, 154.8, 77.4),
+        ("NVIDIA L4", 121, 121, 60),
+        ("NVIDIA L40", 181, 181, 90.5),
+        ("NVIDIA L40S", 362, 362, 183),
+        ("NVIDIA GeForce RTX 3090", 71, 71, 35.6),
+        ("NVIDIA GeForce RTX 4090", 165.2, 165.2, 82.6),
+        ("NVIDIA GeForce RTX 5090", 209.5, 209.5, 104.8),
+        ("Tesla V100-SXM2-32GB", 125, None, 15.7),
+        ("Tesla V100-PCIE-16GB", 112, None, 14),
+        ("Tesla T4", 65, None, 8.1),
+        # Slices, and cards that only begin alike.
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None, None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None, None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None, None),
+        ("NVIDIA A1000", None, None, None),
+        ("cpu", None, None, None),
+    ],
+)
+def test_a_cards_peak_is_that_of_its_data_sheet(name, fp16, bf16, fp32):
+    expected = {"fp16": fp16, "bf16": bf16, "no": fp32, "fp32": fp32}
+    for precision, tflops in expected.items():
+        assert peak_flops(name, precision) == (None if tflops is None else tflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    [
+        ((7, 0), LOCKED, False),  # V100
+        ((6, 1), LOCKED, False),
+        ((7, 5), LOCKED, True),
+        ((8, 6), ("sm_80",), True),  # newer minor version
+        ((8, 0), ("sm_86",), False),  # older minor version
+        ((8, 9), LOCKED, True),  # 4090, L40S: by sm_86
+        ((9, 0), ("sm_80", "sm_86"), False),  # another major version
+        ((9, 0), ("sm_80", "compute_80"), True),  # PTX is compiled for it
+        ((7, 5), ("compute_80",), False),  # PTX of a newer one
+        ((9, 0), ("sm_90a",), True),
+        ((10, 3), ("sm_100a",), False),  # of that one card only
+        ((10, 3), ("sm_100f",), True),  # of its family
+        ((12, 0), ("sm_90", "compute_90a"), False),
+        ((12, 1), LOCKED, True),
+        ((7, 0), (), False),
+        ((9, 0), ("gfx942",), True),  # AMD's
+    ],
+)
+def test_code_runs_where_cuda_runs_it(capability, archs, runs):
+    assert has_kernels(capability, archs) is runs
+
+
+@pytest.mark.parametrize(("cuda", "driver"), [("13.0", 580), ("12.6", 525), ("11.8", 450), ("", 0)])
+def test_any_driver_of_a_major_version_will_do(cuda, driver):
+    assert least_driver(cuda) == driver
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "begins", "has_index"),
+    [
+        ((7, 0), 580, "TORCH_INDEX=URL ./run_benchmark.sh", True),  # V100, any newer driver
+        ((7, 0), 535, "TORCH_INDEX=URL ./run_benchmark.sh", True),
+        ((7, 0), 470, "update the driver to 525 or newer, then TORCH_INDEX=URL", True),
+        ((8, 0), 535, "update the driver to 580 or newer, or TORCH_INDEX=URL", True),
+        ((8, 0), 470, "update the driver to 580 or newer", False),
+        ((12, 0), 570, "update the driver to 580 or newer", False),  # 12.6 has nothing for it
+        ((3, 7), 580, "--num-gpus 0: no torch of this version", False),
+        (None, 470, "update the driver to 580 or newer", False),
+    ],
+)
+def test_the_remedy_of_the_locked_torch(capability, driver, begins, has_index):
+    said = remedy(capability, "13.0", LOCKED, driver)
+    assert said.startswith(begins)
+    assert ("TORCH_INDEX=URL" in said) is has_index
+
+
+def test_a_card_too_new_for_the_older_build_goes_back_to_the_lock():
+    assert remedy((12, 0), "12.6", ("sm_70", "sm_90"), 580).startswith("TORCH_INDEX= ")
