@@ -23,10 +23,11 @@ class PatchEmbedding(PatchEmbed):
 
         ids_keep: [B, K], the patches that are wanted: to [B, K, D].
         """
-        rows, columns = self.dynamic_feat_size(images.shape[-2:])
-        tiles = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [B, C, h, P, w, P]
+        patch = self.proj.kernel_size[0]
+        tiles = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, h, P, w, P]
         tiles = tiles.permute(0, 2, 4, 1, 3, 5)  # a view, as the convolution orders its weights
         if ids_keep is not None:
+            columns = tiles.shape[2]
             image = torch.arange(len(images), device=images.device)[:, None]
             tiles = tiles[image, ids_keep // columns, ids_keep % columns]  # [B, K, C, P, P]
         elif self.flatten:

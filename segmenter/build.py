@@ -6,20 +6,22 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.checkpoint import load_optimizer, load_weights
 from common.devices import device_name, make_accelerator, refuse_disagreement
 from common.interruption import Interruption
+from common.layers import recompute_activations
 from common.layout import LOCK, RESULT
 from common.lock import hold
+from common.memory import largest_micro_batch
 from common.parsed import parsed_plain
 from common.run import versions
 from common.unreadable import Unreadable
@@ -43,8 +45,9 @@ from segmenter.data import (
     WholeImages,
     training_batches,
 )
+from segmenter.dataset import IGNORED
 from segmenter.encoder import EncoderShape
-from segmenter.model import Segmenter, SegmenterShape
+from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
 from segmenter.optimisation import make_optimizer
 from segmenter.schedule import BatchPlan
 
@@ -159,14 +162,17 @@ def build_run(
     optimizer = make_optimizer(model, config.optimisation)
     if checkpoint_path is not None:
         load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
-    description = task.description
+    if config.run.activation_checkpointing:
+        recompute_activations(model)
+    description, plan = task.description, plan_batches(config, task, accelerator.num_processes)
+    config = _fitted(config, plan, accelerator, model, optimizer)
     run = Run(
         config=config,
         accelerator=accelerator,
         interruption=interruption,
         task=task,
         classes=read_classes(description),
-        plan=plan_batches(config, task, accelerator.num_processes),
+        plan=plan,
         crops=TrainingCrops(description, task.train, config.protocol, config.optimisation.seed),
         images=WholeImages(description, task.val, config.protocol),
         model=model,
@@ -175,6 +181,27 @@ def build_run(
     )
     _describe(run, state)
     return run, state
+
+
+def _fitted(
+    config: TrainConfig,
+    plan: BatchPlan,
+    accelerator: Accelerator,
+    model: Segmenter,
+    optimizer: Optimizer,
+) -> TrainConfig:
+    """With a number for --device-batch-size auto, by passes over empty crops."""
+    most, device, side = config.run.most_at_once, accelerator.device, config.protocol.crop_size
+
+    def loss_of(images: int) -> Tensor:
+        crops = torch.zeros(images, IMAGE_CHANNELS, side, side, dtype=torch.uint8, device=device)
+        logits = model(crops, torch.full((images, 2), side, device=device))
+        return segmentation_loss(logits, crops[:, 0], IGNORED)
+
+    if config.run.device_batch_size == "auto" and device.type == "cuda":
+        share = -(-plan.effective_batch_size // plan.processes)
+        most = largest_micro_batch(accelerator, model, optimizer, loss_of, share=share)
+    return replace(config, run=replace(config.run, device_batch_size=most))
 
 
 def start_model(

@@ -53,7 +53,7 @@ def _step(run: Run, state: State, batch: Batch) -> tuple[float, bool]:
     valid = batch.valid_pixels.sum().to(device, torch.float64)
     valid = accelerator.reduce(valid, reduction="sum").clamp(min=1)  # none valid: loss 0
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    parts = batch.parts(run.config.run.device_batch_size)
+    parts = batch.parts(run.config.run.most_at_once)
     for number, part in enumerate(parts, start=1):
         images, labels, sizes = (tensor.to(device, non_blocking=True) for tensor in part)
         last = number == len(parts)

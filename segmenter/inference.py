@@ -58,7 +58,7 @@ def _multi_scale(
 ) -> Tensor:
     """[K, H, W]: class probabilities summed over scales and flips, as the Segmenter paper does."""
     total = torch.zeros(model.shape.num_classes, *size, device=model.mean.device)
-    for version in versions:
+    for version in (version.to(total.device, non_blocking=True) for version in versions):
         both = [version, version.flip(-1)]
         for flipped, canvas in enumerate(window_logits(model, both, protocol)):
             probabilities = _resize(canvas, size).softmax(0)
@@ -108,19 +108,19 @@ def patch_logits(
 def _average(canvas: Tensor, protocol: ProtocolConfig) -> Tensor:
     """Divide by the number of windows over each pixel."""
     height, width = canvas.shape[-2:]
-    rows = _coverage(height, protocol, canvas)
-    columns = _coverage(width, protocol, canvas)
+    rows, columns = _coverage(height, protocol), _coverage(width, protocol)
     if rows.max() == 1 and columns.max() == 1:
         return canvas
+    rows, columns = (counts.to(canvas.device, non_blocking=True) for counts in (rows, columns))
     return canvas.div_(rows[:, None] * columns)
 
 
-def _coverage(length: int, protocol: ProtocolConfig, like: Tensor) -> Tensor:
-    """[length]: how many windows cover each position along one side."""
+def _coverage(length: int, protocol: ProtocolConfig) -> Tensor:
+    """[length] on the CPU: how many windows cover each position along one side."""
     counts = torch.zeros(length)
     for start in _starts(length, protocol):
         counts[start : start + protocol.window_size] += 1
-    return counts.to(like.device)
+    return counts
 
 
 def windows(image: int, height: int, width: int, protocol: ProtocolConfig) -> list[Window]:
