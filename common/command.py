@@ -101,6 +101,7 @@ class OptionCommand(click.Command):
     def _less_memory(self) -> str:
         """What needs less of a device's memory."""
         fields = [f for f in fields_of(*self.groups.values()).values() if f.spec.memory]
+        fields.sort(key=lambda field: field.kind is bool)  # what costs no time comes first
         advice = " or ".join(("give " if f.kind is bool else "lower ") + f.flag for f in fields)
         return f"{advice}; the result stays the same" if advice else "use a GPU that has more"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,16 +109,21 @@ def patch_logits(
 def _average(canvas: Tensor, protocol: ProtocolConfig) -> Tensor:
     """Divide by the number of windows over each pixel."""
     height, width = canvas.shape[-2:]
-    rows, columns = _coverage(height, protocol), _coverage(width, protocol)
-    if rows.max() == 1 and columns.max() == 1:
+    if not (_overlap(height, protocol) or _overlap(width, protocol)):
         return canvas
-    rows, columns = (counts.to(canvas.device, non_blocking=True) for counts in (rows, columns))
+    rows = _coverage(height, protocol, canvas)
+    columns = _coverage(width, protocol, canvas)
     return canvas.div_(rows[:, None] * columns)
 
 
-def _coverage(length: int, protocol: ProtocolConfig) -> Tensor:
-    """[length] on the CPU: how many windows cover each position along one side."""
-    counts = torch.zeros(length)
+def _overlap(length: int, protocol: ProtocolConfig) -> bool:
+    starts = _starts(length, protocol)
+    return any(second - first < protocol.window_size for first, second in pairwise(starts))
+
+
+def _coverage(length: int, protocol: ProtocolConfig, like: Tensor) -> Tensor:
+    """[length]: how many windows cover each position along one side."""
+    counts = torch.zeros(length, device=like.device)
     for start in _starts(length, protocol):
         counts[start : start + protocol.window_size] += 1
     return counts

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "pipeline": (("common",), False),
     "benchmark.py": (("common", "pipeline"), False),
 }
-WITH_TORCH = {"common.checkpoint", "common.devices"}
+WITH_TORCH = {"common.checkpoint", "common.devices", "common.layers", "common.memory"}
 
 
 def module_of(source: Path) -> str:
