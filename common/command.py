@@ -90,7 +90,20 @@ class OptionCommand(click.Command):
             layers = [*self.own_layers(merge(groups, layers)), *layers]
         values = merge(groups, layers)
         ctx.params |= {name: make(group, values) for name, group in self.groups.items()}
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be loaded
+                raise
+            what = str(error).partition(". GPU ")[0]  # then follow its numbers and torch's advice
+            raise RuntimeError(f"{what}: {self._less_memory()}") from error
+
+    def _less_memory(self) -> str:
+        """What needs less of a device's memory."""
+        fields = [f for f in fields_of(*self.groups.values()).values() if f.spec.memory]
+        fields.sort(key=lambda field: field.kind is bool)  # what costs no time comes first
+        advice = " or ".join(("give " if f.kind is bool else "lower ") + f.flag for f in fields)
+        return f"{advice}; the result stays the same" if advice else "use a GPU that has more"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Click's hook: --help has one section for each group."""

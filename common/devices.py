@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -13,7 +14,9 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from common import cards
 from common.run import DeviceConfig, TrainingConfig
@@ -43,7 +46,10 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=not on_cuda,
         mixed_precision="no" if precision == "fp32" else precision,
-        dynamo_backend="inductor" if compiled else "no",
+        dynamo_plugin=TorchDynamoPlugin(
+            backend="inductor" if compiled else "no",
+            mode=config.compile_mode if isinstance(config, TrainingConfig) else None,
+        ),
         # No buffer has a part in training: constants, and running means.
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -51,7 +57,37 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     )
     if precision == "fp16":
         accelerator.native_amp = True  # which it leaves out on a CPU
+    prefer_attention(config.attention, accelerator)
     return accelerator
+
+
+ATTENTION = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_preferred = contextlib.ExitStack()  # torch's choice is one of the process, and so is this
+
+
+def prefer_attention(wanted: str, accelerator: Accelerator) -> None:
+    """Compute attention by this kernel from now on; what it cannot do (fp32, masks) by plain math.
+
+    Raises ValueError if it can do nothing here.
+    """
+    _preferred.close()
+    if wanted == "auto":
+        return
+    query = torch.zeros(1, 1, 8, 64, device=accelerator.device)
+    try:
+        with sdpa_kernel(ATTENTION[wanted]), accelerator.autocast():
+            scaled_dot_product_attention(query, query, query)
+    except RuntimeError:
+        raise ValueError(
+            f"--attention {wanted}: torch has no such kernel for {device_name(accelerator.device)} "
+            f"in {accelerator.mixed_precision.replace('no', 'fp32')}; leave it out"
+        ) from None
+    _preferred.enter_context(sdpa_kernel([ATTENTION[wanted], SDPBackend.MATH], set_priority=True))
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:

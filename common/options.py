@@ -40,6 +40,7 @@ class Spec:
     neutral: it decides speed or place, not what comes out.
     older: what a file counts as that was written before this option existed.
     is_plugin: a Python file that is loaded before any option is judged.
+    memory: a lower number of it, or the switch, needs less of a device's memory.
     """
 
     help: str
@@ -51,6 +52,7 @@ class Spec:
     neutral: bool = False
     older: Any = REQUIRED
     is_plugin: bool = False
+    memory: bool = False
 
     def range_text(self) -> str:
         """The allowed numbers, in words."""

@@ -43,6 +43,10 @@ class DeviceConfig(PluginConfig):
         "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.",
         "auto",
     )
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
+        "torch's kernel that comes first; math does what it cannot. auto: torch's order.", "auto",
+        neutral=True,
+    )  # fmt: skip
     workers: int | None = option(
         "Loader processes per device. Default: by the number of cores.", None,
         at_least=0, at_most=MOST_PROCESSES, neutral=True,
@@ -91,6 +95,13 @@ class TrainingConfig(OutputConfig):
     compile: Literal["auto", "on", "off"] = option(
         "torch.compile; auto: on a GPU.", "auto", neutral=True
     )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
+        "What torch.compile aims at.", "default", neutral=True
+    )
+    activation_checkpointing: bool = option(
+        "Keep a block's input only, and compute it twice: much less memory, a third slower.", False,
+        neutral=True, memory=True,
+    )  # fmt: skip
     resume: Literal["auto", "never", "required"] = option(
         "Continue what is there?", "auto", neutral=True
     )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.checkpoint import load_optimizer, load_weights
 from common.devices import make_accelerator, refuse_disagreement
 from common.interruption import Interruption, leave_signals_to_the_main_process
+from common.layers import recompute_activations
+from common.memory import largest_micro_batch
 from common.training import MicroBatch, TrainingRun
 from common.update import GuardedUpdate
 from common.vit import IMAGE_CHANNELS
@@ -146,7 +149,7 @@ def build_run(config: PretrainConfig, interruption: Interruption) -> tuple[Run, 
         config.optimisation,
         num_images=len(listing.train),
         processes=accelerator.num_processes,
-        batch_size=run.batch_size,
+        batch_size=run.most_at_once,
     )
     checkpoint = open_own_checkpoint(config, listing)
     segments = None
@@ -173,6 +176,10 @@ def build_run(config: PretrainConfig, interruption: Interruption) -> tuple[Run, 
         _start(config, model)
         fixed_set = _choose_fixed_set(images)
     refuse_disagreement(accelerator, state.epochs_completed, state.steps_completed)
+    if run.activation_checkpointing:
+        recompute_activations(model)
+    if run.batch_size == "auto" and accelerator.device.type == "cuda":
+        plan = _fitted(plan, accelerator, model, optimizer, fixed_set)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -209,6 +216,24 @@ def describe(run: Run, state: State) -> None:
         run.config.run.loader_workers, state.epochs_completed + 1, run.config.epochs_this_round,
         optimisation.epochs, state.steps_completed,
     )  # fmt: skip
+
+
+def _fitted(
+    plan: BatchPlan,
+    accelerator: Accelerator,
+    model: MaskedAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+) -> BatchPlan:
+    """The plan in as large parts as the GPUs hold, by passes over the first image of a batch."""
+
+    def loss_of(images: int) -> Tensor:
+        copies = batch.images[[0] * images], batch.pattern[[0] * images]
+        return model(*(tensor.to(accelerator.device) for tensor in copies)).sum()
+
+    share = plan.effective_batch_size // plan.processes
+    size = largest_micro_batch(accelerator, model, optimizer, loss_of, share=share)
+    return replace(plan, micro_batch_size=size)
 
 
 def _continue_from(

@@ -25,8 +25,9 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
         config.optimisation,
         num_images=len(listing.train),
         processes=world_size(),
-        batch_size=config.run.batch_size,
+        batch_size=config.run.most_at_once,
     )
+    is_open = config.run.batch_size == "auto"  # until a GPU is measured
     check_output(config)
     if find_resumable(config.run.output_dir) is not None or config.run.resume == "required":
         from mae.checkpoint import open_own_checkpoint  # torch takes seconds to import
@@ -40,9 +41,9 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
         },
         "batch": {
             "effective": plan.effective_batch_size,
-            "per_process": plan.micro_batch_size,
+            "per_process": "auto" if is_open else plan.micro_batch_size,
             "processes": plan.processes,
-            "accumulation_steps": plan.accumulation_steps,
+            "accumulation_steps": "auto" if is_open else plan.accumulation_steps,
             "steps_per_epoch": plan.steps_per_epoch,
         },
         "learning_rate": {

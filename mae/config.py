@@ -14,6 +14,8 @@ from common.settings import check_same
 from common.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
 
+AT_ONCE = 64  # images on a device
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(OptionGroup):
@@ -161,7 +163,15 @@ class RunConfig(TrainingConfig):
     stop_after: int | None = option(
         "End this round after so many epochs of the run. Default: at its end.", None, neutral=True
     )
-    batch_size: int = option("Most images per device at once.", 64, at_least=1, neutral=True)
+    batch_size: int | Literal["auto"] = option(
+        "Most images per device at once; auto: by a GPU's memory.", AT_ONCE,
+        at_least=1, neutral=True, memory=True,
+    )  # fmt: skip
+
+    @property
+    def most_at_once(self) -> int:
+        """The same where there is no GPU to measure."""
+        return AT_ONCE if self.batch_size == "auto" else self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from timm.layers import LayerNorm, PatchEmbed  # its LayerNorm has eps 1e-6
+from timm.layers import LayerNorm  # its eps is 1e-6
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from common.layers import PatchEmbedding
 from common.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD
 from mae.config import ModelConfig
 from mae.masking import MaskedView, MaskingMethod, patchify, unpatchify
@@ -43,7 +44,7 @@ class MaskedAutoencoder(nn.Module):
 
         preencoder = method.preencoder(IMAGE_CHANNELS)
         self.preencoder = preencoder if preencoder is not None else nn.Identity()
-        self.patch_embed = PatchEmbed(
+        self.patch_embed = PatchEmbedding(
             config.image_size,
             config.patch_pixels,
             IMAGE_CHANNELS + method.extra_channels,
@@ -96,9 +97,10 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, view: MaskedView) -> Tensor:
         """Class token and kept patches, encoded and normalised: [B, 1 + K, D]."""
-        tokens = self.patch_embed(self.preencoder(view.encoder_input)) + self.pos_embed[:, 1:]
+        positions = self.pos_embed[:, 1:]
         if view.ids_keep is not None:
-            tokens = _pick(tokens, view.ids_keep)
+            positions = _pick(positions.expand(len(view.ids_keep), -1, -1), view.ids_keep)
+        tokens = self.patch_embed(self.preencoder(view.encoder_input), view.ids_keep) + positions
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
@@ -185,7 +187,7 @@ def training_flops(config: ModelConfig, method: MaskingMethod) -> float:
     forward = (
         _transformer_flops(kept + 1, encoder.width, encoder.depth)
         + _transformer_flops(config.num_patches + 1, config.decoder_width, config.decoder_depth)
-        + 2 * config.num_patches * patch_values * (encoder.width + config.decoder_width)
+        + 2 * patch_values * (kept * encoder.width + config.num_patches * config.decoder_width)
         + 2 * (kept + 1) * encoder.width * config.decoder_width
     )
     return 3.0 * forward

@@ -6,19 +6,22 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from common.checkpoint import load_optimizer, load_weights
 from common.devices import device_name, make_accelerator, refuse_disagreement
 from common.interruption import Interruption
+from common.layers import recompute_activations
 from common.layout import LOCK, RESULT
 from common.lock import hold
+from common.memory import largest_micro_batch
 from common.parsed import parsed_plain
 from common.run import versions
 from common.training import MicroBatch, TrainingRun
@@ -128,7 +131,7 @@ class Run(TrainingRun):
     def images_per_pass(self) -> int:
         """At most."""
         share = -(-self.plan.effective_batch_size // self.plan.processes)
-        return min(share, self.config.run.device_batch_size or share)
+        return min(share, self.config.run.most_at_once or share)
 
     @property
     def passes_per_step(self) -> int:
@@ -210,22 +213,46 @@ def build_run(
     if checkpoint_path is not None:
         load_optimizer(optimizer, checkpoint["optimizer"], checkpoint_path)
         update.continue_from(checkpoint, checkpoint_path)
-    description = task.description
+    if config.run.activation_checkpointing:
+        recompute_activations(model)
+    description, plan = task.description, plan_batches(config, task, accelerator.num_processes)
+    loss = TrainingLoss(model, description.ignore_index)
+    config = _fitted(config, plan, accelerator, loss, optimizer)
     run = Run(
         config=config,
         accelerator=accelerator,
         interruption=interruption,
         task=task,
         classes=read_classes(description),
-        plan=plan_batches(config, task, accelerator.num_processes),
+        plan=plan,
         crops=TrainingCrops(description, task.train, config.protocol, config.optimisation.seed),
         images=WholeImages(description, task.val, config.protocol),
         model=model,
-        prepared=accelerator.prepare_model(TrainingLoss(model, description.ignore_index)),
+        prepared=accelerator.prepare_model(loss),
         update=update,
     )
     _describe(run, state)
     return run, state
+
+
+def _fitted(
+    config: TrainConfig,
+    plan: BatchPlan,
+    accelerator: Accelerator,
+    loss: TrainingLoss,
+    optimizer: Optimizer,
+) -> TrainConfig:
+    """With a number for --device-batch-size auto, by passes over empty crops."""
+    most, device, side = config.run.most_at_once, accelerator.device, config.protocol.crop_size
+
+    def loss_of(images: int) -> Tensor:
+        crops = torch.zeros(images, IMAGE_CHANNELS, side, side, dtype=torch.uint8, device=device)
+        return loss(crops, crops[:, 0], torch.full((images, 2), side, device=device))
+
+    if config.run.device_batch_size == "auto" and device.type == "cuda":
+        share = -(-plan.effective_batch_size // plan.processes)
+        most = largest_micro_batch(accelerator, loss, optimizer, loss_of, share=share)
+    return replace(config, run=replace(config.run, device_batch_size=most))
 
 
 def start_model(

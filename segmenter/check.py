@@ -91,7 +91,12 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
 
 def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
     """UPerNet's norms take the mean over a part of a batch, pooled to a pixel per image."""
-    most = min(config.run.device_batch_size or plan.batch_size, plan.effective_batch_size)
+    if config.model.decoder == "upernet" and config.run.device_batch_size == "auto":
+        raise ValueError(
+            "--device-batch-size auto would let the GPU decide what --decoder upernet learns: its "
+            "norms are over the images at once; give a number"
+        )
+    most = min(config.run.most_at_once or plan.batch_size, plan.effective_batch_size)
     alone = plan.processes == 1 and 1 in (most, plan.effective_batch_size % most)
     if config.model.decoder == "upernet" and alone:
         raise ValueError(
@@ -150,13 +155,14 @@ def facts(config: TrainConfig | ProbeConfig, task: Task) -> dict[str, Any]:
 def _training_facts(config: TrainConfig, task: Task) -> dict[str, Any]:
     optimisation, plan = config.optimisation, plan_batches(config, task, world_size())
     share = -(-plan.effective_batch_size // plan.processes)
-    at_once = min(share, config.run.device_batch_size or share)
+    at_once = min(share, config.run.most_at_once or share)
+    is_open = config.run.device_batch_size == "auto"  # until a GPU is measured
     return {
         "batch": {
             "effective": plan.effective_batch_size,
-            "per_process": at_once,
+            "per_process": "auto" if is_open else at_once,
             "processes": plan.processes,
-            "accumulation_steps": -(-share // at_once),
+            "accumulation_steps": "auto" if is_open else -(-share // at_once),
             "steps_per_epoch": plan.steps_per_epoch,
         },
         "learning_rate": {"peak": optimisation.lr, "points": learning_rate_points(optimisation)},

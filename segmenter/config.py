@@ -170,7 +170,7 @@ class ScoringConfig(DeviceConfig):
     """Where and how images are scored."""
 
     eval_batch_size: int = option(
-        "Images whose windows are scored together.", 4, at_least=1, neutral=True
+        "Images whose windows are scored together.", 4, at_least=1, neutral=True, memory=True
     )
 
 
@@ -195,9 +195,15 @@ class RunConfig(TrainingConfig, ScoringConfig, RecipeConfig):
 
     title: ClassVar[str] = "Run"
     init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
-    device_batch_size: int | None = option(
-        "Most images per device at once. Default: no limit.", None, at_least=1, neutral=True
-    )
+    device_batch_size: int | Literal["auto"] | None = option(
+        "Most images per device at once; auto: by a GPU's memory. Default: no limit.", None,
+        at_least=1, neutral=True, memory=True,
+    )  # fmt: skip
+
+    @property
+    def most_at_once(self) -> int | None:
+        """The same where there is no GPU to measure."""
+        return None if self.device_batch_size == "auto" else self.device_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,8 +117,7 @@ class TrainingCrops(Dataset[Batch]):
         return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels, [])
 
 
-@dataclass(kw_only=True)
-class TestImage:
+class TestImage(NamedTuple):
     """scaled: one image [3, h, w] uint8 RGB per scale of the protocol; labels [H, W] uint8 at the
     original size. unreadable: why there is nothing of both; else empty."""
 

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.layers import PatchEmbedding
 from common.vit import VISIBLE, vit_size
 
 MAE_NORM_EPS = 1e-6
@@ -64,6 +65,7 @@ class Encoder(VisionTransformer):
         super().__init__(
             img_size=shape.grid * shape.patch_size,
             patch_size=shape.patch_size,
+            embed_layer=PatchEmbedding,
             in_chans=shape.in_channels,
             num_classes=0,
             global_pool="",

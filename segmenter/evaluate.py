@@ -38,19 +38,20 @@ def evaluate_model(
     Images are scored in groups of `eval_batch_size` neighbours, and whole groups are given out: the
     arithmetic, and so the areas, are exactly the same for any number of processes.
     """
-    areas = Areas(len(images), model.shape.num_classes, images.description.ignore_index)
+    device, ignored = accelerator.device, images.description.ignore_index
+    areas = Areas(len(images), model.shape.num_classes, ignored, device)
 
     def count(usable: list[tuple[int, TestImage]]) -> None:
-        predictions = predict_classes(
-            model,
-            [sample.scaled for _, sample in usable],
-            [sample.labels.shape for _, sample in usable],
-            images.protocol,
-        )
+        shapes = [sample.labels.shape for _, sample in usable]
+        scaled = [sample.scaled for _, sample in usable]
+        predictions = list(predict_classes(model, scaled, shapes, images.protocol))
         for (index, sample), predicted in zip(usable, predictions, strict=True):
-            areas.add(index, predicted, sample.labels.to(accelerator.device))
-            if on_prediction is not None:
-                on_prediction(index, predicted.cpu())
+            areas.add(index, predicted, sample.labels.to(device, non_blocking=True))
+        if on_prediction is not None and usable:
+            together = torch.cat([predicted.flatten() for predicted in predictions]).cpu()
+            parts = together.split([shape.numel() for shape in shapes])
+            for (index, _), part, shape in zip(usable, parts, shapes, strict=True):
+                on_prediction(index, part.view(shape))
 
     unreadable = each_group(
         accelerator, model, images, scoring, count,
@@ -58,8 +59,7 @@ def evaluate_model(
     )  # fmt: skip
     if unreadable is None:
         return None
-    by_image = areas.by_image.to(accelerator.device)
-    areas.by_image = accelerator.reduce(by_image, reduction="sum").cpu()
+    areas.by_image = accelerator.reduce(areas.by_image, reduction="sum").cpu()
     areas.unreadable_images = unreadable
     return areas
 

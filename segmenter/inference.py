@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def _multi_scale(
 ) -> Tensor:
     """[K, H, W]: class probabilities summed over scales and flips, as the Segmenter paper does."""
     total = torch.zeros(model.shape.num_classes, *size, device=model.mean.device)
-    for version in versions:
+    for version in (version.to(total.device, non_blocking=True) for version in versions):
         both = [version, version.flip(-1)]
         for flipped, canvas in enumerate(window_logits(model, both, protocol)):
             probabilities = _resize(canvas, size).softmax(0)
@@ -108,19 +109,24 @@ def patch_logits(
 def _average(canvas: Tensor, protocol: ProtocolConfig) -> Tensor:
     """Divide by the number of windows over each pixel."""
     height, width = canvas.shape[-2:]
+    if not (_overlap(height, protocol) or _overlap(width, protocol)):
+        return canvas
     rows = _coverage(height, protocol, canvas)
     columns = _coverage(width, protocol, canvas)
-    if rows.max() == 1 and columns.max() == 1:
-        return canvas
     return canvas.div_(rows[:, None] * columns)
+
+
+def _overlap(length: int, protocol: ProtocolConfig) -> bool:
+    starts = _starts(length, protocol)
+    return any(second - first < protocol.window_size for first, second in pairwise(starts))
 
 
 def _coverage(length: int, protocol: ProtocolConfig, like: Tensor) -> Tensor:
     """[length]: how many windows cover each position along one side."""
-    counts = torch.zeros(length)
+    counts = torch.zeros(length, device=like.device)
     for start in _starts(length, protocol):
         counts[start : start + protocol.window_size] += 1
-    return counts.to(like.device)
+    return counts
 
 
 def windows(image: int, height: int, width: int, protocol: ProtocolConfig) -> list[Window]:

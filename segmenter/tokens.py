@@ -38,7 +38,7 @@ class Tokens:
         self.model, self.images, self.seed = model, images, seed
         device = model.mean.device
         self.features = torch.zeros(MOST_TOKENS, model.encoder.embed_dim, device=device)
-        self.labels = torch.zeros(MOST_TOKENS, dtype=torch.int64, device=device)  # from 1; 0: none
+        self.labels = torch.zeros(MOST_TOKENS, dtype=torch.int64)  # from 1; 0: none
 
     def add(self, usable: list[tuple[int, TestImage]]) -> None:
         """The images of a group, with their indices."""
@@ -75,12 +75,12 @@ class Tokens:
         )
         chosen = torch.from_numpy(known[: end - first])
         place = slice(first, first + len(chosen))
-        self.features[place] = features[chosen.to(features.device)]
-        self.labels[place] = labels[chosen].to(features.device)
+        self.features[place] = features[chosen.to(features.device, non_blocking=True)]
+        self.labels[place] = labels[chosen]
 
     def total(self, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
         """Features [T, D] fp32 and classes [T] of all processes. RuntimeError if T is 0."""
-        labels = accelerator.reduce(self.labels, reduction="sum")
+        labels = accelerator.reduce(self.labels.to(self.features.device), reduction="sum")
         kept = labels > 0
         if not kept.any():
             raise RuntimeError("no pixel of the training images has a label that counts")

@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "pipeline": (("common",), False),
     "benchmark.py": (("common", "pipeline"), False),
 }
-WITH_TORCH = {"common.checkpoint", "common.devices", "common.gpus"}
+WITH_TORCH = {
+    "common.checkpoint", "common.devices", "common.gpus", "common.layers", "common.memory",
+    "common.training", "common.update",
+}  # fmt: skip
 
 
 def module_of(source: Path) -> str:

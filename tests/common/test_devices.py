@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from torch.nn.attention import SDPBackend
 
 from common import devices, gpus
+from common.run import DeviceConfig, TrainingConfig
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 
@@ -90,3 +93,39 @@ def test_gpus_are_told_in_json():
     assert told["archs"] == torch.cuda.get_arch_list()
     assert "has no GPU" in told["error"]
     assert told["gpus"] == []
+
+
+@pytest.mark.parametrize("wanted", ["flash", "math"])
+def test_the_wanted_attention_comes_first_until_another_is_asked_for(wanted):
+    query = torch.zeros(1, 1, 8, 64)
+    usual = torch._fused_sdp_choice(query, query, query)
+    try:
+        devices.make_accelerator(DeviceConfig(device="cpu", attention=wanted))
+        chosen = torch._fused_sdp_choice(query, query, query)
+        assert SDPBackend(chosen) == devices.ATTENTION[wanted]
+    finally:
+        devices.make_accelerator(DeviceConfig(device="cpu"))
+    assert torch._fused_sdp_choice(query, query, query) == usual
+
+
+def test_an_attention_that_is_not_here_is_refused_and_leaves_the_others():
+    with pytest.raises(ValueError, match="--attention cudnn: torch has no such kernel for cpu in"):
+        devices.make_accelerator(DeviceConfig(device="cpu", attention="cudnn"))
+    query = torch.zeros(1, 1, 8, 64)
+    assert torch.nn.functional.scaled_dot_product_attention(query, query, query).shape == (
+        1, 1, 8, 64,
+    )  # fmt: skip
+
+
+def test_the_compile_mode_reaches_torch(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda model, **how: asked.update(how) or model)
+    config = TrainingConfig(
+        output_dir=tmp_path, device="cpu", compile="on", compile_mode="reduce-overhead"
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has one for all
+    try:
+        devices.make_accelerator(config).prepare_model(torch.nn.Linear(1, 1))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert (asked["backend"], asked["mode"]) == ("inductor", "reduce-overhead")

@@ -171,3 +171,35 @@ def test_facts_tell_what_an_older_file_counts_as():
     assert facts["ratios"]["several"]
     assert facts["kind"]["neutral"]
     assert facts["folder"]["default"] is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hungry(OptionGroup):
+    title: ClassVar[str] = "Memory"
+    batch_size: int = option("Images at once.", 64, memory=True)
+    recompute: bool = option("Less memory.", False, memory=True)
+    epochs: int = option("How often.", 5)
+
+
+@pytest.mark.parametrize(
+    ("group", "advice"),
+    [
+        (Hungry, "lower --batch-size or give --recompute; the result stays the same"),
+        (Small, "use a GPU that has more"),
+    ],
+)
+def test_too_little_gpu_memory_ends_in_one_line_that_says_what_helps(group, advice, capsys):
+    torch = pytest.importorskip("torch")
+
+    @command(click.Group("program"), "go", group=group)
+    def go(group):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 31.73 "
+            "GiB of which 1.19 GiB is free.\nSee the documentation for Memory Management"
+        )
+
+    with pytest.raises(SystemExit) as end:
+        run_program(go, "program", [] if group is Hungry else ["--folder", "/data"])
+    assert end.value.code == 1
+    expected = f"Error: CUDA out of memory. Tried to allocate 2.00 GiB: {advice}\n"
+    assert capsys.readouterr().err == expected

@@ -184,6 +184,8 @@ def test_check_tells_batch_rates_and_images(settings, tmp_path):
         "effective": 8, "per_process": 8, "processes": 1, "accumulation_steps": 1,
         "steps_per_epoch": 3,
     }  # fmt: skip
+    of_a_gpu = checked("--config", settings, "--output-dir", tmp_path, "--batch-size", "auto")
+    assert of_a_gpu["batch"]["per_process"] == of_a_gpu["batch"]["accumulation_steps"] == "auto"
     assert facts["epochs"] == facts["settings"]["epochs"] == 7  # the command line wins
     assert facts["settings"]["patch_size"] == 16
     peak = SMALL_RUN["base_lr"] * 8 / 256

@@ -78,3 +78,17 @@ def test_every_hidden_pixel_of_a_step_counts_the_same(processes, in1k_dir, tmp_p
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     references = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert_close({name: gradients[name] for name in references}, references)
+
+
+def test_recomputed_activations_change_nothing(processes, in1k_dir, tmp_path):
+    """On two processes, which accumulate."""
+    plain = trained(processes, in1k_dir, tmp_path / "plain", (4, 2))
+    options = {"activation_checkpointing": True}
+    loss, gradients = trained(processes, in1k_dir, tmp_path / "run", (4, 2), **options)
+    assert loss == plain[0]
+    assert all(torch.equal(gradients[name], plain[1][name]) for name in plain[1])
+
+
+def test_without_a_gpu_to_measure_auto_is_the_default(processes, in1k_dir, tmp_path):
+    loss, _ = trained(processes, in1k_dir, tmp_path / "auto", ("auto", 1))
+    assert loss == trained(processes, in1k_dir, tmp_path / "all", (16, 1))[0]

@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import segmenter.labels
 import segmenter.scoring
@@ -36,6 +38,18 @@ def test_training_goes_on_without_one_image(break_images, tmp_path, command, cap
         assert f"skipped an unreadable image: {image} cannot be read" in caplog.text
     assert [r["unreadable_images"] for r in read_log(tmp_path / "run/log.txt")] == [1, 1]
     assert json.loads((tmp_path / "run/result.json").read_text())["unreadable_images"] == 1
+
+
+def test_a_label_that_is_no_class_never_gets_to_the_device(break_images, tmp_path, command, caplog):
+    """There it would end in an assertion that names nothing."""
+    folder = break_images().parent / "annotations"
+    for name in ("training/004.png", "validation/101.png"):
+        Image.fromarray(np.full_like(np.array(Image.open(folder / name)), 77)).save(folder / name)
+    outcome = command(*train_arguments(folder.parent / "dataset.yml", tmp_path / "run"))
+    assert outcome.code == 0
+    for name in ("training/004.png", "validation/101.png"):
+        assert f"{folder / name} holds label 77, which is none of the 4 allowed" in caplog.text
+    assert [r["unreadable_images"] for r in read_log(tmp_path / "run/log.txt")] == [1, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

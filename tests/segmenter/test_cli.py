@@ -78,6 +78,9 @@ def test_check_says_how_a_batch_is_split(dataset, tmp_path, command, monkeypatch
         "effective": 5, "per_process": 2, "processes": 2, "accumulation_steps": 2,
         "steps_per_epoch": 1,
     }  # fmt: skip
+    arguments += ["--device-batch-size", "auto"]  # a GPU will tell
+    batch = json.loads(command(*arguments, "--check", "--json").out)["batch"]
+    assert (batch["per_process"], batch["accumulation_steps"]) == ("auto", "auto")
 
 
 def test_the_size_of_a_checkpoint_is_known_before(dataset, finished, tmp_path, command):

@@ -252,6 +252,26 @@ def test_small_device_batches_change_the_loss_by_rounding_only(dataset, tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_recomputed_activations_and_the_size_that_fits_change_nothing(dataset, finished, tmp_path):
+    """Dropout and drop path included; without a GPU the default size fits."""
+    arguments = train_arguments(dataset, tmp_path / "run", device_batch_size="auto")
+    assert call(*arguments, "--activation-checkpointing").code == 0
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_too_little_gpu_memory_names_what_to_lower(dataset, tmp_path, command, monkeypatch):
+    def refused(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a")
+
+    monkeypatch.setattr(segmenter.epoch, "segmentation_loss", refused)
+    outcome = command(*train_arguments(dataset, tmp_path / "run"))
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == (
+        "Error: CUDA out of memory. Tried to allocate 2.00 GiB: lower --eval-batch-size or "
+        "lower --device-batch-size or give --activation-checkpointing; the result stays the same"
+    )
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_score_like_one(dataset, finished, tmp_path):
     """No dropout here, whose noise differs by process; 3 test images on 2 processes."""

@@ -75,6 +75,14 @@ def test_an_image_alone_is_refused(dataset, tmp_path, command):
         assert not (tmp_path / "run").exists()
 
 
+def test_no_gpu_decides_over_how_many_images_the_norms_are(dataset, tmp_path, command):
+    outcome = command(
+        *train_arguments(dataset, tmp_path / "run", **{**RUN, "device_batch_size": "auto"})
+    )
+    assert outcome.code == 2
+    assert "--device-batch-size auto would let the GPU decide what --decoder upernet" in outcome.err
+
+
 @pytest.mark.slow
 def test_two_processes_score_the_weights_that_are_saved(dataset, tmp_path):
     """On CPUs each has its own running means; DistributedDataParallel finds no idle parameter."""

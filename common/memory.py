@@ -1,0 +1,75 @@
+"""How many images a GPU holds at once, from passes over a few of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+FEW, MORE = 2, 4  # images of the passes that are measured
+MARGIN = 0.1  # of the card: fragments, other shapes, and what the libraries keep for themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakMemory:
+    """Bytes in use at the peak of a forward and backward pass: base + per_image x images."""
+
+    base: int
+    per_image: int
+
+    @staticmethod
+    def measured(peak_of: Callable[[int], int]) -> PeakMemory:
+        """peak_of: bytes at the peak of a pass over so many images, which leaves its gradients."""
+        peak_of(MORE)  # with gradients from here on, as all passes but the very first
+        few, more = peak_of(FEW), peak_of(MORE)
+        per_image = max(1, (more - few) // (MORE - FEW))
+        return PeakMemory(base=few - FEW * per_image, per_image=per_image)
+
+    def most_images(self, available: float) -> int:
+        """How many fit into so many bytes; 1 at least."""
+        return max(1, int((available - self.base) / self.per_image))
+
+
+def largest_micro_batch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[int], Tensor],
+    *,
+    share: int,
+) -> int:
+    """The largest divisor of a process's `share` of a step's images that the GPUs hold at once.
+
+    loss_of: training's loss of so many images by `model`, which is not compiled or wrapped yet: the
+    compiler would take each size for a reason to start anew.
+    """
+    device = accelerator.device
+
+    def peak_of(images: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        with accelerator.autocast():
+            loss = loss_of(images)
+        loss.backward()
+        return torch.cuda.max_memory_allocated(device)
+
+    peak = PeakMemory.measured(peak_of)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    parameters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    moments = 0 if optimizer.state else 2 * parameters  # AdamW's; they come with the first step
+    total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    most = peak.most_images((1 - MARGIN) * total - moments)
+    most = int(accelerator.gather(torch.tensor([most], device=device)).min())
+    chosen = next(size for size in range(min(share, most), 0, -1) if share % size == 0)
+    logger.info(
+        "%d images at once: %.0f MiB, and %.1f for each, of the GPU's %.0f",
+        chosen, (peak.base + moments) / 2**20, peak.per_image / 2**20, total / 2**20,
+    )  # fmt: skip
+    return chosen
