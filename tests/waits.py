@@ -1,4 +1,4 @@
-"""Copies between host and device that keep the host waiting."""
+"""Steps on fake CUDA tensors: copies between host and device that keep the host waiting."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,3 +24,10 @@ class Waits(TorchDispatchMode):
                 if not given.get("non_blocking"):
                     self.found.append(devices)
         return result
+
+
+def fill_gradients(optimizer):
+    """What a backward pass leaves."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)

@@ -21,7 +21,7 @@ def test_tensorboard_has_every_value_of_the_log_once(tmp_path):
     logbook = open_logbook(tmp_path, 0)
     for epoch in (1, 2, 3):
         logbook.add_epoch({"epoch": epoch, "train_loss": 1 / epoch, "val_loss": None})
-        logbook.saved()
+        logbook.saved(epoch)
     logbook.close("done")
     assert scalars(tmp_path) == {
         "train_loss": [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3, abs=1e-4))]
@@ -32,13 +32,13 @@ def test_tensorboard_has_every_value_of_the_log_once(tmp_path):
 def test_an_epoch_whose_checkpoint_was_not_saved_is_told_once_when_it_was_made_again(tmp_path):
     logbook = open_logbook(tmp_path, 0)
     logbook.add_epoch({"epoch": 1, "train_loss": 1.0})
-    logbook.saved()
+    logbook.saved(1)
     logbook.add_epoch({"epoch": 2, "train_loss": 7.0})  # and killed before its checkpoint
     for tracker in logbook.trackers.trackers.values():
         tracker.finish()
     logbook = open_logbook(tmp_path, 1)
     logbook.add_epoch({"epoch": 2, "train_loss": 0.5})
-    logbook.saved()
+    logbook.saved(2)
     logbook.close("done")
     assert scalars(tmp_path) == {"train_loss": [(1, 1.0), (2, 0.5)]}
 
@@ -55,7 +55,7 @@ def test_an_epoch_that_was_saved_but_not_told_is_told_by_the_next_call(tmp_path)
 def test_a_run_without_trackers_leaves_none(tmp_path):
     logbook = open_logbook(tmp_path, 0, names=("none",))
     logbook.add_epoch({"epoch": 1, "train_loss": 1.0})
-    logbook.saved()
+    logbook.saved(1)
     logbook.close("stopped")
     assert not (tmp_path / "tensorboard").exists()
     assert json.loads((tmp_path / "progress.json").read_text())["state"] == "stopped"

@@ -15,7 +15,7 @@ from mae.masking import METHODS
 from mae.model import MaskedAutoencoder
 from mae.optimisation import make_optimizer
 from tests.mae.conftest import make_config
-from tests.waits import Waits
+from tests.waits import Waits, fill_gradients
 
 
 @pytest.mark.parametrize("scales_loss", [False, True])
@@ -39,7 +39,7 @@ def test_a_step_does_not_wait_for_the_device(in1k_dir, tmp_path, monkeypatch, me
         run.accelerator.state.device, run.prepared = torch.device("cuda"), model
         optimizer = make_optimizer(model, config.optimisation)
         # The engine of autograd asks CUDA for its streams, which even fake tensors do not have.
-        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: _fill_gradients(optimizer))
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: fill_gradients(optimizer))
         run.update = GuardedUpdate(optimizer, 1.0, scales_loss=scales_loss)
         trainer = EpochTrainer(run)
         monkeypatch.setattr(torch, "tensor", make_without_page_locked_memory)
@@ -49,12 +49,6 @@ def test_a_step_does_not_wait_for_the_device(in1k_dir, tmp_path, monkeypatch, me
     assert waits.copies == 10  # two steps: images and patterns of two micro-batches, and the counts
     assert waits.found == []
     assert pinned == [True, True]
-
-
-def _fill_gradients(optimizer):
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
 
 
 def _count_collectives(folder, rank):

@@ -263,7 +263,7 @@ def test_too_little_gpu_memory_names_what_to_lower(dataset, tmp_path, command, m
     def refused(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a")
 
-    monkeypatch.setattr(segmenter.epoch, "segmentation_loss", refused)
+    monkeypatch.setattr(segmenter.model, "segmentation_loss", refused)
     outcome = command(*train_arguments(dataset, tmp_path / "run"))
     assert outcome.code == 1
     assert outcome.err.splitlines()[-1] == (

@@ -55,7 +55,7 @@ def test_a_run_that_stopped_goes_on_with_its_running_means(dataset, run, tmp_pat
 
     finish = segmenter.train._finish_epoch
     monkeypatch.setattr(
-        segmenter.train, "_finish_epoch", lambda run, state, log: finish(run, state, log) and False
+        segmenter.train, "_finish_epoch", lambda *arguments: finish(*arguments) and False
     )
     arguments = train_arguments(dataset, tmp_path / "again", **RUN)
     assert call(*arguments).code == 75

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,22 +10,28 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from common.training import EpochTrainer
+from common.update import GuardedUpdate
 from segmenter import data, evaluate
 from segmenter.config import ScoringConfig
 from segmenter.encoder import EncoderShape
-from segmenter.model import Segmenter, SegmenterShape
+from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
+from segmenter.optimisation import make_optimizer
+from tests.segmenter.boxes import call, train_arguments
 from tests.segmenter.test_inference import PROTOCOL
-from tests.waits import Waits
+from tests.waits import Waits, fill_gradients
 
 GPU = torch.device("cuda", 0)
 
 
-def on_a_fake_gpu(model):
+def on_a_fake_gpu(model, trained=False):
     """Its weights as fake tensors there; to be called within FakeTensorMode."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                held[name] = torch.nn.Parameter(torch.empty(tensor.shape, device=GPU), False)
+                held[name] = torch.nn.Parameter(
+                    torch.empty(tensor.shape, device=GPU), requires_grad=trained
+                )
     return model
 
 
@@ -91,3 +98,37 @@ def test_the_loader_pins_every_tensor_of_a_test_image(monkeypatch):
     assert isinstance(sample, data.TestImage)
     assert sample.unreadable == ""
     assert pinned == [(3, 50, 77)] * 6 + [(100, 125)]
+
+
+@pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
+def test_a_step_of_finetuning_does_not_wait_for_the_device(dataset, tmp_path, monkeypatch, decoder):
+    """The segmenter's own run, its model and update on the fake GPU."""
+    from segmenter import train
+
+    runs = []
+    monkeypatch.setattr(train, "_fit", lambda run, state: runs.append((run, state)) or True)
+    arguments = train_arguments(
+        dataset, tmp_path, decoder=decoder, batch_size=4, device_batch_size=2
+    )
+    assert call(*arguments).code == 0
+    ((run, state),) = runs
+    loaded = list(run.micro_batches(state, run.batches(state, 1)))
+    assert len(loaded) == 2
+    run.micro_batches = lambda *_: iter(loaded)
+    monkeypatch.setattr(torch, "tensor", partial(_unpinned, torch.tensor))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss = TrainingLoss(on_a_fake_gpu(run.model, trained=True), 255)
+        run.accelerator.state.device, run.prepared = GPU, loss
+        optimizer = make_optimizer(loss.model, run.config.optimisation)
+        run.update = GuardedUpdate(optimizer, 1.0, scales_loss=True)
+        # The engine of autograd asks CUDA for its streams, which even fake tensors do not have.
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: fill_gradients(optimizer))
+        with Waits() as waits:
+            EpochTrainer(run)._step(state, iter(()))
+    assert waits.copies == 7  # images, labels and sizes of two micro-batches, and the counts
+    assert waits.found == []
+
+
+def _unpinned(make, values, pin_memory=False, **named):
+    """There is no page-locked memory without CUDA."""
+    return make(values, **named)
