@@ -179,7 +179,7 @@ def test_dashes_and_underscores_are_equal(settings, tmp_path):
 
 def test_check_tells_batch_rates_and_images(settings, tmp_path):
     facts = checked("--config", settings, "--output-dir", tmp_path / "out", "--epochs", 7)
-    assert facts["images"] == {"train": 24, "left_out": 2, "val": 5}
+    assert facts["images"] == {"train": 24, "left_out": 2, "val": 5, "val_left_out": 0}
     assert facts["batch"] == {
         "effective": 8, "per_process": 8, "processes": 1, "accumulation_steps": 1,
         "steps_per_epoch": 3,
