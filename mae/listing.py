@@ -89,15 +89,15 @@ def _with_their_own(
 ) -> tuple[list[str], Path]:
     """The held-out images that have segments, and the folder to which their paths are relative.
 
-    Segments that people have of them are called as the training images' are. What a training image
-    is called is its own: its segments would hide a stranger's shapes.
+    Keys of segments that people have of them lack the val/ that `generate` gives them. What is
+    called as a training image is that one's, and would hide a stranger's shapes.
     """
+    theirs = with_segment.difference(map(segment_key, train)) if val else set()
     within = [f"{VAL}/{path}" for path in val]
-    found = [path for path in within if segment_key(path) in with_segment]
+    found = [path for path in within if segment_key(path) in theirs]
     if found:
         return found, folder.parent
-    own = with_segment.difference(map(segment_key, train))
-    found = [path for path in val if segment_key(path) in own]
+    found = [path for path in val if segment_key(path) in theirs]
     if val and not found:
         logger.info("none of the %d images in %s has a segment: no held-out loss", len(val), folder)
     return found, folder
@@ -127,7 +127,10 @@ def _open_source(data: DataConfig, method: MaskingMethod, *, will_make: bool) ->
     if not path.exists():
         if data.masks_dir is None and not method.uses_segments:
             return None
-        raise ValueError(f"{path} does not exist; name the place of the segments by --masks-dir")
+        raise ValueError(
+            f"{path} does not exist; name the place of the segments by --masks-dir, or make them: "
+            "`python -m mae masks generate`, or benchmark.py's --make-segments"
+        )
     return open_any_form(path) if will_make else open_segments(path)
 
 
