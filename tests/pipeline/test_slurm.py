@@ -139,10 +139,10 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     settings: Make, cluster: SlurmCluster, data: Path, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
-    for number in range(36):
+    for number in range(18):
         path = data / "in1k" / ("val" if number % 6 == 0 else "train") / f"disc/noise_{number}.png"
         path.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
     shutil.rmtree(data / "in1k/masks")
     words = "--launcher slurm --pretrain-epochs 1 --make-segments felzenszwalb --segment-shards 3"
     chosen = settings(words + " --mask-method patches,segments --sbatch cpus-per-task=1")
@@ -175,6 +175,6 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     merged, one = (PackedStore(path) for path in (facts.making, tmp_path / "one.sqlite"))
     keys = merged.images() | merged.listed_empty()
     assert keys == one.images() | one.listed_empty()
-    assert len([key for key in keys if key.startswith("val/disc/")]) == 6
+    assert len([key for key in keys if key.startswith("val/disc/")]) == 3
     assert all(merged.packed(key) == one.packed(key) for key in keys)
-    assert len(merged.images()) >= 36
+    assert len(merged.images()) >= 18
