@@ -36,6 +36,11 @@ def reconstructions_path(folder: Path, epochs_completed: int) -> Path:
     return folder / f"reconstructions-{epochs_completed}.png"
 
 
+def shard_path(out: Path, index: int, count: int) -> Path:
+    """The store that part `index` of `count`, from 0, of the making of segments leaves."""
+    return out if count == 1 else out.with_name(f"{out.stem}-{index}-of-{count}{out.suffix}")
+
+
 def epochs_of(path: Path) -> int | None:
     """Epochs completed, by the name of a round's checkpoint or picture; None for other files."""
     match = re.fullmatch(r"(?:checkpoint-(\d+)\.pth)|(?:reconstructions-(\d+)\.png)", path.name)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 SECONDS_PER_DRAWING = 0.1
 SECONDS_PER_LINE = 30.0
+COUNTED = re.compile(r"\w+: \d+ of \d+ \w+, [\d.]+/s, [\d:]+ left")  # a line of `Counter`
+END_BYTES = 4096
 
 
 class Display:
@@ -66,6 +70,16 @@ class Counter:
             self.done,
             f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.1f}/s, {left} left",
         )
+
+
+def last_count(log: Path) -> str:
+    """What a `Counter` last wrote into a file; empty if nothing."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - END_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if COUNTED.fullmatch(line)), "")
 
 
 def clock(seconds: float) -> str:

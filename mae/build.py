@@ -23,7 +23,7 @@ from common.update import GuardedUpdate
 from common.vit import IMAGE_CHANNELS
 from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
-from mae.controls import SegmentSource
+from mae.controls import SegmentSource, Standins
 from mae.data import Batch, FixedImages, MaskedImages, allow_many_files, collate
 from mae.listing import Listing, make_listing
 from mae.model import MaskedAutoencoder
@@ -136,15 +136,20 @@ class Run(TrainingRun):
         return iter(loader)
 
 
-def build_run(config: PretrainConfig, interruption: Interruption) -> tuple[Run, State]:
+def build_run(
+    config: PretrainConfig, interruption: Interruption, *, will_make: bool = False
+) -> tuple[Run, State]:
     """Build the run; continue from its newest checkpoint if there is one. Writes nothing.
 
+    will_make: to time steps before there are segments, with blocks in their place.
     Raises ValueError for what the user can fix.
     """
     run = config.run
     accelerator = make_accelerator(run)
     method = make_method(config.method, config.model)
-    listing = make_listing(config.data, method, segments_from=config.method.segments_from)
+    listing = make_listing(
+        config.data, method, segments_from=config.method.segments_from, will_make=will_make
+    )
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),
@@ -152,9 +157,11 @@ def build_run(config: PretrainConfig, interruption: Interruption) -> tuple[Run, 
         batch_size=run.most_at_once,
     )
     checkpoint = open_own_checkpoint(config, listing)
-    segments = None
+    segments: SegmentSource | Standins | None = None
     if listing.source is not None:
         segments = SegmentSource(store=listing.source, donors=listing.train, options=config.method)
+    elif method.uses_segments:
+        segments = Standins(options=config.method)
     images = MaskedImages(
         folder=config.data.in1k_dir / "train",
         paths=listing.train,
@@ -187,7 +194,7 @@ def build_run(config: PretrainConfig, interruption: Interruption) -> tuple[Run, 
         listing=listing,
         plan=plan,
         images=images,
-        heldout=FixedImages(images, config.data.in1k_dir / "val", listing.val),
+        heldout=FixedImages(images, listing.val_folder, listing.val),
         fixed_set=fixed_set,
         model=model,
         prepared=accelerator.prepare_model(model),
@@ -199,9 +206,9 @@ def describe(run: Run, state: State) -> None:
     """Tell what is about to happen."""
     plan, optimisation, accelerator = run.plan, run.config.optimisation, run.accelerator
     logger.info(
-        "%s, %s, %d images (%d without a segment left out), %d held out",
+        "%s, %s, %d images (%d without a segment left out), %d held out (%d left out)",
         run.config.model.model, run.config.method.mask_method,
-        plan.num_images, run.listing.left_out, len(run.listing.val),
+        plan.num_images, run.listing.left_out, len(run.listing.val), run.listing.val_left_out,
     )  # fmt: skip
     logger.info(
         "effective batch %d = %d process(es) x %d step(s) x %d images; "

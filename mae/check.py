@@ -15,11 +15,11 @@ from mae.listing import make_listing
 from mae.schedule import learning_rate, make_batch_plan
 
 
-def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dict[str, Any]:
+def check_pretraining(config: PretrainConfig, *, will_make: bool = False) -> dict[str, Any]:
     """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
     method = make_method(config.method, config.model)
     listing = make_listing(
-        config.data, method, segments_from=config.method.segments_from, will_pack=will_pack
+        config.data, method, segments_from=config.method.segments_from, will_make=will_make
     )
     plan = make_batch_plan(
         config.optimisation,
@@ -37,7 +37,8 @@ def check_pretraining(config: PretrainConfig, *, will_pack: bool = False) -> dic
         _check_init(config, config.run.init)
     return {
         "images": {
-            "train": len(listing.train), "left_out": listing.left_out, "val": len(listing.val),
+            "train": len(listing.train), "left_out": listing.left_out,
+            "val": len(listing.val), "val_left_out": listing.val_left_out,
         },
         "batch": {
             "effective": plan.effective_batch_size,

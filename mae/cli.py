@@ -45,20 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @command(cli, **GROUPS)
 @click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
-@click.option("--will-pack", is_flag=True, help="With --check: segments are packed before the run.")
+@click.option(
+    "--will-make", is_flag=True,
+    help="With --check or --time-steps: segments are packed or made before the run.",
+)  # fmt: skip
 @click.option(
     "--time-steps", type=click.IntRange(1), metavar="N",
     help="Time N steps, print seconds as JSON; writes nothing.",
 )  # fmt: skip
 def pretrain(
-    check: bool, as_json: bool, will_pack: bool, time_steps: int | None, **groups: Any
+    check: bool, as_json: bool, will_make: bool, time_steps: int | None, **groups: Any
 ) -> int:
     """Pretrain a masked autoencoder, or continue: the same command goes on where it stopped."""
     config = PretrainConfig(**groups)
     if check:
         from mae.check import check_pretraining
 
-        facts = check_pretraining(config, will_pack=will_pack)
+        facts = check_pretraining(config, will_make=will_make)
         if as_json:
             say(json.dumps(facts))
         return 0
@@ -66,7 +69,7 @@ def pretrain(
     if time_steps is not None:
         from mae.timing import time_pretraining
 
-        seconds = time_pretraining(config, time_steps)
+        seconds = time_pretraining(config, time_steps, will_make=will_make)
         if seconds is not None:
             say(json.dumps(seconds))
         return 0
@@ -84,6 +87,7 @@ class _Folders(PluginConfig):
 @command(cli, folders=_Folders)
 def methods(folders: _Folders) -> None:
     """Print, as JSON, the masking methods and the options of `pretrain`; for benchmark.py."""
+    from mae.segments.cli import generators
     from mae.segments.forms import form_of
     from mae.segments.store import STORE_NAME
 
@@ -95,12 +99,21 @@ def methods(folders: _Folders) -> None:
             "path": str(masks),
             "form": form,
             "needs_packing": form not in ("packed store", "none"),
+            "needs_making": form == "none",
             "store": str(masks / STORE_NAME),  # where training looks for it by itself
         }
     facts = {
         "methods": {
-            name: {"uses_segments": method.uses_segments, "settings": list(method.settings)}
+            name: {
+                "uses_segments": method.uses_segments,
+                "all_segments": method.all_segments,
+                "settings": list(method.settings),
+            }
             for name, method in METHODS.items()
+        },
+        "generators": {
+            name: [parameter.name for parameter in generator.params]
+            for name, generator in generators.commands.items()
         },
         "options": option_facts(GROUPS.values()),
         "official_checkpoints": list(OFFICIAL_FILES),

@@ -23,6 +23,7 @@ from mae.transforms import crop_segment, crop_segments
 
 CANDIDATES = 4  # images of which the one with the likest segment is borrowed from
 ASPECT = (1 / 3, 3.0)  # of a block, width / height
+USUAL_SEGMENTS = 24  # of a photograph, by Felzenszwalb's algorithm
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +89,22 @@ class SegmentSource:
             (self._segments(method, other, wanted) for other in others),
             key=lambda segments: abs(segments[0].coverage_percent - wanted),
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Standins:
+    """Blocks in the place of segments that are still to be made, so that steps can be timed."""
+
+    options: MethodConfig
+
+    def cut(
+        self, method: MaskingMethod, key: str, image: CroppedImage, rng: np.random.Generator
+    ) -> np.ndarray:
+        """As `SegmentSource.cut`."""
+        side = method.segment_side
+        count = round(self.options.coverage_ratio / 100 * side**2)
+        blocks = [block(count, side, rng) for _ in range(USUAL_SEGMENTS)]
+        return np.stack(blocks) if method.all_segments else blocks[0]
 
 
 def blob(count: int, side: int, rng: np.random.Generator) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.unreadable import next_usable
-from mae.controls import SegmentSource
+from mae.controls import SegmentSource, Standins
 from mae.decode import read_crop
 from mae.listing import segment_key
 from mae.masking import MaskingMethod
@@ -71,7 +71,7 @@ class MaskedImages(Dataset[Sample]):
 
     folder: Path
     paths: np.ndarray
-    segments: SegmentSource | None
+    segments: SegmentSource | Standins | None
     method: MaskingMethod
     seed: int
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ import numpy as np
 from common.images import find_images
 from mae.config import DataConfig
 from mae.masking import MaskingMethod
-from mae.segments.forms import open_any_form, open_segments
+from mae.segments.forms import form_of, open_any_form, open_segments
 from mae.segments.store import PackedStore
 
 logger = logging.getLogger(__name__)
 
 MOST_MISSING = 0.5  # a larger share of images without segments means the wrong folder
+VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,16 @@ class Listing:
 
     train: paths relative to train/, posix, sorted, as an array of bytes: a million Python strings
     would be copied into every loader worker bit by bit, as their reference counts change.
-    val: the same for val/; for a method that uses segments, the images that have some of their own.
-    left_out: training images without a segment. source: the segments, if the method uses them.
+    val: the same for val_folder; for a method that uses segments, those that have some of their
+    own, which have the `segment_key` of these paths. left_out, val_left_out: images without.
+    source: the segments, if the method uses them.
     """
 
     train: np.ndarray
     val: np.ndarray
+    val_folder: Path
     left_out: int
+    val_left_out: int
     source: PackedStore | None
 
     @property
@@ -44,25 +49,25 @@ class Listing:
 
 
 def make_listing(
-    data: DataConfig, method: MaskingMethod, *, segments_from: str = "own", will_pack: bool = False
+    data: DataConfig, method: MaskingMethod, *, segments_from: str = "own", will_make: bool = False
 ) -> Listing:
     """Find the images of a run, and their segments.
 
-    will_pack: segments of any form will do, because they are packed before the run.
+    will_make: segments of any form or none will do, as they are packed or made before the run.
     Raises ValueError if folders are missing or empty, too many images have no segment, or there is
     no second image to borrow segments from.
     """
     if not data.in1k_dir.is_dir():
         raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
     train = find_images(data.in1k_dir / "train")
-    val = data.in1k_dir / "val"
-    listed_val = find_images(val) if val.is_dir() and data.val_images else []
-    source = _open_source(data, method, will_pack=will_pack)
+    val_folder = data.in1k_dir / VAL
+    val = listed_val = find_images(val_folder) if val_folder.is_dir() and data.val_images else []
+    source = _open_source(data, method, will_make=will_make)
     left_out = 0
     if source is not None:
         with_segment = source.images()
         if method.uses_segments:
-            listed_val = [path for path in listed_val if segment_key(path) in with_segment]
+            val, val_folder = _with_their_own(listed_val, val_folder, with_segment, train)
         kept = [path for path in train if segment_key(path) in with_segment]
         _check_missing(train, kept, source, data)
         left_out = len(train) - len(kept)
@@ -71,10 +76,31 @@ def make_listing(
             check_donors(train)
     return Listing(
         train=encode_paths(train),
-        val=encode_paths(spread(listed_val, data.val_images)),
+        val=encode_paths(spread(val, data.val_images)),
+        val_folder=val_folder,
         left_out=left_out,
+        val_left_out=len(listed_val) - len(val),
         source=source if method.uses_segments else None,
     )
+
+
+def _with_their_own(
+    val: list[str], folder: Path, with_segment: set[str], train: list[str]
+) -> tuple[list[str], Path]:
+    """The held-out images that have segments, and the folder to which their paths are relative.
+
+    Keys of segments that people have of them lack the val/ that `generate` gives them. What is
+    called as a training image is that one's, and would hide a stranger's shapes.
+    """
+    theirs = with_segment.difference(map(segment_key, train)) if val else set()
+    within = [f"{VAL}/{path}" for path in val]
+    found = [path for path in within if segment_key(path) in theirs]
+    if found:
+        return found, folder.parent
+    found = [path for path in val if segment_key(path) in theirs]
+    if val and not found:
+        logger.info("none of the %d images in %s has a segment: no held-out loss", len(val), folder)
+    return found, folder
 
 
 def check_donors(paths: Sequence[str]) -> None:
@@ -91,16 +117,21 @@ def segment_key(relative_path: str) -> str:
     return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
 
 
-def _open_source(data: DataConfig, method: MaskingMethod, *, will_pack: bool) -> Any:
-    """The segments; None if the method can do without and there are none."""
+def _open_source(data: DataConfig, method: MaskingMethod, *, will_make: bool) -> Any:
+    """The segments; None if there are none, and the method can do without or they will be made."""
     path = data.segments_path
     if data.use_unmasked_images:  # it neither hides segments nor leaves images out
+        return None
+    if will_make and form_of(path) == "none":
         return None
     if not path.exists():
         if data.masks_dir is None and not method.uses_segments:
             return None
-        raise ValueError(f"{path} does not exist; name the place of the segments by --masks-dir")
-    return open_any_form(path) if will_pack else open_segments(path)
+        raise ValueError(
+            f"{path} does not exist; name the place of the segments by --masks-dir, or make them: "
+            "`python -m mae masks generate`, or benchmark.py's --make-segments"
+        )
+    return open_any_form(path) if will_make else open_segments(path)
 
 
 def _check_missing(

@@ -118,7 +118,7 @@ class Patches(MaskingMethod):
     name = "patches"
     uses_segments = False
     removes_tokens = True
-    settings: ClassVar[tuple[str, ...]] = ("mask_ratio",)
+    settings: ClassVar[tuple[str, ...]] = ("mask_ratio", "use_unmasked_images")
 
     @property
     def num_kept(self) -> int:

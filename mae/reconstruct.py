@@ -131,9 +131,10 @@ def _open_source(masks_dir: Path, options: MethodConfig) -> SegmentSource:
 
 
 def _key_of(path: Path, store: PackedStore) -> str:
-    """What segments know an image by, from the end of its path: class/stem, or stem."""
-    absolute = path.absolute().with_suffix("")
-    for key in (f"{absolute.parent.name}/{absolute.name}", absolute.name):
+    """What segments know an image by, from the end of its path: val/class/stem to stem."""
+    parts = path.absolute().with_suffix("").parts
+    for count in (3, 2, 1):
+        key = "/".join(parts[-count:])
         if store.nearest(key, 0) is not None:
             return key
     raise ValueError("--masks-dir has no segment of it")

@@ -15,7 +15,8 @@ from pipeline.estimate import kept_bytes
 from pipeline.machine import GIB
 from pipeline.parts import ask, part_command
 from pipeline.plan import Step
-from pipeline.preview import checked_plan
+from pipeline.preview import checked_plan, what_it_does
+from pipeline.segments import MAKING
 from pipeline.settings import Settings
 from pipeline.terminal import aligned
 
@@ -145,6 +146,9 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
         yield Finding("flags", "a run would be refused", str(error).replace("\n", "; "))
         return
     yield Finding("flags", f"a plan of {len(steps)} steps")
+    making = [step for step in steps if step.kind in MAKING]
+    if making:
+        yield Finding("segments", f"{what_it_does(making[0])} ({len(making)} steps)")
     for subject, kind in (("images", "pretrain"), ("dataset", "evaluate")):
         step: Step | None = next((s for s in steps if s.kind == kind and s.answer), None)
         if step is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ from pipeline.plan import Step
 from pipeline.preview import checked_plan, with_existing_init
 from pipeline.process import REPO_ROOT
 from pipeline.records import is_done
+from pipeline.segments import reads_segments
 from pipeline.settings import Settings
 from pipeline.terminal import aligned, duration
 
@@ -28,8 +30,13 @@ def estimate_run(settings: Settings) -> str:
     """The costs of what is left of the plan, part by part, as text."""
     paths, steps = Layout(settings.data.output_dir), checked_plan(settings)
     left = [step for step in steps if not is_done(step, paths)]
-    seconds = step_seconds(left)
-    kept, free = kept_bytes(left), machine.free_bytes(paths.root)
+    making = [step for step in left if step.kind == "generate"]
+    price = _price_of_segments(making[0]) if making else {}
+    shards = settings.data.segment_shards
+    seconds = step_seconds(left) | {step.name: price["seconds"] / shards for step in making}
+    # The parts are kept beside what they are joined to.
+    kept = kept_bytes(left) + price.get("bytes", 0) * (1 + (shards > 1))
+    free = machine.free_bytes(paths.root)
     disk = f"disk: about {kept / GIB:.1f} GiB will be kept, {free / GIB:.0f} GiB are free"
     total = wall_seconds(left, seconds, overlaps=settings.compute.overlaps)
     wall = f"wall time: {duration(total)} ({total / 3600:.2f} h)"
@@ -37,6 +44,13 @@ def estimate_run(settings: Settings) -> str:
     if in_turn > total:
         wall += f"; one step after another it would be {duration(in_turn)}"
     return f"{_table(left, seconds)}\n{wall}\n{disk}"
+
+
+def _price_of_segments(step: Step) -> Mapping[str, float]:
+    """What making all of them takes: `seconds` of one process, `bytes` of the store, and so on."""
+    click.echo("timing the making of segments ...", err=True)
+    whole = replace(step, options={**step.options, "shard": "0/1"})
+    return ask([[*whole.command, "--estimate", "--json"]], [environment(step)])[0]
 
 
 def kept_bytes(steps: Sequence[Step]) -> int:
@@ -51,6 +65,7 @@ def step_seconds(steps: Sequence[Step]) -> dict[str, float]:
     found: dict[str, float] = {}
     timed: dict[Any, Mapping[str, float]] = {}
     reached: dict[str, float] = {}  # run -> epochs completed before the step
+    will_make = any(step.kind in ("generate", "merge") for step in steps)
     for step in steps:
         if step.kind == "pack":
             click.echo("packing the segments, which a run would do first", err=True)
@@ -63,7 +78,8 @@ def step_seconds(steps: Sequence[Step]) -> dict[str, float]:
         key = (step.kind, step.options.get("mask_method"))
         if key not in timed:
             click.echo(f"timing {step.name} ...", err=True)
-            timed[key] = _time(step)
+            now = {"will_make": True} if will_make and reads_segments(step) else {}
+            timed[key] = _time(replace(step, options={**step.options, **now}))
         cost = timed[key]
         epochs = cost["epochs"]
         if step.kind == "pretrain":

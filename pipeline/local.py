@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.console import EXIT_STOPPED
-from common.layout import PROGRESS
+from common.layout import CONSOLE_LOG, PROGRESS
 from common.parsed import StepProgress, read_json
+from common.progress import last_count
 from common.run import PROCESSES_HERE
 from pipeline import machine, process
 from pipeline.layout import Layout
@@ -212,13 +213,13 @@ def was_stopped(folder: Path) -> bool:
 
 
 def progress_text(folder: Path) -> str:
-    """Epoch, rate and time left in words, as far as they are known."""
+    """Epoch or images, rate and time left in words, as far as they are known."""
     try:
         now = read_progress(folder)
     except ValueError as error:
         return str(error)
     if "epoch" not in now:
-        return "starting"
+        return last_count(folder / CONSOLE_LOG) or "starting"
     if now.get("stage") == "evaluate":
         parts = [f"scoring after epoch {float(now['epoch']):.1f}"]
     else:

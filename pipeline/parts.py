@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Facts:
     """Masking methods, recipes and options, as the parts have them."""
 
     methods: Mapping[str, Mapping[str, Any]]
-    """By name: uses_segments, and settings, the options that matter to the method."""
+    """By name: uses_segments, all_segments (and not only the nearest to a coverage ratio), and
+    settings, the options that matter to the method."""
     recipes: Mapping[str, Mapping[str, Any]]
     options: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """By kind of step and name: default, neutral (of speed or place only), and older, what a file
@@ -39,6 +40,12 @@ class Facts:
     """val/, where it has a folder for each class."""
     packing: tuple[Path, Path] | None = None
     """Segments that have to be packed before pretraining reads them, and the store to write."""
+    making: Path | None = None
+    """The store to write where there are no segments."""
+    generators: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What makes segments, and by name the options of each."""
+    val_dir: Path | None = None
+    """The held-out images, where there are some."""
 
     def uses(self, setting: str, method: str) -> bool:
         """Whether a setting of masking matters to the method."""
@@ -83,11 +90,14 @@ def ask_facts(settings: Settings | None = None) -> Facts:
             part_command(["segmenter", "recipes"], {"plugin": plugin}),
         ]
     )
-    packing, segments = None, mae["segments"]
-    if data is not None and segments is not None and segments["needs_packing"]:
+    packing = making = val_dir = None
+    if data is not None and data.in1k_dir is not None:
+        segments, val_dir = mae["segments"], data.in1k_dir / "val"
         source, store = Path(segments["path"]), Path(segments["store"])
-        may_write = os.access(source, os.W_OK)
-        packing = (source, store if may_write else Layout(data.output_dir).segments)
+        if not os.access(next(p for p in (source, *source.parents) if p.exists()), os.W_OK):
+            store = Layout(data.output_dir).segments
+        packing = (source, store) if segments["needs_packing"] else None
+        making = store if segments["needs_making"] else None
     return Facts(
         methods=mae["methods"],
         recipes=segmenter["recipes"],
@@ -98,8 +108,11 @@ def ask_facts(settings: Settings | None = None) -> Facts:
         },
         official_checkpoints=tuple(mae["official_checkpoints"]),
         has_official=settings is not None and _has_official(settings),
-        image_classes=_image_classes(data.in1k_dir) if data and data.in1k_dir else None,
+        image_classes=_image_classes(val_dir) if val_dir else None,
         packing=packing,
+        making=making,
+        generators=mae["generators"],
+        val_dir=val_dir if val_dir and val_dir.is_dir() else None,
     )
 
 
@@ -109,8 +122,7 @@ def _has_official(settings: Settings) -> bool:
     return file.is_file()
 
 
-def _image_classes(in1k_dir: Path) -> Path | None:
-    folder = in1k_dir / "val"
+def _image_classes(folder: Path) -> Path | None:
     if not folder.is_dir() or sum(entry.is_dir() for entry in os.scandir(folder)) < 2:
         return None
     return folder

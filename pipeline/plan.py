@@ -1,8 +1,8 @@
 """From settings to steps. Pure: nothing is read, written or started here.
 
-A step is one child process: fetch the official checkpoint, pack segments, pretrain up to the end of
-a round, probe a checkpoint's frozen encoder, or finetune and score it. Steps meet in files only;
-`needs` names the steps that make them.
+A step is one child process: fetch the official checkpoint, make segments (pipeline/segments.py),
+pretrain up to the end of a round, probe a checkpoint's frozen encoder, or finetune and score it.
+Steps meet in files only; `needs` names the steps that make them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pipeline.layout import BASELINES, DEFAULT_RATIO, OWN, Layout, Run, eval_nam
 from pipeline.parts import Facts, as_arguments
 from pipeline.settings import Settings
 
-PACK = "pack_segments"
 # Options of the parts that have a flag of another name here.
 _OTHER_FLAGS = {
     "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
@@ -34,7 +33,7 @@ class Step:
 
     name: str
     """Unique, usable as a file name: pretrain_four_channels_5, evaluate_four_channels_5."""
-    kind: Literal["fetch", "pack", "pretrain", "probe", "evaluate"]
+    kind: Literal["fetch", "pack", "generate", "merge", "pretrain", "probe", "evaluate"]
     run: str
     """The run's name; its folder is called so."""
     epochs: int
@@ -122,10 +121,8 @@ def make_plan(
         steps += plan.score(run, _name(run, names), 0, fetched if baseline == "mae" else ())
     if only in BASELINES:
         return steps
-    steps += plan.pack() if only is None else []
-    prepared = tuple(step.name for step in steps if step.kind in ("fetch", "pack"))
     for run in _runs(settings, facts):
-        name, previous = _name(run, names), prepared
+        name, previous = _name(run, names), fetched if experiment.stack else ()
         if only is not None:
             steps += plan.score(run, name, int(only), needs=())
             continue
@@ -206,22 +203,12 @@ class _Planner:
             )
         ]  # fmt: skip
 
-    def pack(self) -> list[Step]:
-        """Nothing to pack when there are no segments, packed ones, or none are looked at."""
-        if self.facts.packing is None or self.settings.parts.pretrain.get("use_unmasked_images"):
-            return []
-        source, store = self.facts.packing
-        return [
-            Step(
-                name=PACK, kind="pack", run="segments", epochs=0,
-                program=("mae", "masks", "pack", str(source)), options={"out": store},
-                processes=1, needs=(), folder=self.paths.bookkeeping / "pack", outputs=(store,),
-            )
-        ]  # fmt: skip
-
     def pretrain(self, run: Run, name: str, epochs: int, needs: tuple[str, ...]) -> Step:
         """Pretraining from where the run is up to `epochs` completed."""
         settings, folder = self.settings, self.paths.pretrain_dir(name)
+        given, is_free = settings.parts.pretrain, self.facts.uses("use_unmasked_images", run.method)
+        if settings.data.make_segments and is_free:  # it need not wait for segments
+            given = {"use_unmasked_images": True, **given}
         options = self._options(
             "pretrain",
             {
@@ -237,15 +224,12 @@ class _Planner:
                 "seed": run.seed,
                 "output_dir": folder,
             },
-            settings.parts.pretrain,
+            given,
         )
-        placed = dict(options)
-        if self.facts.packing and self.facts.packing[1] == self.paths.segments:
-            placed["masks_dir"] = self.paths.segments  # the same segments in another place
         outputs = (layout.checkpoint_path, layout.reconstructions_path)
         return Step(
             name=f"pretrain_{name}_{epochs}", kind="pretrain", run=name, epochs=epochs,
-            program=("mae", "pretrain"), options=placed, needs=needs, folder=folder,
+            program=("mae", "pretrain"), options=options, needs=needs, folder=folder,
             processes=settings.compute.processes,
             gpus=self._gpus(settings.compute.pretrain_gpus),
             outputs=tuple(path(folder, epochs) for path in outputs),

@@ -20,10 +20,11 @@ from pipeline.layout import Layout
 from pipeline.local import read_progress
 from pipeline.machine import hardware, versions, visible_gpus
 from pipeline.parts import Facts, ask, ask_facts
-from pipeline.plan import PACK, Step, make_plan, nodes_of
+from pipeline.plan import Step, make_plan, nodes_of
 from pipeline.records import differences, is_done, made_runs, write_plan
 from pipeline.report import is_report
 from pipeline.results import is_results_csv
+from pipeline.segments import MAKING, before_segments, with_segments
 from pipeline.settings import Settings
 from pipeline.terminal import aligned
 
@@ -46,10 +47,9 @@ def checked_plan(settings: Settings) -> list[Step]:
         facts = ask_facts(settings)
         steps = make_plan(settings, facts, made_runs(paths))
     _check_same_settings(steps, paths, facts)
-    waiting = [step for step in steps if not is_done(step, paths)]
-    if all(step.kind != "pretrain" for step in waiting):  # then nobody reads the segments
-        steps = [replace(s, needs=tuple(n for n in s.needs if n != PACK)) for s in steps]
-        steps, waiting = ([s for s in some if s.name != PACK] for some in (steps, waiting))
+    done = {step.name for step in steps if is_done(step, paths)}
+    steps = with_segments(steps, settings, facts, done)
+    waiting = [step for step in steps if step.name not in done and not is_done(step, paths)]
     wanted, there = settings.compute.num_gpus or 0, visible_gpus()
     if waiting and settings.cluster.launcher == "local" and wanted > len(there):
         raise ValueError(
@@ -118,15 +118,12 @@ def _ask_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, dict[st
     WORLD_SIZE tells a part, as torchrun will, how many processes share a batch.
     """
     kinds = {(step.kind, step.run): step for step in reversed(waiting)}
-    asked = {key: step for key, step in kinds.items() if step.kind not in ("fetch", "pack")}
-    will_pack = any(step.kind == "pack" for step in waiting)
+    asked = {key: step for key, step in kinds.items() if step.kind not in ("fetch", *MAKING)}
     commands = []
     for step in asked.values():
         # What an earlier step will make cannot be looked at yet.
-        options, flags = dict(with_existing_init(step).options), []
-        if step.kind == "pretrain" and will_pack:
-            options["masks_dir"], flags = settings.data.masks_dir, ["--will-pack"]
-        commands.append([*replace(step, options=options).alone, "--check", "--json", *flags])
+        now = before_segments(with_existing_init(step), waiting, settings)
+        commands.append([*now.alone, "--check", "--json"])
     found = ask(
         commands,
         [{"WORLD_SIZE": str(s.processes * nodes_of(s, settings))} for s in asked.values()],
@@ -167,7 +164,9 @@ def show(settings: Settings, *, verbose: bool) -> None:
     for step in steps:
         after = ", ".join(numbers[need] for need in step.needs) or "-"
         state = "done" if step.name in done else "to do"
-        rows.append((numbers[step.name], step.name, _what(step), _devices(step), after, state))
+        rows.append(
+            (numbers[step.name], step.name, what_it_does(step), _devices(step), after, state)
+        )
     say(aligned(rows, right=(0,)))
     for step in steps if verbose else ():
         say(f"\n{numbers[step.name]}  {shlex.join(step.command)}")
@@ -180,12 +179,16 @@ def show(settings: Settings, *, verbose: bool) -> None:
         say("\n--verbose shows the commands")
 
 
-def _what(step: Step) -> str:
+def what_it_does(step: Step) -> str:
+    """In a few words."""
     options = step.options
+    more = ", without segments too" if options.get("use_unmasked_images") else ""
     return {
         "fetch": f"download the official {options.get('model')}",
         "pack": "pack the segments into one file",
-        "pretrain": f"pretrain up to epoch {step.epochs} of {options.get('epochs')}",
+        "generate": f"make segments by {options.get('model') or step.program[-1]}",
+        "merge": f"join the {len(step.needs)} parts of the segments",
+        "pretrain": f"pretrain up to epoch {step.epochs} of {options.get('epochs')}{more}",
         "probe": f"probe the frozen encoder, seed {options.get('seed')}",
         "evaluate": f"finetune and score, seed {options.get('seed')}",
     }[step.kind]
@@ -205,6 +208,7 @@ def _schedule_text(answer: Mapping[str, Any]) -> str:
     images, batch, rate = answer["images"], answer["batch"], answer["learning_rate"]
     lines = [
         f"pretraining: {images['train']} images ({images['left_out']} left out), "
+        f"{images['val']} held out ({images['val_left_out']} left out), "
         f"{batch['steps_per_epoch']} steps per epoch",
         f"effective batch {batch['effective']} = {batch['per_process']} per device x "
         f"{batch['processes']} devices x {batch['accumulation_steps']} accumulated",

@@ -23,6 +23,14 @@ class Data(OptionGroup):
     title: ClassVar[str] = "Data"
     in1k_dir: Path | None = option("Images: train/, perhaps val/ and masks/.", None)
     masks_dir: Path | None = option("Segments. Default: IN1K-DIR/masks.", None)
+    make_segments: str | None = option(
+        "Where there are no segments, make them first: by felzenszwalb, a model by name (python -m "
+        "mae masks generate --help), in a folder or on the Hugging Face hub.", None,
+    )  # fmt: skip
+    segment_shards: int = option(
+        "Steps, or jobs, that share making them.", 1, at_least=1, at_most=MOST_PROCESSES,
+        neutral=True,
+    )  # fmt: skip
     ade20k_dir: Path | None = option("ADEChallengeData2016, to evaluate on.", None)
     eval_dataset: Path | None = option("YAML file of another dataset.", None)
     output_dir: Path = option("Where everything goes.", Path(), neutral=True)

@@ -52,6 +52,9 @@ class _PackOptions(OptionGroup):
 class _GenerateOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path = option("Folder of images, at any depth.")
+    val_dir: Path | None = option(
+        "Folder of held-out images, into the same store: their keys begin with val/.", None
+    )
     out: Path = option("The packed store to write, such as masks.sqlite.")
     shard: str | None = option(
         "Part I, from 0, of N, written I/N. Default: what torchrun or Slurm says.", None
@@ -59,8 +62,9 @@ class _GenerateOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.images.is_dir():
-            raise ValueError(f"--images {self.images} is not a folder")
+        for flag, folder in (("--images", self.images), ("--val-dir", self.val_dir)):
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"{flag} {folder} is not a folder")
         check_output_file(self.out)
         if self.out.suffix.lower() in IMAGE_SUFFIXES:
             raise ValueError(f"--out {self.out} has an image's name; give one such as masks.sqlite")
@@ -138,8 +142,10 @@ def felzenszwalb_command(
 
 
 def _generate(generator: Generator, options: _GenerateOptions, processes: int | None = None) -> int:
-    shard = Shard.parse(options.shard)
-    made = generate(options.images, options.out, generator, shard=shard, processes=processes)
+    made = generate(
+        options.images, options.out, generator,
+        shard=Shard.parse(options.shard), processes=processes, val_dir=options.val_dir,
+    )  # fmt: skip
     return _report(made)
 
 

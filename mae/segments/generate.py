@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator as Results
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.images import find_images, read_rgb
-from mae.listing import segment_key
+from common.layout import shard_path
+from mae.listing import VAL, segment_key
 from mae.segments.parallel import in_order
 from mae.segments.segment import Segment
 from mae.segments.store import PackedImage
@@ -71,33 +72,55 @@ class Shard:
 
     def name(self, out: Path) -> Path:
         """Where this part of a store is written."""
-        if self.count == 1:
-            return out
-        return out.with_name(f"{out.stem}-{self.index}-of-{self.count}{out.suffix}")
+        return shard_path(out, self.index, self.count)
+
+
+def images_by_key(images_dir: Path, val_dir: Path | None) -> dict[str, Path]:
+    """All images below a folder, and below that of held-out ones, by the names of their segments.
+
+    Raises ValueError if there are none, or two of the same name.
+    """
+    found: dict[str, Path] = {}
+    folders = {"": images_dir} | ({f"{VAL}/": val_dir} if val_dir else {})
+    for prefix, folder in folders.items():
+        for path in find_images(folder):
+            key = segment_key(f"{prefix}{path}")
+            if key in found:
+                raise ValueError(
+                    f"{found[key]} and {folder / path} would have segments of the same name, "
+                    f"{key}; rename one"
+                )
+            found[key] = folder / path
+    return found
 
 
 def generate(
-    images_dir: Path, out: Path, generator: Generator, *, shard: Shard, processes: int | None
+    images_dir: Path,
+    out: Path,
+    generator: Generator,
+    *,
+    shard: Shard,
+    processes: int | None,
+    val_dir: Path | None = None,
 ) -> Summary:
     """Make the segments of every image below a folder that are not in the packed store yet.
 
     Images that fail are named, recorded, and tried again by the next run. Raises ValueError if what
     is there was made with other settings, RuntimeError at the end if more than 1% failed.
     """
-    paths = find_images(images_dir)
-    _refuse_equal_names(paths)
-    size = generator.batch_size
-    batches = [paths[start : start + size] for start in range(0, len(paths), size)]
+    images = images_by_key(images_dir, val_dir)
+    keys, size = list(images), generator.batch_size
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
     batches = batches[shard.index :: shard.count]
     total = sum(map(len, batches))
     with StoreWriter(
         shard.name(out), source=generator.name, settings=generator.settings, extend=True
     ) as writer:
         done = writer.keys()
-        todo = [batch for batch in batches if not done.issuperset(map(segment_key, batch))]
-        already_there = sum(segment_key(path) in done for batch in batches for path in batch)
+        todo = [batch for batch in batches if not done.issuperset(batch)]
+        already_there = sum(key in done for batch in batches for key in batch)
         logger.info("%s: %d of %d images are done", writer.out, already_there, total)
-        with closing(_segmented(todo, images_dir, generator, processes)) as results:
+        with closing(_segmented(todo, images, generator, processes)) as results:
             new = (result for result in results if result.key not in done)
             summary = writer.add_all(new, what="generate", total=total, already_there=already_there)
         if summary.interrupted:
@@ -112,26 +135,29 @@ def generate(
 
 
 def _segmented(
-    batches: Sequence[Sequence[str]], images_dir: Path, generator: Generator, processes: int | None
+    batches: Sequence[Sequence[str]],
+    images: Mapping[str, Path],
+    generator: Generator,
+    processes: int | None,
 ) -> Results[PackedImage | Failure, None, None]:
     """Every image of the batches, in their order."""
-    read, segment = partial(_read, images_dir), partial(_segment, generator)
+    read, segment = partial(_read, images), partial(_segment, generator)
     found: Iterable[list[PackedImage | Failure]]
     if generator.in_processes:
-        found = in_order(lambda paths: segment(read(paths)), batches, processes=processes, chunk=1)
+        found = in_order(lambda keys: segment(read(keys)), batches, processes=processes, chunk=1)
     else:
         found = map(segment, in_order(read, batches, processes=READERS, chunk=1))
     yield from chain.from_iterable(found)
 
 
-def _read(images_dir: Path, paths: Sequence[str]) -> list[tuple[str, np.ndarray | str]]:
+def _read(files: Mapping[str, Path], keys: Sequence[str]) -> list[tuple[str, np.ndarray | str]]:
     """Each image by its key, or why it cannot be read."""
     images: list[tuple[str, np.ndarray | str]] = []
-    for path in paths:
+    for key in keys:
         try:
-            images.append((segment_key(path), read_rgb(images_dir / path)))
+            images.append((key, read_rgb(files[key])))
         except ValueError as error:
-            images.append((segment_key(path), str(error)))
+            images.append((key, str(error)))
     return images
 
 
@@ -144,14 +170,3 @@ def _segment(
         Failure(key, image) if isinstance(image, str) else pack_image(key, segments)
         for (key, image), segments in zip(images, found, strict=True)
     ]
-
-
-def _refuse_equal_names(paths: Sequence[str]) -> None:
-    seen: dict[str, str] = {}
-    for path in paths:
-        other = seen.setdefault(segment_key(path), path)
-        if other != path:
-            raise ValueError(
-                f"{other} and {path} differ in their suffix only, so their segments would have "
-                "the same name; rename one"
-            )

@@ -179,7 +179,7 @@ def test_dashes_and_underscores_are_equal(settings, tmp_path):
 
 def test_check_tells_batch_rates_and_images(settings, tmp_path):
     facts = checked("--config", settings, "--output-dir", tmp_path / "out", "--epochs", 7)
-    assert facts["images"] == {"train": 24, "left_out": 2, "val": 5}
+    assert facts["images"] == {"train": 24, "left_out": 2, "val": 5, "val_left_out": 0}
     assert facts["batch"] == {
         "effective": 8, "per_process": 8, "processes": 1, "accumulation_steps": 1,
         "steps_per_epoch": 3,
@@ -223,13 +223,24 @@ def test_methods_and_options_are_told_as_json_without_torch(in1k_dir):
     assert list(facts["methods"]) == [
         "patches", "segments", "four_channels", "preencoder", "segment_patches",
     ]  # fmt: skip
-    assert facts["methods"]["patches"] == {"uses_segments": False, "settings": ["mask_ratio"]}
+    assert facts["methods"]["patches"] == {
+        "uses_segments": False, "all_segments": False,
+        "settings": ["mask_ratio", "use_unmasked_images"],
+    }  # fmt: skip
+    assert [name for name, fact in facts["methods"].items() if fact["all_segments"]] == [
+        "segment_patches"
+    ]
     assert facts["options"]["base_lr"] == {
         "default": 1.5e-4, "neutral": False, "several": False, "older": 1.5e-4,
     }  # fmt: skip
     assert facts["options"]["workers"]["neutral"]
     assert facts["segments"]["form"] == "packed store"
     assert not facts["segments"]["needs_packing"]
+    assert not facts["segments"]["needs_making"]
+    for options in facts["generators"].values():
+        assert {"images", "val_dir", "out", "shard"} <= set(options)
+    assert "device" in facts["generators"]["sam"]
+    assert "device" not in facts["generators"]["felzenszwalb"]
 
 
 def test_processes_that_srun_started_without_torchrun_are_refused(capsys, settings, monkeypatch):

@@ -24,14 +24,25 @@ _PLACES = dict.fromkeys(
     ("output_dir", "device", "compile", "workers", "resume", "plugin", "log_with"),
     _fact(neutral=True),
 )
-_SEGMENTS = {"uses_segments": True, "settings": ["coverage_ratio", "hide", "segments_from"]}
+_SEGMENTS = {
+    "uses_segments": True, "all_segments": False,
+    "settings": ["coverage_ratio", "hide", "segments_from"],
+}  # fmt: skip
 # As test_parts.py compares them with the real ones.
 FACTS = Facts(
     official_checkpoints=("vit_base", "vit_large", "vit_huge"),
     methods={
-        "patches": {"uses_segments": False, "settings": ["mask_ratio"]},
+        "patches": {
+            "uses_segments": False,
+            "all_segments": False,
+            "settings": ["mask_ratio", "use_unmasked_images"],
+        },
         **dict.fromkeys(("segments", "four_channels", "preencoder"), _SEGMENTS),
-        "segment_patches": {"uses_segments": True, "settings": ["mask_ratio", "segments_from"]},
+        "segment_patches": {
+            "uses_segments": True,
+            "all_segments": True,
+            "settings": ["mask_ratio", "segments_from"],
+        },
     },
     recipes={
         "segmenter": {"epochs": 64, "batch_size": 8},

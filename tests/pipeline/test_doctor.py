@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +12,9 @@ from torch.version import cuda
 
 from pipeline import doctor
 from pipeline.doctor import Finding, examine, findings_text
+from pipeline.segments import with_segments
 from pipeline.settings import GROUPS, Compute, Parts, Settings
-from tests.pipeline.programs import fake_program, run_benchmark
+from tests.pipeline.programs import FACTS, fake_program, plan_of, run_benchmark
 
 LOCKED = {
     "torch": "2.14.1+cu130", "cuda": "13.0", "lacks_to_compile": "", "error": "no GPU", "gpus": [],
@@ -44,6 +45,18 @@ def test_more_workers_than_cores_is_found() -> None:
 
 def test_flags_of_a_run_that_would_be_refused_are_found(tmp_path: Any) -> None:
     assert to_fix(data=replace(GROUPS["data"](), in1k_dir=tmp_path)) == ["flags"]
+
+
+def test_segments_that_the_plan_will_make_are_named(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen = settings("--make-segments felzenszwalb --segment-shards 2 --pretrain-epochs 1")
+    facts = replace(FACTS, making=tmp_path / "x.sqlite", generators={"felzenszwalb": []})
+    steps = with_segments(plan_of(chosen), chosen, facts)
+    monkeypatch.setattr(doctor, "checked_plan", lambda settings: steps)
+    groups = {name: getattr(chosen, name) for name in GROUPS}
+    found = {finding.subject: finding.text for finding in examine(lambda: chosen, groups)}
+    assert found["segments"] == "make segments by felzenszwalb (3 steps)"
 
 
 def test_what_to_fix_is_marked_with_its_remedy() -> None:

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pipeline import estimate
 from pipeline.estimate import kept_bytes, step_seconds, wall_seconds
-from pipeline.plan import Step
+from pipeline.plan import Step, make_plan
+from pipeline.segments import with_segments
 from pipeline.settings import Settings
-from tests.pipeline.programs import plan_of
+from tests.pipeline.programs import FACTS, plan_of
 
 Make = Callable[..., Settings]
 COST = {
@@ -51,6 +53,36 @@ def test_a_probe_looks_once_at_the_training_images_and_at_the_others(
     steps = [replace(step, answer={"images": {"train": 40, "val": 10}}) for step in steps]
     found = step_seconds(steps)
     assert found["probe_four_channels_2"] == found["probe_four_channels_4"] == 1 + (1 + 4) * 30
+
+
+def test_making_segments_is_priced_and_what_reads_them_timed_without(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "--make-segments sam --segment-shards 4 --pretrain-epochs 4 --eval-freq 4"
+    chosen = settings(f"{words} --mask-method patches,segments")
+    store, asked = tmp_path / "in1k/masks/masks.sqlite", []
+    facts = replace(FACTS, making=store, generators={"sam": ["shard", "model", "for_coverage"]})
+    steps = with_segments(make_plan(chosen, facts), chosen, facts)
+    monkeypatch.setattr(estimate, "checked_plan", lambda settings: steps)
+
+    def answer(commands: list[list[str]], environments: object) -> list[dict[str, float]]:
+        [command] = commands
+        asked.append(" ".join(command[2:]))
+        price = {"seconds": 40 * 3600, "images": 9, "bytes": 3 * 2**30}
+        return [price if "generate" in command else COST[part[command[3]]]]
+
+    part = {"pretrain": "pretrain", "train": "evaluate"}
+    monkeypatch.setattr(estimate, "ask", answer)
+    text = estimate.estimate_run(chosen)
+    [generate] = [command for command in asked if "generate" in command]
+    assert generate.endswith("--estimate --json")
+    assert "--shard 0/1" in generate
+    assert [" --will-make " in command for command in asked if " pretrain " in command] == [
+        *(False, True)
+    ]
+    assert "generate segments" in text
+    assert "40.00" in text
+    assert "about 6.0 GiB will be kept" in text
 
 
 def test_each_method_is_timed_once(settings: Make, timed: list[str]) -> None:

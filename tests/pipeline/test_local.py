@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 import benchmark
+from common.progress import Counter
 from pipeline import process
 from pipeline.layout import Layout
-from pipeline.local import LocalLauncher, failure_message
+from pipeline.local import LocalLauncher, failure_message, progress_text
 from pipeline.plan import Step
 from pipeline.records import is_done, read_record, write_record
 from pipeline.settings import Settings
@@ -211,3 +212,17 @@ def test_a_record_names_the_process_while_it_runs(tmp_path: Path) -> None:
     write_record(Layout(tmp_path), record)
     parent.terminate()
     assert parent.wait(30) == 75
+
+
+def test_the_making_of_segments_shows_how_far_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert progress_text(tmp_path) == "starting"
+    counter = Counter("generate", total=96, done=3)
+    counter.display.seconds_per_line = 0.0
+    with caplog.at_level("INFO"):
+        counter.advance(2)
+    [line] = caplog.messages
+    assert line.startswith("generate: 5 of 96 images, ")
+    (tmp_path / "console.log").write_text(f"masks.sqlite: 3 of 96 images are done\n{line}\n?\n")
+    assert progress_text(tmp_path) == line

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipeline.layout import Layout
 from pipeline.parts import Facts, ask, ask_facts
 from pipeline.sample import SampleSize, write_sample
+from pipeline.settings import Settings
 from tests.pipeline.programs import FACTS
 
 
@@ -46,5 +51,21 @@ def test_a_folder_of_files_has_to_be_packed_into_itself(tmp_path: Path) -> None:
     [mae] = ask([[sys.executable, "-m", "mae", "methods", "--in1k-dir", str(tmp_path / "in1k")]])
     assert mae["segments"] == {
         "path": str(masks), "form": "RLE JSON", "needs_packing": True,
+        "needs_making": False,
         "store": str(masks / "masks.sqlite"),
     }  # fmt: skip
+
+
+def test_where_there_are_no_segments_they_are_to_be_made(
+    settings: Callable[..., Settings], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings("--pretrain-epochs 1")
+    shutil.rmtree(data / "in1k/masks")
+    found = ask_facts(chosen)
+    assert (found.packing, found.val_dir) == (None, None)
+    assert found.making == data / "in1k/masks/masks.sqlite"
+    (data / "in1k/val").mkdir()
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != data / "in1k")
+    found = ask_facts(chosen)
+    assert found.making == Layout(chosen.data.output_dir).segments
+    assert found.val_dir == data / "in1k/val"

@@ -3,18 +3,16 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline import preview
-from pipeline.layout import Layout
 from pipeline.parts import as_arguments
-from pipeline.plan import Step, make_plan, nodes_of
+from pipeline.plan import Step, nodes_of
 from pipeline.settings import Experiment, Settings
-from tests.pipeline.programs import FACTS, plan_of
+from tests.pipeline.programs import plan_of
 
 Make = Callable[..., Settings]
 
@@ -195,36 +193,6 @@ def test_finetuning_seeds_are_evaluations_of_one_checkpoint(settings: Make) -> N
     assert last.options["seed"] == 4
     assert last.needs == ("pretrain_four_channels-seed2_1",)
     assert last.folder.name == "four_channels-seed2_1-evalseed2"
-
-
-def test_segments_are_packed_first_where_they_have_to_be(settings: Make, tmp_path: Path) -> None:
-    chosen = settings("--pretrain-epochs 1")
-    beside = replace(FACTS, packing=(tmp_path / "masks", tmp_path / "masks/masks.sqlite"))
-    pack, pretrain, evaluate = make_plan(chosen, beside)
-    assert pack.command[-5:] == [
-        *("masks", "pack", str(tmp_path / "masks"), "--out"), str(tmp_path / "masks/masks.sqlite"),
-    ]  # fmt: skip
-    assert pretrain.needs == (pack.name,)
-    assert pretrain.options["masks_dir"] is None
-    assert evaluate.needs == (pretrain.name,)
-
-
-def test_nothing_is_packed_for_a_method_that_looks_at_no_segments(
-    settings: Make, tmp_path: Path
-) -> None:
-    words = "--pretrain-epochs 1 --mask-method patches --pretrain use_unmasked_images=true"
-    facts = replace(FACTS, packing=(tmp_path / "masks", tmp_path / "masks/masks.sqlite"))
-    assert [step.kind for step in make_plan(settings(words), facts)] == ["pretrain", "evaluate"]
-
-
-def test_segments_packed_into_the_output_directory_are_the_same_segments(
-    settings: Make, tmp_path: Path
-) -> None:
-    chosen = settings("--pretrain-epochs 1")
-    store = Layout(chosen.data.output_dir).segments
-    pretrain = make_plan(chosen, replace(FACTS, packing=(tmp_path / "masks", store)))[1]
-    assert pretrain.options["masks_dir"] == store
-    assert pretrain.settings == plan_of(chosen)[0].settings
 
 
 def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from mae.segments.store import PackedStore
 from pipeline import slurm
 from pipeline.layout import Layout
-from pipeline.plan import Step
+from pipeline.parts import ask_facts
+from pipeline.plan import Step, make_plan
 from pipeline.preview import write_run_files
+from pipeline.process import REPO_ROOT
 from pipeline.records import read_record, write_record
+from pipeline.segments import MAKING, with_segments
 from pipeline.settings import Settings
 from pipeline.status import read_status
 from tests.pipeline.programs import plan_of, standin
@@ -123,3 +133,48 @@ def test_output_of_the_step_is_in_its_console_log(settings: Make, cluster: Slurm
     steps, paths = submit(settings("--launcher slurm --pretrain-epochs 1 --sbatch cpus-per-task=1"))
     until(lambda: read_record(paths, steps[0].name).state == "done")
     assert "started" in Path(steps[0].console_log).read_text()
+
+
+def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
+    settings: Make, cluster: SlurmCluster, data: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(18):
+        path = data / "in1k" / ("val" if number % 6 == 0 else "train") / f"disc/noise_{number}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
+    shutil.rmtree(data / "in1k/masks")
+    words = "--launcher slurm --pretrain-epochs 1 --make-segments felzenszwalb --segment-shards 3"
+    chosen = settings(words + " --mask-method patches,segments --sbatch cpus-per-task=1")
+    paths, facts = Layout(chosen.data.output_dir), ask_facts(chosen)
+    steps = [
+        step if step.kind in MAKING else standin(step)
+        for step in with_segments(make_plan(chosen, facts), chosen, facts)
+    ]
+    write_run_files(chosen, steps, paths)
+    assert slurm.submit(chosen, steps, paths) == len(steps) == 8
+    victim, merge = steps[1], steps[3]
+    log = victim.console_log
+    until(lambda: log.exists() and "images are done" in log.read_text())
+    os.kill(read_record(paths, victim.name).pid, signal.SIGKILL)
+    until(lambda: not cluster.query("squeue", "-h", "-o", "%i").split(), seconds=120)
+    states = {step.name: step.state for step in read_status(paths)}
+    assert states.pop(victim.name) == "failed"
+    assert not victim.outputs[0].exists()
+    cancelled = (merge.name, "pretrain_segments_1", "evaluate_segments_1")
+    assert states == {name: "cancelled" if name in cancelled else "done" for name in states}
+    assert slurm.submit(chosen, steps, paths) == 4
+    until(lambda: {step.state for step in read_status(paths)} == {"done"}, seconds=120)
+    assert read_record(paths, victim.name).attempts == 2
+
+    whole = with_segments(steps[4:], settings("--make-segments felzenszwalb"), facts)[0]
+    command = [
+        word.replace(str(facts.making), str(tmp_path / "one.sqlite")) for word in whole.command
+    ]
+    subprocess.run(command, cwd=REPO_ROOT, check=True, capture_output=True)
+    merged, one = (PackedStore(path) for path in (facts.making, tmp_path / "one.sqlite"))
+    keys = merged.images() | merged.listed_empty()
+    assert keys == one.images() | one.listed_empty()
+    assert len([key for key in keys if key.startswith("val/disc/")]) == 3
+    assert all(merged.packed(key) == one.packed(key) for key in keys)
+    assert len(merged.images()) >= 18

@@ -261,5 +261,5 @@ def test_bad_options_are_one_line_and_write_nothing(
 
 def test_images_that_differ_in_suffix_only_are_refused(images, tmp_path):
     Image.new("RGB", (8, 8)).save(images / "a/one.png")
-    with pytest.raises(ValueError, match=r"a/one\.jpg and a/one\.png"):
+    with pytest.raises(ValueError, match=r"a/one\.jpg and .*a/one\.png"):
         run(images, tmp_path / "masks.sqlite")
