@@ -43,7 +43,7 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     wanted = config.compile if isinstance(config, TrainingConfig) else "off"
     compiled = wanted == "on"
     if wanted == "auto" and on_cuda:
-        lacking = _lacks_to_compile()
+        lacking = lacks_to_compile()
         compiled = not lacking
         if lacking:
             logger.warning("there is no %s here: the model is not compiled", lacking)
@@ -87,7 +87,7 @@ def _refuse_unconnected_processes() -> None:
         )
 
 
-def _lacks_to_compile() -> str:
+def lacks_to_compile() -> str:
     """What is missing: torch.compile and Triton build pieces of C at run time, on a GPU too."""
     if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
         return "C compiler (gcc or clang)"

@@ -6,12 +6,16 @@ gives larger regions; the regions of all scales together stand in for Segment An
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_rle
 from skimage.segmentation import felzenszwalb
 
-from mae.segments.segment import Segment, ordered, segment_from_pixels
+from mae.segments.generate import Photograph
+from mae.segments.segment import Segment, nearest, ordered, segment_from_flips
 from mae.segments.settings import FelzenszwalbSettings, as_stored
 
 
@@ -24,31 +28,37 @@ class Felzenszwalb:
 
     def __init__(self, options: FelzenszwalbSettings) -> None:
         self.options = options
+        self.read_side = options.longest_side
+        self.tally: Counter[str] = Counter()
         self.settings = as_stored(self.name, options)
 
-    def segments(self, images: list[np.ndarray]) -> list[list[Segment]]:
-        """Segments of each image [H, W, 3] uint8, the smallest first."""
-        return [self._segments(image) for image in images]
+    def segments(self, photographs: Sequence[Photograph]) -> list[list[Segment]]:
+        """Segments of each photograph, the smallest first."""
+        return [self._segments(photograph) for photograph in photographs]
 
-    def _segments(self, image: np.ndarray) -> list[Segment]:
-        options, (height, width) = self.options, image.shape[:2]
-        shrink = min(1.0, options.longest_side / max(height, width))
-        small_size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-        small = np.asarray(Image.fromarray(image).resize(small_size, Image.Resampling.BOX))
+    def _segments(self, photograph: Photograph) -> list[Segment]:
+        options, size = self.options, (photograph.width, photograph.height)
+        shrink = min(1.0, options.longest_side / max(size))
+        small_size = (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink)))
+        image = Image.fromarray(photograph.pixels)
+        small = np.asarray(image.resize(small_size, Image.Resampling.BOX))
         min_pixels = max(1, round(options.min_coverage / 100 * small.shape[0] * small.shape[1]))
         found: list[Segment] = []
         for scale in options.scales:
             regions = felzenszwalb(small, scale=scale, sigma=options.sigma, min_size=min_pixels)
             labels = Image.fromarray(regions.astype(np.int32), mode="I")
-            full = np.asarray(labels.resize((width, height), Image.Resampling.NEAREST))
             found += [
                 segment
-                for label in range(int(full.max()) + 1)
-                if options.min_coverage
-                <= (segment := segment_from_pixels(full == label)).coverage_percent
-                <= options.max_coverage
+                for segment in _segments_of(
+                    np.asarray(labels.resize(size, Image.Resampling.NEAREST))
+                )
+                if options.min_coverage <= segment.coverage_percent <= options.max_coverage
             ]
-        return ordered(self._distinct(found))
+        distinct = self._distinct(found)
+        if photograph.ratios:
+            chosen = {nearest(distinct, ratio) for ratio in photograph.ratios}
+            distinct = [segment for segment in distinct if segment in chosen]
+        return ordered(distinct)
 
     def _distinct(self, segments: list[Segment]) -> list[Segment]:
         """Without near copies of an earlier one."""
@@ -59,3 +69,16 @@ class Felzenszwalb:
             if not kept or overlaps[index, kept].max() <= self.options.duplicate_iou:
                 kept.append(index)
         return [segments[index] for index in kept]
+
+
+def _segments_of(labels: np.ndarray) -> list[Segment]:
+    """One segment for each number in [H, W], all encoded in one pass."""
+    columns = labels.T.ravel()  # pixel by pixel down the columns, as COCO counts
+    starts = np.append(0, np.flatnonzero(columns[1:] != columns[:-1]) + 1)
+    flips = np.stack([starts, np.append(starts[1:], len(columns))], axis=1)
+    label = columns[starts]
+    by_label = label.argsort(kind="stable")
+    ends = np.flatnonzero(np.diff(label[by_label])) + 1
+    return [
+        segment_from_flips(*labels.shape, flips[runs].ravel()) for runs in np.split(by_label, ends)
+    ]

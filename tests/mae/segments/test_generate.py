@@ -37,17 +37,17 @@ def all_segments(path):
     return {key: source.segments(key) for key in source.images()}
 
 
-def test_flat_boxes_are_found_exactly():
+def test_flat_boxes_are_found_exactly(photograph):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[10:30, 10:40] = 255
-    (found,) = felzenszwalb(scales=(100, 400), sigma=0.1).segments([pixels])
+    (found,) = felzenszwalb(scales=(100, 400), sigma=0.1).segments([photograph(pixels)])
     assert [segment.decode().sum() for segment in found] == [600, 1800]
     assert found[0].decode()[10:30, 10:40].all()
 
 
-def test_segments_have_the_size_of_a_large_image_and_no_near_copies(sample):
+def test_segments_have_the_size_of_a_large_image_and_no_near_copies(sample, photograph):
     image = read_rgb(min((sample / "train").rglob("*.JPEG")))
-    (found,) = felzenszwalb(longest_side=128).segments([image])
+    (found,) = felzenszwalb(longest_side=128).segments([photograph(image)])
     assert len(found) > 5
     assert {(segment.height, segment.width) for segment in found} == {image.shape[:2]}
     assert all(0.5 <= segment.coverage_percent <= 90 for segment in found)
