@@ -79,6 +79,7 @@ def _segments_of(labels: np.ndarray) -> list[Segment]:
     label = columns[starts]
     by_label = label.argsort(kind="stable")
     ends = np.flatnonzero(np.diff(label[by_label])) + 1
+    height, width = labels.shape
     return [
-        segment_from_flips(*labels.shape, flips[runs].ravel()) for runs in np.split(by_label, ends)
+        segment_from_flips(flips[runs].ravel(), height, width) for runs in np.split(by_label, ends)
     ]

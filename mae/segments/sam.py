@@ -28,7 +28,6 @@ from mae.segments.search import (
     Candidates,
     Search,
     coverage_bounds,
-    join,
     pixel_weights,
     visiting_order,
 )
@@ -36,6 +35,15 @@ from mae.segments.segment import Segment, ordered, segment_from_flips
 from mae.segments.settings import SamSettings, as_stored
 
 MOST_PIXELS_AT_ONCE = 1 << 28  # of upsampled masks: a gibibyte of float32
+# Where a checkpoint's weights belong, as regular expressions: transformers 5.24 does not find those
+# of the tracker in SAM 3's.
+NAMES_OF_WEIGHTS = {
+    "sam3_video": {
+        r"^detector_model\.vision_encoder\.backbone\.": "vision_encoder.backbone.",
+        r"^tracker_neck\.": "vision_encoder.neck.",
+        r"^tracker_model\.": "",
+    }
+}
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -158,7 +166,7 @@ class Sam:
         return output.pred_masks.flatten(1, 2), output.iou_scores.flatten(1, 2).float()
 
     def judge(self, image: _Image, logits: Tensor, quality: Tensor) -> None:
-        """Give those of [K, h, w] to the searches that may be what they want and are good enough."""
+        """Give to the searches which of [K, h, w] are good enough, and may be what they want."""
         good = quality > self.options.pred_iou_thresh
         logits, quality = logits[good], quality[good]
         searches = [search for search in image.searches if not search.finished]
@@ -214,7 +222,7 @@ class Sam:
                 mask, place = (inside != before).nonzero(as_tuple=True)
                 counts = torch.bincount(mask, minlength=len(logits)).tolist()
                 for flips in place.int().cpu().split(counts):
-                    segments.add(segment_from_flips(*image.size, flips.numpy()))
+                    segments.add(segment_from_flips(flips.numpy(), *image.size))
             self.tally["choices"] += search.ratio is not None and found is not None
             self.tally["choices that duplicates changed"] += search.changed
         return ordered(segments)
@@ -271,7 +279,15 @@ def _load(name: str) -> tuple[Any, Any]:
             f"--model {name} is of type {config.model_type}; allowed: {', '.join(sorted(known))}"
         )
     processor = transformers.AutoImageProcessor.from_pretrained(name)
-    return processor, transformers.AutoModelForMaskGeneration.from_pretrained(name)
+    model, loaded = transformers.AutoModelForMaskGeneration.from_pretrained(
+        name, key_mapping=NAMES_OF_WEIGHTS.get(config.model_type), output_loading_info=True
+    )
+    missing = loaded["missing_keys"]
+    if missing:  # transformers would go on with random weights
+        raise ValueError(
+            f"--model {name} lacks {len(missing)} weights for mask generation: {min(missing)} ..."
+        )
+    return processor, model
 
 
 def _take(features: Any, numbers: list[int]) -> Any:

@@ -54,7 +54,7 @@ def segment_from_pixels(inside: np.ndarray) -> Segment:
     return Segment(height=height, width=width, coverage_percent=percent, counts=rle["counts"])
 
 
-def segment_from_flips(height: int, width: int, flips: np.ndarray) -> Segment:
+def segment_from_flips(flips: np.ndarray, height: int, width: int) -> Segment:
     """From the pixels, ascending and counted down the columns, at which outside and inside change.
 
     The first of them is the first one inside.

@@ -1,5 +1,7 @@
 """Segments by Segment Anything: those of the transformers pipeline, however interrupted."""
 
+import functools
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from mae.segments.pack import merge
 from mae.segments.sam import Sam
 from mae.segments.settings import SamSettings
 from mae.segments.store import PackedStore
+from tests.mae.segments.tiny_models import MODELS, make_tiny_model
 
 SAM_OPTIONS = {
     "points_per_side": 3,
@@ -28,90 +31,55 @@ def generate_all(images, out, sam, index=0, count=1):
 
 
 @pytest.fixture(scope="session")
-def tiny_sam(tmp_path_factory):
-    """A random SAM in a folder, as `from_pretrained` reads it."""
-    transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 32, "image_size": 64, "patch_size": 16}
-    config = transformers.SamConfig(
-        vision_config={
-            **size, "output_channels": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 64, "num_pos_feats": 16,
-        },
-        prompt_encoder_config={**size, "mask_input_channels": 8},
-        mask_decoder_config=DECODER,
-    )  # fmt: skip
-    processor = transformers.SamImageProcessor(
-        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
-        mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16},
-    )  # fmt: skip
-    return save_random(transformers.SamModel(config), processor, tmp_path_factory.mktemp("sam"))
+def tiny_model(tmp_path_factory):
+    """The folder of a tiny model, made when first asked for."""
+    pytest.importorskip("transformers")
+    return functools.cache(lambda kind: make_tiny_model(kind, tmp_path_factory.mktemp(kind)))
 
 
-@pytest.fixture(scope="session")
-def tiny_sam2(tmp_path_factory):
-    """A random SAM 2 in a folder."""
-    transformers = pytest.importorskip("transformers")
-    backbone = transformers.Sam2HieraDetConfig(
-        hidden_size=16, num_attention_heads=1, blocks_per_stage=[1, 1, 2, 1],
-        embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
-        window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[3], image_size=[64, 64],
-        window_positional_embedding_background_size=[4, 4],
-    )  # fmt: skip
-    vision = transformers.Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16],
-        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32,
-    )  # fmt: skip
-    prompts = {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 8}
-    config = transformers.Sam2Config(
-        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=DECODER
-    )
-    processor = transformers.Sam2ImageProcessor(
-        size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16}
-    )
-    return save_random(transformers.Sam2Model(config), processor, tmp_path_factory.mktemp("sam2"))
+@pytest.fixture
+def tiny_sam(tiny_model):
+    return tiny_model("sam")
 
 
-DECODER = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
+def test_every_type_of_model_for_mask_generation_is_tested():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
+
+    assert set(MODELS) == set(MODEL_FOR_MASK_GENERATION_MAPPING_NAMES)
 
 
-def save_random(model, processor, folder):
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3, generator=generator)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(("model", "size"), [("tiny_sam", (40, 56)), ("tiny_sam2", (56, 56))])
-def test_segments_are_those_of_the_transformers_pipeline(model, size, request, photograph):
-    # A square for SAM 2: the pipeline spreads its points as if the image were padded, yet SAM 2
-    # stretches it, so that on others the pipeline leaves a part of the image without points.
+@pytest.mark.parametrize("kind", MODELS)
+def test_segments_are_those_of_the_transformers_pipeline(kind, tiny_model, photograph):
+    # Squares for models that stretch: the pipeline spreads its points as if the image were padded,
+    # which leaves a part of any other without points.
     from transformers import pipeline
 
-    folder = str(request.getfixturevalue(model))
     rng = np.random.default_rng(1)
-    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-    theirs = pipeline("mask-generation", model=folder, device="cpu")
+    size = (40, 56) if kind in ("sam", "sam_hq") else (56, 56)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
     for overlap, fewest in ((1.0, 5), (0.9, 1)):
-        settings = SamSettings(model=folder, **{**SAM_OPTIONS, "box_nms_thresh": overlap})
-        expected = theirs(
-            Image.fromarray(image),
-            points_per_crop=settings.points_per_side,
-            points_per_batch=settings.points_per_batch,
-            pred_iou_thresh=settings.pred_iou_thresh,
-            stability_score_thresh=settings.stability_score_thresh,
-            stability_score_offset=settings.stability_score_offset,
-            crops_nms_thresh=overlap,
-        )["masks"]
-        assert len(expected) >= fewest
-        for segments in Sam(settings).segments([photograph(image), photograph(image)]):
+        settings = SamSettings(
+            model=str(tiny_model(kind)), **{**SAM_OPTIONS, "box_nms_thresh": overlap}
+        )
+        made = Sam(settings)
+        theirs = pipeline(
+            "mask-generation", model=made.model, image_processor=made.processor, device="cpu"
+        )
+        found = made.segments([photograph(image) for image in images])
+        for image, segments in zip(images, found, strict=True):
+            expected = theirs(
+                Image.fromarray(image),
+                points_per_crop=settings.points_per_side,
+                points_per_batch=settings.points_per_batch,
+                pred_iou_thresh=settings.pred_iou_thresh,
+                stability_score_thresh=settings.stability_score_thresh,
+                stability_score_offset=settings.stability_score_offset,
+                crops_nms_thresh=overlap,
+            )["masks"]
             # Sets, as the pipeline keeps equal masks twice where boxes may overlap fully.
-            assert {segment.decode().tobytes() for segment in segments} == {
-                np.asarray(pixels, np.uint8).tobytes() for pixels in expected
-            }
+            expected = {np.asarray(pixels, np.uint8).tobytes() for pixels in expected}
+            assert {segment.decode().tobytes() for segment in segments} == expected
+            assert len(expected) >= fewest
 
 
 def test_sam_leaves_equal_stores_whether_killed_or_not(images, tmp_path, tiny_sam, dump):
