@@ -92,7 +92,7 @@ def build_run(config: PretrainConfig) -> tuple[Run, State]:
     run = config.run
     accelerator = make_accelerator(run)
     method = make_method(config.method, config.model)
-    listing = make_listing(config.data, method, segments_from=config.method.segments_from)
+    listing = make_listing(config.data, config.method)
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),

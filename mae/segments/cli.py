@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,14 +13,15 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, say
 from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
 from common.images import IMAGE_SUFFIXES, find_images
-from common.options import OptionGroup, option
+from common.options import Layer, OptionGroup, option
 from common.run import MOST_PROCESSES
 from mae.listing import segment_key
 from mae.segments.check import check
+from mae.segments.estimate import estimate_price
 from mae.segments.forms import open_any_form
 from mae.segments.generate import Generator, Shard, generate
 from mae.segments.pack import merge, pack, unpack
-from mae.segments.settings import FelzenszwalbSettings, SamSettings
+from mae.segments.settings import PRESETS, FelzenszwalbSettings, SamSettings
 from mae.segments.writing import Summary
 
 PICTURE = "segments"  # the kind that `inspect` draws
@@ -116,28 +118,71 @@ def generators() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-@command(generators, "sam", options=_GenerateOptions, settings=SamSettings)
-def sam_command(options: _GenerateOptions, settings: SamSettings) -> int:
-    """By Segment Anything, any SAM or SAM 2 checkpoint that `transformers` can load."""
-    from mae.segments.sam import Sam
+ESTIMATE = click.option(
+    "--estimate",
+    is_flag=True,
+    help="Time some batches here, say what all will take, write nothing.",
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="With --estimate: as JSON.")
 
-    return _generate(Sam(settings), options)
+
+def _add_sam(name: str, help_text: str, own: dict[str, str]) -> None:
+    """A command that runs Segment Anything. own: settings that are its name's."""
+
+    @command(
+        generators, name, own_layers=lambda _: [Layer(own)],
+        options=_GenerateOptions, settings=SamSettings,
+    )  # fmt: skip
+    @ESTIMATE
+    @AS_JSON
+    def sam_command(
+        options: _GenerateOptions, settings: SamSettings, estimate: bool, as_json: bool
+    ) -> int:
+        from mae.segments.sam import Sam
+
+        return _generate(Sam(settings), options, 1, estimate=estimate, as_json=as_json)
+
+    sam_command.help = help_text
+
+
+_add_sam("sam", "Any checkpoint that `transformers` can load for mask generation.", {})
+for _name, _preset in PRESETS.items():
+    _text = f"{_preset.model}, {_preset.parameters}M parameters, {_preset.licence}."
+    _add_sam(_name, _text, {"model": _preset.model})
 
 
 @command(
     generators, "felzenszwalb",
     options=_GenerateOptions, settings=FelzenszwalbSettings, speed=_Speed,
 )  # fmt: skip
+@ESTIMATE
+@AS_JSON
 def felzenszwalb_command(
-    options: _GenerateOptions, settings: FelzenszwalbSettings, speed: _Speed
+    options: _GenerateOptions,
+    settings: FelzenszwalbSettings,
+    speed: _Speed,
+    estimate: bool,
+    as_json: bool,
 ) -> int:
     """Without weights or a GPU: regions of similar colour, at several scales."""
     from mae.segments.felzenszwalb import Felzenszwalb
 
-    return _generate(Felzenszwalb(settings), options, speed.processes)
+    made = Felzenszwalb(settings)
+    return _generate(made, options, speed.processes, estimate=estimate, as_json=as_json)
 
 
-def _generate(generator: Generator, options: _GenerateOptions, processes: int | None = None) -> int:
+def _generate(
+    generator: Generator,
+    options: _GenerateOptions,
+    processes: int | None,
+    *,
+    estimate: bool,
+    as_json: bool,
+) -> int:
+    if estimate:
+        price = estimate_price(options.images, generator, processes=processes)
+        say(json.dumps(vars(price)) if as_json else price.text())
+        return 0
     shard = Shard.parse(options.shard)
     made = generate(options.images, options.out, generator, shard=shard, processes=processes)
     return _report(made)

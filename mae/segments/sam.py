@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import masks_to_boxes
 
 from common.console import number_of
 from common.devices import choose_device, choose_precision, lacks_to_compile
@@ -200,15 +199,17 @@ class Sam:
     ) -> None:
         """possible: [searches, K] bool."""
         full = self._upsample(logits, image)
-        stable = self._is_stable(full)
-        inside = full[stable] > 0
+        offset = self.options.stability_score_offset
+        # The higher cut lies inside the lower one, so the ratio of their areas is their overlap.
+        inner, area, outer = (_count(full > cut) for cut in (offset, 0, -offset))
+        stable = (inner >= self.options.stability_score_thresh * outer) & (area > 0)
         candidates = Candidates(
-            logits=logits[stable],
-            boxes=masks_to_boxes(inside),
-            quality=quality[stable],
-            coverage=inside.sum((1, 2)).double() * 100 / (image.size[0] * image.size[1]),
+            logits=logits,
+            boxes=_boxes(full),
+            quality=quality,
+            coverage=area.double() * 100 / (image.size[0] * image.size[1]),
         )
-        for search, wanted in zip(searches, possible[:, stable], strict=True):
+        for search, wanted in zip(searches, possible & stable, strict=True):
             search.add(candidates[wanted])
 
     def run_lengths(self, image: _Image) -> list[Segment]:
@@ -241,20 +242,27 @@ class Sam:
         )
         return full[0][:, 0]
 
-    def _is_stable(self, logits: Tensor) -> Tensor:
-        """Whether the cutoff hardly matters to a mask that is not empty, [K] bool.
-
-        The higher cut lies inside the lower one, so the ratio of their areas is their overlap.
-        """
-        offset = self.options.stability_score_offset
-        inner = (logits > offset).sum((1, 2))
-        outer = (logits > -offset).sum((1, 2))
-        stable = inner >= self.options.stability_score_thresh * outer
-        return stable & (logits > 0).any(-1).any(-1)
-
     def _autocast(self) -> torch.autocast:
         dtype = LOW_PRECISION.get(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def _count(inside: Tensor) -> Tensor:
+    """Pixels inside each of [K, H, W] bool, [K]; in two steps, a tenth of the time on a CPU."""
+    return inside.sum(-1, dtype=torch.int32).sum(-1)
+
+
+def _boxes(logits: Tensor) -> Tensor:
+    """Corners [K, 4], x and y, of what is above 0 in [K, H, W].
+
+    As torchvision's masks_to_boxes, which takes ten times as long on a CPU.
+    """
+    corners = []
+    for some in (logits.amax(1) > 0, logits.amax(2) > 0):  # columns, rows
+        first = some.int().argmax(1)
+        corners += [first, some.shape[1] - 1 - some.flip(1).int().argmax(1)]
+    left, right, top, bottom = corners
+    return torch.stack([left, top, right, bottom], 1).float()
 
 
 def _load(name: str) -> tuple[Any, Any]:
