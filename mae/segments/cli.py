@@ -21,7 +21,7 @@ from mae.segments.estimate import estimate_price
 from mae.segments.forms import open_any_form
 from mae.segments.generate import Generator, Shard, generate
 from mae.segments.pack import merge, pack, unpack
-from mae.segments.settings import PRESETS, FelzenszwalbSettings, SamSettings
+from mae.segments.settings import PRESETS, FelzenszwalbSettings, SamSettings, made_for
 from mae.segments.writing import Summary
 
 PICTURE = "segments"  # the kind that `inspect` draws
@@ -72,9 +72,11 @@ class _GenerateOptions(OptionGroup):
 class _InspectOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
-    coverage_ratio: tuple[float, ...] = option(
-        "Coverages to look at, percent.", (5.0, 15.0, 30.0, 50.0), at_least=0, at_most=100
-    )
+    coverage_ratio: tuple[float, ...] | None = option(
+        "Coverages to look at, percent. Default: those of --for-coverage, or 5,15,30,50.", None,
+        at_least=0, at_most=100,
+    )  # fmt: skip
+    against: Path | None = option("Also compare what is chosen with that of these segments.", None)
     out: Path = option("Writes OUT.png.", Path("segments"))
 
 
@@ -192,18 +194,21 @@ def _generate(
 @click.argument("masks_dir", type=PATH)
 def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) -> None:
     """Print and draw what the segments of a dataset are like."""
-    from mae.segments.look import collect, describe, draw
+    from mae.segments.look import collect, compare, describe, draw
 
-    folder, ratios = options.images or _train_beside(masks_dir), options.coverage_ratio
+    folder = options.images or _train_beside(masks_dir)
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file, without .png")
     picture = options.out.with_name(f"{options.out.name}.png")
     check_output_folder(picture.parent, "--out", reads=[folder] if folder else [])
     check_output_file(picture, is_own=is_marked(PICTURE))
     source = open_any_form(masks_dir)
+    other = open_any_form(options.against) if options.against else None
+    ratios = options.coverage_ratio or made_for(source.settings) or (5.0, 15.0, 30.0, 50.0)
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
     statistics = collect(source, processes=speed.processes)
-    for what, value in describe(statistics, ratios).items():
+    compared = compare(source, other, ratios) if other else {}
+    for what, value in (describe(statistics, ratios) | compared).items():
         say(f"{what + ':':28}{value}")
     missing = found.keys() - source.images() - source.listed_empty()
     if missing:

@@ -87,13 +87,14 @@ class FelzenszwalbSettings(_CoverageSettings):
     title: ClassVar[str] = "Felzenszwalb"
 
     scales: tuple[float, ...] = option(
-        "Preference for large regions; one segmentation each.", (100, 300, 1000, 3000), above=0
-    )
-    sigma: float = option("Width of the smoothing, in pixels of the shrunken image.", 0.8,
-                          at_least=0)  # fmt: skip
+        "Preference for large regions; one segmentation each.", (60, 250, 1000), above=0,
+        older=(100, 300, 1000, 3000),
+    )  # fmt: skip
+    sigma: float = option("Width of the smoothing, in pixels of the shrunken image.", 0.5,
+                          at_least=0, older=0.8)  # fmt: skip
     longest_side: int = option(
-        "Images are shrunk to it first, in pixels; the time grows with its square.", 256,
-        at_least=16,
+        "Images are shrunk to it first, in pixels; the time grows with its square.", 144,
+        at_least=16, older=256,
     )  # fmt: skip
     min_coverage: float = option(
         "Smaller segments are dropped, in percent of the image.", 0.5, at_least=0, at_most=100

@@ -23,8 +23,8 @@ def felzenszwalb(**settings):
     return Felzenszwalb(FelzenszwalbSettings(**settings))
 
 
-FAST = felzenszwalb(scales=(100, 800), longest_side=64)
-FAST_OPTIONS = ["--scales", "100,800", "--longest_side", 64]
+FAST = felzenszwalb(scales=(100, 800), longest_side=64, sigma=0.8)
+FAST_OPTIONS = ["--scales", "100,800", "--longest_side", 64, "--sigma", 0.8]
 
 
 def run(images, out, generator=FAST, index=0, count=1, processes=1):
@@ -84,7 +84,10 @@ def test_what_is_done_is_skipped_and_new_images_are_added(images, tmp_path):
 
 
 def test_other_settings_are_refused_naming_the_difference(images, tmp_path, in_child):
-    out, other = tmp_path / "masks.sqlite", felzenszwalb(scales=(100, 800), longest_side=48)
+    out, other = (
+        tmp_path / "masks.sqlite",
+        felzenszwalb(scales=(100, 800), longest_side=48, sigma=0.8),
+    )
     assert in_child(kill_during, images, out, FAST, 2) == -signal.SIGKILL
     with pytest.raises(ValueError, match=r"masks\.sqlite\.segmae-part .*longest_side: 64 -> 48"):
         run(images, out, other)
