@@ -81,17 +81,17 @@ def decode_rgb(content: bytes | bytearray) -> np.ndarray:
 
 
 def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Pixels of an image, of a large upright JPEG at 1/2, 1/4 or 1/8, and its own (height, width).
+    """Pixels of an image, fewer of a large upright JPEG, and its own (height, width).
 
-    Neither side becomes shorter than `side` pixels by that. Raises ValueError as `read_rgb`.
+    By that, neither side becomes shorter than `side` pixels. Raises ValueError as `read_rgb`.
     """
     import simplejpeg
 
     content = read_bytes(path)
     header = jpeg_header(content)
     if header is not None and header.is_upright and min(header.height, header.width) >= 2 * side:
-        refuse_huge(header.height, header.width)
-        with suppress(ValueError):  # `read_rgb` judges what is damaged or of another kind
+        with suppress(ValueError):  # `read_rgb` judges what is huge, damaged or of another kind
+            refuse_huge(header.height, header.width)
             pixels = simplejpeg.decode_jpeg(
                 content, "RGB", min_height=side, min_width=side, min_factor=2
             )

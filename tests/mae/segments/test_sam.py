@@ -1,6 +1,7 @@
 """Segments by Segment Anything: those of the transformers pipeline, however interrupted."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from common.images import read_rgb
 from mae.segments.generate import Shard, generate
 from mae.segments.pack import merge
 from mae.segments.sam import Sam
-from mae.segments.settings import SamSettings
+from mae.segments.settings import PRESETS, SamSettings
 from mae.segments.store import PackedStore
 from tests.mae.segments.tiny_models import MODELS, make_tiny_model
 
@@ -141,3 +142,48 @@ def test_a_folder_that_is_no_model_is_named(images, tmp_path, masks_command):
     assert code == 2
     assert f"--model {tmp_path} cannot be loaded" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_model("sam2"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["mask_decoder.iou_token.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*: mask_decoder\.iou_token\.weight"):
+        Sam(SamSettings(model=str(folder), device="cpu"))
+
+
+def test_presets_are_listed_with_size_and_licence_and_choose_the_model(masks_command, monkeypatch):
+    code, said = masks_command("generate", "--help")
+    assert code == 0
+    for name, preset in PRESETS.items():
+        assert re.search(rf"{name} +{preset.model}, {preset.parameters}M parameters, Apache", said)
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr("mae.segments.sam._load", load)
+    masks_command("generate", "sam2-tiny", "--images", "/tmp", "--out", "/tmp/masks.sqlite")
+    assert loaded == [PRESETS["sam2-tiny"].model]
+
+
+def test_parameters_of_presets_are_counted():
+    """Of those whose sizes are the defaults of a configuration, or known changes of them."""
+    import torch
+    import transformers
+
+    def millions(vision):
+        with torch.device("meta"):
+            model = transformers.SamModel(transformers.SamConfig(vision_config=vision))
+        return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "global_attn_indexes": [5, 11, 17, 23]}  # fmt: skip
+    for name, vision in {"sam-base": {}, "sam-large": large}.items():
+        assert round(millions(vision)) == PRESETS[name].parameters
