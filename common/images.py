@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,26 @@ def decode_rgb(content: bytes | bytearray) -> np.ndarray:
         if pixels is not None:
             return pixels if header.is_upright else _turned(pixels, content)
     return np.array(_to_rgb(upright(load_image(content))))
+
+
+def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Pixels of an image, fewer of a large upright JPEG, and its own (height, width).
+
+    By that, neither side becomes shorter than `side` pixels. Raises ValueError as `read_rgb`.
+    """
+    import simplejpeg
+
+    content = read_bytes(path)
+    header = jpeg_header(content)
+    if header is not None and header.is_upright and min(header.height, header.width) >= 2 * side:
+        with suppress(ValueError):  # `read_rgb` judges what is huge, damaged or of another kind
+            refuse_huge(header.height, header.width)
+            pixels = simplejpeg.decode_jpeg(
+                content, "RGB", min_height=side, min_width=side, min_factor=2
+            )
+            return pixels, (header.height, header.width)
+    pixels = read_rgb(path)
+    return pixels, (pixels.shape[0], pixels.shape[1])
 
 
 def _turned(pixels: np.ndarray, content: bytes | bytearray) -> np.ndarray:

@@ -147,9 +147,7 @@ def build_run(
     run = config.run
     accelerator = make_accelerator(run)
     method = make_method(config.method, config.model)
-    listing = make_listing(
-        config.data, method, segments_from=config.method.segments_from, will_make=will_make
-    )
+    listing = make_listing(config.data, config.method, will_make=will_make)
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),

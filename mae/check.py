@@ -17,10 +17,7 @@ from mae.schedule import learning_rate, make_batch_plan
 
 def check_pretraining(config: PretrainConfig, *, will_make: bool = False) -> dict[str, Any]:
     """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
-    method = make_method(config.method, config.model)
-    listing = make_listing(
-        config.data, method, segments_from=config.method.segments_from, will_make=will_make
-    )
+    listing = make_listing(config.data, config.method, will_make=will_make)
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),

@@ -8,17 +8,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from common.images import find_images
-from mae.config import DataConfig
-from mae.masking import MaskingMethod
+from mae.config import DataConfig, MethodConfig
+from mae.masking import METHODS, MaskingMethod
 from mae.segments.forms import form_of, open_any_form, open_segments
+from mae.segments.settings import command_of, made_for
 from mae.segments.store import PackedStore
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 MOST_MISSING = 0.5  # a larger share of images without segments means the wrong folder
 VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
@@ -48,21 +50,22 @@ class Listing:
         return hashlib.sha256(b"\n".join(self.train.tolist())).hexdigest()[:16]
 
 
-def make_listing(
-    data: DataConfig, method: MaskingMethod, *, segments_from: str = "own", will_make: bool = False
-) -> Listing:
+def make_listing(data: DataConfig, options: MethodConfig, *, will_make: bool = False) -> Listing:
     """Find the images of a run, and their segments.
 
     will_make: segments of any form or none will do, as they are packed or made before the run.
-    Raises ValueError if folders are missing or empty, too many images have no segment, or there is
-    no second image to borrow segments from.
+    Raises ValueError if folders are missing or empty, too many images have no segment, the segments
+    were made for other coverage ratios, or there is no second image to borrow segments from.
     """
+    method = METHODS[options.mask_method]
     if not data.in1k_dir.is_dir():
         raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
     train = find_images(data.in1k_dir / "train")
     val_folder = data.in1k_dir / VAL
     val = listed_val = find_images(val_folder) if val_folder.is_dir() and data.val_images else []
     source = _open_source(data, method, will_make=will_make)
+    if method.uses_segments and isinstance(source, PackedStore):
+        _check_made_for(source, data, options)
     left_out = 0
     if source is not None:
         with_segment = source.images()
@@ -72,7 +75,7 @@ def make_listing(
         _check_missing(train, kept, source, data)
         left_out = len(train) - len(kept)
         train = kept
-        if method.uses_segments and segments_from == "borrowed":
+        if method.uses_segments and options.segments_from == "borrowed":
             check_donors(train)
     return Listing(
         train=encode_paths(train),
@@ -117,7 +120,7 @@ def segment_key(relative_path: str) -> str:
     return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
 
 
-def _open_source(data: DataConfig, method: MaskingMethod, *, will_make: bool) -> Any:
+def _open_source(data: DataConfig, method: type[MaskingMethod], *, will_make: bool) -> Any:
     """The segments; None if there are none, and the method can do without or they will be made."""
     path = data.segments_path
     if data.use_unmasked_images:  # it neither hides segments nor leaves images out
@@ -132,6 +135,26 @@ def _open_source(data: DataConfig, method: MaskingMethod, *, will_make: bool) ->
             "`python -m mae masks generate`, or benchmark.py's --make-segments"
         )
     return open_any_form(path) if will_make else open_segments(path)
+
+
+def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig) -> None:
+    """Refuse a store without the segments that the run needs, and say how to make them."""
+    there, wanted = made_for(store.settings), options.coverage_ratio
+    if not there:
+        return
+    all_segments = METHODS[options.mask_method].all_segments
+    if not all_segments and wanted in there:
+        return
+    out = store.path.with_stem(f"{store.path.stem}-all") if all_segments else store.path
+    settings = {**store.settings, "for_coverage": [] if all_segments else [wanted]}
+    needs = (
+        f"{options.mask_method} needs all" if all_segments else f"--coverage-ratio is {wanted:g}"
+    )
+    raise ValueError(
+        f"{store.path} has only the segments nearest to {', '.join(f'{r:g}' for r in there)} % "
+        f"coverage, and {needs}. This makes them: "
+        f"{command_of(settings, data.in1k_dir / 'train', out)}"
+    )
 
 
 def _check_missing(
@@ -154,10 +177,10 @@ def _check_missing(
     logger.info("%s ...; they are left out", text)
 
 
-def spread(paths: list[str], most: int) -> list[str]:
-    """At most so many paths, evenly spread."""
-    count = min(len(paths), most)
-    return [paths[index * len(paths) // count] for index in range(count)]
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them, evenly spread."""
+    count = min(len(items), most)
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def encode_paths(paths: list[str]) -> np.ndarray:

@@ -1,10 +1,12 @@
-"""Time to fetch and decode one segment of the packed store, and the bytes that the forms take.
+"""Time to fetch and decode one segment, the bytes that the forms take, and what making them costs.
 
     python perf/masks.py --masks IN1K/masks [--json rows.json]
+    python perf/masks.py --images IN1K/train --model FOLDER,... [--for-coverage 15]
 
 The peer is what people do today: one PNG per segment beside a text table of coverages; read the
 table, choose the line nearest to the wanted coverage, open that PNG with Pillow. It and the store
 take turns on the same images in one process. Without --masks, `benchmark.py sample` makes data.
+With --images, generators are timed: Felzenszwalb on one core, and each --model by its parts.
 """
 
 from __future__ import annotations
@@ -17,20 +19,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python perf/masks.py` finds the packages beside perf/
 
+from mae.segments.felzenszwalb import Felzenszwalb  # noqa: E402
 from mae.segments.folders import PngTableFolder  # noqa: E402
 from mae.segments.forms import SegmentSource, open_any_form  # noqa: E402
+from mae.segments.generate import Generator, Work, images_by_key  # noqa: E402, images_by_key
 from mae.segments.pack import pack, unpack  # noqa: E402
+from mae.segments.sam import Sam  # noqa: E402
+from mae.segments.settings import FelzenszwalbSettings, SamSettings  # noqa: E402
 from mae.segments.store import PackedStore  # noqa: E402
 
 BLOCK = 4096
+IMAGENET_IMAGES = 1_281_167
+PARTS = {
+    "encoder": ["encode"], "decoder": ["decode"], "post_processing": ["judge"],
+    "encoding": ["run_lengths"],
+}  # fmt: skip
+Row = dict[str, Any]
 PEER = "PNG + table (Pillow)"
 
 
@@ -42,8 +58,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--coverage-ratio", type=float, default=15.0)
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--images", type=Path, help="time the generators on these instead")
+    parser.add_argument("--model", default="", help="checkpoints for mask generation")
+    parser.add_argument("--points-per-side", type=int, default=32)
+    parser.add_argument("--for-coverage", type=float, nargs="*", default=[])
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    if arguments.images:
+        report(time_generators(arguments), arguments.json)
+        return
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
         source = open_any_form(arguments.masks or make_sample(scratch))
@@ -51,10 +74,74 @@ def main() -> None:
         forms = write_forms(source, keys, scratch)
         rows = measure(forms, keys, arguments.coverage_ratio, arguments.rounds)
         rows += count_bytes(forms)
+    report(rows, arguments.json)
+
+
+def report(rows: list[Row], path: Path | None) -> None:
+    """Print the rows, and write them."""
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def time_generators(arguments: argparse.Namespace) -> list[Row]:
+    """Images/s and the price of ImageNet for all segments and for the wanted coverages."""
+    rows = []
+    for ratios in dict.fromkeys([(), tuple(arguments.for_coverage)]):
+        generators: list[Generator] = [Felzenszwalb(FelzenszwalbSettings(for_coverage=ratios))]
+        for model in filter(None, arguments.model.split(",")):
+            options = {"model": model, "points_per_side": arguments.points_per_side}
+            generators.append(Sam(SamSettings(for_coverage=ratios, **options)))
+        for generator in generators:
+            rows.append(time_generator(arguments.images, generator, arguments.most_images, ratios))
+    return rows
+
+
+def time_generator(
+    folder: Path, generator: Generator, most_images: int, ratios: tuple[float, ...]
+) -> Row:
+    """One row; the GPU's column stays empty where there is none."""
+    work = Work(images_by_key(folder, None), generator, ratios)
+    batches = work.batches()[: -(-most_images // generator.batch_size)]
+    work.segment(work.read(batches[0]))
+    seconds: Counter[str] = Counter()
+    for part, methods in PARTS.items():
+        for method in methods:
+            if hasattr(generator, method):
+                setattr(generator, method, timed(getattr(generator, method), part, seconds))
+    generator.tally.clear()
+    started = time.perf_counter()
+    for paths in batches:
+        work.segment(work.read(paths))
+    whole = time.perf_counter() - started
+    images = sum(map(len, batches))
+    hours = round(whole / images * IMAGENET_IMAGES / 3600, 1)
+    on_gpu = isinstance(generator, Sam) and generator.device.type == "cuda"
+    points = generator.tally["points"]
+    return {
+        "work": f"generate {generator.settings.get('model', generator.name)}",
+        "for_coverage": ",".join(f"{ratio:g}" for ratio in ratios) or "all",
+        "images_per_s": round(images / whole, 3),
+        **{f"{part}_percent": round(100 * seconds[part] / whole) for part in PARTS},
+        "points_per_image": round(points / images),
+        "imagenet_cpu_hours": "" if on_gpu else hours,
+        "imagenet_gpu_hours": hours if on_gpu else "",
+    }
+
+
+def timed(method: Callable[..., Any], part: str, seconds: Counter[str]) -> Callable[..., Any]:
+    """The method, which adds what it took to its part, once the GPU is done."""
+
+    def call(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = method(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[part] += time.perf_counter() - started  # type: ignore[assignment]
+        return result
+
+    return call
 
 
 def make_sample(scratch: Path) -> Path:
@@ -95,9 +182,7 @@ def read_as_today(folder: Path, key: str, ratio: float) -> np.ndarray:
         return (np.asarray(image) > 0).astype(np.uint8)
 
 
-def measure(
-    forms: dict[str, Path], keys: list[str], ratio: float, rounds: int
-) -> list[dict[str, str | float]]:
+def measure(forms: dict[str, Path], keys: list[str], ratio: float, rounds: int) -> list[Row]:
     """Milliseconds per segment, the median of the rounds, of the store and of the peer."""
     store = PackedStore(forms["packed store"])
 
@@ -130,7 +215,7 @@ def measure(
     ]
 
 
-def count_bytes(forms: dict[str, Path]) -> list[dict[str, str | float]]:
+def count_bytes(forms: dict[str, Path]) -> list[Row]:
     """Files, and bytes in blocks of 4 KB, of every form against the PNGs with a table."""
     files = {
         name: [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]

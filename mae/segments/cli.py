@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,14 +13,15 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, say
 from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
 from common.images import IMAGE_SUFFIXES, find_images
-from common.options import OptionGroup, option
+from common.options import Layer, OptionGroup, option
 from common.run import MOST_PROCESSES
 from mae.listing import segment_key
 from mae.segments.check import check
+from mae.segments.estimate import estimate_price
 from mae.segments.forms import open_any_form
-from mae.segments.generate import Generator, Shard, generate
+from mae.segments.generate import Generator, Shard, generate, images_by_key
 from mae.segments.pack import merge, pack, unpack
-from mae.segments.settings import FelzenszwalbSettings, SamSettings
+from mae.segments.settings import PRESETS, FelzenszwalbSettings, SamSettings, made_for
 from mae.segments.writing import Summary
 
 PICTURE = "segments"  # the kind that `inspect` draws
@@ -74,9 +76,11 @@ class _GenerateOptions(OptionGroup):
 class _InspectOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
-    coverage_ratio: tuple[float, ...] = option(
-        "Coverages to look at, percent.", (5.0, 15.0, 30.0, 50.0), at_least=0, at_most=100
-    )
+    coverage_ratio: tuple[float, ...] | None = option(
+        "Coverages to look at, percent. Default: those of --for-coverage, or 5,15,30,50.", None,
+        at_least=0, at_most=100,
+    )  # fmt: skip
+    against: Path | None = option("Also compare what is chosen with that of these segments.", None)
     out: Path = option("Writes OUT.png.", Path("segments"))
 
 
@@ -120,32 +124,74 @@ def generators() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-@command(generators, "sam", options=_GenerateOptions, settings=SamSettings)
-def sam_command(options: _GenerateOptions, settings: SamSettings) -> int:
-    """By Segment Anything, any SAM or SAM 2 checkpoint that `transformers` can load."""
-    from mae.segments.sam import Sam
+ESTIMATE = click.option(
+    "--estimate",
+    is_flag=True,
+    help="Time some batches here, say what all will take, write nothing.",
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="With --estimate: as JSON.")
 
-    return _generate(Sam(settings), options)
+
+def _add_sam(name: str, help_text: str, own: dict[str, str]) -> None:
+    """A command that runs Segment Anything. own: settings that are its name's."""
+
+    @command(
+        generators, name, own_layers=lambda _: [Layer(own)],
+        options=_GenerateOptions, settings=SamSettings,
+    )  # fmt: skip
+    @ESTIMATE
+    @AS_JSON
+    def sam_command(
+        options: _GenerateOptions, settings: SamSettings, estimate: bool, as_json: bool
+    ) -> int:
+        from mae.segments.sam import Sam
+
+        return _generate(Sam(settings), options, 1, estimate=estimate, as_json=as_json)
+
+    sam_command.help = help_text
+
+
+_add_sam("sam", "Any checkpoint that `transformers` can load for mask generation.", {})
+for _name, _preset in PRESETS.items():
+    _text = f"{_preset.model}, {_preset.parameters}M parameters, {_preset.licence}."
+    _add_sam(_name, _text, {"model": _preset.model})
 
 
 @command(
     generators, "felzenszwalb",
     options=_GenerateOptions, settings=FelzenszwalbSettings, speed=_Speed,
 )  # fmt: skip
+@ESTIMATE
+@AS_JSON
 def felzenszwalb_command(
-    options: _GenerateOptions, settings: FelzenszwalbSettings, speed: _Speed
+    options: _GenerateOptions,
+    settings: FelzenszwalbSettings,
+    speed: _Speed,
+    estimate: bool,
+    as_json: bool,
 ) -> int:
     """Without weights or a GPU: regions of similar colour, at several scales."""
     from mae.segments.felzenszwalb import Felzenszwalb
 
-    return _generate(Felzenszwalb(settings), options, speed.processes)
+    made = Felzenszwalb(settings)
+    return _generate(made, options, speed.processes, estimate=estimate, as_json=as_json)
 
 
-def _generate(generator: Generator, options: _GenerateOptions, processes: int | None = None) -> int:
-    made = generate(
-        options.images, options.out, generator,
-        shard=Shard.parse(options.shard), processes=processes, val_dir=options.val_dir,
-    )  # fmt: skip
+def _generate(
+    generator: Generator,
+    options: _GenerateOptions,
+    processes: int | None,
+    *,
+    estimate: bool,
+    as_json: bool,
+) -> int:
+    images = images_by_key(options.images, options.val_dir)
+    if estimate:
+        price = estimate_price(images, generator, processes=processes)
+        say(json.dumps(vars(price)) if as_json else price.text())
+        return 0
+    shard = Shard.parse(options.shard)
+    made = generate(images, options.out, generator, shard=shard, processes=processes)
     return _report(made)
 
 
@@ -153,18 +199,21 @@ def _generate(generator: Generator, options: _GenerateOptions, processes: int | 
 @click.argument("masks_dir", type=PATH)
 def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) -> None:
     """Print and draw what the segments of a dataset are like."""
-    from mae.segments.look import collect, describe, draw
+    from mae.segments.look import collect, compare, describe, draw
 
-    folder, ratios = options.images or _train_beside(masks_dir), options.coverage_ratio
+    folder = options.images or _train_beside(masks_dir)
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file, without .png")
     picture = options.out.with_name(f"{options.out.name}.png")
     check_output_folder(picture.parent, "--out", reads=[folder] if folder else [])
     check_output_file(picture, is_own=is_marked(PICTURE))
     source = open_any_form(masks_dir)
+    other = open_any_form(options.against) if options.against else None
+    ratios = options.coverage_ratio or made_for(source.settings) or (5.0, 15.0, 30.0, 50.0)
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
     statistics = collect(source, processes=speed.processes)
-    for what, value in describe(statistics, ratios).items():
+    compared = compare(source, other, ratios) if other else {}
+    for what, value in (describe(statistics, ratios) | compared).items():
         say(f"{what + ':':28}{value}")
     missing = found.keys() - source.images() - source.listed_empty()
     if missing:

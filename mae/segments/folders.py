@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class SegmentFolder:
     """What the forms share."""
 
     name: str
+    settings: ClassVar[Mapping[str, Any]] = {}  # how they were made is not known
     states_pixels = True  # a file states coverages in pixels, not in percent
 
     def __init__(self, root: Path) -> None:

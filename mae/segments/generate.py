@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Generator as Results
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from common.images import find_images, read_rgb
+from common.images import find_images, read_reduced
 from common.layout import shard_path
 from mae.listing import VAL, segment_key
 from mae.segments.parallel import in_order
-from mae.segments.segment import Segment
-from mae.segments.store import PackedImage
+from mae.segments.segment import Segment, ordered
+from mae.segments.settings import check_made_alike, made_for, union
+from mae.segments.store import PackedImage, PackedStore
 from mae.segments.writing import MOST_FAILED, Failure, StoreWriter, Summary, pack_image
 
 logger = logging.getLogger(__name__)
@@ -33,16 +34,33 @@ READERS = 2  # processes that keep a GPU supplied with images
 BLANK = np.zeros((8, 8, 3), np.uint8)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Photograph:
+    """An image to find segments of.
+
+    pixels: [h, w, 3] uint8, perhaps fewer than the image's own height x width, which its segments
+    have. ratios: coverages in percent to which the nearest segments are wanted; none: all segments.
+    """
+
+    key: str
+    pixels: np.ndarray
+    height: int
+    width: int
+    ratios: tuple[float, ...] = ()
+
+
 class Generator(Protocol):
     """What makes segments."""
 
     name: str
     settings: dict[str, Any]  # what is stored with the segments
     batch_size: int  # images at once
+    read_side: int  # images may be read at reduced scale, but no side shorter than this
     in_processes: bool  # whether it can be copied into one process per core
+    tally: Counter[str]  # what it did so far; stays empty in processes
 
-    def segments(self, images: list[np.ndarray]) -> list[list[Segment]]:
-        """Segments of each image [H, W, 3] uint8, the smallest first."""
+    def segments(self, photographs: Sequence[Photograph]) -> list[list[Segment]]:
+        """Segments of each photograph, the smallest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,34 +113,35 @@ def images_by_key(images_dir: Path, val_dir: Path | None) -> dict[str, Path]:
 
 
 def generate(
-    images_dir: Path,
+    images: Mapping[str, Path],
     out: Path,
     generator: Generator,
     *,
     shard: Shard,
     processes: int | None,
-    val_dir: Path | None = None,
 ) -> Summary:
-    """Make the segments of every image below a folder that are not in the packed store yet.
+    """Make the segments of images, by key, that are not in the packed store yet.
 
-    Images that fail are named, recorded, and tried again by the next run. Raises ValueError if what
-    is there was made with other settings, RuntimeError at the end if more than 1% failed.
+    To a store that was made for other coverage ratios the wanted ones are added: what is there is
+    kept, and read by others, until the new store is complete. Images that fail are named, recorded,
+    and tried again by the next run. Raises ValueError if what is there was made with other
+    settings, RuntimeError at the end if more than 1% failed.
     """
-    images = images_by_key(images_dir, val_dir)
-    keys, size = list(images), generator.batch_size
-    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-    batches = batches[shard.index :: shard.count]
+    part = shard.name(out)
+    settings, base = _with_earlier_ratios(generator.settings, part if part.exists() else out)
+    work = Work(images, generator, tuple(made_for(settings)), base)
+    batches = work.batches()[shard.index :: shard.count]
     total = sum(map(len, batches))
-    with StoreWriter(
-        shard.name(out), source=generator.name, settings=generator.settings, extend=True
-    ) as writer:
+    with StoreWriter(part, source=generator.name, settings=settings, extend=base is None) as writer:
         done = writer.keys()
         todo = [batch for batch in batches if not done.issuperset(batch)]
         already_there = sum(key in done for batch in batches for key in batch)
         logger.info("%s: %d of %d images are done", writer.out, already_there, total)
-        with closing(_segmented(todo, images, generator, processes)) as results:
+        with closing(work.results(todo, processes)) as results:
             new = (result for result in results if result.key not in done)
             summary = writer.add_all(new, what="generate", total=total, already_there=already_there)
+        if generator.tally:
+            logger.info("%s", ", ".join(f"{n} {what}" for what, n in generator.tally.items()))
         if summary.interrupted:
             return summary
         writer.finish()
@@ -134,39 +153,77 @@ def generate(
     return summary
 
 
-def _segmented(
-    batches: Sequence[Sequence[str]],
-    images: Mapping[str, Path],
-    generator: Generator,
-    processes: int | None,
-) -> Results[PackedImage | Failure, None, None]:
-    """Every image of the batches, in their order."""
-    read, segment = partial(_read, images), partial(_segment, generator)
-    found: Iterable[list[PackedImage | Failure]]
-    if generator.in_processes:
-        found = in_order(lambda keys: segment(read(keys)), batches, processes=processes, chunk=1)
-    else:
-        found = map(segment, in_order(read, batches, processes=READERS, chunk=1))
-    yield from chain.from_iterable(found)
+def _with_earlier_ratios(
+    settings: dict[str, Any], path: Path
+) -> tuple[dict[str, Any], PackedStore | None]:
+    """Settings with the coverage ratios of the finished store there, and it, if it lacks some."""
+    store = PackedStore(path) if path.exists() else None
+    known = made_for(store.settings) if store else []
+    if store is None or not known or not made_for(settings):  # all segments serve every ratio
+        return settings, None
+    check_made_alike(path, store.settings, {**settings, "for_coverage": known})
+    settings = {**settings, "for_coverage": union(known, made_for(settings))}
+    return settings, None if made_for(settings) == known else store
 
 
-def _read(files: Mapping[str, Path], keys: Sequence[str]) -> list[tuple[str, np.ndarray | str]]:
-    """Each image by its key, or why it cannot be read."""
-    images: list[tuple[str, np.ndarray | str]] = []
-    for key in keys:
-        try:
-            images.append((key, read_rgb(files[key])))
-        except ValueError as error:
-            images.append((key, str(error)))
-    return images
+@dataclass(frozen=True)
+class Work:
+    """From images, by key, to rows of a store. base: one with segments for some of the ratios."""
 
+    images: Mapping[str, Path]
+    generator: Generator
+    ratios: tuple[float, ...]
+    base: PackedStore | None = None
 
-def _segment(
-    generator: Generator, images: Sequence[tuple[str, np.ndarray | str]]
-) -> list[PackedImage | Failure]:
-    """Something blank stands in for what cannot be read: the batch keeps its size."""
-    found = generator.segments([BLANK if isinstance(image, str) else image for _, image in images])
-    return [
-        Failure(key, image) if isinstance(image, str) else pack_image(key, segments)
-        for (key, image), segments in zip(images, found, strict=True)
-    ]
+    def batches(self) -> list[list[str]]:
+        """The keys of all images."""
+        keys, size = list(self.images), self.generator.batch_size
+        return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+    def results(
+        self, batches: Sequence[Sequence[str]], processes: int | None
+    ) -> Results[PackedImage | Failure, None, None]:
+        """Every image of the batches, in their order."""
+        found: Iterable[list[PackedImage | Failure]]
+        if self.generator.in_processes:
+            found = in_order(self._do, batches, processes=processes, chunk=1)
+        else:
+            found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
+        yield from chain.from_iterable(found)
+
+    def _do(self, keys: Sequence[str]) -> list[PackedImage | Failure]:
+        return self.segment(self.read(keys))
+
+    def read(self, keys: Sequence[str]) -> list[tuple[Photograph, str]]:
+        """Each image, and why it cannot be read; something blank stands in for what cannot, so that
+        the batch keeps its size."""
+        images = []
+        for key in keys:
+            pixels, size, reason = BLANK, BLANK.shape[:2], ""
+            try:
+                pixels, size = read_reduced(self.images[key], self.generator.read_side)
+            except ValueError as error:
+                reason = str(error)
+            height, width = size
+            image = Photograph(
+                key=key, pixels=pixels, height=height, width=width, ratios=self._missing(key)
+            )
+            images.append((image, reason))
+        return images
+
+    def segment(self, images: Sequence[tuple[Photograph, str]]) -> list[PackedImage | Failure]:
+        """The rows of each image, with those that the base has of it."""
+        found = self.generator.segments([image for image, _ in images])
+        return [
+            Failure(image.key, reason)
+            if reason
+            else pack_image(image.key, ordered({*segments, *self._known(image.key)}))
+            for (image, reason), segments in zip(images, found, strict=True)
+        ]
+
+    def _known(self, key: str) -> list[Segment]:
+        return self.base.segments(key) if self.base else []
+
+    def _missing(self, key: str) -> tuple[float, ...]:
+        there = made_for(self.base.settings) if self.base and self._known(key) else []
+        return tuple(ratio for ratio in self.ratios if ratio not in there)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from pycocotools import mask as coco_rle
 
 from common.images import read_rgb
 from common.progress import Counter
@@ -20,7 +21,10 @@ from mae.segments.parallel import in_order
 from mae.segments.segment import Segment, nearest
 
 MOST_READ = 2000  # images whose segments are counted
-MOST_DRAWN = 8  # images on the contact sheet
+MOST_DRAWN = 8  # images on a contact sheet
+WITHIN = (1, 2, 5)  # points from the wanted coverage
+SAME_IOU = 0.8
+WORST = 5  # images drawn for each ratio
 HIDDEN_COLOUR = np.array([235, 30, 140], np.float32)
 THUMBNAIL = 240
 
@@ -95,12 +99,38 @@ def describe(statistics: Statistics, ratios: Sequence[float]) -> dict[str, str]:
     }
     for ratio in ratios:
         distances = statistics.distances(ratio)
-        far = float((distances > 5).mean() * 100)
+        within = ", ".join(f"{(distances <= w).mean() * 100:.0f} % within {w}" for w in WITHIN)
         lines[f"nearest to {ratio:g} %"] = (
-            f"off by {_spread(distances, ' points', 1)}; by more than 5 points in "
-            f"{far:.0f} % of images"
+            f"off by {_spread(distances, ' points', 1)}; of images, {within}"
         )
     return lines
+
+
+def compare(source: SegmentSource, other: SegmentSource, ratios: Sequence[float]) -> dict[str, str]:
+    """For how many images two stores choose the same segment. Raises ValueError if none is in both.
+
+    At most `MOST_READ` images are looked at; the same is an overlap (IoU) of at least `SAME_IOU`.
+    """
+    keys = spread(sorted(source.images() & other.images()), MOST_READ)
+    if not keys:
+        raise ValueError("no image has segments in both; were both made of the same images?")
+    lines = {}
+    for ratio in ratios:
+        overlaps = np.array([_overlap(source, other, key, ratio) for key in keys])
+        lines[f"chosen for {ratio:g} %"] = (
+            f"the same in {(overlaps >= SAME_IOU).mean() * 100:.0f} % of {len(keys)} images (IoU "
+            f"at least {SAME_IOU:g}); IoU {_spread(overlaps, '', 2)}"
+        )
+    return lines
+
+
+def _overlap(source: SegmentSource, other: SegmentSource, key: str, ratio: float) -> float:
+    """Intersection over union of the segments chosen; 0 if they are of different sizes."""
+    chosen = [nearest(each.segments(key), ratio) for each in (source, other)]
+    codes = [{"size": [s.height, s.width], "counts": s.counts} for s in chosen if s]
+    if len(codes) < 2 or codes[0]["size"] != codes[1]["size"]:
+        return 0.0
+    return float(coco_rle.iou(codes[:1], codes[1:], [0])[0, 0])
 
 
 def _spread(values: np.ndarray, unit: str, digits: int) -> str:
@@ -115,25 +145,49 @@ def draw(
     ratios: Sequence[float],
     title: str,
 ) -> Figure:
-    """Three charts above a contact sheet: some images, and what each coverage would hide of them.
+    """Three charts above contact sheets: what each coverage would hide of some images, and of those
+    whose nearest segment is farthest from it.
 
     images: the files by key, perhaps not all.
     """
-    shown = spread([key for key in statistics.coverages if key in images], MOST_DRAWN)
-    columns, charts_height, row_height = 1 + len(ratios), 3.8, 2.05
+    known = [key for key in statistics.coverages if key in images]
+    shown = spread(known, MOST_DRAWN)
+    columns, charts_height, row_height = max(1 + len(ratios), WORST), 3.8, 2.05
     heights = [charts_height]
     if shown:
-        heights.append(row_height * len(shown) + 0.6)
+        heights += [row_height * len(shown) + 0.6, row_height * len(ratios) + 0.6]
     figure = Figure(figsize=(max(12.0, 2.4 * columns), sum(heights) + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=14)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _draw_charts(parts[0].subplots(1, 3), statistics, ratios)
     if shown:
         parts[1].suptitle("What --hide segment hides (pink) at each --coverage-ratio", fontsize=12)
-        rows = parts[1].subplots(len(shown), columns, squeeze=False)
+        rows = parts[1].subplots(len(shown), 1 + len(ratios), squeeze=False)
         for row, key in zip(rows, shown, strict=True):
             _draw_row(row, source, key, images[key], ratios)
+        parts[2].suptitle("The images that are farthest from each --coverage-ratio", fontsize=12)
+        rows = parts[2].subplots(len(ratios), WORST, squeeze=False)
+        for row, ratio in zip(rows, ratios, strict=True):
+            _draw_worst(row, statistics, source, {key: images[key] for key in known}, ratio)
     return figure
+
+
+def _draw_worst(
+    row: Any,
+    statistics: Statistics,
+    source: SegmentSource,
+    images: dict[str, Path],
+    ratio: float,
+) -> None:
+    distances = dict(zip(statistics.coverages, statistics.distances(ratio).tolist(), strict=True))
+    farthest = sorted(images, key=distances.__getitem__, reverse=True)[: len(row)]
+    for axes in row:
+        axes.set_axis_off()
+    for axes, key in zip(row, farthest, strict=False):
+        try:
+            _draw_hidden(axes, read_rgb(images[key]), nearest(source.segments(key), ratio), ratio)
+        except ValueError as error:
+            axes.set_title(f"unreadable: {error}", fontsize=8)
 
 
 def _draw_charts(charts: Any, statistics: Statistics, ratios: Sequence[float]) -> None:
@@ -176,12 +230,15 @@ def _draw_row(
     row[0].imshow(_thumbnail(image))
     row[0].set_title(path.name, fontsize=8)
     for axes, ratio in zip(row[1:], ratios, strict=True):
-        segment = nearest(segments, ratio)
-        if segment is None or (segment.height, segment.width) != image.shape[:2]:
-            axes.set_title(f"{ratio:g} %: does not fit the image", fontsize=8, color="red")
-            continue
-        axes.imshow(_thumbnail(_hide(image, segment)))
-        axes.set_title(f"{ratio:g} % asked: {segment.coverage_percent:.1f} % hidden", fontsize=8)
+        _draw_hidden(axes, image, nearest(segments, ratio), ratio)
+
+
+def _draw_hidden(axes: Any, image: np.ndarray, segment: Segment | None, ratio: float) -> None:
+    if segment is None or (segment.height, segment.width) != image.shape[:2]:
+        axes.set_title(f"{ratio:g} %: does not fit the image", fontsize=8, color="red")
+        return
+    axes.imshow(_thumbnail(_hide(image, segment)))
+    axes.set_title(f"{ratio:g} % asked: {segment.coverage_percent:.1f} % hidden", fontsize=8)
 
 
 def _hide(image: np.ndarray, segment: Segment) -> np.ndarray:

@@ -54,6 +54,19 @@ def segment_from_pixels(inside: np.ndarray) -> Segment:
     return Segment(height=height, width=width, coverage_percent=percent, counts=rle["counts"])
 
 
+def segment_from_flips(flips: np.ndarray, height: int, width: int) -> Segment:
+    """From the pixels, ascending and counted down the columns, at which outside and inside change.
+
+    The first of them is the first one inside.
+    """
+    flips = flips[: np.searchsorted(flips, height * width)]  # the end of the image is none
+    runs = np.diff(flips, prepend=0, append=height * width)
+    rle = {"size": [height, width], "counts": runs.tolist()}
+    percent = 100 * int(runs[1::2].sum()) / (height * width)
+    counts = coco_rle.frPyObjects(rle, height, width)["counts"]
+    return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
+
+
 def segment_from_rle(segmentation: Any) -> Segment:
     """Read COCO's `{"size": [height, width], "counts": ...}`, compressed text or run lengths.
 

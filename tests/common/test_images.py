@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from common.images import MOST_PIXELS_VARIABLE, find_images, read_rgb
+from common.images import MOST_PIXELS_VARIABLE, find_images, read_reduced, read_rgb
 from mae.listing import segment_key
 from mae.segments.forms import form_of
 
@@ -239,3 +239,31 @@ def test_a_name_that_is_not_utf8_is_named_and_left_out(tmp_path, caplog):
     os.close(os.open(os.fsencode(tmp_path) + b"/b\xffd.jpg", os.O_CREAT))
     assert find_images(tmp_path) == ["one.jpg", "zwei-äöü.jpg"]
     assert "1 names are no regular files, or not UTF-8, and left out: b\\udcffd.jpg" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("side", "shape"), [(10, (10, 15)), (15, (15, 23)), (20, (20, 30)), (21, (40, 60))]
+)
+def test_a_large_jpeg_is_read_reduced_but_never_below_the_wanted_side(tmp_path, side, shape):
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg", quality=95)
+    pixels, size = read_reduced(tmp_path / "a.jpg", side)
+    assert (pixels.shape[:2], size) == (shape, (40, 60))
+    expected = Image.fromarray(gradient()).resize(shape[::-1], Image.Resampling.BOX)
+    assert np.abs(pixels.astype(float) - np.asarray(expected)).mean() < 12
+
+
+def test_what_is_turned_or_damaged_or_no_jpeg_is_read_as_ever(tmp_path):
+    image = Image.fromarray(gradient())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    image.save(tmp_path / "a.png")
+    for name in ("turned.jpg", "a.png"):
+        pixels, size = read_reduced(tmp_path / name, 5)
+        assert (pixels == read_rgb(tmp_path / name)).all()
+        assert size == pixels.shape[:2]
+    image.save(tmp_path / "cut.jpg", quality=95)
+    content = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2] + content[-2:])
+    with pytest.raises(ValueError, match=r"cut\.jpg cannot be read"):
+        read_reduced(tmp_path / "cut.jpg", 5)

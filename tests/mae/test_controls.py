@@ -222,8 +222,4 @@ def test_one_image_alone_can_borrow_from_nobody(tmp_path):
 
 
 def listing_of(config):
-    return make_listing(
-        config.data,
-        make_method(config.method, config.model),
-        segments_from=config.method.segments_from,
-    )
+    return make_listing(config.data, config.method)

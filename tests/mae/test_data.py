@@ -164,7 +164,7 @@ def test_held_out_images_without_segments_are_left_to_methods_that_need_none(fol
     held_out = {}
     for mask_method in ("patches", "segments"):
         config = make_config(folder, tmp_path / "out", mask_method=mask_method)
-        listing = make_listing(config.data, make_method(config.method, config.model))
+        listing = make_listing(config.data, config.method)
         held_out[mask_method] = listing.val.tolist()
     assert held_out == {"patches": [b"none.jpg", b"own.jpg"], "segments": [b"own.jpg"]}
 
@@ -172,25 +172,25 @@ def test_held_out_images_without_segments_are_left_to_methods_that_need_none(fol
 def test_a_folder_of_segments_that_are_not_packed_is_refused_with_the_command(folder, tmp_path):
     config = make_config(folder, tmp_path / "out", mask_method="segments")
     with pytest.raises(ValueError, match="python -m mae masks pack"):
-        make_listing(config.data, make_method(config.method, config.model))
+        make_listing(config.data, config.method)
 
 
 def test_images_without_segments_are_left_out_for_all_methods_alike(in1k_dir, tmp_path):
     listings = {}
     for mask_method in ("patches", "segments"):
         config = make_config(in1k_dir, tmp_path, mask_method=mask_method)
-        listings[mask_method] = make_listing(config.data, make_method(config.method, config.model))
+        listings[mask_method] = make_listing(config.data, config.method)
     assert listings["patches"].left_out == listings["segments"].left_out == 2
     assert listings["patches"].digest == listings["segments"].digest
     everything = make_config(in1k_dir, tmp_path, mask_method="patches", use_unmasked_images=True)
-    listing = make_listing(everything.data, make_method(everything.method, everything.model))
+    listing = make_listing(everything.data, everything.method)
     assert (len(listing.train), listing.left_out) == (26, 0)
 
 
 def test_patches_needs_no_segments(folder, tmp_path):
     (folder / "masks").rename(folder / "elsewhere")
     config = make_config(folder, tmp_path / "out", mask_method="patches")
-    listing = make_listing(config.data, make_method(config.method, config.model))
+    listing = make_listing(config.data, config.method)
     assert (len(listing.train), listing.source) == (6, None)
 
 

@@ -128,7 +128,7 @@ def test_an_image_whose_segment_file_is_empty_is_left_out(few_images, tmp_path):
         (few_images / f"masks/{number:02}.json").write_text("[]" + " " * 300)
     pack_segments(few_images / "masks")
     config = make_config(few_images, tmp_path / "out", effective_batch_size=4)
-    assert len(make_listing(config.data, _method(config)).train) == 9
+    assert len(make_listing(config.data, config.method).train) == 9
 
 
 def test_the_wrong_folder_of_segments_is_refused(few_images, tmp_path):
@@ -143,7 +143,7 @@ def test_the_wrong_folder_of_segments_is_refused(few_images, tmp_path):
     allowed = make_config(
         few_images, tmp_path / "out", effective_batch_size=2, allow_missing_segments=True
     )
-    assert len(make_listing(allowed.data, _method(allowed)).train) == 3
+    assert len(make_listing(allowed.data, allowed.method).train) == 3
 
 
 def test_images_that_a_list_accounts_for_are_not_missing(few_images, tmp_path):
@@ -153,13 +153,7 @@ def test_images_that_a_list_accounts_for_are_not_missing(few_images, tmp_path):
     (few_images / "masks/emptyfiles.txt").write_text(names)
     pack_segments(few_images / "masks")
     config = make_config(few_images, tmp_path / "out", effective_batch_size=2)
-    assert len(make_listing(config.data, _method(config)).train) == 3
-
-
-def _method(config):
-    from mae.config import make_method
-
-    return make_method(config.method, config.model)
+    assert len(make_listing(config.data, config.method).train) == 3
 
 
 @pytest.fixture(scope="module")

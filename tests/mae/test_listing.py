@@ -9,7 +9,7 @@ from mae.controls import SegmentSource
 from mae.data import FixedImages, MaskedImages
 from mae.listing import make_listing
 from mae.segments.felzenszwalb import Felzenszwalb
-from mae.segments.generate import Shard, generate
+from mae.segments.generate import Shard, generate, images_by_key
 from mae.segments.settings import FelzenszwalbSettings
 from mae.segments.store import PackedStore
 from mae.timing import time_pretraining
@@ -28,7 +28,7 @@ def make_segments(folder, *, val_dir):
     generator = Felzenszwalb(FelzenszwalbSettings(sigma=0.1, longest_side=60, max_coverage=50))
     out = folder / "masks/masks.sqlite"
     out.parent.mkdir()
-    generate(folder / "train", out, generator, shard=Shard(), processes=1, val_dir=val_dir)
+    generate(images_by_key(folder / "train", val_dir), out, generator, shard=Shard(), processes=1)
     return PackedStore(out)
 
 
@@ -44,7 +44,7 @@ def twins(tmp_path):
 
 def listing_of(folder, out, mask_method="segments", **options):
     config = make_config(folder, out, mask_method=mask_method, **options)
-    return make_listing(config.data, make_method(config.method, config.model)), config
+    return make_listing(config.data, config.method), config
 
 
 def test_a_held_out_image_hides_its_own_segment_though_a_training_image_has_its_name(
@@ -90,10 +90,9 @@ def test_segments_of_files_are_found_under_the_path_below_val(tmp_path):
 
 def test_before_the_segments_are_made_every_image_counts(twins, tmp_path):
     config = make_config(twins, tmp_path / "out", mask_method="segments")
-    method = make_method(config.method, config.model)
     with pytest.raises(ValueError, match="does not exist"):
-        make_listing(config.data, method)
-    listing = make_listing(config.data, method, will_make=True)
+        make_listing(config.data, config.method)
+    listing = make_listing(config.data, config.method, will_make=True)
     assert (len(listing.train), len(listing.val), listing.source) == (2, 2, None)
 
 

@@ -46,7 +46,9 @@ def test_a_method_in_a_file_is_listed_trained_drawn_and_exported(in1k_dir, tmp_p
     plugin, out = tmp_path / "stripes.py", tmp_path / "out"
     plugin.write_text(STRIPES)
     listed = json.loads(run("methods", "--plugin", plugin).stdout)["methods"]
-    assert listed["stripes"] == {"uses_segments": False, "settings": []}
+    assert listed["stripes"] == {
+        "uses_segments": False, "all_segments": False, "settings": [],
+    }  # fmt: skip
     assert list(listed)[-1] == "stripes"
 
     options = {**SMALL_RUN, "in1k_dir": str(in1k_dir), "mask_method": "stripes", "epochs": 1}

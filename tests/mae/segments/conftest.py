@@ -103,6 +103,18 @@ def in_child():
 
 
 @pytest.fixture(scope="session")
+def photograph():
+    """Pixels as a generator gets them."""
+    from mae.segments.generate import Photograph
+
+    def make(pixels, key="image", ratios=()):
+        height, width = pixels.shape[:2]
+        return Photograph(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def dump():
     """All that a store says, by key: what equal stores have in common."""
 

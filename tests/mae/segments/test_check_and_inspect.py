@@ -170,3 +170,64 @@ def test_inspect_counts_exactly(tmp_path):
     assert [reason for reason in statistics.damaged if "d.json" in reason]
     assert statistics.segments_per_image.tolist() == [2, 1]
     assert statistics.distances(15).tolist() == [5, 25]
+
+
+def annotations(*areas):
+    """Segments of 10 x 10 pixels, each the last so many of them."""
+    return [{"segmentation": {"size": [10, 10], "counts": [100 - area, area]}} for area in areas]
+
+
+def write_masks(folder, **images):
+    folder.mkdir()
+    for name, found in images.items():
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_inspect_says_for_how_many_images_a_store_comes_near(tmp_path, masks_command):
+    near = {f"i{distance}": annotations(15 + distance) for distance in (0, 1, 2, 4, 30)}
+    masks = write_masks(tmp_path / "masks", **near)
+    code, said = masks_command("inspect", masks, "--out", tmp_path / "look", "--coverage-ratio", 15)
+    assert code == 0, said
+    assert "of images, 40 % within 1, 60 % within 2, 80 % within 5" in said
+
+
+def test_inspect_compares_what_two_stores_choose(tmp_path, masks_command):
+    ours = write_masks(
+        tmp_path / "ours", a=annotations(20), b=annotations(20), c=annotations(20), d=annotations(9)
+    )
+    theirs = write_masks(
+        tmp_path / "theirs", a=annotations(20), b=annotations(17), c=annotations(10), e=[]
+    )
+    out = tmp_path / "look"
+    arguments = ["inspect", ours, "--against", theirs, "--out", out, "--coverage-ratio", 20]
+    code, said = masks_command(*arguments)
+    assert code == 0, said
+    # IoU 1, 17 / 20 and 1 / 2 of the three images that both have.
+    assert re.search(r"chosen for 20 %: +the same in 67 % of 3 images", said)
+    assert "IoU median 0.85" in said
+    empty = write_masks(tmp_path / "others", z=annotations(3))
+    code, said = masks_command("inspect", ours, "--against", empty, "--out", out)
+    assert code == 2
+    assert "no image has segments in both" in said
+
+
+def test_the_worst_images_are_drawn(dataset, tmp_path, masks_command, monkeypatch):
+    from mae.segments import look
+
+    drawn = []
+    monkeypatch.setattr(look, "_draw_hidden", lambda axes, image, segment, ratio: drawn.append(
+        (ratio, abs(segment.coverage_percent - ratio))
+    ))  # fmt: skip
+    monkeypatch.setattr(look, "_draw_row", lambda *_: None)
+    arguments = ["inspect", dataset / "masks", "--out", tmp_path / "look", "--coverage-ratio", 90]
+    code, said = masks_command(*arguments)
+    assert code == 0, said
+    distances = look.collect(look_source(dataset), processes=1).distances(90)
+    assert [distance for _, distance in drawn] == sorted(distances, reverse=True)[: look.WORST]
+
+
+def look_source(dataset):
+    from mae.segments.forms import open_any_form
+
+    return open_any_form(dataset / "masks")

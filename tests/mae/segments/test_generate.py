@@ -12,7 +12,7 @@ from PIL import Image
 from common.files import beside
 from common.images import read_rgb
 from mae.segments.felzenszwalb import Felzenszwalb
-from mae.segments.generate import Shard, generate
+from mae.segments.generate import Shard, generate, images_by_key
 from mae.segments.pack import merge, pack
 from mae.segments.settings import FelzenszwalbSettings
 from mae.segments.store import PackedStore
@@ -23,13 +23,13 @@ def felzenszwalb(**settings):
     return Felzenszwalb(FelzenszwalbSettings(**settings))
 
 
-FAST = felzenszwalb(scales=(100, 800), longest_side=64)
-FAST_OPTIONS = ["--scales", "100,800", "--longest_side", 64]
+FAST = felzenszwalb(scales=(100, 800), longest_side=64, sigma=0.8)
+FAST_OPTIONS = ["--scales", "100,800", "--longest_side", 64, "--sigma", 0.8]
 
 
 def run(images, out, generator=FAST, index=0, count=1, processes=1):
     shard = Shard(index=index, count=count)
-    return generate(images, out, generator, shard=shard, processes=processes)
+    return generate(images_by_key(images, None), out, generator, shard=shard, processes=processes)
 
 
 def all_segments(path):
@@ -37,17 +37,17 @@ def all_segments(path):
     return {key: source.segments(key) for key in source.images()}
 
 
-def test_flat_boxes_are_found_exactly():
+def test_flat_boxes_are_found_exactly(photograph):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[10:30, 10:40] = 255
-    (found,) = felzenszwalb(scales=(100, 400), sigma=0.1).segments([pixels])
+    (found,) = felzenszwalb(scales=(100, 400), sigma=0.1).segments([photograph(pixels)])
     assert [segment.decode().sum() for segment in found] == [600, 1800]
     assert found[0].decode()[10:30, 10:40].all()
 
 
-def test_segments_have_the_size_of_a_large_image_and_no_near_copies(sample):
+def test_segments_have_the_size_of_a_large_image_and_no_near_copies(sample, photograph):
     image = read_rgb(min((sample / "train").rglob("*.JPEG")))
-    (found,) = felzenszwalb(longest_side=128).segments([image])
+    (found,) = felzenszwalb(longest_side=128).segments([photograph(image)])
     assert len(found) > 5
     assert {(segment.height, segment.width) for segment in found} == {image.shape[:2]}
     assert all(0.5 <= segment.coverage_percent <= 90 for segment in found)
@@ -84,7 +84,10 @@ def test_what_is_done_is_skipped_and_new_images_are_added(images, tmp_path):
 
 
 def test_other_settings_are_refused_naming_the_difference(images, tmp_path, in_child):
-    out, other = tmp_path / "masks.sqlite", felzenszwalb(scales=(100, 800), longest_side=48)
+    out, other = (
+        tmp_path / "masks.sqlite",
+        felzenszwalb(scales=(100, 800), longest_side=48, sigma=0.8),
+    )
     assert in_child(kill_during, images, out, FAST, 2) == -signal.SIGKILL
     with pytest.raises(ValueError, match=r"masks\.sqlite\.segmae-part .*longest_side: 64 -> 48"):
         run(images, out, other)

@@ -1,15 +1,19 @@
 """Segments by Segment Anything: those of the transformers pipeline, however interrupted."""
 
+import functools
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from common.images import read_rgb
-from mae.segments.generate import Shard, generate
+from mae.segments.generate import Shard, generate, images_by_key
 from mae.segments.pack import merge
 from mae.segments.sam import Sam
-from mae.segments.settings import SamSettings
+from mae.segments.settings import PRESETS, SamSettings
 from mae.segments.store import PackedStore
+from tests.mae.segments.tiny_models import MODELS, make_tiny_model
 
 SAM_OPTIONS = {
     "points_per_side": 3,
@@ -24,93 +28,61 @@ SAM_OPTIONS = {
 
 
 def generate_all(images, out, sam, index=0, count=1):
-    generate(images, out, sam, shard=Shard(index=index, count=count), processes=None)
+    generate(
+        images_by_key(images, None), out, sam, shard=Shard(index=index, count=count), processes=None
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_sam(tmp_path_factory):
-    """A random SAM in a folder, as `from_pretrained` reads it."""
-    transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 32, "image_size": 64, "patch_size": 16}
-    config = transformers.SamConfig(
-        vision_config={
-            **size, "output_channels": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 64, "num_pos_feats": 16,
-        },
-        prompt_encoder_config={**size, "mask_input_channels": 8},
-        mask_decoder_config=DECODER,
-    )  # fmt: skip
-    processor = transformers.SamImageProcessor(
-        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
-        mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16},
-    )  # fmt: skip
-    return save_random(transformers.SamModel(config), processor, tmp_path_factory.mktemp("sam"))
+def tiny_model(tmp_path_factory):
+    """The folder of a tiny model, made when first asked for."""
+    pytest.importorskip("transformers")
+    return functools.cache(lambda kind: make_tiny_model(kind, tmp_path_factory.mktemp(kind)))
 
 
-@pytest.fixture(scope="session")
-def tiny_sam2(tmp_path_factory):
-    """A random SAM 2 in a folder."""
-    transformers = pytest.importorskip("transformers")
-    backbone = transformers.Sam2HieraDetConfig(
-        hidden_size=16, num_attention_heads=1, blocks_per_stage=[1, 1, 2, 1],
-        embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
-        window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[3], image_size=[64, 64],
-        window_positional_embedding_background_size=[4, 4],
-    )  # fmt: skip
-    vision = transformers.Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16],
-        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32,
-    )  # fmt: skip
-    prompts = {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 8}
-    config = transformers.Sam2Config(
-        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=DECODER
-    )
-    processor = transformers.Sam2ImageProcessor(
-        size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16}
-    )
-    return save_random(transformers.Sam2Model(config), processor, tmp_path_factory.mktemp("sam2"))
+@pytest.fixture
+def tiny_sam(tiny_model):
+    return tiny_model("sam")
 
 
-DECODER = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
+def test_every_type_of_model_for_mask_generation_is_tested():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
+
+    assert set(MODELS) == set(MODEL_FOR_MASK_GENERATION_MAPPING_NAMES)
 
 
-def save_random(model, processor, folder):
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3, generator=generator)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(("model", "size"), [("tiny_sam", (40, 56)), ("tiny_sam2", (56, 56))])
-def test_segments_are_those_of_the_transformers_pipeline(model, size, request):
-    # A square for SAM 2: the pipeline spreads its points as if the image were padded, yet SAM 2
-    # stretches it, so that on others the pipeline leaves a part of the image without points.
+@pytest.mark.parametrize("kind", MODELS)
+def test_segments_are_those_of_the_transformers_pipeline(kind, tiny_model, photograph):
+    # Squares for models that stretch: the pipeline spreads its points as if the image were padded,
+    # which leaves a part of any other without points.
     from transformers import pipeline
 
-    folder = str(request.getfixturevalue(model))
     rng = np.random.default_rng(1)
-    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-    theirs = pipeline("mask-generation", model=folder, device="cpu")
+    size = (40, 56) if kind in ("sam", "sam_hq") else (56, 56)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
     for overlap, fewest in ((1.0, 5), (0.9, 1)):
-        settings = SamSettings(model=folder, **{**SAM_OPTIONS, "box_nms_thresh": overlap})
-        expected = theirs(
-            Image.fromarray(image),
-            points_per_crop=settings.points_per_side,
-            points_per_batch=settings.points_per_batch,
-            pred_iou_thresh=settings.pred_iou_thresh,
-            stability_score_thresh=settings.stability_score_thresh,
-            stability_score_offset=settings.stability_score_offset,
-            crops_nms_thresh=overlap,
-        )["masks"]
-        assert len(expected) >= fewest
-        for segments in Sam(settings).segments([image, image]):
-            assert sorted(segment.decode().tobytes() for segment in segments) == sorted(
-                np.asarray(pixels, np.uint8).tobytes() for pixels in expected
-            )
+        settings = SamSettings(
+            model=str(tiny_model(kind)), **{**SAM_OPTIONS, "box_nms_thresh": overlap}
+        )
+        made = Sam(settings)
+        theirs = pipeline(
+            "mask-generation", model=made.model, image_processor=made.processor, device="cpu"
+        )
+        found = made.segments([photograph(image) for image in images])
+        for image, segments in zip(images, found, strict=True):
+            expected = theirs(
+                Image.fromarray(image),
+                points_per_crop=settings.points_per_side,
+                points_per_batch=settings.points_per_batch,
+                pred_iou_thresh=settings.pred_iou_thresh,
+                stability_score_thresh=settings.stability_score_thresh,
+                stability_score_offset=settings.stability_score_offset,
+                crops_nms_thresh=overlap,
+            )["masks"]
+            # Sets, as the pipeline keeps equal masks twice where boxes may overlap fully.
+            expected = {np.asarray(pixels, np.uint8).tobytes() for pixels in expected}
+            assert {segment.decode().tobytes() for segment in segments} == expected
+            assert len(expected) >= fewest
 
 
 def test_sam_leaves_equal_stores_whether_killed_or_not(images, tmp_path, tiny_sam, dump):
@@ -143,8 +115,8 @@ def test_sam_leaves_equal_stores_whether_killed_or_not(images, tmp_path, tiny_sa
     assert settings["model"] == str(tiny_sam)
 
 
-def test_thresholds_take_segments_away(images, tiny_sam):
-    image = read_rgb(images / "a/two.png")
+def test_thresholds_take_segments_away(images, tiny_sam, photograph):
+    image = photograph(read_rgb(images / "a/two.png"))
 
     def count(**changed):
         settings = SamSettings(model=str(tiny_sam), **{**SAM_OPTIONS, **changed})
@@ -172,3 +144,48 @@ def test_a_folder_that_is_no_model_is_named(images, tmp_path, masks_command):
     assert code == 2
     assert f"--model {tmp_path} cannot be loaded" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_model("sam2"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["mask_decoder.iou_token.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*: mask_decoder\.iou_token\.weight"):
+        Sam(SamSettings(model=str(folder), device="cpu"))
+
+
+def test_presets_are_listed_with_size_and_licence_and_choose_the_model(masks_command, monkeypatch):
+    code, said = masks_command("generate", "--help")
+    assert code == 0
+    for name, preset in PRESETS.items():
+        assert re.search(rf"{name} +{preset.model}, {preset.parameters}M parameters, Apache", said)
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr("mae.segments.sam._load", load)
+    masks_command("generate", "sam2-tiny", "--images", "/tmp", "--out", "/tmp/masks.sqlite")
+    assert loaded == [PRESETS["sam2-tiny"].model]
+
+
+def test_parameters_of_presets_are_counted():
+    """Of those whose sizes are the defaults of a configuration, or known changes of them."""
+    import torch
+    import transformers
+
+    def millions(vision):
+        with torch.device("meta"):
+            model = transformers.SamModel(transformers.SamConfig(vision_config=vision))
+        return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "global_attn_indexes": [5, 11, 17, 23]}  # fmt: skip
+    for name, vision in {"sam-base": {}, "sam-large": large}.items():
+        assert round(millions(vision)) == PRESETS[name].parameters
