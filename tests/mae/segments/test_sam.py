@@ -82,7 +82,7 @@ def test_segments_are_those_of_the_transformers_pipeline(kind, tiny_model, photo
             # Sets, as the pipeline keeps equal masks twice where boxes may overlap fully.
             expected = {np.asarray(pixels, np.uint8).tobytes() for pixels in expected}
             ours = {segment.decode().tobytes() for segment in segments}
-            # Batches of other sizes round differently: a pixel at the cutoff, a mask at a threshold.
+            # Other batches round differently: a pixel at the cutoff, a mask at a threshold.
             assert len(without_a_twin(ours, expected)) <= 1
             assert len(without_a_twin(expected, ours)) <= 1
             assert len(expected) >= fewest
