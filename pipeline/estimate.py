@@ -49,7 +49,9 @@ def estimate_run(settings: Settings) -> str:
 def _price_of_segments(step: Step) -> Mapping[str, float]:
     """What making all of them takes: `seconds` of one process, `bytes` of the store, and so on."""
     click.echo("timing the making of segments ...", err=True)
-    whole = replace(step, options={**step.options, "shard": "0/1"})
+    out = step.outputs[0]
+    there = next(folder for folder in out.parents if folder.is_dir())  # its own comes with the run
+    whole = replace(step, options={**step.options, "shard": "0/1", "out": there / out.name})
     return ask([[*whole.command, "--estimate", "--json"]], [environment(step)])[0]
 
 

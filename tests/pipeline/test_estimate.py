@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline import estimate
 from pipeline.estimate import kept_bytes, step_seconds, wall_seconds
@@ -83,6 +84,27 @@ def test_making_segments_is_priced_and_what_reads_them_timed_without(
     assert "generate segments" in text
     assert "40.00" in text
     assert "about 6.0 GiB will be kept" in text
+
+
+def test_the_price_is_what_the_generator_itself_says_and_nothing_is_written(
+    settings: Make,
+) -> None:
+    chosen = settings("--make-segments felzenszwalb --pretrain-epochs 1 --mask-method segments")
+    folder = chosen.data.in1k_dir
+    store = folder / "new/masks.sqlite"
+    facts = replace(FACTS, making=store, generators={"felzenszwalb": ["shard", "for_coverage"]})
+    steps = with_segments(make_plan(chosen, facts), chosen, facts)
+    [making] = [step for step in steps if step.kind == "generate"]
+    for path in (folder / "train").rglob("*.*"):
+        path.unlink()
+    for number in range(3):
+        picture = Image.effect_noise((40, 30), 60).convert("RGB")
+        picture.save(folder / f"train/added_{number}.png")
+    price = estimate._price_of_segments(making)
+    assert price["images"] == 3
+    assert price["seconds"] > 0
+    assert price["bytes"] > 0
+    assert not store.parent.exists()
 
 
 def test_each_method_is_timed_once(settings: Make, timed: list[str]) -> None:
