@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.files import write_text
+from common.vit import VIT_SIZES, VitSize
 from perf import correctness, end_to_end, pretrain
-from perf.campaign import Bench, Results, Table
+from perf.campaign import TINY, Bench, Results, Table
 
 PARTS: dict[str, Callable[[Bench, Path], list[Table]]] = {
     "a": correctness.tables, "b": pretrain.tables, "c": end_to_end.tables,
@@ -38,6 +39,8 @@ def main() -> None:
     )  # fmt: skip
     arguments = parser.parse_args()
     until = time.monotonic() + 60 * arguments.minutes
+    if arguments.tiny:
+        VIT_SIZES[TINY["model"]] = VitSize(width=96, depth=2, heads=3)
     out = arguments.out.absolute()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(

@@ -120,9 +120,9 @@ def test_the_tiny_campaign_runs_on_a_cpu(part, tmp_path):
     assert len(rows) >= 20
     for row in rows:
         assert row["card"].startswith("CPU") and row["torch"] and row["tiny"]
-        # What a CPU has no kernel for, or this version no option yet, may be missing; nothing else.
-        known = "cudnn" in row["work"] or "this version's options" in row.get("error", "")
-        assert "figures" in row or known, row
+        # What a CPU has no kernel for may be missing, and what this version has no option for.
+        reasons = ("cudnn", "this version's options", "--batch-size is 'auto'")
+        assert "figures" in row or any(text in row["error"] for text in reasons), row
         assert row.get("figures", {}).get("passes", True)
     text = (tmp_path / f"{part}.md").read_text()
     assert all(f"| {row['work']} |" in text for row in rows)
