@@ -171,7 +171,7 @@ class Bench:
     def sample(self) -> Path:
         """Generated in1k/, packed, and segmentation/ with 150 classes."""
         folder = self.scratch / "sample"
-        counts = {"train": 520, "val": 8, "segmentation_train": 48, "segmentation_val": 40}
+        counts = {"train": 600, "val": 8, "segmentation_train": 48, "segmentation_val": 40}
         write_sample(folder, SampleSize(**{n: self.size(c, 10) for n, c in counts.items()}))
         pack(folder / "in1k/masks", None, overwrite=True, allow_damaged=False, processes=None)
         path = folder / "segmentation/dataset.yml"
@@ -198,14 +198,14 @@ class Bench:
         first recipe. Raises ValueError for one that it has not."""
         known = fields_of(*GROUPS_OF[kind].values())
         check_names(given, known, "this version's options")
-        own: dict[str, Any] = {
-            "device": self.device.type, "log_with": "none", "epochs": 100,
-            "output_dir": self.scratch / "unused", "in1k_dir": self.sample / "in1k",
-            "dataset": self.sample / "segmentation/dataset.yml", "val_images": 0,
-        }  # fmt: skip
+        own: dict[str, Any] = {"device": self.device.type, "log_with": "none", "val_images": 0}
         if kind is not PretrainConfig:
-            own |= {**recipe_values(DEFAULT_RECIPE), "init": "random", "epochs": 100}
-        own |= given | (TINY if self.tiny else {})
+            own |= recipe_values(DEFAULT_RECIPE) | {"init": "random"}
+            own["dataset"] = self.sample / "segmentation/dataset.yml"
+        elif "in1k_dir" not in given:
+            own["in1k_dir"] = self.sample / "in1k"
+        own |= {"epochs": 100, "output_dir": self.scratch / "unused"} | given
+        own |= TINY if self.tiny else {}
         return {name: value for name, value in own.items() if name in known}
 
     def config(self, kind: type[Config], **given: Any) -> Config:

@@ -27,7 +27,7 @@ PARTS: dict[str, Callable[[Bench, Path], list[Table]]] = {
 def main() -> None:
     """Parse, measure what is missing, print the table."""
     parser = argparse.ArgumentParser(prog="python -m perf.gpu", description=__doc__)
-    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, a few steps")
     parser.add_argument("--out", type=Path, default=Path("output/gpu"), help="for rows and tables")
@@ -48,12 +48,12 @@ def main() -> None:
             images=arguments.images, masks=arguments.masks,
         )  # fmt: skip
         results = Results(out / "gpu.json", bench.machine)
-        tables = PARTS[arguments.part](bench, out)
-        results.measure(tables, until=until)
-    text = results.markdown(tables)
-    write_text(out / f"{arguments.part}.md", text)
-    print(text)
-    sys.exit(results.exit_code(tables))
+        tables = {part: PARTS[part](bench, out) for part in arguments.parts}
+        results.measure([table for part in tables.values() for table in part], until=until)
+    for part, found in tables.items():
+        write_text(out / f"{part}.md", results.markdown(found))
+        print(results.markdown(found))
+    sys.exit(results.exit_code([table for part in tables.values() for table in part]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from torch._inductor.utils import clear_caches, fresh_cache
 from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
@@ -149,38 +149,24 @@ def speed(bench: Bench, *, batch: int | str, **options: Any) -> dict[str, Any]:
 
 
 def _compile_seconds(bench: Bench, model: str) -> dict[str, float]:
-    """The first step with an empty cache, and in a process that finds it filled."""
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(bench.scratch / f"cache-{model}")
+    """The first step with nothing on disk, and with what it has left there."""
+    config = _at_128(bench, model=model, mask_method="four_channels")
+    with fresh_cache():
+        cold = rehearse(build(config), epochs=1, steps=2, resident=True)
+        clear_caches()
+        warm = rehearse(build(config), epochs=1, steps=2, resident=True)
+    return {"cold s": cold.laps[0], "warm s": warm.laps[0]}
+
+
+def _at_128(bench: Bench, **options: Any) -> PretrainConfig:
+    """Steps of one pass over 128 images."""
     batch = bench.size(128)
-    options = {"batch_size": batch, "effective_batch_size": batch}
-    try:
-        runs = [
-            rehearse(
-                build(
-                    bench.config(
-                        PretrainConfig, model=model, mask_method="four_channels", **options
-                    )
-                ),
-                epochs=1, steps=2, resident=True,
-            )
-            for _ in range(2)
-        ]  # fmt: skip
-    finally:
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        os.environ |= {} if before is None else {"TORCHINDUCTOR_CACHE_DIR": before}
-    return {"cold s": runs[0].laps[0], "warm s": runs[1].laps[0]}
+    return bench.config(PretrainConfig, batch_size=batch, effective_batch_size=batch, **options)
 
 
 def _trace(bench: Bench, out: Path, method: str) -> dict[str, str]:
     """A trace of a few steps for chrome://tracing, and what took longest in it."""
-    batch = bench.size(128)
-    run = build(
-        bench.config(
-            PretrainConfig, model="vit_large", mask_method=method, batch_size=batch,
-            effective_batch_size=batch,
-        )
-    )  # fmt: skip
+    run = build(_at_128(bench, model="vit_large", mask_method=method))
     rehearse(run, epochs=1, steps=3, resident=True)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"trace-{method}.json.gz"
@@ -239,11 +225,7 @@ def _layer_ms(
 
 
 def _against_peer(bench: Bench) -> dict[str, float]:
-    batch = bench.size(128)
-    config = bench.config(
-        PretrainConfig, model="vit_large", mask_method="patches", batch_size=batch,
-        effective_batch_size=batch,
-    )  # fmt: skip
+    config = _at_128(bench, model="vit_large", mask_method="patches")
     return compare(config, rounds=bench.size(5), steps=bench.size(10))
 
 

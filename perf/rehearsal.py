@@ -36,6 +36,7 @@ def afresh() -> None:
     torch.set_float32_matmul_precision("highest")
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.init()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
