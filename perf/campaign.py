@@ -201,9 +201,10 @@ class Bench:
         own: dict[str, Any] = {"device": self.device.type, "log_with": "none", "val_images": 0}
         if kind is not PretrainConfig:
             own |= recipe_values(DEFAULT_RECIPE) | {"init": "random"}
-            own["dataset"] = self.sample / "segmentation/dataset.yml"
-        elif "in1k_dir" not in given:
-            own["in1k_dir"] = self.sample / "in1k"
+        data = {"in1k_dir": "in1k", "dataset": "segmentation/dataset.yml"}
+        own |= {
+            n: self.sample / path for n, path in data.items() if n in known.keys() - given.keys()
+        }
         own |= {"epochs": 100, "output_dir": self.scratch / "unused"} | given
         own |= TINY if self.tiny else {}
         return {name: value for name, value in own.items() if name in known}

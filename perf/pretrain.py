@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from torch.utils.benchmark import Timer
 
 import mae.build
 from common.devices import choose_precision, peak_flops
-from common.training import EpochTrainer
 from common.vit import IMAGE_CHANNELS, VIT_SIZES
 from mae.config import ModelConfig, PretrainConfig, make_method
 from mae.masking import METHODS
 from mae.model import training_flops
 from perf.campaign import Bench, Row, Table
-from perf.rehearsal import build, on_device, rehearse, stretch
+from perf.rehearsal import build, rehearse, steps_of
 
 WARM_UP, MEASURED = 20, 50  # steps; the first one compiles
 BATCHES = (64, 128, 256)
@@ -236,14 +234,9 @@ def compare(config: PretrainConfig, *, rounds: int, steps: int) -> dict[str, flo
     """
     run: Any = build(config)
     device = run.accelerator.device
-    stretch(run, steps * config.optimisation.effective_batch_size)
-    batch = on_device(next(run.batches(mae.build.State(), 1)), device)
-    trainer = EpochTrainer(run)
-
-    def ours() -> None:
-        trainer.train_one_epoch(mae.build.State(), repeat(batch))
-
-    theirs = make_peer(config.model, run.model.normalise(batch.images), run.accelerator, steps)
+    ours = steps_of(run, steps)
+    batch = next(run.batches(mae.build.State(), 1)).images.to(device)
+    theirs = make_peer(config.model, run.model.normalise(batch), run.accelerator, steps)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: list[tuple[float, ...]] = []
     for _ in range(rounds + 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice, pairwise, repeat
@@ -99,7 +99,7 @@ class Rehearsal:
 def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Rehearsal:
     """Train a run that is built for more epochs, by its loader or with one batch on the device."""
     device = run.accelerator.device
-    state_type: Any = mae.build.State if isinstance(run, mae.build.Run) else segmenter.build.State
+    state_type = state_of(run)
     stretch(run, steps * run.plan.effective_batch_size)
     batches = run.batches(state_type(), epochs)
     if resident:
@@ -118,6 +118,24 @@ def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Re
     shown.breaks = sum(counters["graph_break"].values())
     shown.peak_memory_mib = peak_memory_mib(device)
     return shown
+
+
+def steps_of(run: Run, count: int) -> Callable[[], None]:
+    """So many steps at each call, of an epoch of their own, on one batch on the device."""
+    state_type = state_of(run)
+    stretch(run, count * run.plan.effective_batch_size)
+    batch = on_device(next(run.batches(state_type(), 1)), run.accelerator.device)
+    trainer = EpochTrainer(run)
+
+    def train() -> None:
+        trainer.train_one_epoch(state_type(), repeat(batch))
+
+    return train
+
+
+def state_of(run: Run) -> Any:
+    """The class of the run's state."""
+    return mae.build.State if isinstance(run, mae.build.Run) else segmenter.build.State
 
 
 def stretch(run: Run, num_images: int) -> None:
