@@ -46,7 +46,7 @@ Config = TypeVar("Config", PretrainConfig, TrainConfig, ProbeConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """measure: gives figures by the columns of its table. predicted: in words, of shared/GPU.md."""
+    """measure: gives figures by the columns of its table. predicted: in words, for an H100 SXM."""
 
     work: str
     measure: Callable[[], dict[str, Any]]

@@ -170,22 +170,22 @@ def _start(
         effective_batch_size=batch, output_dir=bench.scratch / name, **options,
     )  # fmt: skip
     arguments = [text for key, value in every.items() for text in (f"--{key}", str(value))]
-    cache = bench.scratch / f"{name}-cache"
+    compiled = bench.scratch / f"{name}-compiled"
     with (bench.scratch / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-c", program, "pretrain", *arguments], cwd=ROOT, stdout=log,
             stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **environment},
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **environment},
         )  # fmt: skip
 
 
 def _stop(bench: Bench) -> dict[str, Any]:
     """The signal comes when the run has begun, on a GPU when the compiler has written a file."""
     process = _start(bench, "stopped", {}, AS_IT_IS)
-    log, cache = bench.scratch / "stopped.log", bench.scratch / "stopped-cache"
+    log, compiled = bench.scratch / "stopped.log", bench.scratch / "stopped-compiled"
 
     def has_begun() -> bool:
-        compiles = bench.device.type != "cuda" or any(cache.rglob("*.py"))
+        compiles = bench.device.type != "cuda" or any(compiled.rglob("*.py"))
         return compiles and "effective batch" in log.read_text()
 
     while not has_begun() and process.poll() is None:

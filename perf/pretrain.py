@@ -37,7 +37,7 @@ WARM_UP, MEASURED = 20, 50  # steps; the first one compiles
 BATCHES = (64, 128, 256)
 JUDGED, LEAST_MFU_PERCENT = {"model": "vit_large", "mask_method": "four_channels"}, 30.0
 MOST = "auto"  # --batch-size by the card's memory
-# images/s and share of the peak, H100 SXM; shared/GPU.md. By model, method, batch.
+# images/s and share of the peak of an H100 SXM, by roofline arithmetic. By model, method, batch.
 PREDICTED = {
     ("vit_base", "patches", 64): "3,550-4,020, 21-24%",
     ("vit_base", "patches", 256): "3,830-4,350, 23-26%",
@@ -180,7 +180,7 @@ def _trace(bench: Bench, out: Path, method: str) -> dict[str, str]:
 
 
 def _parts(bench: Bench) -> Iterator[Row]:
-    """Layers by themselves: what GPU.md's levers 6 and 8 are about."""
+    """Layers that can be computed in more than one way, by themselves."""
     width, patch = VIT_SIZES["vit_large"].width, 16
     images = (bench.size(128), IMAGE_CHANNELS + 1, bench.size(224, 32), bench.size(224, 32))
     tiles = (images[0], (images[2] // patch) ** 2, images[1] * patch**2)
