@@ -141,13 +141,17 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where rows are measured. scratch: an empty folder. images, masks: real ones, if any."""
+    """Where rows are measured. scratch: an empty folder. images, masks: real ones, if any.
+
+    sam: checkpoints for mask generation, to be timed, too.
+    """
 
     wanted: Literal["auto", "cpu", "cuda"]
     tiny: bool
     scratch: Path
     images: Path | None = None
     masks: Path | None = None
+    sam: tuple[str, ...] = ()
 
     @cached_property
     def device(self) -> torch.device:

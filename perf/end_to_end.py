@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +32,8 @@ from segmenter.model import segmentation_loss
 from segmenter.probe import probe
 
 WARM_UP, MEASURED = 20, 50  # steps
+# What is made, and what perf.masks says of it.
+SEGMENTS = ("all", "for 15%"), ("images_per_s", "points_per_image", "imagenet_gpu_hours")
 FEW = 8  # images, of which any dataset has so many
 # By name: options, and whether the loss is part of what is compiled.
 FINETUNING: dict[str, tuple[dict[str, Any], bool]] = {
@@ -88,6 +92,17 @@ def tables(bench: Bench, out: Path) -> list[Table]:
         Table(
             title="checkpoint of ViT-L's pretraining", columns=("copy s", "write s", "MB"),
             rows=[Row(work="weights and AdamW's moments", measure=partial(_checkpoint, bench))],
+        ),
+        Table(
+            title="making segments", columns=[f"{name}, {key}" for name, key in product(*SEGMENTS)],
+            rows=[
+                Row(
+                    work=f"{Path(model).name}, {points} x {points} points",
+                    measure=partial(_segments, bench, model, points),
+                )
+                for model in bench.sam
+                for points in (16, 32)
+            ],
         ),
     ]  # fmt: skip
 
@@ -203,3 +218,22 @@ def _checkpoint(bench: Bench) -> dict[str, float]:
         "copy s": marks[1] - marks[0], "write s": marks[2] - marks[1],
         "MB": path.stat().st_size / 1e6,
     }  # fmt: skip
+
+
+def _segments(bench: Bench, model: str, points: int) -> dict[str, Any]:
+    """As perf.masks times it, for all segments and for those nearest to a coverage of 15%."""
+    found = bench.scratch / "generators.json"
+    command = [
+        sys.executable, "-m", "perf.masks", "--images", bench.photographs["in1k_dir"] / "train",
+        "--model", model, "--points-per-side", str(points), "--for-coverage", "15",
+        "--most-images", str(bench.size(64)), "--json", found,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    rows = [row for row in read_json(found, list[dict[str, Any]]) if model in row["work"]]
+    return {
+        f"{'all' if row['for_coverage'] == 'all' else 'for 15%'}, {key}": row[key]
+        for row in rows
+        for key in SEGMENTS[1]
+    }

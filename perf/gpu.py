@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("output/gpu"), help="for rows and tables")
     parser.add_argument("--images", type=Path, help="folder with train/; default: generated images")
     parser.add_argument("--masks", type=Path, help="their segments; default: IMAGES/masks")
+    parser.add_argument("--sam", nargs="*", default=[], help="checkpoints that make segments")
     parser.add_argument(
         "--minutes", type=float, default=9.0,
         help="no row begins after so many; 0: only the table of what is there",
@@ -45,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(
             wanted=arguments.device, tiny=arguments.tiny, scratch=Path(scratch),
-            images=arguments.images, masks=arguments.masks,
+            images=arguments.images, masks=arguments.masks, sam=tuple(arguments.sam),
         )  # fmt: skip
         results = Results(out / "gpu.json", bench.machine)
         tables = {part: PARTS[part](bench, out) for part in arguments.parts}
