@@ -93,17 +93,7 @@ def tables(bench: Bench, out: Path) -> list[Table]:
             title="checkpoint of ViT-L's pretraining", columns=("copy s", "write s", "MB"),
             rows=[Row(work="weights and AdamW's moments", measure=partial(_checkpoint, bench))],
         ),
-        Table(
-            title="making segments", columns=[f"{name}, {key}" for name, key in product(*SEGMENTS)],
-            rows=[
-                Row(
-                    work=f"{Path(model).name}, {points} x {points} points",
-                    measure=partial(_segments, bench, model, points),
-                )
-                for model in bench.sam
-                for points in (16, 32)
-            ],
-        ),
+        *([_making_segments(bench)] if bench.sam else []),
     ]  # fmt: skip
 
 
@@ -220,13 +210,28 @@ def _checkpoint(bench: Bench) -> dict[str, float]:
     }  # fmt: skip
 
 
+def _making_segments(bench: Bench) -> Table:
+    """By checkpoint and points."""
+    return Table(
+        title="making segments", columns=[f"{name}, {key}" for name, key in product(*SEGMENTS)],
+        rows=[
+            Row(
+                work=f"{Path(model).name}, {points} x {points} points",
+                measure=partial(_segments, bench, model, points),
+            )
+            for model in bench.sam
+            for points in (16, 32)
+        ],
+    )  # fmt: skip
+
+
 def _segments(bench: Bench, model: str, points: int) -> dict[str, Any]:
     """As perf.masks times it, for all segments and for those nearest to a coverage of 15%."""
     found = bench.scratch / "generators.json"
     command = [
-        sys.executable, "-m", "perf.masks", "--images", bench.photographs["in1k_dir"] / "train",
+        sys.executable, "-m", "perf.masks", "--images", str(bench.photographs["in1k_dir"] / "train"),
         "--model", model, "--points-per-side", str(points), "--for-coverage", "15",
-        "--most-images", str(bench.size(64)), "--json", found,
+        "--most-images", str(bench.size(64)), "--json", str(found),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
