@@ -227,10 +227,10 @@ def _making_segments(bench: Bench) -> Table:
 
 def _segments(bench: Bench, model: str, points: int) -> dict[str, Any]:
     """As perf.masks times it, for all segments and for those nearest to a coverage of 15%."""
-    found = bench.scratch / "generators.json"
+    found, images = bench.scratch / "generators.json", bench.photographs["in1k_dir"] / "train"
     command = [
-        sys.executable, "-m", "perf.masks", "--images", str(bench.photographs["in1k_dir"] / "train"),
-        "--model", model, "--points-per-side", str(points), "--for-coverage", "15",
+        sys.executable, "-m", "perf.masks", "--images", str(images), "--model", model,
+        "--points-per-side", str(points), "--for-coverage", "15",
         "--most-images", str(bench.size(64)), "--json", str(found),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
