@@ -1,10 +1,8 @@
-"""Pretraining steps: this model against transformers' ViTMAE. `python -m perf.pretrain --help`.
+"""Part B of the campaign: the speed of pretraining, by real steps of the real trainer.
 
-One process, our steps and the peer's in alternation, the same sizes, batch and precision; medians
-over the rounds. The peer gets the same fused AdamW and scaled-dot-product attention; its images
-arrive as normalised floats, as its loaders make them, ours as uint8. On a GPU all four methods are
-measured besides, with model FLOPs utilisation and peak memory, against the plain form of this code
-(no compile, float32 input).
+`python -m perf.pretrain` alone compares them with those of transformers' ViTMAE: one process, both
+in turn, the same sizes, batch, precision and fused AdamW, medians over the rounds. The peer's
+images are normalised floats on the device, as its loaders make them.
 """
 
 from __future__ import annotations
@@ -14,69 +12,252 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+from torch._inductor.utils import clear_caches, fresh_cache
+from torch.profiler import profile
+from torch.utils.benchmark import Timer
 
-from common.devices import peak_flops
-from common.images import find_images
-from common.update import GuardedUpdate
-from common.vit import VIT_SIZES
-from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method
-from mae.data import collate
-from mae.listing import segment_key
+import mae.build
+from common.devices import choose_precision, peak_flops
+from common.vit import IMAGE_CHANNELS, VIT_SIZES
+from mae.config import ModelConfig, PretrainConfig, make_method
 from mae.masking import METHODS
-from mae.model import MaskedAutoencoder, training_flops
-from mae.optimisation import make_optimizer
-from mae.segments.store import PackedStore
-from perf.loader import make_ours, pack, sample_data
+from mae.model import training_flops
+from perf.campaign import Bench, Row, Table
+from perf.rehearsal import build, rehearse, steps_of
 
-OPTIMISATION = OptimisationConfig(effective_batch_size=256)
-Step = Callable[[], None]
-
-
-def make_our_step(
-    config: ModelConfig,
-    mask_method: str,
-    batch: tuple[Tensor, Tensor, int],
-    device: torch.device,
-    *,
-    bf16: bool,
-    compiled: bool,
-    as_float: bool = False,
-) -> Step:
-    """A step as `common.training` takes it, on a batch of images, patterns, hidden pixels."""
-    torch.manual_seed(0)
-    method = make_method(MethodConfig(mask_method=mask_method), config)
-    model = MaskedAutoencoder(config, method).to(device)
-    update = GuardedUpdate(make_optimizer(model, OPTIMISATION), None, scales_loss=False)
-    images, pattern, hidden_pixels = batch
-    hidden_values = torch.tensor(float(hidden_pixels * 3), device=device)
-    if as_float:
-        images = model.cpu().normalise(images)
-        model.to(device)
-    run: Callable[..., Tensor] = model.squared_error if as_float else model
-    run = torch.compile(run) if compiled else run
-    if device.type == "cuda":
-        images, pattern = images.pin_memory(), pattern.pin_memory()
-
-    def step() -> None:
-        on_device = [part.to(device, non_blocking=True) for part in (images, pattern)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            error = run(*on_device).sum()
-        error.backward()
-        update.step(error.detach() / hidden_values, hidden_values, 1e-4)
-
-    return step
+WARM_UP, MEASURED = 20, 50  # steps; the first one compiles
+BATCHES = (64, 128, 256)
+JUDGED, LEAST_MFU_PERCENT = {"model": "vit_large", "mask_method": "four_channels"}, 30.0
+MOST = "auto"  # --batch-size by the card's memory
+# images/s and share of the peak of an H100 SXM, by roofline arithmetic. By model, method, batch.
+PREDICTED = {
+    ("vit_base", "patches", 64): "3,550-4,020, 21-24%",
+    ("vit_base", "patches", 256): "3,830-4,350, 23-26%",
+    ("vit_base", "patches", MOST): "5,600, 33% with all levers",
+    ("vit_base", "four_channels", 64): "1,820-2,050, 25-29%",
+    ("vit_base", "four_channels", 256): "1,860-2,100, 26-29%",
+    ("vit_base", "four_channels", MOST): "2,700, 38% with all levers",
+    ("vit_large", "patches", 64): "1,960-2,200, 25-28%",
+    ("vit_large", "patches", 256): "2,230-2,510, 28-32%",
+    ("vit_large", "patches", MOST): "3,150, 40% with all levers",
+    ("vit_large", "four_channels", 64): "770-860, 31-35%",
+    ("vit_large", "four_channels", 256): "790-890, 32-36%",
+    ("vit_large", "four_channels", MOST): "1,110, 45% with all levers; at most 349 images",
+}
+COMPILING: dict[str, dict[str, Any]] = {
+    "eager": {"compile": "off"},
+    "default": {},
+    "max-autotune-no-cudagraphs": {"compile_mode": "max-autotune-no-cudagraphs"},
+    "reduce-overhead": {"compile_mode": "reduce-overhead"},
+}
+SPEED = ("images/s", "MFU %", "peak MiB", "step ms", "first step s")
 
 
-def make_their_step(
-    config: ModelConfig, batch: Tensor, device: torch.device, *, bf16: bool
-) -> Step:
-    """One training step of transformers' ViTMAE on normalised images."""
+def tables(bench: Bench, out: Path) -> list[Table]:
+    """All of part B, what decides first. out: for the traces."""
+    return [
+        Table(title="steps", columns=SPEED, rows=list(_speed_rows(bench))),
+        Table(
+            title="ViT-L four_channels at 128", columns=SPEED,
+            rows=[
+                Row(
+                    work=f"{attention} attention, {mode}",
+                    measure=partial(
+                        speed, bench, **JUDGED, batch=128, attention=attention, **options
+                    ),
+                    predicted="cudnn 5-7% faster than flash" if mode == "default" else "",
+                )
+                for attention in ("flash", "cudnn")
+                for mode, options in COMPILING.items()
+            ],
+        ),
+        Table(
+            title="compiling", columns=("cold s", "warm s"),
+            rows=[
+                Row(work=f"{model} four_channels", measure=partial(_compile_seconds, bench, model))
+                for model in ("vit_large", "vit_base")
+            ],
+        ),
+        Table(
+            title="against transformers' ViTMAE", columns=("ours ms", "peer ms", "ratio"),
+            rows=[Row(work="vit_large patches at 128", measure=partial(_against_peer, bench))],
+        ),
+        Table(
+            title="traces", columns=("file", "longest"),
+            rows=[
+                Row(work=f"vit_large {method}", measure=partial(_trace, bench, out, method))
+                for method in ("four_channels", "patches")
+            ],
+        ),
+        Table(title="parts, forward and backward", columns=("ms",), rows=list(_parts(bench))),
+    ]  # fmt: skip
+
+
+def _speed_rows(bench: Bench) -> Iterator[Row]:
+    cells: list[tuple[str, str, int | str]] = [
+        (model, method, batch)
+        for model in ("vit_large", "vit_base")
+        for method in ("four_channels", "patches")
+        for batch in (*BATCHES, MOST)
+    ]
+    others = [method for method in METHODS if method not in ("four_channels", "patches")]
+    cells += [(model, method, 128) for model in ("vit_large", "vit_base") for method in others]
+    for model, method, batch in cells:
+        yield Row(
+            work=f"{model} {method}, {'most' if batch == MOST else batch}",
+            measure=partial(speed, bench, model=model, mask_method=method, batch=batch),
+            predicted=PREDICTED.get((model, method, batch), ""),
+        )
+
+
+def speed(bench: Bench, *, batch: int | str, **options: Any) -> dict[str, Any]:
+    """Medians of real steps on a batch that is on the device; `MOST`: as many images as it holds.
+
+    A step is one pass but for those, of which a step has 512.
+    """
+    size = batch if batch == MOST else bench.size(int(batch))
+    effective = bench.size(512 if batch == MOST else int(batch))
+    config = bench.config(
+        PretrainConfig, batch_size=size, effective_batch_size=effective, **options
+    )
+    run = build(config)
+    warm_up, measured = bench.size(WARM_UP), bench.size(MEASURED)
+    shown = rehearse(run, epochs=1, steps=warm_up + measured, resident=True)
+    seconds = statistics.median(shown.laps[warm_up:])
+    flops = training_flops(config.model, make_method(config.method, config.model))
+    peak = peak_flops(bench.device, run.accelerator.mixed_precision)
+    figures: dict[str, Any] = {
+        "images/s": effective / seconds, "step ms": seconds * 1e3,
+        "peak MiB": shown.peak_memory_mib, "first step s": shown.laps[0],
+        "images per pass": effective // run.passes_per_step,
+    }  # fmt: skip
+    if peak:
+        figures["MFU %"] = 100 * flops * effective / seconds / peak
+    if peak and options.items() >= JUDGED.items() and batch == max(BATCHES):
+        figures["passes"] = figures["MFU %"] >= LEAST_MFU_PERCENT
+    return figures
+
+
+def _compile_seconds(bench: Bench, model: str) -> dict[str, float]:
+    """The first step with nothing on disk, and with what it has left there."""
+    config = _at_128(bench, model=model, mask_method="four_channels")
+    with fresh_cache():
+        cold = rehearse(build(config), epochs=1, steps=2, resident=True)
+        clear_caches()
+        warm = rehearse(build(config), epochs=1, steps=2, resident=True)
+    return {"cold s": cold.laps[0], "warm s": warm.laps[0]}
+
+
+def _at_128(bench: Bench, **options: Any) -> PretrainConfig:
+    """Steps of one pass over 128 images."""
+    batch = bench.size(128)
+    return bench.config(PretrainConfig, batch_size=batch, effective_batch_size=batch, **options)
+
+
+def _trace(bench: Bench, out: Path, method: str) -> dict[str, str]:
+    """A trace of a few steps for chrome://tracing, and what took longest in it."""
+    run = build(_at_128(bench, model="vit_large", mask_method=method))
+    rehearse(run, epochs=1, steps=3, resident=True)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"trace-{method}.json.gz"
+    with profile() as seen:
+        rehearse(run, epochs=1, steps=3, resident=True)
+    seen.export_chrome_trace(str(path))
+    on_gpu = bench.device.type == "cuda"
+    busy = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total
+            for e in seen.key_averages()}  # fmt: skip
+    longest = sorted(busy, key=lambda name: busy[name], reverse=True)[:5]
+    shares = [f"{name[:40]} {busy[name] / sum(busy.values()):.0%}" for name in longest]
+    return {"file": path.name, "longest": "; ".join(shares)}
+
+
+def _parts(bench: Bench) -> Iterator[Row]:
+    """Layers that can be computed in more than one way, by themselves."""
+    width, patch = VIT_SIZES["vit_large"].width, 16
+    images = (bench.size(128), IMAGE_CHANNELS + 1, bench.size(224, 32), bench.size(224, 32))
+    tiles = (images[0], (images[2] // patch) ** 2, images[1] * patch**2)
+    layers: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        "patch embedding, convolution": (
+            partial(nn.Conv2d, images[1], width, patch, stride=patch), images
+        ),
+        "patch embedding, matrix product": (partial(nn.Linear, tiles[2], width), tiles),
+        "preencoder's convolution": (
+            partial(nn.Conv2d, images[1], IMAGE_CHANNELS, patch, padding="same"), images
+        ),
+    }  # fmt: skip
+    for per_head in (64, 32):
+        for tokens in (50, 197, 1025):
+            layers[f"attention, heads of {per_head}, {tokens} tokens"] = (
+                partial(Attention, width, num_heads=width // per_head, qkv_bias=True),
+                (images[0], tokens, width) if not bench.tiny else (2, tokens // 5, width),
+            )
+    for name, (make, shape) in layers.items():
+        yield Row(work=name, measure=partial(_layer_ms, bench, make, shape))
+
+
+def _layer_ms(
+    bench: Bench, make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> dict[str, float]:
+    """Median of a forward and backward pass in the run's precision."""
+    layer = make().to(bench.device)
+    inputs = torch.randn(shape, device=bench.device, requires_grad=True)
+    on_cuda = bench.device.type == "cuda"
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    low = kinds.get(choose_precision("auto", on_cuda=on_cuda))
+
+    def both() -> None:
+        with torch.autocast(bench.device.type, low, enabled=low is not None):
+            outputs = layer(inputs)
+        outputs.backward(outputs)
+
+    found = Timer("both()", globals={"both": both}).blocked_autorange(min_run_time=0.2)
+    return {"ms": found.median * 1e3}
+
+
+def _against_peer(bench: Bench) -> dict[str, float]:
+    config = _at_128(bench, model="vit_large", mask_method="patches")
+    return compare(config, rounds=bench.size(5), steps=bench.size(10))
+
+
+def compare(config: PretrainConfig, *, rounds: int, steps: int) -> dict[str, float]:
+    """Both in turn, some steps each; medians in milliseconds of a step, and the peer's to ours.
+
+    On a CPU in processor time, which others disturb less.
+    """
+    run: Any = build(config)
+    device = run.accelerator.device
+    ours = steps_of(run, steps)
+    batch = next(run.batches(mae.build.State(), 1)).images.to(device)
+    theirs = make_peer(config.model, run.model.normalise(batch), run.accelerator, steps)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    times: list[tuple[float, ...]] = []
+    for _ in range(rounds + 1):
+        marks = [clock()]
+        for work in (ours, theirs):
+            work()
+            _wait(device)
+            marks.append(clock())
+        times.append((marks[1] - marks[0], marks[2] - marks[1]))
+    warm = times[1:]  # the first round compiles
+    return {
+        "ours ms": statistics.median(a for a, _ in warm) / steps * 1e3,
+        "peer ms": statistics.median(b for _, b in warm) / steps * 1e3,
+        "ratio": statistics.median(b / a for a, b in warm),
+    }
+
+
+def make_peer(
+    config: ModelConfig, images: Tensor, accelerator: Any, steps: int
+) -> Callable[[], None]:
+    """Some training steps of transformers' ViTMAE on normalised images."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     torch.manual_seed(0)
@@ -96,124 +277,18 @@ def make_their_step(
         )
     )
     model.set_attn_implementation("sdpa")
-    model.to(device).train()
+    model.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    if device.type == "cuda":
-        batch = batch.pin_memory()
 
-    def step() -> None:
-        images = batch.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = model(images).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def train() -> None:
+        for _ in range(steps):
+            with accelerator.autocast():
+                loss = model(images).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    return step
-
-
-def load_batch(
-    folder: Path, source: PackedStore, config: ModelConfig, mask_method: str, size: int
-) -> tuple[Tensor, Tensor, int]:
-    """One batch of real samples: images uint8, patterns, and how many pixels are hidden."""
-    usable = source.images()
-    paths = [path for path in find_images(folder) if segment_key(path) in usable]
-    images = make_ours(folder, paths, source, config, mask_method)
-    batch = collate([images[(0, index % len(paths))] for index in range(size)])
-    return batch.images, batch.pattern, int(batch.hidden_pixels.sum())
-
-
-def seconds(step: Step, repeats: int, device: torch.device) -> float:
-    """Time of one step, mean over some; on a CPU processor time, which others disturb less."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    _wait(device)
-    began = clock()
-    for _ in range(repeats):
-        step()
-    _wait(device)
-    return (clock() - began) / repeats
-
-
-def compare(
-    ours: Step, theirs: Step, rounds: int, repeats: int, device: torch.device
-) -> dict[str, Any]:
-    """Both in turn; medians in milliseconds, and how many times faster ours is."""
-    times: list[tuple[float, float]] = []
-    for number in range(rounds + 1):
-        pair = seconds(ours, repeats, device), seconds(theirs, repeats, device)
-        if number:  # the first round warms up and compiles
-            times.append(pair)
-    return {
-        "ours_ms": statistics.median(pair[0] for pair in times) * 1e3,
-        "peer_ms": statistics.median(pair[1] for pair in times) * 1e3,
-        "ratio": statistics.median(pair[1] / pair[0] for pair in times),
-    }
-
-
-def measure(
-    arguments: argparse.Namespace, folder: Path, source: PackedStore
-) -> list[dict[str, Any]]:
-    """All rows for one model size."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    config = ModelConfig(model=arguments.model, image_size=arguments.image_size)
-    size = arguments.batch_size
-    rounds, repeats = arguments.rounds, arguments.repeats
-    name = (
-        torch.cuda.get_device_name(device)
-        if on_gpu
-        else f"CPU, {torch.get_num_threads()} thread(s)"
-    )
-    print(f"{arguments.model}, {config.image_size} pixels, batch {size}, {name}", flush=True)
-    batch = load_batch(folder, source, config, "patches", size)
-    normalised = MaskedAutoencoder(config, make_method(MethodConfig(), config)).normalise(batch[0])
-    ours = make_our_step(config, "patches", batch, device, bf16=on_gpu, compiled=on_gpu)
-    theirs = make_their_step(config, normalised, device, bf16=on_gpu)
-    row = compare(ours, theirs, rounds, repeats, device)
-    rows = [{"work": f"{arguments.model} patches", "peer": "transformers ViTMAE", **row}]
-    if not on_gpu:
-        return rows
-    del ours, theirs
-    for method in METHODS:
-        batch = load_batch(folder, source, config, method, size)
-        plain = make_our_step(
-            config, method, batch, device, bf16=True, compiled=False, as_float=True
-        )
-        ours = make_our_step(config, method, batch, device, bf16=True, compiled=True)
-        row = compare(ours, plain, rounds, repeats, device)
-        del plain  # or its weights would count as ours
-        rows.append(
-            {
-                "work": f"{arguments.model} {method}",
-                "peer": "no compile, float input",
-                **row,
-                **_gpu_figures(config, method, ours, size, row["ours_ms"], device),
-            }
-        )
-        del ours
-    return rows
-
-
-def _gpu_figures(
-    config: ModelConfig,
-    method: str,
-    step: Step,
-    size: int,
-    milliseconds: float,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Images per second, model FLOPs utilisation and peak memory of a step."""
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    _wait(device)
-    images_per_second = size / milliseconds * 1e3
-    flops = training_flops(config, make_method(MethodConfig(mask_method=method), config))
-    peak = peak_flops(device, "bf16")
-    return {
-        "images_per_second": images_per_second,
-        "mfu": flops * images_per_second / peak if peak else None,
-        "peak_memory_mib": torch.cuda.max_memory_allocated(device) // 2**20,
-    }
+    return train
 
 
 def _wait(device: torch.device) -> None:
@@ -221,23 +296,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    """The table."""
-    print(f"{'work':<24} {'against':<24} {'ours ms':>9} {'peer ms':>9} {'ratio':>6}")
-    for row in rows:
-        line = (
-            f"{row['work']:<24} {row['peer']:<24} {row['ours_ms']:9.1f} {row['peer_ms']:9.1f} "
-            f"{row['ratio']:5.2f}x"
-        )
-        if "images_per_second" in row:
-            mfu = f"{row['mfu']:.0%}" if row["mfu"] else "?"
-            line += f"  {row['images_per_second']:.0f} images/s, {mfu} of peak, "
-            line += f"{row['peak_memory_mib']} MiB"
-        print(line)
-
-
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, help="folder with train/; default: generated images")
     parser.add_argument("--masks", type=Path, help="their segments; default: IMAGES/masks")
@@ -246,17 +306,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=1, help="steps per round")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="also write the row to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        images, masks = arguments.images, arguments.masks
-        if images is None:
-            images, masks = sample_data(Path(scratch) / "sample")
-        store = pack(masks or images / "masks", Path(scratch, "masks.sqlite"))
-        rows = measure(arguments, images / "train", store)
-    print_rows(rows)
+        bench = Bench(
+            wanted="auto", tiny=False, scratch=Path(scratch), images=arguments.images,
+            masks=arguments.masks,
+        )  # fmt: skip
+        config = bench.config(
+            PretrainConfig, model=arguments.model, image_size=arguments.image_size,
+            mask_method="patches", batch_size=arguments.batch_size,
+            effective_batch_size=arguments.batch_size, **bench.photographs,
+        )  # fmt: skip
+        row = {**bench.machine, **compare(config, rounds=arguments.rounds, steps=arguments.repeats)}
+    print("  ".join(f"{name} {value}" for name, value in row.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json.dumps([row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,15 +35,17 @@ import segmenter.inference
 from common.devices import make_accelerator, peak_memory_mib
 from common.run import DeviceConfig
 from common.vit import VIT_SIZES
+from perf.campaign import Bench
+from perf.rehearsal import build, steps_of
 from segmenter.classes import quiet_imports, read_classes
-from segmenter.config import ProtocolConfig, ScoringConfig
+from segmenter.config import ProtocolConfig, ScoringConfig, TrainConfig
 from segmenter.data import WholeImages, test_images
-from segmenter.dataset import VAL, DatasetDescription, Pair, read_description
+from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
 from segmenter.encoder import EncoderShape
 from segmenter.evaluate import evaluate_model, evaluating
 from segmenter.inference import predict_classes
 from segmenter.metrics import Areas
-from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
+from segmenter.model import Segmenter, SegmenterShape
 
 with quiet_imports():
     from mmcv.transforms import Compose, LoadImageFromFile
@@ -77,8 +79,8 @@ def write_images(folder: Path, number: int, num_classes: int) -> Path:
         )
     path = folder / "dataset.yml"
     description = {
-        "images": {VAL: "images"},
-        "annotations": {VAL: "annotations"},
+        "images": {TRAIN: "images", VAL: "images"},
+        "annotations": {TRAIN: "annotations", VAL: "annotations"},
         "classes": [f"class {number}" for number in range(num_classes)],
     }
     path.write_text(yaml.safe_dump(description))
@@ -128,21 +130,17 @@ def make_peer(model: str, protocol: ProtocolConfig, num_classes: int) -> Encoder
         )  # fmt: skip
 
 
-def our_step(accelerator: Accelerator, model: Segmenter, images: Tensor, labels: Tensor) -> Any:
-    """One step as `common.training` takes it."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
-
-    def step() -> None:
-        pixels, target = images.to(accelerator.device), labels.to(accelerator.device)
-        with accelerator.autocast():
-            logits = model(pixels)
-        loss = segmentation_loss(logits, target, IGNORED) / labels.numel()
-        loss.backward()
-        loss.item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def our_step(arguments: argparse.Namespace, dataset: Path) -> Callable[[], None]:
+    """One step of the real trainer, without dropout, as the peer has none."""
+    size = dict.fromkeys(
+        ("image_size", "crop_size", "window_size", "window_stride"), arguments.size
+    )
+    bench = Bench(wanted=arguments.device, tiny=False, scratch=dataset.parent)
+    config = bench.config(
+        TrainConfig, dataset=dataset, model=arguments.model, batch_size=arguments.batch,
+        precision=arguments.precision, drop_path=0.0, decoder_dropout=0.0, **size,
+    )  # fmt: skip
+    return steps_of(build(config), 1)
 
 
 def peer_step(
@@ -306,7 +304,7 @@ def main() -> None:
             print(peak_memory_mib(accelerator.device))
             return
         peer = make_peer(arguments.model, protocol, arguments.classes).to(accelerator.device)
-        rows = _time_rows(arguments, accelerator, model, peer, images)
+        rows = _time_rows(arguments, accelerator, model, peer, images, Path(folder, "dataset.yml"))
     rows.append(memory_row(arguments))
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
@@ -320,12 +318,13 @@ def _time_rows(
     model: Segmenter,
     peer: EncoderDecoder,
     images: WholeImages,
+    dataset: Path,
 ) -> list[dict[str, Any]]:
     shape = (arguments.batch, 3, arguments.size, arguments.size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
     labels = torch.randint(0, arguments.classes, (shape[0], *shape[2:]), dtype=torch.uint8)
     mmseg = "mmsegmentation's Segmenter"
-    ours = our_step(accelerator, model.train(), pixels, labels)
+    ours = our_step(arguments, dataset)
     theirs = peer_step(accelerator, peer.train(), pixels, labels)
     pairs, description, protocol = list(images.pairs), images.description, images.protocol
 

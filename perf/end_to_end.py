@@ -1,0 +1,244 @@
+"""Part C of the campaign: what a whole run does beside computing steps of pretraining."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch import Tensor, nn
+
+import mae.build
+import segmenter.build
+import segmenter.inference
+from common.checkpoint import Saver
+from common.devices import peak_memory_mib
+from common.layout import RESULT
+from common.parsed import read_json
+from mae.config import PretrainConfig
+from perf import stall
+from perf.campaign import Bench, Row, Table
+from perf.rehearsal import afresh, build, divide, rehearse, stretch
+from segmenter.check import check_probe
+from segmenter.config import ProbeConfig, TrainConfig
+from segmenter.evaluate import evaluate_model
+from segmenter.model import segmentation_loss
+from segmenter.probe import probe
+
+WARM_UP, MEASURED = 20, 50  # steps
+# What is made, and what perf.masks says of it.
+SEGMENTS = ("all", "for 15%"), ("images_per_s", "points_per_image", "imagenet_gpu_hours")
+FEW = 8  # images, of which any dataset has so many
+# By name: options, and whether the loss is part of what is compiled.
+FINETUNING: dict[str, tuple[dict[str, Any], bool]] = {
+    "eager": ({"compile": "off"}, True),
+    "compiled": ({}, True),
+    "compiled, loss outside": ({}, False),
+    "compiled, graphs": ({"compile_mode": "reduce-overhead"}, True),
+}
+
+
+def tables(bench: Bench, out: Path) -> list[Table]:
+    """All of part C. out: not used, rows are all that is left."""
+    return [
+        Table(
+            title="pretraining with its loader, batch 128",
+            columns=(
+                "loader images/s", "resident images/s", "training images/s", "idle %", "waited %"
+            ),
+            rows=[
+                Row(
+                    work=f"{model} {method}", measure=partial(_with_loader, bench, model, method),
+                    predicted="idle 0.1-2.8%",
+                )
+                for model, method in (
+                    ("vit_large", "four_channels"), ("vit_base", "four_channels"),
+                    ("vit_base", "patches"),
+                )
+            ],
+        ),
+        stall.table(bench),
+        Table(
+            title="finetuning steps, Segmenter ViT-L at 512, 150 classes",
+            columns=("images/s", "step ms", "first step s", "peak MiB"),
+            rows=[
+                Row(work=f"batch {batch}, {name}", measure=partial(_finetuning, bench, batch, name))
+                for batch in (8, 1)
+                for name in FINETUNING
+            ],
+        ),
+        Table(
+            title="evaluation, Segmenter ViT-L at 512", columns=("images/s", "peak MiB"),
+            rows=[
+                Row(
+                    work=f"{group} image(s) together, at most {windows} windows",
+                    measure=partial(_evaluation, bench, group, windows),
+                )
+                for group in (1, 4, 8)
+                for windows in (8, 32)
+            ],
+        ),
+        Table(
+            title="probe of ViT-L, 48 and 40 images",
+            columns=("tokens s", "linear s", "knn s", "all s"),
+            rows=[Row(work="random weights", measure=partial(_probe, bench))],
+        ),
+        Table(
+            title="checkpoint of ViT-L's pretraining", columns=("copy s", "write s", "MB"),
+            rows=[Row(work="weights and AdamW's moments", measure=partial(_checkpoint, bench))],
+        ),
+        *([_making_segments(bench)] if bench.sam else []),
+    ]  # fmt: skip
+
+
+def _with_loader(bench: Bench, model: str, method: str) -> dict[str, float]:
+    """The loader alone, steps on one batch that is on the device, and both together.
+
+    idle: of the device, by how much longer a step takes with the loader.
+    """
+    batch, warm_up, steps = bench.size(128), bench.size(WARM_UP), bench.size(MEASURED)
+    run = build(
+        bench.config(
+            PretrainConfig, model=model, mask_method=method, batch_size=FEW,
+            effective_batch_size=FEW, **bench.photographs,
+        )
+    )  # fmt: skip
+    assert isinstance(run, mae.build.Run)
+    divide(run, passes=1, images=batch)
+    stretch(run, (warm_up + steps) * batch)
+    batches = run.batches(mae.build.State(), 1)
+    for _ in islice(batches, warm_up):
+        pass
+    began = time.monotonic()
+    loaded = sum(len(loaded) for loaded in batches) / (time.monotonic() - began)
+    laps = {
+        resident: rehearse(run, epochs=1, steps=warm_up + steps, resident=resident)
+        for resident in (True, False)
+    }
+    alone, together = (statistics.mean(laps[resident].laps[warm_up:]) for resident in laps)
+    return {
+        "loader images/s": loaded, "resident images/s": batch / alone,
+        "training images/s": batch / together, "idle %": 100 * max(0.0, 1 - alone / together),
+        "waited %": 100 * laps[False].waited_share,
+    }  # fmt: skip
+
+
+def _segmenter(bench: Bench, batch: int, **options: Any) -> segmenter.build.Run:
+    """A finetuning of 150 classes, built."""
+    run = build(
+        bench.config(TrainConfig, model="vit_large", batch_size=bench.size(batch, 1), **options)
+    )
+    assert isinstance(run, segmenter.build.Run)
+    return run
+
+
+def _finetuning(bench: Bench, batch: int, name: str) -> dict[str, float]:
+    options, loss_inside = FINETUNING[name]
+    run = _segmenter(bench, batch, **options)
+    if not loss_inside:
+        compiled = run.accelerator.prepare_model(run.model)
+        run.prepared = _LossOutside(compiled, run.task.description.ignore_index)
+    warm_up, steps = bench.size(WARM_UP), bench.size(MEASURED)
+    shown = rehearse(run, epochs=1, steps=warm_up + steps, resident=True)
+    seconds = statistics.median(shown.laps[warm_up:])
+    return {
+        "images/s": run.plan.effective_batch_size / seconds, "step ms": seconds * 1e3,
+        "first step s": shown.laps[0], "peak MiB": shown.peak_memory_mib,
+    }  # fmt: skip
+
+
+class _LossOutside(nn.Module):
+    """The model is compiled, its loss is not."""
+
+    def __init__(self, model: nn.Module, ignore_index: int) -> None:
+        super().__init__()
+        self.model, self.ignore_index = model, ignore_index
+
+    def forward(self, images: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+        return segmentation_loss(self.model(images, sizes), labels, self.ignore_index)
+
+
+def _evaluation(bench: Bench, group: int, windows: int) -> dict[str, float]:
+    """The second pass over the images is timed."""
+    run = _segmenter(bench, 8, eval_batch_size=group)
+    with mock.patch.object(segmenter.inference, "MOST_WINDOWS", windows):
+        for _ in range(2):
+            began = time.monotonic()
+            evaluate_model(run.accelerator, run.model, run.images, run.config.run)
+            seconds = time.monotonic() - began
+    return {
+        "images/s": len(run.images) / seconds, "peak MiB": peak_memory_mib(bench.device)
+    }  # fmt: skip
+
+
+def _probe(bench: Bench) -> dict[str, float]:
+    afresh()
+    config = bench.config(ProbeConfig, model="vit_large", output_dir=bench.scratch / "timed-probe")
+    began = time.monotonic()
+    probe(config, check_probe(config))
+    whole = time.monotonic() - began
+    seconds = read_json(config.run.output_dir / RESULT, dict[str, Any])["seconds"]
+    return {"all s": whole, **{f"{name} s": took for name, took in seconds.items()}}
+
+
+def _checkpoint(bench: Bench) -> dict[str, float]:
+    """How long training stands still for it, and how long until it is on disk."""
+    batch = bench.size(64)
+    config = bench.config(
+        PretrainConfig, model="vit_large", batch_size=batch, effective_batch_size=batch
+    )
+    run: Any = build(config)
+    rehearse(run, epochs=1, steps=1)  # AdamW's moments come with the first step
+    path, marks = bench.scratch / "timed.pth", [time.monotonic()]
+    with Saver(None) as saver:
+        content = {
+            "model": run.model.state_dict(), "optimizer": run.update.optimizer.state_dict()
+        }  # fmt: skip
+        saver.save(content, path)
+        marks.append(time.monotonic())
+        saver.settle(wait=True)
+        marks.append(time.monotonic())
+    return {
+        "copy s": marks[1] - marks[0], "write s": marks[2] - marks[1],
+        "MB": path.stat().st_size / 1e6,
+    }  # fmt: skip
+
+
+def _making_segments(bench: Bench) -> Table:
+    """By checkpoint and points."""
+    return Table(
+        title="making segments", columns=[f"{name}, {key}" for name, key in product(*SEGMENTS)],
+        rows=[
+            Row(
+                work=f"{Path(model).name}, {points} x {points} points",
+                measure=partial(_segments, bench, model, points),
+            )
+            for model in bench.sam
+            for points in (16, 32)
+        ],
+    )  # fmt: skip
+
+
+def _segments(bench: Bench, model: str, points: int) -> dict[str, Any]:
+    """As perf.masks times it, for all segments and for those nearest to a coverage of 15%."""
+    found, images = bench.scratch / "generators.json", bench.photographs["in1k_dir"] / "train"
+    command = [
+        sys.executable, "-m", "perf.masks", "--images", str(images), "--model", model,
+        "--points-per-side", str(points), "--for-coverage", "15",
+        "--most-images", str(bench.size(64)), "--json", str(found),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    rows = [row for row in read_json(found, list[dict[str, Any]]) if model in row["work"]]
+    return {
+        f"{'all' if row['for_coverage'] == 'all' else 'for 15%'}, {key}": row[key]
+        for row in rows
+        for key in SEGMENTS[1]
+    }

@@ -1,0 +1,178 @@
+"""Steps of the real trainer, looked at from outside: their time, losses, graphs and waits."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice, pairwise, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
+
+import mae.build
+import segmenter.build
+from common.devices import make_accelerator, peak_memory_mib
+from common.interruption import Interruption
+from common.training import EpochTrainer
+from mae.config import PretrainConfig
+from mae.data import Batch as MaskedBatch
+from segmenter.check import check_training
+from segmenter.config import TrainConfig
+
+
+def afresh() -> None:
+    """Clear what a row before has left in the process: accelerate's state, graphs, memory."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.compiler.reset()
+    counters.clear()
+    torch.set_float32_matmul_precision("highest")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.init()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+Run = mae.build.Run | segmenter.build.Run
+
+
+def build(config: PretrainConfig | TrainConfig) -> Run:
+    """The run as a training of either part begins with it."""
+    afresh()
+    if isinstance(config, PretrainConfig):
+        return mae.build.build_run(config, Interruption())[0]
+    accelerator, task = make_accelerator(config.run), check_training(config)
+    return segmenter.build.build_run(config, accelerator, Interruption(), task, None)[0]
+
+
+class Laps:
+    """In the place of a run's progress: notes when each step was done, by the device's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[Any] = [self._now()]
+
+    def advance(self, epoch: float, images: int, seconds: float) -> None:
+        """A step has been given to the device."""
+        self.marks.append(self._now())
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> list[float]:
+        """Of each step."""
+        if not self.on_gpu:
+            return [after - before for before, after in pairwise(self.marks)]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self.marks)]
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """What some epochs of so many steps have shown.
+
+    losses: means of the epochs. laps: seconds of each step. graphs, breaks: of torch.compile.
+    waits: the lines that kept the host waiting for a GPU after the first epoch.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    laps: list[float] = field(default_factory=list)
+    waited_share: float = 0.0
+    graphs: int = 0
+    breaks: int = 0
+    waits: list[str] = field(default_factory=list)
+    peak_memory_mib: int = 0
+
+
+def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Rehearsal:
+    """Train a run that is built for more epochs, by its loader or with one batch on the device."""
+    device = run.accelerator.device
+    state_type = state_of(run)
+    stretch(run, steps * run.plan.effective_batch_size)
+    batches = run.batches(state_type(), epochs)
+    if resident:
+        batches = repeat(on_device(next(batches), device))
+    laps: Any = Laps(device)
+    trainer, shown, seconds, waited = EpochTrainer(run, laps), Rehearsal(), 0.0, 0.0
+    for epoch in range(epochs):
+        state: Any = state_type(epochs_completed=epoch)
+        with count_waits(device, shown.waits) if epoch else nullcontext():
+            trainer.train_one_epoch(state, batches)
+        loss = state.sums[0].item() if isinstance(run, mae.build.Run) else state.loss_sum
+        shown.losses.append(loss / steps)
+        seconds, waited = seconds + state.seconds, waited + state.waited_seconds
+    shown.laps, shown.waited_share = laps.seconds(), waited / seconds
+    shown.graphs = counters["stats"]["unique_graphs"]
+    shown.breaks = sum(counters["graph_break"].values())
+    shown.peak_memory_mib = peak_memory_mib(device)
+    return shown
+
+
+def steps_of(run: Run, count: int) -> Callable[[], None]:
+    """So many steps at each call, of an epoch of their own, on one batch on the device."""
+    state_type = state_of(run)
+    stretch(run, count * run.plan.effective_batch_size)
+    batch = on_device(next(run.batches(state_type(), 1)), run.accelerator.device)
+    trainer = EpochTrainer(run)
+
+    def train() -> None:
+        trainer.train_one_epoch(state_type(), repeat(batch))
+
+    return train
+
+
+def state_of(run: Run) -> Any:
+    """The class of the run's state."""
+    return mae.build.State if isinstance(run, mae.build.Run) else segmenter.build.State
+
+
+def stretch(run: Run, num_images: int) -> None:
+    """Let an epoch have so many images, those that are there in turn."""
+    run.plan = replace(run.plan, num_images=num_images)
+    if isinstance(run, mae.build.Run):
+        run.images = replace(run.images, paths=np.resize(run.images.paths, num_images))
+    else:
+        run.crops.pairs = list(islice(cycle(run.crops.pairs), num_images))
+
+
+def divide(run: mae.build.Run, *, passes: int, images: int) -> None:
+    """Give a pretraining steps of so many passes, of so many images each."""
+    run.plan = replace(run.plan, effective_batch_size=passes * images, micro_batch_size=images)
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch of either part, with what the model gets of it there already."""
+    if isinstance(batch, MaskedBatch):
+        images, pattern = batch.images.to(device), batch.pattern.to(device)
+        return replace(batch, images=images, pattern=pattern)
+    names = ("images", "labels", "sizes")
+    return batch._replace(**{name: getattr(batch, name).to(device) for name in names})
+
+
+@contextmanager
+def count_waits(device: torch.device, found: list[str]) -> Iterator[None]:
+    """Note each line that makes the host wait for a GPU; torch tells only there."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    about = (w for w in caught if "synchronizing" in str(w.message))
+    found += [f"{Path(warning.filename).name}:{warning.lineno}" for warning in about]
