@@ -117,9 +117,7 @@ def test_the_tiny_campaign_runs_on_a_cpu(tmp_path):
     assert len({(row["table"], row["work"]) for row in rows}) == len(rows) >= 90
     for row in rows:
         assert row["card"].startswith("CPU") and row["torch"] and row["tiny"]
-        # What a CPU has no kernel for may be missing, and what this version has no option for.
-        reasons = ("cudnn", "this version's options", "--batch-size is 'auto'")
-        assert "figures" in row or any(text in row["error"] for text in reasons), row
+        assert "figures" in row or "cudnn" in row["error"], row  # for which a CPU has no kernel
         assert row.get("figures", {}).get("passes", True)
     parts = [(tmp_path / f"{part}.md").read_text() for part in "abc"]
     assert all(part in printed for part in parts)
