@@ -152,8 +152,6 @@ def main() -> None:
 def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> int:
     """Run the plan, or show it."""
     settings = _settings(groups)
-    for note in settings.notes():
-        say(f"Note: {note}", err=True)
     if dry_run:
         preview.show(settings, verbose=verbose)
     elif estimate:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from common import update as update_module
 from common.update import FIRST_SCALE, GuardedUpdate
 
 OPTIMIZERS = {
@@ -65,15 +66,17 @@ def test_an_overflow_is_skipped_and_halves_the_scale(layer, optimizer, first):
     assert update.loss_scaling() == {"scale": 2**15, "clean_steps": 3, "skipped_steps": 1}
 
 
-def test_the_scale_doubles_after_2000_clean_steps_as_gradscaler_does(layer):
-    """Its own arithmetic, on the same overflows."""
+def test_the_scale_doubles_after_many_clean_steps_as_gradscaler_does(layer, monkeypatch):
+    """Its own arithmetic, on the same overflows; after 2000 steps, which are 20 here."""
+    assert torch.amp.GradScaler("cpu").get_growth_interval() == update_module.GROWTH_INTERVAL
+    monkeypatch.setattr(update_module, "GROWTH_INTERVAL", 20)
     update = GuardedUpdate(OPTIMIZERS["adamw"](layer.parameters()), None, scales_loss=True)
-    theirs = torch.amp.GradScaler("cpu")
+    theirs = torch.amp.GradScaler("cpu", growth_interval=20)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.0)
     theirs.scale(weight.sum())
-    for number in range(4100):
-        factor = math.inf if number in (0, 1, 2050) else 1.0
+    for number in range(60):
+        factor = math.inf if number in (0, 1, 30) else 1.0
         step(layer, update, factor=factor)
         weight.grad = torch.full((1,), factor)
         theirs.step(optimizer)

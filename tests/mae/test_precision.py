@@ -75,7 +75,7 @@ def test_rounds_in_fp16_are_one_run(in1k_dir, tmp_path, processes):
     """Also on two processes, which have to agree on the scale."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = FP16 | {"batch_size": 4}
-    for folder, stops in ((whole, (4,)), (cut, (1, 3, 4))):
+    for folder, stops in ((whole, (4,)), (cut, (2, 4))):
         for stop in stops:
             config = make_config(in1k_dir, folder, stop_after=stop, **options)
             assert processes.run(config, processes=2, sabotage=_too_large_a_scale) == [0, 0]
