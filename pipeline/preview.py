@@ -32,8 +32,8 @@ from pipeline.terminal import aligned
 def checked_plan(settings: Settings) -> list[Step]:
     """The plan, with what the parts answered; ValueError for whatever would stop it later.
 
-    Our own checks first, then each part's `--check`, so that its own parser judges its options; then
-    what a user may not expect is told. Writes nothing but sample data, where it is missing.
+    Our own checks first, then each part's `--check`, so that its own parser judges its options.
+    Tells what a user may not expect. Writes nothing but sample data, where it is missing.
     """
     paths, facts = Layout(settings.data.output_dir), ask_facts(settings)
     steps = make_plan(settings, facts, made_runs(paths))
