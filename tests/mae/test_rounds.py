@@ -74,10 +74,24 @@ def _kill_in_second_save(rank):
     os.fsync = kill
 
 
+def _write_at_once():
+    """The run waits for each save, so that what a kill leaves is known."""
+    from common.checkpoint import Saver
+
+    save = Saver.save
+
+    def save_and_wait(self, *arguments, **named):
+        save(self, *arguments, **named)
+        self.running.result()
+
+    Saver.save = save_and_wait
+
+
 def _kill_after_the_log_line(rank):
     """SIGKILL when epoch 3 is in the log, but not in a checkpoint."""
     from common import logbook
 
+    _write_at_once()
     add_epoch = logbook.Logbook.add_epoch
 
     def add_and_kill(self, record):
@@ -92,6 +106,7 @@ def _kill_before_step_11(rank):
     """SIGKILL inside the last epoch."""
     from common import update
 
+    _write_at_once()
     step, calls = update.GuardedUpdate.step, []
 
     def count_and_kill(self, *arguments):
@@ -123,6 +138,7 @@ class _Hours:
 def _save_after_every_step_and_kill_before_step_5(rank):
     from common import update
 
+    _write_at_once()
     _save_after_every_step(rank)
     step, calls = update.GuardedUpdate.step, []
 
