@@ -147,13 +147,15 @@ def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig)
         return
     out = store.path.with_stem(f"{store.path.stem}-all") if all_segments else store.path
     settings = {**store.settings, "for_coverage": [] if all_segments else [wanted]}
+    has_val = any(key.startswith(f"{VAL}/") for key in store.images())
+    val_dir = data.in1k_dir / VAL if has_val else None
     needs = (
         f"{options.mask_method} needs all" if all_segments else f"--coverage-ratio is {wanted:g}"
     )
     raise ValueError(
         f"{store.path} has only the segments nearest to {', '.join(f'{r:g}' for r in there)} % "
         f"coverage, and {needs}. This makes them: "
-        f"{command_of(settings, data.in1k_dir / 'train', out)}"
+        f"{command_of(settings, data.in1k_dir / 'train', out, val_dir)}"
     )
 
 

@@ -129,6 +129,8 @@ def generate(
     """
     part = shard.name(out)
     settings, base = _with_earlier_ratios(generator.settings, part if part.exists() else out)
+    if base is not None:
+        _refuse_missing_folders(base, images)
     work = Work(images, generator, tuple(made_for(settings)), base)
     batches = work.batches()[shard.index :: shard.count]
     total = sum(map(len, batches))
@@ -164,6 +166,16 @@ def _with_earlier_ratios(
     check_made_alike(path, store.settings, {**settings, "for_coverage": known})
     settings = {**settings, "for_coverage": union(known, made_for(settings))}
     return settings, None if made_for(settings) == known else store
+
+
+def _refuse_missing_folders(base: PackedStore, images: Mapping[str, Path]) -> None:
+    """A store to which ratios are added is made anew, of the images that are named."""
+    lost = (base.images() | base.listed_empty()).difference(images)
+    if lost:
+        raise ValueError(
+            f"{base.path} has {len(lost)} images that are not among those of --images and "
+            f"--val-dir, such as {min(lost)}, and would lose them; name the same folders as then"
+        )
 
 
 @dataclass(frozen=True)

@@ -143,10 +143,13 @@ def made_for(settings: Mapping[str, Any]) -> list[float]:
     return union(settings.get("for_coverage", ()))
 
 
-def command_of(settings: Mapping[str, Any], images: Path, out: Path) -> str:
-    """The command that makes a store of a folder of images with these settings."""
+def command_of(
+    settings: Mapping[str, Any], images: Path, out: Path, val_dir: Path | None = None
+) -> str:
+    """The command that makes a store of folders of images with these settings."""
     generator = str(settings["generator"])
     parts = [f"python -m mae masks generate {generator} --images {images} --out {out}"]
+    parts += [f"--val-dir {val_dir}"] if val_dir else []
     for name, field in fields_of(GENERATORS[generator]).items():
         value = settings.get(name, plain(field.default))
         if value != plain(field.default):

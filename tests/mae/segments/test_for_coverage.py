@@ -288,3 +288,27 @@ def test_an_estimate_writes_nothing_and_its_numbers_hold(
     assert list(tmp_path.iterdir()) == []
     masks_command("generate", generator, *(o for o in options if o not in ("--estimate", "--json")))
     assert price["bytes"] == pytest.approx((tmp_path / "out.sqlite").stat().st_size, rel=0.5)
+
+
+def test_a_ratio_is_added_to_all_images_of_a_store_or_refused(tmp_path):
+    """A store is made anew for it, and held-out images that are not named would be lost."""
+    rng = np.random.default_rng(0)
+    for name in ("train/a.png", "train/b.png", "val/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / name)
+    train, val, out = tmp_path / "train", tmp_path / "val", tmp_path / "masks.sqlite"
+
+    def add(ratio, val_dir):
+        settings = FelzenszwalbSettings(longest_side=60, for_coverage=(ratio,))
+        images = images_by_key(train, val_dir)
+        generate(images, out, Felzenszwalb(settings), shard=Shard(), processes=1)
+
+    add(15.0, val)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"has 1 images that are not among .* such as val/c, and"):
+        add(25.0, None)
+    assert out.read_bytes() == before
+    add(25.0, val)
+    store = PackedStore(out)
+    assert store.images() | store.listed_empty() == {"a", "b", "val/c"}
+    assert store.settings["for_coverage"] == [15, 25]
