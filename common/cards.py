@@ -8,9 +8,9 @@ from collections.abc import Iterable
 Capability = tuple[int, int]
 
 # Dense TFLOP/s by the name that CUDA gives, less the brand: fp16, bf16 (None: not in hardware), and
-# fp32 (TF32 from Ampere on). Tensor cores with fp32 sums, as training has them. From NVIDIA's data
-# sheets of each card, halved where they count sparsity, and for GeForce and RTX from the white
-# papers on GA102, Ada and Blackwell. A slice of a card (MIG) has another name and stands here not.
+# fp32 (TF32 from Ampere on). Tensor cores with fp32 sums, as training has them, halved where a data
+# sheet counts sparsity. Looked up: A10, A40, A100, H100, H200, H800, L4, L40S, V100, B200; the rest
+# is from memory. A slice of a card (MIG) has another name and stands here not.
 _PEAK_TFLOPS: dict[str, tuple[float, float | None, float]] = {
     r"B200": (2250, 2250, 1125),
     r"H200|H100 \d+GB HBM\w+|H800": (989, 989, 495),

@@ -137,7 +137,7 @@ def choose_precision(
 
 
 def _allow_tf32() -> None:
-    """Training multiplies fp32 matrices with 10 bits of mantissa, 8 times faster, where a GPU can.
+    """Training multiplies fp32 matrices with 10 bits of mantissa, where a GPU does that faster.
 
     Probes do not: their neighbours would be equally near.
     """

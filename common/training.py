@@ -43,18 +43,6 @@ class MicroBatch(NamedTuple):
     is_last: bool
 
 
-class Steps(Protocol):
-    """How many there are."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps."""
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Images of a step, on all processes."""
-
-
 class TrainingState(Protocol):
     """Where a run stands. seconds, waited_seconds: of this epoch, and of that waiting for data."""
 
@@ -82,7 +70,7 @@ class TrainingRun(ABC):
     """What may help when it diverges."""
     accelerator: Accelerator
     interruption: Interruption
-    plan: Any  # Steps, and more of it in each part
+    plan: Any  # the part's own: steps_per_epoch, effective_batch_size, ...
     prepared: nn.Module
     update: GuardedUpdate
     unreadable: Unreadable = field(default_factory=Unreadable)
@@ -143,7 +131,7 @@ class EpochTrainer:
         batches: this process's loader, standing where the state stands. Raises RuntimeError if a
         loss is not finite or too many images are unreadable; the weights are then those before.
         """
-        plan: Steps = self.run.plan
+        plan = self.run.plan
         self.run.prepared.train()
         while state.steps_completed < plan.steps_per_epoch:
             began = time.monotonic()

@@ -82,7 +82,7 @@ class GuardedUpdate:
             )
 
     def loss_scaling(self) -> LossScaling | None:
-        """For log and checkpoint; None without fp16."""
+        """None without fp16."""
         if not self.scales_loss:
             return None
         return LossScaling(
@@ -90,6 +90,16 @@ class GuardedUpdate:
             clean_steps=int(self.clean_steps.item()),
             skipped_steps=int(self.skipped_steps.item()),
         )
+
+    def for_log(self) -> dict[str, float]:
+        """What a line of log.txt has of it."""
+        kept = self.loss_scaling()
+        return {"loss_scale": kept["scale"], "skipped_steps": kept["skipped_steps"]} if kept else {}
+
+    def for_checkpoint(self) -> dict[str, LossScaling]:
+        """What `continue_from` takes up."""
+        kept = self.loss_scaling()
+        return {"loss_scaling": kept} if kept else {}
 
     def continue_from(self, checkpoint: dict[str, Any], source: object) -> None:
         """Take up the scale of a checkpoint, if it has one. Raises ValueError naming the source."""

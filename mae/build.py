@@ -26,6 +26,7 @@ from mae.config import PretrainConfig, make_method
 from mae.controls import SegmentSource, Standins
 from mae.data import Batch, FixedImages, MaskedImages, allow_many_files, collate
 from mae.listing import Listing, make_listing
+from mae.masking import METHODS
 from mae.model import MaskedAutoencoder
 from mae.official import read_official_weights, start_from_official
 from mae.optimisation import make_optimizer
@@ -155,15 +156,10 @@ def build_run(
         batch_size=run.most_at_once,
     )
     checkpoint = open_own_checkpoint(config, listing)
-    segments: SegmentSource | Standins | None = None
-    if listing.source is not None:
-        segments = SegmentSource(store=listing.source, donors=listing.train, options=config.method)
-    elif method.uses_segments:
-        segments = Standins(options=config.method)
     images = MaskedImages(
         folder=config.data.in1k_dir / "train",
         paths=listing.train,
-        segments=segments,
+        segments=_segments(config, listing),
         method=method,
         seed=config.optimisation.seed,
     )
@@ -198,6 +194,14 @@ def build_run(
         prepared=accelerator.prepare_model(model),
         update=update,
     ), state
+
+
+def _segments(config: PretrainConfig, listing: Listing) -> SegmentSource | Standins | None:
+    """Those that the method hides, or what stands in until they are made; None: it hides none."""
+    if listing.source is not None:
+        return SegmentSource(store=listing.source, donors=listing.train, options=config.method)
+    uses_segments = METHODS[config.method.mask_method].uses_segments
+    return Standins(options=config.method) if uses_segments else None
 
 
 def describe(run: Run, state: State) -> None:

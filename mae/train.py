@@ -185,9 +185,7 @@ def _epoch_record(run: Run, state: State, heldout: float | None) -> dict[str, An
         "epoch_seconds": state.seconds,
         "peak_memory_mib": peak_memory_mib(device),
     }
-    scaling = run.update.loss_scaling()
-    if scaling is not None:
-        record |= {"loss_scale": scaling["scale"], "skipped_steps": scaling["skipped_steps"]}
+    record |= run.update.for_log()
     peak = peak_flops(device, run.accelerator.mixed_precision)
     if peak is not None:
         record["mfu"] = flops / state.seconds / (peak * run.accelerator.num_processes)
@@ -203,9 +201,8 @@ def _save_last(run: Run, state: State, saver: Saver) -> None:
 
 
 def _checkpoint(run: Run, state: State) -> dict[str, Any]:
-    scaling = run.update.loss_scaling()
     return {
-        **({"loss_scaling": scaling} if scaling else {}),
+        **run.update.for_checkpoint(),
         "model": run.model.state_dict(),
         "optimizer": run.update.optimizer.state_dict(),
         "epochs_completed": state.epochs_completed,

@@ -313,9 +313,8 @@ def _describe(run: Run, state: State) -> None:
 
 def checkpoint_content(run: Run, state: State) -> dict[str, Any]:
     """Everything needed to continue, and to evaluate and predict without the dataset."""
-    scaling = run.update.loss_scaling()
     return {
-        **({"loss_scaling": scaling} if scaling else {}),
+        **run.update.for_checkpoint(),
         "model": run.model.state_dict(),
         "optimizer": run.update.optimizer.state_dict(),
         "shape": dataclasses.asdict(run.model.shape),

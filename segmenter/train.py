@@ -141,7 +141,7 @@ def _epoch_record(run: Run, state: State) -> dict[str, Any]:
     steps, optimisation = run.plan.steps_per_epoch, run.config.optimisation
     updates = (state.epochs_completed + 1) * steps
     last = (updates - 1) / (steps * optimisation.epochs)
-    record = {
+    return {
         "epoch": state.epochs_completed + 1,
         "num_updates": updates,
         "train_loss": state.loss_sum / steps,
@@ -151,11 +151,8 @@ def _epoch_record(run: Run, state: State) -> dict[str, Any]:
         "data_wait_share": state.waited_seconds / state.seconds,
         "epoch_seconds": state.seconds,
         "peak_memory_mib": peak_memory_mib(run.accelerator.device),
+        **run.update.for_log(),
     }
-    scaling = run.update.loss_scaling()
-    if scaling is not None:
-        record |= {"loss_scale": scaling["scale"], "skipped_steps": scaling["skipped_steps"]}
-    return record
 
 
 def _save(
