@@ -1,8 +1,8 @@
 """The whole experiment as one command: pretrain a round, finetune and score it, pretrain on.
 
 Read `run` first: it is the order of events. The two parts (`mae`, `segmenter`) are subprocesses;
-they and this file meet in the files of the output directory (pipeline/layout.py). Which step comes
-when is decided in pipeline/plan.py. No torch is imported here.
+they and this file meet in the files of the output directory (pipeline/plan/layout.py). Which step
+comes when is decided in pipeline/plan/steps.py. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, run_program, say
 from common.files import check_output_folder
 from common.lock import hold
-from common.run import MOST_SEED
-from pipeline import doctor as examination
-from pipeline import preview, records, slurm
-from pipeline.estimate import estimate_run
-from pipeline.layout import Layout
-from pipeline.local import LocalLauncher
-from pipeline.machine import visible_gpus
-from pipeline.plan import Step
-from pipeline.report import write_all, write_report
-from pipeline.results import write_results_csv
-from pipeline.settings import GROUPS, Settings
-from pipeline.status import status_text
+from common.options import MOST_SEED
+from pipeline.launch import doctor as examination
+from pipeline.launch import preview, slurm
+from pipeline.launch.estimate import estimate_run
+from pipeline.launch.local import LocalLauncher
+from pipeline.launch.status import status_text
+from pipeline.plan import records
+from pipeline.plan.layout import Layout
+from pipeline.plan.machine import visible_gpus
+from pipeline.plan.settings import GROUPS, Settings
+from pipeline.plan.steps import Step
+from pipeline.report.page import write_all, write_report
+from pipeline.report.results import write_results_csv
 
 _POLL_SECONDS = 0.1
 
@@ -175,7 +176,7 @@ def _settings(groups: dict[str, Any]) -> Settings:
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 def sample(folder: Path, seed: int) -> None:
     """Write a small dataset in the real layouts into FOLDER."""
-    from pipeline.sample import write_sample  # numpy, pycocotools
+    from pipeline.plan.sample import write_sample  # numpy, pycocotools
 
     folder = folder.resolve()
     check_output_folder(folder, "FOLDER")

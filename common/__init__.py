@@ -1,1 +1,1 @@
-"""What a training run stands on, whatever it trains: both parts use it, it knows neither."""
+"""What every command stands on, by subject. It knows nothing of the project, and no torch."""

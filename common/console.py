@@ -12,6 +12,7 @@ from typing import NoReturn, TextIO
 
 import click
 
+from common.environment import rank
 from common.interruption import end_children
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -109,22 +110,6 @@ def _close_output() -> bool:
             lost = lost or not isinstance(error, BrokenPipeError)
             _turn_away(stream)  # or Python would try again, and exit with 120
     return lost
-
-
-def rank() -> int:
-    """This process among those of torchrun or Slurm, known before torch is imported."""
-    return number_of("RANK", number_of("SLURM_PROCID", 0))
-
-
-def world_size() -> int:
-    """The number of processes that torchrun started, or will, as benchmark.py says."""
-    return max(1, number_of("WORLD_SIZE", 1))
-
-
-def number_of(variable: str, default: int) -> int:
-    """What an environment variable says, where it is a number from 0."""
-    text = os.environ.get(variable, "")
-    return int(text) if text.isascii() and text.isdecimal() else default
 
 
 def log_to_stderr(form: str = "%(asctime)s %(message)s") -> None:

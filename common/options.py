@@ -28,6 +28,8 @@ from common.yamlfile import check_names, parse_value, plain, read_yaml
 
 REQUIRED = dataclasses.MISSING
 LARGEST = 1e15  # larger numbers are slips, and overflow somewhere
+MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
+MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms draw from
 Group = TypeVar("Group", bound="OptionGroup")
 
 

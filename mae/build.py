@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from common.checkpoint import load_optimizer, load_weights
-from common.devices import make_accelerator, refuse_disagreement
 from common.interruption import Interruption, leave_signals_to_the_main_process
-from common.layers import recompute_activations
-from common.memory import largest_micro_batch
-from common.training import MicroBatch, TrainingRun
-from common.update import GuardedUpdate
-from common.vit import IMAGE_CHANNELS
+from engine.checkpoint import load_optimizer, load_weights
+from engine.devices import make_accelerator, refuse_disagreement
+from engine.layers import recompute_activations
+from engine.memory import largest_micro_batch
+from engine.trainer import MicroBatch, TrainingRun
+from engine.update import GuardedUpdate
+from engine.vit import IMAGE_CHANNELS
 from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
 from mae.controls import SegmentSource, Standins

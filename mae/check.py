@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.console import world_size
+from common.environment import world_size
 from common.files import check_output_folder
-from common.layout import OF_PRETRAINING, find_resumable
-from common.trackers import check_trackers
+from common.step_files import OF_PRETRAINING, find_resumable
 from common.yamlfile import plain
+from engine.trackers import check_trackers
 from mae.config import PretrainConfig, make_method
 from mae.listing import make_listing
 from mae.schedule import learning_rate, make_batch_plan

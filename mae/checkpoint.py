@@ -9,10 +9,10 @@ from pydantic import FiniteFloat
 from torch import Tensor
 from typing_extensions import TypedDict
 
-import common.checkpoint
-from common.checkpoint import Checkpoint
-from common.layout import find_resumable
+import engine.checkpoint
 from common.parsed import Count
+from common.step_files import find_resumable
+from engine.checkpoint import Checkpoint
 from mae.config import PretrainConfig
 from mae.listing import Listing
 
@@ -40,7 +40,7 @@ def load_checkpoint(path: Path, *, lazily: bool = False, whole: bool = True) -> 
     whole: with all that continuing and drawing need.
     """
     shape = WholeCheckpoint if whole else Checkpoint
-    return common.checkpoint.load_checkpoint(
+    return engine.checkpoint.load_checkpoint(
         path, program="python -m mae pretrain", shape=shape, lazily=lazily
     )
 

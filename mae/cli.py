@@ -14,7 +14,7 @@ import click
 from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
 from common.options import OptionGroup, option, option_facts
-from common.run import PluginConfig
+from engine.config import PluginConfig
 from mae.config import GROUPS, PretrainConfig
 from mae.download import OFFICIAL_FILES
 from mae.masking import METHODS
@@ -28,7 +28,7 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "masks":
-            return importlib.import_module("mae.segments.cli").masks
+            return importlib.import_module("segments.cli").masks
         return super().get_command(ctx, cmd_name)
 
 
@@ -87,9 +87,9 @@ class _Folders(PluginConfig):
 @command(cli, folders=_Folders)
 def methods(folders: _Folders) -> None:
     """Print, as JSON, the masking methods and the options of `pretrain`; for benchmark.py."""
-    from mae.segments.cli import generators
-    from mae.segments.forms import form_of
-    from mae.segments.store import STORE_NAME
+    from segments.cli import generators
+    from segments.forms import form_of
+    from segments.store import STORE_NAME
 
     masks = folders.masks_dir or (folders.in1k_dir and folders.in1k_dir / "masks")
     segments = None

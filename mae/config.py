@@ -8,10 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import Group, Layer, OptionGroup, fields_of, groups_of, make, merge, option
-from common.run import MOST_EPOCHS, MOST_SEED, TrainingConfig
-from common.settings import check_same
-from common.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
+from common.made_alike import check_same
+from common.options import (
+    MOST_EPOCHS,
+    MOST_SEED,
+    Group,
+    Layer,
+    OptionGroup,
+    fields_of,
+    groups_of,
+    make,
+    merge,
+    option,
+)
+from engine.config import TrainingConfig
+from engine.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
 
 AT_ONCE = 64  # images on a device

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from mae.config import MethodConfig
 from mae.decode import CroppedImage
-from mae.listing import segment_key
 from mae.masking import MaskingMethod
-from mae.segments.segment import Segment
-from mae.segments.store import PackedStore
 from mae.transforms import crop_segment, crop_segments
+from segments.segment import Segment
+from segments.store import PackedStore, segment_key
 
 CANDIDATES = 4  # images of which the one with the likest segment is borrowed from
 ASPECT = (1 / 3, 3.0)  # of a block, width / height

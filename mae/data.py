@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.unreadable import next_usable
+from common.samples import next_usable
 from mae.controls import SegmentSource, Standins
 from mae.decode import read_crop
-from mae.listing import segment_key
 from mae.masking import MaskingMethod
 from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, sample_rng
 from mae.transforms import Crop, centre_crop, random_crop
+from segments.store import segment_key
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common.checkpoint import load_weights, refuse_damaged
 from common.files import check_output_file, is_marked, mark, replacing
-from common.vit import IMAGE_CHANNELS, VISIBLE
+from engine.checkpoint import load_weights, refuse_damaged
+from engine.vit import IMAGE_CHANNELS, VISIBLE
 from mae.checkpoint import load_checkpoint
 from mae.config import ModelConfig, parse_group
 

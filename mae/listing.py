@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from common.images import find_images
+from common.samples import evenly_spread
 from mae.config import DataConfig, MethodConfig
 from mae.masking import METHODS, MaskingMethod
-from mae.segments.forms import form_of, open_any_form, open_segments
-from mae.segments.settings import command_of, made_for
-from mae.segments.store import PackedStore
+from segments.config import command_of, made_for
+from segments.forms import form_of, open_any_form, open_segments
+from segments.store import VAL, PackedStore, segment_key
 
 logger = logging.getLogger(__name__)
-Item = TypeVar("Item")
 
 MOST_MISSING = 0.5  # a larger share of images without segments means the wrong folder
-VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def make_listing(data: DataConfig, options: MethodConfig, *, will_make: bool = F
             check_donors(train)
     return Listing(
         train=encode_paths(train),
-        val=encode_paths(spread(val, data.val_images)),
+        val=encode_paths(evenly_spread(val, data.val_images)),
         val_folder=val_folder,
         left_out=left_out,
         val_left_out=len(listed_val) - len(val),
@@ -113,11 +111,6 @@ def check_donors(paths: Sequence[str]) -> None:
             "--segments-from borrowed takes the segments of other images, but there is only one "
             f"with segments: {paths[0]}; give more images, or --segments-from own"
         )
-
-
-def segment_key(relative_path: str) -> str:
-    """The name that segments know an image by: its path without suffix."""
-    return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
 
 
 def _open_source(data: DataConfig, method: type[MaskingMethod], *, will_make: bool) -> Any:
@@ -177,12 +170,6 @@ def _check_missing(
         advice = "" if not kept else "; add --allow-missing-segments if that is meant"
         raise ValueError(f"{text}. Is that the right --masks-dir?{advice}")
     logger.info("%s ...; they are left out", text)
-
-
-def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many of them, evenly spread."""
-    count = min(len(items), most)
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def encode_paths(paths: list[str]) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from common.vit import VISIBLE
+from engine.vit import VISIBLE
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from timm.layers import LayerNorm  # its eps is 1e-6
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from common.layers import PatchEmbedding
-from common.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD
+from engine.layers import PatchEmbedding
+from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD
 from mae.config import ModelConfig
 from mae.masking import MaskedView, MaskingMethod, patchify, unpatchify
 

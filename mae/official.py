@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.checkpoint import misfits, read_torch_file, refuse_damaged, resample_positions
-from common.vit import IMAGE_CHANNELS
+from engine.checkpoint import misfits, read_torch_file, refuse_damaged, resample_positions
+from engine.vit import IMAGE_CHANNELS
 from mae.model import MaskedAutoencoder
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.checkpoint import load_weights, read_torch_file
 from common.files import check_output_file, is_marked, mark, replacing
+from engine.checkpoint import load_weights, read_torch_file
 from mae.checkpoint import load_checkpoint
 from mae.config import MethodConfig, make_method, parse_settings
 from mae.controls import SegmentSource
@@ -20,9 +20,9 @@ from mae.data import Batch, Sample, collate, make_sample
 from mae.decode import read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.segments.forms import open_segments
-from mae.segments.store import PackedStore
 from mae.transforms import centre_crop
+from segments.forms import open_segments
+from segments.store import PackedStore
 
 COLUMNS = ("original", "seen", "predicted", "pasted in")
 FIXED_SET_SIZE = 8

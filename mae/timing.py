@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from common.interruption import Interruption
-from common.training import EpochTrainer
+from engine.trainer import EpochTrainer
 from mae.build import build_run
 from mae.config import PretrainConfig
 from mae.data import FixedImages

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from common.checkpoint import Saver, not_finite
-from common.devices import peak_flops, peak_memory_mib
 from common.interruption import Interruption, leave_signals_to_the_main_process
-from common.layout import LAST, LOCK, LOG, checkpoint_path, reconstructions_path
 from common.lock import LockedError, hold
-from common.logbook import Logbook
 from common.parsed import read_log
-from common.trackers import Trackers
-from common.training import EpochTrainer
-from common.vit import IMAGE_CHANNELS
+from common.step_files import LAST, LOCK, LOG, checkpoint_path, reconstructions_path
+from engine.checkpoint import Saver, not_finite
+from engine.devices import peak_flops, peak_memory_mib
+from engine.logbook import Logbook
+from engine.trackers import Trackers
+from engine.trainer import EpochTrainer
+from engine.vit import IMAGE_CHANNELS
 from mae.build import EPOCH_SUMS, Run, State, build_run, describe
 from mae.check import check_output
 from mae.config import PretrainConfig

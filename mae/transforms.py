@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae.segments.segment import Segment, decode_at
+from segments.segment import Segment, decode_at
 
 CROP_AREA = (0.2, 1.0)  # of the image, as MAE crops
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height

@@ -20,16 +20,16 @@ import yaml
 import mae.config
 import segmenter.config
 from common.console import EXIT_FAILED, EXIT_STOPPED
-from common.devices import choose_device, device_name
 from common.files import write_json
 from common.options import Layer, fields_of, make, merge
 from common.yamlfile import check_names
+from engine.devices import choose_device, device_name
 from mae.config import PretrainConfig
-from mae.segments.forms import form_of
-from mae.segments.pack import pack
-from pipeline.machine import gpus
-from pipeline.sample import SampleSize, write_sample
+from pipeline.plan.machine import gpus
+from pipeline.plan.sample import SampleSize, write_sample
 from segmenter.config import DEFAULT_RECIPE, ProbeConfig, TrainConfig, recipe_values
+from segments.forms import form_of
+from segments.pack import pack
 
 TINY: dict[str, Any] = {  # in place of the models and sizes that are asked for
     "model": "vit_tiny", "image_size": 32, "patch_size": 16, "crop_size": 32, "window_size": 32,

@@ -15,13 +15,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import read_torch_file
 from common.console import EXIT_STOPPED
-from common.devices import make_accelerator
-from common.gpus import examine
-from common.layout import LAST, LOG, RESULT
 from common.parsed import read_json, read_log
-from common.run import DeviceConfig
+from common.step_files import LAST, LOG, RESULT
+from engine.checkpoint import read_torch_file
+from engine.config import DeviceConfig
+from engine.devices import make_accelerator
+from engine.gpus import examine
 from mae.config import PretrainConfig
 from mae.masking import METHODS
 from mae.train import pretrain

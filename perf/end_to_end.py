@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import mae.build
 import segmenter.build
 import segmenter.inference
-from common.checkpoint import Saver
-from common.devices import peak_memory_mib
-from common.layout import RESULT
 from common.parsed import read_json
+from common.step_files import RESULT
+from engine.checkpoint import Saver
+from engine.devices import peak_memory_mib
 from mae.config import PretrainConfig
 from perf import stall
 from perf.campaign import Bench, Row, Table

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.files import write_text
-from common.vit import VIT_SIZES, VitSize
+from engine.vit import VIT_SIZES, VitSize
 from perf import correctness, end_to_end, pretrain
 from perf.campaign import TINY, Bench, Results, Table
 

@@ -31,13 +31,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from common.images import find_images
-from common.vit import IMAGE_MEAN, IMAGE_STD
+from engine.vit import IMAGE_MEAN, IMAGE_STD
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
 from mae.data import MaskedImages
-from mae.listing import encode_paths, segment_key
-from mae.segments.forms import open_segments
-from mae.segments.store import PackedStore
+from mae.listing import encode_paths
+from segments.forms import open_segments
+from segments.store import PackedStore, segment_key
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE = 224

@@ -31,14 +31,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python perf/masks.py` finds the packages beside perf/
 
-from mae.segments.felzenszwalb import Felzenszwalb  # noqa: E402
-from mae.segments.folders import PngTableFolder  # noqa: E402
-from mae.segments.forms import SegmentSource, open_any_form  # noqa: E402
-from mae.segments.generate import Generator, Work, images_by_key  # noqa: E402, images_by_key
-from mae.segments.pack import pack, unpack  # noqa: E402
-from mae.segments.sam import Sam  # noqa: E402
-from mae.segments.settings import FelzenszwalbSettings, SamSettings  # noqa: E402
-from mae.segments.store import PackedStore  # noqa: E402
+from segments.config import FelzenszwalbSettings, SamSettings  # noqa: E402
+from segments.felzenszwalb import Felzenszwalb  # noqa: E402
+from segments.folders import PngTableFolder  # noqa: E402
+from segments.forms import SegmentSource, open_any_form  # noqa: E402
+from segments.generate import Generator, Work, images_by_key  # noqa: E402, images_by_key
+from segments.pack import pack, unpack  # noqa: E402
+from segments.sam import Sam  # noqa: E402
+from segments.store import PackedStore  # noqa: E402
 
 BLOCK = 4096
 IMAGENET_IMAGES = 1_281_167

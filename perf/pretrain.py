@@ -25,8 +25,8 @@ from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
 import mae.build
-from common.devices import choose_precision, peak_flops
-from common.vit import IMAGE_CHANNELS, VIT_SIZES
+from engine.devices import choose_precision, peak_flops
+from engine.vit import IMAGE_CHANNELS, VIT_SIZES
 from mae.config import ModelConfig, PretrainConfig, make_method
 from mae.masking import METHODS
 from mae.model import training_flops

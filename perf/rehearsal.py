@@ -19,9 +19,9 @@ from torch._dynamo.utils import counters
 
 import mae.build
 import segmenter.build
-from common.devices import make_accelerator, peak_memory_mib
 from common.interruption import Interruption
-from common.training import EpochTrainer
+from engine.devices import make_accelerator, peak_memory_mib
+from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.data import Batch as MaskedBatch
 from segmenter.check import check_training

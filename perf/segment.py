@@ -32,9 +32,9 @@ from PIL import Image
 from torch import Tensor
 
 import segmenter.inference
-from common.devices import make_accelerator, peak_memory_mib
-from common.run import DeviceConfig
-from common.vit import VIT_SIZES
+from engine.config import DeviceConfig
+from engine.devices import make_accelerator, peak_memory_mib
+from engine.vit import VIT_SIZES
 from perf.campaign import Bench
 from perf.rehearsal import build, steps_of
 from segmenter.classes import quiet_imports, read_classes

@@ -2,7 +2,7 @@
 
 The real trainer, loader and images; each pass keeps the device busy for a while without using the
 CPU, and the host runs ahead of it until it reads. Micro-batches streamed and read a look late, as
-`common.training` does it, against all of a step's fetched before its first pass and read at once,
+`engine.trainer` does it, against all of a step's fetched before its first pass and read at once,
 as it was before.
 """
 
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import mae.build
-from common.training import PASSES_BETWEEN_LOOKS, EpochTrainer
-from common.update import GuardedUpdate
+from engine.trainer import PASSES_BETWEEN_LOOKS, EpochTrainer
+from engine.update import GuardedUpdate
 from mae.config import PretrainConfig
 from perf.campaign import Bench, Results, Row, Table
 from perf.rehearsal import build, divide, stretch

@@ -15,18 +15,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.checkpoint import load_optimizer, load_weights
-from common.devices import device_name, make_accelerator, refuse_disagreement
+from common.environment import versions
 from common.interruption import Interruption
-from common.layers import recompute_activations
-from common.layout import LOCK, RESULT
 from common.lock import hold
-from common.memory import largest_micro_batch
 from common.parsed import parsed_plain
-from common.run import versions
-from common.training import MicroBatch, TrainingRun
-from common.update import GuardedUpdate
-from common.vit import IMAGE_CHANNELS
+from common.step_files import LOCK, RESULT
+from engine.checkpoint import load_optimizer, load_weights
+from engine.devices import device_name, make_accelerator, refuse_disagreement
+from engine.layers import recompute_activations
+from engine.memory import largest_micro_batch
+from engine.trainer import MicroBatch, TrainingRun
+from engine.update import GuardedUpdate
+from engine.vit import IMAGE_CHANNELS
 from segmenter import labels
 from segmenter.check import Task, all_settings, earlier_output, plan_batches
 from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder

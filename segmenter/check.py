@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.console import world_size
+from common.environment import world_size
 from common.files import check_output_folder
 from common.images import find_images
-from common.layout import CHECKPOINT, RESULT
+from common.made_alike import check_same
 from common.options import option_facts
 from common.parsed import ProbeResult, Result, read_json
-from common.settings import check_same
-from common.trackers import check_trackers
-from common.vit import IMAGE_CHANNELS, transformer_parameters
+from common.step_files import CHECKPOINT, RESULT
+from engine.trackers import check_trackers
+from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.classes import count_classes
 from segmenter.config import (
     AUXILIARY_WIDTH,

@@ -10,15 +10,15 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
-import common.checkpoint
-from common.checkpoint import (
+import engine.checkpoint
+from engine.checkpoint import (
     Checkpoint,
     misfits,
     read_torch_file,
     refuse_damaged,
     resample_positions,
 )
-from common.vit import IMAGE_CHANNELS, VIT_SIZES
+from engine.vit import IMAGE_CHANNELS, VIT_SIZES
 from segmenter.config import EncoderConfig
 from segmenter.encoder import POSITIONS, RELATIVE_POSITIONS, Encoder, EncoderShape
 
@@ -53,7 +53,7 @@ Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """Read what `train` saved onto the CPU. Raises ValueError if the file is none."""
-    return common.checkpoint.load_checkpoint(
+    return engine.checkpoint.load_checkpoint(
         path, program="python -m segmenter train", shape=FinetunedCheckpoint, lazily=lazily
     )
 

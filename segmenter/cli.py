@@ -11,12 +11,13 @@ from typing import Any
 import click
 
 from common.command import CONTEXT, PATH, command
-from common.console import EXIT_STOPPED, log_to_stderr, rank, run_program, say
+from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
+from common.environment import rank
 from common.files import check_output_file, write_json
-from common.layout import RESULT
 from common.options import Layer, OptionGroup, option_facts
-from common.run import PluginConfig
+from common.step_files import RESULT
 from common.yamlfile import plain
+from engine.config import PluginConfig
 from segmenter.config import (
     DEFAULT_RECIPE,
     GROUPS,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from common.layout import OF_FINETUNING, OF_PROBES
 from common.options import (
+    MOST_EPOCHS,
+    MOST_SEED,
     Layer,
     OptionGroup,
     fields_of,
@@ -20,9 +21,10 @@ from common.options import (
     option,
     read_layer,
 )
-from common.run import MOST_EPOCHS, MOST_SEED, DeviceConfig, OutputConfig, TrainingConfig
-from common.vit import VIT_SIZES, VitSize
+from common.step_files import OF_FINETUNING, OF_PROBES
 from common.yamlfile import plain
+from engine.config import DeviceConfig, OutputConfig, TrainingConfig
+from engine.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.interruption import leave_signals_to_the_main_process
-from common.unreadable import next_usable
+from common.samples import next_usable
 from segmenter.classes import quiet_imports
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair

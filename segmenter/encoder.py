@@ -21,8 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.layers import PatchEmbedding
-from common.vit import VISIBLE, vit_size
+from engine.layers import PatchEmbedding
+from engine.vit import VISIBLE, vit_size
 
 MAE_NORM_EPS = 1e-6
 POSITIONS, RELATIVE_POSITIONS = "pos_embed", "relative_position_bias_table"

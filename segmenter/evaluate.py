@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common.interruption import Interruption
-from common.unreadable import Unreadable
+from common.samples import Unreadable
 from segmenter.config import ScoringConfig
 from segmenter.data import TestImage, WholeImages, test_images
 from segmenter.inference import predict_classes

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.images import load_image, read_rgb
-from common.unreadable import too_many
+from common.samples import too_many
 from segmenter.classes import count_classes
 from segmenter.dataset import DatasetDescription, Pair
 

@@ -15,11 +15,11 @@ import yaml
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from common.checkpoint import load_weights, misfits, read_torch_file, refuse_damaged
 from common.files import read_text
 from common.options import make
 from common.parsed import parsed_plain
-from common.vit import VIT_SIZES
+from engine.checkpoint import load_weights, misfits, read_torch_file, refuse_damaged
+from engine.vit import VIT_SIZES
 from segmenter.checkpoint import load_checkpoint
 from segmenter.classes import Classes, read_classes
 from segmenter.config import ProtocolConfig, recipe_values

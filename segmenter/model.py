@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.parsed import parsed_plain
-from common.vit import IMAGE_MEAN, IMAGE_STD, vit_size
+from engine.vit import IMAGE_MEAN, IMAGE_STD, vit_size
 from segmenter.config import ModelConfig
 from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet
 from segmenter.encoder import Encoder, EncoderShape

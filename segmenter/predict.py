@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.devices import make_accelerator
 from common.files import check_output_folder, check_replaceable, is_marked
 from common.images import load_image, read_rgb
 from common.options import OptionGroup
-from common.unreadable import Unreadable
+from common.samples import Unreadable
+from engine.devices import make_accelerator
 from segmenter.config import ScoringConfig
 from segmenter.data import scaled_images
 from segmenter.drawing import overlay, save_image, with_legend

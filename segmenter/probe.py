@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from common.files import write_json
 from common.interruption import Interruption
-from common.layout import PROBE_AREAS, RESULT
 from common.progress import Counter
+from common.step_files import PROBE_AREAS, RESULT
 from segmenter.build import begin, depends_on, start_model
 from segmenter.check import Task
 from segmenter.classes import read_classes

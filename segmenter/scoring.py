@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from common.devices import make_accelerator
 from common.files import NOTHING_WRITTEN, beside, check_output_folder
 from common.options import OptionGroup
 from common.progress import Counter
+from engine.devices import make_accelerator
 from segmenter.classes import Classes, read_classes
 from segmenter.config import EvaluateConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import WholeImages

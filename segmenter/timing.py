@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import psutil
 
-from common.devices import make_accelerator
 from common.interruption import Interruption
-from common.training import EpochTrainer
+from engine.devices import make_accelerator
+from engine.trainer import EpochTrainer
 from segmenter.build import Run, build_run
 from segmenter.check import Task
 from segmenter.config import TrainConfig

@@ -10,12 +10,12 @@ from typing import Any
 
 from accelerate.utils import broadcast
 
-from common.checkpoint import Saver, not_finite
-from common.devices import peak_memory_mib
 from common.files import write_json
-from common.layout import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
-from common.logbook import Logbook
-from common.training import EpochTrainer
+from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
+from engine.checkpoint import Saver, not_finite
+from engine.devices import peak_memory_mib
+from engine.logbook import Logbook
+from engine.trainer import EpochTrainer
 from segmenter.build import Run, State, begin, build_run, checkpoint_content, result_content
 from segmenter.check import Task, all_settings
 from segmenter.config import SCORES, TrainConfig

@@ -18,8 +18,8 @@ from PIL import Image
 
 import benchmark
 from common.console import run_program
-from common.logbook import TIMING_KEYS
 from common.parsed import read_log
+from engine.logbook import TIMING_KEYS
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
 from tests.pipeline.whole_run import scores, write_inputs

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.logbook import TIMING_KEYS
 from common.parsed import read_log
-from pipeline.sample import SampleSize, write_sample
+from engine.logbook import TIMING_KEYS
+from pipeline.plan.sample import SampleSize, write_sample
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 EARLIER = REPO_ROOT / "tests/fixtures/earlier_run"
 SIZE = SampleSize(train=24, val=4, segmentation_train=8, segmentation_val=4)
 PLUGIN = """
-from common.vit import VIT_SIZES, VitSize
+from engine.vit import VIT_SIZES, VitSize
 
 VIT_SIZES["vit_nano"] = VitSize(width=16, depth=2, heads=2, patch_size=8)
 """

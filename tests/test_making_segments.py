@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.parsed import read_log
-from mae.segments.store import PackedStore
+from segments.store import PackedStore
 from tests.pipeline.programs import run_benchmark
 from tests.pipeline.whole_run import scores, write_inputs
 

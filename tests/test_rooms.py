@@ -10,19 +10,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("common", "mae", "segmenter", "pipeline", "benchmark.py")
-# By room: the modules of the project that it may import, beside its own; and whether torch.
-MAY_IMPORT = {
-    "common": ((), True),
-    "mae": (("common",), True),
-    "segmenter": (("common",), True),
-    "pipeline": (("common",), False),
-    "benchmark.py": (("common", "pipeline"), False),
+ROOMS = ("common", "engine", "segments", "mae", "segmenter", "pipeline", "benchmark.py")
+# What the planner may know of the parts: it is free of torch.
+FREE_OF_TORCH = (
+    "engine.config", "segments.config", "segments.check", "mae.config", "mae.check", "mae.masking",
+    "segmenter.config", "segmenter.check",
+)  # fmt: skip
+# By room: the rooms, or modules, of the project that it may import beside its own.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "common": (),
+    "engine": ("common",),
+    "segments": ("common",),
+    "mae": ("engine", "common", "segments"),
+    "segmenter": ("engine", "common"),
+    "pipeline": ("common", *FREE_OF_TORCH),
+    "benchmark.py": ("common", "pipeline", *FREE_OF_TORCH),
 }
-WITH_TORCH = {
-    "common.checkpoint", "common.devices", "common.gpus", "common.layers", "common.memory",
-    "common.training", "common.update",
-}  # fmt: skip
+WITHOUT_TORCH = ("common", "pipeline", "benchmark.py")
+# Inside the pipeline: the plan lies below what runs it and what tells of it.
+MAY_IMPORT_WITHIN = {"plan": (), "report": ("plan",), "launch": ("plan", "report")}
 
 
 def module_of(source: Path) -> str:
@@ -59,29 +65,41 @@ def imported(source: Path, *, for_types: bool = True) -> set[str]:
     return found
 
 
+def is_within(name: str, rooms: tuple[str, ...]) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_what_the_design_allows(room: str) -> None:
-    allowed, with_torch = MAY_IMPORT[room]
-    own = room.removesuffix(".py")
-    offenders = {}
+    own, offenders = room.removesuffix(".py"), {}
     for source in sources_of(room):
         for name in imported(source):
-            top = name.partition(".")[0]
-            is_strange = name in MODULES and top not in (own, *allowed)
-            needs_torch = not with_torch and (top in ("torch", "accelerate") or name in WITH_TORCH)
+            is_strange = name in MODULES and not is_within(name, (own, *MAY_IMPORT[room]))
+            needs_torch = room in WITHOUT_TORCH and is_within(name, ("torch", "accelerate"))
             if is_strange or needs_torch:
                 offenders.setdefault(str(source.relative_to(ROOT)), set()).add(name)
     assert sources_of(room)
     assert offenders == {}
 
 
-def test_only_the_files_that_say_so_need_torch() -> None:
-    found = {
-        module
-        for module, source in MODULES.items()
-        if module.startswith("common.") and "torch" in imported(source, for_types=False)
-    }
-    assert found == WITH_TORCH
+@pytest.mark.parametrize("floor", MAY_IMPORT_WITHIN)
+def test_the_plan_knows_neither_who_runs_it_nor_who_tells_of_it(floor: str) -> None:
+    allowed = tuple(f"pipeline.{name}" for name in (floor, *MAY_IMPORT_WITHIN[floor]))
+    offenders = {
+        str(source.relative_to(ROOT)): strange
+        for source in sources_of(f"pipeline/{floor}")
+        if (strange := {n for n in imported(source) if is_within(n, ("pipeline",))
+                        and not is_within(n, allowed)})
+    }  # fmt: skip
+    assert offenders == {}
+
+
+def test_what_the_planner_imports_of_the_parts_loads_no_torch() -> None:
+    program = f"import sys, {', '.join(FREE_OF_TORCH)}; print('torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -99,7 +117,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_importing_benchmark_loads_nothing_heavy() -> None:
-    heavy = ["torch", "numpy", "matplotlib", "PIL", "submitit", "pycocotools", "jinja2", "rich"]
+    heavy = ["torch", "matplotlib", "PIL", "submitit", "pycocotools", "jinja2", "rich"]
     program = f"import benchmark, sys; print([n for n in {heavy} if n in sys.modules])"
     found = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from common.images import MOST_PIXELS_VARIABLE, find_images, read_reduced, read_rgb
-from mae.listing import segment_key
-from mae.segments.forms import form_of
+from segments.forms import form_of
+from segments.store import segment_key
 
 
 def read_image(path):

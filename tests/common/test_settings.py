@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.settings import check_same, differences
+from common.made_alike import check_same, differences
 
 
 def test_numbers_are_equal_however_they_are_written():

@@ -49,7 +49,7 @@ def in1k_dir(tmp_path_factory):
 
 def pack_segments(masks_dir):
     """As `python -m mae masks pack` does."""
-    from mae.segments.pack import pack
+    from segments.pack import pack
 
     pack(masks_dir, None, overwrite=True, allow_damaged=False, processes=1)
 
@@ -97,7 +97,7 @@ def make_config(in1k_dir, output_dir, **options):
 
 def read_epochs(output_dir):
     """log.txt without what may differ between equal runs."""
-    from common.logbook import TIMING_KEYS
+    from engine.logbook import TIMING_KEYS
 
     lines = (Path(output_dir) / "log.txt").read_text().splitlines()
     records = [json.loads(line) for line in lines]

@@ -18,7 +18,7 @@ def _compiling(cache, rank):
     """A process group of its own, as torchrun and Slurm have them; two blocks; a cold cache."""
     import torch
 
-    from common import vit
+    from engine import vit
 
     os.setsid()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)

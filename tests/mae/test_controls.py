@@ -11,10 +11,11 @@ from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SHAPES, SegmentSource
 from mae.data import FixedImages, MaskedImages
-from mae.listing import encode_paths, make_listing, segment_key
-from mae.segments.forms import open_segments
-from mae.segments.pack import pack
+from mae.listing import encode_paths, make_listing
 from mae.transforms import Crop, crop_segment, crop_segments
+from segments.forms import open_segments
+from segments.pack import pack
+from segments.store import segment_key
 from tests.mae.conftest import make_config, pack_segments, write_image, write_segments
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/imagenet-sample"

@@ -11,8 +11,8 @@ from mae.controls import SegmentSource
 from mae.data import FixedImages, MaskedImages
 from mae.listing import make_listing
 from mae.schedule import make_batch_plan
-from mae.segments.forms import open_segments
 from mae.transforms import Crop, crop_image, crop_segment, random_crop
+from segments.forms import open_segments
 from tests.mae.conftest import (
     as_annotation,
     make_config,

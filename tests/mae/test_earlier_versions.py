@@ -49,7 +49,7 @@ def test_a_checkpoint_without_a_later_setting_of_the_model_can_be_drawn(monkeypa
 
     monkeypatch.setattr(config_module, "ModelConfig", Later)
     stored = torch.load(EARLIER / "pretrain_output/four_channels/last.pth", weights_only=True)
-    from common.vit import VIT_SIZES, VitSize
+    from engine.vit import VIT_SIZES, VitSize
 
     nano = VitSize(width=16, depth=2, heads=2, patch_size=8)
     monkeypatch.setitem(VIT_SIZES, "vit_nano", nano)
@@ -59,7 +59,7 @@ def test_a_checkpoint_without_a_later_setting_of_the_model_can_be_drawn(monkeypa
 
 def test_the_optimizer_of_an_earlier_version_fits(monkeypatch):
     """Groups and their order are part of a checkpoint: matrices first, then biases and norms."""
-    from common.vit import VIT_SIZES, VitSize
+    from engine.vit import VIT_SIZES, VitSize
 
     monkeypatch.setitem(VIT_SIZES, "vit_nano", VitSize(width=16, depth=2, heads=2, patch_size=8))
     stored = load_checkpoint(EARLIER / "pretrain_output/four_channels/last.pth")

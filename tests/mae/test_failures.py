@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import save_checkpoint
-from common.layout import LOCK
 from common.lock import LockedError, hold
+from common.step_files import LOCK
+from engine.checkpoint import save_checkpoint
 from mae.checkpoint import load_checkpoint
 from mae.listing import make_listing
 from mae.optimisation import make_optimizer

@@ -8,11 +8,11 @@ from mae.config import make_method
 from mae.controls import SegmentSource
 from mae.data import FixedImages, MaskedImages
 from mae.listing import make_listing
-from mae.segments.felzenszwalb import Felzenszwalb
-from mae.segments.generate import Shard, generate, images_by_key
-from mae.segments.settings import FelzenszwalbSettings
-from mae.segments.store import PackedStore
 from mae.timing import time_pretraining
+from segments.config import FelzenszwalbSettings
+from segments.felzenszwalb import Felzenszwalb
+from segments.generate import Shard, generate, images_by_key
+from segments.store import PackedStore
 from tests.mae.conftest import make_config, pack_segments, write_image, write_segments
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common.vit import VISIBLE
+from engine.vit import VISIBLE
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.masking import METHODS, patchify, unpatchify
 from mae.model import MaskedAutoencoder

@@ -30,7 +30,7 @@ def many_images(tmp_path_factory):
 
 
 def _few_blocks(rank):
-    from common import vit
+    from engine import vit
 
     vit.VIT_SIZES["vit_tiny"] = vit.VitSize(width=96, depth=2, heads=3)
 
@@ -53,7 +53,7 @@ def test_losses_of_200_steps_are_those_of_fp32(many_images, tmp_path, processes,
 
 
 def _too_large_a_scale(rank):
-    from common import update
+    from engine import update
 
     update.FIRST_SCALE = 2.0**40
 

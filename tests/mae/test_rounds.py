@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.interruption import Interruption
-from common.layout import find_resumable
+from common.step_files import find_resumable
 from tests.mae.conftest import assert_same_weights, make_config, read_epochs
 
 SPLIT = {"batch_size": 2}  # 4 forward passes per step on one process, 2 on each of two
@@ -76,7 +76,7 @@ def _kill_in_second_save(rank):
 
 def _write_at_once():
     """The run waits for each save, so that what a kill leaves is known."""
-    from common.checkpoint import Saver
+    from engine.checkpoint import Saver
 
     save = Saver.save
 
@@ -89,7 +89,7 @@ def _write_at_once():
 
 def _kill_after_the_log_line(rank):
     """SIGKILL when epoch 3 is in the log, but not in a checkpoint."""
-    from common import logbook
+    from engine import logbook
 
     _write_at_once()
     add_epoch = logbook.Logbook.add_epoch
@@ -104,7 +104,7 @@ def _kill_after_the_log_line(rank):
 
 def _kill_before_step_11(rank):
     """SIGKILL inside the last epoch."""
-    from common import update
+    from engine import update
 
     _write_at_once()
     step, calls = update.GuardedUpdate.step, []
@@ -119,7 +119,7 @@ def _kill_before_step_11(rank):
 
 
 def _save_after_every_step(rank):
-    from common import checkpoint
+    from engine import checkpoint
 
     checkpoint.time = type("Clock", (), {"monotonic": staticmethod(_Hours())})
 
@@ -136,7 +136,7 @@ class _Hours:
 
 
 def _save_after_every_step_and_kill_before_step_5(rank):
-    from common import update
+    from engine import update
 
     _write_at_once()
     _save_after_every_step(rank)

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.interruption import Interruption
-from common.training import EpochTrainer
-from common.update import GuardedUpdate
+from engine.trainer import EpochTrainer
+from engine.update import GuardedUpdate
 from mae.build import build_run
 from mae.masking import METHODS
 from mae.model import MaskedAutoencoder
@@ -56,7 +56,7 @@ def _count_collectives(folder, rank):
     """Notes each call of torch.distributed; DDP's own of the gradients are made in C++."""
     import torch.distributed as dist
 
-    from common.training import EpochTrainer
+    from engine.trainer import EpochTrainer
 
     counts = {"step": 0, "all": 0}
     for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier"):

@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from common.checkpoint import resample_positions
-from common.vit import VISIBLE
+from engine.checkpoint import resample_positions
+from engine.vit import VISIBLE
 from mae.config import METHODS, MethodConfig, ModelConfig, make_method
 from mae.export import encoder_weights, export_encoder
 from mae.model import MaskedAutoencoder, sincos_positions

@@ -9,7 +9,7 @@ from PIL import Image
 
 import benchmark
 from common.command import command
-from pipeline.settings import GROUPS, Settings
+from pipeline.plan.settings import GROUPS, Settings
 
 
 @pytest.fixture

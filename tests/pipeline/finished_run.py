@@ -14,9 +14,9 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
-from common.layout import AREAS, LOG, PREDICTIONS, RESULT, reconstructions_path
-from pipeline.layout import Layout, Run, eval_name
-from pipeline.records import Record, write_record
+from common.step_files import AREAS, LOG, PREDICTIONS, RESULT, reconstructions_path
+from pipeline.plan.layout import Layout, Run, eval_name
+from pipeline.plan.records import Record, write_record
 from tests.pipeline.programs import FACTS
 
 CLASSES = ("grass", "sand", "water", "disc", "square", "triangle", "flower")

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.parts import Facts
-from pipeline.plan import Step, make_plan
-from pipeline.settings import Settings
+from pipeline.plan.parts import Facts
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step, make_plan
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 

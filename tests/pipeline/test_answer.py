@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.layout import AREAS, LOG, RESULT
-from pipeline.answer import answer
-from pipeline.charts import Point, Series, line_chart
-from pipeline.curves import make_lines
-from pipeline.layout import Layout, Run
-from pipeline.report import write_all, write_report
-from pipeline.results import FINETUNING, MEASURES, read_evaluations
-from pipeline.statistics import mean_iou, read_areas
+from common.step_files import AREAS, LOG, RESULT
+from pipeline.plan.layout import Layout, Run
+from pipeline.report.answer import answer
+from pipeline.report.charts import Point, Series, line_chart
+from pipeline.report.curves import make_lines
+from pipeline.report.page import write_all, write_report
+from pipeline.report.results import FINETUNING, MEASURES, read_evaluations
+from pipeline.report.statistics import mean_iou, read_areas
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT
 from tests.pipeline.test_report import text_of

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from torch.version import cuda
 
-from pipeline import doctor
-from pipeline.doctor import Finding, examine, findings_text
-from pipeline.segments import with_segments
-from pipeline.settings import GROUPS, Compute, Parts, Settings
+from pipeline.launch import doctor
+from pipeline.launch.doctor import Finding, examine, findings_text
+from pipeline.plan.segments import with_segments
+from pipeline.plan.settings import GROUPS, Compute, Parts, Settings
 from tests.pipeline.programs import FACTS, fake_program, plan_of, run_benchmark
 
 LOCKED = {

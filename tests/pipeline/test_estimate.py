@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline import estimate
-from pipeline.estimate import kept_bytes, step_seconds, wall_seconds
-from pipeline.plan import Step, make_plan
-from pipeline.segments import with_segments
-from pipeline.settings import Settings
+from pipeline.launch import estimate
+from pipeline.launch.estimate import kept_bytes, step_seconds, wall_seconds
+from pipeline.plan.segments import with_segments
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import FACTS, plan_of
 
 Make = Callable[..., Settings]

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 import benchmark
-from common.run import DeviceConfig
-from pipeline.layout import Layout
-from pipeline.local import LocalLauncher, environment
-from pipeline.plan import Step
-from pipeline.records import Record, is_done, read_record
-from pipeline.settings import Settings
+from engine.config import DeviceConfig
+from pipeline.launch.local import LocalLauncher, environment
+from pipeline.plan.layout import Layout
+from pipeline.plan.records import Record, is_done, read_record
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step
 from tests.pipeline.programs import fake_program, plan_of, standin
 
 Make = Callable[..., Settings]

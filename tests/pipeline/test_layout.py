@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.layout import Layout, Run, parse_eval_name
+from pipeline.plan.layout import Layout, Run, parse_eval_name
 
 RATIOS = [0.0, 15.0, 25.0, 12.5, 1e-5, 1.5e-7, 12.3456789, 99.99999999999999, 100.0, 0.1 + 0.2]
 RATIOS += [random.Random(0).uniform(0, 100) for _ in range(50)]

@@ -16,12 +16,12 @@ import pytest
 
 import benchmark
 from common.progress import Counter
-from pipeline import process
-from pipeline.layout import Layout
-from pipeline.local import LocalLauncher, failure_message, progress_text
-from pipeline.plan import Step
-from pipeline.records import is_done, read_record, write_record
-from pipeline.settings import Settings
+from pipeline.launch import process
+from pipeline.launch.local import LocalLauncher, failure_message, progress_text
+from pipeline.plan.layout import Layout
+from pipeline.plan.records import is_done, read_record, write_record
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step
 from tests.pipeline.programs import REPO_ROOT, plan_of, standin
 
 Make = Callable[..., Settings]
@@ -134,8 +134,9 @@ def _start_elsewhere(
     program = f"""
 import benchmark, io, signal, sys
 from pathlib import Path
-from pipeline import local, plan
-from pipeline.layout import Layout
+from pipeline.launch import local
+from pipeline.plan import steps as plan
+from pipeline.plan.layout import Layout
 root = Path({str(root)!r})
 step = plan.Step(name={name!r}, kind="pretrain", run="patches", epochs=100,
     program=("tests.pipeline.standin",), processes=1, needs=(), folder=root / "x",

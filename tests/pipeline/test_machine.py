@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import machine
-from pipeline.machine import Gpu, visible_gpus
+from pipeline.plan import machine
+from pipeline.plan.machine import Gpu, visible_gpus
 from tests.pipeline.programs import fake_program
 
 V100 = "Tesla V100-SXM2-32GB, 535.104.05, 32768"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.layout import Layout
-from pipeline.parts import Facts, ask, ask_facts
-from pipeline.sample import SampleSize, write_sample
-from pipeline.settings import Settings
+from pipeline.plan.layout import Layout
+from pipeline.plan.parts import Facts, ask, ask_facts
+from pipeline.plan.sample import SampleSize, write_sample
+from pipeline.plan.settings import Settings
 from tests.pipeline.programs import FACTS
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import preview
-from pipeline.parts import as_arguments
-from pipeline.plan import Step, nodes_of
-from pipeline.settings import Experiment, Settings
+from pipeline.launch import preview
+from pipeline.plan.parts import as_arguments
+from pipeline.plan.settings import Experiment, Settings
+from pipeline.plan.steps import Step, nodes_of
 from tests.pipeline.programs import plan_of
 
 Make = Callable[..., Settings]

@@ -11,10 +11,17 @@ import pytest
 
 from common.options import fields_of
 from mae.config import MethodConfig
-from pipeline.layout import CONTROLS, OWN, Layout, Run
-from pipeline.plan import Step, make_plan
-from pipeline.records import Record, differences, is_done, made_runs, output_sizes, write_record
-from pipeline.settings import Settings
+from pipeline.plan.layout import CONTROLS, OWN, Layout, Run
+from pipeline.plan.records import (
+    Record,
+    differences,
+    is_done,
+    made_runs,
+    output_sizes,
+    write_record,
+)
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import FACTS, plan_of
 
 Make = Callable[..., Settings]

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline import process
-from pipeline.layout import Layout
-from pipeline.local import LocalLauncher
-from pipeline.settings import Settings
+from pipeline.launch import process
+from pipeline.launch.local import LocalLauncher
+from pipeline.plan.layout import Layout
+from pipeline.plan.settings import Settings
 from tests.pipeline.programs import plan_of, standin
 
 Make = Callable[..., Settings]

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.layout import LOG, PREDICTIONS, RESULT
-from pipeline import charts
-from pipeline.charts import Point, Series, line_chart, ticks
-from pipeline.layout import Layout, Run
-from pipeline.records import read_record, write_record
-from pipeline.report import write_all, write_report
-from pipeline.results import (
+from common.step_files import LOG, PREDICTIONS, RESULT
+from pipeline.plan.layout import Layout, Run
+from pipeline.plan.records import read_record, write_record
+from pipeline.report import charts
+from pipeline.report.charts import Point, Series, line_chart, ticks
+from pipeline.report.page import write_all, write_report
+from pipeline.report.results import (
     COLUMNS,
     is_results_csv,
     read_evaluations,

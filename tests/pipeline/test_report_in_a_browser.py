@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import write_all
+from pipeline.report.page import write_all
 from tests.pipeline.finished_run import write_run
 
 CHROMIUM = next(

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from pycocotools import mask as rle
 
-from pipeline.sample import CLASSES, SampleSize, write_sample
+from pipeline.plan.sample import CLASSES, SampleSize, write_sample
 
 SIZE = SampleSize(train=12, val=3, segmentation_train=6, segmentation_val=3)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mae.segments.generate import Shard
-from pipeline.layout import Layout
-from pipeline.parts import Facts
-from pipeline.plan import Step, make_plan
-from pipeline.segments import with_segments
-from pipeline.settings import Settings
+from pipeline.plan.layout import Layout
+from pipeline.plan.parts import Facts
+from pipeline.plan.segments import with_segments
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step, make_plan
+from segments.generate import Shard
 from tests.pipeline.programs import FACTS, plan_of
 
 Make = Callable[..., Settings]

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae.segments.store import PackedStore
-from pipeline import slurm
-from pipeline.layout import Layout
-from pipeline.parts import ask_facts
-from pipeline.plan import Step, make_plan
-from pipeline.preview import write_run_files
-from pipeline.process import REPO_ROOT
-from pipeline.records import read_record, write_record
-from pipeline.segments import MAKING, with_segments
-from pipeline.settings import Settings
-from pipeline.status import read_status
+from pipeline.launch import slurm
+from pipeline.launch.preview import write_run_files
+from pipeline.launch.status import read_status
+from pipeline.plan.layout import Layout
+from pipeline.plan.machine import REPO_ROOT
+from pipeline.plan.parts import ask_facts
+from pipeline.plan.records import read_record, write_record
+from pipeline.plan.segments import MAKING, with_segments
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step, make_plan
+from segments.store import PackedStore
 from tests.pipeline.programs import plan_of, standin
 from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import slurm, slurm_queue
-from pipeline.layout import Layout
-from pipeline.local import read_progress
-from pipeline.plan import Step
-from pipeline.process import marked
-from pipeline.records import Record, read_record, write_record
-from pipeline.settings import Cluster, Compute, Settings
-from pipeline.slurm import job_parameters, on_this_cluster
+from pipeline.launch import slurm, slurm_queue
+from pipeline.launch.local import read_progress
+from pipeline.launch.process import marked
+from pipeline.launch.slurm import job_parameters, on_this_cluster
+from pipeline.plan.layout import Layout
+from pipeline.plan.records import Record, read_record, write_record
+from pipeline.plan.settings import Cluster, Compute, Settings
+from pipeline.plan.steps import Step
 from tests.pipeline.programs import REPO_ROOT, fake_program, plan_of, standin
 
 Make = Callable[..., Settings]
@@ -252,7 +252,7 @@ def test_a_job_that_its_record_does_not_name_does_nothing(
 ASSIST = """
 import pickle, sys
 from pathlib import Path
-from pipeline.slurm import StepJob
+from pipeline.launch.slurm import StepJob
 root, step = pickle.loads(bytes.fromhex(sys.argv[1]))
 print(StepJob(root, step, 1)())
 """

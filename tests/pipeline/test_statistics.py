@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.statistics import DRAWS, draw_images, estimate, holm, mean_iou, read_areas
+from pipeline.report.statistics import DRAWS, draw_images, estimate, holm, mean_iou, read_areas
 
 EXPERIMENTS, IMAGES, CLASSES = 500, 60, 5
 _HARDNESS = np.linspace(-0.5, 1, CLASSES)  # of the classes

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from common.layout import PROGRESS
-from pipeline import machine, slurm_queue
-from pipeline.layout import Layout, Run
-from pipeline.local import LocalLauncher, progress_text, step_bytes
-from pipeline.plan import Step, make_plan
-from pipeline.preview import write_run_files
-from pipeline.process import MARK, marked
-from pipeline.records import (
+from common.step_files import PROGRESS
+from common.terminal import duration
+from pipeline.launch import slurm_queue
+from pipeline.launch.local import LocalLauncher, progress_text, step_bytes
+from pipeline.launch.preview import write_run_files
+from pipeline.launch.process import MARK, marked
+from pipeline.launch.slurm import follow
+from pipeline.launch.status import read_status
+from pipeline.plan import machine
+from pipeline.plan.layout import Layout, Run
+from pipeline.plan.records import (
     Record,
     differences,
     is_done,
@@ -27,10 +30,8 @@ from pipeline.records import (
     read_record,
     write_record,
 )
-from pipeline.settings import Settings
-from pipeline.slurm import follow
-from pipeline.status import read_status
-from pipeline.terminal import duration
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import FACTS, fake_program, plan_of, run_benchmark
 
 Make = Callable[..., Settings]

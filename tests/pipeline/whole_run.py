@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from pipeline.sample import SampleSize, write_sample
+from pipeline.plan.sample import SampleSize, write_sample
 
 TIMES = ("minutes", "device_hours")
 SIZE = SampleSize(train=12, val=4, segmentation_train=8, segmentation_val=6)

@@ -13,7 +13,7 @@ from tests.segmenter.test_train import assert_same_run, log_of, result_of
 
 EARLIER = REPOSITORY / "tests/fixtures/earlier_run"
 NANO = """
-from common.vit import VIT_SIZES, VitSize
+from engine.vit import VIT_SIZES, VitSize
 
 VIT_SIZES["vit_nano"] = VitSize(width=16, depth=2, heads=2, patch_size=8)
 """
@@ -61,7 +61,7 @@ def test_another_value_of_a_later_setting_is_refused_by_name(
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
     """A run directory of an earlier version and its data; its model comes by a plugin."""
-    from pipeline.sample import SampleSize, write_sample
+    from pipeline.plan.sample import SampleSize, write_sample
 
     folder = tmp_path_factory.mktemp("earlier")
     size = SampleSize(train=24, val=4, segmentation_train=8, segmentation_val=4)
@@ -106,7 +106,7 @@ def test_a_finished_run_of_an_earlier_version_is_finished(earlier):
 
 
 def test_a_model_of_a_plugin_needs_it(earlier, monkeypatch, command):
-    from common.vit import VIT_SIZES, VitSize
+    from engine.vit import VIT_SIZES, VitSize
 
     arguments = earlier_arguments(earlier, 2)
     del arguments[1:3]

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from common.update import GuardedUpdate
-from common.vit import VIT_SIZES, VitSize
+from engine.update import GuardedUpdate
+from engine.vit import VIT_SIZES, VitSize
 from segmenter.config import OptimisationConfig
 from segmenter.encoder import EncoderShape
 from segmenter.model import Segmenter, SegmenterShape

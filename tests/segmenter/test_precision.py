@@ -4,8 +4,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from common import update
 from common.parsed import read_log
+from engine import update
 from tests.segmenter.boxes import call, train_arguments
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import segmenter.frozen
 import segmenter.probe
 import segmenter.tokens
-from common.run import DeviceConfig
+from engine.config import DeviceConfig
 from segmenter.build import start_model
 from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import WholeImages

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import common.checkpoint
+import engine.checkpoint
 import segmenter.model
-from common.logbook import TIMING_KEYS
 from common.parsed import read_log
-from common.training import EpochTrainer
+from engine.logbook import TIMING_KEYS
+from engine.trainer import EpochTrainer
 from tests.segmenter.boxes import call, start, train_arguments
 from tests.tensorboard_events import scalars
 
@@ -158,7 +158,7 @@ def test_a_run_killed_in_the_middle_of_a_save_continues_exactly(
             raise SystemExit(137)
         original(content, file)
 
-    monkeypatch.setattr(common.checkpoint.torch, "save", half_a_file)
+    monkeypatch.setattr(engine.checkpoint.torch, "save", half_a_file)
     arguments = train_arguments(dataset, tmp_path / "run")
     assert call(*arguments).code == 137
     assert call(*arguments).code == 0

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint import read_torch_file
-from common.vit import VIT_SIZES, VitSize
+from engine.checkpoint import read_torch_file
+from engine.vit import VIT_SIZES, VitSize
 from segmenter.classes import quiet_imports
 from segmenter.config import OptimisationConfig, recipe_values
 from segmenter.encoder import Encoder, EncoderShape, depths_of

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from common.vit import VIT_SIZES, VitSize
+from engine.vit import VIT_SIZES, VitSize
 from tests.segmenter.boxes import call, start, train_arguments
 
 NANO = VitSize(width=8, depth=4, heads=2, patch_size=8)

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from common.training import EpochTrainer
-from common.update import GuardedUpdate
+from engine.trainer import EpochTrainer
+from engine.update import GuardedUpdate
 from segmenter import data, evaluate
 from segmenter.config import ScoringConfig
 from segmenter.encoder import EncoderShape

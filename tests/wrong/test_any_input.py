@@ -15,15 +15,15 @@ from common.options import Layer, fields_of, make, merge
 from common.parsed import ProbeResult, Result, StepProgress, read_json, read_log
 from common.yamlfile import parse_value, read_yaml
 from mae.config import GROUPS as PRETRAIN_GROUPS
-from mae.segments.folders import JsonFolder, PngMetadataFolder, PngTableFolder, read_empty_list
-from mae.segments.segment import segment_from_rle
-from mae.segments.store import PackedStore
-from pipeline.layout import Run, parse_eval_name
-from pipeline.records import Record
-from pipeline.settings import GROUPS as PLAN_GROUPS
+from pipeline.plan.layout import Run, parse_eval_name
+from pipeline.plan.records import Record
+from pipeline.plan.settings import GROUPS as PLAN_GROUPS
 from segmenter.config import GROUPS as TRAIN_GROUPS
 from segmenter.config import PROBE_GROUPS
 from segmenter.dataset import read_description
+from segments.folders import JsonFolder, PngMetadataFolder, PngTableFolder, read_empty_list
+from segments.segment import segment_from_rle
+from segments.store import PackedStore
 
 ANY = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -31,7 +31,7 @@ def groups_of_command(program):
     elif program == "probe":
         from segmenter.config import PROBE_GROUPS as GROUPS
     else:
-        from pipeline.settings import GROUPS
+        from pipeline.plan.settings import GROUPS
     return GROUPS
 
 

@@ -16,7 +16,7 @@ from tests.wrong.world import call, pretrain_words, probe_words, train_words
 
 HANG = """
 import sys, time
-from common.vit import VIT_SIZES, VitSize
+from engine.vit import VIT_SIZES, VitSize
 VIT_SIZES.setdefault("vit_speck", VitSize(width=16, depth=1, heads=2))
 import mae.listing
 def wait_for_ever(*arguments, **more):

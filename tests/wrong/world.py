@@ -22,7 +22,7 @@ from tests.mae.conftest import pack_segments, write_image, write_segments
 from tests.segmenter.boxes import write_dataset
 
 NANO = """
-from common.vit import VIT_SIZES, VitSize
+from engine.vit import VIT_SIZES, VitSize
 VIT_SIZES.setdefault("vit_speck", VitSize(width=16, depth=1, heads=2))
 """
 PRETRAIN = {

@@ -1,0 +1,37 @@
+"""What a process runs in: its place among others, and the versions of what it stands on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+PROCESSES_HERE = "SEGMAE_PROCESSES_HERE"  # how many processes steps beside each other have
+
+
+def rank() -> int:
+    """This process among those of torchrun or Slurm, known before torch is imported."""
+    return number_of("RANK", number_of("SLURM_PROCID", 0))
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started, or will, as benchmark.py says."""
+    return max(1, number_of("WORLD_SIZE", 1))
+
+
+def number_of(variable: str, default: int) -> int:
+    """What an environment variable says, where it is a number from 0."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isascii() and text.isdecimal() else default
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Python's version and those of packages: what numbers were made with."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

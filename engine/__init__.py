@@ -1,0 +1,1 @@
+"""What a training stands on, whatever it trains: both parts use it, it knows neither."""

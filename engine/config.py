@@ -1,0 +1,117 @@
+"""How a call runs, whatever it trains: the options that both parts have, and what it runs on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from common.environment import PROCESSES_HERE, number_of
+from common.files import NOTHING_WRITTEN
+from common.options import MOST_PROCESSES, OptionGroup, option
+from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginConfig(OptionGroup):
+    """For commands that know methods or models."""
+
+    title: ClassVar[str] = "Options"
+    plugin: Path | None = option(
+        "Python file with masking methods or models of your own.", None,
+        neutral=True, is_plugin=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig(PluginConfig):
+    """Where a command runs; only `precision` changes more than the rounding."""
+
+    title: ClassVar[str] = "Devices"
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto: a GPU if there is one.", "auto", neutral=True
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.",
+        "auto",
+    )
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
+        "torch's kernel that comes first; math does what it cannot. auto: torch's order.", "auto",
+        neutral=True,
+    )  # fmt: skip
+    workers: int | None = option(
+        "Loader processes per device. Default: by the number of cores.", None,
+        at_least=0, at_most=MOST_PROCESSES, neutral=True,
+    )  # fmt: skip
+
+    @property
+    def loader_workers(self) -> int:
+        """By default the cores that are left to this process but one, at most 12."""
+        if self.workers is not None:
+            return self.workers
+        processes = max(number_of("LOCAL_WORLD_SIZE", 1), number_of(PROCESSES_HERE, 1), 1)
+        return max(1, min(12, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(DeviceConfig):
+    """Where a run goes."""
+
+    title: ClassVar[str] = "Run"
+    output_dir: Path = option("Where everything goes.", neutral=True)
+
+    def check_folder(self, own: Collection[str], *, is_run: bool) -> None:
+        """Raise ValueError if files of the output directory are not those of such a run.
+
+        own: patterns of their names. is_run: whether there is something to go on from; a run that
+        was killed before has left its lock.
+        """
+        folder = self.output_dir
+        for pattern in set(OF_RUNS) - set(own):
+            for path in folder.glob(pattern):
+                raise ValueError(f"--output-dir: {path} is of a run of another kind")
+        for path in (path for pattern in (*own, LOG, PROGRESS) for path in folder.glob(pattern)):
+            if path.exists() and not path.is_file():
+                raise ValueError(f"--output-dir: {path} is no regular file; {NOTHING_WRITTEN}")
+            if not is_run and not (folder / LOCK).exists():
+                raise ValueError(
+                    f"--output-dir: {path} is there, and no run here made it; name another folder; "
+                    f"{NOTHING_WRITTEN}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(OutputConfig):
+    """How a training is kept."""
+
+    compile: Literal["auto", "on", "off"] = option(
+        "torch.compile; auto: on a GPU.", "auto", neutral=True
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
+        "What torch.compile aims at.", "default", neutral=True
+    )
+    activation_checkpointing: bool = option(
+        "Keep a block's input only, and compute it twice: much less memory, a third slower.", False,
+        neutral=True, memory=True,
+    )  # fmt: skip
+    resume: Literal["auto", "never", "required"] = option(
+        "Continue what is there?", "auto", neutral=True
+    )
+    save_every_minutes: float | None = option(
+        "Also save inside an epoch. Default: after epochs only.", None, above=0, neutral=True
+    )
+    log_with: tuple[str, ...] = option(
+        "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
+        ("tensorboard",), neutral=True,
+    )  # fmt: skip
+
+    def check_resume(self, found: Path | None) -> None:
+        """Raise ValueError if `found`, an earlier call's file, is not what --resume asks for."""
+        if self.resume == "required" and found is None:
+            raise ValueError(f"--resume required: there is no checkpoint in {self.output_dir}")
+        if self.resume == "never" and found is not None:
+            raise ValueError(
+                f"--resume never: {found} is there already; remove it or use another --output-dir"
+            )

@@ -1,0 +1,205 @@
+"""Device, processes and precision, all by accelerate; and what a device can do."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import resource
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from common import cards
+from engine.config import DeviceConfig, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(config: DeviceConfig) -> Accelerator:
+    """Join the process group that torchrun describes, if any, and choose the device.
+
+    Only what trains is compiled.
+
+    Raises ValueError if the wanted device is not there.
+    """
+    _refuse_unconnected_processes()
+    on_cuda = choose_device(config.device).type == "cuda"
+    wanted = config.compile if isinstance(config, TrainingConfig) else "off"
+    compiled = wanted == "on"
+    if wanted == "auto" and on_cuda:
+        lacking = lacks_to_compile()
+        compiled = not lacking
+        if lacking:
+            logger.warning("there is no %s here: the model is not compiled", lacking)
+    precision = choose_precision(config.precision, on_cuda=on_cuda)
+    if precision == "fp32" and on_cuda and isinstance(config, TrainingConfig):
+        _allow_tf32()
+    accelerator = Accelerator(
+        cpu=not on_cuda,
+        mixed_precision="no" if precision == "fp32" else precision,
+        dynamo_plugin=TorchDynamoPlugin(
+            backend="inductor" if compiled else "no",
+            mode=config.compile_mode if isinstance(config, TrainingConfig) else None,
+        ),
+        # No buffer has a part in training: constants, and running means.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        ],
+    )
+    if precision == "fp16":
+        accelerator.native_amp = True  # which it leaves out on a CPU
+    prefer_attention(config.attention, accelerator)
+    return accelerator
+
+
+ATTENTION = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_preferred = contextlib.ExitStack()  # torch's choice is one of the process, and so is this
+
+
+def prefer_attention(wanted: str, accelerator: Accelerator) -> None:
+    """Compute attention by this kernel from now on; what it cannot do (fp32, masks) by plain math.
+
+    Raises ValueError if it can do nothing here.
+    """
+    _preferred.close()
+    if wanted == "auto":
+        return
+    query = torch.zeros(1, 1, 8, 64, device=accelerator.device)
+    try:
+        with sdpa_kernel(ATTENTION[wanted]), accelerator.autocast():
+            scaled_dot_product_attention(query, query, query)
+    except RuntimeError:
+        raise ValueError(
+            f"--attention {wanted}: torch has no such kernel for {device_name(accelerator.device)} "
+            f"in {accelerator.mixed_precision.replace('no', 'fp32')}; leave it out"
+        ) from None
+    _preferred.enter_context(sdpa_kernel([ATTENTION[wanted], SDPBackend.MATH], set_priority=True))
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
+    """The GPU of this process if there is one and it is not unwanted.
+
+    Raises ValueError if a wanted one is not there, or torch has no kernels for it.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device cuda: {why_no_gpu()}; use --device cpu, or see ./run_benchmark.sh doctor"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    capability, archs = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not cards.has_kernels(capability, archs):
+        cuda = torch.version.cuda or ""
+        raise ValueError(
+            f"torch {torch.__version__} has no kernels for {device_name(device)}: use --device cpu "
+            f"or {cards.remedy(capability, cuda, archs)}"
+        )
+    return device
+
+
+def why_no_gpu() -> str:
+    """Why torch can use no GPU here, with both CUDA versions where the driver is too old."""
+    said = "there is none"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, too old, no GPU; built without
+        said = str(error).partition(". ")[0]
+    found = re.search(r"found version (\d+)(\d\d)\d\b", said)  # 12020 is 12.2
+    if found:
+        said = f"the NVIDIA driver is too old, it has CUDA {found[1]}.{int(found[2])}"
+    return f"torch {torch.__version__}, for CUDA {torch.version.cuda}, has no GPU: {said}"
+
+
+def choose_precision(
+    wanted: Literal["auto", "bf16", "fp16", "fp32"], *, on_cuda: bool
+) -> Literal["bf16", "fp16", "fp32"]:
+    """auto: bf16 where a GPU has it in hardware (torch also emulates it, slowly), else fp16."""
+    if wanted != "auto":
+        return wanted
+    if not on_cuda:
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _allow_tf32() -> None:
+    """Training multiplies fp32 matrices with 10 bits of mantissa, where a GPU does that faster.
+
+    Probes do not: their neighbours would be equally near.
+    """
+    if torch.cuda.get_device_capability() >= (8, 0):
+        torch.set_float32_matmul_precision("high")
+        logger.info("fp32 matrix products are computed in TF32")
+
+
+def _refuse_unconnected_processes() -> None:
+    """srun alone starts processes that know nothing of each other: each would train on its own."""
+    started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if started > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun started {started} processes, which are not connected: start one torchrun on "
+            "each node instead (srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS ...), or "
+            "one process (srun --ntasks=1)"
+        )
+
+
+def lacks_to_compile() -> str:
+    """What is missing: torch.compile and Triton build pieces of C at run time, on a GPU too."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
+        return "C compiler (gcc or clang)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.is_file() else f"{header} (Debian: python3-dev)"
+
+
+def refuse_disagreement(accelerator: Accelerator, epochs: int, steps: int) -> None:
+    """Raise ValueError unless all processes go on from the same epoch and step.
+
+    Each looks for the checkpoint by itself; a machine that does not see the folder would start
+    anew, and the gradients of different epochs would be averaged.
+    """
+    here = torch.tensor([[epochs, steps]], device=accelerator.device)
+    places = accelerator.gather(here).tolist()
+    if any(place != places[0] for place in places):
+        told = ", ".join(f"process {n}: epoch {e}, step {s}" for n, (e, s) in enumerate(places))
+        raise ValueError(
+            f"the processes would go on from different places ({told}); does every machine see the "
+            "same --output-dir?"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """ "cpu", or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Most memory in use so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    status = Path("/proc/self/status")
+    # Linux: getrusage would count the process that started this one, from before the exec.
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    kibibytes = int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes // 2**10
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Dense peak of a known GPU in FLOP/s for "fp16", "bf16" or else fp32 (TF32 where it has it).
+
+    None for any other device, and for bf16 without hardware for it.
+    """
+    return cards.peak_flops(device_name(device), precision)

@@ -1,0 +1,137 @@
+"""What a run tells while it goes: log.txt, the trackers of --log-with, progress.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import write_json, write_text
+from common.parsed import read_log
+from common.progress import Display, clock
+from common.step_files import LOG, PROGRESS
+from engine.trackers import Trackers
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_PROGRESS = 2.0
+# Keys of log.txt that may differ between equal runs.
+TIMING_KEYS = ("images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib", "mfu")
+
+
+class Logbook:
+    """Log, trackers and progress of one run, written by the first process only.
+
+    The log is cut back to the checkpoint that the run continues from. A record reaches the trackers
+    when its checkpoint is saved (`saved`), so that it reaches them once.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        epochs_completed: int,
+        epochs_total: int,
+        images_per_epoch: int,
+        log_with: Sequence[str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.path = output_dir / LOG
+        self.records = [r for r in read_log(self.path) if r["epoch"] <= epochs_completed]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self.trackers = Trackers(output_dir, log_with, settings)
+        self.trackers.send(self.records)
+        self.progress = Progress(
+            output_dir, epochs_total=epochs_total, images_per_epoch=images_per_epoch
+        )
+
+    def add_epoch(self, record: dict[str, Any]) -> None:
+        """Append one epoch; on disk when this returns, for the checkpoint that follows."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+        logger.info("%s", "  ".join(f"{name} {_short(value)}" for name, value in record.items()))
+
+    def saved(self, epochs_completed: int) -> None:
+        """So many epochs are in a checkpoint now."""
+        self.trackers.send([r for r in self.records if r["epoch"] <= epochs_completed])
+
+    def close(self, outcome: str) -> None:
+        """The end: done, stopped or failed."""
+        self.trackers.close()
+        self.progress.close(outcome)
+
+
+class Progress:
+    """progress.json, and a bar on a terminal or a line now and then in a file."""
+
+    def __init__(self, output_dir: Path, *, epochs_total: int, images_per_epoch: int) -> None:
+        self.path = output_dir / PROGRESS
+        self.epochs_total = epochs_total
+        self.images_per_epoch = images_per_epoch
+        self.images_done = 0
+        self.epoch = 0.0
+        self.seconds = 0.0  # of training; evaluations are not part of the rate
+        self.written, self.stage = float("-inf"), ""
+        self.display = Display(epochs_total)
+
+    def advance(self, epoch: float, images: int, seconds: float) -> None:
+        """Report `images` more in `seconds`; epoch: completed ones, with the share of this one."""
+        self.epoch = epoch
+        self.images_done += images
+        self.seconds += seconds
+        rate, left = f"{self.images_per_second:.1f} images/s", clock(self.seconds_left or 0)
+        self.tell("train", f"epoch {epoch:.2f} of {self.epochs_total}, {rate}, {left} left")
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Report that `done` of `total` held-out images are scored."""
+        self.tell("evaluate", f"evaluated {done} of {total} images")
+
+    def tell(self, stage: str, text: str) -> None:
+        """Write file, bar and lines if it is time to."""
+        now = time.monotonic()
+        if stage != self.stage or now - self.written >= SECONDS_BETWEEN_PROGRESS:
+            self._write("running", stage)
+            self.written, self.stage = now, stage
+        self.display.show(self.epoch, text)
+
+    def close(self, outcome: str) -> None:
+        """Report the end."""
+        self.display.close()
+        self._write(outcome, "train")
+
+    @property
+    def images_per_second(self) -> float:
+        """Mean training rate of this call."""
+        return self.images_done / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of training, at that rate."""
+        if not self.images_done:
+            return None
+        left = (self.epochs_total - self.epoch) * self.images_per_epoch
+        return round(max(left, 0.0) / self.images_per_second, 1)
+
+    def _write(self, state: str, stage: str) -> None:
+        content = {
+            "state": state,
+            "pid": os.getpid(),
+            "stage": stage,
+            "epoch": round(self.epoch, 4),
+            "epochs_total": self.epochs_total,
+            "images_per_second": round(self.images_per_second, 2),
+            "seconds_left": self.seconds_left,
+            "updated": time.time(),
+        }
+        write_json(self.path, content)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Runs steps, here or on a cluster, and shows how they get on."""

@@ -1,0 +1,160 @@
+"""Is this machine, and are these folders, ready for a run? What is not, and what to do about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from common import cards
+from common.terminal import aligned
+from pipeline.launch.estimate import kept_bytes
+from pipeline.launch.preview import checked_plan, what_it_does
+from pipeline.plan import machine
+from pipeline.plan.machine import GIB
+from pipeline.plan.parts import ask, part_command
+from pipeline.plan.segments import MAKING
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step
+
+_LITTLE_MEMORY_GIB = 2.0
+_SET_UP = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
+_UNUSED_SHARE = 0.9  # of a GPU's memory is free where nobody else uses it
+
+
+class Finding(NamedTuple):
+    """One line of the doctor's report."""
+
+    subject: str
+    text: str
+    fix: str = ""
+    """What to do; empty if nothing has to be done."""
+
+
+def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> list[Finding]:
+    """Everything worth knowing before a run; `settings` makes those of the flags, if they fit.
+
+    groups: the flags themselves; where they name no data, it is about the machine only.
+    """
+    findings = [*_software(), *_machine(groups)]
+    if groups["data"].in1k_dir or groups["data"].dataset:
+        findings += _run(settings)
+    return findings
+
+
+def findings_text(findings: list[Finding]) -> str:
+    """Aligned lines; what has to be fixed is marked and comes with its remedy."""
+    rows = []
+    for finding in findings:
+        rows.append(("FIX" if finding.fix else "ok", finding.subject, finding.text))
+        rows += [("", "", f"-> {finding.fix}")] if finding.fix else []
+    wrong = sum(bool(finding.fix) for finding in findings)
+    return f"{aligned(rows)}\n{f'{wrong} to fix' if wrong else 'ready'}"
+
+
+def _software() -> Iterator[Finding]:
+    for name, version in machine.versions().items():
+        yield Finding(name, version, _SET_UP if version == "not installed" else "")
+
+
+def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
+    hardware, compute = machine.hardware(), groups["compute"]
+    gpus, cores, wanted = hardware["gpus"], hardware["cpu_cores"], compute.num_gpus
+    fix = ""
+    if (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local":
+        fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
+    listed = ", ".join(f"{count} x {name}" for name, count in Counter(gpus).items())
+    yield Finding("devices", listed or "no GPU, CPU only", fix)
+    if gpus and wanted != 0:
+        yield from _torch_on(machine.gpus())
+    processes = compute.num_processes or (len(gpus) if wanted is None else wanted) or 1
+    workers = groups["parts"].pretrain.get("workers")
+    text = f"{cores} cores, {processes} processes"
+    fix = ""
+    if isinstance(workers, int):
+        text += f", {workers} workers each for pretraining"
+        if workers * processes > cores:
+            fix = f"{workers * processes} workers on {cores} cores: set pretrain workers to "
+            fix += f"{max(cores // processes - 1, 0)}"
+    yield Finding("processors", text, fix)
+    free = psutil.virtual_memory().available / GIB
+    fix = "close other programs, or use fewer workers" if free < _LITTLE_MEMORY_GIB else ""
+    yield Finding("memory", f"{free:.1f} of {hardware['memory_gib']} GiB available", fix)
+    shm = Path("/dev/shm")
+    if shm.exists():
+        free = machine.free_bytes(shm) / GIB
+        fix = "give it more (docker: --shm-size=16g), or use workers=0"
+        too_little = free < 1 and workers != 0
+        yield Finding("shared memory", f"{free:.1f} GiB free", fix if too_little else "")
+
+
+def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
+    """What the installed torch makes of the GPUs that nvidia-smi lists."""
+    try:
+        torch = ask([part_command(["engine.gpus"], {})])[0]
+    except ValueError as error:
+        yield Finding("torch on GPUs", "it cannot be asked", str(error).replace("\n", "; "))
+        return
+    misfits, seen, visible = list(_misfits(torch, gpus)), len(torch["gpus"]), machine.visible_gpus()
+    yield from misfits
+    if seen < len(visible) and not misfits:
+        text = torch["error"] or f"torch sees {seen} of {len(visible)}"
+        fix = "see that this user and container may use them; of slices (MIG) a process sees one"
+        yield Finding("torch on GPUs", text, fix)
+    for index, gpu in enumerate(torch["gpus"]):
+        free, total = gpu["free_bytes"] / GIB, gpu["total_bytes"] / GIB
+        text = f"{free:.1f} of {total:.1f} GiB free, {'' if gpu['bf16'] else 'no '}bf16 in hardware"
+        fix = "" if free > _UNUSED_SHARE * total else "nvidia-smi names the programs that use it"
+        if gpu["error"]:
+            text = f"torch cannot compute on it: {gpu['error']}"
+            fix = misfits[0].fix if misfits else "nvidia-smi -q shows whether the card is in order"
+        yield Finding(f"GPU {index}", text, fix)
+    if torch["lacks_to_compile"]:
+        fix = "install it, or models run uncompiled (Debian: build-essential, python3-dev)"
+        yield Finding("compiling", f"there is no {torch['lacks_to_compile']}", fix)
+
+
+def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Finding]:
+    """Cards and drivers that this build of torch is not made for, each kind once."""
+    build, cuda, archs = f"torch {torch['torch']}", torch["cuda"], torch["archs"]
+    if not cuda:
+        yield Finding("torch on GPUs", f"{build} is built without CUDA", _SET_UP)
+        return
+    needed = cards.least_driver(cuda)
+    for name, capability, driver in dict.fromkeys((g.name, g.capability, g.driver) for g in gpus):
+        causes = []
+        if driver < needed:
+            causes.append(
+                f"CUDA {cuda} of {build} needs driver {needed} or newer, here is {driver}"
+            )
+        if capability is not None and not cards.has_kernels(capability, archs):
+            has, lacks = " ".join(archs), "sm_{}{}".format(*capability)
+            causes.append(f"{build} has kernels for {has}, not for {lacks}")
+        if causes:
+            fix = cards.remedy(capability, cuda, archs, driver)
+            yield Finding(name, "; ".join(causes), fix)
+
+
+def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
+    """The run itself: the parts' own judgement of flags and data, and disk space."""
+    try:
+        steps = checked_plan(settings := make_settings())
+    except ValueError as error:
+        yield Finding("flags", "a run would be refused", str(error).replace("\n", "; "))
+        return
+    yield Finding("flags", f"a plan of {len(steps)} steps")
+    making = [step for step in steps if step.kind in MAKING]
+    if making:
+        yield Finding("segments", f"{what_it_does(making[0])} ({len(making)} steps)")
+    for subject, kind in (("images", "pretrain"), ("dataset", "evaluate")):
+        step: Step | None = next((s for s in steps if s.kind == kind and s.answer), None)
+        if step is not None:
+            counts = ", ".join(f"{count} {name}" for name, count in step.answer["images"].items())
+            yield Finding(subject, counts.replace("_", " "))
+    kept, free = kept_bytes(steps), machine.free_bytes(settings.data.output_dir)
+    text = f"{free / GIB:.0f} GiB free, the run keeps about {kept / GIB:.1f} GiB"
+    fix = "free some, or use another --output-dir" if free < kept else ""
+    yield Finding("disk", text, fix)

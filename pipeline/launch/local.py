@@ -1,0 +1,245 @@
+"""Runs steps on this machine: starts them, shows their output, records how they end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.console import EXIT_STOPPED
+from common.environment import PROCESSES_HERE
+from common.parsed import StepProgress, read_json
+from common.progress import last_count
+from common.step_files import CONSOLE_LOG, PROGRESS
+from common.terminal import duration
+from pipeline.launch import process
+from pipeline.plan import machine
+from pipeline.plan.layout import Layout
+from pipeline.plan.machine import GIB
+from pipeline.plan.records import Record, State, output_sizes, read_record, write_record
+from pipeline.plan.steps import Step
+
+_TAIL_LINES, _SEARCHED_LINES = 12, 200
+_LOGS_BYTES = 50 * 2**20
+
+
+@dataclass
+class _Running:
+    step: Step
+    child: process.Child
+    record: Record
+    gpus: tuple[int, ...]
+
+
+class LocalLauncher:
+    """Steps on GPUs of their own beside each other; without, one step, or one in each lane."""
+
+    def __init__(self, paths: Layout, *, overlaps: bool, output: BinaryIO | None = None):
+        """overlaps: whether several run at once. output: where theirs is shown, else stdout."""
+        self.paths = paths
+        self.overlaps = overlaps
+        self.output = output or sys.stdout.buffer
+        self.running: list[_Running] = []
+        self._line_drawn = False
+        self._shown = ""
+
+    def has_room_for(self, step: Step) -> bool:
+        """Whether the step could start now."""
+        if step.gpus is not None:
+            return len(self._free(step)) >= step.processes
+        return all(self.overlaps and r.step.lane != step.lane for r in self.running)
+
+    def _free(self, step: Step) -> list[int]:
+        """The GPUs that it may use and no running step has."""
+        taken = {gpu for running in self.running for gpu in running.gpus}
+        return [gpu for gpu in step.gpus or () if gpu not in taken]
+
+    def start(self, step: Step) -> list[Record]:
+        """Starts the step; an orphan of an earlier, killed run is waited for first.
+
+        When the disk is nearly full nothing is started and that failure is returned.
+        """
+        lacking = shortage(step)
+        if lacking:
+            return [Record.of(step, "failed", None, message=lacking)]
+        mark = f"{self.paths.root}:{step.name}"
+        process.end_orphans(mark)
+        for output in step.outputs:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        earlier = read_record(self.paths, step.name)
+        # A rolling progress file of the round before would be taken for this one's.
+        (step.folder / PROGRESS).unlink(missing_ok=True)
+        gpus = tuple(self._free(step)[: step.processes])
+        child = process.Child(step.command, step.console_log, mark, environment(step, gpus))
+        job = os.environ.get("SLURM_JOB_ID", "")
+        where = {"host": socket.gethostname(), "pid": child.pid, "job_id": job}
+        record = Record.of(step, "running", earlier, started=time.time(), **where)
+        write_record(self.paths, record)
+        self.running.append(_Running(step, child, record, gpus))
+        self._shown = step.name  # benchmark.py has said so
+        return []
+
+    def poll(self) -> list[Record]:
+        """Shows new output; returns the steps that ended since the last call, recorded."""
+        finished = []
+        for running in list(self.running):
+            exit_code = running.child.exit_code()  # before its last output is read
+            self._show(running.child.new_output(), running.step)
+            if exit_code is not None:
+                process.end_marked(running.child.mark)
+                self.running.remove(running)
+                finished.append(self._judge(running, exit_code))
+        self._draw_progress()
+        return finished
+
+    def stop(self, *, at_once: bool = False, grace_seconds: float = process.GRACE_SECONDS) -> None:
+        """Asks all running steps to save and end, or ends them at once.
+
+        Called again, it ends steps that have not ended `grace_seconds` after they were asked.
+        """
+        for running in self.running:
+            if at_once:
+                running.child.kill()
+            else:
+                running.child.stop(grace_seconds)
+
+    def _judge(self, running: _Running, exit_code: int) -> Record:
+        """By exit code and by the files it had to leave."""
+        step, what, outputs = running.step, "", dict[str, int]()
+        state: State = "done"
+        if exit_code == EXIT_STOPPED or was_stopped(step.folder):
+            state = "stopped"
+        elif exit_code != 0:
+            state, what = "failed", f"ended with exit code {exit_code}"
+        else:
+            try:
+                outputs = output_sizes(step, self.paths)
+            except FileNotFoundError as error:
+                state, what = "failed", f"ended with exit code 0 but did not leave {error}"
+        record = replace(
+            running.record, state=state, outputs=outputs, exit_code=exit_code,
+            seconds=running.record.seconds + time.time() - running.record.started,
+            message=failure_message(step, what) if what else "",
+        )  # fmt: skip
+        write_record(self.paths, record)
+        return record
+
+    def _show(self, output: bytes, step: Step) -> None:
+        """Of several steps in turn, each part is headed by the step's name, as tail does it."""
+        if output:
+            head = b"\r\x1b[2K" if self._line_drawn else b""
+            if self._shown != step.name:
+                head += f"==> {step.name} <==\n".encode()
+            self._write(head + output)
+            self._line_drawn, self._shown = False, step.name
+
+    def _write(self, output: bytes) -> None:
+        """Shown if somebody still listens; it stands in console.log in any case."""
+        with suppress(OSError):
+            self.output.write(output)
+            self.output.flush()
+
+    def _draw_progress(self) -> None:
+        """On a terminal, one line for what runs now, drawn over itself."""
+        if not self.running or not self.output.isatty():
+            return
+        parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
+        line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
+        self._write(b"\r\x1b[2K" + line.encode())
+        self._line_drawn = True
+
+
+def step_bytes(step: Step) -> int:
+    """What has to be free before a step: its files, and one more while a file is replaced.
+
+    Where an earlier checkpoint is there, its real size counts.
+    """
+    sizes = [path.stat().st_size for path in step.folder.glob("*.pth")]
+    one = max(sizes) if sizes else step.answer.get("checkpoint_bytes", 0)
+    # Pretraining: last.pth, the round's checkpoint and one aside. Evaluation: last, best, aside.
+    return 3 * one + _LOGS_BYTES
+
+
+def shortage(step: Step) -> str:
+    """Why the step cannot be started for lack of space; empty if there is enough."""
+    needed, free = step_bytes(step), machine.free_bytes(step.folder)
+    if free >= needed:
+        return ""
+    return (
+        f"the disk of {step.folder} has {free / GIB:.1f} GiB free and {step.name} needs about "
+        f"{needed / GIB:.1f} GiB; make room, then run the same command again"
+    )
+
+
+def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
+    """What the step's process needs beside this process's environment.
+
+    gpus: those that it gets, by default the first of those that it may use.
+    """
+    # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
+    added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}"}
+    if step.options.get("device") == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait by spinning take the cores from those that work: on two busy cores
+        # ten times slower than threads that sleep (measured with vit_tiny).
+        added["OMP_WAIT_POLICY"] = "PASSIVE"
+    if step.gpus is not None:
+        visible, gpus = machine.visible_gpus(), gpus or step.gpus[: step.processes]
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] for gpu in gpus)
+        # One process for each GPU, of this step or beside it: they share the cores.
+        added[PROCESSES_HERE] = str(len(step.gpus))
+    return added
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """A step's progress.json, empty if it has not written one. Raises ValueError for a damaged."""
+    try:
+        return read_json(folder / PROGRESS, StepProgress)
+    except FileNotFoundError:
+        return {}
+
+
+def was_stopped(folder: Path) -> bool:
+    """Whether a step has saved and ended because it was told to; torchrun's exit code hides it."""
+    with suppress(ValueError):  # a damaged file says nothing; the exit code does
+        return read_progress(folder).get("state") == "stopped"
+    return False
+
+
+def progress_text(folder: Path) -> str:
+    """Epoch or images, rate and time left in words, as far as they are known."""
+    try:
+        now = read_progress(folder)
+    except ValueError as error:
+        return str(error)
+    if "epoch" not in now:
+        return last_count(folder / CONSOLE_LOG) or "starting"
+    if now.get("stage") == "evaluate":
+        parts = [f"scoring after epoch {float(now['epoch']):.1f}"]
+    else:
+        parts = [f"epoch {float(now['epoch']):.2f} of {now.get('epochs_total', '?')}"]
+    if now.get("images_per_second"):
+        parts.append(f"{float(now['images_per_second']):.0f} images/s")
+    if now.get("seconds_left") is not None:
+        parts.append(f"{duration(float(now['seconds_left']))} left")
+    return ", ".join(parts)
+
+
+def failure_message(step: Step, what: str) -> str:
+    """Step, command, exit code, log path and the log's last lines."""
+    lines = step.console_log.read_text(errors="replace").splitlines()
+    tail = "".join(f"\n    {line}" for line in lines[-_TAIL_LINES:])
+    # With several processes, torchrun's own lines come after what the part said.
+    said = next((line for line in reversed(lines[-_SEARCHED_LINES:]) if "Error: " in line), "")
+    reason = f"\n  reason: {said.strip()}" if said and said not in lines[-_TAIL_LINES:] else ""
+    return (
+        f"step {step.name} {what}{reason}\n  command: {shlex.join(step.command)}\n"
+        f"  log: {step.console_log}, which ends:{tail or ' (empty)'}"
+    )

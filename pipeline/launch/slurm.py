@@ -1,0 +1,293 @@
+"""Runs the plan on a Slurm cluster: one job for each step, depending on the jobs it needs.
+
+Pretraining rounds form a chain; an evaluation depends on its round only, so it runs beside the next
+one. A job that is preempted or reaches its time limit lets its step save and puts itself back into
+the queue (submitit); the same job then continues. The queue is read through squeue only. A step
+belongs to the job that its record names: any other job for it ends without touching anything.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from common.console import EXIT_STOPPED
+from common.lock import hold
+from pipeline.launch import preview, slurm_queue
+from pipeline.launch.local import LocalLauncher, environment, was_stopped
+from pipeline.launch.process import Child, end_marked
+from pipeline.launch.status import read_status, status_text
+from pipeline.plan.layout import Layout
+from pipeline.plan.machine import REPO_ROOT
+from pipeline.plan.records import Record, is_done, other_settings, read_record, write_record
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step, nodes_of
+from pipeline.report.page import write_all
+
+_POLL_SECONDS = 0.2
+_FOLLOW_SECONDS = 2.0
+_SIGNAL_SECONDS = 120  # before its time limit a job is told to save
+_MOST_REQUEUES = 10_000  # a job may reach its time limit this often
+_RECORD_SECONDS = 120.0  # a job waits so long for its record: written after it was submitted, and
+# shown on the node's side of a shared file system up to a minute later
+_CPUS_PER_PROCESS = 12  # beside a GPU, for one that chooses its number of loader workers itself
+
+
+def run(settings: Settings, steps: list[Step], paths: Layout) -> int:
+    """Submits what is not done and not in the queue; with --wait follows it. Returns the exit code.
+
+    Without --wait, 0 means that everything left is in the queue.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError("--launcher slurm needs Slurm's sbatch, which is not on the PATH here")
+    with hold(paths.lock, paths.root):
+        preview.write_run_files(settings, steps, paths)
+        submitted = submit(settings, steps, paths)
+    click.echo(f"{submitted} jobs submitted\n{status_text(paths)}")
+    if not settings.cluster.wait:
+        click.echo(f"benchmark.py status {paths.root} shows how they get on")
+        return 0
+    return follow(paths)
+
+
+def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
+    """Submits the steps that need it, in order; returns their number.
+
+    Raises ValueError if Slurm does not say whether jobs of an earlier call still live.
+    """
+    known = {step.name: read_record(paths, step.name) for step in steps}
+    unfinished = [r for r in known.values() if r is not None and r.state != "done"]
+    jobs = {record.name: slurm_queue.submitted_job(paths, record) for record in unfinished}
+    try:
+        queue = slurm_queue.job_states(jobs.values())
+    except slurm_queue.QueueError as error:
+        raise ValueError(
+            f"{error}; jobs of an earlier call may still be live, so nothing was submitted: "
+            "give the same command again when squeue works"
+        ) from None
+    live = {name: job for name, job in jobs.items() if slurm_queue.is_live(queue.get(job, ""))}
+    for step in steps:
+        record = known[step.name]
+        if record and step.name in live and other_settings(step, record):
+            # The job would work with the settings it was submitted with.
+            raise ValueError(
+                f"{step.name} is in the queue with other settings as job {record.job_id}: scancel "
+                "it first, or give the settings it was submitted with"
+            )
+    job_ids = dict(live)  # step -> the job that will do it
+    for step in steps:
+        if step.name not in live and not is_done(step, paths):
+            needed = [job_ids[need] for need in step.needs if need in job_ids]
+            job = job_ids[step.name] = _submit_one(settings, step, paths, needed)
+            write_record(paths, Record.of(step, "submitted", known[step.name], job_id=job))
+    return len(job_ids) - len(live)
+
+
+def _submit_one(settings: Settings, step: Step, paths: Layout, needed: list[str]) -> str:
+    """Submits one step; returns its job's number. ValueError if sbatch refuses it."""
+    import submitit
+    from submitit.core.utils import FailedJobError
+
+    executor = submitit.SlurmExecutor(folder=paths.slurm, max_num_timeout=_MOST_REQUEUES)
+    executor.update_parameters(**job_parameters(settings, step, needed))
+    try:
+        job = executor.submit(StepJob(paths.root, step, nodes_of(step, settings)))
+    except FailedJobError as error:
+        raise ValueError(f"{step.name} was refused: {' '.join(str(error).split())}") from None
+    return str(job.job_id)
+
+
+def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[str, Any]:
+    """Submitit's parameters of a step's job; `needed` are the jobs that have to succeed before."""
+    cluster = settings.cluster
+    cpus = cpus_per_task(settings, step)
+    asked_cpus = cluster.sbatch.get("cpus_per_task", cpus)
+    additional = {
+        "chdir": str(REPO_ROOT),
+        "requeue": True,
+        **{key.replace("_", "-"): value for key, value in cluster.sbatch.items()},
+    }
+    if needed:
+        dependency = f"afterok:{':'.join(needed)}"
+        additional |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
+    chosen: dict[str, Any] = {
+        "job_name": step.name,
+        "nodes": nodes_of(step, settings),
+        "ntasks_per_node": 1,
+        "cpus_per_task": cpus,
+        # Since Slurm 22.05 srun does not take it over from sbatch: the task would get one core.
+        "srun_args": asked_cpus and [f"--cpus-per-task={asked_cpus}"],
+        "gpus_per_node": step.devices if step.devices_are_gpus else None,
+        "partition": cluster.partition,
+        "qos": cluster.qos,
+        "time": cluster.minutes,
+        "signal_delay_s": _SIGNAL_SECONDS,
+        "stderr_to_stdout": True,
+        "additional_parameters": additional,
+    }
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
+def cpus_per_task(settings: Settings, step: Step) -> int | None:
+    """CPUs of a job on each node: for its processes and their loader workers.
+
+    At most what the largest node has, so that the job can start. None leaves it to the user's
+    --sbatch, or for a single process on the CPU to the site.
+    """
+    gpus, cluster = step.devices if step.devices_are_gpus else 0, settings.cluster
+    is_given = bool({"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys())
+    if is_given or not (gpus or step.processes > 1):
+        return None
+    per_process = _CPUS_PER_PROCESS if gpus else 1
+    workers = step.options.get("workers")
+    if workers is not None:
+        per_process = 1 + int(str(workers))
+    wanted = step.processes * per_process
+    partition = cluster.sbatch.get("partition", cluster.partition)
+    most = slurm_queue.most_cpus(None if partition is None else str(partition), gpus=gpus)
+    return wanted if most is None else max(1, min(wanted, most))
+
+
+def follow(paths: Layout) -> int:
+    """Prints changes of state until no job is left; 0 if every step is done then.
+
+    Ctrl-C ends the following only: the jobs go on.
+    """
+    shown: dict[str, str] = {}
+    try:
+        while True:
+            found = read_status(paths)
+            for step in found:
+                if shown.get(step.name) != step.state:
+                    click.echo(f"{time.strftime('%T')} {step.name}: {step.state}  {step.detail}")
+                    shown[step.name] = step.state
+            if all(step.state not in ("submitted", "running") for step in found):
+                break
+            time.sleep(_FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        click.echo("\nThe jobs go on; scancel ends them, the same command follows them again.")
+        return EXIT_STOPPED
+    click.echo(write_all(paths))
+    return 0 if all(step.state == "done" for step in found) else 1
+
+
+@dataclass
+class StepJob:
+    """What runs inside a job: one step, told to save when the job is to end."""
+
+    root: Path
+    step: Step
+    nodes: int
+    _launcher: LocalLauncher | None = None
+    _ending: bool = False
+
+    def __call__(self) -> str:
+        """Runs the step; returns its state. Raises RuntimeError if it fails, so the job fails."""
+        paths = Layout(self.root)
+        signal.signal(signal.SIGTERM, self._end)  # scancel, scontrol requeue
+        if is_done(self.step, paths):
+            return "done"
+        self._await_record(paths)
+        step = on_this_cluster(self.step, self.nodes)
+        if int(os.environ.get("SLURM_NODEID", "0")) > 0:
+            return self._assist(step, paths)
+        self._launcher = LocalLauncher(paths, overlaps=False)
+        ended = self._launcher.start(step)
+        while not ended:
+            if self._ending:
+                self._launcher.stop()
+            time.sleep(_POLL_SECONDS)
+            ended = self._launcher.poll()
+        if ended[0].state == "failed":
+            raise RuntimeError(ended[0].message)
+        if ended[0].state == "stopped":
+            raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
+        if step.lane == "evaluate":
+            write_all(paths)
+        return ended[0].state
+
+    def checkpoint(self) -> Any:
+        """Submitit's hook, called in its handler of the end signal: save, then queue up again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._launcher is not None:
+            while self._launcher.running:
+                self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
+                self._launcher.poll()
+                time.sleep(_POLL_SECONDS)
+        return DelayedSubmission(StepJob(self.root, self.step, self.nodes))
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self._ending = True
+
+    def _await_record(self, paths: Layout) -> None:
+        """Returns when the step's record names this job; ends the job if it does not come to.
+
+        Two jobs of one step would write into the same folder.
+        """
+        job, deadline = os.environ["SLURM_JOB_ID"], time.monotonic() + _RECORD_SECONDS
+        while True:
+            record = read_record(paths, self.step.name)
+            named = record.job_id if record else ""
+            if named == job:
+                return
+            if self._ending:
+                raise SystemExit(EXIT_STOPPED)
+            is_newer = named.isdecimal() and int(named) > int(job)
+            if is_newer or time.monotonic() > deadline:
+                owner = f"names {named or 'a local run'}" if record else "is missing"
+                raise SystemExit(
+                    f"job {job} does nothing: {self.step.name} is not its step any more, "
+                    f"{paths.record(self.step.name)} {owner}"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _assist(self, step: Step, paths: Layout) -> str:
+        """On the job's other nodes: this node's processes of the step, without bookkeeping.
+
+        When the job is to end, the first node saves and queues the job up again; here exit code 0
+        keeps Slurm from ending that node's task too early. torchrun's code does not tell (it makes
+        1 of a worker's 75), so it is an error unless a stop was asked for, here or there.
+        """
+        signal.signal(signal.SIGUSR2, self._end)  # submitit's handler ends the first node only
+        node = os.environ["SLURM_NODEID"]
+        log = paths.slurm / f"{os.environ['SLURM_JOB_ID']}_node{node}.log"
+        mark = f"{paths.root}:{step.name}:node{node}"
+        child = Child(step.command, log, mark, environment(step))
+        while (exit_code := child.exit_code()) is None:
+            if self._ending:
+                child.stop()
+            time.sleep(_POLL_SECONDS)
+        end_marked(mark)
+        if exit_code == 0:
+            return "done"
+        if self._ending or was_stopped(step.folder):
+            return "stopped"
+        raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
+
+
+def on_this_cluster(step: Step, nodes: int) -> Step:
+    """The step as this node starts it: across nodes, torchrun meets at the job's first node.
+
+    MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them; else the port
+    follows from the number of the job.
+    """
+    if nodes == 1 or step.kind != "pretrain":
+        return step
+    from submitit.helpers import TorchDistributedEnvironment
+
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not (address and port):
+        agreed = TorchDistributedEnvironment()
+        address, port = address or agreed.master_addr, port or str(agreed.master_port)
+    node = f"--node-rank={os.environ.get('SLURM_NODEID', '0')}"
+    meet = (f"--nnodes={nodes}", node, f"--master-addr={address}", f"--master-port={port}")
+    return replace(step, rendezvous=meet)

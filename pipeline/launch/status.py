@@ -1,0 +1,95 @@
+"""Where a run stands: readable while it works, from any machine that sees the folder, and after."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from contextlib import suppress
+from typing import NamedTuple
+
+from common.terminal import aligned, duration
+from pipeline.launch import slurm_queue
+from pipeline.launch.local import progress_text
+from pipeline.launch.process import marked
+from pipeline.plan.layout import Layout
+from pipeline.plan.records import PlannedStep, Record, read_plan, read_record
+
+_UNFINISHED = ("submitted", "running", "stopped")  # recorded states of which the queue knows more
+
+
+class StepStatus(NamedTuple):
+    """One line of `status`."""
+
+    name: str
+    state: str
+    """done, running, waiting, submitted, cancelled, interrupted, stopped or failed."""
+    detail: str
+
+
+def read_status(paths: Layout) -> list[StepStatus]:
+    """The steps of the latest call in the plan's order; ValueError where no run has been."""
+    plan = read_plan(paths)
+    records = {step["name"]: read_record(paths, step["name"]) for step in plan}
+    unfinished = [r for r in records.values() if r is not None and r.state in _UNFINISHED]
+    jobs = [slurm_queue.submitted_job(paths, record) for record in unfinished]
+    queue = None
+    with suppress(slurm_queue.QueueError):
+        queue = slurm_queue.job_states(jobs)
+    return [_status(paths, step, records[step["name"]], queue) for step in plan]
+
+
+def _status(
+    paths: Layout, step: PlannedStep, record: Record | None, queue: dict[str, str] | None
+) -> StepStatus:
+    """`queue`: job -> state in Slurm, None if Slurm cannot be asked."""
+    if record is None:
+        detail = f"for {', '.join(step['needs'])}" if step["needs"] else ""
+        return StepStatus(step["name"], "waiting", detail)
+    job = slurm_queue.submitted_job(paths, record) if record.state in _UNFINISHED else ""
+    in_queue = (queue or {}).get(job, "")
+    state: str = record.state
+    if job and queue is not None:
+        if not slurm_queue.is_live(in_queue):
+            # It may have ended since its record was read; then the record says how.
+            record = read_record(paths, record.name) or record
+        is_new = record.job_id != job  # submitted again since the queue was asked
+        state = record.state if is_new else _state_of_job(record, in_queue)
+    elif state == "running" and not job and not _is_running(paths, record):
+        state = "interrupted"
+    details = {
+        "running": progress_text(paths.root / step["folder"]),
+        "done": f"took {duration(record.seconds)}",
+        "failed": f"exit code {record.exit_code}, see {step['folder']}/console.log",
+        "submitted": in_queue.lower(),
+        "cancelled": "the same command submits it again",
+    }
+    parts = [details.get(state, "the same command continues")]
+    parts += [f"job {record.job_id}"] if record.job_id else []
+    if job and queue is None:
+        parts.append("by its record: Slurm's queue cannot be asked")
+    return StepStatus(step["name"], state, ", ".join(filter(None, parts)))
+
+
+def _state_of_job(record: Record, in_queue: str) -> str:
+    """The step's state by its record and by its job's state in the queue ("" = gone)."""
+    if record.state not in _UNFINISHED:
+        return record.state
+    if not slurm_queue.is_live(in_queue):
+        return {"submitted": "cancelled", "running": "interrupted"}.get(record.state, record.state)
+    if record.state == "running" and not slurm_queue.is_waiting(in_queue):
+        return "running"
+    return "submitted"  # waiting, just begun, or about to be queued up again
+
+
+def _is_running(paths: Layout, record: Record) -> bool:
+    """By the process table here; another host's word is taken."""
+    if record.host != socket.gethostname():
+        return True
+    return bool(marked(f"{paths.root}:{record.name}"))
+
+
+def status_text(paths: Layout) -> str:
+    """All steps as aligned text, with the count of each state at the end."""
+    found = read_status(paths)
+    counts = Counter(step.state for step in found)
+    return f"{aligned(found)}\n{', '.join(f'{count} {state}' for state, count in counts.items())}"

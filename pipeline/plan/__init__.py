@@ -1,0 +1,1 @@
+"""From settings to steps and their records. No torch here."""

@@ -1,0 +1,135 @@
+"""Every path and name of an output directory: one function builds each, one parses it.
+
+The names of the files inside a step's folder are in common.step_files, where the parts find them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from common import step_files as layout
+
+BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking methods
+# What a run's name leaves out.
+DEFAULT_RATIO, DEFAULT_SEED, OWN = 15.0, 0, "own"
+# Controls of a method are known by name, so that a folder that somebody copied aside is no run.
+CONTROLS = ("borrowed", "blob", "block")
+_RUN_NAME = re.compile(
+    r"(?P<method>[A-Za-z]\w*)(-cov(?P<coverage>\d+(\.\d+)?))?"
+    rf"(-(?P<segments_from>{'|'.join(CONTROLS)}))?(-seed(?P<seed>\d+))?"
+)
+_EVAL_NAME = re.compile(r"(?P<run>.+)_(?P<epochs>\d+)(-evalseed(?P<eval_seed>\d+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What tells one pretraining from another in an output directory.
+
+    A method without segments, and a baseline, count as having the default ones.
+    """
+
+    method: str
+    coverage_ratio: float = DEFAULT_RATIO
+    segments_from: str = OWN
+    seed: int = DEFAULT_SEED
+
+    @property
+    def full_name(self) -> str:
+        """All of it, for a run whose name an earlier version gave to another."""
+        ratio = ratio_text(self.coverage_ratio)
+        return f"{self.method}-cov{ratio}{self._source}-seed{self.seed}"
+
+    @property
+    def _source(self) -> str:
+        return "" if self.segments_from == OWN else f"-{self.segments_from}"
+
+    @property
+    def name(self) -> str:
+        """The method, and what is not the default."""
+        ratio = self.coverage_ratio
+        coverage = "" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}"
+        seed = "" if self.seed == DEFAULT_SEED else f"-seed{self.seed}"
+        return f"{self.method}{coverage}{self._source}{seed}"
+
+    @classmethod
+    def parse(cls, name: str) -> Run:
+        """The inverse of `name`, which reads an earlier version's `four_channels-cov15-seed0` too.
+
+        Raises ValueError for a name that is not a run's.
+        """
+        match = _RUN_NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} is not a run name such as four_channels-cov25-seed1")
+        return cls(
+            method=match["method"],
+            coverage_ratio=float(match["coverage"] or DEFAULT_RATIO),
+            segments_from=match["segments_from"] or OWN,
+            seed=int(match["seed"] or DEFAULT_SEED),
+        )
+
+
+def ratio_text(ratio: float) -> str:
+    """All digits of a ratio: no exponent, whose "-" would stand for a part of the name."""
+    return f"{Decimal(repr(ratio)).normalize():f}"
+
+
+def eval_name(run: str, epochs: int, eval_seed: int = 0) -> str:
+    """The name of an evaluation; eval_seed counts the finetunings of one checkpoint from 0."""
+    return f"{run}_{epochs}" + (f"-evalseed{eval_seed}" if eval_seed else "")
+
+
+def parse_eval_name(name: str) -> tuple[str, int, int]:
+    """The inverse: run, epochs completed, eval_seed; ValueError for a name that is none."""
+    match = _EVAL_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is not an evaluation such as four_channels_5")
+    Run.parse(match["run"])
+    return match["run"], int(match["epochs"]), int(match["eval_seed"] or 0)
+
+
+class Layout:
+    """The paths below one output directory. `run` is a run's name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # What a user looks for.
+        self.run_yml = root / "run.yml"  # the settings, versions and hardware
+        self.results_csv = root / "results.csv"  # one row per evaluation
+        self.report_html = root / "report.html"  # the page that answers the question
+        self.pretrain_output = root / "pretrain_output"  # a folder for each run
+        self.probe_output = root / "probe_output"  # a folder for each checkpoint that was probed
+        self.eval_output = root / "eval_output"  # a folder for each evaluation
+        self.segments = root / "segments.sqlite"  # if their own folder cannot be written to
+        # Bookkeeping.
+        self.bookkeeping = root / ".segmae"
+        self.lock = self.bookkeeping / "lock"  # who is running here
+        self.plan = self.bookkeeping / "plan.json"  # the steps of the latest call
+        self.records = self.bookkeeping / "steps"
+        self.slurm = self.bookkeeping / "slurm"  # submitit's: pickled jobs and their logs
+
+    def pretrain_dir(self, run: str) -> Path:
+        """One pretraining run's folder."""
+        return self.pretrain_output / run
+
+    def checkpoint(self, run: str, epochs: int) -> Path:
+        """The checkpoint that a round leaves; `epochs` are the epochs completed."""
+        return layout.checkpoint_path(self.pretrain_dir(run), epochs)
+
+    def official_checkpoint(self, model: str) -> Path:
+        """The official MAE release checkpoint that `--stack` starts from."""
+        return self.pretrain_output / f"mae_pretrain_{model}.pth"
+
+    def probe_dir(self, run: str, epochs: int) -> Path:
+        """One probe's folder."""
+        return self.probe_output / eval_name(run, epochs)
+
+    def eval_dir(self, run: str, epochs: int, eval_seed: int = 0) -> Path:
+        """One evaluation's folder."""
+        return self.eval_output / eval_name(run, epochs, eval_seed)
+
+    def record(self, step_name: str) -> Path:
+        """One step's record."""
+        return self.records / f"{step_name}.json"

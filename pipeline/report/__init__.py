@@ -1,0 +1,1 @@
+"""What the scores say: results, statistics, figures and the page."""

@@ -1,0 +1,259 @@
+"""The command line of `python -m mae masks`. What is heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import click
+
+from common.command import CONTEXT, PATH, command
+from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, run_program, say
+from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
+from common.images import IMAGE_SUFFIXES, find_images
+from common.options import MOST_PROCESSES, Layer, OptionGroup, option
+from segments.check import check
+from segments.config import PRESETS, FelzenszwalbSettings, SamSettings, made_for
+from segments.forms import open_any_form
+from segments.generate import Generator, Shard, generate, images_by_key
+from segments.pack import merge, pack, unpack
+from segments.price import estimate_price
+from segments.store import segment_key
+from segments.writing import Summary
+
+PICTURE = "segments"  # the kind that `inspect` draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Speed(OptionGroup):
+    title: ClassVar[str] = "Speed"
+    processes: int | None = option(
+        "Default: one per core.", None, at_least=1, at_most=MOST_PROCESSES, neutral=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MergeOptions(OptionGroup):
+    title: ClassVar[str] = "Output"
+    out: Path = option("The store to write.")
+    overwrite: bool = option("Replace a finished store.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackOptions(OptionGroup):
+    title: ClassVar[str] = "Output"
+    out: Path | None = option("Default: masks.sqlite in MASKS_DIR, where it is found.", None)
+    overwrite: bool = option("Replace a finished store.", False)
+    allow_damaged: bool = option("Finish even if more than 1% are damaged.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GenerateOptions(OptionGroup):
+    title: ClassVar[str] = "Input and output"
+    images: Path = option("Folder of images, at any depth.")
+    val_dir: Path | None = option(
+        "Folder of held-out images, into the same store: their keys begin with val/.", None
+    )
+    out: Path = option("The packed store to write, such as masks.sqlite.")
+    shard: str | None = option(
+        "Part I, from 0, of N, written I/N. Default: what torchrun or Slurm says.", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, folder in (("--images", self.images), ("--val-dir", self.val_dir)):
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"{flag} {folder} is not a folder")
+        check_output_file(self.out)
+        if self.out.suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(f"--out {self.out} has an image's name; give one such as masks.sqlite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InspectOptions(OptionGroup):
+    title: ClassVar[str] = "Input and output"
+    images: Path | None = option("Folder of the images. Default: train beside masks.", None)
+    coverage_ratio: tuple[float, ...] | None = option(
+        "Coverages to look at, percent. Default: those of --for-coverage, or 5,15,30,50.", None,
+        at_least=0, at_most=100,
+    )  # fmt: skip
+    against: Path | None = option("Also compare what is chosen with that of these segments.", None)
+    out: Path = option("Writes OUT.png.", Path("segments"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CheckOptions(OptionGroup):
+    title: ClassVar[str] = "Input and output"
+    masks_dir: Path | None = option("Default: IN1K_DIR/masks.", None)
+    out: Path = option("Where offenders are listed.", Path("offenders.txt"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 success, 1 failed, 2 bad input, 75 stopped by a signal."""
+    run_program(masks, "python -m segments", arguments)
+
+
+@click.group(context_settings=CONTEXT)
+def masks() -> None:
+    """Make, pack, look at and check the segments of a dataset."""
+    log_to_stderr("%(message)s")
+
+
+@command(masks, "pack", options=_PackOptions, speed=_Speed)
+@click.argument("masks_dir", type=PATH)
+def pack_command(masks_dir: Path, options: _PackOptions, speed: _Speed) -> int:
+    """Pack segments of any form into one SQLite file; the same command goes on if interrupted."""
+    return _report(pack(masks_dir, **vars(options), processes=speed.processes))
+
+
+@command(masks, "unpack", speed=_Speed)
+@click.argument("store", type=PATH)
+@click.argument("out", type=PATH)
+def unpack_command(store: Path, out: Path, speed: _Speed) -> int:
+    """Write the segments of a packed store as RLE JSON again, one file per image."""
+    return _report(unpack(store, out, processes=speed.processes))
+
+
+@command(masks, "merge", options=_MergeOptions)
+@click.argument("shards", type=PATH, nargs=-1, required=True)
+def merge_command(shards: tuple[Path, ...], options: _MergeOptions) -> int:
+    """Join packed stores, say the shards of `generate`, into one."""
+    return _report(merge(shards, **vars(options)))
+
+
+@masks.group("generate", context_settings=CONTEXT)
+def generators() -> None:
+    """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
+
+
+ESTIMATE = click.option(
+    "--estimate",
+    is_flag=True,
+    help="Time some batches here, say what all will take, write nothing.",
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="With --estimate: as JSON.")
+
+
+def _add_sam(name: str, help_text: str, own: dict[str, str]) -> None:
+    """A command that runs Segment Anything. own: settings that are its name's."""
+
+    @command(
+        generators, name, own_layers=lambda _: [Layer(own)],
+        options=_GenerateOptions, settings=SamSettings,
+    )  # fmt: skip
+    @ESTIMATE
+    @AS_JSON
+    def sam_command(
+        options: _GenerateOptions, settings: SamSettings, estimate: bool, as_json: bool
+    ) -> int:
+        from segments.sam import Sam
+
+        return _generate(Sam(settings), options, 1, estimate=estimate, as_json=as_json)
+
+    sam_command.help = help_text
+
+
+_add_sam("sam", "Any checkpoint that `transformers` can load for mask generation.", {})
+for _name, _preset in PRESETS.items():
+    _text = f"{_preset.model}, {_preset.parameters}M parameters, {_preset.licence}."
+    _add_sam(_name, _text, {"model": _preset.model})
+
+
+@command(
+    generators, "felzenszwalb",
+    options=_GenerateOptions, settings=FelzenszwalbSettings, speed=_Speed,
+)  # fmt: skip
+@ESTIMATE
+@AS_JSON
+def felzenszwalb_command(
+    options: _GenerateOptions,
+    settings: FelzenszwalbSettings,
+    speed: _Speed,
+    estimate: bool,
+    as_json: bool,
+) -> int:
+    """Without weights or a GPU: regions of similar colour, at several scales."""
+    from segments.felzenszwalb import Felzenszwalb
+
+    made = Felzenszwalb(settings)
+    return _generate(made, options, speed.processes, estimate=estimate, as_json=as_json)
+
+
+def _generate(
+    generator: Generator,
+    options: _GenerateOptions,
+    processes: int | None,
+    *,
+    estimate: bool,
+    as_json: bool,
+) -> int:
+    images = images_by_key(options.images, options.val_dir)
+    if estimate:
+        price = estimate_price(images, generator, processes=processes)
+        say(json.dumps(vars(price)) if as_json else price.text())
+        return 0
+    shard = Shard.parse(options.shard)
+    made = generate(images, options.out, generator, shard=shard, processes=processes)
+    return _report(made)
+
+
+@command(masks, "inspect", options=_InspectOptions, speed=_Speed)
+@click.argument("masks_dir", type=PATH)
+def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) -> None:
+    """Print and draw what the segments of a dataset are like."""
+    from segments.look import collect, compare, describe, draw
+
+    folder = options.images or _train_beside(masks_dir)
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; name a file, without .png")
+    picture = options.out.with_name(f"{options.out.name}.png")
+    check_output_folder(picture.parent, "--out", reads=[folder] if folder else [])
+    check_output_file(picture, is_own=is_marked(PICTURE))
+    source = open_any_form(masks_dir)
+    other = open_any_form(options.against) if options.against else None
+    ratios = options.coverage_ratio or made_for(source.settings) or (5.0, 15.0, 30.0, 50.0)
+    found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
+    statistics = collect(source, processes=speed.processes)
+    compared = compare(source, other, ratios) if other else {}
+    for what, value in (describe(statistics, ratios) | compared).items():
+        say(f"{what + ':':28}{value}")
+    missing = found.keys() - source.images() - source.listed_empty()
+    if missing:
+        say(f"{len(missing)} images have no segments and no list says so: {min(missing)} ...")
+    title = f"Segments in {masks_dir.resolve().name} ({source.name})"
+    figure = draw(statistics, source, found, ratios, title)
+    with replacing(picture) as unfinished:
+        figure.savefig(unfinished, format="png", metadata={"Software": mark(PICTURE)})
+    say(f"wrote {picture}")
+
+
+def _train_beside(masks_dir: Path) -> Path | None:
+    folder = masks_dir.resolve().parent
+    return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), None)
+
+
+@command(masks, "check", options=_CheckOptions, speed=_Speed)
+@click.argument("in1k_dir", type=PATH)
+def check_command(in1k_dir: Path, options: _CheckOptions, speed: _Speed) -> int:
+    """Check that every training image opens and its segments fit; exit code 1 if not."""
+    masks_dir = options.masks_dir or in1k_dir / "masks"
+    checked, left = check(in1k_dir, masks_dir, options.out, processes=speed.processes)
+    if left:
+        say(f"stopped, {left} images are left; run the same command again")
+        return EXIT_STOPPED
+    offenders = [f"  {path}: {reason}" for path, reason in checked.items() if reason]
+    say(f"{len(checked)} images checked, {len(offenders)} offenders, in {options.out}")
+    for line in sorted(offenders)[:5]:
+        say(line)
+    return EXIT_FAILED if offenders else 0
+
+
+def _report(summary: Summary) -> int:
+    say(
+        f"{summary.out}: {summary.images} images with segments, {summary.without} known to have "
+        f"none, {summary.left_out} damaged and left out; {summary.already_there} were done before"
+    )
+    return EXIT_STOPPED if summary.interrupted else 0

@@ -1,0 +1,307 @@
+"""Segments by Segment Anything: any checkpoint that `transformers` can load for mask generation.
+
+The procedure is that of Kirillov et al., Segment Anything, ICCV 2023, appendix B: a grid of points,
+three masks per point, those kept that the model thinks good and that hardly change with the cutoff,
+duplicates removed by their boxes. Several images share a batch of the encoder and of the decoder.
+Masks stay on the device until they are chosen; only their run lengths leave it.
+
+Shapes: B images, P points of each, K candidates, h x w pixels of the decoder's masks, H x W of the
+image.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.environment import number_of
+from engine.devices import choose_device, choose_precision, lacks_to_compile
+from segments.config import SamSettings, as_stored
+from segments.generate import Photograph
+from segments.search import (
+    Candidates,
+    Search,
+    coverage_bounds,
+    pixel_weights,
+    visiting_order,
+)
+from segments.segment import Segment, ordered, segment_from_flips
+
+MOST_PIXELS_AT_ONCE = 1 << 28  # of upsampled masks: a gibibyte of float32
+# Where a checkpoint's weights belong, as regular expressions: transformers 5.24 does not find those
+# of the tracker in SAM 3's.
+NAMES_OF_WEIGHTS = {
+    "sam3_video": {
+        r"^detector_model\.vision_encoder\.backbone\.": "vision_encoder.backbone.",
+        r"^tracker_neck\.": "vision_encoder.neck.",
+        r"^tracker_model\.": "",
+    }
+}
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class _Image:
+    """One image's way through the points.
+
+    size: H, W. input_size: pixels of the model's input that it fills, high and wide; fills: their
+    share of the input. points: [N, 2] x and y in those pixels, in the order of visiting.
+    """
+
+    size: tuple[int, int]
+    input_size: tuple[int, int]
+    fills: tuple[float, float]
+    points: Tensor
+    searches: list[Search]
+    weights: Tensor | None = None  # see `pixel_weights`
+
+    @property
+    def finished(self) -> bool:
+        return all(search.finished for search in self.searches)
+
+
+class Sam:
+    """Makes segments by Segment Anything."""
+
+    name = "sam"
+    in_processes = False
+
+    def __init__(self, options: SamSettings) -> None:
+        """Load the model. Raises ValueError if that fails, saying what to do."""
+        self.options = options
+        self.batch_size = options.batch_size
+        local_rank = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
+        self.device = choose_device(options.device, local_rank)
+        self.precision = choose_precision(options.precision, on_cuda=self.device.type == "cuda")
+        self.settings = as_stored(self.name, options, precision=self.precision)
+        self.processor, model = _load(options.model)
+        self.model = model.eval().to(self.device)
+        if self.device.type == "cuda" and not lacks_to_compile():
+            self.model.vision_encoder.compile()
+        self.read_side = max(dict(self.processor.size).values())
+        self.tally: Counter[str] = Counter()
+
+    def segments(self, photographs: Sequence[Photograph]) -> list[list[Segment]]:
+        """Segments of each photograph, the smallest first."""
+        with torch.inference_mode():
+            images, features = self.encode(photographs)
+            self._search(images, features)
+            self.tally["images"] += len(images)
+            return [self.run_lengths(image) for image in images]
+
+    def _search(self, images: list[_Image], features: dict[str, Any]) -> None:
+        """Show the decoder points of all images together, until each image is finished.
+
+        An image is judged after every `size` points. Where others are finished it takes their
+        places in the decoder's batch, too, but is judged in the same steps.
+        """
+        size = max(1, self.options.points_per_batch // self.batch_size)
+        active, visited = list(range(len(images))), 0
+        while active and visited < self.options.points_per_side**2:
+            until = visited + size * max(1, self.batch_size // len(active))
+            points = torch.stack([images[number].points[visited:until] for number in active])
+            logits, quality = self.decode(_take(features, active), points)
+            for number, masks, scores in zip(active, logits, quality, strict=True):
+                for step in zip(masks.split(3 * size), scores.split(3 * size), strict=True):
+                    if not images[number].finished:
+                        self.judge(images[number], *step)
+            self.tally["points"] += points.shape[0] * points.shape[1]
+            active, visited = [n for n in active if not images[n].finished], until
+
+    def encode(self, photographs: Sequence[Photograph]) -> tuple[list[_Image], dict[str, Any]]:
+        """The images, and what the decoder needs of them: tensors [B, ...], or lists of those."""
+        inputs = self.processor(
+            images=[photograph.pixels for photograph in photographs],
+            return_tensors="pt",
+            device=self.device,
+        )
+        pixels = inputs["pixel_values"].to(self.device)
+        with self._autocast():
+            features = self.model.get_image_embeddings(pixels)
+        names = ("image_embeddings", "intermediate_embeddings")  # SAM-HQ has both
+        named = zip(names, features if isinstance(features, tuple) else (features,), strict=False)
+        whole = tuple(pixels.shape[-2:])
+        sizes = inputs.get("reshaped_input_sizes", torch.tensor([whole] * len(photographs)))
+        images = [
+            self._image(photograph, tuple(size), whole)
+            for photograph, size in zip(photographs, sizes.tolist(), strict=True)
+        ]
+        return images, dict(named)
+
+    def _image(
+        self, photograph: Photograph, input_size: tuple[int, int], whole: tuple[int, ...]
+    ) -> _Image:
+        """SAM pads an image, its successors stretch it: points are for what it really fills."""
+        options = self.options
+        places = visiting_order(options.points_per_side, photograph.key)
+        ratios: tuple[float | None, ...] = photograph.ratios or (None,)
+        return _Image(
+            size=(photograph.height, photograph.width),
+            input_size=input_size,
+            fills=(input_size[0] / whole[0], input_size[1] / whole[1]),
+            points=places * torch.tensor(input_size[::-1]),
+            searches=[
+                Search(ratio, tolerance=options.tolerance, overlap=options.box_nms_thresh)
+                for ratio in ratios
+            ],
+        )
+
+    def decode(self, features: dict[str, Any], points: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, 3P, h, w] and predicted quality [B, 3P] at points [B, P, 2]."""
+        labels = torch.ones(*points.shape[:2], 1, dtype=torch.int64, device=self.device)
+        with self._autocast():
+            output = self.model(
+                input_points=points[:, :, None].to(self.device),
+                input_labels=labels,
+                multimask_output=True,
+                **features,
+            )
+        return output.pred_masks.flatten(1, 2), output.iou_scores.flatten(1, 2).float()
+
+    def judge(self, image: _Image, logits: Tensor, quality: Tensor) -> None:
+        """Give to the searches which of [K, h, w] are good enough, and may be what they want."""
+        good = quality > self.options.pred_iou_thresh
+        logits, quality = logits[good], quality[good]
+        searches = [search for search in image.searches if not search.finished]
+        possible = self._possible(image, searches, logits)
+        some = possible.any(0)
+        logits, quality, possible = logits[some], quality[some], possible[:, some]
+        self.tally["masks upsampled"] += len(logits)
+        most = self._most_at_once(image)
+        for start in range(0, len(logits), most):
+            part = slice(start, start + most)
+            self._add_stable(image, searches, logits[part], quality[part], possible[:, part])
+
+    def _possible(self, image: _Image, searches: list[Search], logits: Tensor) -> Tensor:
+        """[searches, K] bool: which of [K, h, w] may be what is wanted, as far as they show."""
+        ratios = [search.ratio for search in searches]
+        if None in ratios or not len(logits):
+            return torch.ones(len(ratios), len(logits), dtype=torch.bool, device=self.device)
+        if image.weights is None:
+            low = logits.shape[1], logits.shape[2]
+            image.weights = pixel_weights(image.size, low, image.fills).to(self.device)
+        bounds = coverage_bounds(logits, image.weights)
+        return torch.stack([search.possible(*bounds) for search in searches])
+
+    def _add_stable(
+        self,
+        image: _Image,
+        searches: list[Search],
+        logits: Tensor,
+        quality: Tensor,
+        possible: Tensor,
+    ) -> None:
+        """possible: [searches, K] bool."""
+        full = self._upsample(logits, image)
+        offset = self.options.stability_score_offset
+        # The higher cut lies inside the lower one, so the ratio of their areas is their overlap.
+        inner, area, outer = (_count(full > cut) for cut in (offset, 0, -offset))
+        stable = (inner >= self.options.stability_score_thresh * outer) & (area > 0)
+        candidates = Candidates(
+            logits=logits,
+            boxes=_boxes(full),
+            quality=quality,
+            coverage=area.double() * 100 / (image.size[0] * image.size[1]),
+        )
+        for search, wanted in zip(searches, possible & stable, strict=True):
+            search.add(candidates[wanted])
+
+    def run_lengths(self, image: _Image) -> list[Segment]:
+        """The segments of an image whose search is over: where they begin and end is copied."""
+        segments: set[Segment] = set()  # one may be the nearest to two ratios
+        for search in image.searches:
+            found = search.result()
+            for logits in found.logits.split(self._most_at_once(image)) if found else ():
+                inside = (self._upsample(logits, image) > 0).transpose(1, 2).flatten(1)
+                before = F.pad(inside[:, :-1], (1, 0))
+                mask, place = (inside != before).nonzero(as_tuple=True)
+                counts = torch.bincount(mask, minlength=len(logits)).tolist()
+                for flips in place.int().cpu().split(counts):
+                    segments.add(segment_from_flips(flips.numpy(), *image.size))
+            self.tally["choices"] += search.ratio is not None and found is not None
+            self.tally["choices that duplicates changed"] += search.changed
+        return ordered(segments)
+
+    def _most_at_once(self, image: _Image) -> int:
+        """Masks whose pixels are held at once."""
+        return max(1, MOST_PIXELS_AT_ONCE // (image.size[0] * image.size[1]))
+
+    def _upsample(self, logits: Tensor, image: _Image) -> Tensor:
+        """Logits [K, h, w] to the image's pixels [K, H, W]; the processor knows about padding."""
+        full = self.processor.post_process_masks(
+            [logits[:, None].float()],
+            [list(image.size)],
+            reshaped_input_sizes=[list(image.input_size)],
+            binarize=False,
+        )
+        return full[0][:, 0]
+
+    def _autocast(self) -> torch.autocast:
+        dtype = LOW_PRECISION.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def _count(inside: Tensor) -> Tensor:
+    """Pixels inside each of [K, H, W] bool, [K]; in two steps, a tenth of the time on a CPU."""
+    return inside.sum(-1, dtype=torch.int32).sum(-1)
+
+
+def _boxes(logits: Tensor) -> Tensor:
+    """Corners [K, 4], x and y, of what is above 0 in [K, H, W].
+
+    As torchvision's masks_to_boxes, which takes ten times as long on a CPU.
+    """
+    corners = []
+    for some in (logits.amax(1) > 0, logits.amax(2) > 0):  # columns, rows
+        first = some.int().argmax(1)
+        corners += [first, some.shape[1] - 1 - some.flip(1).int().argmax(1)]
+    left, right, top, bottom = corners
+    return torch.stack([left, top, right, bottom], 1).float()
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """The image processor and the model."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            "`generate sam` needs the optional package transformers: pip install transformers, "
+            "or use `generate felzenszwalb`"
+        ) from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model {name} cannot be loaded (a folder, or a name on the hub): {reason}"
+        ) from None
+    if type(config) not in transformers.MODEL_FOR_MASK_GENERATION_MAPPING:
+        known = transformers.models.auto.modeling_auto.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
+        raise ValueError(
+            f"--model {name} is of type {config.model_type}; allowed: {', '.join(sorted(known))}"
+        )
+    processor = transformers.AutoImageProcessor.from_pretrained(name)
+    model, loaded = transformers.AutoModelForMaskGeneration.from_pretrained(
+        name, key_mapping=NAMES_OF_WEIGHTS.get(config.model_type), output_loading_info=True
+    )
+    missing = loaded["missing_keys"]
+    if missing:  # transformers would go on with random weights
+        raise ValueError(
+            f"--model {name} lacks {len(missing)} weights for mask generation: {min(missing)} ..."
+        )
+    return processor, model
+
+
+def _take(features: Any, numbers: list[int]) -> Any:
+    """Some images' features."""
+    if isinstance(features, dict):
+        return {name: _take(value, numbers) for name, value in features.items()}
+    if isinstance(features, list | tuple):
+        return [_take(value, numbers) for value in features]
+    return features[numbers]

@@ -1,0 +1,94 @@
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from engine.memory import PeakMemory, largest_micro_batch
+from engine.vit import VIT_SIZES, VitSize
+from mae.config import MethodConfig, ModelConfig, make_method
+from mae.model import MaskedAutoencoder
+
+GIB = 2**30
+
+
+def test_the_peak_of_a_large_batch_is_what_torchs_tracker_says(monkeypatch):
+    """Real passes of the real model over fake tensors, in mixed precision."""
+    monkeypatch.setitem(VIT_SIZES, "two_blocks", VitSize(width=384, depth=2, heads=6))
+    config = ModelConfig(model="two_blocks", decoder_depth=1)
+    method = make_method(MethodConfig(mask_method="patches"), config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = MaskedAutoencoder(config, method).requires_grad_()  # as the tracker wants it
+
+        def peak_of(count):
+            tracker = MemTracker()
+            tracker.track_external(model)
+            with tracker:
+                images = torch.zeros(count, 3, 224, 224, dtype=torch.uint8)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(images, torch.zeros(count, 196)).sum()
+                loss.backward()
+            (of_device,) = tracker.get_tracker_snapshot("peak").values()
+            return of_device["Total"]
+
+        peak = PeakMemory.measured(peak_of)
+        tracked = peak_of(48)
+    predicted = peak.base + 48 * peak.per_image
+    assert predicted == pytest.approx(tracked, rel=0.02)
+    assert 48 * peak.per_image > 0.8 * predicted  # it is the images that fill the memory
+    assert peak.most_images(tracked * 1.02) in (48, 49)
+
+
+def test_a_large_vit_fits_as_predicted_on_a_card_of_80_gb():
+    """ViT-L, all tokens, bf16: 197 MiB per image, 16 bytes for each of 330 million weights."""
+    peak = PeakMemory(base=330_000_000 * 16, per_image=197 * 2**20)
+    assert peak.most_images(0.9 * 80e9) == 322  # 66.7 GB
+    assert peak.most_images(1e9) == 1  # and the error that follows says what to lower
+
+
+class Card:
+    """Stands for torch.cuda: a pass needs 3 GiB and half a GiB per image."""
+
+    def __init__(self, monkeypatch, total):
+        self.passes, cuda = [], torch.cuda
+        monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(cuda, "mem_get_info", lambda device: (total - GIB, total))
+        monkeypatch.setattr(cuda, "memory_reserved", lambda device: GIB)
+
+    @property
+    def peak(self):
+        return 3 * GIB + self.passes[-1] * GIB // 2
+
+
+@pytest.mark.parametrize(
+    ("gib", "share", "others_most", "expected"),
+    [
+        (20, 64, 99, 16),  # 29 fit: (0.9 * 20 - 3) * 2, were it not for the moments
+        (20, 58, 99, 29),
+        (20, 60, 11, 10),  # another process has room for 11
+        (80, 24, 99, 24),  # all of them
+        (20, 31, 99, 1),
+    ],
+)
+def test_the_largest_part_that_divides_the_share_and_fits_everywhere(
+    monkeypatch, gib, share, others_most, expected
+):
+    card, model = Card(monkeypatch, gib * GIB), torch.nn.Linear(1, 1)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), autocast=contextlib.nullcontext,
+        gather=lambda most: torch.cat([most, torch.tensor([others_most])]),
+    )  # fmt: skip
+
+    def loss_of(images):
+        card.passes.append(images)
+        return model(torch.ones(images, 1)).sum()
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    found = largest_micro_batch(accelerator, model, optimizer, loss_of, share=share)
+    assert found == expected
+    assert max(card.passes) <= 4
+    assert all(parameter.grad is None for parameter in model.parameters())
