@@ -1,13 +1,12 @@
 """Every option of every command, with values of the wrong kind, on the command line and in YAML."""
 
-import typing
 import zlib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from common.options import fields_of, item_type
+from common.options import fields_of
 from tests.wrong.world import (
     assert_clear,
     benchmark_words,
@@ -55,7 +54,7 @@ def wrong_words():
     for program in WORDS:
         for group in groups_of_command(program).values():
             for field in fields_of(group).values():
-                kind, words = item_type(field.kind), field.words()
+                kind, words = field.kind, field.words()
                 if field.is_mapping:
                     values = ["", "x", "=1", "a=[1", "a=!!python/object:os.system 1", "nosuch=1"]
                 elif words:
@@ -79,9 +78,9 @@ def wrong_yaml():
     for program in WORDS:
         for group in groups_of_command(program).values():
             for field in fields_of(group).values():
-                kind, words = item_type(field.kind), field.words()
+                kind, words = field.kind, field.words()
                 for value in some_of(IN_YAML, field.name):
-                    several = typing.get_origin(field.kind) is tuple
+                    several = field.several
                     is_text = kind is str and not words
                     if field.is_mapping and isinstance(value, dict):
                         continue
