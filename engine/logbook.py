@@ -48,6 +48,7 @@ class Logbook:
         self.progress = Progress(
             output_dir, epochs_total=epochs_total, images_per_epoch=images_per_epoch
         )
+        self.progress.epoch = epochs_completed
 
     def add_epoch(self, record: dict[str, Any]) -> None:
         """Append one epoch; on disk when this returns, for the checkpoint that follows."""
@@ -66,6 +67,15 @@ class Logbook:
         """The end: done, stopped or failed."""
         self.trackers.close()
         self.progress.close(outcome)
+
+
+def send_to_trackers(
+    output_dir: Path, log_with: Sequence[str], settings: Mapping[str, Any]
+) -> None:
+    """Epochs of the log that no tracker has got: a kill came after their checkpoint was saved."""
+    trackers = Trackers(output_dir, log_with, settings)
+    trackers.send(read_log(output_dir / LOG))
+    trackers.close()
 
 
 class Progress:
