@@ -102,22 +102,22 @@ def learning_rate(
     peak: float,
     least: float,
     warmup_fraction: float,
-    fall: Callable[[float], float],
+    fall: Callable[[float, float], float],
 ) -> float:
     """Linear warm-up from 0 to the peak, then down to `least`.
 
-    progress: share of the whole run that is done, 0 to 1. fall: from the share of the descent that
-    is done to what is left of the height, 1 to 0.
+    progress: share of the whole run that is done, 0 to 1. fall: from how much of the descent is
+    done, and how long it is, to what is left of the height, 1 to 0.
     """
     if progress < warmup_fraction:
         return peak * progress / warmup_fraction
-    done = (progress - warmup_fraction) / (1 - warmup_fraction)
-    return least + (peak - least) * fall(done)
+    return least + (peak - least) * fall(progress - warmup_fraction, 1 - warmup_fraction)
 
 
-def half_cosine(done: float) -> float:
+def half_cosine(done: float, whole: float = 1.0) -> float:
     """From 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
-    return 0.5 * (1 + math.cos(math.pi * done))
+    # Multiplied first, then divided: another order would change the last bit of every run.
+    return 0.5 * (1 + math.cos(math.pi * done / whole))
 
 
 def named_epochs(epochs: int, warmup_fraction: float, **more: float) -> dict[float, str]:

@@ -16,243 +16,32 @@ from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
-from common.interruption import Interruption, leave_signals_to_the_main_process
-from common.lock import hold
-from common.samples import Unreadable
-from common.step_files import LOCK
+from common.interruption import Interruption
 from engine.checkpoint import Saver, load_optimizer, load_weights, not_finite
-from engine.config import OutputConfig, TrainingConfig
-from engine.devices import make_accelerator, peak_memory_mib, refuse_disagreement
+from engine.devices import make_accelerator, refuse_disagreement, working_in
 from engine.late_reads import LateReads
 from engine.layers import recompute_activations
 from engine.logbook import Logbook, Progress, send_to_trackers
 from engine.memory import largest_micro_batch
-from engine.schedule import STEP, BatchPlan, derived_seeds
+from engine.schedule import STEP, derived_seeds
+from engine.task import Earlier, Evaluation, Run, State, Task
 from engine.update import GuardedUpdate
 
 logger = logging.getLogger(__name__)
 
 PASSES_BETWEEN_LOOKS = 10  # of the host at a GPU; a CPU is looked at after every step
-
-
-# What a part gives
-
-
-class MicroBatch(NamedTuple):
-    """What goes through the model at once.
-
-    inputs: of the loss module, which gives sums of errors. num_values: that they are over.
-    counts: what is summed over an epoch beside the loss, as the task's `counts` name it.
-    unreadable: images that others stand in for, and why.
-    """
-
-    inputs: tuple[Tensor, ...]
-    num_values: float
-    counts: tuple[float, ...]
-    unreadable: Sequence[str]
-
-
-class Built(NamedTuple):
-    """model: plain, for saving and evaluating. loss: shares its weights, gives sums of errors.
-
-    optimizer: a fused one, see `GuardedUpdate`.
-    """
-
-    model: nn.Module
-    loss: nn.Module
-    optimizer: torch.optim.Optimizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Earlier:
-    """What an earlier call left: the file to go on from, and its content if it is a checkpoint.
-
-    is_complete: nothing is left to do.
-    """
-
-    path: Path | None = None
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    is_complete: bool = False
-
-
-class Evaluation(NamedTuple):
-    """scores: what log.txt gets of it. is_best: whether none was better so far."""
-
-    scores: dict[str, float]
-    is_best: bool = False
-
-
-class Task(ABC):
-    """What is trained, and on what: all that the two trainings do not have in common."""
-
-    run: TrainingConfig
-    seed: int
-    clip_grad: float | None
-    epochs: int  # completed when this call ends
-    total_epochs: int  # at whose end the schedule ends
-    settings: dict[str, Any]  # plain values of all that decides the result
-    values_per_image: int  # about: errors are divided by it for fp16's sake
-    auto_batch: bool  # whether the micro-batch is to be as large as a GPU's memory lets it
-    evaluations: int  # over the whole run
-    num_heldout: int  # images that an evaluation looks at
-    remedy: ClassVar[str]  # what may help when it diverges
-    counts: ClassVar[tuple[str, ...]] = ()  # what is summed over an epoch beside the loss
-    saves_before_evaluating: ClassVar[bool] = False  # worth it where that takes long
-
-    @abstractmethod
-    def find_earlier(self) -> Earlier:
-        """What this call goes on from. Raises ValueError if it may not."""
-
-    @abstractmethod
-    def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built:
-        """Model, loss and optimizer; torch is seeded. The trainer loads a checkpoint's weights."""
-
-    @abstractmethod
-    def plan(self, processes: int) -> BatchPlan:
-        """How a batch is split. Raises ValueError if it cannot be."""
-
-    @abstractmethod
-    def batches(self, run: Run, start: tuple[int, int], epochs: int) -> Iterator[Any]:
-        """This process's micro-batches, as the loader makes them, from (epoch, step) on."""
-
-    @abstractmethod
-    def micro_batch(self, batch: Any) -> MicroBatch:
-        """The same as the trainer needs it."""
-
-    @abstractmethod
-    def example(self, images: int) -> tuple[Tensor, ...]:
-        """Inputs of the loss module, of any images, to measure memory by."""
-
-    @abstractmethod
-    def learning_rate(self, progress: float) -> float:
-        """At a share of the whole run, 0 to 1."""
-
-    @abstractmethod
-    def describe(self, run: Run) -> str:
-        """What is trained on what, in a line."""
-
-    def is_evaluated(self, epoch: int) -> bool:
-        """Whether the model is evaluated after so many epochs."""
-        return True
-
-    @abstractmethod
-    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation | None:
-        """Score the model on the held-out images; None if told to stop."""
-
-    @abstractmethod
-    def evaluate_some(self, run: Run, images: int) -> None:
-        """The same of so many of them, evenly spread, to see how long it takes."""
-
-    @abstractmethod
-    def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]:
-        """The line of log.txt about the epoch that just ended, but for its number."""
-
-    @abstractmethod
-    def extra_state(self, run: Run, state: State) -> dict[str, Any]:
-        """What a checkpoint holds beside what all have in common."""
-
-    @abstractmethod
-    def take_up(self, state: State, checkpoint: dict[str, Any]) -> None:
-        """Fill the state from it."""
-
-    @abstractmethod
-    def checkpoint_names(self, epochs_completed: int, *, is_best: bool) -> Sequence[str]:
-        """The names that the checkpoint after an epoch gets; the last is the rolling one."""
-
-    @abstractmethod
-    def after_round(self, run: Run, state: State) -> None:
-        """What is left when all epochs are trained; only the first process calls it."""
-
-
-# What stays the same during a call, and what does not
-
-
-@dataclass(kw_only=True)
-class State:
-    """Where a run stands.
-
-    sums: by name, over the steps and processes of this epoch: "loss", the task's counts, and
-    "unreadable_images". seconds, waited_seconds: of this epoch's training, and of that waiting for
-    data. total_seconds: of the epochs before and of all evaluations, over all restarts.
-    scores: of the newest evaluation, plain; best_score: of all.
-    """
-
-    sums: dict[str, float]
-    epochs_completed: int = 0
-    steps_completed: int = 0
-    seconds: float = 0.0
-    waited_seconds: float = 0.0
-    total_seconds: float = 0.0
-    scores: dict[str, Any] | None = None
-    best_score: float | None = None
-
-    @classmethod
-    def fresh(cls, task: Task) -> State:
-        """At the beginning."""
-        return cls(sums=dict.fromkeys(("loss", *task.counts, "unreadable_images"), 0.0))
-
-    def add(self, sums: Sequence[float]) -> None:
-        """Those of some steps, in the order of the names."""
-        for name, value in zip(self.sums, sums, strict=True):
-            self.sums[name] += value
-
-    def begin_epoch(self, epochs_completed: int) -> None:
-        """Forget what was of the epoch before."""
-        self.epochs_completed, self.steps_completed = epochs_completed, 0
-        self.sums = dict.fromkeys(self.sums, 0.0)
-        self.seconds = self.waited_seconds = 0.0
-
-
-@dataclass(kw_only=True)
-class Run:
-    """What stays the same during a call.
-
-    model and prepared share their weights: plain for saving and evaluating, wrapped (and compiled)
-    for training.
-    """
-
-    task: Any  # a `Task`; each part knows which
-    accelerator: Accelerator
-    interruption: Interruption
-    plan: BatchPlan
-    model: Any
-    prepared: nn.Module
-    update: GuardedUpdate
-    unreadable: Unreadable = field(default_factory=Unreadable)
-
-    @property
-    def values_per_pass(self) -> int:
-        """About how many values a forward pass has."""
-        return self.plan.micro_batch_size * int(self.task.values_per_image)
-
-    def epochs_done(self, state: State) -> float:
-        """With the share of the one that is under way."""
-        return state.epochs_completed + state.steps_completed / self.plan.steps_per_epoch
-
-    def speed(self, state: State) -> dict[str, float]:
-        """What a line of log.txt says of time and memory; it may differ between equal runs."""
-        return {
-            "images_per_second": self.plan.images_per_epoch / state.seconds,
-            "data_wait_share": state.waited_seconds / state.seconds,
-            "epoch_seconds": state.seconds,
-            "peak_memory_mib": peak_memory_mib(self.accelerator.device),
-            **self.update.for_log(),
-        }
 
 
 # A call
@@ -268,36 +57,15 @@ def train(task: Task) -> bool:
     with working_in(task.run) as (accelerator, interruption):
         # Only now: whoever held the folder before may have saved a moment ago.
         earlier = task.find_earlier()
-        refuse_disagreement(accelerator, *_position(task, earlier))
+        refuse_disagreement(accelerator, *earlier.position)
         if earlier.is_complete:
             logger.info("nothing to do: %s is there", earlier.path)
             if accelerator.is_main_process:  # a kill may have come before the trackers got all
-                send_to_trackers(task.run.output_dir, task.run.log_with, task.settings)
+                send_to_trackers(task.run, task.settings)
             return True
         run, state = build(task, accelerator, interruption, earlier)
-        _describe(run, state)
+        run.describe(state)
         return fit(run, state)
-
-
-@contextmanager
-def working_in(config: OutputConfig) -> Iterator[tuple[Accelerator, Interruption]]:
-    """Device and processes of a call, with the output directory to themselves.
-
-    Raises ValueError if the device is not there, or another call works in the directory.
-    """
-    folder = config.output_dir
-    with Interruption() as interruption:
-        accelerator = make_accelerator(config)
-        with hold(folder / LOCK, folder) if accelerator.is_main_process else nullcontext():
-            accelerator.wait_for_everyone()  # from here on nobody else writes there
-            yield accelerator, interruption
-
-
-def _position(task: Task, earlier: Earlier) -> tuple[int, int]:
-    """Epochs and steps from which a process would go on."""
-    if earlier.is_complete:
-        return task.epochs, 0
-    return tuple(earlier.checkpoint.get(f"{n}_completed", 0) for n in ("epochs", "steps"))  # type: ignore[return-value]
 
 
 def build(
@@ -336,31 +104,19 @@ def build(
     return run, state
 
 
-def _describe(run: Run, state: State) -> None:
-    """Tell what is about to happen."""
-    plan, accelerator, task = run.plan, run.accelerator, run.task
-    logger.info("%s", task.describe(run))
-    logger.info(
-        "effective batch %d = %d process(es) x %d step(s) x %d images, %d steps per epoch",
-        plan.effective_batch_size, plan.processes, plan.accumulation_steps, plan.micro_batch_size,
-        plan.steps_per_epoch,
-    )  # fmt: skip
-    logger.info(
-        "%s, precision %s, %d loader workers per process; epochs %d to %d, from step %d",
-        accelerator.device, accelerator.mixed_precision.replace("no", "fp32"),
-        task.run.loader_workers, state.epochs_completed + 1, task.epochs, state.steps_completed,
-    )  # fmt: skip
-
-
 def fit(run: Run, state: State) -> bool:
     """Train what is left of the epochs. Returns False if stopped by a signal."""
-    task, outcome = run.task, "failed"
-    logbook = _open_logbook(run, state)
+    task, outcome, stopped = run.task, "failed", False
+    logbook = None  # the first process keeps it
+    if run.accelerator.is_main_process:
+        logbook = Logbook(
+            task.run, task.settings, epochs_completed=state.epochs_completed,
+            epochs_total=task.epochs, images_per_epoch=run.plan.images_per_epoch,
+        )  # fmt: skip
+    batches = task.batches(run, (state.epochs_completed, state.steps_completed), task.epochs)
     with Saver(task.run.save_every_minutes) as saver:
         save = partial(_save, run, state, saver)
         trainer = EpochTrainer(run, logbook.progress if logbook else None, saver, save)
-        batches = task.batches(run, (state.epochs_completed, state.steps_completed), task.epochs)
-        stopped = False
         try:
             while state.epochs_completed < task.epochs and not stopped:
                 stopped = trainer.train_one_epoch(state, batches)
@@ -370,7 +126,7 @@ def fit(run: Run, state: State) -> bool:
             is_done = state.epochs_completed == task.epochs
             if not is_done:
                 save()
-            saver.settle(wait=True)
+            saver.settle(wait=True)  # what comes now relies on the checkpoint's being there
             if is_done and logbook is not None:
                 task.after_round(run, state)
             outcome = "done" if is_done else "stopped"
@@ -384,25 +140,8 @@ def fit(run: Run, state: State) -> bool:
     return outcome == "done"
 
 
-def _open_logbook(run: Run, state: State) -> Logbook | None:
-    """Log and progress of the first process; the others have none."""
-    if not run.accelerator.is_main_process:
-        return None
-    return Logbook(
-        run.task.run.output_dir,
-        epochs_completed=state.epochs_completed,
-        epochs_total=run.task.epochs,
-        images_per_epoch=run.plan.images_per_epoch,
-        log_with=run.task.run.log_with,
-        settings=run.task.settings,
-    )
-
-
 def _finish_epoch(run: Run, state: State, logbook: Logbook | None, saver: Saver) -> bool:
-    """Evaluate if it is time to, log and save. Returns False if told to stop while evaluating.
-
-    A kill loses nothing: the log is cut back to the checkpoint on resume, so it is written first.
-    """
+    """Evaluate if it is time to, log and save. Returns False if told to stop while evaluating."""
     task, number = run.task, state.epochs_completed + 1
     damage = not_finite(run.model.state_dict())  # found by all processes
     if damage:
@@ -421,6 +160,7 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None, saver: Saver)
     state.total_seconds += state.seconds
     state.begin_epoch(number)
     if logbook is not None:
+        # A kill loses nothing in this order: on resume the log is cut back to the checkpoint.
         logbook.add_epoch(record)
         names = task.checkpoint_names(number, is_best=evaluation.is_best)
         _save(run, state, saver, names, afterwards=partial(logbook.saved, number))
@@ -435,15 +175,10 @@ def _save(
     *,
     afterwards: Callable[[], None] | None = None,
 ) -> None:
-    """The first process saves where the run stands; by default under the rolling name only.
-
-    A name of its own comes before the rolling one, so that whatever continues from that can rely on
-    the other being there.
-    """
+    """The first process saves where the run stands; by default under the rolling name only."""
     if not run.accelerator.is_main_process:
         return
     task, folder = run.task, run.task.run.output_dir
-    names = names or task.checkpoint_names(state.epochs_completed, is_best=False)[-1:]
     content = {
         **run.update.for_checkpoint(),
         "model": run.model.state_dict(),
@@ -453,8 +188,11 @@ def _save(
         "config": task.settings,
         **task.extra_state(run, state),
     }
-    also = folder / names[1] if len(names) > 1 else None
-    saver.save(content, folder / names[0], also=also, afterwards=afterwards)
+    # A name of its own comes before the rolling one, so that whatever continues from that can
+    # rely on the other being there.
+    *own, rolling = names or task.checkpoint_names(state.epochs_completed, is_best=False)[-1:]
+    path, also = (folder / own[0], folder / rolling) if own else (folder / rolling, None)
+    saver.save(content, path, also=also, afterwards=afterwards)
 
 
 # An epoch, and a step
@@ -599,33 +337,6 @@ class EpochTrainer:
             f"{named if where else 'a gradient is not finite'} of {self.run.plan.steps_per_epoch} "
             f"in epoch {state.epochs_completed + 1}; {self.run.task.remedy}"
         )
-
-
-def load(
-    run: Run,
-    dataset: Dataset[Any],
-    start: tuple[int, int],
-    epochs: int,
-    *,
-    collate: Callable[[list[Any]], Any],
-    start_worker: Callable[[int], None] = leave_signals_to_the_main_process,
-) -> Iterator[Any]:
-    """This process's micro-batches of a dataset by (epoch, index), from (epoch, step) on.
-
-    One loader for all epochs: workers read on across their ends.
-    """
-    workers = run.task.run.loader_workers
-    keys: Any = run.plan.micro_batches(run.accelerator.process_index, start, epochs)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=keys,  # is gone through once
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=run.accelerator.device.type == "cuda",
-        worker_init_fn=start_worker,
-        prefetch_factor=4 if workers else None,
-    )
-    return iter(loader)
 
 
 # How long it takes

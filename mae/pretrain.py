@@ -22,18 +22,8 @@ from common.step_files import LAST, checkpoint_path, find_resumable, reconstruct
 from engine.devices import peak_flops
 from engine.logbook import Progress
 from engine.schedule import BatchPlan
-from engine.trainer import (
-    Built,
-    Earlier,
-    Evaluation,
-    MicroBatch,
-    Run,
-    State,
-    Task,
-    load,
-    time_training,
-    train,
-)
+from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task, load
+from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
 from mae.check import check_pretraining, plan_batches
 from mae.checkpoint import open_own_checkpoint

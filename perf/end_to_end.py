@@ -19,7 +19,7 @@ from common.parsed import read_json
 from common.step_files import RESULT
 from engine.checkpoint import Saver
 from engine.devices import peak_memory_mib
-from engine.trainer import Run
+from engine.task import Run
 from mae.config import PretrainConfig
 from perf import stall
 from perf.campaign import Bench, Row, Table

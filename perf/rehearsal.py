@@ -21,7 +21,8 @@ import engine.trainer
 from common.interruption import Interruption
 from engine.devices import make_accelerator, peak_memory_mib
 from engine.schedule import BatchPlan
-from engine.trainer import EpochTrainer, Run, State, Task
+from engine.task import Run, State, Task
+from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.data import Batch as MaskedBatch
 from mae.pretrain import Pretraining

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.trainer import PASSES_BETWEEN_LOOKS, EpochTrainer, Run, State
+from engine.task import Run, State
+from engine.trainer import PASSES_BETWEEN_LOOKS, EpochTrainer
 from engine.update import GuardedUpdate
 from mae.config import PretrainConfig
 from perf.campaign import Bench, Results, Row, Table

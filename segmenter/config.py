@@ -106,8 +106,8 @@ class OptimisationConfig(OptionGroup):
     def rate_at(self, progress: float) -> float:
         """The rate at a share of the whole run, 0 to 1."""
 
-        def fall(done: float) -> float:
-            left = 1 - done
+        def fall(done: float, whole: float) -> float:
+            left = 1 - done / whole
             if self.schedule == "poly":
                 return left**self.poly_power
             # By way of what is left, whose rounding every finetuning so far has had.

@@ -28,18 +28,8 @@ from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from engine.devices import device_name
 from engine.logbook import Progress
 from engine.schedule import BatchPlan
-from engine.trainer import (
-    Built,
-    Earlier,
-    Evaluation,
-    MicroBatch,
-    Run,
-    State,
-    Task,
-    load,
-    time_training,
-    train,
-)
+from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task, load
+from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
 from segmenter.check import Task as Dataset
 from segmenter.check import all_settings, earlier_output, plan_batches

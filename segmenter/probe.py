@@ -18,7 +18,7 @@ from common.files import write_json
 from common.interruption import Interruption
 from common.progress import Counter
 from common.step_files import PROBE_AREAS, RESULT
-from engine.trainer import working_in
+from engine.devices import working_in
 from segmenter.check import Task, earlier_output
 from segmenter.classes import read_classes
 from segmenter.config import ProbeConfig

@@ -56,7 +56,9 @@ def test_the_rate_rises_linearly_then_falls():
     assert at(0.55) == pytest.approx(1.25)
     assert at(0.1 + 0.9 / 4) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + 0.5**0.5))
     assert at(1.0) == pytest.approx(0.5)
-    assert at(0.55, fall=lambda done: (1 - done) ** 2) == pytest.approx(0.5 + 1.5 / 4)
+    assert at(0.55, fall=lambda done, whole: (1 - done / whole) ** 2) == pytest.approx(
+        0.5 + 1.5 / 4
+    )
 
 
 def test_without_warmup_it_starts_at_the_peak():

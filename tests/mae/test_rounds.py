@@ -12,7 +12,7 @@ import torch
 
 from common.interruption import Interruption
 from common.step_files import find_resumable
-from engine import trainer
+from engine import devices
 from mae.pretrain import pretrain
 from tests.mae.conftest import assert_same_weights, make_config, read_epochs
 
@@ -67,7 +67,7 @@ def test_what_another_call_saved_before_it_let_go_is_not_trained_again(
     whole, in1k_dir, tmp_path, monkeypatch
 ):
     """Whoever waits for the folder reads the checkpoint when it has it, not before."""
-    out, hold = tmp_path / "run", trainer.hold
+    out, hold = tmp_path / "run", devices.hold
     assert pretrain(make_config(in1k_dir, out, stop_after=1, **SPLIT))
 
     @contextmanager
@@ -76,7 +76,7 @@ def test_what_another_call_saved_before_it_let_go_is_not_trained_again(
             shutil.copytree(whole, out, dirs_exist_ok=True)
             yield
 
-    monkeypatch.setattr(trainer, "hold", let_in_after_the_other)
+    monkeypatch.setattr(devices, "hold", let_in_after_the_other)
     assert pretrain(make_config(in1k_dir, out, **SPLIT))
     assert (out / "last.pth").read_bytes() == (whole / "last.pth").read_bytes()
     assert read_epochs(out) == read_epochs(whole)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.schedule import BatchPlan
-from engine.trainer import load
+from engine.task import load
 from segmenter.config import ProtocolConfig
 from segmenter.data import TrainingCrops, WholeImages, collate, start_worker, test_images
 from segmenter.dataset import read_description
