@@ -238,8 +238,9 @@ class Field:
             return _pairs(value, self.flag)
         if self.several:
             # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
-            parts = value if isinstance(value, list | tuple) else str(value).split(",")
-            return tuple(self._item(p.strip() if isinstance(p, str) else p) for p in parts)
+            is_list = isinstance(value, list | tuple)
+            parts = value if is_list else [part.strip() for part in str(value).split(",")]
+            return tuple(self._item(part) for part in parts)
         return self._item(value)
 
     def _item(self, value: Any) -> Any:

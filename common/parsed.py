@@ -158,9 +158,8 @@ def _said(error: ValidationError) -> str:
     # One is enough: behind the first of a damaged file there are often hundreds.
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"]))
-    given = "" if first["type"] in ("missing", "json_invalid") else f", not {_given(first)}"
-    return f"{f'{shortened(where)}: ' if where else ''}{first['msg']}{given}"
-
-
-def _given(problem: Any) -> str:
-    return shortened(json.dumps(problem["input"], default=lambda value: type(value).__name__), 60)
+    text = f"{shortened(where)}: {first['msg']}" if where else first["msg"]
+    if first["type"] in ("missing", "json_invalid"):  # the input is all that stands around it
+        return text
+    given = json.dumps(first["input"], default=lambda value: type(value).__name__)
+    return f"{text}, not {shortened(given, 60)}"
