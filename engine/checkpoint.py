@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from pydantic import ConfigDict, with_config
@@ -33,6 +33,7 @@ class Checkpoint(TypedDict):
     epochs_completed: Count
     steps_completed: Count
     config: dict[str, Any]
+    state: NotRequired[dict[str, Any]]
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:

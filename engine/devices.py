@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from common import cards
-from common.interruption import Interruption
 from common.lock import hold
 from common.step_files import LOCK
 from engine.config import DeviceConfig, OutputConfig, TrainingConfig
@@ -66,19 +65,17 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
 
 
 @contextlib.contextmanager
-def working_in(config: OutputConfig) -> Iterator[tuple[Accelerator, Interruption]]:
+def working_in(config: OutputConfig) -> Iterator[Accelerator]:
     """Device and processes of a call, with the output directory to themselves.
 
     Raises ValueError if the device is not there, or another call works in the directory.
     """
-    folder = config.output_dir
-    with Interruption() as interruption:
-        accelerator = make_accelerator(config)
-        with (
-            hold(folder / LOCK, folder) if accelerator.is_main_process else contextlib.nullcontext()
-        ):
-            accelerator.wait_for_everyone()  # from here on nobody else writes there
-            yield accelerator, interruption
+    folder, accelerator = config.output_dir, make_accelerator(config)
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(hold(folder / LOCK, folder))
+        accelerator.wait_for_everyone()  # from here on nobody else writes there
+        yield accelerator
 
 
 ATTENTION = {

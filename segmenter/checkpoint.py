@@ -38,7 +38,6 @@ class FinetunedCheckpoint(Checkpoint):
     palette: list[Colour]
     dataset: DatasetFacts
     protocol: dict[str, Any]
-    state: dict[str, Any]
 
 
 EMBEDDING = "patch_embed.proj.weight"

@@ -73,7 +73,7 @@ def probe(config: ProbeConfig, task: Task) -> bool:
     RuntimeError when it fails.
     """
     check_some_labels(task)
-    with working_in(config.run) as (accelerator, interruption):
+    with Interruption() as interruption, working_in(config.run) as accelerator:
         found = earlier_output(config, task)
         if found is not None:
             logger.info("nothing to do: %s is there", found)
