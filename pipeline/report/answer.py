@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
-from typing import Any
 
-from pipeline.report.charts import Point, Series, line_chart
-from pipeline.report.curves import REFERENCE, Line, last_common_epochs
-from pipeline.report.results import Measure
-from pipeline.report.statistics import CONFIDENCE, Estimate, estimate, holm
+from markupsafe import Markup
+
+from pipeline.report.figures import NARROW, WIDE, Point, Series, interval_bar, line_chart
+from pipeline.report.scores import FINETUNING, REFERENCE, Level, Line, Measure, last_common_epochs
+from pipeline.report.statistics import CONFIDENCE, Interval, holm, interval
+from pipeline.report.tables import COST, Table, cost_text
 
 _LEAST_SPAN = 5.0  # points of a score's axis, unless intervals are narrower
 _EQUAL_COST = 0.02  # share by which training FLOPs may differ
@@ -24,20 +25,32 @@ _VERDICTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one measure says: all that its section of the page lays out."""
+
+    measure: Measure = FINETUNING
+    chart: Markup = field(default_factory=Markup)
+    sentences: Sequence[str] = ()
+    remarks: Sequence[str] = ()  # what speaks against trusting them
+    objects: Sequence[str] = ()  # whether it matters that the image's own segment is hidden
+    doubts: Sequence[str] = ()  # what speaks against trusting that
+    comparisons: Sequence[Comparison] = ()
+    differences: Table | None = None
+    levels: Table | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two lines after the same epochs, by the seeds that both have."""
 
     first: Line
     second: Line
-    is_control: bool
-    """Whether they differ in nothing but whose segments are hidden."""
+    is_control: bool  # whether they differ in nothing but whose segments are hidden
     seeds: int
-    difference: Estimate | None
-    """first - second; None where they have no seed in common, or nothing gives an interval."""
-    cost_ratio: float | None
-    """Training FLOPs of the first for one of the second."""
-    p_value: float = 1.0
-    """Corrected for the number of comparisons with the same question."""
+    # first - second; None where they have no seed in common, or nothing gives an interval.
+    difference: Interval | None
+    cost_ratio: float | None  # training FLOPs of the first for one of the second
+    p_value: float = 1.0  # corrected for the number of comparisons with the same question
 
     @property
     def question(self) -> str:
@@ -73,36 +86,37 @@ class Comparison:
         return f"{found.value:+.2f} points, {interval}{alone}"
 
 
-def answer(every_line: Sequence[Line], measure: Measure) -> dict[str, Any] | None:
+def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
     """Sentences, warnings, tables and chart of one measure; None where nothing was scored by it."""
     lines = [line for line in every_line if line.epochs(measure)]
     trained = [line for line in lines if not line.is_baseline]
     if not lines:
         return None
-    found: dict[str, Any] = {"measure": measure, "chart": _chart(lines, measure)}
-    epochs = last_common_epochs(lines, measure)
+    chart, epochs = _chart(lines, measure), last_common_epochs(lines, measure)
     if epochs is None:
         said = "The methods have not been evaluated at a common epoch yet."
-        return {**found, "sentences": [said] if trained else []}
+        return Answer(measure=measure, chart=chart, sentences=[said] if trained else [])
     best = max(trained, key=lambda line: fmean(line.scores(epochs, measure).values()))
-    highest = "reaches" if len(trained) == 1 else "is highest:"
-    found["sentences"] = [
-        f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining, by "
-        f"{measure.words}, {best.label} {highest} {_level(best, epochs, measure)}."
-    ]
-    found |= {"levels": [line for line in lines if line.scores(epochs, measure)], "epochs": epochs}
-    if not measure.areas:
-        return found
-    comparisons = _comparisons(lines, best, epochs, measure)
+    # Without areas by image nothing tells how much the choice of images makes: no comparisons.
+    comparisons = _comparisons(lines, best, epochs, measure) if measure.areas else []
     controls = [c for c in comparisons if c.is_control]
     others = [c for c in comparisons if not c.is_control]
-    found["remarks"], found["doubts"] = _warnings(others), _warnings(controls)
-    found["sentences"] += _verdicts(others) + _about_scratch(best, lines, epochs, measure)
-    found["sentences"] += _about_cost(others)
-    found["objects"] = _about_objects(controls)
-    drawn = [c.difference for c in comparisons if c.difference and not c.second.is_baseline]
-    widest = max((max(abs(e.low), abs(e.high)) for e in drawn), default=1.0)
-    return {**found, "differences": comparisons, "widest": 1.05 * widest}
+    return Answer(
+        measure=measure,
+        chart=chart,
+        sentences=[
+            _about_best(best, epochs, measure, is_alone=len(trained) == 1),
+            *_verdicts(others),
+            *(_about_scratch(best, lines, epochs, measure) if measure.areas else ()),
+            *_about_cost(others),
+        ],
+        remarks=_warnings(others),
+        objects=_about_objects(controls),
+        doubts=_warnings(controls),
+        comparisons=comparisons,
+        differences=_difference_table(comparisons) if comparisons else None,
+        levels=_level_table(lines, epochs, measure),
+    )
 
 
 def _comparisons(
@@ -134,16 +148,29 @@ def _compare(
 ) -> Comparison:
     one, two = first.scores(epochs, measure), second.scores(epochs, measure)
     seeds = sorted(one.keys() & two.keys())
-    others = [line.drawn(epochs, measure) for line in (first, second)]
-    drawn = [others[0][s] - others[1][s] for s in seeds] if others[0] and others[1] else None
+    one_drawn, two_drawn = first.drawn(epochs, measure), second.drawn(epochs, measure)
+    # The draws are the same images for both: differences are paired by seed and by image.
+    drawn = [one_drawn[s] - two_drawn[s] for s in seeds] if one_drawn and two_drawn else None
     cost = [line.cost(epochs, "train_flops") for line in (first, second)]
     return Comparison(
         first=first,
         second=second,
         is_control=is_control,
         seeds=len(seeds),
-        difference=estimate([one[seed] - two[seed] for seed in seeds], drawn),
+        difference=interval([one[seed] - two[seed] for seed in seeds], drawn),
         cost_ratio=cost[0] / cost[1] if cost[0] and cost[1] else None,
+    )
+
+
+def _about_best(best: Line, epochs: int, measure: Measure, *, is_alone: bool) -> str:
+    level = best.level(epochs, measure)
+    text = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
+    if level.spread:
+        within = level.spread.within(measure.most)
+        text += f" (95% interval {within}, {level.seeds} seeds)"
+    return (
+        f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining, by "
+        f"{measure.words}, {best.label} {'reaches' if is_alone else 'is highest:'} {text}."
     )
 
 
@@ -226,27 +253,56 @@ def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
     return remarks
 
 
-def _level(line: Line, epochs: int, measure: Measure) -> str:
-    scores, found = line.scores(epochs, measure), line.estimate(epochs, measure)
-    text = f"{fmean(scores.values()):.2f}" + ("" if math.isinf(measure.most) else "%")
-    if len(scores) == 1 or found is None:
-        return text
-    return f"{text} (95% interval {found.within(measure.most)}, {len(scores)} seeds)"
+def _difference_table(comparisons: Sequence[Comparison]) -> Table:
+    """A row for each comparison, with its interval as a bar on an axis that all have in common."""
+    drawn = [c.difference for c in comparisons if c.difference and not c.second.is_baseline]
+    widest = 1.05 * max((max(abs(d.low), abs(d.high)) for d in drawn), default=1.0)
+    rows = []
+    for c in comparisons:
+        found, numbers, detectable, bar = c.difference, ["", ""], "", Markup()
+        if found:
+            numbers = [f"{found.value:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}"]
+            detectable = f"{found.detectable:.2f}" if c.seeds > 1 else ""
+            # Pretraining leads so far that the others' bars would be dots beside a baseline's.
+            bar = Markup() if c.second.is_baseline else interval_bar(found, widest)
+        cost = f"{c.cost_ratio:.2f} x" if c.cost_ratio else ""
+        verdict = {"none": "no difference shown", "unknown": "none: too few seeds"}
+        rows.append(
+            [c.first.label, c.second.label, bar, *numbers, detectable, str(c.seeds), cost]
+            + [verdict.get(c.state, c.state)]
+        )
+    return Table(
+        columns=["method", "against", "", "difference", "95% interval", "detectable", "seeds",
+                 "FLOPs", "verdict"],
+        rows=rows,
+        looks={index: c.state for index, c in enumerate(comparisons)},
+    )  # fmt: skip
 
 
-def _chart(lines: Sequence[Line], measure: Measure) -> str:
+def _level_table(lines: Sequence[Line], epochs: int, measure: Measure) -> Table:
+    rows = []
+    for line in lines:
+        if line.scores(epochs, measure):
+            level = line.level(epochs, measure)
+            within = level.spread.within(measure.most) if level.spread else ""
+            costs = [cost_text(name, line.cost(epochs, name)) for name in COST]
+            rows.append([line.label, f"{level.score:.2f}", within, str(level.seeds), *costs])
+    columns = ["method", measure.unit, "95% interval", "seeds", *COST.values()]
+    return Table(columns=columns, rows=rows)
+
+
+def _chart(lines: Sequence[Line], measure: Measure) -> Markup:
     """Over epochs, device-hours and FLOPs, as far as they are known."""
-    found = {
-        line.label: {at: line.estimate(at, measure) for at in line.epochs(measure)}
-        for line in lines
+    levels = {
+        line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines
     }
-    known = [e for estimates in found.values() for e in estimates.values()]
-    widths = [e.high - e.low for e in known if e and e.seeds > 1]
+    known = [level.spread for of_line in levels.values() for level in of_line.values()]
+    widths = [spread.high - spread.low for spread in known if spread]
     least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(known) else _LEAST_SPAN
-    most = max(line.cost(e, "train_flops") or 0 for line in lines for e in found[line.label])
+    most = max(line.cost(at, "train_flops") or 0 for line in lines for at in levels[line.label])
     power = math.floor(math.log10(most or 1))
     views = {
-        title: _series(lines, found, measure, name, unit)
+        title: _series(lines, levels, name, unit)
         for title, name, unit in (
             ("epochs of pretraining", "", 1.0),
             ("device-hours of pretraining", "device_hours", 1.0),
@@ -257,26 +313,24 @@ def _chart(lines: Sequence[Line], measure: Measure) -> str:
     caption = caption[0].upper() + caption[1:]
     if widths:
         caption += " Points are means over seeds, bars their 95% intervals."
-    limits = (0.0, measure.most)
-    return line_chart(views, caption, y_title=measure.unit, least_span=least, limits=limits)
+    return line_chart(
+        views, caption, y_title=measure.unit, least_span=least, limits=(0.0, measure.most),
+        sizes=(NARROW, WIDE),
+    )  # fmt: skip
 
 
 def _series(
-    lines: Sequence[Line],
-    found: dict[str, dict[int, Estimate | None]],
-    measure: Measure,
-    cost: str,
-    unit: float,
+    lines: Sequence[Line], levels: Mapping[str, Mapping[int, Level]], cost: str, unit: float
 ) -> list[Series]:
     """The lines over a cost where it is known, or over epochs; a baseline is a level."""
     series, last = [], 0.0
-    for line in sorted(lines, key=lambda line: line.is_baseline):
+    for line in sorted(lines, key=lambda line: line.is_baseline):  # when the last x is known
         points = []
-        for at, known in found[line.label].items():
-            scores, x = line.scores(at, measure), line.cost(at, cost) if cost else at
-            ends = {"low": known.low, "high": known.high} if known and known.seeds > 1 else {}
+        for at, level in levels[line.label].items():
+            spread, x = level.spread, line.cost(at, cost) if cost else at
+            ends = {"low": spread.low, "high": spread.high} if spread else {}
             places = [0.0, last] if line.is_baseline and last else [] if x is None else [x / unit]
-            points += [Point(x=x, y=fmean(scores.values()), **ends) for x in places if scores]
+            points += [Point(x=x, y=level.score, **ends) for x in places]
         last = max([last, *(point.x for point in points)])
         series.append(Series(label=line.label, points=points, style=line.style))
     return series

@@ -29,7 +29,7 @@ _GRID = 200  # points of a normal distribution, of equal probability
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Interval:
     """A mean over seeds, or of differences between seeds, in the scores' unit."""
 
     value: float
@@ -49,7 +49,7 @@ class Estimate:
         return f"{max(0.0, self.low):.2f} to {min(most, self.high):.2f}"
 
 
-def estimate(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None) -> Estimate | None:
+def interval(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None) -> Interval | None:
     """Mean with its interval. scores: one for each seed; drawn: [DRAWS] each, on other images.
 
     Without `drawn`, chance is that between seeds. None where there is nothing to tell it by.
@@ -67,7 +67,7 @@ def estimate(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None)
         shared = float(off_diagonal) / (seeds * (seeds - 1)) if seeds > 1 else covariance[0, 0]
     error = _Error(max(between, 1e-18) ** 0.5, max(1, seeds - 1), max(0.0, shared) ** 0.5)
     half = error.exceeded_by((1 - CONFIDENCE) / 2)
-    return Estimate(
+    return Interval(
         value=value,
         low=value - half,
         high=value + half,

@@ -12,16 +12,10 @@ import yaml
 from common.step_files import LOG, PREDICTIONS, RESULT
 from pipeline.plan.layout import Layout, Run
 from pipeline.plan.records import read_record, write_record
-from pipeline.report import charts
-from pipeline.report.charts import Point, Series, line_chart, ticks
+from pipeline.report.figures import WIDE, Point, Series, line_chart, ticks
 from pipeline.report.page import write_all, write_report
-from pipeline.report.results import (
-    COLUMNS,
-    is_results_csv,
-    read_evaluations,
-    table,
-    write_results_csv,
-)
+from pipeline.report.scores import read_evaluations
+from pipeline.report.tables import COLUMNS, is_results_csv, terminal_table, write_results_csv
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
@@ -47,7 +41,7 @@ def test_results_csv_has_a_row_per_evaluation(tmp_path: Path) -> None:
 
 def test_the_table_has_the_scores(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",))
-    lines = table(read_evaluations(paths)).splitlines()
+    lines = terminal_table(read_evaluations(paths)).splitlines()
     assert lines[0].split() == [
         *("method", "epochs", "pixel", "accuracy", "mean", "accuracy", "mean", "IoU", "minutes"),
         *("device-hours", "train", "FLOPs"),
@@ -59,7 +53,7 @@ def test_the_table_has_the_scores(tmp_path: Path) -> None:
 def test_cost_is_left_out_of_a_table_that_is_too_wide(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("four_channels",), sources=("borrowed",))
     evaluations = [replace(e, eval_seed=i) for i, e in enumerate(read_evaluations(paths))]
-    wide = table([replace(e, method="my_" + e.method, seed=e.epochs) for e in evaluations])
+    wide = terminal_table([replace(e, method="my_" + e.method, seed=e.epochs) for e in evaluations])
     assert wide.split("\n")[0].endswith("minutes")
     assert max(map(len, wide.split("\n"))) <= 110
 
@@ -227,7 +221,7 @@ def test_the_page_asks_for_nothing_from_outside_and_runs_nothing(tmp_path: Path)
     write_all(paths)
     html = paths.report_html.read_text()
     assert "<script" not in html
-    assert re.findall(r'(?:src|href)="(?!data:)', html) == []
+    assert re.findall(r'(?:src|href)="(?!data:|#)', html) == []
     assert "url(" not in html
     assert len(html) < 2_000_000
 
@@ -283,18 +277,37 @@ def test_ticks_enclose_any_values(values: list[float]) -> None:
     assert not values or (found[0] <= min(values) and found[-1] >= max(values))
 
 
-def test_a_chart_has_axes_with_titles_and_a_legend() -> None:
+def test_a_chart_has_axes_with_titles_a_legend_and_no_text_drawn_as_paths() -> None:
     points = [Point(x=1, y=2.0), Point(x=2, y=3.0, low=2.5, high=3.5)]
-    line = Series(label="a<b", points=points, style=0)
-    chart = line_chart({"epochs": [line]}, "caption", y_title="%")
-    assert ">epochs</text>" in chart
-    assert "a&lt;b" in chart
-    plot = chart[chart.index('<svg class="plot"') :]
-    assert "viewBox" not in plot.split(">")[0]  # a scaled viewBox would shrink the text
+    line = Series(label="a<b", points=points, style=(0, 0))
+    chart = line_chart({"epochs": [line]}, "caption", y_title="$%", sizes=[WIDE])
+    plot = chart[chart.index('class="plot wide"') :]
+    for text in ("epochs", "$%", "3.5"):
+        assert f">{text}</text>" in plot
+    assert "a&lt;b</li>" in chart
+    assert re.findall("<title>([^<]*)", plot) == ["a&lt;b: 2 at 1", "a&lt;b: 3 at 2"]
 
 
-def test_long_lines_are_thinned_and_keep_their_end() -> None:
-    points = [Point(x=i, y=i) for i in range(10_001)]
-    thin = charts._thinned(points, 200)
-    assert len(thin) <= 202
-    assert thin[-1] == points[-1]
+def test_long_lines_are_short_text_and_keep_their_peak_and_their_end() -> None:
+    points = [Point(x=i, y=10.0 * (i == 5003)) for i in range(10_001)]
+    chart = line_chart({"x": [Series(label="a", points=points, style=(0, 0))]}, "", y_title="y")
+    path = re.findall(r'd="M ([^"]*)"[^>]*#0072b2', chart)[-1]
+    corners = [tuple(map(float, corner.split())) for corner in path.split(" L ")]
+    assert len(chart) < 10_000
+    assert min(y for _, y in corners) == 34, "the plot's upper edge"
+    assert corners[-1] == (334, 256), "its lower right corner"
+
+
+def test_one_style_looks_the_same_in_every_chart_and_no_two_ids_clash() -> None:
+    points = [Point(x=1, y=2.0), Point(x=2, y=3.0)]
+    charts = [
+        line_chart({"e": [Series(label="a", points=points, style=style) for style in styles]}, name,
+                   y_title="y")
+        for name, styles in (("one", [(3, 0), (0, 1)]), ("two", [(0, 1)]))
+    ]  # fmt: skip
+    first, second = (chart[chart.rindex("#0072b2") - 150 :] for chart in charts)
+    assert "stroke-dasharray: 7,3; stroke-dashoffset: 0; stroke: #0072b2" in first
+    assert re.findall("(?<=style=)[^>]*0072b2", second)[0] in charts[0]
+    ids = re.findall(r'\bid="([^"]*)"', "".join(charts))
+    assert len(ids) == len(set(ids)) > 4
+    assert {used for used in re.findall('href="#([^"]*)"', "".join(charts))} == set(ids)
