@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-from markupsafe import Markup
-
-from pipeline.report.figures import NARROW, WIDE, Point, Series, interval_bar, line_chart
+from pipeline.report.figures import Chart, Point, Series, interval_bar, line_chart
 from pipeline.report.scores import FINETUNING, REFERENCE, Level, Line, Measure, last_common_epochs
 from pipeline.report.statistics import CONFIDENCE, Interval, holm, interval
-from pipeline.report.tables import COST, Table, cost_text
+from pipeline.report.tables import COST_TITLES, Table, cost_text
 
 _LEAST_SPAN = 5.0  # points of a score's axis, unless intervals are narrower
 _EQUAL_COST = 0.02  # share by which training FLOPs may differ
@@ -28,10 +26,10 @@ _VERDICTS = {
 class Answer:
     """What one measure says: all that its section of the page lays out."""
 
+    sentences: Sequence[str]
     measure: Measure = FINETUNING
-    chart: Markup = field(default_factory=Markup)
-    sentences: Sequence[str] = ()
-    remarks: Sequence[str] = ()  # what speaks against trusting them
+    chart: Chart | None = None
+    remarks: Sequence[str] = ()  # what speaks against trusting the sentences
     objects: Sequence[str] = ()  # whether it matters that the image's own segment is hidden
     doubts: Sequence[str] = ()  # what speaks against trusting that
     comparisons: Sequence[Comparison] = ()
@@ -79,11 +77,12 @@ class Comparison:
         if found is None or self.state == "unknown":
             said = f"{found.value:+.2f} points from " if found else ""
             return f"{said}{self.seeds or 'no'} seed in common"
-        interval = f"95% interval {found.low:+.2f} to {found.high:+.2f}"
+        within = f"95% interval {found.low:+.2f} to {found.high:+.2f}"
         if self.state != "none":
-            return f"by {abs(found.value):.2f} points, {interval}"
+            return f"by {abs(found.value):.2f} points, {within}"
+        # The interval stands for one comparison, the p-value is corrected for several.
         alone = "" if found.low <= 0 <= found.high else ", too near to 0 for one of several"
-        return f"{found.value:+.2f} points, {interval}{alone}"
+        return f"{found.value:+.2f} points, {within}{alone}"
 
 
 def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
@@ -94,48 +93,52 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
         return None
     chart, epochs = _chart(lines, measure), last_common_epochs(lines, measure)
     if epochs is None:
-        said = "The methods have not been evaluated at a common epoch yet."
-        return Answer(measure=measure, chart=chart, sentences=[said] if trained else [])
-    best = max(trained, key=lambda line: fmean(line.scores(epochs, measure).values()))
+        missing = "The methods have not been evaluated at a common epoch yet."
+        return Answer(measure=measure, chart=chart, sentences=[missing] if trained else [])
+    levels = {line.label: line.level(epochs, measure) for line in lines}
+    best = max(trained, key=lambda line: levels[line.label].score)
     # Without areas by image nothing tells how much the choice of images makes: no comparisons.
-    comparisons = _comparisons(lines, best, epochs, measure) if measure.areas else []
-    controls = [c for c in comparisons if c.is_control]
-    others = [c for c in comparisons if not c.is_control]
+    found = _comparisons(lines, best, levels) if measure.areas else []
+    controls, others = [c for c in found if c.is_control], [c for c in found if not c.is_control]
+    level, verb = levels[best.label], "reaches" if len(trained) == 1 else "is highest:"
+    after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
+    said = [f"{after}, by {measure.words}, {best.label} {verb} {_in_words(level, measure)}."]
+    if measure.areas:
+        said += _verdicts(others) + _about_scratch(best, lines, levels) + _about_cost(others)
     return Answer(
         measure=measure,
         chart=chart,
-        sentences=[
-            _about_best(best, epochs, measure, is_alone=len(trained) == 1),
-            *_verdicts(others),
-            *(_about_scratch(best, lines, epochs, measure) if measure.areas else ()),
-            *_about_cost(others),
-        ],
+        sentences=said,
         remarks=_warnings(others),
         objects=_about_objects(controls),
         doubts=_warnings(controls),
-        comparisons=comparisons,
-        differences=_difference_table(comparisons) if comparisons else None,
-        levels=_level_table(lines, epochs, measure),
+        comparisons=found,
+        differences=_difference_table(found) if found else None,
+        levels=_level_table(levels, measure),
     )
 
 
+def _in_words(level: Level, measure: Measure) -> str:
+    text = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
+    if not level.spread:
+        return text
+    within = level.spread.within(measure.most)
+    return f"{text} (95% interval {within}, {len(level.scores)} seeds)"
+
+
 def _comparisons(
-    lines: Sequence[Line], best: Line, epochs: int, measure: Measure
+    lines: Sequence[Line], best: Line, levels: Mapping[str, Level]
 ) -> list[Comparison]:
     """All against the reference, the best against scratch, own segments against their controls."""
     trained = {line.label: line for line in lines if not line.is_baseline}
-    controls = [
-        (own, line)
-        for line in trained.values()
-        if (own := trained.get(line.family)) and own is not line
-    ]
-    others = [line for line in trained.values() if line not in [control for _, control in controls]]
+    # A control's family bears the name of its own line; without that line, it is one of the others.
+    own = {label: trained.get(line.family, line) for label, line in trained.items()}
+    others = [line for label, line in trained.items() if own[label] is line]
     reference = next((line for line in others if line.method == REFERENCE), others[0])
-    pairs = [(line, reference) for line in others if line is not reference]
-    pairs += [(best, line) for line in lines if line.method == "scratch"]
-    found = [_compare(*pair, epochs, measure, is_control=False) for pair in pairs]
-    found += [_compare(*pair, epochs, measure, is_control=True) for pair in controls]
-    judged = []
+    pairs = [(line, reference, False) for line in others if line is not reference]
+    pairs += [(best, line, False) for line in lines if line.method == "scratch"]
+    pairs += [(own[label], line, True) for label, line in trained.items() if line not in others]
+    found, judged = [_compare(*pair, levels) for pair in pairs], []
     for question in dict.fromkeys(c.question for c in found):
         asked = [c for c in found if c.question == question]
         p_values = [c.difference.p_value if c.difference and c.seeds > 1 else 1.0 for c in asked]
@@ -144,33 +147,20 @@ def _comparisons(
 
 
 def _compare(
-    first: Line, second: Line, epochs: int, measure: Measure, *, is_control: bool
+    first: Line, second: Line, is_control: bool, levels: Mapping[str, Level]
 ) -> Comparison:
-    one, two = first.scores(epochs, measure), second.scores(epochs, measure)
-    seeds = sorted(one.keys() & two.keys())
-    one_drawn, two_drawn = first.drawn(epochs, measure), second.drawn(epochs, measure)
-    # The draws are the same images for both: differences are paired by seed and by image.
-    drawn = [one_drawn[s] - two_drawn[s] for s in seeds] if one_drawn and two_drawn else None
-    cost = [line.cost(epochs, "train_flops") for line in (first, second)]
+    one, two = levels[first.label], levels[second.label]
+    seeds = sorted(one.scores.keys() & two.scores.keys())
+    # Both were drawn on the same images: differences are paired by seed and by image.
+    drawn = [one.drawn[s] - two.drawn[s] for s in seeds] if one.drawn and two.drawn else None
+    cost, cost_of_other = one.costs["train_flops"], two.costs["train_flops"]
     return Comparison(
         first=first,
         second=second,
         is_control=is_control,
         seeds=len(seeds),
-        difference=interval([one[seed] - two[seed] for seed in seeds], drawn),
-        cost_ratio=cost[0] / cost[1] if cost[0] and cost[1] else None,
-    )
-
-
-def _about_best(best: Line, epochs: int, measure: Measure, *, is_alone: bool) -> str:
-    level = best.level(epochs, measure)
-    text = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
-    if level.spread:
-        within = level.spread.within(measure.most)
-        text += f" (95% interval {within}, {level.seeds} seeds)"
-    return (
-        f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining, by "
-        f"{measure.words}, {best.label} {'reaches' if is_alone else 'is highest:'} {text}."
+        difference=interval([one.scores[seed] - two.scores[seed] for seed in seeds], drawn),
+        cost_ratio=cost / cost_of_other if cost and cost_of_other else None,
     )
 
 
@@ -191,13 +181,13 @@ def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     return sentences
 
 
-def _about_scratch(best: Line, lines: Sequence[Line], epochs: int, measure: Measure) -> list[str]:
+def _about_scratch(best: Line, lines: Sequence[Line], levels: Mapping[str, Level]) -> list[str]:
     """How far pretraining leads out of what the seeds of a random encoder do."""
-    scratch = next((line for line in lines if line.method == "scratch"), None)
-    scores = list(scratch.scores(epochs, measure).values()) if scratch else []
+    scratch = next((levels[line.label] for line in lines if line.method == "scratch"), None)
+    scores = list(scratch.scores.values()) if scratch else []
     if len(scores) < 3 or not stdev(scores):
         return []
-    above = (fmean(best.scores(epochs, measure).values()) - fmean(scores)) / stdev(scores)
+    above = (levels[best.label].score - fmean(scores)) / stdev(scores)
     where = f"{abs(above):.1f} standard deviations of the {len(scores)} scratch seeds"
     return [f"{best.label} lies {where} {'above' if above > 0 else 'below'} their mean."]
 
@@ -255,68 +245,56 @@ def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _difference_table(comparisons: Sequence[Comparison]) -> Table:
     """A row for each comparison, with its interval as a bar on an axis that all have in common."""
+    # Pretraining leads so far that beside a baseline's bar the others would be dots.
     drawn = [c.difference for c in comparisons if c.difference and not c.second.is_baseline]
     widest = 1.05 * max((max(abs(d.low), abs(d.high)) for d in drawn), default=1.0)
-    rows = []
+    words, rows = {"none": "no difference shown", "unknown": "none: too few seeds"}, []
     for c in comparisons:
-        found, numbers, detectable, bar = c.difference, ["", ""], "", Markup()
-        if found:
-            numbers = [f"{found.value:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}"]
-            detectable = f"{found.detectable:.2f}" if c.seeds > 1 else ""
-            # Pretraining leads so far that the others' bars would be dots beside a baseline's.
-            bar = Markup() if c.second.is_baseline else interval_bar(found, widest)
+        bar = numbers = within = detectable = ""
+        if d := c.difference:
+            bar = "" if c.second.is_baseline else interval_bar(d, widest)
+            numbers, within = f"{d.value:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}"
+            detectable = f"{d.detectable:.2f}" if c.seeds > 1 else ""
         cost = f"{c.cost_ratio:.2f} x" if c.cost_ratio else ""
-        verdict = {"none": "no difference shown", "unknown": "none: too few seeds"}
-        rows.append(
-            [c.first.label, c.second.label, bar, *numbers, detectable, str(c.seeds), cost]
-            + [verdict.get(c.state, c.state)]
-        )
-    return Table(
-        columns=["method", "against", "", "difference", "95% interval", "detectable", "seeds",
-                 "FLOPs", "verdict"],
-        rows=rows,
-        looks={index: c.state for index, c in enumerate(comparisons)},
-    )  # fmt: skip
+        row = [c.first.label, c.second.label, bar, numbers, within, detectable, str(c.seeds), cost]
+        rows.append([*row, words.get(c.state, c.state)])
+    columns = ["method", "against", "", "difference", "95% interval", "detectable", "seeds"]
+    looks = {index: c.state for index, c in enumerate(comparisons)}
+    return Table(columns=[*columns, "FLOPs", "verdict"], rows=rows, looks=looks)
 
 
-def _level_table(lines: Sequence[Line], epochs: int, measure: Measure) -> Table:
+def _level_table(levels: Mapping[str, Level], measure: Measure) -> Table:
     rows = []
-    for line in lines:
-        if line.scores(epochs, measure):
-            level = line.level(epochs, measure)
+    for label, level in levels.items():
+        if level.scores:
             within = level.spread.within(measure.most) if level.spread else ""
-            costs = [cost_text(name, line.cost(epochs, name)) for name in COST]
-            rows.append([line.label, f"{level.score:.2f}", within, str(level.seeds), *costs])
-    columns = ["method", measure.unit, "95% interval", "seeds", *COST.values()]
+            costs = [cost_text(name, cost) for name, cost in level.costs.items()]
+            rows.append([label, f"{level.score:.2f}", within, str(len(level.scores)), *costs])
+    columns = ["method", measure.unit, "95% interval", "seeds", *COST_TITLES.values()]
     return Table(columns=columns, rows=rows)
 
 
-def _chart(lines: Sequence[Line], measure: Measure) -> Markup:
+def _chart(lines: Sequence[Line], measure: Measure) -> Chart:
     """Over epochs, device-hours and FLOPs, as far as they are known."""
     levels = {
         line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines
     }
-    known = [level.spread for of_line in levels.values() for level in of_line.values()]
-    widths = [spread.high - spread.low for spread in known if spread]
-    least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(known) else _LEAST_SPAN
-    most = max(line.cost(at, "train_flops") or 0 for line in lines for at in levels[line.label])
+    every_level = [level for of_line in levels.values() for level in of_line.values()]
+    widths = [level.spread.high - level.spread.low for level in every_level if level.spread]
+    least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(every_level) else _LEAST_SPAN
+    most = max(level.costs["train_flops"] or 0 for level in every_level)
     power = math.floor(math.log10(most or 1))
     views = {
-        title: _series(lines, levels, name, unit)
-        for title, name, unit in (
-            ("epochs of pretraining", "", 1.0),
-            ("device-hours of pretraining", "device_hours", 1.0),
-            (f"training FLOPs (x 1e{power})", "train_flops", 10.0**power),
-        )
+        "epochs of pretraining": _series(lines, levels, "", 1.0),
+        "device-hours of pretraining": _series(lines, levels, "device_hours", 1.0),
+        f"training FLOPs (x 1e{power})": _series(lines, levels, "train_flops", 10.0**power),
     }
-    caption = f"{measure.unit.split(' (')[0]} by {measure.words}, against pretraining."
-    caption = caption[0].upper() + caption[1:]
+    score = measure.unit.split(" (")[0]
+    caption = f"{score[0].upper()}{score[1:]} by {measure.words}, against pretraining."
     if widths:
         caption += " Points are means over seeds, bars their 95% intervals."
-    return line_chart(
-        views, caption, y_title=measure.unit, least_span=least, limits=(0.0, measure.most),
-        sizes=(NARROW, WIDE),
-    )  # fmt: skip
+    limits, unit = (0.0, measure.most), measure.unit
+    return line_chart(views, caption, y_title=unit, least_span=least, limits=limits, is_wide=True)
 
 
 def _series(
@@ -327,10 +305,10 @@ def _series(
     for line in sorted(lines, key=lambda line: line.is_baseline):  # when the last x is known
         points = []
         for at, level in levels[line.label].items():
-            spread, x = level.spread, line.cost(at, cost) if cost else at
+            x, spread = level.costs[cost] if cost else at, level.spread
             ends = {"low": spread.low, "high": spread.high} if spread else {}
             places = [0.0, last] if line.is_baseline and last else [] if x is None else [x / unit]
-            points += [Point(x=x, y=level.score, **ends) for x in places]
+            points += [Point(x, level.score, **ends) for x in places]
         last = max([last, *(point.x for point in points)])
-        series.append(Series(label=line.label, points=points, style=line.style))
+        series.append(Series(line.label, points, line.style))
     return series

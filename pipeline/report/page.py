@@ -11,9 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from markupsafe import Markup
 
 from common.files import check_output_file, check_replaceable, write_text
 from common.parsed import read_log
@@ -21,7 +18,7 @@ from common.step_files import LOG
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import read_all_records, read_plan
 from pipeline.report.answer import Answer, answer
-from pipeline.report.figures import Point, Series, line_chart, picture_sections
+from pipeline.report.figures import Chart, Point, Series, line_chart, picture_sections
 from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines
 from pipeline.report.tables import (
     class_tables,
@@ -57,7 +54,6 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     check_output_file(page, is_own=is_report)
     for paths in all_paths:  # whoever calls this writes them, too
         check_replaceable(paths.results_csv, "report", is_own=is_results_csv)
-    for paths in all_paths:
         outputs = (paths.pretrain_output, paths.probe_output, paths.eval_output)
         # run.yml alone is a run that has just begun.
         if not any(path.exists() for path in (*outputs, paths.run_yml)):
@@ -111,7 +107,7 @@ def _progress_note(all_paths: Sequence[Layout]) -> str:
 def _answers(lines: Sequence[Line]) -> list[Answer]:
     """What the measures say: complete finetuning first, the probes where there is none yet."""
     found = [one for measure in MEASURES.values() if (one := answer(lines, measure))]
-    first, *others = sorted(found or [Answer()], key=lambda one: not one.sentences)
+    first, *others = sorted(found or [Answer(sentences=[])], key=lambda one: not one.sentences)
     if not first.sentences:
         first = replace(first, sentences=["No evaluation has finished yet."])
     elif first.measure is not FINETUNING:
@@ -120,46 +116,31 @@ def _answers(lines: Sequence[Line]) -> list[Answer]:
     return [first, *others]
 
 
-def _training_charts(lines: Sequence[Line]) -> list[Markup]:
+def _training_charts(lines: Sequence[Line]) -> list[Chart]:
     """Pretraining loss, held-out loss and rate per run; finetuning loss of each last evaluation."""
     pretraining = [(line, read_log(folder / LOG)) for line in lines for folder in line.pretrainings]
     last = [
         (line, read_log(line.evaluations[-1].folder / LOG)) for line in lines if line.evaluations
     ]
     scored = [(line, log) for line, log in last if sum("val_mean_iou" in e for e in log) > 1]
-    charts = [
-        _log_chart(logs, key, f"epochs of {work}", title, caption)
-        for logs, work, key, title, caption in (
-            (pretraining, "pretraining", "train_loss", "reconstruction loss",
-             "Pretraining loss on the training images. Methods hide different pixels, "
-             "so compare a line's course, not its height."),
-            (pretraining, "pretraining", "val_loss", "held-out loss",
-             "Reconstruction loss on the images in val/."),
-            (pretraining, "pretraining", "train_lr", "learning rate",
-             "Learning rate of pretraining."),
-            (last, "finetuning", "train_loss", "finetuning loss",
-             "Finetuning loss of each line's last evaluation."),
-            (scored, "finetuning", "val_mean_iou", "mean IoU (%)",
-             "Mean IoU while finetuning, at each line's last evaluation."),
-        )
-    ]  # fmt: skip
-    return [chart for chart in charts if chart]
-
-
-def _log_chart(
-    logs: Sequence[tuple[Line, list[dict[str, Any]]]],
-    key: str,
-    x_title: str,
-    y_title: str,
-    caption: str,
-) -> Markup:
-    """One chart of a log's column; runs of other seeds look alike."""
-    series = []
-    for line, entries in logs:
-        points = [
-            Point(x=entry["epoch"], y=entry[key])
-            for entry in entries
-            if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
-        ]
-        series.append(Series(label=line.label, points=points, style=line.style))
-    return line_chart({x_title: series}, caption, y_title=y_title)
+    charts = []
+    for logs, work, key, y_title, caption in (
+        (pretraining, "pretraining", "train_loss", "reconstruction loss",
+         "Pretraining loss on the training images. Methods hide different pixels, "
+         "so compare a line's course, not its height."),
+        (pretraining, "pretraining", "val_loss", "held-out loss",
+         "Reconstruction loss on the images in val/."),
+        (pretraining, "pretraining", "train_lr", "learning rate",
+         "Learning rate of pretraining."),
+        (last, "finetuning", "train_loss", "finetuning loss",
+         "Finetuning loss of each line's last evaluation."),
+        (scored, "finetuning", "val_mean_iou", "mean IoU (%)",
+         "Mean IoU while finetuning, at each line's last evaluation."),
+    ):  # fmt: skip
+        series = []
+        for line, log in logs:  # runs of other seeds look alike
+            values = [(entry["epoch"], entry.get(key)) for entry in log]
+            points = [Point(x, y) for x, y in values if y is not None and math.isfinite(y)]
+            series.append(Series(line.label, points, line.style))
+        charts.append(line_chart({f"epochs of {work}": series}, caption, y_title=y_title))
+    return [chart for chart in charts if chart.views]

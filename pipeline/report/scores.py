@@ -1,7 +1,7 @@
 """The scores of output directories: read from their evaluations, put together into lines.
 
     lines = make_lines([Layout(Path("output"))])
-    lines[0].level(50, FINETUNING)  # its mean over seeds after 50 epochs, with an interval
+    lines[0].level(50, FINETUNING).spread  # after 50 epochs, with an interval
 
 What tells one pretraining from another stands in the name of its folder, once and for all: method,
 seed and source of segments are read off it. What they cost stands in records and logs.
@@ -16,23 +16,15 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NotRequired
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from common.parsed import ProbeResult, Result, parsed, read_json, read_log
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
 from common.yamlfile import read_yaml
-from pipeline.plan.layout import (
-    BASELINES,
-    DEFAULT_RATIO,
-    OWN,
-    Layout,
-    Run,
-    parse_eval_name,
-    ratio_text,
-)
+from pipeline.plan import layout
+from pipeline.plan.layout import BASELINES, OWN, Layout, Run, parse_eval_name
 from pipeline.plan.parts import ask_facts
 from pipeline.plan.records import Record, made_alike, read_all_records
 from pipeline.report.statistics import Interval, draw_images, interval
@@ -40,6 +32,7 @@ from pipeline.report.statistics import Interval, draw_images, interval
 if TYPE_CHECKING:
     import numpy as np
 
+COSTS = ("device_hours", "train_flops")  # of pretraining: columns of results.csv
 REFERENCE = "patches"  # plain MAE, what the others are compared with
 
 
@@ -69,14 +62,28 @@ MEASURES = {
 FINETUNING = MEASURES["finetuning"]
 
 
+class Variant(NamedTuple):
+    """What was pretrained: a method with its choices, or a baseline."""
+
+    method: str
+    coverage_ratio: float | None  # wanted percent hidden; None where the method uses none
+    segments_from: str  # whose segments were hidden: the image's own, or those of a control
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        ratio = self.coverage_ratio
+        ratio_words = "" if ratio is None else f" {layout.ratio_text(ratio)}%"
+        source = "" if self.segments_from == OWN else f" {self.segments_from}"
+        return f"{self.method}{ratio_words}{source}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One finished score of a checkpoint; in percent but for RankMe."""
 
     folder: Path
-    method: str  # a masking method, scratch or mae
-    coverage_ratio: float | None  # wanted percent hidden; None where the method uses none
-    segments_from: str  # whose segments were hidden: the image's own, or those of a control
+    variant: Variant
     seed: int  # of pretraining
     eval_seed: int  # of finetuning
     epochs: int  # of pretraining, completed
@@ -86,11 +93,6 @@ class Evaluation:
     train_flops: float | None
     result: dict[str, Any]  # the whole result.json, or a probe's part of it
     measure: Measure = FINETUNING
-
-    @property
-    def label(self) -> str:
-        """What a chart's legend calls its line: the method, with the ratio where it has one."""
-        return run_label(self.method, self.coverage_ratio, self.segments_from)
 
     @property
     def score(self) -> float | None:
@@ -104,26 +106,15 @@ class Evaluation:
         return draw_images(file) if self.measure.areas and file.exists() else None
 
 
-def run_label(method: str, coverage_ratio: float | None, segments_from: str = OWN) -> str:
-    """A method, its ratio and its source of segments in words."""
-    ratio = "" if coverage_ratio is None else f" {ratio_text(coverage_ratio)}%"
-    return f"{method}{ratio}" + ("" if segments_from == OWN else f" {segments_from}")
+def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
+    """All finished ones, by the methods in the order of the run, then ratio, seed and epochs.
 
-
-def read_evaluations(paths: Layout) -> list[Evaluation]:
-    """All finished evaluations: methods in the order of the run, then ratio, seed and epochs."""
-    return _read(paths, paths.eval_output, Result)
-
-
-def read_probes(paths: Layout) -> list[Evaluation]:
-    """The same of the frozen probes: one for each score of each probe."""
-    return _read(paths, paths.probe_output, ProbeResult)
-
-
-def _read(paths: Layout, parent: Path, shape: type) -> list[Evaluation]:
+    shape: Result for finetunings; ProbeResult for the frozen probes, one for each of their scores.
+    """
+    parent = paths.eval_output if shape is Result else paths.probe_output
     records, found = read_all_records(paths), []
     seconds = {record.name: record.seconds for record in records}
-    costs: dict[str, tuple[dict[int, float], dict[int, float]]] = {}
+    costs: dict[str, dict[str, dict[int, float]]] = {}
     for folder in parent.glob("*"):
         try:
             name, epochs, number = parse_eval_name(folder.name)
@@ -134,69 +125,61 @@ def _read(paths: Layout, parent: Path, shape: type) -> list[Evaluation]:
         run, result = Run.parse(name), read_json(folder / RESULT, shape)
         if name not in costs:
             costs[name] = _costs(paths, name, records)
-        hours, flops = costs[name]
         # Of several finetunings of a checkpoint, the first bears its pretraining.
         steps = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{name}_{epochs}"])]
         timed = [seconds[step] for step in steps if step in seconds]
         common: dict[str, Any] = {
-            "folder": folder, "method": run.method, "segments_from": run.segments_from,
-            "coverage_ratio": coverage_of(run, records), "epochs": epochs,
-            "seed": run.seed, "eval_seed": run.seed + number,
+            "folder": folder, "variant": variant_of(run, records),
+            "seed": run.seed, "eval_seed": run.seed + number, "epochs": epochs,
             "minutes": sum(timed) / 60 if timed else float(result.get("minutes") or 0),
-            "device_hours": hours.get(epochs), "train_flops": flops.get(epochs),
+            **{cost: known.get(epochs) for cost, known in costs[name].items()},
         }  # fmt: skip
-        # A finetuning's file is its score, a probe's has a part for each of several: a dictionary,
-        # or a bare number (rankme).
+        # A finetuning's file is one score. A probe's has several: dictionaries, or bare numbers.
         parts = {"finetuning": result} if shape is Result else result
         for key, measure in MEASURES.items():
             if (part := parts.get(key)) is not None:
                 part = part if isinstance(part, dict) else {key: part}
                 found.append(Evaluation(**common, result=part, measure=measure))
     rank = method_rank([paths])
-    return sorted(
-        found,
-        key=lambda e: (
-            *(rank(e.method), e.coverage_ratio or 0, e.segments_from != OWN, e.segments_from),
-            *(e.seed, e.eval_seed, e.epochs),
-        ),
-    )
+
+    def place(one: Evaluation) -> tuple[Any, ...]:
+        method, ratio, source = one.variant
+        return rank(method), ratio or 0, source != OWN, source, one.seed, one.eval_seed, one.epochs
+
+    return sorted(found, key=place)
 
 
-def _costs(
-    paths: Layout, run: str, records: Iterable[Record]
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Device-hours and FLOPs of a pretraining from its start, by the epochs completed."""
+def _costs(paths: Layout, run: str, records: Iterable[Record]) -> dict[str, dict[int, float]]:
+    """What a pretraining has cost from its start up to some epochs, where it is known."""
     rounds = sorted(
         (int(record.name.rsplit("_", 1)[1]), record.seconds * record.devices / 3600)
         for record in records
         if record.kind == "pretrain" and record.run == run
     )
-    hours = accumulate(hours for _, hours in rounds)
-    log = read_log(paths.pretrain_dir(run) / LOG)
-    # The log counts FLOPs from the start on its own, over rounds and continuations.
+    hours = zip((end for end, _ in rounds), accumulate(hours for _, hours in rounds), strict=True)
+    log = read_log(paths.pretrain_dir(run) / LOG)  # counts FLOPs from the start on
     flops = {entry["epoch"]: entry["train_flops"] for entry in log if "train_flops" in entry}
-    return dict(zip((epochs for epochs, _ in rounds), hours, strict=True)), flops
+    return {"device_hours": dict(hours), "train_flops": flops}
 
 
-def coverage_of(run: Run, records: Iterable[Record]) -> float | None:
-    """A run's coverage ratio; None where its method uses none, which its record tells.
+def variant_of(run: Run, records: Iterable[Record]) -> Variant:
+    """What a run's name says, and whether its method uses a ratio, which its records tell.
 
     The name leaves the default out, and run.yml is of the latest call, perhaps of other methods.
     """
+    ratio = None if run.coverage_ratio == layout.DEFAULT_RATIO else run.coverage_ratio
     for record in records:
         if record.kind == "pretrain" and record.run == run.name:
-            ratio = record.fingerprint.get("coverage_ratio")
-            return None if ratio is None else float(ratio)
-    return None if run.coverage_ratio == DEFAULT_RATIO else run.coverage_ratio
+            ratio = run.coverage_ratio if "coverage_ratio" in record.fingerprint else None
+    return Variant(run.method, ratio, run.segments_from)
 
 
-@with_config(ConfigDict(extra="allow"))
-class RunYml(TypedDict):
-    """What a report needs of run.yml; versions and hardware are only shown."""
+class RunYml(TypedDict, total=False):
+    """What a report shows of run.yml."""
 
-    settings: NotRequired[dict[str, Any]]
-    versions: NotRequired[dict[str, Any]]
-    hardware: NotRequired[dict[str, Any]]
+    settings: dict[str, Any]
+    versions: dict[str, Any]
+    hardware: dict[str, Any]
 
 
 def read_run_yml(paths: Layout) -> dict[str, Any]:
@@ -217,16 +200,26 @@ def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """Where a line stands after some epochs: the mean over its seeds."""
+    """Where a line stands after some epochs; by the seed of pretraining.
 
-    score: float
-    seeds: int
-    interval: Interval | None  # None where nothing gives it one
+    Several finetunings of one pretraining count as their mean, and so does a seed that is in
+    several directories: neither tells how much chance there is in pretraining.
+    """
+
+    scores: dict[int, float]  # empty where it was not scored
+    drawn: dict[int, np.ndarray] | None  # on other images; None where areas were not kept
+    costs: dict[str, float | None]  # device_hours and train_flops, means over its pretrainings
 
     @property
+    def score(self) -> float:
+        """The mean over seeds."""
+        return fmean(self.scores.values())
+
+    @cached_property
     def spread(self) -> Interval | None:
-        """The interval if it holds chance between seeds, which one seed tells nothing of."""
-        return self.interval if self.seeds > 1 else None
+        """Its interval; None for one seed, which tells nothing of the chance between seeds."""
+        drawn = None if self.drawn is None else list(self.drawn.values())
+        return interval(list(self.scores.values()), drawn) if len(self.scores) > 1 else None
 
 
 @dataclass(kw_only=True)
@@ -256,46 +249,21 @@ class Line:
         known = (e for e in self.scored if e.measure is measure and e.score is not None)
         return sorted({e.epochs for e in known})
 
-    def by_seed(self, epochs: int, measure: Measure) -> dict[int, list[Evaluation]]:
-        """What was scored after `epochs` (of a baseline, any), by the seed of pretraining."""
-        found: dict[int, list[Evaluation]] = {}
-        epochs = 0 if self.is_baseline else epochs  # of which there are none
-        for one in self.scored:
-            if one.measure is measure and one.epochs == epochs and one.score is not None:
-                found.setdefault(one.seed, []).append(one)
-        return found
-
-    def scores(self, epochs: int, measure: Measure) -> dict[int, float]:
-        """Seed of pretraining -> score after `epochs`.
-
-        Several finetunings of one pretraining count as their mean, and so does a seed that is in
-        several directories: neither tells how much chance there is in pretraining.
-        """
-        found = self.by_seed(epochs, measure)
-        return {seed: fmean(one.result[measure.key] for one in found[seed]) for seed in found}
-
-    def drawn(self, epochs: int, measure: Measure) -> dict[int, np.ndarray] | None:
-        """The same on other images; None where an earlier version did not keep the areas."""
-        found = {}
-        for seed, several in self.by_seed(epochs, measure).items():
-            known = [one.drawn for one in several if one.drawn is not None]
-            if len(known) < len(several):
-                return None
-            found[seed] = sum(known[1:], known[0]) / len(known)
-        return found
-
     def level(self, epochs: int, measure: Measure) -> Level:
-        """The mean over seeds, of which at least one was scored after `epochs`."""
-        scores = list(self.scores(epochs, measure).values())
-        drawn = self.drawn(epochs, measure)
-        found = interval(scores, None if drawn is None else list(drawn.values()))
-        return Level(score=fmean(scores), seeds=len(scores), interval=found)
-
-    def cost(self, epochs: int, name: str) -> float | None:
-        """Mean device_hours or train_flops of its pretrainings up to here; None if not known."""
-        found = [getattr(one, name) for one in self.scored if one.epochs == epochs]
-        known = [cost for cost in found if cost is not None]
-        return fmean(known) if known else None
+        """Its scores after `epochs`; those of a baseline are the same after any."""
+        by_seed: dict[int, list[Evaluation]] = {}
+        there = [one for one in self.scored if one.epochs == epochs or self.is_baseline]
+        for one in there:
+            if one.measure is measure and one.score is not None:
+                by_seed.setdefault(one.seed, []).append(one)
+        scores = {seed: fmean(e.result[measure.key] for e in by_seed[seed]) for seed in by_seed}
+        drawn: dict[int, Any] = {seed: [e.drawn for e in by_seed[seed]] for seed in by_seed}
+        has_areas = all(one is not None for several in drawn.values() for one in several)
+        means = {seed: sum(drawn[seed]) / len(drawn[seed]) for seed in drawn} if has_areas else None
+        spent = {name: [getattr(one, name) for one in there] for name in COSTS}
+        known = {name: [cost for cost in spent[name] if cost is not None] for name in COSTS}
+        costs = {name: fmean(known[name]) if known[name] else None for name in COSTS}
+        return Level(scores=scores, drawn=means, costs=costs)
 
 
 def last_common_epochs(lines: Sequence[Line], measure: Measure = FINETUNING) -> int | None:
@@ -312,28 +280,24 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
     apart = len(all_paths) > 1 and not made_alike(all_paths, ask_facts())
     lines: dict[str, Line] = {}
 
-    def line_of(paths: Layout, method: str, ratio: float | None, segments_from: str) -> Line:
+    def line_of(variant: Variant, paths: Layout) -> Line:
         suffix = f" ({paths.root.name})" if apart else ""
-        label = run_label(method, ratio, segments_from) + suffix
-        new = Line(label=label, family=run_label(method, ratio) + suffix, method=method)
+        label, family = (v.label + suffix for v in (variant, variant._replace(segments_from=OWN)))
+        new = Line(label=label, family=family, method=variant.method)
         return lines.setdefault(label, new)
 
     for paths in all_paths:
-        for one in [*read_evaluations(paths), *read_probes(paths)]:
-            line = line_of(paths, one.method, one.coverage_ratio, one.segments_from)
-            line.scored.append(one)
+        for one in [*read_evaluations(paths), *read_evaluations(paths, ProbeResult)]:
+            line_of(one.variant, paths).scored.append(one)
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name
-                run = Run.parse(folder.name)
-                line = line_of(paths, run.method, coverage_of(run, records), run.segments_from)
-                line.pretrainings.append(folder)
+                variant = variant_of(Run.parse(folder.name), records)
+                line_of(variant, paths).pretrainings.append(folder)
     rank = method_rank(all_paths)
     ordered = sorted(lines.values(), key=lambda line: rank(line.method))
-    families: dict[str, list[Line]] = {}
-    for line in ordered:  # a method and its controls share a colour
-        families.setdefault(line.family, []).append(line)
-    for color, family in enumerate(families.values()):
-        for variant, line in enumerate(family):
-            line.style = (color, variant)
+    families = list(dict.fromkeys(line.family for line in ordered))
+    for index, line in enumerate(ordered):  # a method and its controls share a colour
+        variants = [earlier.family for earlier in ordered[:index]].count(line.family)
+        line.style = (families.index(line.family), variants)
     return ordered

@@ -33,16 +33,13 @@ class Interval:
     """A mean over seeds, or of differences between seeds, in the scores' unit."""
 
     value: float
+    # The 95% interval; of a single seed, it holds what chance in the images makes only.
     low: float
-    """The 95% interval; of a single seed, it holds what chance in the images makes only."""
     high: float
-    p_value: float
-    """How likely a value so far from 0 is if the true one is 0."""
-    detectable: float
-    """The smallest true difference that would be told from 0 with 80% probability."""
+    p_value: float  # how likely a value so far from 0 is if the true one is 0
+    detectable: float  # the smallest true difference told from 0 with 80% probability
     seeds: int
-    of_images: bool
-    """Whether chance in the images is part of it."""
+    of_images: bool  # whether chance in the images is part of it
 
     def within(self, most: float) -> str:
         """The interval of a score, which lies from 0 to `most`."""

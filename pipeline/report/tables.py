@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -14,6 +15,7 @@ from common.terminal import aligned
 from pipeline.plan.layout import Layout, ratio_text
 from pipeline.plan.records import read_all_records
 from pipeline.report.scores import (
+    COSTS,
     REFERENCE,
     Evaluation,
     Line,
@@ -28,8 +30,7 @@ COLUMNS = (
     *("method", "coverage_ratio", "segments_from", "seed", "eval_seed", "epochs"),
     *(*SCORES, "minutes", "device_hours", "train_flops"),
 )
-# What pretraining has cost: column, and its title.
-COST = {"device_hours": "device-hours", "train_flops": "train FLOPs"}
+COST_TITLES = dict(zip(COSTS, ("device-hours", "train FLOPs"), strict=True))
 _WIDEST = 110  # characters of a table on a terminal
 _LEAST_CHANGE = 0.05  # in points; less is shown as 0.0
 _MOST_CLASSES = 8  # shown for each method: those with the largest change
@@ -62,11 +63,11 @@ def write_results_csv(paths: Layout) -> list[Evaluation]:
 
 def _csv_row(evaluation: Evaluation) -> dict[str, str]:
     scores = {name: evaluation.result.get(name) for name in SCORES}
-    ratio = evaluation.coverage_ratio
+    method, ratio, segments_from = evaluation.variant
     return {
-        "method": evaluation.method,
+        "method": method,
         "coverage_ratio": "" if ratio is None else ratio_text(ratio),
-        "segments_from": evaluation.segments_from,
+        "segments_from": segments_from,
         **{name: str(getattr(evaluation, name)) for name in ("seed", "eval_seed", "epochs")},
         **{name: "" if score is None else f"{score:.4f}" for name, score in scores.items()},
         "minutes": f"{evaluation.minutes:.2f}",
@@ -77,7 +78,7 @@ def _csv_row(evaluation: Evaluation) -> dict[str, str]:
 
 def terminal_table(evaluations: Sequence[Evaluation]) -> str:
     """The scores as aligned text, a line per evaluation; with the cost where it fits."""
-    found = score_table([(evaluation.label, evaluation) for evaluation in evaluations])
+    found = score_table([(evaluation.variant.label, evaluation) for evaluation in evaluations])
     rows = [found.columns, *found.rows]
     text = aligned(rows, right=range(1, len(found.columns)))
     if len(text.split("\n")[0]) > _WIDEST:
@@ -90,7 +91,7 @@ def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
     """The cells of each evaluation, whose label comes first; the best by mean IoU stands out."""
     # A column that says the same in every row is left out.
     seeds = [n for n in ("seed", "eval_seed") if len({getattr(e, n) for _, e in labelled}) > 1]
-    cost = [n for n in COST if any(getattr(e, n) is not None for _, e in labelled)]
+    cost = [n for n in COSTS if any(getattr(e, n) is not None for _, e in labelled)]
     rows = []
     for label, evaluation in labelled:
         row = _csv_row(evaluation)
@@ -98,15 +99,15 @@ def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
         spent = [cost_text(name, getattr(evaluation, name)) for name in cost]
         minutes = f"{evaluation.minutes:.1f}"
         rows.append([label, *(row[n] for n in seeds), row["epochs"], *scores, minutes, *spent])
-    scores = [evaluation.result.get("mean_iou") or 0 for _, evaluation in labelled]
+    miou = [evaluation.result.get("mean_iou") or 0 for _, evaluation in labelled]
     return Table(
         columns=[
             *("method", *(name.replace("_", " ") for name in seeds), "epochs"),
             *("pixel accuracy", "mean accuracy", "mean IoU", "minutes"),
-            *(COST[name] for name in cost),
+            *(COST_TITLES[name] for name in cost),
         ],
         rows=rows,
-        looks={index: "best" for index, score in enumerate(scores) if score == max(scores)},
+        looks={index: "best" for index, score in enumerate(miou) if score == max(miou)},
     )
 
 
@@ -119,7 +120,7 @@ def cost_text(name: str, value: float | None) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ClassTables:
     """IoU class by class."""
 
@@ -141,51 +142,40 @@ def class_tables(lines: Sequence[Line]) -> ClassTables | None:
     if others:
         caption += f" First the classes that change most against {reference}."
     names = dict.fromkeys(name for values in iou.values() for name in values)
-    every_class = [[name, *(_shown(of.get(name)) for of in iou.values())] for name in names]
-    return ClassTables(
-        caption=caption,
-        changes={label: _changes(label, iou[label], reference, iou[reference]) for label in others},
-        all=Table(columns=["class", *iou], rows=every_class),
-    )
+    rows = [
+        [name, *(_shown(values.get(name, math.nan)) for values in iou.values())] for name in names
+    ]
+    changes = {label: _changes(label, iou[label], reference, iou[reference]) for label in others}
+    return ClassTables(caption, changes, Table(columns=["class", *iou], rows=rows))
 
 
-def _class_iou(line: Line, epochs: int) -> dict[str, float | None]:
-    """Class -> mean IoU over seeds in percent; None for a class that did not occur."""
+def _class_iou(line: Line, epochs: int) -> dict[str, float]:
+    """Class -> mean IoU over seeds in percent; NaN for a class that did not occur."""
     found: dict[str, list[float]] = {}
     for evaluation in line.evaluations:
         if evaluation.epochs == epochs:
             for name, value in (evaluation.result.get("class_iou") or {}).items():
                 found.setdefault(name, []).extend([] if value is None else [value])
-    return {name: fmean(values) if values else None for name, values in found.items()}
+    return {name: fmean(values) if values else math.nan for name, values in found.items()}
 
 
 def _changes(
-    label: str,
-    values: Mapping[str, float | None],
-    reference: str,
-    before: Mapping[str, float | None],
+    label: str, values: Mapping[str, float], reference: str, before: Mapping[str, float]
 ) -> Table:
     """The largest changes, gains first."""
-    changes = {
-        name: value - old
-        for name, value in values.items()
-        if value is not None and (old := before.get(name)) is not None
-    }
+    changes = {name: values[name] - before.get(name, math.nan) for name in values}
     seen = [name for name in changes if abs(changes[name]) >= _LEAST_CHANGE]
     largest = sorted(seen, key=lambda name: -abs(changes[name]))[:_MOST_CLASSES]
     names = sorted(largest, key=lambda name: -changes[name])
     return Table(
         columns=["class", reference, label, "change"],
-        rows=[
-            [name, _shown(before[name]), _shown(values[name]), f"{changes[name]:+.1f}"]
-            for name in names
-        ],
+        rows=[[n, _shown(before[n]), _shown(values[n]), f"{changes[n]:+.1f}"] for n in names],
         looks={i: "gain" if changes[name] >= 0 else "loss" for i, name in enumerate(names)},
     )
 
 
-def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+def _shown(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.1f}"
 
 
 def provenance(all_paths: Sequence[Layout]) -> tuple[dict[str, list[tuple[str, str]]], Table]:

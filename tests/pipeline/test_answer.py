@@ -13,7 +13,7 @@ import pytest
 from common.step_files import AREAS, LOG, RESULT
 from pipeline.plan.layout import Layout, Run
 from pipeline.report.answer import Answer, answer
-from pipeline.report.figures import Point, Series, line_chart
+from pipeline.report.figures import Chart, Point, Series, line_chart
 from pipeline.report.page import write_all, write_report
 from pipeline.report.scores import FINETUNING, MEASURES, make_lines, read_evaluations
 from pipeline.report.statistics import mean_iou, read_areas
@@ -173,42 +173,51 @@ def test_probes_of_one_score_only_are_no_error_and_damaged_ones_are_named(tmp_pa
 
 
 def test_the_axis_of_scores_spans_5_points_unless_intervals_are_narrower(tmp_path: Path) -> None:
-    def span(chart: str) -> float:
-        labels = re.findall(r'text-anchor: end"[^>]*>([\d.]+)<', chart.split('class="plot1"')[0])
-        return float(np.ptp([float(label) for label in labels]))
+    def span(chart: Chart | None) -> float:
+        assert chart
+        first = next(iter(chart.views.values()))
+        return float(np.ptp([float(n) for n in re.findall(r'end"[^>]*>([\d.]+)</text>', first)]))
 
     flat = {"methods": ("patches",), "epochs": (9, 10), "gain": 0.0}
     assert span(answered(write_run(tmp_path / "one", **flat)).chart) >= 5
-    points = [Point(x=i, y=30 + i / 100, low=29.99, high=30.05) for i in range(3)]
-    line = Series(label="x", points=points, style=(0, 0))
-    narrow = line_chart({"epochs": [line]}, "c", y_title="%", least_span=0.24)
-    assert 0.24 <= span(narrow) < 1
-    top = Series(label="x", points=[Point(x=0, y=99.9), Point(x=1, y=100)], style=(0, 0))
+    line = Series("x", [Point(i, 30 + i / 100, low=29.99, high=30.05) for i in range(3)], (0, 0))
+    assert 0.24 <= span(line_chart({"epochs": [line]}, "c", y_title="%", least_span=0.24)) < 1
+    top = Series("x", [Point(0, 99.9), Point(1, 100)], (0, 0))
     chart = line_chart({"e": [top]}, "c", y_title="%", least_span=5, limits=(0, 100))
     assert 5 <= span(chart) <= 6
 
 
 def test_the_chart_switches_between_epochs_and_costs_without_script(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", seeds=(0, 1))
-    chart = answered(paths).chart
-    assert chart.count('type="radio"') == len(re.findall(r'class="plot\d"', chart)) == 3
-    assert chart.count("checked") == 1
-    assert ">training FLOPs (x 1e18)</label>" in chart
+
+    def views() -> list[str]:
+        chart = answered(paths).chart
+        return list(chart.views) if chart else []
+
+    known = ["epochs of pretraining", "device-hours of pretraining", "training FLOPs (x 1e18)"]
+    assert views() == known
+    write_all(paths)
+    html = paths.report_html.read_text()
+    assert len(re.findall(r'type="radio"[^>]*id="([\w-]+)"[^>]*><label for="\1">', html)) == 3
+    assert html.count(" checked>") == 1
     for log in paths.pretrain_output.glob(f"*/{LOG}"):
         log.unlink()
-    assert answered(paths).chart.count('type="radio"') == 2, "what is known"
+    assert views() == known[:2], "what is known"
     shutil.rmtree(paths.records)
-    assert 'type="radio"' not in answered(paths).chart, "nothing to choose from"
+    write_all(paths)
+    assert 'type="radio"' not in paths.report_html.read_text(), "nothing to choose from"
 
 
 def test_lines_of_one_method_share_a_colour_and_no_two_lines_look_alike(tmp_path: Path) -> None:
     sources = ("own", "borrowed", "blob", "block")
     paths = write_run(tmp_path / "run", ("patches", "segments", "four_channels"), sources=sources)
-    styles = {line.label: line.style for line in make_lines([paths])}
-    assert len(set(styles.values())) == len(styles) == 10
-    legend = answered(paths).chart.split("<ul")[1].split("</ul>")[0].split("<li>")[1:]
-    looks = {re.sub(r"#m\w+|id=\"\w+\"|</svg>.*", "", entry) for entry in legend}
-    assert len(looks) == 10
+    chart = answered(paths).chart
+    assert chart
+    looks = {label: re.sub(r"#m\w+|id=\"\w+\"", "", drawn) for label, drawn in chart.legend.items()}
+    assert len(set(looks.values())) == len(looks) == 10
+    colours = {label: re.findall("stroke: (#.{6})", look)[0] for label, look in looks.items()}
+    assert len({colours[label] for label in looks if label.startswith("segments")}) == 1
+    assert len(set(colours.values())) == 4
 
 
 def test_methods_without_a_common_epoch_get_no_verdict(tmp_path: Path) -> None:
