@@ -100,9 +100,7 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
     # Without areas by image nothing tells how much the choice of images makes: no comparisons.
     found = _comparisons(lines, best, levels) if measure.areas else []
     controls, others = [c for c in found if c.is_control], [c for c in found if not c.is_control]
-    level, verb = levels[best.label], "reaches" if len(trained) == 1 else "is highest:"
-    after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
-    said = [f"{after}, by {measure.words}, {best.label} {verb} {_in_words(level, measure)}."]
+    said = [_about_best(best.label, levels[best.label], epochs, measure, len(trained) == 1)]
     if measure.areas:
         said += _verdicts(others) + _about_scratch(best, lines, levels) + _about_cost(others)
     return Answer(
@@ -118,12 +116,14 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
     )
 
 
-def _in_words(level: Level, measure: Measure) -> str:
-    text = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
-    if not level.spread:
-        return text
-    within = level.spread.within(measure.most)
-    return f"{text} (95% interval {within}, {len(level.scores)} seeds)"
+def _about_best(label: str, level: Level, epochs: int, measure: Measure, is_alone: bool) -> str:
+    score = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
+    if level.spread:
+        within = level.spread.within(measure.most)
+        score += f" (95% interval {within}, {len(level.scores)} seeds)"
+    after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
+    verb = "reaches" if is_alone else "is highest:"
+    return f"{after}, by {measure.words}, {label} {verb} {score}."
 
 
 def _comparisons(

@@ -52,6 +52,10 @@ _NOISE = re.compile(
 _LONG_NUMBER = re.compile(r'(?<=[" ])-?\d+\.\d{2,}')  # of an attribute, not of a label
 _MARKER = re.compile(r'(style="fill: #\w+")/>')  # ticks are markers, too, but have a stroke
 _METADATA = ("Date", "Creator", "Format", "Type")  # of a file, which this is none
+_CAPTIONS = {
+    "Reconstructions": "What pretraining makes of hidden parts, by epochs completed.",
+    "Predictions": "Validation images after finetuning, by epochs of pretraining completed.",
+}
 _PICTURE_WIDTH = 1000  # pixels at most
 _QUALITY = 80  # of the WebP
 
@@ -234,9 +238,8 @@ def interval_bar(found: Interval, widest: float) -> Markup:
     )
 
 
-@dataclass(frozen=True)
-class Section:
-    """Pictures of one kind, by what they have in common, side by side."""
+class Section(NamedTuple):
+    """Pictures of one kind, side by side where they are of the same epochs."""
 
     title: str
     caption: str
@@ -245,41 +248,35 @@ class Section:
 
 def picture_sections(all_paths: Sequence[Layout]) -> list[Section]:
     """Reconstructions and predictions, by epochs completed; empty sections are left out."""
-    rank, sections = method_rank(all_paths), []
-    named = {0: "before pretraining", 1: "after 1 epoch"}
-    for title, caption, find in (
-        ("Reconstructions", "What pretraining makes of hidden parts, by epochs completed.",
-         _reconstructions),
-        ("Predictions", "Validation images after finetuning, by epochs of pretraining completed.",
-         _predictions),
-    ):  # fmt: skip
-        groups: dict[int, list[tuple[str, str]]] = {}
-        for paths in all_paths:
-            suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
-            found = sorted(find(paths), key=lambda one: (rank(one[0].method), one[0].name, one[1]))
-            for run, epochs, image in found:
-                if source := _data_uri(image):
-                    groups.setdefault(epochs, []).append((f"{run.name}{suffix}", source))
-        by_epochs = {named.get(n, f"after {n} epochs"): groups[n] for n in sorted(groups)}
-        sections += [Section(title, caption, by_epochs)] if groups else []
-    return sections
+    rank = method_rank(all_paths)
+    found: dict[str, dict[int, list[tuple[str, str]]]] = {title: {} for title in _CAPTIONS}
+    for paths in all_paths:
+        suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
+        pictures = sorted(_pictures(paths), key=lambda one: (rank(one[1].method), one[1].name))
+        for title, run, epochs, image in pictures:
+            if source := _data_uri(image):
+                found[title].setdefault(epochs, []).append((f"{run.name}{suffix}", source))
+    words = {0: "before pretraining", 1: "after 1 epoch"}
+    return [
+        Section(
+            title, _CAPTIONS[title], {words.get(n, f"after {n} epochs"): of[n] for n in sorted(of)}
+        )
+        for title, of in found.items()
+        if of
+    ]
 
 
-def _reconstructions(paths: Layout) -> Iterator[tuple[Run, int, Path]]:
-    """Run, epochs completed and picture; other folders and files are passed over."""
+def _pictures(paths: Layout) -> Iterator[tuple[str, Run, int, Path]]:
+    """Their kind, run and epochs completed; of a checkpoint's finetunings, the first one's."""
     for image in paths.pretrain_output.glob("*/*.png"):
-        with contextlib.suppress(ValueError):
-            if (epochs := epochs_of(image)) is not None:
-                yield Run.parse(image.parent.name), epochs, image
-
-
-def _predictions(paths: Layout) -> Iterator[tuple[Run, int, Path]]:
-    """The same of the first finetuning of each checkpoint."""
+        with contextlib.suppress(ValueError):  # a folder that is no run's
+            if (count := epochs_of(image)) is not None:
+                yield "Reconstructions", Run.parse(image.parent.name), count, image
     for image in paths.eval_output.glob(f"*/{PREDICTIONS}"):
         with contextlib.suppress(ValueError):
             run, epochs, number = parse_eval_name(image.parent.name)
             if not number:
-                yield Run.parse(run), epochs, image
+                yield "Predictions", Run.parse(run), epochs, image
 
 
 def _data_uri(path: Path) -> str:
