@@ -137,7 +137,7 @@ def _comparisons(
     reference = next((line for line in others if line.method == REFERENCE), others[0])
     pairs = [(line, reference, False) for line in others if line is not reference]
     pairs += [(best, line, False) for line in lines if line.method == "scratch"]
-    pairs += [(own[label], line, True) for label, line in trained.items() if line not in others]
+    pairs += [(own[label], line, True) for label, line in trained.items() if own[label] is not line]
     found, judged = [_compare(*pair, levels) for pair in pairs], []
     for question in dict.fromkeys(c.question for c in found):
         asked = [c for c in found if c.question == question]
