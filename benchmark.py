@@ -33,7 +33,7 @@ from pipeline.plan.machine import visible_gpus
 from pipeline.plan.settings import GROUPS, Settings
 from pipeline.plan.steps import Step
 from pipeline.report.page import write_all, write_report
-from pipeline.report.results import write_results_csv
+from pipeline.report.tables import write_results_csv
 
 _POLL_SECONDS = 0.1
 

@@ -26,7 +26,7 @@ from pipeline.plan.segments import MAKING, before_segments, with_segments
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan, nodes_of
 from pipeline.report.page import is_report
-from pipeline.report.results import is_results_csv
+from pipeline.report.tables import is_results_csv
 
 
 def checked_plan(settings: Settings) -> list[Step]:
