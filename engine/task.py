@@ -164,14 +164,7 @@ class State:
         Raises ValueError.
         """
         names = ("loss", *task.counts, "unreadable_images")
-        state = cls(sums=dict.fromkeys(names, 0.0))
-        places = ("epochs_completed", "steps_completed")
-        stored = checkpoint.get("state", {})
-        known = {
-            **vars(state), **stored, **{name: checkpoint.get(name, 0) for name in places},
-            # By the name that an earlier version gave it.
-            "best_score": stored.get("best_score", stored.get("best_mean_iou")),
-        }  # fmt: skip
+        known = {**vars(cls(sums=dict.fromkeys(names, 0.0))), **_stored_state(checkpoint, names)}
         return parsed_plain(cls, known, f"{path}: state")
 
     def add(self, sums: Sequence[float]) -> None:
@@ -184,6 +177,25 @@ class State:
         self.epochs_completed, self.steps_completed = epochs_completed, 0
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.seconds = self.waited_seconds = 0.0
+
+
+def _stored_state(checkpoint: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint has of `State`; names: of the sums."""
+    stored = dict(checkpoint.get("state", {}))
+    stored |= {n: checkpoint[n] for n in ("epochs_completed", "steps_completed") if n in checkpoint}
+    # Under the names of the versions in which each part kept a state of its own.
+    if "sums" in checkpoint:
+        stored["sums"] = dict(zip(names, checkpoint["sums"].tolist(), strict=True))
+        stored |= {name: checkpoint[name] for name in ("seconds", "waited_seconds")}
+    elif "loss_sum" in stored:
+        stored["sums"] = {
+            n: float(stored.get(o, 0)) for n, o in zip(names, _OLDER_SUMS, strict=True)
+        }
+        stored["best_score"] = stored.get("best_mean_iou")
+    return stored
+
+
+_OLDER_SUMS = ("loss_sum", "unreadable_images")
 
 
 @dataclass(kw_only=True)
