@@ -102,13 +102,15 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    capability, archs = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-    if not cards.has_kernels(capability, archs):
-        cuda = torch.version.cuda or ""
+    try:
+        (torch.ones(1, device=device) + 1).item()  # one kernel tells
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
         raise ValueError(
             f"torch {torch.__version__} has no kernels for {device_name(device)}: use --device cpu "
-            f"or {cards.remedy(capability, cuda, archs)}"
-        )
+            f"or {cards.REMEDY}"
+        ) from None
     return device
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -92,7 +93,7 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
-    """What the installed torch makes of the GPUs that nvidia-smi lists."""
+    """What the installed torch makes of the GPUs that the driver has."""
     try:
         torch = ask([part_command(["engine.gpus"], {})])[0]
     except ValueError as error:
@@ -110,7 +111,9 @@ def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
         fix = "" if free > _UNUSED_SHARE * total else "nvidia-smi names the programs that use it"
         if gpu["error"]:
             text = f"torch cannot compute on it: {gpu['error']}"
-            fix = misfits[0].fix if misfits else "nvidia-smi -q shows whether the card is in order"
+            is_misfit = misfits or "no kernel image" in gpu["error"]
+            fix = "nvidia-smi -q shows whether the card is in order"
+            fix = cards.REMEDY if is_misfit else fix
         yield Finding(f"GPU {index}", text, fix)
     if torch["lacks_to_compile"]:
         fix = "install it, or models run uncompiled (Debian: build-essential, python3-dev)"
@@ -118,24 +121,26 @@ def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
 
 
 def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Finding]:
-    """Cards and drivers that this build of torch is not made for, each kind once."""
-    build, cuda, archs = f"torch {torch['torch']}", torch["cuda"], torch["archs"]
+    """Cards and drivers that are too old for this build of torch, each kind once.
+
+    Torch itself sees no card at all where the driver is too old. A card that is too new is seen,
+    and fails at the one kernel that is tried on each.
+    """
+    build, cuda = f"torch {torch['torch']}", torch["cuda"]
     if not cuda:
         yield Finding("torch on GPUs", f"{build} is built without CUDA", _SET_UP)
         return
     needed = cards.least_driver(cuda)
-    for name, capability, driver in dict.fromkeys((g.name, g.capability, g.driver) for g in gpus):
-        causes = []
-        if driver < needed:
-            causes.append(
-                f"CUDA {cuda} of {build} needs driver {needed} or newer, here is {driver}"
-            )
-        if capability is not None and not cards.has_kernels(capability, archs):
-            has, lacks = " ".join(archs), "sm_{}{}".format(*capability)
-            causes.append(f"{build} has kernels for {has}, not for {lacks}")
+    oldest = min(int(re.sub(r"\D", "", arch)) for arch in torch["archs"])  # sm_75 -> 75
+    for gpu in dict.fromkeys(gpus):
+        causes, capability = [], 10 * gpu.capability[0] + gpu.capability[1]
+        if gpu.driver < needed:
+            causes.append(f"CUDA {cuda} of {build} needs driver {needed} or newer, ")
+            causes[-1] += f"here is {gpu.driver}"
+        if capability < oldest:
+            causes.append(f"{build} has kernels from sm_{oldest} on, not for sm_{capability}")
         if causes:
-            fix = cards.remedy(capability, cuda, archs, driver)
-            yield Finding(name, "; ".join(causes), fix)
+            yield Finding(gpu.name, "; ".join(causes), cards.REMEDY)
 
 
 def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:

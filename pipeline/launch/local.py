@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.console import EXIT_STOPPED
-from common.environment import PROCESSES_HERE
+from common.environment import PROCESSES_HERE, PROGRESS_FILE
 from common.parsed import StepProgress, read_json
-from common.progress import last_count
-from common.step_files import CONSOLE_LOG, PROGRESS
+from common.progress import count_text
+from common.step_files import PROGRESS
 from common.terminal import duration
 from pipeline.launch import process
 from pipeline.plan import machine
@@ -62,14 +62,14 @@ class LocalLauncher:
         taken = {gpu for running in self.running for gpu in running.gpus}
         return [gpu for gpu in step.gpus or () if gpu not in taken]
 
-    def start(self, step: Step) -> list[Record]:
+    def start(self, step: Step) -> Record:
         """Starts the step; an orphan of an earlier, killed run is waited for first.
 
-        When the disk is nearly full nothing is started and that failure is returned.
+        When the disk is nearly full nothing is started, and that failure is returned.
         """
         lacking = shortage(step)
-        if lacking:
-            return [Record.of(step, "failed", None, message=lacking)]
+        if lacking:  # not written: the record of an earlier attempt says more
+            return Record.of(step, "failed", None, message=lacking)
         mark = f"{self.paths.root}:{step.name}"
         process.end_orphans(mark)
         for output in step.outputs:
@@ -79,13 +79,14 @@ class LocalLauncher:
         (step.folder / PROGRESS).unlink(missing_ok=True)
         gpus = tuple(self._free(step)[: step.processes])
         child = process.Child(step.command, step.console_log, mark, environment(step, gpus))
-        job = os.environ.get("SLURM_JOB_ID", "")
-        where = {"host": socket.gethostname(), "pid": child.pid, "job_id": job}
-        record = Record.of(step, "running", earlier, started=time.time(), **where)
+        record = Record.of(
+            step, "running", earlier, started=time.time(), host=socket.gethostname(),
+            pid=child.pid, job_id=os.environ.get("SLURM_JOB_ID", ""),
+        )  # fmt: skip
         write_record(self.paths, record)
         self.running.append(_Running(step, child, record, gpus))
         self._shown = step.name  # benchmark.py has said so
-        return []
+        return record
 
     def poll(self) -> list[Record]:
         """Shows new output; returns the steps that ended since the last call, recorded."""
@@ -115,6 +116,7 @@ class LocalLauncher:
         """By exit code and by the files it had to leave."""
         step, what, outputs = running.step, "", dict[str, int]()
         state: State = "done"
+        # torchrun makes 1 of a worker's 75; then progress.json tells that it was stopped.
         if exit_code == EXIT_STOPPED or was_stopped(step.folder):
             state = "stopped"
         elif exit_code != 0:
@@ -184,8 +186,11 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
 
     gpus: those that it gets, by default the first of those that it may use.
     """
-    # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
-    added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}"}
+    added = {
+        PROGRESS_FILE: str(step.folder / PROGRESS),
+        # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}",
+    }
     if step.options.get("device") == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait by spinning take the cores from those that work: on two busy cores
         # ten times slower than threads that sleep (measured with vit_tiny).
@@ -207,28 +212,30 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def was_stopped(folder: Path) -> bool:
-    """Whether a step has saved and ended because it was told to; torchrun's exit code hides it."""
+    """Whether a training has saved and ended because it was told to."""
     with suppress(ValueError):  # a damaged file says nothing; the exit code does
         return read_progress(folder).get("state") == "stopped"
     return False
 
 
 def progress_text(folder: Path) -> str:
-    """Epoch or images, rate and time left in words, as far as they are known."""
+    """Epoch or count, rate and time left in words, as far as they are known."""
     try:
         now = read_progress(folder)
     except ValueError as error:
         return str(error)
+    if now.keys() >= {"done", "total"}:
+        return count_text(now)
     if "epoch" not in now:
-        return last_count(folder / CONSOLE_LOG) or "starting"
+        return "starting"
     if now.get("stage") == "evaluate":
-        parts = [f"scoring after epoch {float(now['epoch']):.1f}"]
+        parts = [f"scoring after epoch {now['epoch']:.1f}"]
     else:
-        parts = [f"epoch {float(now['epoch']):.2f} of {now.get('epochs_total', '?')}"]
+        parts = [f"epoch {now['epoch']:.2f} of {now.get('epochs_total', '?')}"]
     if now.get("images_per_second"):
-        parts.append(f"{float(now['images_per_second']):.0f} images/s")
+        parts.append(f"{now['images_per_second']:.0f} images/s")
     if now.get("seconds_left") is not None:
-        parts.append(f"{duration(float(now['seconds_left']))} left")
+        parts.append(f"{duration(now['seconds_left'])} left")
     return ", ".join(parts)
 
 

@@ -14,12 +14,12 @@ import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 from common.console import EXIT_STOPPED
+from common.interruption import Interruption
 from common.lock import hold
 from pipeline.launch import preview, slurm_queue
 from pipeline.launch.local import LocalLauncher, environment, was_stopped
@@ -181,54 +181,58 @@ def follow(paths: Layout) -> int:
 
 @dataclass
 class StepJob:
-    """What runs inside a job: one step, told to save when the job is to end."""
+    """What runs inside a job: one step, told to save when the job is to end.
+
+    Submitit starts it on each of the job's nodes. On the first its handler of SIGUSR2, by which
+    Slurm announces the time limit or a preemption, calls `checkpoint` and queues the job up again.
+    """
 
     root: Path
     step: Step
     nodes: int
     _launcher: LocalLauncher | None = None
-    _ending: bool = False
 
     def __call__(self) -> str:
         """Runs the step; returns its state. Raises RuntimeError if it fails, so the job fails."""
         paths = Layout(self.root)
-        signal.signal(signal.SIGTERM, self._end)  # scancel, scontrol requeue
-        if is_done(self.step, paths):
-            return "done"
-        self._await_record(paths)
-        step = on_this_cluster(self.step, self.nodes)
-        if int(os.environ.get("SLURM_NODEID", "0")) > 0:
-            return self._assist(step, paths)
+        # scancel and scontrol requeue send SIGTERM, perhaps several times.
+        with Interruption(signals=(signal.SIGTERM,), ends_process=False) as stop:
+            if is_done(self.step, paths):
+                return "done"
+            self._await_record(paths, stop)
+            step = on_this_cluster(self.step, self.nodes)
+            if os.environ.get("SLURM_NODEID", "0") != "0":
+                return _assist(step, paths, stop)
+            return self._run(step, paths, stop)
+
+    def _run(self, step: Step, paths: Layout, stop: Interruption) -> str:
         self._launcher = LocalLauncher(paths, overlaps=False)
-        ended = self._launcher.start(step)
-        while not ended:
-            if self._ending:
+        record = self._launcher.start(step)
+        while record.state == "running":
+            if stop.requested:
                 self._launcher.stop()
             time.sleep(_POLL_SECONDS)
-            ended = self._launcher.poll()
-        if ended[0].state == "failed":
-            raise RuntimeError(ended[0].message)
-        if ended[0].state == "stopped":
+            record = next(iter(self._launcher.poll()), record)
+        if record.state == "failed":
+            raise RuntimeError(record.message)
+        if record.state == "stopped":
             raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
         if step.lane == "evaluate":
             write_all(paths)
-        return ended[0].state
+        return record.state
 
     def checkpoint(self) -> Any:
         """Submitit's hook, called in its handler of the end signal: save, then queue up again."""
         from submitit.helpers import DelayedSubmission
 
-        if self._launcher is not None:
-            while self._launcher.running:
-                self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
-                self._launcher.poll()
-                time.sleep(_POLL_SECONDS)
+        # `_run` stands still meanwhile: the handler runs on top of it and does not return.
+        while self._launcher is not None and self._launcher.running:
+            self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
+            self._launcher.poll()
+            time.sleep(_POLL_SECONDS)
         return DelayedSubmission(StepJob(self.root, self.step, self.nodes))
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        self._ending = True
-
-    def _await_record(self, paths: Layout) -> None:
+    def _await_record(self, paths: Layout, stop: Interruption) -> None:
         """Returns when the step's record names this job; ends the job if it does not come to.
 
         Two jobs of one step would write into the same folder.
@@ -239,8 +243,9 @@ class StepJob:
             named = record.job_id if record else ""
             if named == job:
                 return
-            if self._ending:
+            if stop.requested:
                 raise SystemExit(EXIT_STOPPED)
+            # Numbers ascend: a newer job has replaced this one, an older one's record is replaced.
             is_newer = named.isdecimal() and int(named) > int(job)
             if is_newer or time.monotonic() > deadline:
                 owner = f"names {named or 'a local run'}" if record else "is missing"
@@ -250,28 +255,29 @@ class StepJob:
                 )
             time.sleep(_POLL_SECONDS)
 
-    def _assist(self, step: Step, paths: Layout) -> str:
-        """On the job's other nodes: this node's processes of the step, without bookkeeping.
 
-        When the job is to end, the first node saves and queues the job up again; here exit code 0
-        keeps Slurm from ending that node's task too early. torchrun's code does not tell (it makes
-        1 of a worker's 75), so it is an error unless a stop was asked for, here or there.
-        """
-        signal.signal(signal.SIGUSR2, self._end)  # submitit's handler ends the first node only
-        node = os.environ["SLURM_NODEID"]
-        log = paths.slurm / f"{os.environ['SLURM_JOB_ID']}_node{node}.log"
-        mark = f"{paths.root}:{step.name}:node{node}"
-        child = Child(step.command, log, mark, environment(step))
+def _assist(step: Step, paths: Layout, stop: Interruption) -> str:
+    """On the job's other nodes: this node's processes of the step, without bookkeeping.
+
+    When the job is to end, the first node saves and queues the job up again; here exit code 0 keeps
+    Slurm from ending that node's task too early. torchrun's code does not tell (it makes 1 of a
+    worker's 75), so it is an error unless a stop was asked for, here or there.
+    """
+    node = os.environ["SLURM_NODEID"]
+    log = paths.slurm / f"{os.environ['SLURM_JOB_ID']}_node{node}.log"
+    child = Child(step.command, log, f"{paths.root}:{step.name}:node{node}", environment(step))
+    # Submitit's own handler of SIGUSR2 does nothing on these nodes.
+    with Interruption(signals=(signal.SIGUSR2,), ends_process=False) as announced:
         while (exit_code := child.exit_code()) is None:
-            if self._ending:
+            if stop.requested or announced.requested:
                 child.stop()
             time.sleep(_POLL_SECONDS)
-        end_marked(mark)
-        if exit_code == 0:
-            return "done"
-        if self._ending or was_stopped(step.folder):
-            return "stopped"
-        raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
+    end_marked(child.mark)
+    if exit_code == 0:
+        return "done"
+    if stop.requested or announced.requested or was_stopped(step.folder):
+        return "stopped"
+    raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
 
 
 def on_this_cluster(step: Step, nodes: int) -> Step:

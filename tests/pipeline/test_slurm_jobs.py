@@ -239,12 +239,8 @@ def test_a_job_that_its_record_does_not_name_does_nothing(
     record_job(paths, step, owner, state="running")
     monkeypatch.setenv("SLURM_JOB_ID", "11")
     monkeypatch.setattr(slurm, "_RECORD_SECONDS", 0.3)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit, match=f"job 11 does nothing: .* names {owner or 'a local'}"):
-            slurm.StepJob(paths.root, step, 1)()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with pytest.raises(SystemExit, match=f"job 11 does nothing: .* names {owner or 'a local'}"):
+        slurm.StepJob(paths.root, step, 1)()
     assert not step.folder.exists()
     assert read_record(paths, step.name).job_id == owner
 
