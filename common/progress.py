@@ -21,7 +21,7 @@ SECONDS_PER_FILE = 2.0
 
 
 class Display:
-    """One line about one piece of work. No thread draws it: work is forked meanwhile."""
+    """One line about one piece of work, drawn by whoever calls: forks and threads do not mix."""
 
     def __init__(self, total: float, *, seconds_per_line: float = SECONDS_PER_LINE) -> None:
         self.seconds_per_line = seconds_per_line
@@ -117,13 +117,11 @@ def clock(seconds: float) -> str:
 
 
 def _make_bar(total: float) -> Any:
-    from rich.console import Console
+    from rich.console import Console  # slow to import, and needed on a terminal only
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    bar = Progress(
-        BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
-        console=Console(stderr=True), auto_refresh=False,
-    )  # fmt: skip
+    columns = BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
+    bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
     bar.add_task("", total=total, text="")
     bar.start()
     return bar

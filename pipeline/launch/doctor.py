@@ -64,27 +64,26 @@ def _software() -> Iterator[Finding]:
 def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     hardware, compute = machine.hardware(), groups["compute"]
     gpus, cores, wanted = hardware["gpus"], hardware["cpu_cores"], compute.num_gpus
-    fix = ""
-    if (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local":
-        fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
+    lacking = (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local"
+    fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
     listed = ", ".join(f"{count} x {name}" for name, count in Counter(gpus).items())
-    yield Finding("devices", listed or "no GPU, CPU only", fix)
+    yield Finding("devices", listed or "no GPU, CPU only", fix if lacking else "")
     if gpus and wanted != 0:
         yield from _torch_on(machine.gpus())
     processes = compute.num_processes or (len(gpus) if wanted is None else wanted) or 1
+    text, fix = f"{cores} cores, {processes} processes", ""
     workers = groups["parts"].pretrain.get("workers")
-    text = f"{cores} cores, {processes} processes"
-    fix = ""
-    if isinstance(workers, int):
+    if isinstance(workers, int):  # not given: each process takes as many as there are cores for
         text += f", {workers} workers each for pretraining"
         if workers * processes > cores:
+            fitting = max(cores // processes - 1, 0)  # a core stays for the process itself
             fix = f"{workers * processes} workers on {cores} cores: set pretrain workers to "
-            fix += f"{max(cores // processes - 1, 0)}"
+            fix += str(fitting)
     yield Finding("processors", text, fix)
     free = psutil.virtual_memory().available / GIB
     fix = "close other programs, or use fewer workers" if free < _LITTLE_MEMORY_GIB else ""
     yield Finding("memory", f"{free:.1f} of {hardware['memory_gib']} GiB available", fix)
-    shm = Path("/dev/shm")
+    shm = Path("/dev/shm")  # through which loader workers hand their batches over
     if shm.exists():
         free = machine.free_bytes(shm) / GIB
         fix = "give it more (docker: --shm-size=16g), or use workers=0"

@@ -27,11 +27,12 @@ from pipeline.plan.machine import GIB
 from pipeline.plan.records import Record, State, output_sizes, read_record, write_record
 from pipeline.plan.steps import Step
 
-_TAIL_LINES, _SEARCHED_LINES = 12, 200
-_LOGS_BYTES = 50 * 2**20
+_TAIL_LINES, _SEARCHED_LINES = 12, 200  # of console.log, for the message of a failure
+_LOGS_BYTES = 50 * 2**20  # what a step writes beside checkpoints, generously
+_CLEAR_LINE = b"\r\x1b[2K"  # back to its beginning, and erase it
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Running:
     step: Step
     child: process.Child
@@ -48,12 +49,12 @@ class LocalLauncher:
         self.overlaps = overlaps
         self.output = output or sys.stdout.buffer
         self.running: list[_Running] = []
-        self._line_drawn = False
-        self._shown = ""
+        self._line_drawn = False  # of progress; the next output goes in its place
+        self._shown = ""  # the step whose output was shown last
 
     def has_room_for(self, step: Step) -> bool:
         """Whether the step could start now."""
-        if step.gpus is not None:
+        if step.gpus is not None:  # one for each of its processes
             return len(self._free(step)) >= step.processes
         return all(self.overlaps and r.step.lane != step.lane for r in self.running)
 
@@ -137,26 +138,22 @@ class LocalLauncher:
     def _show(self, output: bytes, step: Step) -> None:
         """Of several steps in turn, each part is headed by the step's name, as tail does it."""
         if output:
-            head = b"\r\x1b[2K" if self._line_drawn else b""
-            if self._shown != step.name:
-                head += f"==> {step.name} <==\n".encode()
-            self._write(head + output)
+            head = b"" if self._shown == step.name else f"==> {step.name} <==\n".encode()
+            self._write((_CLEAR_LINE if self._line_drawn else b"") + head + output)
             self._line_drawn, self._shown = False, step.name
-
-    def _write(self, output: bytes) -> None:
-        """Shown if somebody still listens; it stands in console.log in any case."""
-        with suppress(OSError):
-            self.output.write(output)
-            self.output.flush()
 
     def _draw_progress(self) -> None:
         """On a terminal, one line for what runs now, drawn over itself."""
-        if not self.running or not self.output.isatty():
-            return
-        parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
-        line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
-        self._write(b"\r\x1b[2K" + line.encode())
-        self._line_drawn = True
+        if self.running and self.output.isatty():
+            parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
+            line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
+            self._write(_CLEAR_LINE + line.encode())
+            self._line_drawn = True
+
+    def _write(self, output: bytes) -> None:
+        with suppress(OSError):  # nobody may be listening; it stands in console.log
+            self.output.write(output)
+            self.output.flush()
 
 
 def step_bytes(step: Step) -> int:

@@ -73,8 +73,8 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
             f"{error}; jobs of an earlier call may still be live, so nothing was submitted: "
             "give the same command again when squeue works"
         ) from None
-    live = {name: job for name, job in jobs.items() if slurm_queue.is_live(queue.get(job, ""))}
-    for step in steps:
+    live = {name: job for name, job in jobs.items() if queue.get(job) in slurm_queue.LIVE}
+    for step in steps:  # all of them before the first is submitted
         record = known[step.name]
         if record and step.name in live and other_settings(step, record):
             # The job would work with the settings it was submitted with.
@@ -85,6 +85,7 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
     job_ids = dict(live)  # step -> the job that will do it
     for step in steps:
         if step.name not in live and not is_done(step, paths):
+            # What a step needs and is not there is a job by now: the plan is in that order.
             needed = [job_ids[need] for need in step.needs if need in job_ids]
             job = job_ids[step.name] = _submit_one(settings, step, paths, needed)
             write_record(paths, Record.of(step, "submitted", known[step.name], job_id=job))
@@ -110,18 +111,15 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
     cluster = settings.cluster
     cpus = cpus_per_task(settings, step)
     asked_cpus = cluster.sbatch.get("cpus_per_task", cpus)
-    additional = {
-        "chdir": str(REPO_ROOT),
-        "requeue": True,
-        **{key.replace("_", "-"): value for key, value in cluster.sbatch.items()},
-    }
-    if needed:
+    given = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
+    additional = {"chdir": str(REPO_ROOT), "requeue": True, **given}
+    if needed:  # a job whose needs failed would stay in the queue for ever
         dependency = f"afterok:{':'.join(needed)}"
         additional |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     chosen: dict[str, Any] = {
         "job_name": step.name,
         "nodes": nodes_of(step, settings),
-        "ntasks_per_node": 1,
+        "ntasks_per_node": 1,  # torchrun starts a node's processes
         "cpus_per_task": cpus,
         # Since Slurm 22.05 srun does not take it over from sbatch: the task would get one core.
         "srun_args": asked_cpus and [f"--cpus-per-task={asked_cpus}"],
@@ -143,8 +141,9 @@ def cpus_per_task(settings: Settings, step: Step) -> int | None:
     --sbatch, or for a single process on the CPU to the site.
     """
     gpus, cluster = step.devices if step.devices_are_gpus else 0, settings.cluster
-    is_given = bool({"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys())
-    if is_given or not (gpus or step.processes > 1):
+    if {"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys():
+        return None
+    if not gpus and step.processes == 1:
         return None
     per_process = _CPUS_PER_PROCESS if gpus else 1
     workers = step.options.get("workers")
@@ -168,15 +167,15 @@ def follow(paths: Layout) -> int:
             for step in found:
                 if shown.get(step.name) != step.state:
                     click.echo(f"{time.strftime('%T')} {step.name}: {step.state}  {step.detail}")
-                    shown[step.name] = step.state
-            if all(step.state not in ("submitted", "running") for step in found):
+            shown = {step.name: step.state for step in found}
+            if {"submitted", "running"}.isdisjoint(shown.values()):
                 break
             time.sleep(_FOLLOW_SECONDS)
     except KeyboardInterrupt:
         click.echo("\nThe jobs go on; scancel ends them, the same command follows them again.")
         return EXIT_STOPPED
     click.echo(write_all(paths))
-    return 0 if all(step.state == "done" for step in found) else 1
+    return 0 if set(shown.values()) == {"done"} else 1
 
 
 @dataclass

@@ -31,25 +31,27 @@ def read_status(paths: Layout) -> list[StepStatus]:
     plan = read_plan(paths)
     records = {step["name"]: read_record(paths, step["name"]) for step in plan}
     unfinished = [r for r in records.values() if r is not None and r.state in _UNFINISHED]
-    jobs = [slurm_queue.submitted_job(paths, record) for record in unfinished]
-    queue = None
+    jobs = {record.name: slurm_queue.submitted_job(paths, record) for record in unfinished}
+    queue = None  # cannot be asked
     with suppress(slurm_queue.QueueError):
-        queue = slurm_queue.job_states(jobs)
-    return [_status(paths, step, records[step["name"]], queue) for step in plan]
+        queue = slurm_queue.job_states(jobs.values())
+    return [
+        _status(paths, step, records[step["name"]], jobs.get(step["name"], ""), queue)
+        for step in plan
+    ]
 
 
 def _status(
-    paths: Layout, step: PlannedStep, record: Record | None, queue: dict[str, str] | None
+    paths: Layout, step: PlannedStep, record: Record | None, job: str, queue: dict[str, str] | None
 ) -> StepStatus:
-    """`queue`: job -> state in Slurm, None if Slurm cannot be asked."""
+    """job: the one submitted for it, "" for none. queue: job -> state in Slurm."""
     if record is None:
         detail = f"for {', '.join(step['needs'])}" if step["needs"] else ""
         return StepStatus(step["name"], "waiting", detail)
-    job = slurm_queue.submitted_job(paths, record) if record.state in _UNFINISHED else ""
     in_queue = (queue or {}).get(job, "")
     state: str = record.state
     if job and queue is not None:
-        if not slurm_queue.is_live(in_queue):
+        if in_queue not in slurm_queue.LIVE:
             # It may have ended since its record was read; then the record says how.
             record = read_record(paths, record.name) or record
         is_new = record.job_id != job  # submitted again since the queue was asked
@@ -74,9 +76,9 @@ def _state_of_job(record: Record, in_queue: str) -> str:
     """The step's state by its record and by its job's state in the queue ("" = gone)."""
     if record.state not in _UNFINISHED:
         return record.state
-    if not slurm_queue.is_live(in_queue):
+    if in_queue not in slurm_queue.LIVE:
         return {"submitted": "cancelled", "running": "interrupted"}.get(record.state, record.state)
-    if record.state == "running" and not slurm_queue.is_waiting(in_queue):
+    if record.state == "running" and in_queue not in slurm_queue.WAITING:
         return "running"
     return "submitted"  # waiting, just begun, or about to be queued up again
 

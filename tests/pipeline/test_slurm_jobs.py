@@ -107,12 +107,6 @@ def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
     assert met[0][3].removeprefix("--master-port=").isdecimal()
 
 
-def test_only_states_that_may_still_work_are_live() -> None:
-    assert slurm_queue.is_live("PENDING")
-    assert slurm_queue.is_live("REQUEUED")
-    assert not any(map(slurm_queue.is_live, ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")))
-
-
 def test_without_jobs_the_queue_is_not_asked() -> None:
     assert slurm_queue.job_states([]) == {}
 
