@@ -36,16 +36,19 @@ _POLL_SECONDS = 0.1
 _STOPPING = "\nStopping: waiting for the running step to save (again: end it now)\n"
 
 
+# The order of events --------------------------------------------------------------------------
+
+
 def run(settings: Settings) -> int:
     """Plans, checks, alternates, reports. Returns the exit code; 0 means that all of it is done."""
     paths, steps = Layout(settings.data.output_dir), preview.checked_plan(settings)
-    if settings.cluster.launcher == "slurm":
+    if settings.cluster.launcher == "slurm":  # each step is a job; Slurm alternates
         return slurm.run(settings, steps, paths)
     with hold(paths.lock, paths.root):
         preview.write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
         exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going)
-        say(write_all(paths))
+        say(write_all(paths))  # also after a failure: over what is there
     return exit_code
 
 
@@ -92,6 +95,9 @@ def start_ready(steps: list[Step], states: dict[str, str], launcher: LocalLaunch
         else:
             kept.update(step.gpus or ())
     return started
+
+
+# The command line -----------------------------------------------------------------------------
 
 
 class _RunByDefault(click.Group):
@@ -141,7 +147,7 @@ def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> 
     return 0
 
 
-run_or_show.hidden = True
+run_or_show.hidden = True  # the group's own help shows its flags
 
 
 def _settings(groups: dict[str, Any]) -> Settings:

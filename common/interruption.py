@@ -71,7 +71,8 @@ class Interruption:
                 if signal.sigtimedwait(self._signals, 0.1) is not None:
                     self._note(0, None)
 
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)  # is inherited
+        # Blocked signals stay so in children, over fork and exec; ignored ones a program may undo.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         receiver = threading.Thread(target=receive, daemon=True)
         receiver.start()
         try:
@@ -98,7 +99,7 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """torch's loader looks for its parent too, but not while a full pipe keeps it from writing."""
+    # torch's loader looks for its parent too, but not while a full pipe keeps it from writing.
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -106,15 +107,11 @@ def _end_with_parent() -> None:
 
 
 def end_children() -> None:
-    """Kill the loader processes that an error has left, at the end of a program.
-
-    Python ends them by SIGTERM and then waits for them; they ignore it, so it would for ever.
-    """
-    children = multiprocessing.active_children()
-    if not children:
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise about each
-    for child in children:
-        child.kill()
-        child.join()
-    signal.signal(signal.SIGCHLD, previous)
+    """Kill the loader processes that an error has left, at the end of a program."""
+    # Python ends them by SIGTERM and then waits for them; they ignore it, so it would for ever.
+    if children := multiprocessing.active_children():
+        previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise about each
+        for child in children:
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, previous)

@@ -15,9 +15,8 @@ from common.files import write_json
 
 logger = logging.getLogger(__name__)
 
-SECONDS_PER_DRAWING = 0.1
-SECONDS_PER_LINE = 30.0
-SECONDS_PER_FILE = 2.0
+# How often a bar is drawn, a line written where there is no terminal, progress.json replaced.
+SECONDS_PER_DRAWING, SECONDS_PER_LINE, SECONDS_PER_FILE = 0.1, 30.0, 2.0
 
 
 class Display:
@@ -26,6 +25,7 @@ class Display:
     def __init__(self, total: float, *, seconds_per_line: float = SECONDS_PER_LINE) -> None:
         self.seconds_per_line = seconds_per_line
         self.shown = time.monotonic()
+        # A total that is not known yet (0) has no bar.
         self.bar = _make_bar(total) if sys.stderr.isatty() and total else None
 
     def show(self, completed: float, text: str) -> None:
@@ -53,7 +53,7 @@ class Counter:
         self.done = self.begun_with = done
         self.started = time.monotonic()
         self.display = Display(total, seconds_per_line=10.0)
-        # Set by the launcher of a plan; processes beside the first do the same work.
+        # Set by the launcher of a plan. Processes beside the first do the same kind of work.
         path = os.environ.get(PROGRESS_FILE)
         self.file = ProgressFile(Path(path)) if path and not rank() else None
 

@@ -73,12 +73,11 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     processes = compute.num_processes or (len(gpus) if wanted is None else wanted) or 1
     text, fix = f"{cores} cores, {processes} processes", ""
     workers = groups["parts"].pretrain.get("workers")
-    if isinstance(workers, int):  # not given: each process takes as many as there are cores for
+    if isinstance(workers, int):  # else each process takes as many as there are cores for
         text += f", {workers} workers each for pretraining"
-        if workers * processes > cores:
+        if (everybody := workers * processes) > cores:
             fitting = max(cores // processes - 1, 0)  # a core stays for the process itself
-            fix = f"{workers * processes} workers on {cores} cores: set pretrain workers to "
-            fix += str(fitting)
+            fix = f"{everybody} workers on {cores} cores: set pretrain workers to {fitting}"
     yield Finding("processors", text, fix)
     free = psutil.virtual_memory().available / GIB
     fix = "close other programs, or use fewer workers" if free < _LITTLE_MEMORY_GIB else ""
@@ -93,7 +92,7 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
     """What the installed torch makes of the GPUs that the driver has."""
-    try:
+    try:  # in a process of its own: no torch here
         torch = ask([part_command(["engine.gpus"], {})])[0]
     except ValueError as error:
         yield Finding("torch on GPUs", "it cannot be asked", str(error).replace("\n", "; "))
@@ -114,7 +113,7 @@ def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
             fix = "nvidia-smi -q shows whether the card is in order"
             fix = cards.REMEDY if is_misfit else fix
         yield Finding(f"GPU {index}", text, fix)
-    if torch["lacks_to_compile"]:
+    if torch["lacks_to_compile"]:  # without a GPU nothing is compiled unless it is asked for
         fix = "install it, or models run uncompiled (Debian: build-essential, python3-dev)"
         yield Finding("compiling", f"there is no {torch['lacks_to_compile']}", fix)
 
@@ -131,7 +130,7 @@ def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Find
         return
     needed = cards.least_driver(cuda)
     oldest = min(int(re.sub(r"\D", "", arch)) for arch in torch["archs"])  # sm_75 -> 75
-    for gpu in dict.fromkeys(gpus):
+    for gpu in dict.fromkeys(gpus):  # eight of a kind are said once
         causes, capability = [], 10 * gpu.capability[0] + gpu.capability[1]
         if gpu.driver < needed:
             causes.append(f"CUDA {cuda} of {build} needs driver {needed} or newer, ")
@@ -151,7 +150,7 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
         return
     yield Finding("flags", f"a plan of {len(steps)} steps")
     making = [step for step in steps if step.kind in MAKING]
-    if making:
+    if making:  # packing or generating them comes first
         yield Finding("segments", f"{what_it_does(making[0])} ({len(making)} steps)")
     for subject, kind in (("images", "pretrain"), ("dataset", "evaluate")):
         step: Step | None = next((s for s in steps if s.kind == kind and s.answer), None)

@@ -36,8 +36,9 @@ _POLL_SECONDS = 0.2
 _FOLLOW_SECONDS = 2.0
 _SIGNAL_SECONDS = 120  # before its time limit a job is told to save
 _MOST_REQUEUES = 10_000  # a job may reach its time limit this often
-_RECORD_SECONDS = 120.0  # a job waits so long for its record: written after it was submitted, and
-# shown on the node's side of a shared file system up to a minute later
+# A job waits so long for its record: written after it was submitted, and shown on the node's side
+# of a shared file system up to a minute later.
+_RECORD_SECONDS = 120.0
 _CPUS_PER_PROCESS = 12  # beside a GPU, for one that chooses its number of loader workers itself
 
 
@@ -289,10 +290,9 @@ def on_this_cluster(step: Step, nodes: int) -> Step:
         return step
     from submitit.helpers import TorchDistributedEnvironment
 
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not (address and port):
-        agreed = TorchDistributedEnvironment()
-        address, port = address or agreed.master_addr, port or str(agreed.master_port)
+    agreed = TorchDistributedEnvironment()  # the same on every node of the job
+    address = os.environ.get("MASTER_ADDR") or agreed.master_addr
+    port = os.environ.get("MASTER_PORT") or agreed.master_port
     node = f"--node-rank={os.environ.get('SLURM_NODEID', '0')}"
     meet = (f"--nnodes={nodes}", node, f"--master-addr={address}", f"--master-port={port}")
     return replace(step, rendezvous=meet)

@@ -72,13 +72,29 @@ def test_other_times_are_refused(text: str) -> None:
         Cluster(time=text)
 
 
+@pytest.fixture
+def on_node(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts this process on that node of a job of two, n3 and n4."""
+    job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "n[3-4]"}
+    ranks = {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_LOCALID": "0"}
+
+    def be(node: str) -> None:
+        here = {"SLURM_NODEID": node, "SLURM_PROCID": node}
+        for name, value in {**job, **ranks, **here}.items():
+            monkeypatch.setenv(name, value)
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return be
+
+
 def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
-    settings: Make, monkeypatch: pytest.MonkeyPatch
+    settings: Make, monkeypatch: pytest.MonkeyPatch, on_node: Callable[[str], None]
 ) -> None:
     step = replace(plan_of(settings("--pretrain-epochs 1"))[0], processes=4)
+    on_node("1")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
     monkeypatch.setenv("MASTER_PORT", "29511")
-    monkeypatch.setenv("SLURM_NODEID", "1")
     command = on_this_cluster(step, nodes=2).command
     assert command[1:8] == [
         *("-m", "torch.distributed.run", "--nnodes=2", "--node-rank=1"),
@@ -88,18 +104,12 @@ def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
 
 
 def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
-    settings: Make, monkeypatch: pytest.MonkeyPatch
+    settings: Make, on_node: Callable[[str], None]
 ) -> None:
     step = replace(plan_of(settings("--pretrain-epochs 1"))[0], processes=4)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "n[3-4]"}
-    ranks = {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_LOCALID": "0"}
     met = []
     for node in ("0", "1"):
-        here = {"SLURM_NODEID": node, "SLURM_PROCID": node}
-        for name, value in {**job, **ranks, **here}.items():
-            monkeypatch.setenv(name, value)
+        on_node(node)
         met.append(on_this_cluster(step, nodes=2).rendezvous)
     assert [found[1] for found in met] == ["--node-rank=0", "--node-rank=1"]
     assert met[0][2:] == met[1][2:]
