@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from common import cards
+from common.environment import number_of
 from common.interruption import Interruption
 from common.lock import hold
 from common.step_files import LOCK
@@ -36,7 +37,7 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     Raises ValueError if the wanted device is not there.
     """
     _refuse_unconnected_processes()
-    on_cuda = choose_device(config.device).type == "cuda"
+    on_cuda = choose_device(config.device, number_of("LOCAL_RANK", 0)).type == "cuda"
     wanted = config.compile if isinstance(config, TrainingConfig) else "off"
     compiled = wanted == "on"
     if wanted == "auto" and on_cuda:
@@ -123,7 +124,8 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     try:
-        (torch.ones(1, device=device) + 1).item()  # one kernel tells
+        # One kernel tells. On the GPU of this process: a context takes memory on the card.
+        (torch.ones(1, device=device) + 1).item()
     except RuntimeError as error:
         if "no kernel image" not in str(error):
             raise
