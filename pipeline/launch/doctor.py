@@ -40,7 +40,11 @@ def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> list
 
     groups: the flags themselves; where they name no data, it is about the machine only.
     """
-    findings = [*_software(), *_machine(groups)]
+    findings = [
+        Finding(name, version, _SET_UP if version == "not installed" else "")
+        for name, version in machine.versions().items()
+    ]
+    findings += _machine(groups)
     if groups["data"].in1k_dir or groups["data"].dataset:
         findings += _run(settings)
     return findings
@@ -49,16 +53,11 @@ def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> list
 def findings_text(findings: list[Finding]) -> str:
     """Aligned lines; what has to be fixed is marked and comes with its remedy."""
     rows = []
-    for finding in findings:
-        rows.append(("FIX" if finding.fix else "ok", finding.subject, finding.text))
-        rows += [("", "", f"-> {finding.fix}")] if finding.fix else []
+    for subject, text, fix in findings:
+        rows.append(("FIX" if fix else "ok", subject, text))
+        rows += [("", "", f"-> {fix}")] if fix else []
     wrong = sum(bool(finding.fix) for finding in findings)
     return f"{aligned(rows)}\n{f'{wrong} to fix' if wrong else 'ready'}"
-
-
-def _software() -> Iterator[Finding]:
-    for name, version in machine.versions().items():
-        yield Finding(name, version, _SET_UP if version == "not installed" else "")
 
 
 def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
