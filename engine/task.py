@@ -195,9 +195,6 @@ def _stored_state(checkpoint: Mapping[str, Any], names: Sequence[str]) -> dict[s
     return stored
 
 
-_OLDER_SUMS = ("loss_sum", "unreadable_images")
-
-
 @dataclass(kw_only=True)
 class Run:
     """What stays the same during a call.
