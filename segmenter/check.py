@@ -65,7 +65,7 @@ def check_start(config: TrainConfig | ProbeConfig) -> Task:
         if not init.is_file():
             flag = "--init" if isinstance(config, TrainConfig) else "CHECKPOINT"
             raise ValueError(f"{flag} {init} does not exist; give a checkpoint, or {RANDOM}")
-        from segmenter.checkpoint import check_encoder_file
+        from segmenter.encoder import check_encoder_file
 
         check_encoder_file(init, config.model)
     return task
@@ -133,7 +133,7 @@ def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None
     if found.name == RESULT:
         stored = read_json(found, Result if is_training else ProbeResult)["settings"]
     else:
-        from segmenter.checkpoint import load_checkpoint
+        from segmenter.loading import load_checkpoint
 
         stored = load_checkpoint(found, lazily=True)["config"]
     groups = GROUPS if is_training else PROBE_GROUPS

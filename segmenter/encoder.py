@@ -1,4 +1,4 @@
-"""The encoder: timm's ViT at any image size, with 3 or 4 input channels.
+"""The encoder: timm's ViT at any image size, with 3 or 4 input channels, and what it starts from.
 
 For UPerNet it is what BEiT and MAE are finetuned as (Bao et al., arXiv:2106.08254; the MAE of
 mmsegmentation): every block has a bias by relative position (Liu et al., arXiv:2103.14030) and a
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -21,12 +22,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.checkpoint import refuse_misfits
 from engine.layers import PatchEmbedding
-from engine.vit import VISIBLE, vit_size
+from engine.vit import IMAGE_CHANNELS, VISIBLE, vit_size
+from engine.weights import describe_vit, read_vit_weights, resample_positions
+from segmenter.config import EncoderConfig
 
 MAE_NORM_EPS = 1e-6
-POSITIONS, RELATIVE_POSITIONS = "pos_embed", "relative_position_bias_table"
+RELATIVE_POSITIONS = "relative_position_bias_table"
 CLASS_TOKEN_DISTANCES = 3  # class token to patch, patch to class token, class token to itself
+# Of a file: ignored on purpose is what pretraining alone needs, and classifiers.
+IGNORED = ("mask_token", "decoder_", "preencoder.", "head.", "head_drop", "fc_norm.", "pre_logits.")
+# May be missing, and then starts fresh: MAE files that end in an average pool have no final norm.
+OPTIONAL = ("norm.weight", "norm.bias")
+# Of UPerNet's encoder, as pretraining has none of them: they start without effect.
+WITHOUT_EFFECT = (RELATIVE_POSITIONS, ".gamma")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +133,54 @@ class Encoder(VisionTransformer):
 def depths_of(depth: int) -> list[int]:
     """The blocks, from 0, after a third, half, two thirds and all of a ViT: 3, 5, 7, 11 of 12."""
     return [max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+
+
+def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tensor]:
+    """Weights of a ViT by their official names. Raises ValueError for any other file."""
+    what = "a checkpoint of a ViT encoder"
+    return read_vit_weights(path, what, ignored=IGNORED, lazily=lazily)
+
+
+def shape_of(weights: dict[str, Tensor], config: EncoderConfig, path: Path) -> EncoderShape:
+    """What the weights say about their encoder. Raises ValueError if it is not the wanted one."""
+    found = describe_vit(weights, path)
+    if found.width != config.encoder.width:
+        hint = f"; it may be a {found.model}" if found.model else ""
+        raise ValueError(
+            f"{path} is {found.width} wide, {config.model} is {config.encoder.width} wide{hint}"
+        )
+    if config.patch_size not in (None, found.patch_size):
+        raise ValueError(
+            f"{path} has patches of {found.patch_size} pixels, --patch-size is {config.patch_size}"
+        )
+    if found.in_channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
+        raise ValueError(f"{path} has {found.in_channels} input channels; 3 or 4 are possible")
+    return EncoderShape(
+        model=config.model, patch_size=found.patch_size, in_channels=found.in_channels,
+        grid=found.grid,
+    )  # fmt: skip
+
+
+def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> list[str]:
+    """Copy the weights; return the names of those that start fresh.
+
+    Position embeddings are resampled to the encoder's grid. Raises ValueError that lists whatever
+    is missing, left over or of another shape.
+    """
+    weights = resample_positions(weights, encoder.shape.grid)
+    own = encoder.state_dict()
+    if encoder.depths:
+        weights = {n: weight for n, weight in weights.items() if not n.startswith(OPTIONAL)}
+        own = {n: weight for n, weight in own.items() if not n.endswith(WITHOUT_EFFECT)}
+    refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)
+    encoder.load_state_dict(weights, strict=False)
+    return [name for name in own if name not in weights]
+
+
+def check_encoder_file(path: Path, config: EncoderConfig) -> None:
+    """Raise ValueError unless `start_encoder` would take the file. Allocates no weights."""
+    weights = read_encoder_weights(path, lazily=True)
+    shape = shape_of(weights, config, path)
+    with torch.device("meta"):
+        own = Encoder(shape).state_dict()
+    refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)
