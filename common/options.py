@@ -86,6 +86,12 @@ def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def option_of(group: type[OptionGroup], name: str, default: Any) -> Any:
+    """A field that is the option `name` of another group, with a default of its own."""
+    metadata = group.__dataclass_fields__[name].metadata
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptionGroup:
     """Options that belong together. Making one judges every value: ValueError names the option."""

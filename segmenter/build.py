@@ -29,7 +29,6 @@ from engine.update import GuardedUpdate
 from engine.vit import IMAGE_CHANNELS
 from segmenter import labels
 from segmenter.check import Task, all_settings, earlier_output, plan_batches
-from segmenter.classes import Classes, read_classes
 from segmenter.config import (
     RANDOM,
     SCORES,
@@ -45,6 +44,7 @@ from segmenter.data import (
     WholeImages,
     training_batches,
 )
+from segmenter.dataset import Classes, read_classes
 from segmenter.encoder import EncoderShape, read_encoder_weights, shape_of, start_encoder
 from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss

@@ -20,7 +20,6 @@ from common.parsed import ProbeResult, Result, read_json
 from common.step_files import CHECKPOINT, RESULT
 from engine.trackers import check_trackers
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
-from segmenter.classes import count_classes
 from segmenter.config import (
     AUXILIARY_WIDTH,
     GROUPS,
@@ -29,7 +28,7 @@ from segmenter.config import (
     ProbeConfig,
     TrainConfig,
 )
-from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
+from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, count_classes, read_description
 from segmenter.schedule import BatchPlan, learning_rate_points
 
 

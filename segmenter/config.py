@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from common.options import (
     MOST_EPOCHS,
@@ -19,6 +19,7 @@ from common.options import (
     make,
     merge,
     option,
+    option_of,
     read_layer,
 )
 from common.step_files import OF_FINETUNING, OF_PROBES
@@ -148,23 +149,20 @@ class ProtocolConfig(OptionGroup):
         return make(cls, merge([cls], [Layer(known)]))
 
 
-def _changes(group: type[OptionGroup], names: Iterable[str]) -> type[OptionGroup]:
-    """The same options, of which none has to be given: what is changed of a stored group."""
-    hints, fields = get_type_hints(group), {f.name: f for f in dataclasses.fields(group)}
-    optional = [
-        (name, hints[name] | None, dataclasses.field(default=None, metadata=fields[name].metadata))
-        for name in names
-    ]
-    return dataclasses.make_dataclass(
-        f"{group.__name__}Changes", optional, bases=(OptionGroup,),
-        namespace={"title": f"{group.title}, in place of the checkpoint's"},
-        frozen=True, kw_only=True,
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class ProtocolChanges(OptionGroup):
+    """What a checkpoint is scored with in place of its own protocol. None: as that says."""
 
+    title: ClassVar[str] = "Protocol, in place of the checkpoint's"
+    image_size: int | None = option_of(ProtocolConfig, "image_size", None)
+    window_size: int | None = option_of(ProtocolConfig, "window_size", None)
+    window_stride: int | None = option_of(ProtocolConfig, "window_stride", None)
+    multi_scale: bool | None = option_of(ProtocolConfig, "multi_scale", None)
 
-ProtocolChanges = _changes(
-    ProtocolConfig, ("image_size", "window_size", "window_stride", "multi_scale")
-)
+    def applied_to(self, protocol: ProtocolConfig) -> ProtocolConfig:
+        """The protocol with these values; at one scale, if nothing is said. Raises ValueError."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(protocol, **{"multi_scale": False, **given})
 
 
 @dataclass(frozen=True, kw_only=True)

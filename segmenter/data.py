@@ -19,21 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.interruption import leave_signals_to_the_main_process
 from common.samples import next_usable
-from segmenter.classes import quiet_imports
 from segmenter.config import ProtocolConfig
-from segmenter.dataset import DatasetDescription, Pair
+from segmenter.dataset import DatasetDescription, Pair, quiet_imports
 from segmenter.labels import allowed_labels, read_pair
 from segmenter.schedule import SAMPLE_STREAM, BatchPlan
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize
-    from mmseg.datasets.transforms import (
-        PhotoMetricDistortion,
-        RandomCrop,
-        RandomFlip,
-        Resize,
-    )
+    from mmseg.datasets.transforms import PhotoMetricDistortion, RandomCrop, RandomFlip, Resize
 
+# The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE both trained with.
 LONG_SIDE_RATIO = 4  # the scale is (2048, 512) for an image size of 512
 RATIO_RANGE = (0.5, 2.0)
 MOST_OF_ONE_CLASS = 0.75  # a crop with more of one class is drawn again, up to ten times
@@ -52,22 +47,45 @@ class Batch(NamedTuple):
 
     def parts(self, most: int) -> list[tuple[Tensor, ...]]:
         """Images, labels, sizes and valid pixels in parts of at most `most` images."""
-        tensors = self.images, self.labels, self.sizes, self.valid_pixels
-        return list(zip(*(tensor.split(most) for tensor in tensors), strict=True))
+        return list(zip(*(tensor.split(most) for tensor in self[:4]), strict=True))
 
 
-def _collate(crops: list[Batch]) -> Batch:
-    images, labels, sizes, valid_pixels, unreadable = zip(*crops, strict=True)
-    return Batch(
-        images=torch.stack(images),
-        labels=torch.stack(labels),
-        sizes=torch.stack(sizes),
-        valid_pixels=torch.stack(valid_pixels),
-        unreadable=[text for texts in unreadable for text in texts],
-    )
+class TestImage(NamedTuple):
+    """scaled: one image [3, h, w] uint8 RGB per scale of the protocol; labels [H, W] uint8 at the
+    original size. unreadable: why there is nothing of both; else empty."""
+
+    scaled: list[Tensor]
+    labels: Tensor
+    unreadable: str = ""
 
 
-class TrainingCrops(Dataset[Batch]):
+class _Pairs:
+    """Pairs of image and annotation, by index."""
+
+    def __init__(
+        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig
+    ) -> None:
+        self.description, self.pairs, self.protocol = description, pairs, protocol
+        self.allowed = allowed_labels(description)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def load(self, index: int) -> dict[str, Any]:
+        """What mmsegmentation's transforms start from. Raises ValueError for an unusable pair."""
+        image, labels = read_pair(self.pairs[index], self.allowed)
+        if self.description.reduce_zero_label:
+            labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
+        return {
+            "img": np.ascontiguousarray(image[..., ::-1]),  # mmcv works in OpenCV's BGR
+            "img_shape": image.shape[:2],
+            "ori_shape": image.shape[:2],
+            "gt_seg_map": labels,
+            "seg_fields": ["gt_seg_map"],
+        }
+
+
+class TrainingCrops(_Pairs, Dataset[Batch]):
     """Random crops of the training images by (epoch, index).
 
     A pair that cannot be used is replaced by the next one, and named in the crop.
@@ -80,26 +98,14 @@ class TrainingCrops(Dataset[Batch]):
         protocol: ProtocolConfig,
         seed: int,
     ) -> None:
-        self.description = description
-        self.pairs = pairs
+        super().__init__(description, pairs, protocol)
         self.seed = seed
-        self.allowed = allowed_labels(description)
-        size, ignored = protocol.crop_size, description.ignore_index
+        side, ignored = protocol.crop_size, description.ignore_index
+        resize = RandomResize(_scale(protocol.image_size), ratio_range=RATIO_RANGE, keep_ratio=True)
+        crop = RandomCrop((side, side), cat_max_ratio=MOST_OF_ONE_CLASS, ignore_index=ignored)
+        self.transform = Compose([resize, crop, RandomFlip(prob=0.5), PhotoMetricDistortion()])
         # Padding comes last and by itself, so that its size is known: see `Batch.sizes`.
-        self.transform = Compose(
-            [
-                RandomResize(
-                    scale=_scale(protocol.image_size), ratio_range=RATIO_RANGE, keep_ratio=True
-                ),
-                RandomCrop((size, size), cat_max_ratio=MOST_OF_ONE_CLASS, ignore_index=ignored),
-                RandomFlip(prob=0.5),
-                PhotoMetricDistortion(),
-            ]
-        )
-        self.pad = Pad(size=(size, size), pad_val={"img": 0, "seg": ignored})
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        self.pad = Pad(size=(side, side), pad_val={"img": 0, "seg": ignored})
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
@@ -107,7 +113,7 @@ class TrainingCrops(Dataset[Batch]):
         return crop._replace(unreadable=list(skipped))
 
     def _crop(self, epoch: int, index: int) -> Batch:
-        loaded = _load(self.description, self.pairs[index], self.allowed)
+        loaded = self.load(index)
         with _seeded(self.seed, epoch, index):
             sample = self.transform(loaded)
         size = torch.tensor(sample["img"].shape[:2])
@@ -117,38 +123,16 @@ class TrainingCrops(Dataset[Batch]):
         return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels, [])
 
 
-class TestImage(NamedTuple):
-    """scaled: one image [3, h, w] uint8 RGB per scale of the protocol; labels [H, W] uint8 at the
-    original size. unreadable: why there is nothing of both; else empty."""
-
-    scaled: list[Tensor]
-    labels: Tensor
-    unreadable: str = ""
-
-
-class WholeImages(Dataset[TestImage]):
+class WholeImages(_Pairs, Dataset[TestImage]):
     """Test images by index, at the scales of the protocol."""
-
-    def __init__(
-        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig
-    ) -> None:
-        self.description = description
-        self.pairs = pairs
-        self.allowed = allowed_labels(description)
-        self.protocol = protocol
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def __getitem__(self, index: int) -> TestImage:
         try:
-            sample = _load(self.description, self.pairs[index], self.allowed)
-        except ValueError as error:
+            sample = self.load(index)
+        except ValueError as error:  # evaluating goes on without it, and names it
             return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
-        return TestImage(
-            scaled=scaled_images(sample["img"], self.protocol),
-            labels=torch.from_numpy(sample["gt_seg_map"]),
-        )
+        scaled = scaled_images(sample["img"], self.protocol)
+        return TestImage(scaled, torch.from_numpy(sample["gt_seg_map"]))
 
 
 def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
@@ -165,20 +149,6 @@ def _scale(image_size: int) -> tuple[int, int]:
     return LONG_SIDE_RATIO * image_size, image_size
 
 
-def _load(description: DatasetDescription, pair: Pair, allowed: np.ndarray) -> dict[str, Any]:
-    """What mmsegmentation's transforms start from. Raises ValueError if the pair cannot be used."""
-    image, labels = read_pair(pair, allowed)
-    if description.reduce_zero_label:
-        labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
-    return {
-        "img": np.ascontiguousarray(image[..., ::-1]),  # BGR
-        "img_shape": image.shape[:2],
-        "ori_shape": image.shape[:2],
-        "gt_seg_map": labels,
-        "seg_fields": ["gt_seg_map"],
-    }
-
-
 def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image_bgr[..., ::-1].transpose(2, 0, 1)))
 
@@ -188,8 +158,8 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """numpy's and Python's global generators, which mmcv's transforms draw from, seeded for a
     while and then put back."""
     states = np.random.get_state(), random.getstate()
-    sequence = np.random.SeedSequence([seed, SAMPLE_STREAM, epoch, index])
-    numpy_seed, python_seed = sequence.generate_state(2)
+    streams = np.random.SeedSequence([seed, SAMPLE_STREAM, epoch, index])
+    numpy_seed, python_seed = streams.generate_state(2)
     np.random.seed(numpy_seed)
     random.seed(int(python_seed))
     try:
@@ -222,10 +192,16 @@ def training_batches(
     return iter(loader)
 
 
+def _collate(crops: list[Batch]) -> Batch:
+    *tensors, unreadable = zip(*crops, strict=True)
+    images, labels, sizes, valid_pixels = map(torch.stack, tensors)
+    return Batch(images, labels, sizes, valid_pixels, [text for one in unreadable for text in one])
+
+
 def test_images(
     images: WholeImages, indices: Sequence[int], *, workers: int, pin_memory: bool
 ) -> Iterator[TestImage]:
-    """The images with these indices, in this order."""
+    """The images with these indices, in this order, one by one: they differ in size."""
     loader: DataLoader[TestImage] = DataLoader(
         images, sampler=indices, batch_size=None, num_workers=workers, pin_memory=pin_memory,
         worker_init_fn=_start_worker,
@@ -234,8 +210,7 @@ def test_images(
 
 
 def _start_worker(worker: int) -> None:
-    """Workers use one thread, and leave signals to the process that will stop them."""
     import cv2
 
-    cv2.setNumThreads(0)
-    leave_signals_to_the_main_process(worker)
+    cv2.setNumThreads(0)  # as many workers as cores run already
+    leave_signals_to_the_main_process(worker)  # which will stop them

@@ -1,15 +1,22 @@
-"""What a dataset consists of: folders, classes, pairs of image and annotation. No torch here.
+"""What a dataset consists of: folders, pairs of image and annotation, classes. No torch here.
 
-A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are relative to it.
+A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are relative to it:
+
+    description = read_description(Path("camvid.yml"))
+    pairs, classes = description.pairs("train"), read_classes(description)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from common.files import read_text, shortened
@@ -22,6 +29,8 @@ SPLITS = (TRAIN, VAL)
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 MOST_NAMED = 3
+# mmsegmentation knows their names; how many there are is asked before torch is loaded.
+NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
 
 _Word = Annotated[str, Field(min_length=1)]
 _Colour = tuple[int, int, int]
@@ -184,6 +193,57 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
         values["classes"] = tuple(map(str, values["classes"]))
     values["palette"] = values.get("palette") or ()
     return DatasetDescription(source=source, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """names and palette [K, 3] uint8 RGB of the classes."""
+
+    names: tuple[str, ...]
+    palette: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_classes(description: DatasetDescription) -> Classes:
+    """Names and colours: the description's own, or mmsegmentation's. Raises ValueError."""
+    names: Sequence[str] = description.classes
+    palette: Sequence[Sequence[int]] = description.palette
+    if isinstance(description.classes, str):
+        with quiet_imports():  # seconds
+            import mmseg.datasets
+        known = getattr(mmseg.datasets, description.classes, None)
+        if known is None:
+            raise ValueError(
+                f"{description.source}: mmsegmentation has no dataset {description.classes}"
+            )
+        names = known.METAINFO["classes"]
+        palette = palette or known.METAINFO["palette"]
+    if not len(palette):
+        palette = np.random.default_rng(42).integers(32, 256, (len(names), 3)).tolist()
+    return Classes(names=tuple(names), palette=np.array(palette, dtype=np.uint8))
+
+
+def count_classes(description: DatasetDescription) -> int:
+    """How many classes there are. Raises ValueError for an unknown dataset of mmsegmentation."""
+    if not isinstance(description.classes, str):
+        return len(description.classes)
+    if description.classes not in NUM_CLASSES:
+        return len(read_classes(description))
+    return NUM_CLASSES[description.classes]
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Drop what mmseg and mmcv say on import about optional parts that nothing here uses.
+
+    "Could not import OneDL" comes by print, whatever the logging level; the warnings are about
+    renamed modules and operations that were not compiled.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _missing(folder: Path, names: Sequence[str], suffix: str) -> list[Path]:

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segmenter.classes import quiet_imports
 from segmenter.config import AUXILIARY_WIDTH
+from segmenter.dataset import quiet_imports
 
 HEAD_WIDTH = 64  # features per attention head
 NORM_EPS = 1e-5

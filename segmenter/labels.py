@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.images import load_image, read_rgb
+from common.images import ORIENTATION, load_image, read_rgb
 from common.samples import too_many
-from segmenter.classes import count_classes
-from segmenter.dataset import DatasetDescription, Pair
+from segmenter.dataset import DatasetDescription, Pair, count_classes
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 THINNEST = 64  # an image's longer side, by the other
@@ -40,11 +39,11 @@ def check_labels(
     """
     looked_at = pairs[:: max(1, len(pairs) // most) if most else 1]
     judge = partial(_problem_of, allowed=allowed_labels(description), completely=completely)
-    with ThreadPoolExecutor() as pool:
-        problems = [error for error in pool.map(judge, looked_at) if error is not None]
-    unreadable = sum(not isinstance(error, MisfitError) for error in problems)
-    if forgiving and not too_many(unreadable, len(looked_at)):
-        problems = [error for error in problems if isinstance(error, MisfitError)]
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+        found = [error for error in pool.map(judge, looked_at) if error is not None]
+    misfits = [error for error in found if isinstance(error, MisfitError)]
+    is_forgiven = forgiving and not too_many(len(found) - len(misfits), len(looked_at))
+    problems = misfits if is_forgiven else found
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
@@ -53,10 +52,8 @@ def check_labels(
 def allowed_labels(description: DatasetDescription) -> np.ndarray:
     """[256] bool: what an annotation file may hold."""
     allowed, num_classes = np.zeros(256, dtype=bool), count_classes(description)
-    if description.reduce_zero_label:
-        allowed[: num_classes + 1] = True
-    else:
-        allowed[:num_classes] = True
+    allowed[: num_classes + description.reduce_zero_label] = True  # its 0 stands before them
+    if not description.reduce_zero_label:
         allowed[description.ignore_index] = True
     return allowed
 
@@ -114,14 +111,14 @@ def read_label_file(path: Path) -> np.ndarray:
     if file.mode not in ("L", "P", "1", "I", "I;16"):
         raise MisfitError(f"{path} is a {file.mode} image; labels have one channel")
     labels = np.asarray(file)
-    if labels.min() < 0 or labels.max() > 255:
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise MisfitError(f"{path} holds label {wrong}; 0 to 255 are possible")
+    outside = labels[(labels < 0) | (labels > 255)]
+    if outside.size:
+        raise MisfitError(f"{path} holds label {outside[0]}; 0 to 255 are possible")
     return labels.astype(np.uint8)
 
 
 def _image_size(path: Path) -> tuple[int, int]:
     """Height and width, as `read_rgb` turns the image: by the EXIF orientation."""
     file = load_image(path, decode=False)
-    turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (file.width, file.height) if turned else (file.height, file.width)
+    lies_on_its_side = file.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return (file.width, file.height) if lies_on_its_side else (file.height, file.width)

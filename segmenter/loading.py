@@ -28,9 +28,8 @@ from engine.checkpoint import (
     refuse_misfits,
 )
 from engine.weights import describe_vit
-from segmenter.classes import Classes, read_classes
 from segmenter.config import ProtocolConfig, recipe_values
-from segmenter.dataset import DESCRIPTIONS, read_description
+from segmenter.dataset import DESCRIPTIONS, Classes, read_classes, read_description
 from segmenter.model import Segmenter, SegmenterShape
 
 Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]

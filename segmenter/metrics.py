@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.files import replacing
-from segmenter.classes import quiet_imports
+from segmenter.dataset import quiet_imports
 
 with quiet_imports():
     from mmseg.evaluation import IoUMetric

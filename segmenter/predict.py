@@ -11,19 +11,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.contact_sheet import save_png
 from common.files import check_output_folder, check_replaceable, is_marked
 from common.images import load_image, read_rgb
-from common.options import OptionGroup
 from common.samples import Unreadable
 from engine.devices import make_accelerator
-from segmenter.config import ScoringConfig
+from segmenter.config import ProtocolChanges, ScoringConfig
 from segmenter.data import scaled_images
-from segmenter.drawing import overlay, save_image, with_legend
+from segmenter.drawing import overlay, with_legend
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
 from segmenter.labels import refuse_thin
 from segmenter.loading import LoadedSegmenter, load_segmenter
-from segmenter.scoring import changed_protocol
 
 LABEL_MAP, OVERLAY = "label-map", "overlay"  # kinds of pictures
 
@@ -45,12 +44,11 @@ def predict_files(
     checkpoint: Path,
     images: Sequence[Path],
     out: Path,
-    changes: OptionGroup,
+    changes: ProtocolChanges,
     devices: ScoringConfig,
 ) -> None:
     """Write <stem>.png (labels) and <stem>_overlay.png for every image.
 
-    changes: `ProtocolChanges`, in place of the checkpoint's protocol.
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
     before anything is written if a file is missing, no image, has another's name, or a picture
     would replace what this command did not make; RuntimeError at the end if images are damaged.
@@ -59,7 +57,7 @@ def predict_files(
     paths = list_images(images)
     _check_outputs(paths, out, [checkpoint, *paths], [path for path in images if path.is_dir()])
     loaded = load_segmenter(checkpoint)
-    loaded = dataclasses.replace(loaded, protocol=changed_protocol(loaded.protocol, changes))
+    loaded = dataclasses.replace(loaded, protocol=changes.applied_to(loaded.protocol))
     model, classes = loaded.model.to(accelerator.device), loaded.classes
     out.mkdir(parents=True, exist_ok=True)
     unreadable = Unreadable()
@@ -74,10 +72,10 @@ def predict_files(
             labels = predict_image(loaded, image)
         stored = labels + 1 if loaded.reduce_zero_label else labels
         label_path, overlay_path = _outputs(path, out)
-        save_image(Image.fromarray(stored), label_path, LABEL_MAP)
+        save_png(Image.fromarray(stored), label_path, LABEL_MAP)
         present = np.unique(labels).tolist()
-        sheet = with_legend(overlay(image, labels, classes), present, classes)
-        save_image(sheet, overlay_path, OVERLAY)
+        picture = Image.fromarray(overlay(image, labels, classes))
+        save_png(with_legend(picture, present, classes), overlay_path, OVERLAY)
         logger.info("%s: %s", path, ", ".join(classes.names[label] for label in present))
     if unreadable.texts:
         raise RuntimeError(f"{len(unreadable.texts)} of {len(paths)} images could not be read")

@@ -20,9 +20,9 @@ from common.progress import Counter
 from common.step_files import PROBE_AREAS, RESULT
 from segmenter.build import begin, depends_on, start_model
 from segmenter.check import Task
-from segmenter.classes import read_classes
 from segmenter.config import ProbeConfig
 from segmenter.data import WholeImages
+from segmenter.dataset import read_classes
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.frozen import NearestNeighbours, fit_linear, rankme
 from segmenter.model import Segmenter

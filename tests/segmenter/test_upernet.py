@@ -7,8 +7,8 @@ import torch
 
 from engine.checkpoint import read_torch_file
 from engine.vit import VIT_SIZES, VitSize
-from segmenter.classes import quiet_imports
 from segmenter.config import OptimisationConfig, recipe_values
+from segmenter.dataset import quiet_imports
 from segmenter.encoder import Encoder, EncoderShape, depths_of
 from segmenter.inference import window_logits
 from segmenter.loading import _mmseg_name as our_name
