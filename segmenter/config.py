@@ -1,4 +1,8 @@
-"""What a finetuning run is made of: its options, one frozen group per concern. No torch here."""
+"""What a finetuning and a probe are made of: options, one frozen group per concern. No torch here.
+
+A recipe is a YAML file of the options that `segmenter`, `mae`, `upernet` and `fast` differ in: they
+have no default here. What is given with a command wins over its recipe.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,11 @@ DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
 AUXILIARY_WIDTH = 256  # of the head that trains beside UPerNet, as in mmsegmentation's configs
-MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # as mmsegmentation's test-time augmentation
+# Ranges that several options share.
+PIXELS: dict[str, Any] = {"at_least": 1, "at_most": 16384}
+RATE: dict[str, Any] = {"at_least": 0, "below": 1}
+SEED: dict[str, Any] = {"at_least": 0, "at_most": MOST_SEED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +51,7 @@ class EncoderConfig(OptionGroup):
     no_default: ClassVar[str] = OF_RECIPE
     model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
     patch_size: int | None = option(
-        "Pixels per side of a patch. Default: the checkpoint's, else the model's.",
-        None,
-        at_least=1,
-        at_most=16384,
+        "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, **PIXELS
     )
 
     @property
@@ -63,10 +68,10 @@ class ModelConfig(EncoderConfig):
         "What turns tokens into classes."
     )
     decoder_layers: int = option("Blocks of the mask transformer.", at_least=1, at_most=1024)
-    drop_path: float = option("Stochastic depth of the encoder.", at_least=0, below=1)
-    dropout: float = option("Dropout of the encoder.", at_least=0, below=1)
-    decoder_drop_path: float = option("Stochastic depth of the decoder.", at_least=0, below=1)
-    decoder_dropout: float = option("Dropout of the decoder.", at_least=0, below=1)
+    drop_path: float = option("Stochastic depth of the encoder.", **RATE)
+    dropout: float = option("Dropout of the encoder.", **RATE)
+    decoder_drop_path: float = option("Stochastic depth of the decoder.", **RATE)
+    decoder_dropout: float = option("Dropout of the decoder.", **RATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ class OptimisationConfig(OptionGroup):
     batch_size: int = option("Images per step, on all devices together.", at_least=1)
     optimizer: Literal["sgd", "adamw"] = option("How the weights are updated.")
     lr: float = option("Peak learning rate.", above=0)
-    momentum: float = option("Momentum of SGD, first beta of AdamW.", at_least=0, below=1)
+    momentum: float = option("Momentum of SGD, first beta of AdamW.", **RATE)
     weight_decay: float = option("Of weight matrices.", at_least=0)
     layer_decay: float = option(
         "A block's rate is the next one's times this; 1: all alike.", above=0, at_most=1
@@ -87,13 +92,9 @@ class OptimisationConfig(OptionGroup):
     schedule: Literal["poly", "cosine"] = option("How the rate falls.")
     poly_power: float = option("Power of the poly schedule.", above=0)
     min_lr: float = option("Learning rate at the end.", at_least=0)
-    warmup_fraction: float = option(
-        "Share of the run in which the rate rises.", at_least=0, below=1
-    )
+    warmup_fraction: float = option("Share of the run in which the rate rises.", **RATE)
     clip_grad: float | None = option("Largest gradient norm. Default: off.", None, above=0)
-    seed: int = option(
-        "Of order, augmentation, dropout and initial weights.", 0, at_least=0, at_most=MOST_SEED
-    )
+    seed: int = option("Of order, augmentation, dropout and initial weights.", 0, **SEED)
     eval_every: int = option(
         "Epochs between evaluations; the last epoch is always evaluated.", at_least=1
     )
@@ -111,13 +112,11 @@ class ProtocolConfig(OptionGroup):
     title: ClassVar[str] = "Protocol"
     no_default: ClassVar[str] = OF_RECIPE
     image_size: int = option(
-        "Scale of the images: short side; the long side is at most 4x it.",
-        at_least=1,
-        at_most=16384,
+        "Scale of the images: short side; the long side is at most 4x it.", **PIXELS
     )
-    crop_size: int = option("Side of the training crops.", at_least=1, at_most=16384)
-    window_size: int = option("Side of the sliding window.", at_least=1, at_most=16384)
-    window_stride: int = option("Step of the sliding window.", at_least=1, at_most=16384)
+    crop_size: int = option("Side of the training crops.", **PIXELS)
+    window_size: int = option("Side of the sliding window.", **PIXELS)
+    window_stride: int = option("Step of the sliding window.", **PIXELS)
     multi_scale: bool = option("Score at scales 0.5 to 1.75, each also flipped.", False)
     normalization: Literal["imagenet", "half"] = option(
         "Mean and deviation of the pixels; half: both 0.5, as in the first ViTs."
@@ -145,7 +144,7 @@ class ProtocolConfig(OptionGroup):
     @classmethod
     def from_described(cls, values: Mapping[str, Any]) -> ProtocolConfig:
         """The inverse of `described`. Raises ValueError for values that are none."""
-        known = {**values, "multi_scale": values.get("flip", False)}
+        known = {**values, "multi_scale": values.get("flip", False)}  # both go together
         return make(cls, merge([cls], [Layer(known)]))
 
 
@@ -214,9 +213,7 @@ class ProbeRunConfig(OutputConfig, ScoringConfig, RecipeConfig):
     probes: tuple[Literal["linear", "knn", "rankme"], ...] = option(
         "What is asked.", ("linear", "knn", "rankme")
     )
-    seed: int = option(
-        "Of random weights, and of the tokens that are kept.", 0, at_least=0, at_most=MOST_SEED
-    )
+    seed: int = option("Of random weights, and of the tokens that are kept.", 0, **SEED)
     image_folder: Path | None = option(
         "Class folders of images: kNN by their mean tokens. Default: none.", None
     )
@@ -262,8 +259,8 @@ class TrainConfig:
 
     def recipe(self) -> dict[str, Any]:
         """Name and values of the recipe, as result.json shows them."""
-        values = {**dataclasses.asdict(self.model), **dataclasses.asdict(self.optimisation)}
-        for name in ("model", "patch_size", "seed"):
+        values = dataclasses.asdict(self.model) | dataclasses.asdict(self.optimisation)
+        for name in ("model", "patch_size", "seed"):  # stand elsewhere in result.json
             del values[name]
         return {"name": Path(self.run.recipe).stem, **values}
 
@@ -311,12 +308,9 @@ def read_recipe(name: str) -> Layer:
         known = ", ".join(recipe_names())
         raise ValueError(f"--recipe is {name!r}; choose one of {known}, or give a YAML file")
     layer = read_layer(path, RECIPE_GROUPS)
-    missing = [
-        name
-        for group in RECIPE_GROUPS
-        for name, field in fields_of(group).items()
-        if field.default is dataclasses.MISSING and layer.values.get(name) is None
-    ]
+    options = [field for group in RECIPE_GROUPS for field in fields_of(group).values()]
+    needed = [field.name for field in options if field.default is dataclasses.MISSING]
+    missing = [name for name in needed if layer.values.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return layer
@@ -338,6 +332,6 @@ def fingerprint(path: Path, ends: int = 2**20) -> str:
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         digest.update(file.read(ends))
-        file.seek(max(0, size - ends))
+        file.seek(max(0, size - ends))  # a zip's directory, with checksums, is at its end
         digest.update(file.read(ends))
     return digest.hexdigest()[:16]

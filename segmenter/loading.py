@@ -1,5 +1,8 @@
 """Models for scoring and predicting: checkpoints of `train`, those of the Segmenter release, and
-those of mmsegmentation's UPerNet on MAE."""
+those of mmsegmentation's UPerNet on MAE.
+
+    loaded = load_segmenter(Path("eval_output/patches_50/best.pth"))
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import Field
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -20,19 +22,13 @@ from typing_extensions import TypedDict
 import engine.checkpoint
 from common.files import read_text
 from common.options import make
-from engine.checkpoint import (
-    Checkpoint,
-    load_weights,
-    read_torch_file,
-    refuse_damaged,
-    refuse_misfits,
-)
+from common.yamlfile import parse_value
+from engine.checkpoint import Checkpoint, read_torch_file, refuse_damaged, refuse_misfits
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values
 from segmenter.dataset import DESCRIPTIONS, Classes, read_classes, read_description
 from segmenter.model import Segmenter, SegmenterShape
 
-Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 VARIANT = "variant.yml"  # beside the weights of the release: how they were trained
 RELEASE_NORM_EPS = 1e-5
 # Of the release's encoders: the classifier they came with.
@@ -55,6 +51,8 @@ MMSEG_IGNORED = "relative_position_index"  # follows from the grid
 
 # What looking for something in a file of another kind may raise.
 WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
 class DatasetFacts(TypedDict):
@@ -84,12 +82,12 @@ def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedSegmenter:
-    """A model with what belongs to it: classes, protocol, and the numbering of its label files."""
+    """A model, ready to evaluate, with what belongs to it."""
 
     model: Segmenter
     classes: Classes
     protocol: ProtocolConfig
-    reduce_zero_label: bool
+    reduce_zero_label: bool  # label files begin with 1, as ADE20K's do
 
 
 def load_segmenter(path: Path) -> LoadedSegmenter:
@@ -101,32 +99,49 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
     if isinstance(weights, dict) and MMSEG_CLASSIFIER in weights:
         return _load_mmseg(weights, content.get("meta") or {}, path)
     checkpoint = load_checkpoint(path)
-    shape = SegmenterShape.from_plain(checkpoint["shape"], path)
-    if not shape.num_classes == len(checkpoint["classes"]) == len(checkpoint["palette"]):
+    names, palette = tuple(checkpoint["classes"]), np.array(checkpoint["palette"], dtype=np.uint8)
+    model = _model(checkpoint["shape"], checkpoint["model"], path, "does not fit its own settings")
+    if not model.shape.num_classes == len(names) == len(palette):
         raise ValueError(f"{path}: its classes, their colours and its weights do not fit together")
-    model = Segmenter(shape)
-    load_weights(model, checkpoint["model"], path)
     try:
         protocol = ProtocolConfig.from_described(checkpoint["protocol"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return LoadedSegmenter(
-        model=model.eval(),
-        classes=Classes(
-            names=tuple(checkpoint["classes"]),
-            palette=np.array(checkpoint["palette"], dtype=np.uint8),
-        ),
+        model=model,
+        classes=Classes(names=names, palette=palette),
         protocol=protocol,
         reduce_zero_label=checkpoint["dataset"]["reduce_zero_label"],
     )
 
 
-# The Segmenter release: checkpoint.pth, and beside it variant.yml.
+def _model(
+    shape: dict[str, Any], weights: dict[str, Tensor], path: Path, complaint: str
+) -> Segmenter:
+    """Raises ValueError if the shape is none, or, with the complaint, if the weights do not fit."""
+    model = Segmenter(SegmenterShape.from_plain(shape, path))
+    refuse_misfits(model.state_dict(), weights, f"{path} {complaint}")
+    refuse_damaged(weights, path)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _encoder_shape(weights: dict[str, Tensor], extra_tokens: int = 0) -> dict[str, Any]:
+    """Of `EncoderShape`, what the weights of a whole model say. Raises one of WRONG_CONTENT."""
+    parts = {name.partition("encoder.")[2]: weight for name, weight in weights.items()}
+    found = describe_vit(parts, "it", prefix_tokens=1 + extra_tokens)
+    if found.model is None:
+        raise KeyError(f"no model here is {found.width} wide and {found.depth} deep")
+    values = {"patch_size": found.patch_size, "in_channels": found.in_channels, "grid": found.grid}
+    return {"model": found.model, **values, "extra_tokens": extra_tokens}
 
 
 def _load_release(path: Path) -> LoadedSegmenter:
+    """checkpoint.pth of the Segmenter release, and variant.yml beside it."""
     variant_path = path.parent / VARIANT
-    variant, content = _read_variant(variant_path), read_torch_file(path)
+    # Its tuples are the one thing in it that is no plain YAML.
+    text = read_text(variant_path).replace("!!python/tuple", "")
+    variant, content = parse_value(text, str(variant_path)), read_torch_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} holds no weights under 'model'")
     weights = {  # timm calls DeiT's distillation token a register
@@ -135,12 +150,12 @@ def _load_release(path: Path) -> LoadedSegmenter:
         if not name.startswith(RELEASE_IGNORED)
     }
     try:
-        shape, protocol, dataset_name = _understand(variant, weights, path)
+        shape, protocol, dataset_name = _understand(variant, weights)
     except WRONG_CONTENT as error:
         raise ValueError(f"{variant_path} does not describe a Segmenter: {error}") from error
     description = read_description(DESCRIPTIONS / f"{dataset_name}.yml")
     return LoadedSegmenter(
-        model=_filled(shape, weights, path, f"does not fit its {VARIANT}"),
+        model=_model(shape, weights, path, f"does not fit its {VARIANT}"),
         classes=read_classes(description),
         protocol=protocol,
         reduce_zero_label=description.reduce_zero_label,
@@ -148,19 +163,14 @@ def _load_release(path: Path) -> LoadedSegmenter:
 
 
 def _understand(
-    variant: dict[str, Any], weights: dict[str, Tensor], path: Path
-) -> tuple[SegmenterShape, ProtocolConfig, str]:
+    variant: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[dict[str, Any], ProtocolConfig, str]:
     """Shape, protocol and dataset name of a release. Raises one of WRONG_CONTENT."""
     net, inference, data = (variant[f"{part}_kwargs"] for part in ("net", "inference", "dataset"))
-    extra_tokens = int(bool(net.get("distilled", False)))
-    normalization = NORMALIZATION_NAMES[net["normalization"]]
-    decoder = net["decoder"]
+    decoder, normalization = net["decoder"], NORMALIZATION_NAMES[net["normalization"]]
+    encoder = _encoder_shape(weights, int(bool(net.get("distilled", False))))  # DeiT's token
     shape = {
-        "encoder": {
-            **_encoder_values(weights, 1 + extra_tokens),
-            "extra_tokens": extra_tokens,
-            "norm_eps": RELEASE_NORM_EPS,
-        },
+        "encoder": {**encoder, "norm_eps": RELEASE_NORM_EPS},
         "decoder": "linear" if "linear" in decoder["name"] else "mask_transformer",
         "decoder_layers": decoder.get("n_layers", 0),
         "num_classes": net["n_cls"],
@@ -173,57 +183,7 @@ def _understand(
         window_stride=inference["window_stride"],
         normalization=normalization,
     )
-    return SegmenterShape.from_plain(shape, path), protocol, data["dataset"]
-
-
-def _encoder_values(weights: dict[str, Tensor], prefix_tokens: int = 1) -> dict[str, Any]:
-    """Of `EncoderShape`, what the weights of a whole model say. Raises one of WRONG_CONTENT."""
-    encoder = {
-        name.removeprefix("encoder."): weight
-        for name, weight in weights.items()
-        if name.startswith("encoder.")
-    }
-    found = describe_vit(encoder, "it", prefix_tokens=prefix_tokens)
-    if found.model is None:
-        raise KeyError(f"no model here is {found.width} wide and {found.depth} deep")
-    return {
-        "model": found.model, "patch_size": found.patch_size, "in_channels": found.in_channels,
-        "grid": found.grid,
-    }  # fmt: skip
-
-
-def _filled(
-    shape: SegmenterShape, weights: dict[str, Tensor], path: Path, otherwise: str
-) -> Segmenter:
-    """A model with weights from elsewhere. Raises ValueError, with the word `otherwise`."""
-    model = Segmenter(shape)
-    refuse_misfits(model.state_dict(), weights, f"{path} {otherwise}")
-    refuse_damaged(weights, path)
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-class _VariantLoader(yaml.SafeLoader):
-    """Reads the tuples that the release wrote."""
-
-
-_VariantLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple",
-    yaml.SafeLoader.construct_sequence,  # type: ignore[type-var]
-)
-
-
-def _read_variant(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(read_text(path), _VariantLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not describe a Segmenter")
-    return content
-
-
-# MAE with UPerNet as mmsegmentation stores it: a state dict, and a meta about its dataset.
+    return shape, protocol, data["dataset"]
 
 
 class _StandIn:
@@ -247,6 +207,7 @@ def _read_with_stand_ins(path: Path) -> Any:
 
 
 def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> LoadedSegmenter:
+    """The state dict of mmsegmentation's UPerNet on MAE, and its meta."""
     no_upernet = "is no UPerNet on MAE of mmsegmentation"
     try:
         weights = {
@@ -254,7 +215,7 @@ def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> 
             for name, weight in stored.items()
             if isinstance(weight, Tensor) and not name.endswith(MMSEG_IGNORED)
         }
-        encoder, num_classes = _encoder_values(weights), len(stored[MMSEG_CLASSIFIER])
+        encoder, num_classes = _encoder_shape(weights), len(stored[MMSEG_CLASSIFIER])
         classes, reduce_zero_label = _mmseg_classes(meta, num_classes)
     except WRONG_CONTENT as error:
         raise ValueError(f"{path} {no_upernet}: {error}") from None
@@ -262,12 +223,12 @@ def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> 
         "encoder": encoder, "decoder": "upernet", "decoder_layers": 0, "num_classes": num_classes,
         "normalization": "imagenet",
     }  # fmt: skip
-    # The file does not say how it was scored: as the recipe does, at the size it was made for.
+    # How it was scored the file does not say: as the recipe does, at the size of its positions.
     recipe, side = recipe_values("upernet"), encoder["grid"] * encoder["patch_size"]
     stride = side * recipe["window_stride"] // recipe["window_size"]
     sizes = dict.fromkeys(("image_size", "crop_size", "window_size"), side)
     return LoadedSegmenter(
-        model=_filled(SegmenterShape.from_plain(shape, path), weights, path, no_upernet),
+        model=_model(shape, weights, path, no_upernet),
         classes=classes,
         protocol=make(ProtocolConfig, {**recipe, **sizes, "window_stride": stride}),
         reduce_zero_label=reduce_zero_label,
@@ -291,7 +252,7 @@ def _mmseg_classes(meta: dict[str, Any], num_classes: int) -> tuple[Classes, boo
             return classes, description.reduce_zero_label
     if not names or len(names) != num_classes:
         raise ValueError(f"it has {num_classes} classes, but not their names in its meta")
-    own = dataclasses.replace(
+    own = dataclasses.replace(  # of any of them, for a palette where the meta has none
         descriptions[0], classes=tuple(map(str, names)), reduce_zero_label=False,
         palette=tuple(map(tuple, facts.get("palette") or ())),
     )  # fmt: skip
