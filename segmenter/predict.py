@@ -1,4 +1,7 @@
-"""`predict`: label maps and overlays of images of any size and mode."""
+"""`predict`: label maps and overlays of images of any size and mode.
+
+labels = predict_image(load_segmenter(checkpoint), read_rgb(photo))
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def predict_files(
     changes: ProtocolChanges,
     devices: ScoringConfig,
 ) -> None:
-    """Write <stem>.png (labels) and <stem>_overlay.png for every image.
+    """Write <stem>.png (labels) and <stem>_overlay.png for every image, of folders for each file.
 
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
     before anything is written if a file is missing, no image, has another's name, or a picture
@@ -71,11 +74,11 @@ def predict_files(
         with evaluating(accelerator, model):
             labels = predict_image(loaded, image)
         stored = labels + 1 if loaded.reduce_zero_label else labels
-        label_path, overlay_path = _outputs(path, out)
-        save_png(Image.fromarray(stored), label_path, LABEL_MAP)
         present = np.unique(labels).tolist()
         picture = Image.fromarray(overlay(image, labels, classes))
-        save_png(with_legend(picture, present, classes), overlay_path, OVERLAY)
+        made = Image.fromarray(stored), with_legend(picture, present, classes)
+        for (target, kind), content in zip(_outputs(path, out).items(), made, strict=True):
+            save_png(content, target, kind)
         logger.info("%s: %s", path, ", ".join(classes.names[label] for label in present))
     if unreadable.texts:
         raise RuntimeError(f"{len(unreadable.texts)} of {len(paths)} images could not be read")
@@ -85,10 +88,8 @@ def list_images(images: Sequence[Path]) -> list[Path]:
     """The files, and those in folders. Raises ValueError unless all can be opened."""
     paths: list[Path] = []
     for path in images:
-        if path.is_dir():
-            paths += sorted(file for file in path.iterdir() if file.is_file())
-        else:
-            paths.append(path)
+        found = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else None
+        paths += [path] if found is None else found
     for path in paths:
         load_image(path, decode=False)
     if not paths:
@@ -96,9 +97,9 @@ def list_images(images: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def _outputs(path: Path, out: Path) -> tuple[Path, Path]:
-    """The label map and the overlay of an image."""
-    return out / f"{path.stem}.png", out / f"{path.stem}_overlay.png"
+def _outputs(path: Path, out: Path) -> dict[Path, str]:
+    """Label map and overlay of an image, with the kinds of picture they are."""
+    return {out / f"{path.stem}.png": LABEL_MAP, out / f"{path.stem}_overlay.png": OVERLAY}
 
 
 def _check_outputs(
@@ -108,7 +109,7 @@ def _check_outputs(
     check_output_folder(out, "--out", reads=folders)
     takers: dict[Path, Path] = {}
     for path in paths:
-        for target, kind in zip(_outputs(path, out), (LABEL_MAP, OVERLAY), strict=True):
+        for target, kind in _outputs(path, out).items():
             other = takers.setdefault(target, path)
             if other is not path:
                 raise ValueError(f"{other} and {path} would both become {target.name}")
