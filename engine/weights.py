@@ -2,7 +2,7 @@
 
 All three give them the same names, so that one reader serves whoever starts from them:
 
-    weights = read_vit_weights(path, "a ViT", ignored=("head.",))
+    weights = read_vit_weights(path, ignored=("head.",))
     model.load_state_dict(resample_positions(weights, grid=14))
 
 Shapes: D features, C channels, P pixels per side of a patch, N patches.
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 PROJECTION, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 POSITIONS = "pos_embed"
+A_VIT = "a checkpoint of a ViT encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class VitFacts:
 
 
 def read_vit_weights(
-    path: Path, what: str, *, ignored: tuple[str, ...] = (), lazily: bool = False
+    path: Path, what: str = A_VIT, *, ignored: tuple[str, ...] = (), lazily: bool = False
 ) -> dict[str, Tensor]:
     """The state dict of a file, by itself or under 'model'. Raises ValueError for any other file.
 
@@ -64,7 +65,7 @@ def read_vit_weights(
     return weights
 
 
-def check_vit_weights(weights: Mapping[str, Tensor], path: Path, what: str) -> None:
+def check_vit_weights(weights: Mapping[str, Tensor], path: Path, what: str = A_VIT) -> None:
     """Raise ValueError unless they are a ViT's, and finite."""
     if PROJECTION not in weights or weights[PROJECTION].dim() != 4:
         raise ValueError(f"{path} is not {what}: it has no {PROJECTION}")

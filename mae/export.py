@@ -90,5 +90,5 @@ def encoder_weights(model: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     weights = {
         name: value.contiguous() for name, value in model.items() if name.startswith(ENCODER)
     }
-    check_vit_weights(weights, path, "a checkpoint of a ViT encoder")
+    check_vit_weights(weights, path)
     return fold_channels(weights)

@@ -41,19 +41,13 @@ WITHOUT_EFFECT = (RELATIVE_POSITIONS, ".gamma")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
-    """All that decides the shapes of an encoder's weights, and its arithmetic.
+    """All that decides the shapes of an encoder's weights, and its arithmetic."""
 
-    model: a key of `VIT_SIZES`; patch_size: pixels per side; in_channels: 3, or 4.
-    grid: patches per side that the position embeddings are stored for.
-    extra_tokens: tokens beside patches and class token (1: the distillation token of DeiT).
-    norm_eps: of the layer norms.
-    """
-
-    model: str
-    patch_size: Annotated[int, Field(ge=1, le=16384)]
+    model: str  # a key of `VIT_SIZES`
+    patch_size: Annotated[int, Field(ge=1, le=16384)]  # pixels per side
     in_channels: Annotated[int, Field(ge=1, le=4)]
-    grid: Annotated[int, Field(ge=1, le=16384)]
-    extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0
+    grid: Annotated[int, Field(ge=1, le=16384)]  # patches per side that positions are stored for
+    extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0  # 1: the distillation token of DeiT
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = MAE_NORM_EPS
 
 
@@ -64,34 +58,20 @@ class Encoder(VisionTransformer):
     """
 
     def __init__(
-        self,
-        shape: EncoderShape,
-        *,
-        drop_path: float = 0.0,
-        dropout: float = 0.0,
+        self, shape: EncoderShape, *, drop_path: float = 0.0, dropout: float = 0.0,
         pyramid: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         size = vit_size(shape.model)
         super().__init__(
-            img_size=shape.grid * shape.patch_size,
-            patch_size=shape.patch_size,
-            embed_layer=PatchEmbedding,
-            in_chans=shape.in_channels,
-            num_classes=0,
-            global_pool="",
-            embed_dim=size.width,
-            depth=size.depth,
-            num_heads=size.heads,
-            reg_tokens=shape.extra_tokens,
-            dynamic_img_size=True,
-            drop_path_rate=drop_path,
-            pos_drop_rate=dropout,
-            proj_drop_rate=dropout,
+            img_size=shape.grid * shape.patch_size, dynamic_img_size=True,
+            patch_size=shape.patch_size, in_chans=shape.in_channels, embed_layer=PatchEmbedding,
+            embed_dim=size.width, depth=size.depth, num_heads=size.heads,
+            num_classes=0, global_pool="", reg_tokens=shape.extra_tokens,
+            drop_path_rate=drop_path, pos_drop_rate=dropout, proj_drop_rate=dropout,
             attn_drop_rate=dropout,
             norm_layer=functools.partial(nn.LayerNorm, eps=shape.norm_eps),
-            init_values=1.0 if pyramid else None,
-            final_norm=not pyramid,
-        )
+            init_values=1.0 if pyramid else None, final_norm=not pyramid,
+        )  # fmt: skip
         self.shape = shape
         self.depths = depths_of(size.depth) if pyramid else []
         distances = (2 * shape.grid - 1) ** 2 + CLASS_TOKEN_DISTANCES
@@ -113,7 +93,8 @@ class Encoder(VisionTransformer):
 
     def _forward_pyramid(self, images: Tensor) -> list[Tensor]:
         rows, columns = (side // self.shape.patch_size for side in images.shape[-2:])
-        tokens = self._pos_embed(self.patch_embed(images))
+        tokens = self._pos_embed(self.patch_embed(images))  # [B, 1 + N, D]
+        # Which row of a table is for each pair of tokens, [1 + N, 1 + N]; shared by all blocks.
         index = gen_relative_position_index((rows, columns), class_token=True, device=tokens.device)
         distances = (2 * rows - 1) * (2 * columns - 1) + CLASS_TOKEN_DISTANCES
         maps = {}
@@ -137,28 +118,23 @@ def depths_of(depth: int) -> list[int]:
 
 def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tensor]:
     """Weights of a ViT by their official names. Raises ValueError for any other file."""
-    what = "a checkpoint of a ViT encoder"
-    return read_vit_weights(path, what, ignored=IGNORED, lazily=lazily)
+    return read_vit_weights(path, ignored=IGNORED, lazily=lazily)
 
 
 def shape_of(weights: dict[str, Tensor], config: EncoderConfig, path: Path) -> EncoderShape:
     """What the weights say about their encoder. Raises ValueError if it is not the wanted one."""
-    found = describe_vit(weights, path)
-    if found.width != config.encoder.width:
+    found, wanted = describe_vit(weights, path), config.encoder.width
+    patch, channels = found.patch_size, found.in_channels
+    if found.width != wanted:
         hint = f"; it may be a {found.model}" if found.model else ""
+        raise ValueError(f"{path} is {found.width} wide, {config.model} is {wanted} wide{hint}")
+    if config.patch_size not in (None, patch):
         raise ValueError(
-            f"{path} is {found.width} wide, {config.model} is {config.encoder.width} wide{hint}"
+            f"{path} has patches of {patch} pixels, --patch-size is {config.patch_size}"
         )
-    if config.patch_size not in (None, found.patch_size):
-        raise ValueError(
-            f"{path} has patches of {found.patch_size} pixels, --patch-size is {config.patch_size}"
-        )
-    if found.in_channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
-        raise ValueError(f"{path} has {found.in_channels} input channels; 3 or 4 are possible")
-    return EncoderShape(
-        model=config.model, patch_size=found.patch_size, in_channels=found.in_channels,
-        grid=found.grid,
-    )  # fmt: skip
+    if channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
+        raise ValueError(f"{path} has {channels} input channels; 3 or 4 are possible")
+    return EncoderShape(model=config.model, patch_size=patch, in_channels=channels, grid=found.grid)
 
 
 def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> list[str]:
@@ -169,7 +145,7 @@ def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> l
     """
     weights = resample_positions(weights, encoder.shape.grid)
     own = encoder.state_dict()
-    if encoder.depths:
+    if encoder.depths:  # UPerNet's has no final norm, and parts that are new
         weights = {n: weight for n, weight in weights.items() if not n.startswith(OPTIONAL)}
         own = {n: weight for n, weight in own.items() if not n.endswith(WITHOUT_EFFECT)}
     refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)
