@@ -1,4 +1,4 @@
-"""Pairs of image and annotation: read, and judged whether they fit each other and the classes.
+"""Images and annotations: read, and judged whether they fit each other and the classes.
 
 No torch here.
 """
@@ -63,17 +63,19 @@ def read_pair(pair: Pair, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError if a file cannot be read, MisfitError if they do not fit.
     """
-    image = read_rgb(pair.image)
-    refuse_thin(image.shape[:2], pair.image)
+    image = read_image(pair.image)
     return image, _fitting_labels(pair, image.shape[:2], allowed)
 
 
-def refuse_thin(size: tuple[int, ...], path: Path) -> None:
-    """Raise ValueError for an image of which nothing would be left when it is scaled down."""
-    if max(size) > THINNEST * min(size):
+def read_image(path: Path) -> np.ndarray:
+    """[H, W, 3] uint8 RGB. Raises ValueError, also if nothing would be left when it is scaled."""
+    image = read_rgb(path)
+    height, width, _ = image.shape
+    if max(height, width) > THINNEST * min(height, width):
         raise ValueError(
-            f"{path} is {size[1]} x {size[0]} pixels; one side may be {THINNEST} times the other"
+            f"{path} is {width} x {height} pixels; one side may be {THINNEST} times the other"
         )
+    return image
 
 
 def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError | None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.contact_sheet import save_png
 from common.files import check_output_folder, check_replaceable, is_marked
-from common.images import load_image, read_rgb
+from common.images import load_image
 from common.samples import Unreadable
 from engine.devices import make_accelerator
 from segmenter.config import ProtocolChanges, ScoringConfig
@@ -24,7 +24,7 @@ from segmenter.data import scaled_images
 from segmenter.drawing import overlay, with_legend
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
-from segmenter.labels import refuse_thin
+from segmenter.labels import read_image
 from segmenter.loading import LoadedSegmenter, load_segmenter
 
 LABEL_MAP, OVERLAY = "label-map", "overlay"  # kinds of pictures
@@ -66,8 +66,7 @@ def predict_files(
     unreadable = Unreadable()
     for path in paths:
         try:
-            image = read_rgb(path)
-            refuse_thin(image.shape[:2], path)
+            image = read_image(path)
         except ValueError as error:
             unreadable.note([str(error)])
             continue
