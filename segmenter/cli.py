@@ -64,7 +64,7 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
     config = TrainConfig(**groups)
     task = check_training(config)
     if time_steps is not None and not check:
-        from segmenter.timing import time_finetuning
+        from segmenter.finetune import time_finetuning
 
         log_to_stderr()
         seconds = time_finetuning(config, task, time_steps)
@@ -78,7 +78,7 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
         return 0
     if found is not None and found.name == RESULT:
         return 0
-    from segmenter.train import finetune
+    from segmenter.finetune import finetune
 
     log_to_stderr()
     return 0 if finetune(config, task) else EXIT_STOPPED

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.interruption import leave_signals_to_the_main_process
 from common.samples import next_usable
+from engine.schedule import SAMPLE, derived_seeds
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair, quiet_imports
 from segmenter.labels import allowed_labels, read_pair
-from segmenter.schedule import SAMPLE_STREAM, BatchPlan
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize
@@ -44,10 +44,6 @@ class Batch(NamedTuple):
     sizes: Tensor
     valid_pixels: Tensor
     unreadable: list[str]
-
-    def parts(self, most: int) -> list[tuple[Tensor, ...]]:
-        """Images, labels, sizes and valid pixels in parts of at most `most` images."""
-        return list(zip(*(tensor.split(most) for tensor in self[:4]), strict=True))
 
 
 class TestImage(NamedTuple):
@@ -158,10 +154,9 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """numpy's and Python's global generators, which mmcv's transforms draw from, seeded for a
     while and then put back."""
     states = np.random.get_state(), random.getstate()
-    streams = np.random.SeedSequence([seed, SAMPLE_STREAM, epoch, index])
-    numpy_seed, python_seed = streams.generate_state(2)
+    numpy_seed, python_seed = derived_seeds(seed, SAMPLE, epoch, index, count=2)
     np.random.seed(numpy_seed)
-    random.seed(int(python_seed))
+    random.seed(python_seed)
     try:
         yield
     finally:
@@ -169,30 +164,8 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
         random.setstate(states[1])
 
 
-def training_batches(
-    crops: TrainingCrops,
-    plan: BatchPlan,
-    *,
-    rank: int,
-    start: tuple[int, int],
-    epochs: int,
-    workers: int,
-    pin_memory: bool,
-) -> Iterator[Batch]:
-    """This process's batches from (epoch, step) `start` to the end of the run."""
-    keys = [
-        [(epoch, index) for index in indices]
-        for epoch in range(start[0], epochs)
-        for indices in plan.indices(crops.seed, epoch, rank, start[1] if epoch == start[0] else 0)
-    ]
-    loader = DataLoader(
-        crops, batch_sampler=keys, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=_start_worker, collate_fn=_collate,
-    )  # fmt: skip
-    return iter(loader)
-
-
-def _collate(crops: list[Batch]) -> Batch:
+def collate(crops: list[Batch]) -> Batch:
+    """Crops to a batch."""
     *tensors, unreadable = zip(*crops, strict=True)
     images, labels, sizes, valid_pixels = map(torch.stack, tensors)
     return Batch(images, labels, sizes, valid_pixels, [text for one in unreadable for text in one])
@@ -204,12 +177,13 @@ def test_images(
     """The images with these indices, in this order, one by one: they differ in size."""
     loader: DataLoader[TestImage] = DataLoader(
         images, sampler=indices, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )  # fmt: skip
     return iter(loader)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """What a loader's process does first."""
     import cv2
 
     cv2.setNumThreads(0)  # as many workers as cores run already

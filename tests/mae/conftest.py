@@ -118,7 +118,7 @@ class Processes:
 
     def __init__(self):
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["mae.train", "torch.utils.tensorboard"])
+        self.context.set_forkserver_preload(["mae.pretrain", "torch.utils.tensorboard"])
 
     def start(self, config, *, processes=1, sabotage=None):
         """Processes of one run; `sabotage(rank)` is called in each before it trains."""
@@ -147,7 +147,7 @@ def _child(config, rank, processes, port, sabotage):
     import torch
 
     from common.console import EXIT_STOPPED
-    from mae.train import pretrain
+    from mae.pretrain import pretrain
 
     torch.set_num_threads(1)
     if processes > 1:
