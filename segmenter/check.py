@@ -15,7 +15,7 @@ from common.environment import world_size
 from common.files import check_output_folder
 from common.images import find_images
 from common.made_alike import check_same
-from common.options import option_facts
+from common.options import older_values
 from common.parsed import ProbeResult, Result, read_json
 from common.step_files import CHECKPOINT, RESULT
 from engine.schedule import BatchPlan, named_epochs
@@ -148,7 +148,7 @@ def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None
 
         stored = load_checkpoint(found, lazily=True)["config"]
     groups = GROUPS if is_training else PROBE_GROUPS
-    older = {name: facts["older"] for name, facts in option_facts(groups.values()).items()}
+    older = older_values(*groups.values())
     check_same(stored, all_settings(config, task), older, what=str(found))
     return found
 

@@ -139,7 +139,6 @@ class ProtocolConfig(OptionGroup):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.window_stride > self.window_size:
             raise ValueError(
                 f"--window-stride {self.window_stride} is more than --window-size "
@@ -201,7 +200,10 @@ class DatasetConfig(OptionGroup):
 class RecipeConfig(DatasetConfig):
     """What is trained on, and from where come the values that are not given."""
 
-    recipe: str = option("segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE)
+    recipe: str = option(
+        "segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE,
+        early=lambda name: read_recipe(name),  # its values lie below all others
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

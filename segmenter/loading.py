@@ -21,7 +21,6 @@ from typing_extensions import TypedDict
 
 import engine.checkpoint
 from common.files import read_text
-from common.options import make
 from common.yamlfile import parse_value
 from engine.checkpoint import Checkpoint, read_torch_file, refuse_damaged, refuse_misfits
 from engine.weights import describe_vit
@@ -176,14 +175,14 @@ def _understand(
         "num_classes": net["n_cls"],
         "normalization": normalization,
     }
-    protocol = ProtocolConfig(
-        image_size=inference["im_size"],
-        crop_size=data["crop_size"],
-        window_size=inference["window_size"],
-        window_stride=inference["window_stride"],
-        normalization=normalization,
-    )
-    return shape, protocol, data["dataset"]
+    protocol = {
+        "image_size": inference["im_size"],
+        "crop_size": data["crop_size"],
+        "window_size": inference["window_size"],
+        "window_stride": inference["window_stride"],
+        "normalization": normalization,
+    }
+    return shape, ProtocolConfig.from_described(protocol), data["dataset"]
 
 
 class _StandIn:
@@ -230,7 +229,7 @@ def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> 
     return LoadedSegmenter(
         model=_model(shape, weights, path, no_upernet),
         classes=classes,
-        protocol=make(ProtocolConfig, {**recipe, **sizes, "window_stride": stride}),
+        protocol=ProtocolConfig.from_described({**recipe, **sizes, "window_stride": stride}),
         reduce_zero_label=reduce_zero_label,
     )
 

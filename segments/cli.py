@@ -14,7 +14,7 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, run_program, say
 from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
 from common.images import IMAGE_SUFFIXES, find_images
-from common.options import MOST_PROCESSES, Layer, OptionGroup, option
+from common.options import MOST_PROCESSES, OptionGroup, option
 from segments.check import check
 from segments.config import PRESETS, FelzenszwalbSettings, SamSettings, made_for
 from segments.forms import open_any_form
@@ -63,7 +63,6 @@ class _GenerateOptions(OptionGroup):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for flag, folder in (("--images", self.images), ("--val-dir", self.val_dir)):
             if folder is not None and not folder.is_dir():
                 raise ValueError(f"{flag} {folder} is not a folder")
@@ -141,7 +140,7 @@ def _add_sam(name: str, help_text: str, own: dict[str, str]) -> None:
     """A command that runs Segment Anything. own: settings that are its name's."""
 
     @command(
-        generators, name, own_layers=lambda _: [Layer(own)],
+        generators, name, own=own,
         options=_GenerateOptions, settings=SamSettings,
     )  # fmt: skip
     @ESTIMATE

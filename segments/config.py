@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common.made_alike import check_same
-from common.options import OptionGroup, fields_of, option
+from common.options import OptionGroup, fields_of, older_values, option
 from common.yamlfile import plain
 
 
@@ -109,7 +109,6 @@ class FelzenszwalbSettings(_CoverageSettings):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.min_coverage >= self.max_coverage:
             raise ValueError(
                 f"--min-coverage {self.min_coverage:g} has to be below --max-coverage "
@@ -164,7 +163,7 @@ def check_made_alike(path: Path, stored: Mapping[str, Any], wanted: Mapping[str,
     Stores of earlier versions lack options that were added since: those count as their `older`.
     """
     group = GENERATORS.get(str(wanted.get("generator")))
-    older = {name: field.spec.older for name, field in fields_of(group or OptionGroup).items()}
+    older = older_values(group or OptionGroup)
     every = {**dict.fromkeys(stored), **older, **wanted}
     remedy = "use those, remove it, or name another --out"
     check_same(stored, every, older, what=str(path), remedy=remedy)

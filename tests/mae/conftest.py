@@ -87,12 +87,11 @@ def as_annotation(inside):
 
 def make_config(in1k_dir, output_dir, **options):
     """The configuration that the command line would make of these options."""
-    from common.options import make
+    from common.options import Layer, make_all
     from mae.config import GROUPS, PretrainConfig
 
     paths = {"in1k_dir": Path(in1k_dir), "output_dir": Path(output_dir)}
-    values = {**SMALL_RUN, **paths, **options}
-    return PretrainConfig(**{name: make(group, values) for name, group in GROUPS.items()})
+    return PretrainConfig(**make_all(GROUPS, [Layer({**SMALL_RUN, **paths, **options})]))
 
 
 def read_epochs(output_dir):

@@ -16,6 +16,7 @@ import segmenter.frozen
 import segmenter.probe
 import segmenter.tokens
 from engine.config import DeviceConfig
+from engine.devices import make_accelerator
 from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import WholeImages
 from segmenter.dataset import read_description
@@ -161,7 +162,7 @@ def probed_with(dataset, encoder, decoder_of):
     encoder.mean, encoder.std, encoder.patch = model.mean, model.std, 2
     model.encoder, model.decoder = encoder, nn.Identity()
     scoring = ScoringConfig(device="cpu", workers=0)
-    accelerator = segmenter.build.make_accelerator(DeviceConfig(device="cpu"))
+    accelerator = make_accelerator(DeviceConfig(device="cpu"))
     train = WholeImages(description, description.pairs("train"), PROTOCOL)
     tokens = Tokens(model, train, 0)
     each_group(accelerator, model, train, scoring, tokens.add)
