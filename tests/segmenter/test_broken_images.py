@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import segmenter.evaluate
-import segmenter.labels
+import segmenter.finetune
 from common.parsed import read_log
 from tests.segmenter.boxes import train_arguments
 
@@ -17,7 +17,7 @@ from tests.segmenter.boxes import train_arguments
 @pytest.fixture
 def break_images(own_dataset, monkeypatch):
     """Breaks images that no check has looked at, as in a dataset of more than MOST_CHECKED."""
-    monkeypatch.setattr(segmenter.labels, "MOST_CHECKED", 1)
+    monkeypatch.setattr(segmenter.finetune, "MOST_CHECKED", 1)
     monkeypatch.setattr(segmenter.evaluate, "MOST_CHECKED", 1)
 
     def write(*names):

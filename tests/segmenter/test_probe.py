@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+import segmenter.finetune
 import segmenter.frozen
 import segmenter.probe
 import segmenter.tokens
@@ -336,7 +337,7 @@ def test_a_signal_ends_it_and_leaves_nothing_half_written(
 def test_one_unreadable_training_image_is_skipped_and_two_are_too_many(
     own_dataset, tmp_path, command, caplog, monkeypatch
 ):
-    monkeypatch.setattr(segmenter.labels, "MOST_CHECKED", 1)
+    monkeypatch.setattr(segmenter.finetune, "MOST_CHECKED", 1)
     for number, code in ((4, 0), (5, 1)):
         image = own_dataset.parent / f"images/training/{number:03d}.jpg"
         image.write_bytes(b"no image")
