@@ -1,11 +1,10 @@
 """Weights of a ViT from a file: of this project, of the official MAE release, or of timm.
 
-All three give them the same names, so that one reader serves whoever starts from them:
+All three give them the same names. Shapes: D features, C channels, P pixels per side of a patch,
+N patches.
 
     weights = read_vit_weights(path, ignored=("head.",))
     model.load_state_dict(resample_positions(weights, grid=14))
-
-Shapes: D features, C channels, P pixels per side of a patch, N patches.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
-from torch.nn import functional as F
 
 from engine.checkpoint import read_torch_file, refuse_damaged
 from engine.vit import IMAGE_CHANNELS, VISIBLE, VIT_SIZES
@@ -31,13 +29,13 @@ A_VIT = "a checkpoint of a ViT encoder"
 
 @dataclass(frozen=True, kw_only=True)
 class VitFacts:
-    """What weights say of their ViT. grid: patches per side that positions are stored for."""
+    """What weights say of their ViT."""
 
     width: int
     depth: int
     in_channels: int
     patch_size: int
-    grid: int
+    grid: int  # patches per side that the position embeddings are stored for
 
     @property
     def model(self) -> str | None:
@@ -55,6 +53,7 @@ def read_vit_weights(
     lazily: see `engine.checkpoint.load_checkpoint`.
     """
     content = read_torch_file(path, lazily=lazily)
+    # MAE puts them under 'model', timm nowhere; a release may hold plain values beside them.
     stored = content.get("model", content) if isinstance(content, dict) else None
     weights = {
         str(name): weight
@@ -82,7 +81,7 @@ def describe_vit(
     patches, positions = 0, weights.get(POSITIONS)  # [1, prefix + N, D]
     if positions is not None and positions.dim() == 3:
         patches = positions.shape[1] - prefix_tokens
-    grid = round(max(patches, 0) ** 0.5)
+    grid = round(max(patches, 0) ** 0.5)  # ViTs of MAE and timm are pretrained on squares
     if not grid or grid**2 != patches:
         raise ValueError(
             f"{source} has no {POSITIONS} of a class token and a square grid of patches"
@@ -99,15 +98,6 @@ def resample_positions(weights: Mapping[str, Tensor], grid: int) -> dict[str, Te
     if resampled.shape != positions.shape:
         logger.info("position embeddings resampled to %d patches", grid**2)
     return {**weights, POSITIONS: resampled}
-
-
-def add_channels(weights: Mapping[str, Tensor], in_channels: int) -> dict[str, Tensor]:
-    """The same for input channels beyond the image's, which start from 0: they change nothing."""
-    kernel = weights[PROJECTION]
-    if kernel.shape[1] != IMAGE_CHANNELS:  # whoever loads them will say what does not fit
-        return dict(weights)
-    missing = in_channels - IMAGE_CHANNELS
-    return {**weights, PROJECTION: F.pad(kernel, (0, 0, 0, 0, 0, missing))}
 
 
 def fold_channels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

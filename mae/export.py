@@ -23,6 +23,7 @@ from mae.checkpoint import load_checkpoint
 from mae.config import ModelConfig, parse_group
 
 KIND = "encoder"
+# Beginnings of the encoder's names; all else is pretraining's, a plugin's parts among it.
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.checkpoint import refuse_misfits
 from engine.vit import IMAGE_CHANNELS
-from engine.weights import (
-    PROJECTION,
-    add_channels,
-    describe_vit,
-    read_vit_weights,
-    resample_positions,
-)
+from engine.weights import PROJECTION, describe_vit, read_vit_weights, resample_positions
 from mae.model import MaskedAutoencoder
 
 # Parts that an official file may lack: the decoder is in the `_full` files only.
@@ -45,16 +40,16 @@ def fit_official(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Official weights in the shapes of the model's state dict, and the parts that start fresh.
 
-    A fourth input channel starts from 0, so that the model begins as the official one. Raises
-    ValueError that lists whatever does not fit.
+    Raises ValueError that lists whatever does not fit.
     """
     own = {name: weight for name, weight in own.items() if name != DECODER_POSITIONS}
     adapted = {name: weight for name, weight in weights.items() if name != DECODER_POSITIONS}
-    channels = own[PROJECTION].shape[1]
-    fresh = []
-    if channels > adapted[PROJECTION].shape[1]:
-        fresh.append(f"{PROJECTION} of input channel {IMAGE_CHANNELS + 1} (zeros)")
-    adapted = add_channels(adapted, channels)
     adapted = resample_positions(adapted, round((own["pos_embed"].shape[1] - 1) ** 0.5))
+    fresh = []
+    kernel, channels = weights[PROJECTION], own[PROJECTION].shape[1]
+    if channels > kernel.shape[1] == IMAGE_CHANNELS:
+        # From 0, the new channel changes nothing: the model begins as the official one.
+        adapted[PROJECTION] = F.pad(kernel, (0, 0, 0, 0, 0, channels - IMAGE_CHANNELS))
+        fresh.append(f"{PROJECTION} of input channel {IMAGE_CHANNELS + 1} (zeros)")
     refuse_misfits(own, adapted, "the checkpoint does not fit", OPTIONAL)
     return adapted, fresh + sorted({name.split(".")[0] for name in own if name not in adapted})

@@ -66,20 +66,19 @@ def reconstruct_files(
 
 def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> None:
     """Write one row per image: original, seen, predicted, and predicted pasted where hidden."""
-    device = model.mean.device
-    was_training = model.training
+    device, was_training = model.mean.device, model.training
     model.eval()
     images = model.normalise(batch.images.to(device))
     result = model.reconstruct(images, batch.pattern.to(device))
     model.train(was_training)
     original, predicted = (_colours(model, pictures) for pictures in (images, result.predicted))
     visible = result.visible.cpu()
-    seen = original * visible + model.mean.cpu() * (1 - visible)  # hidden is 0, the mean colour
+    # What is hidden is 0 after normalising: the mean colour.
+    seen = original * visible + model.mean.cpu() * (1 - visible)
     pasted = original * visible + predicted * (1 - visible)
-    rows = [
-        [Tile(_pixels(picture)) for picture in row]
-        for row in zip(original, seen, predicted, pasted, strict=True)
-    ]
+    pictures = torch.stack([original, seen, predicted, pasted], dim=1)  # [B, 4, 3, H, W]
+    pixels = (pictures * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
+    rows = [[Tile(picture) for picture in row] for row in pixels]
     width = min(max(original.shape[-1], SMALLEST_TILE), LARGEST_TILE)
     save_png(contact_sheet(rows, titles=COLUMNS, tile_width=width), path, KIND)
 
@@ -107,20 +106,17 @@ def _sample(
     segments: SegmentSource | None,
 ) -> Sample:  # fmt: skip
     """Centre crop of an image file, hidden by its segment or as one of the fixed set is."""
-    size, row = model.config.image_size, number % len(fixed_set)
     try:
-        image = read_crop(path, centre_crop, size)
+        image = read_crop(path, centre_crop, model.config.image_size)
         if segments is not None:
             key, rng = _key_of(path, segments.store), np.random.default_rng(number)
             segment = segments.cut(model.method, key, image, rng)
             return make_sample(model.method, image.pixels, rng, segment)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Sample(
-        image=image.pixels,
-        pattern=fixed_set.pattern[row].numpy(),
-        hidden_pixels=int(fixed_set.hidden_pixels[row]),
-    )
+    row = number % len(fixed_set)  # in turn
+    pattern, hidden = fixed_set.pattern[row].numpy(), int(fixed_set.hidden_pixels[row])
+    return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
 
 
 def _open_source(masks_dir: Path, options: MethodConfig) -> SegmentSource:
@@ -145,8 +141,3 @@ def _key_of(path: Path, store: PackedStore) -> str:
 def _colours(model: MaskedAutoencoder, normalised: Tensor) -> Tensor:
     """Normalised [B, C, H, W] to colours from 0 to 1 on the CPU."""
     return (normalised.float() * model.std + model.mean).clamp(0, 1).cpu()
-
-
-def _pixels(colours: Tensor) -> np.ndarray:
-    """[3, H, W] from 0 to 1 to [H, W, 3] uint8."""
-    return (colours * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
