@@ -106,7 +106,7 @@ def fold_channels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     A constant input c under a kernel w adds c * sum(w) at every position, as a bias does, so the
     three-channel ViT has the same outputs.
     """
-    kernel, bias = weights[PROJECTION], weights[PROJECTION_BIAS]
+    kernel, bias = weights[PROJECTION], weights[PROJECTION_BIAS]  # [D, C, P, P], [D]
     # In double precision: a rounding here would be the same error at every position.
     constant = VISIBLE * kernel[:, IMAGE_CHANNELS:].double().sum(dim=(1, 2, 3))
     return {

@@ -35,6 +35,7 @@ def export_encoder(checkpoint_path: Path, out: Path) -> str:
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
     check_output_file(out, reads=[checkpoint_path], is_own=is_marked(KIND))
+    # Lazily: of a checkpoint with its decoder a good part is never read.
     checkpoint = load_checkpoint(checkpoint_path, lazily=True, whole=False)
     weights = dict(_make_encoder(checkpoint, checkpoint_path).state_dict())
     with replacing(out) as unfinished:

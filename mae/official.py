@@ -44,6 +44,7 @@ def fit_official(
     """
     own = {name: weight for name, weight in own.items() if name != DECODER_POSITIONS}
     adapted = {name: weight for name, weight in weights.items() if name != DECODER_POSITIONS}
+    # The grid of the model, [1, 1 + grid * grid, D]: bicubic, as timm resamples for another size.
     adapted = resample_positions(adapted, round((own["pos_embed"].shape[1] - 1) ** 0.5))
     fresh = []
     kernel, channels = weights[PROJECTION], own[PROJECTION].shape[1]

@@ -68,8 +68,8 @@ def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> 
     """Write one row per image: original, seen, predicted, and predicted pasted where hidden."""
     device, was_training = model.mean.device, model.training
     model.eval()
-    images = model.normalise(batch.images.to(device))
-    result = model.reconstruct(images, batch.pattern.to(device))
+    images = model.normalise(batch.images.to(device))  # [B, 3, H, W]
+    result = model.reconstruct(images, batch.pattern.to(device))  # pixels, and what was visible
     model.train(was_training)
     original, predicted = (_colours(model, pictures) for pictures in (images, result.predicted))
     visible = result.visible.cpu()

@@ -167,6 +167,8 @@ class ProtocolConfig(OptionGroup):
 class ProtocolChanges(OptionGroup):
     """What a checkpoint is scored with in place of its own protocol. None: as that says."""
 
+    # Not crop_size and normalization: what a model was trained with, it has to be scored with.
+
     title: ClassVar[str] = "Protocol, in place of the checkpoint's"
     image_size: int | None = option_of(ProtocolConfig, "image_size", None)
     window_size: int | None = option_of(ProtocolConfig, "window_size", None)
@@ -293,7 +295,7 @@ class ProbeConfig:
 
     init: Path | Literal["random"]
     run: ProbeRunConfig
-    model: EncoderConfig
+    model: EncoderConfig  # no decoder, no dropout: nothing of it learns
     protocol: ProtocolConfig
 
     leaves = OF_PROBES
@@ -314,7 +316,7 @@ def _shared_settings(config: TrainConfig | ProbeConfig) -> dict[str, Any]:
         **dataclasses.asdict(config.model),
         **config.protocol.described(),
         "precision": config.run.precision,
-        "init": init if init == RANDOM else init.name,
+        "init": init if init == RANDOM else init.name,  # not its folder: runs may be moved
         "init_fingerprint": None if init == RANDOM else fingerprint(init),
     }
 

@@ -167,7 +167,7 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
 def collate(crops: list[Batch]) -> Batch:
     """Crops to a batch."""
     *tensors, unreadable = zip(*crops, strict=True)
-    images, labels, sizes, valid_pixels = map(torch.stack, tensors)
+    images, labels, sizes, valid_pixels = map(torch.stack, tensors)  # each [B, ...]
     return Batch(images, labels, sizes, valid_pixels, [text for one in unreadable for text in one])
 
 

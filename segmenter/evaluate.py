@@ -45,6 +45,7 @@ def evaluate_checkpoint(
     description = read_description(evaluation.dataset)
     pairs = description.pairs(evaluation.split)
     accelerator, loaded = make_accelerator(devices), load_segmenter(checkpoint)
+    # By their number: other names for the same classes are no reason to refuse.
     own, wanted = loaded.classes, read_classes(description)
     if len(own) != len(wanted):
         raise ValueError(
@@ -65,7 +66,7 @@ def evaluate_checkpoint(
         def save(index: int, predicted: Tensor) -> None:
             assert folder is not None
             path, labels = folder / f"{pairs[index].name}.png", predicted.numpy()
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)  # a name may hold folders
             # In the numbering of the dataset's annotation files, so that they can be compared.
             Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(path)
 
@@ -98,7 +99,7 @@ def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, 
         if not path.is_file():
             path = folder / f"{pair.name}{description.annotation_suffix}"
         stored.append(dataclasses.replace(pair, annotation=path))
-    check_labels(description, [*pairs, *stored])
+    check_labels(description, [*pairs, *stored])  # all: nothing is skipped here
     for index, both in enumerate(zip(stored, pairs, strict=True)):
         predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
         # uint8 wraps round: with reduce_zero_label 0 becomes 255, which is ignored.

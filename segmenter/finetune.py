@@ -45,12 +45,12 @@ from segmenter.config import (
 )
 from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import read_classes
-from segmenter.drawing import draw_predictions
 from segmenter.encoder import EncoderShape, read_encoder_weights, shape_of, start_encoder
 from segmenter.evaluate import evaluate_model
 from segmenter.labels import MOST_CHECKED, check_labels
 from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
+from segmenter.predict import draw_predictions
 
 logger = logging.getLogger(__name__)
 

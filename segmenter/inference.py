@@ -23,7 +23,7 @@ MOST_WINDOWS = 32  # in one forward pass
 class Window:
     """Where a window lies in an image of a group, in pixels."""
 
-    image: int
+    image: int  # its number in the group
     top: int
     left: int
     height: int
@@ -57,7 +57,7 @@ def _multi_scale(
     """[K, H, W]: class probabilities summed over scales and flips, as the Segmenter paper does."""
     total = torch.zeros(model.shape.num_classes, *size, device=model.mean.device)
     for version in (version.to(total.device, non_blocking=True) for version in versions):
-        both = [version, version.flip(-1)]
+        both = [version, version.flip(-1)]  # in one batch
         for flipped, canvas in enumerate(window_logits(model, both, protocol)):
             probabilities = _resize(canvas, size).softmax(0)
             total += probabilities.flip(-1) if flipped else probabilities
@@ -130,7 +130,7 @@ def windows(image: int, height: int, width: int, protocol: ProtocolConfig) -> li
 
 def _starts(length: int, protocol: ProtocolConfig) -> list[int]:
     side, stride = protocol.window_size, protocol.window_stride
-    last = max(0, length - side)
+    last = max(0, length - side)  # an image smaller than a window is one window
     return [min(start, last) for start in range(0, last + stride, stride)]
 
 

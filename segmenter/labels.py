@@ -51,6 +51,7 @@ def check_labels(
 
 def allowed_labels(description: DatasetDescription) -> np.ndarray:
     """[256] bool: what an annotation file may hold."""
+    # An array, since indexing it by labels is the fastest way to judge every pixel.
     allowed, num_classes = np.zeros(256, dtype=bool), count_classes(description)
     allowed[: num_classes + description.reduce_zero_label] = True  # its 0 stands before them
     if not description.reduce_zero_label:
@@ -92,7 +93,7 @@ def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError
 def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.ndarray:
     """The labels of an image of height x width. Raises MisfitError if they are another's."""
     labels = read_label_file(pair.annotation)
-    if labels.shape != size:
+    if labels.shape != size:  # also of an image that EXIF turns and its annotation is not
         raise MisfitError(
             f"{pair.annotation} is {labels.shape[1]} x {labels.shape[0]} pixels, its image "
             f"{pair.image} is {size[1]} x {size[0]}"
@@ -110,7 +111,7 @@ def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> n
 def read_label_file(path: Path) -> np.ndarray:
     """[H, W] uint8 labels of an annotation or prediction. Raises ValueError."""
     file = load_image(path)
-    if file.mode not in ("L", "P", "1", "I", "I;16"):
+    if file.mode not in ("L", "P", "1", "I", "I;16"):  # P: the numbers, whatever their colours
         raise MisfitError(f"{path} is a {file.mode} image; labels have one channel")
     labels = np.asarray(file)
     outside = labels[(labels < 0) | (labels > 255)]
@@ -121,6 +122,6 @@ def read_label_file(path: Path) -> np.ndarray:
 
 def _image_size(path: Path) -> tuple[int, int]:
     """Height and width, as `read_rgb` turns the image: by the EXIF orientation."""
-    file = load_image(path, decode=False)
+    file = load_image(path, decode=False)  # a look at the header
     lies_on_its_side = file.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     return (file.width, file.height) if lies_on_its_side else (file.height, file.width)

@@ -29,7 +29,7 @@ from segmenter.dataset import DESCRIPTIONS, Classes, read_classes, read_descript
 from segmenter.model import Segmenter, SegmenterShape
 
 VARIANT = "variant.yml"  # beside the weights of the release: how they were trained
-RELEASE_NORM_EPS = 1e-5
+RELEASE_NORM_EPS = 1e-5  # of its layer norms; MAE's is 1e-6
 # Of the release's encoders: the classifier they came with.
 RELEASE_IGNORED = ("encoder.head.", "encoder.head_dist.", "encoder.pre_logits.")
 NORMALIZATION_NAMES: dict[str, Literal["half", "imagenet"]] = {"vit": "half", "deit": "imagenet"}
@@ -69,7 +69,7 @@ class FinetunedCheckpoint(Checkpoint):
     palette: list[Colour]
     dataset: DatasetFacts
     protocol: dict[str, Any]
-    state: dict[str, Any]
+    state: dict[str, Any]  # of training; see finetune.py
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:

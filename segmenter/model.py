@@ -110,7 +110,7 @@ class Segmenter(nn.Module):
             columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
             pixels = pixels * (rows[:, None, :, None] & columns[:, None, None, :]).float()
         main, *auxiliary = (self.upsample(m, height, width) for m in self._all_logits(pixels))
-        return (main, auxiliary[0]) if auxiliary else main
+        return (main, auxiliary[0]) if auxiliary else main  # the second trains, and is not scored
 
     def normalise(self, images: Tensor) -> Tensor:
         """[..., 3, H, W] uint8 RGB to pixels of mean 0 and deviation 1."""

@@ -1,4 +1,4 @@
-"""`predict`: label maps and overlays of images of any size and mode.
+"""Predictions: label maps and overlays of any images, and the sheet that a finetuning leaves.
 
 labels = predict_image(load_segmenter(checkpoint), read_rgb(photo))
 """
@@ -12,22 +12,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
 
-from common.contact_sheet import save_png
-from common.files import check_output_folder, check_replaceable, is_marked
+from common.contact_sheet import (
+    BACKGROUND,
+    GAP,
+    INK,
+    Tile,
+    contact_sheet,
+    save_png,
+    stacked,
+    text_size,
+)
+from common.files import check_output_folder, check_replaceable, is_marked, shortened
 from common.images import load_image
 from common.samples import Unreadable
 from engine.devices import make_accelerator
 from segmenter.config import ProtocolChanges, ScoringConfig
-from segmenter.data import scaled_images
-from segmenter.drawing import overlay, with_legend
+from segmenter.data import WholeImages, scaled_images
+from segmenter.dataset import Classes
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
 from segmenter.labels import read_image
 from segmenter.loading import LoadedSegmenter, load_segmenter
+from segmenter.model import Segmenter
 
-LABEL_MAP, OVERLAY = "label-map", "overlay"  # kinds of pictures
+LABEL_MAP, OVERLAY, SHEET = "label-map", "overlay", "predictions"  # kinds of pictures
+SHEET_IMAGES = 4
+COLUMNS = ("image", "annotation", "prediction")
+TILE_WIDTH = 360
+STRENGTH = 0.6  # of the classes' colours over the image
+LETTERS = 10  # that a column of the legend is wide, by the height of its text
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +54,7 @@ def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
 
     Runs where the model is, with windows and scales as its protocol says.
     """
-    scaled = scaled_images(image[..., ::-1], loaded.protocol)
+    scaled = scaled_images(image[..., ::-1], loaded.protocol)  # BGR, as mmcv wants it
     (classes,) = predict_classes(loaded.model, [scaled], [image.shape[:2]], loaded.protocol)
     return classes.cpu().numpy()
 
@@ -67,7 +83,7 @@ def predict_files(
     for path in paths:
         try:
             image = read_image(path)
-        except ValueError as error:
+        except ValueError as error:  # the others are predicted all the same
             unreadable.note([str(error)])
             continue
         with evaluating(accelerator, model):
@@ -87,10 +103,10 @@ def list_images(images: Sequence[Path]) -> list[Path]:
     """The files, and those in folders. Raises ValueError unless all can be opened."""
     paths: list[Path] = []
     for path in images:
-        found = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else None
-        paths += [path] if found is None else found
+        is_folder = path.is_dir()
+        paths += sorted(filter(Path.is_file, path.iterdir())) if is_folder else [path]
     for path in paths:
-        load_image(path, decode=False)
+        load_image(path, decode=False)  # what is no image is refused before any work
     if not paths:
         raise ValueError("there are no images to predict")
     return paths
@@ -109,7 +125,62 @@ def _check_outputs(
     takers: dict[Path, Path] = {}
     for path in paths:
         for target, kind in _outputs(path, out).items():
-            other = takers.setdefault(target, path)
+            other = takers.setdefault(target, path)  # a.jpg and a.png have one stem
             if other is not path:
                 raise ValueError(f"{other} and {path} would both become {target.name}")
             check_replaceable(target, "--out", reads=reads, is_own=is_marked(kind))
+
+
+def draw_predictions(
+    accelerator: Accelerator, model: Segmenter, images: WholeImages, classes: Classes, path: Path
+) -> None:
+    """Image, annotation and prediction of a few test images, one row each, with a legend."""
+    rows, present = [], set()
+    chosen = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
+    for index in chosen.tolist():
+        sample = images[index]
+        if sample.unreadable:
+            continue
+        height, width = sample.labels.shape
+        with evaluating(accelerator, model):
+            scaled = [sample.scaled]
+            (predicted,) = predict_classes(model, scaled, [(height, width)], images.protocol)
+        # The image at its own size again: what is shown is what was scored.
+        photo = Image.fromarray(sample.scaled[0].permute(1, 2, 0).numpy())
+        image = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
+        labels, guess = sample.labels.numpy(), predicted.cpu().numpy()
+        # Both in one legend, so that what was missed is named, too.
+        present |= {*np.unique(labels).tolist(), *np.unique(guess).tolist()}
+        overlays = (overlay(image, numbers, classes) for numbers in (labels, guess))
+        rows.append([Tile(image), *map(Tile, overlays)])
+    sheet = contact_sheet(rows, titles=COLUMNS, tile_width=TILE_WIDTH)
+    save_png(with_legend(sheet, sorted(present), classes), path, SHEET)
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
+    """[H, W, 3] uint8 RGB: the image, coloured by class; labels beyond the classes stay dark."""
+    colours = np.zeros((256, 3), dtype=np.float32)  # black
+    colours[: len(classes)] = classes.palette
+    mixed = (1 - STRENGTH) * image + STRENGTH * colours[labels]
+    return mixed.round().astype(np.uint8)
+
+
+def with_legend(picture: Image.Image, labels: Sequence[int], classes: Classes) -> Image.Image:
+    """The picture, and below it the names and colours of the given classes."""
+    size = text_size(picture.width)
+    font, line = ImageFont.load_default(size), 5 * size // 3
+    entries = [label for label in labels if label < len(classes)]
+    columns = max(1, picture.width // (LETTERS * size))
+    step = picture.width // columns
+    rows = max(1, -(-len(entries) // columns))
+    legend = Image.new("RGB", (picture.width, rows * line + 2 * GAP), BACKGROUND)
+    draw = ImageDraw.Draw(legend)
+    for number, label in enumerate(entries):
+        left, top = GAP + number % columns * step, GAP + number // columns * line
+        colour = tuple(classes.palette[label].tolist())
+        draw.rectangle((left, top + 2, left + size, top + 2 + size), fill=colour, outline=INK)
+        name = shortened(classes.names[label], 120)  # of a file of others: one line, printable
+        while len(name) > 1 and font.getlength(name) > step - 2 * size - GAP:
+            name = name[:-1]
+        draw.text((left + 3 * size // 2, top), name, fill=INK, font=font)
+    return stacked([picture, legend])

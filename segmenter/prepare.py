@@ -43,7 +43,7 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
         return ready
     archive = folder / f"{ADE20K_NAME}.zip"
     check_replaceable(archive, "FOLDER")
-    if not archive.exists():
+    if not archive.exists():  # else somebody brought it, or a check failed after the download
         download(urls, archive, digest=digest)
     elif digest is not None and not has_digest(archive, digest):
         raise ValueError(f"{archive} has not the digest {digest}; remove it or give its own")

@@ -52,7 +52,7 @@ class _Run:
         decoder: Callable[[], nn.Module],
     ) -> Any:  # fmt: skip
         """What `each_group` or `evaluate_model` finds with this decoder, told and timed."""
-        began = time.monotonic()
+        began = time.monotonic()  # fitting the decoder counts, too
         self.model.decoder = decoder()
         with Counter(name, total=len(images)) as counter:
             found = work(
