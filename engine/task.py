@@ -90,7 +90,6 @@ class Task(ABC):
     num_heldout: int  # images that an evaluation looks at
     remedy: ClassVar[str]  # what may help when it diverges
     counts: ClassVar[tuple[str, ...]] = ()  # what is summed over an epoch beside the loss
-    saves_before_evaluating: ClassVar[bool] = False  # worth it where that takes long
 
     @abstractmethod
     def find_earlier(self) -> Earlier:
@@ -124,13 +123,14 @@ class Task(ABC):
     def describe(self, run: Run) -> str:
         """What is trained on what, in a line."""
 
-    def is_evaluated(self, epoch: int) -> bool:
-        """Whether the model is evaluated after so many epochs."""
-        return True
-
     @abstractmethod
-    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation | None:
-        """Score the model on the held-out images; None if told to stop."""
+    def evaluate(
+        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
+    ) -> Evaluation | None:
+        """Score the model on the held-out images, if it is time to; None if told to stop.
+
+        save: may be called before, so that a kill in a long evaluation costs no training.
+        """
 
     @abstractmethod
     def evaluate_some(self, run: Run, images: int) -> None:

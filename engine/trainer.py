@@ -36,7 +36,7 @@ from engine.layers import recompute_activations
 from engine.logbook import Logbook, Progress, send_to_trackers
 from engine.memory import largest_micro_batch
 from engine.schedule import STEP, derived_seeds
-from engine.task import Earlier, Evaluation, Run, State, Task
+from engine.task import Earlier, Run, State, Task
 from engine.update import GuardedUpdate
 
 logger = logging.getLogger(__name__)
@@ -146,16 +146,12 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None, saver: Saver)
     damage = not_finite(run.model.state_dict())  # found by all processes
     if damage:
         raise RuntimeError(f"{damage} is not finite after epoch {number}; {task.remedy}")
-    evaluation = Evaluation({})
-    if task.is_evaluated(number):
-        if task.saves_before_evaluating:
-            _save(run, state, saver)
-        began = time.monotonic()
-        found = task.evaluate(run, state, logbook.progress if logbook else None)
-        state.total_seconds += time.monotonic() - began
-        if found is None:
-            return False
-        evaluation = found
+    began = time.monotonic()
+    progress = logbook.progress if logbook else None
+    evaluation = task.evaluate(run, state, progress, partial(_save, run, state, saver))
+    state.total_seconds += time.monotonic() - began
+    if evaluation is None:
+        return False
     record = {"epoch": number, **task.record(run, state, evaluation.scores)}
     state.total_seconds += state.seconds
     state.begin_epoch(number)

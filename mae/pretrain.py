@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -169,7 +169,9 @@ class Pretraining(Task):
             f"{optimisation.base_lr:g} x {optimisation.effective_batch_size} / 256"
         )
 
-    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation:
+    def evaluate(
+        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
+    ) -> Evaluation:
         """The held-out loss, where there are held-out images."""
         if progress is not None and self.num_heldout:
             progress.evaluating(0, self.num_heldout)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -82,7 +82,6 @@ class Finetuning(Task):
     """A ViT encoder with a decoder, on images with a class for every pixel."""
 
     remedy = "the last checkpoint is from before. A lower --lr or --clip-grad 1 may help"
-    saves_before_evaluating: ClassVar[bool] = True
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         optimisation, description = config.optimisation, dataset.description
@@ -157,12 +156,14 @@ class Finetuning(Task):
             f"recipe {config.run.recipe}"
         )
 
-    def is_evaluated(self, epoch: int) -> bool:
-        """Every so many epochs, and at the end."""
-        return epoch % self.config.optimisation.eval_every == 0 or epoch == self.epochs
-
-    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation | None:
-        """Scores in percent. The areas of each image are left in a file."""
+    def evaluate(
+        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
+    ) -> Evaluation | None:
+        """Scores in percent, every so many epochs and at the end; areas are left in a file."""
+        number = state.epochs_completed + 1
+        if number % self.config.optimisation.eval_every and number != self.epochs:
+            return Evaluation({})
+        save()  # it may take longer than the epoch
         # Running means of UPerNet's norms differ by process on CPUs; the first one's are saved.
         broadcast(list(run.model.buffers()))
         areas = evaluate_model(
