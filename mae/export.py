@@ -76,21 +76,14 @@ def load_encoder(checkpoint_path: Path) -> VisionTransformer:
 
 def _make_encoder(checkpoint: dict[str, Any], path: Path) -> VisionTransformer:
     """Raises ValueError if the checkpoint at `path` is damaged, or its weights do not fit."""
-    weights = encoder_weights(checkpoint["model"], path)
+    stored: dict[str, Tensor] = checkpoint["model"]
+    weights = {name: weight for name, weight in stored.items() if name.startswith(ENCODER)}
+    check_vit_weights(weights, path)
     config = parse_group(ModelConfig, checkpoint["config"], path)
     size = config.encoder
     encoder = VisionTransformer(
         img_size=config.image_size, patch_size=config.patch_pixels, num_classes=0,
         embed_dim=size.width, depth=size.depth, num_heads=size.heads, norm_layer=LayerNorm,
     )  # fmt: skip
-    load_weights(encoder, weights, path)
+    load_weights(encoder, fold_channels(weights), path)
     return encoder
-
-
-def encoder_weights(model: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The encoder's part of a state dict, with 3 input channels. Raises ValueError."""
-    weights = {
-        name: value.contiguous() for name, value in model.items() if name.startswith(ENCODER)
-    }
-    check_vit_weights(weights, path)
-    return fold_channels(weights)
