@@ -188,9 +188,8 @@ def _stored_state(checkpoint: Mapping[str, Any], names: Sequence[str]) -> dict[s
         stored["sums"] = dict(zip(names, checkpoint["sums"].tolist(), strict=True))
         stored |= {name: checkpoint[name] for name in ("seconds", "waited_seconds")}
     elif "loss_sum" in stored:
-        stored["sums"] = {
-            n: float(stored.get(o, 0)) for n, o in zip(names, _OLDER_SUMS, strict=True)
-        }
+        values = [float(stored.get(name, 0)) for name in ("loss_sum", "unreadable_images")]
+        stored["sums"] = dict(zip(names, values, strict=True))
         stored["best_score"] = stored.get("best_mean_iou")
     return stored
 

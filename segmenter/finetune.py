@@ -33,8 +33,6 @@ from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
 from segmenter.check import Task as Dataset
 from segmenter.check import all_settings, earlier_output, plan_batches
-from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
-from segmenter.classes import read_classes
 from segmenter.config import (
     RANDOM,
     SCORES,
@@ -46,11 +44,13 @@ from segmenter.config import (
     TrainConfig,
 )
 from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
-from segmenter.drawing import draw_predictions
-from segmenter.encoder import EncoderShape
+from segmenter.dataset import read_classes
+from segmenter.encoder import EncoderShape, read_encoder_weights, shape_of, start_encoder
 from segmenter.evaluate import evaluate_model
 from segmenter.labels import MOST_CHECKED, check_labels
+from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
+from segmenter.predict import draw_predictions
 
 logger = logging.getLogger(__name__)
 
