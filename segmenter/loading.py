@@ -69,7 +69,6 @@ class FinetunedCheckpoint(Checkpoint):
     palette: list[Colour]
     dataset: DatasetFacts
     protocol: dict[str, Any]
-    state: dict[str, Any]  # of training; see finetune.py
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
