@@ -1,4 +1,4 @@
-"""Which images a run trains on. No torch here: `--check` uses it too."""
+"""Which images a run trains on. Free of torch: `--check` and `benchmark.py` use it too."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from common.images import find_images
 from common.samples import evenly_spread
 from mae.config import DataConfig, MethodConfig
-from mae.masking import METHODS, MaskingMethod
-from segments.config import command_of, made_for
-from segments.forms import form_of, open_any_form, open_segments
-from segments.store import VAL, PackedStore, segment_key
+from mae.masking import METHODS
+from segments.config import VAL, command_of, made_for
+from segments.forms import AnyForm, form_of, open_any_form, open_segments
+from segments.store import PackedStore, segment_key
 
 logger = logging.getLogger(__name__)
 
@@ -55,33 +54,102 @@ def make_listing(data: DataConfig, options: MethodConfig, *, will_make: bool = F
     Raises ValueError if folders are missing or empty, too many images have no segment, the segments
     were made for other coverage ratios, or there is no second image to borrow segments from.
     """
-    method = METHODS[options.mask_method]
+    uses_segments = METHODS[options.mask_method].uses_segments
+    train, val = _find_images(data)
+    source = _find_segments(data, options, will_make=will_make)
+
+    # Every method trains on the same images, those with a segment, so that only methods differ.
+    with_segment = source.images() if source else set()
+    kept_train = _with_segment(train, with_segment, source, data) if source else train
+
+    # A held-out image needs a segment only where segments are hidden.
+    kept_val, val_folder = val, data.in1k_dir / VAL
+    if source and uses_segments:
+        kept_val, val_folder = _with_their_own(val, val_folder, with_segment, train)
+
+    if source and uses_segments and options.segments_from == "borrowed":
+        check_donors(kept_train)
+    return Listing(
+        train=encode_paths(kept_train),
+        val=encode_paths(evenly_spread(kept_val, data.val_images)),
+        val_folder=val_folder,
+        left_out=len(train) - len(kept_train),
+        val_left_out=len(val) - len(kept_val),
+        source=source if uses_segments and isinstance(source, PackedStore) else None,
+    )
+
+
+def _find_images(data: DataConfig) -> tuple[list[str], list[str]]:
+    """Paths relative to train/, and to val/ if held-out images are wanted and there."""
     if not data.in1k_dir.is_dir():
         raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
-    train = find_images(data.in1k_dir / "train")
-    val_folder = data.in1k_dir / VAL
-    val = listed_val = find_images(val_folder) if val_folder.is_dir() and data.val_images else []
-    source = _open_source(data, method, will_make=will_make)
-    if method.uses_segments and isinstance(source, PackedStore):
+    has_val = data.val_images and (data.in1k_dir / VAL).is_dir()
+    return (
+        find_images(data.in1k_dir / "train"),
+        find_images(data.in1k_dir / VAL) if has_val else [],
+    )
+
+
+def _find_segments(data: DataConfig, options: MethodConfig, *, will_make: bool) -> AnyForm | None:
+    """The segments; None if there are none, and the method can do without or they will be made."""
+    path, uses_segments = data.segments_path, METHODS[options.mask_method].uses_segments
+    if data.use_unmasked_images:  # it neither hides segments nor leaves images out
+        return None
+    if will_make and form_of(path) == "none":
+        return None
+    if not path.exists():
+        if data.masks_dir is None and not uses_segments:
+            return None
+        raise ValueError(
+            f"{path} does not exist; name the place of the segments by --masks-dir, or make them: "
+            "`python -m segments generate`, or benchmark.py's --make-segments"
+        )
+    source = open_any_form(path) if will_make else open_segments(path)
+    if uses_segments and isinstance(source, PackedStore):
         _check_made_for(source, data, options)
-    left_out = 0
-    if source is not None:
-        with_segment = source.images()
-        if method.uses_segments:
-            val, val_folder = _with_their_own(listed_val, val_folder, with_segment, train)
-        kept = [path for path in train if segment_key(path) in with_segment]
-        _check_missing(train, kept, source, data)
-        left_out = len(train) - len(kept)
-        train = kept
-        if method.uses_segments and options.segments_from == "borrowed":
-            check_donors(train)
-    return Listing(
-        train=encode_paths(train),
-        val=encode_paths(evenly_spread(val, data.val_images)),
-        val_folder=val_folder,
-        left_out=left_out,
-        val_left_out=len(listed_val) - len(val),
-        source=source if method.uses_segments else None,
+    return source
+
+
+def _with_segment(
+    train: list[str], with_segment: set[str], source: AnyForm, data: DataConfig
+) -> list[str]:
+    """The images that have one. Refuses segments that fit less than half of the images."""
+    kept = [path for path in train if segment_key(path) in with_segment]
+    # Those that a list or the store names as empty were not forgotten.
+    accounted = with_segment | source.listed_empty()
+    missing = [path for path in train if segment_key(path) not in accounted]
+    if not missing:
+        if not kept:
+            raise ValueError(f"{data.segments_path} lists every image as having no segment")
+        return kept
+    some = ", ".join(missing[:3])
+    text = f"{len(missing)} of {len(train)} images have no segment in {data.segments_path}: {some}"
+    if not kept or (len(missing) > MOST_MISSING * len(train) and not data.allow_missing_segments):
+        advice = "" if not kept else "; add --allow-missing-segments if that is meant"
+        raise ValueError(f"{text}. Is that the right --masks-dir?{advice}")
+    logger.info("%s ...; they are left out", text)
+    return kept
+
+
+def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig) -> None:
+    """Refuse a store without the segments that the run needs, and say how to make them."""
+    there, wanted = made_for(store.settings), options.coverage_ratio
+    if not there:
+        return
+    all_segments = METHODS[options.mask_method].all_segments
+    if not all_segments and wanted in there:
+        return
+    out = store.path.with_stem(f"{store.path.stem}-all") if all_segments else store.path
+    settings = {**store.settings, "for_coverage": [] if all_segments else [wanted]}
+    has_val = any(key.startswith(f"{VAL}/") for key in store.images())
+    val_dir = data.in1k_dir / VAL if has_val else None
+    needs = (
+        f"{options.mask_method} needs all" if all_segments else f"--coverage-ratio is {wanted:g}"
+    )
+    raise ValueError(
+        f"{store.path} has only the segments nearest to {', '.join(f'{r:g}' for r in there)} % "
+        f"coverage, and {needs}. This makes them: "
+        f"{command_of(settings, data.in1k_dir / 'train', out, val_dir)}"
     )
 
 
@@ -111,65 +179,6 @@ def check_donors(paths: Sequence[str]) -> None:
             "--segments-from borrowed takes the segments of other images, but there is only one "
             f"with segments: {paths[0]}; give more images, or --segments-from own"
         )
-
-
-def _open_source(data: DataConfig, method: type[MaskingMethod], *, will_make: bool) -> Any:
-    """The segments; None if there are none, and the method can do without or they will be made."""
-    path = data.segments_path
-    if data.use_unmasked_images:  # it neither hides segments nor leaves images out
-        return None
-    if will_make and form_of(path) == "none":
-        return None
-    if not path.exists():
-        if data.masks_dir is None and not method.uses_segments:
-            return None
-        raise ValueError(
-            f"{path} does not exist; name the place of the segments by --masks-dir, or make them: "
-            "`python -m mae masks generate`, or benchmark.py's --make-segments"
-        )
-    return open_any_form(path) if will_make else open_segments(path)
-
-
-def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig) -> None:
-    """Refuse a store without the segments that the run needs, and say how to make them."""
-    there, wanted = made_for(store.settings), options.coverage_ratio
-    if not there:
-        return
-    all_segments = METHODS[options.mask_method].all_segments
-    if not all_segments and wanted in there:
-        return
-    out = store.path.with_stem(f"{store.path.stem}-all") if all_segments else store.path
-    settings = {**store.settings, "for_coverage": [] if all_segments else [wanted]}
-    has_val = any(key.startswith(f"{VAL}/") for key in store.images())
-    val_dir = data.in1k_dir / VAL if has_val else None
-    needs = (
-        f"{options.mask_method} needs all" if all_segments else f"--coverage-ratio is {wanted:g}"
-    )
-    raise ValueError(
-        f"{store.path} has only the segments nearest to {', '.join(f'{r:g}' for r in there)} % "
-        f"coverage, and {needs}. This makes them: "
-        f"{command_of(settings, data.in1k_dir / 'train', out, val_dir)}"
-    )
-
-
-def _check_missing(
-    train: list[str], kept: list[str], source: PackedStore, data: DataConfig
-) -> None:
-    """Refuse a folder of segments that fits less than half of the images."""
-    with_segment, accounted = set(kept), source.listed_empty()
-    missing = [
-        path for path in train if path not in with_segment and segment_key(path) not in accounted
-    ]
-    if not missing:
-        if not kept:
-            raise ValueError(f"{data.segments_path} lists every image as having no segment")
-        return
-    some = ", ".join(missing[:3])
-    text = f"{len(missing)} of {len(train)} images have no segment in {data.segments_path}: {some}"
-    if not kept or (len(missing) > MOST_MISSING * len(train) and not data.allow_missing_segments):
-        advice = "" if not kept else "; add --allow-missing-segments if that is meant"
-        raise ValueError(f"{text}. Is that the right --masks-dir?{advice}")
-    logger.info("%s ...; they are left out", text)
 
 
 def encode_paths(paths: list[str]) -> np.ndarray:

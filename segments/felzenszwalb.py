@@ -15,7 +15,7 @@ from PIL import Image
 from skimage.segmentation import felzenszwalb
 
 from segments.config import FelzenszwalbSettings, as_stored
-from segments.generate import Photograph
+from segments.generate import InputImage
 from segments.segment import Segment, ordered, segment_from_flips
 
 
@@ -32,15 +32,15 @@ class Felzenszwalb:
         self.tally: Counter[str] = Counter()
         self.settings = as_stored(self.name, options)
 
-    def segments(self, photographs: Sequence[Photograph]) -> list[list[Segment]]:
-        """Segments of each photograph, the smallest first."""
-        return [self._segments(photograph) for photograph in photographs]
+    def segments(self, images: Sequence[InputImage]) -> list[list[Segment]]:
+        """Segments of each image, the smallest first."""
+        return [self._segments(image) for image in images]
 
-    def _segments(self, photograph: Photograph) -> list[Segment]:
-        options, size = self.options, (photograph.width, photograph.height)
+    def _segments(self, given: InputImage) -> list[Segment]:
+        options, size = self.options, (given.width, given.height)
         shrink = min(1.0, options.longest_side / max(size))
         small_size = (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink)))
-        image = Image.fromarray(photograph.pixels)
+        image = Image.fromarray(given.pixels)
         small = np.asarray(image.resize(small_size, Image.Resampling.BOX))
         min_pixels = max(1, round(options.min_coverage / 100 * small.shape[0] * small.shape[1]))
         regions, count = [], 0  # [h, w] of every scale, numbered through
@@ -55,8 +55,8 @@ class Felzenszwalb:
         areas = np.sum([np.bincount(each.ravel(), minlength=count) for each in labels], axis=0)
         percent = areas * 100 / (size[0] * size[1])
         chosen = self._distinct(regions, percent)
-        if photograph.ratios and chosen:
-            distances = [np.abs(percent[chosen] - ratio) for ratio in photograph.ratios]
+        if given.ratios and chosen:
+            distances = [np.abs(percent[chosen] - ratio) for ratio in given.ratios]
             chosen = [chosen[each.argmin()] for each in distances]
         return ordered(_segments_of(labels, set(chosen)))
 

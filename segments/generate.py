@@ -1,7 +1,12 @@
 """Making segments of a folder of images: sharded, resumable, the same however it was interrupted.
 
+    images = images_by_key(Path("IN1K/train"), None)
+    generator = Felzenszwalb(FelzenszwalbSettings())
+    generate(images, Path("masks.sqlite"), generator, shard=Shard(), processes=None)
+
 Images are put into batches before they are shared out, so that an image is always computed together
-with the same others, and two shards make exactly what one run makes.
+with the same others, and two shards make exactly what one run makes. What a finished store lacks,
+be it images or coverage ratios, becomes a store of its own beside it, and the two are merged.
 """
 
 from __future__ import annotations
@@ -9,23 +14,25 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Generator as Results
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from common.files import beside
 from common.images import find_images, read_reduced
 from common.step_files import shard_path
-from segments.config import check_made_alike, made_for, union
-from segments.parallel import in_order
+from segments.config import VAL, check_made_alike, made_for
+from segments.pack import join
+from segments.parallel import Failure, in_order
 from segments.segment import Segment, ordered
-from segments.store import VAL, PackedImage, PackedStore, segment_key
-from segments.writing import MOST_FAILED, Failure, StoreWriter, Summary, pack_image
+from segments.store import PackedImage, PackedStore, segment_key
+from segments.writing import MOST_FAILED, StoreWriter, Summary, pack_image
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +41,7 @@ BLANK = np.zeros((8, 8, 3), np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photograph:
+class InputImage:
     """An image to find segments of.
 
     pixels: [h, w, 3] uint8, perhaps fewer than the image's own height x width, which its segments
@@ -58,8 +65,8 @@ class Generator(Protocol):
     in_processes: bool  # whether it can be copied into one process per core
     tally: Counter[str]  # what it did so far; stays empty in processes
 
-    def segments(self, photographs: Sequence[Photograph]) -> list[list[Segment]]:
-        """Segments of each photograph, the smallest first."""
+    def segments(self, images: Sequence[InputImage]) -> list[list[Segment]]:
+        """Segments of each image, the smallest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,120 +128,161 @@ def generate(
 ) -> Summary:
     """Make the segments of images, by key, that are not in the packed store yet.
 
-    To a store that was made for other coverage ratios the wanted ones are added: what is there is
-    kept, and read by others, until the new store is complete. Images that fail are named, recorded,
-    and tried again by the next run. Raises ValueError if what is there was made with other
-    settings, RuntimeError at the end if more than 1% failed.
+    What is there is kept, and read by others, until the new store is complete. Images that fail are
+    named, recorded, and tried again by the next run. Raises ValueError if what is there was made
+    with other settings, RuntimeError at the end if more than 1% failed.
     """
     part = shard.name(out)
-    settings, base = _with_earlier_ratios(generator.settings, part if part.exists() else out)
-    if base is not None:
-        _refuse_missing_folders(base, images)
-    work = Work(images, generator, tuple(made_for(settings)), base)
-    batches = work.batches()[shard.index :: shard.count]
-    total = sum(map(len, batches))
-    with StoreWriter(part, source=generator.name, settings=settings, extend=base is None) as writer:
-        done = writer.keys()
-        todo = [batch for batch in batches if not done.issuperset(batch)]
-        already_there = sum(key in done for batch in batches for key in batch)
-        logger.info("%s: %d of %d images are done", writer.out, already_there, total)
-        with closing(work.results(todo, processes)) as results:
-            new = (result for result in results if result.key not in done)
-            summary = writer.add_all(new, what="generate", total=total, already_there=already_there)
-        if generator.tally:
-            logger.info("%s", ", ".join(f"{n} {what}" for what, n in generator.tally.items()))
-        if summary.interrupted:
-            return summary
-        writer.finish()
-    if summary.left_out > MOST_FAILED * total:
+    work = Work(images, generator, shard, processes)
+    base = _finished(part, out, made_for(generator.settings))
+    if base is None:
+        summary = work.make(part, work.keys, made_for(generator.settings))
+    else:
+        summary = _add_what_it_lacks(base, part, work)
+    if generator.tally:
+        logger.info("%s", ", ".join(f"{n} {what}" for what, n in generator.tally.items()))
+    if not summary.interrupted and summary.left_out > MOST_FAILED * len(work.keys):
         raise RuntimeError(
-            f"{summary.left_out} of {total} images failed, more than 1% (the others are in "
-            f"{summary.out}); see the names above"
+            f"{summary.left_out} of {len(work.keys)} images failed, more than 1% (the others are "
+            f"in {part}); see the names above"
         )
     return summary
 
 
-def _with_earlier_ratios(
-    settings: dict[str, Any], path: Path
-) -> tuple[dict[str, Any], PackedStore | None]:
-    """Settings with the coverage ratios of the finished store there, and it, if it lacks some."""
-    store = PackedStore(path) if path.exists() else None
-    known = made_for(store.settings) if store else []
-    if store is None or not known or not made_for(settings):  # all segments serve every ratio
-        return settings, None
-    check_made_alike(path, store.settings, {**settings, "for_coverage": known})
-    settings = {**settings, "for_coverage": union(known, made_for(settings))}
-    return settings, None if made_for(settings) == known else store
+def _finished(part: Path, out: Path, ratios: Sequence[float]) -> PackedStore | None:
+    """The store to add to: this part's, or the whole one where a part of it gets more ratios."""
+    if part.exists():
+        return PackedStore(part)
+    if out.exists() and ratios:
+        whole = PackedStore(out)
+        known = made_for(whole.settings)
+        return whole if known and not set(ratios) <= set(known) else None
+    return None
 
 
-def _refuse_missing_folders(base: PackedStore, images: Mapping[str, Path]) -> None:
-    """A store to which ratios are added is made anew, of the images that are named."""
-    lost = (base.images() | base.listed_empty()).difference(images)
-    if lost:
+def _add_what_it_lacks(base: PackedStore, part: Path, work: Work) -> Summary:
+    """First images, for the ratios that the store has; then ratios, for the images that it has."""
+    settings = work.generator.settings
+    check_made_alike(base.path, base.settings, settings, for_any_ratio=True)
+    known = made_for(base.settings)
+    missing = [ratio for ratio in made_for(settings) if ratio not in known]
+    strangers = base.all_images().difference(work.images)
+    if missing and strangers:
         raise ValueError(
-            f"{base.path} has {len(lost)} images that are not among those of --images and "
-            f"--val-dir, such as {min(lost)}, and would lose them; name the same folders as then"
+            f"{base.path} has {len(strangers)} images that are not among those of --images and "
+            f"--val-dir, such as {min(strangers)}, and would lose them; name the same folders as "
+            "then"
         )
+    lacking = work.keys - base.all_images()
+    summary = Summary(
+        out=part,
+        images=len(base.images()),
+        without=len(base.listed_empty()),
+        left_out=0,
+        already_there=len(work.keys) - len(lacking),
+    )
+    if lacking:
+        made = _make_and_merge(base, part, work, lacking, known)
+        summary = replace(made, already_there=summary.already_there + made.already_there)
+        base = PackedStore(part) if part.exists() else base
+    if missing and not summary.interrupted:
+        # What has just failed for the known ratios is not tried for others.
+        made = _make_and_merge(base, part, work, work.keys & base.all_images(), missing)
+        summary = replace(made, left_out=summary.left_out + made.left_out)
+    return summary
+
+
+def _make_and_merge(
+    base: PackedStore, part: Path, work: Work, keys: Collection[str], ratios: Sequence[float]
+) -> Summary:
+    """A store of these images for these ratios, beside; once it is complete, `part` is replaced."""
+    for_ratios = "-".join(f"{ratio:g}" for ratio in ratios) or "all"
+    aside = beside(part.with_name(f"{part.name}.{for_ratios}"))
+    if aside.exists():  # a run was killed before it had merged it
+        aside.replace(beside(aside))
+    made = work.make(aside, keys, ratios)
+    if made.interrupted:
+        return made
+    added = PackedStore(aside)
+    merged = made
+    if added.all_images() or not added.failures().items() <= base.failures().items():
+        # An image that has failed for a new ratio is left out: the next run tries it for all.
+        for_other_ratios = made_for(added.settings) != made_for(base.settings)
+        only = added.all_images() if for_other_ratios else None if base.path == part else work.keys
+        merged = join([base, added], part, only=only)
+    if not merged.interrupted:
+        aside.unlink()
+    return replace(merged, out=part, left_out=made.left_out, already_there=made.already_there)
 
 
 @dataclass(frozen=True)
 class Work:
-    """From images, by key, to rows of a store. base: one with segments for some of the ratios."""
+    """From images, by key, to rows of a store."""
 
     images: Mapping[str, Path]
     generator: Generator
-    ratios: tuple[float, ...]
-    base: PackedStore | None = None
+    shard: Shard = Shard()
+    processes: int | None = None
 
+    @cached_property
     def batches(self) -> list[list[str]]:
-        """The keys of all images."""
-        keys, size = list(self.images), self.generator.batch_size
-        return [keys[start : start + size] for start in range(0, len(keys), size)]
+        """The keys of this part's images, as they are computed together."""
+        every, size = list(self.images), self.generator.batch_size
+        batches = [every[start : start + size] for start in range(0, len(every), size)]
+        return batches[self.shard.index :: self.shard.count]
 
-    def results(
-        self, batches: Sequence[Sequence[str]], processes: int | None
+    @cached_property
+    def keys(self) -> set[str]:
+        """The same in one set."""
+        return set(chain.from_iterable(self.batches))
+
+    def make(self, out: Path, keys: Collection[str], ratios: Sequence[float]) -> Summary:
+        """Make a new store of some of the images for some ratios, or go on with it."""
+        settings = {**self.generator.settings, "for_coverage": [*ratios]}
+        with StoreWriter(out, source=self.generator.name, settings=settings) as writer:
+            left = set(keys) - writer.keys()
+            done = len(keys) - len(left)
+            logger.info("%s: %d of %d images are done", out, done, len(keys))
+            # A batch is done whole, since its images influence each other by rounding.
+            batches = [batch for batch in self.batches if not left.isdisjoint(batch)]
+            rows = (row for row in self._rows(batches, tuple(ratios)) if row.key in left)
+            summary = writer.add_all("generate", rows, total=len(keys), already_there=done)
+            if not summary.interrupted:
+                writer.finish()
+        return summary
+
+    def _rows(
+        self, batches: Sequence[Sequence[str]], ratios: tuple[float, ...]
     ) -> Results[PackedImage | Failure, None, None]:
         """Every image of the batches, in their order."""
+        read = partial(self.read, ratios=ratios)
         found: Iterable[list[PackedImage | Failure]]
         if self.generator.in_processes:
-            found = in_order(self._do, batches, processes=processes, chunk=1)
-        else:
-            found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
+            found = in_order(
+                lambda keys: self.segment(read(keys)), batches, processes=self.processes, chunk=1
+            )
+        else:  # this process has the GPU, others read for it
+            found = map(self.segment, in_order(read, batches, processes=READERS, chunk=1))
         yield from chain.from_iterable(found)
 
-    def _do(self, keys: Sequence[str]) -> list[PackedImage | Failure]:
-        return self.segment(self.read(keys))
-
-    def read(self, keys: Sequence[str]) -> list[tuple[Photograph, str]]:
+    def read(self, keys: Sequence[str], ratios: tuple[float, ...]) -> list[tuple[InputImage, str]]:
         """Each image, and why it cannot be read; something blank stands in for what cannot, so that
         the batch keeps its size."""
         images = []
         for key in keys:
-            pixels, size, reason = BLANK, BLANK.shape[:2], ""
+            pixels, (height, width), reason = BLANK, BLANK.shape[:2], ""
             try:
-                pixels, size = read_reduced(self.images[key], self.generator.read_side)
+                pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
             except ValueError as error:
                 reason = str(error)
-            height, width = size
-            image = Photograph(
-                key=key, pixels=pixels, height=height, width=width, ratios=self._missing(key)
-            )
+            image = InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
             images.append((image, reason))
         return images
 
-    def segment(self, images: Sequence[tuple[Photograph, str]]) -> list[PackedImage | Failure]:
-        """The rows of each image, with those that the base has of it."""
+    def segment(self, images: Sequence[tuple[InputImage, str]]) -> list[PackedImage | Failure]:
+        """The rows of each image."""
         found = self.generator.segments([image for image, _ in images])
         return [
-            Failure(image.key, reason)
-            if reason
-            else pack_image(image.key, ordered({*segments, *self._known(image.key)}))
+            Failure(image.key, reason) if reason else pack_image(image.key, ordered(segments))
             for (image, reason), segments in zip(images, found, strict=True)
         ]
-
-    def _known(self, key: str) -> list[Segment]:
-        return self.base.segments(key) if self.base else []
-
-    def _missing(self, key: str) -> tuple[float, ...]:
-        there = made_for(self.base.settings) if self.base and self._known(key) else []
-        return tuple(ratio for ratio in self.ratios if ratio not in there)

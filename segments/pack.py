@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from functools import partial
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
-from typing import Any
 
-from pycocotools import mask as coco_rle
-
+from common.coco import rle_annotation
 from common.files import (
     NOTHING_WRITTEN,
     check_output_file,
@@ -21,17 +16,15 @@ from common.files import (
     path_below,
     write_text,
 )
-from common.interruption import Interruption
-from common.progress import Counter
-from segments.config import check_made_alike
-from segments.forms import SegmentSource, open_folder
-from segments.parallel import in_order
-from segments.segment import Segment, segment_from_counts
-from segments.store import STORE_NAME, PackedImage, PackedStore
-from segments.writing import MOST_FAILED, Failure, StoreWriter, Summary, pack_image
+from common.step_files import shard_of
+from segments.config import STORE_NAME, check_made_alike, made_for, union
+from segments.forms import open_folder
+from segments.parallel import Failure, each, in_order, one_pass
+from segments.segment import ordered, segment_from_counts
+from segments.store import PackedImage, PackedStore
+from segments.writing import MOST_FAILED, StoreWriter, Summary, pack_image
 
 SQLITE_START = b"SQLite format 3\0"
-SHARD_NAME = re.compile(r"-(?P<index>\d+)-of-(?P<count>\d+)$")  # of `generate`, without suffix
 
 
 def pack(
@@ -54,17 +47,17 @@ def pack(
     with StoreWriter(out, source=source.name, settings={}) as writer:
         done = writer.keys()
         todo = [key for key in keys if key not in done]
-        with closing(in_order(partial(_pack_one, source), todo, processes=processes)) as images:
-            summary = writer.add_all(
-                images, what="pack", total=len(keys), already_there=len(keys) - len(todo)
-            )
+        images = each(lambda key: pack_image(key, source.segments(key)), todo, processes=processes)
+        summary = writer.add_all(
+            "pack", images, total=len(keys), already_there=len(keys) - len(todo)
+        )
         if summary.interrupted:
             return summary
         if summary.left_out > MOST_FAILED * len(keys) and not allow_damaged:
             raise RuntimeError(
                 f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
                 "not finished. Mend them and run again, or leave them out by "
-                f"`python -m mae masks pack {masks_dir} --allow-damaged`"
+                f"`python -m segments pack {masks_dir} --allow-damaged`"
             )
         writer.finish()
     return summary
@@ -75,90 +68,110 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     check_output_folder(out, "OUT")
     store = PackedStore(store_path)
     files = {
-        key: path_below(out, f"{key}.json", str(store_path))
-        for key in sorted(store.images() | store.listed_empty())
+        key: path_below(out, f"{key}.json", str(store_path)) for key in sorted(store.all_images())
     }
     todo = [key for key, path in files.items() if not path.exists()]
+
+    def write(key: str) -> None:
+        write_text(files[key], json.dumps(_annotations(store, key)))
+
     already_there = len(files) - len(todo)
-    with (
-        Interruption() as stop,
-        Counter("unpack", total=len(files), done=already_there) as counter,
-        closing(in_order(partial(_unpack_one, store, files), todo, processes=processes)) as written,
-    ):
-        for _ in written:
-            counter.advance()
-            if stop.requested:
-                break
+    written = in_order(write, todo, processes=processes)
+    with one_pass("unpack", written, total=len(files), done=already_there) as until_stopped:
+        new = sum(1 for _ in until_stopped)
     return Summary(
         out=out,
         images=len(store.images()),
         without=len(store.listed_empty()),
         left_out=0,
         already_there=already_there,
-        interrupted=stop.requested,
+        interrupted=new < len(todo),
     )
 
 
-def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
-    """Join stores, say the shards of a generator, into one.
+def _annotations(store: PackedStore, key: str) -> list[dict[str, object]]:
+    """One image in the form of `amg.py --convert-to-rle`."""
+    try:
+        return [
+            # Counted anew, as zlib's checksum says nothing of a store that others have written.
+            rle_annotation(
+                s.height, s.width, segment_from_counts(s.height, s.width, s.counts).counts
+            )
+            for s in store.segments(key)
+        ]
+    except ValueError as error:
+        inside = str(store.path) in str(error)
+        raise ValueError(f"{'' if inside else f'{store.path}: {key}: '}{error}") from None
 
-    Raises ValueError if their generators' settings differ, if they disagree about an image, or are
-    shards by their names (`-I-of-N`) of which one is missing.
+
+def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
+    """Join stores into one: shards of the same images, or stores made for different ratios.
+
+    Raises ValueError if their generators' settings differ otherwise, if they disagree about an
+    image, if one has no segments for the ratios of another, or if shards by their names (`-I-of-N`)
+    are not complete.
     """
     _refuse_to_overwrite(out, overwrite, reads=shards)
     _refuse_missing_shards(shards)
-    stores = [PackedStore(path) for path in shards]
-    first = stores[0]
-    owner: dict[str, PackedStore] = {}
-    failures: dict[str, str] = {}
-    for store in stores:
-        check_made_alike(store.path, store.settings, first.settings)
-        failures |= store.failures()
-        for key in store.images() | store.listed_empty():
-            if key in owner and owner[key].packed(key) != store.packed(key):
-                raise ValueError(f"{owner[key].path} and {store.path} disagree about {key}")
-            owner.setdefault(key, store)
-    with StoreWriter(out, source=first.meta["source"], settings=first.settings) as writer:
-        todo = sorted(owner.keys() - writer.keys())
-        left_out = [Failure(key, failures[key]) for key in sorted(failures.keys() - owner.keys())]
+    return join([PackedStore(path) for path in shards], out)
+
+
+def join(
+    stores: Sequence[PackedStore], out: Path, *, only: Collection[str] | None = None
+) -> Summary:
+    """The same without a look at names: `out` is replaced when all is in it. only: these images."""
+    owners = _owners(stores)
+    every = set().union(*owners.values())
+    wanted = every if only is None else every.intersection(only)
+    # An image without segments for one of the ratios would look as if it had the nearest ones.
+    for ratios, owner in owners.items():
+        if lacking := wanted.difference(owner):
+            raise ValueError(
+                f"for a coverage of {', '.join(f'{ratio:g}' for ratio in ratios)} %, no store has "
+                f"segments of {len(lacking)} images, such as {min(lacking)}; make them first"
+            )
+    failures = {key: why for store in stores for key, why in store.failures().items()}
+    left_out = sorted(failures.keys() - wanted)
+    settings = {**stores[0].settings}
+    if made_for(settings):
+        settings["for_coverage"] = union(*owners)
+    with StoreWriter(out, source=stores[0].meta["source"], settings=settings) as writer:
+        todo = sorted(wanted - writer.keys())
+
+        def images() -> Generator[PackedImage | Failure, None, None]:
+            yield from (Failure(key, failures[key]) for key in left_out)
+            for key in todo:
+                yield _joined(key, [owner[key] for owner in owners.values()])
+
         summary = writer.add_all(
-            chain(left_out, (owner[key].packed(key) for key in todo)),
-            what="merge",
-            total=len(owner) + len(left_out),
-            already_there=len(owner) - len(todo),
+            "merge",
+            images(),
+            total=len(wanted) + len(left_out),
+            already_there=len(wanted) - len(todo),
         )
         if not summary.interrupted:
             writer.finish()
     return summary
 
 
-def _pack_one(source: SegmentSource, key: str) -> PackedImage | Failure:
-    """Read and compress one image's segments; what is wrong with them is returned, not raised."""
-    try:
-        return pack_image(key, source.segments(key))
-    except ValueError as error:
-        return Failure(key, str(error))
+def _owners(stores: Sequence[PackedStore]) -> dict[tuple[float, ...], dict[str, PackedStore]]:
+    """For each set of coverage ratios, the store that has each image."""
+    owners: dict[tuple[float, ...], dict[str, PackedStore]] = defaultdict(dict)
+    for store in stores:
+        check_made_alike(store.path, store.settings, stores[0].settings, for_any_ratio=True)
+        owner = owners[tuple(made_for(store.settings))]
+        for key in store.all_images():
+            other = owner.setdefault(key, store)
+            if other is not store and other.segments(key) != store.segments(key):
+                raise ValueError(f"{other.path} and {store.path} disagree about {key}")
+    return owners
 
 
-def _unpack_one(store: PackedStore, files: Mapping[str, Path], key: str) -> None:
-    """Write one image in the form of `amg.py --convert-to-rle`."""
-    try:
-        annotations = [_annotation(segment) for segment in store.segments(key)]
-    except ValueError as error:
-        inside = str(store.path) in str(error)
-        raise ValueError(f"{'' if inside else f'{store.path}: {key}: '}{error}") from None
-    write_text(files[key], json.dumps(annotations))
-
-
-def _annotation(segment: Segment) -> dict[str, Any]:
-    # pycocotools checks nothing
-    segment = segment_from_counts(segment.height, segment.width, segment.counts)
-    rle = {"size": [segment.height, segment.width], "counts": segment.counts}
-    return {
-        "segmentation": {**rle, "counts": segment.counts.decode("ascii")},
-        "area": int(coco_rle.area(rle)),
-        "bbox": [int(value) for value in coco_rle.toBbox(rle)],
-    }
+def _joined(key: str, stores: Sequence[PackedStore]) -> PackedImage:
+    if len(stores) == 1:
+        return stores[0].packed(key)  # as it is: compressing takes most of the time
+    # One segment may be the nearest to two ratios.
+    return pack_image(key, ordered({s for store in stores for s in store.segments(key)}))
 
 
 def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path]) -> None:
@@ -172,14 +185,14 @@ def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path]) -> N
             raise ValueError(f"{out} is finished; add --overwrite to replace it")
 
 
-def _refuse_missing_shards(shards: Sequence[Path]) -> None:
-    named = [match for path in shards if (match := SHARD_NAME.search(path.stem))]
-    if len(named) < len(shards) or len({match["count"] for match in named}) > 1:
+def _refuse_missing_shards(paths: Sequence[Path]) -> None:
+    shards = [shard for path in paths if (shard := shard_of(path))]
+    counts = {count for _, count in shards}
+    if len(shards) < len(paths) or len(counts) > 1:
         return  # stores of other origin
-    count, there = int(named[0]["count"]), {int(match["index"]) for match in named}
-    missing = sorted(set(range(count)) - there)
+    missing = sorted(set(range(counts.pop())) - {index for index, _ in shards})
     if missing:
         raise ValueError(
-            f"of the {count} shards {', '.join(map(str, missing))} are missing (they count from "
-            "0); finish them first, or rename the others to merge what there is"
+            f"of the {shards[0][1]} shards {', '.join(map(str, missing))} are missing (they count "
+            "from 0); finish them first, or rename the others to merge what there is"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.progress import clock
 from common.samples import evenly_spread
-from segments.config import made_for
+from segments.config import STORE_NAME, made_for
 from segments.generate import READERS, Generator, Work
 from segments.writing import StoreWriter
 
@@ -48,22 +48,20 @@ def estimate_price(
     Cores are taken to work as fast side by side as one alone; a GPU to wait for its readers only if
     these take longer.
     """
-    work = Work(images, generator, tuple(made_for(generator.settings)))
-    batches = work.batches()
-    total = sum(map(len, batches))
-    chosen = evenly_spread(batches, MOST_BATCHES)
-    work.segment(work.read(chosen[0]))
+    work, ratios = Work(images, generator), tuple(made_for(generator.settings))
+    chosen = evenly_spread(work.batches, MOST_BATCHES)
+    work.segment(work.read(chosen[0], ratios))
     generator.tally.clear()
     reading = segmenting = 0.0
     timed = 0
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "masks.sqlite"
+        out = Path(folder) / STORE_NAME
         with StoreWriter(out, source=generator.name, settings=generator.settings) as writer:
             for keys in chosen:
                 started = time.perf_counter()
-                photographs = work.read(keys)
+                batch = work.read(keys, ratios)
                 reading += (read := time.perf_counter()) - started
-                for row in work.segment(photographs):
+                for row in work.segment(batch):
                     writer.add(row)
                 segmenting += time.perf_counter() - read
                 timed += len(keys)
@@ -77,8 +75,8 @@ def estimate_price(
     points = generator.tally["points"]
     return Price(
         seconds_per_image=seconds / timed,
-        images=total,
-        seconds=seconds / timed * total,
+        images=len(images),
+        seconds=seconds / timed * len(images),
         points_per_image=points / timed if points else None,
-        bytes=round(stored / timed * total),
+        bytes=round(stored / timed * len(images)),
     )

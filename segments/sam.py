@@ -14,16 +14,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.environment import number_of
-from engine.devices import choose_device, choose_precision, lacks_to_compile
+from common.environment import lacks_to_compile, number_of
 from segments.config import SamSettings, as_stored
-from segments.generate import Photograph
+from segments.generate import InputImage
 from segments.search import (
     Candidates,
     Search,
@@ -76,9 +75,8 @@ class Sam:
         """Load the model. Raises ValueError if that fails, saying what to do."""
         self.options = options
         self.batch_size = options.batch_size
-        local_rank = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
-        self.device = choose_device(options.device, local_rank)
-        self.precision = choose_precision(options.precision, on_cuda=self.device.type == "cuda")
+        self.device = _choose_device(options.device)
+        self.precision = _choose_precision(options.precision, self.device)
         self.settings = as_stored(self.name, options, precision=self.precision)
         self.processor, model = _load(options.model)
         self.model = model.eval().to(self.device)
@@ -87,10 +85,10 @@ class Sam:
         self.read_side = max(dict(self.processor.size).values())
         self.tally: Counter[str] = Counter()
 
-    def segments(self, photographs: Sequence[Photograph]) -> list[list[Segment]]:
-        """Segments of each photograph, the smallest first."""
+    def segments(self, given: Sequence[InputImage]) -> list[list[Segment]]:
+        """Segments of each image, the smallest first."""
         with torch.inference_mode():
-            images, features = self.encode(photographs)
+            images, features = self.encode(given)
             self._search(images, features)
             self.tally["images"] += len(images)
             return [self.run_lengths(image) for image in images]
@@ -114,10 +112,10 @@ class Sam:
             self.tally["points"] += points.shape[0] * points.shape[1]
             active, visited = [n for n in active if not images[n].finished], until
 
-    def encode(self, photographs: Sequence[Photograph]) -> tuple[list[_Image], dict[str, Any]]:
+    def encode(self, given: Sequence[InputImage]) -> tuple[list[_Image], dict[str, Any]]:
         """The images, and what the decoder needs of them: tensors [B, ...], or lists of those."""
         inputs = self.processor(
-            images=[photograph.pixels for photograph in photographs],
+            images=[image.pixels for image in given],
             return_tensors="pt",
             device=self.device,
         )
@@ -127,22 +125,22 @@ class Sam:
         names = ("image_embeddings", "intermediate_embeddings")  # SAM-HQ has both
         named = zip(names, features if isinstance(features, tuple) else (features,), strict=False)
         whole = tuple(pixels.shape[-2:])
-        sizes = inputs.get("reshaped_input_sizes", torch.tensor([whole] * len(photographs)))
+        sizes = inputs.get("reshaped_input_sizes", torch.tensor([whole] * len(given)))
         images = [
-            self._image(photograph, tuple(size), whole)
-            for photograph, size in zip(photographs, sizes.tolist(), strict=True)
+            self._image(image, tuple(size), whole)
+            for image, size in zip(given, sizes.tolist(), strict=True)
         ]
         return images, dict(named)
 
     def _image(
-        self, photograph: Photograph, input_size: tuple[int, int], whole: tuple[int, ...]
+        self, given: InputImage, input_size: tuple[int, int], whole: tuple[int, ...]
     ) -> _Image:
         """SAM pads an image, its successors stretch it: points are for what it really fills."""
         options = self.options
-        places = visiting_order(options.points_per_side, photograph.key)
-        ratios: tuple[float | None, ...] = photograph.ratios or (None,)
+        places = visiting_order(options.points_per_side, given.key)
+        ratios: tuple[float | None, ...] = given.ratios or (None,)
         return _Image(
-            size=(photograph.height, photograph.width),
+            size=(given.height, given.width),
             input_size=input_size,
             fills=(input_size[0] / whole[0], input_size[1] / whole[1]),
             points=places * torch.tensor(input_size[::-1]),
@@ -263,6 +261,26 @@ def _boxes(logits: Tensor) -> Tensor:
         corners += [first, some.shape[1] - 1 - some.flip(1).int().argmax(1)]
     left, right, top, bottom = corners
     return torch.stack([left, top, right, bottom], 1).float()
+
+
+def _choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The GPU of this process, by torchrun's or Slurm's number, or the CPU."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device cuda: torch {torch.__version__}, for CUDA {torch.version.cuda}, has no GPU "
+            "here; use --device cpu, or see ./run_benchmark.sh doctor"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _choose_precision(wanted: Literal["auto", "bf16", "fp16", "fp32"], device: torch.device) -> str:
+    if wanted != "auto" or device.type == "cpu":
+        return wanted.replace("auto", "fp32")
+    # What the hardware has: torch also emulates bf16, slowly.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def _load(name: str) -> tuple[Any, Any]:

@@ -212,22 +212,12 @@ def test_inspect_compares_what_two_stores_choose(tmp_path, masks_command):
     assert "no image has segments in both" in said
 
 
-def test_the_worst_images_are_drawn(dataset, tmp_path, masks_command, monkeypatch):
-    from segments import look
-
-    drawn = []
-    monkeypatch.setattr(look, "_draw_hidden", lambda axes, image, segment, ratio: drawn.append(
-        (ratio, abs(segment.coverage_percent - ratio))
-    ))  # fmt: skip
-    monkeypatch.setattr(look, "_draw_row", lambda *_: None)
-    arguments = ["inspect", dataset / "masks", "--out", tmp_path / "look", "--coverage-ratio", 90]
-    code, said = masks_command(*arguments)
-    assert code == 0, said
-    distances = look.collect(look_source(dataset), processes=1).distances(90)
-    assert [distance for _, distance in drawn] == sorted(distances, reverse=True)[: look.WORST]
-
-
-def look_source(dataset):
+def test_the_images_farthest_from_a_ratio_are_drawn_worst_first(tmp_path):
     from segments.forms import open_any_form
+    from segments.look import WORST, collect, farthest
 
-    return open_any_form(dataset / "masks")
+    masks = write_masks(tmp_path / "masks", **{f"i{n}": annotations(n) for n in range(10, 20)})
+    statistics = collect(open_any_form(masks), processes=1)
+    assert farthest(statistics, sorted(statistics.coverages), 20) == [
+        f"i{n}" for n in range(10, 10 + WORST)
+    ]

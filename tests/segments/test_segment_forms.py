@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from segments.folders import path_below, read_empty_list
-from segments.forms import form_of, open_any_form, open_segments
+from common.files import path_below
+from segments.forms import form_of, open_any_form, open_segments, read_empty_list
 from segments.segment import (
     Segment,
     decode_at,
@@ -45,7 +45,7 @@ def test_training_opens_no_folder_and_says_how_to_pack_it(sample, form, name):
     assert form_of(sample / form) == name
     with pytest.raises(ValueError, match=f"holds segments as {name}") as refused:
         open_segments(sample / form)
-    assert f"`python -m mae masks pack {sample / form}`" in str(refused.value)
+    assert f"`python -m segments pack {sample / form}`" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
