@@ -104,7 +104,7 @@ def time_generator(
     """One row; the GPU's column stays empty where there is none."""
     work = Work(images_by_key(folder, None), generator)
     batches = work.batches[: -(-most_images // generator.batch_size)]
-    work.segment(work.read(batches[0], ratios))
+    work.segment(work.read(batches[0]))
     seconds: Counter[str] = Counter()
     for part, methods in PARTS.items():
         for method in methods:
@@ -113,7 +113,7 @@ def time_generator(
     generator.tally.clear()
     started = time.perf_counter()
     for paths in batches:
-        work.segment(work.read(paths, ratios))
+        work.segment(work.read(paths))
     whole = time.perf_counter() - started
     images = sum(map(len, batches))
     hours = round(whole / images * IMAGENET_IMAGES / 3600, 1)

@@ -42,13 +42,11 @@ def check(
     seen = {path: known[path] for path in paths if path in known}
     todo = [path for path in paths if path not in seen]
     checked = each(lambda path: _check_one(train, source, without, path), todo, processes=processes)
-    with (
-        state_path.open("a", buffering=1) as state,  # each line survives a kill
-        one_pass("check", checked, total=len(paths), done=len(seen)) as checked_until_stopped,
-    ):
+    checked = one_pass("check", checked, total=len(paths), done=len(seen))
+    with state_path.open("a", buffering=1) as state:  # each line survives a kill
         if state.tell() == 0:
             state.write(json.dumps(identity) + "\n")
-        for path, found in zip(todo, checked_until_stopped, strict=False):
+        for path, found in zip(todo, checked, strict=False):
             text = found.reason if isinstance(found, Failure) else found
             seen[path] = " ".join(text.split())
             state.write(json.dumps([path, seen[path]]) + "\n")

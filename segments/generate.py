@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Generator as Results
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,12 +27,12 @@ import numpy as np
 from common.files import beside
 from common.images import find_images, read_reduced
 from common.step_files import shard_path
-from segments.config import VAL, check_made_alike, made_for
+from segments.config import VAL, check_made_alike, made_for, union
 from segments.pack import join
 from segments.parallel import Failure, in_order
 from segments.segment import Segment, ordered
 from segments.store import PackedImage, PackedStore, segment_key
-from segments.writing import MOST_FAILED, StoreWriter, Summary, pack_image
+from segments.writing import MOST_FAILED, Summary, pack_image, write_store
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +133,9 @@ def generate(
     with other settings, RuntimeError at the end if more than 1% failed.
     """
     part = shard.name(out)
-    work = Work(images, generator, shard, processes)
     base = _finished(part, out, made_for(generator.settings))
-    if base is None:
-        summary = work.make(part, work.keys, made_for(generator.settings))
-    else:
-        summary = _add_what_it_lacks(base, part, work)
+    work = Work(images, generator, shard, processes, base)
+    summary = _add_what_it_lacks(base, part, work) if base else work.make(part, work.keys)
     if generator.tally:
         logger.info("%s", ", ".join(f"{n} {what}" for what, n in generator.tally.items()))
     if not summary.interrupted and summary.left_out > MOST_FAILED * len(work.keys):
@@ -161,68 +158,67 @@ def _finished(part: Path, out: Path, ratios: Sequence[float]) -> PackedStore | N
 
 
 def _add_what_it_lacks(base: PackedStore, part: Path, work: Work) -> Summary:
-    """First images, for the ratios that the store has; then ratios, for the images that it has."""
-    settings = work.generator.settings
-    check_made_alike(base.path, base.settings, settings, for_any_ratio=True)
-    known = made_for(base.settings)
-    missing = [ratio for ratio in made_for(settings) if ratio not in known]
-    strangers = base.all_images().difference(work.images)
-    if missing and strangers:
+    """What is made stands beside until it is complete; then `part` is replaced by both."""
+    check_made_alike(base.path, base.settings, work.generator.settings, for_any_ratio=True)
+    strangers = work.there.difference(work.images)
+    if work.missing and strangers:
         raise ValueError(
             f"{base.path} has {len(strangers)} images that are not among those of --images and "
             f"--val-dir, such as {min(strangers)}, and would lose them; name the same folders as "
             "then"
         )
-    lacking = work.keys - base.all_images()
-    summary = Summary(
-        out=part,
-        images=len(base.images()),
-        without=len(base.listed_empty()),
-        left_out=0,
-        already_there=len(work.keys) - len(lacking),
-    )
-    if lacking:
-        made = _make_and_merge(base, part, work, lacking, known)
-        summary = replace(made, already_there=summary.already_there + made.already_there)
-        base = PackedStore(part) if part.exists() else base
-    if missing and not summary.interrupted:
-        # What has just failed for the known ratios is not tried for others.
-        made = _make_and_merge(base, part, work, work.keys & base.all_images(), missing)
-        summary = replace(made, left_out=summary.left_out + made.left_out)
-    return summary
-
-
-def _make_and_merge(
-    base: PackedStore, part: Path, work: Work, keys: Collection[str], ratios: Sequence[float]
-) -> Summary:
-    """A store of these images for these ratios, beside; once it is complete, `part` is replaced."""
-    for_ratios = "-".join(f"{ratio:g}" for ratio in ratios) or "all"
+    lacking = work.keys if work.missing else work.keys - work.there
+    for_ratios = "-".join(f"{ratio:g}" for ratio in work.ratios) or "all"
     aside = beside(part.with_name(f"{part.name}.{for_ratios}"))
     if aside.exists():  # a run was killed before it had merged it
         aside.replace(beside(aside))
-    made = work.make(aside, keys, ratios)
+    made = work.make(aside, lacking)
     if made.interrupted:
         return made
-    added = PackedStore(aside)
-    merged = made
-    if added.all_images() or not added.failures().items() <= base.failures().items():
-        # An image that has failed for a new ratio is left out: the next run tries it for all.
-        for_other_ratios = made_for(added.settings) != made_for(base.settings)
-        only = added.all_images() if for_other_ratios else None if base.path == part else work.keys
-        merged = join([base, added], part, only=only)
-    if not merged.interrupted:
+    added, interrupted = PackedStore(aside), False
+    news = added.all_images() or not added.failures().items() <= base.failures().items()
+    if news or base.path != part:
+        # What failed for a new ratio is left out as a whole: the next run tries it for all of them.
+        kept = (
+            set() if work.missing else work.there if base.path == part else work.there & work.keys
+        )
+        joined = join([base, added], part, kept | added.all_images(), work.ratios)
+        interrupted = joined.interrupted
+    if not interrupted:
         aside.unlink()
-    return replace(merged, out=part, left_out=made.left_out, already_there=made.already_there)
+        base = PackedStore(part)
+    return replace(
+        made, out=part, images=len(base.images()), without=len(base.listed_empty()),
+        already_there=made.already_there + len(work.keys - lacking), interrupted=interrupted,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Work:
-    """From images, by key, to rows of a store."""
+    """From images, by key, to rows of a store. base: a finished one that is added to."""
 
     images: Mapping[str, Path]
     generator: Generator
     shard: Shard = Shard()
     processes: int | None = None
+    base: PackedStore | None = None
+
+    @cached_property
+    def ratios(self) -> list[float]:
+        """The coverages that the store will serve; none: it has all segments."""
+        known = made_for(self.base.settings) if self.base else []
+        return union(known, made_for(self.generator.settings))
+
+    @cached_property
+    def missing(self) -> list[float]:
+        """Those that the base lacks."""
+        known = made_for(self.base.settings) if self.base else []
+        return [ratio for ratio in self.ratios if ratio not in known]
+
+    @cached_property
+    def there(self) -> set[str]:
+        """The images that the base has."""
+        return self.base.all_images() if self.base else set()
 
     @cached_property
     def batches(self) -> list[list[str]]:
@@ -236,36 +232,32 @@ class Work:
         """The same in one set."""
         return set(chain.from_iterable(self.batches))
 
-    def make(self, out: Path, keys: Collection[str], ratios: Sequence[float]) -> Summary:
-        """Make a new store of some of the images for some ratios, or go on with it."""
-        settings = {**self.generator.settings, "for_coverage": [*ratios]}
-        with StoreWriter(out, source=self.generator.name, settings=settings) as writer:
-            left = set(keys) - writer.keys()
-            done = len(keys) - len(left)
-            logger.info("%s: %d of %d images are done", out, done, len(keys))
-            # A batch is done whole, since its images influence each other by rounding.
-            batches = [batch for batch in self.batches if not left.isdisjoint(batch)]
-            rows = (row for row in self._rows(batches, tuple(ratios)) if row.key in left)
-            summary = writer.add_all("generate", rows, total=len(keys), already_there=done)
-            if not summary.interrupted:
-                writer.finish()
-        return summary
+    def make(self, out: Path, keys: Collection[str]) -> Summary:
+        """Make a store of what some of the images lack, or go on with it."""
+        logger.info("%s: segments of %d images", out, len(keys))
+        return write_store(
+            out,
+            [key for key in self.images if key in keys],
+            lambda left: self._rows(set(left)),
+            what="generate",
+            source=self.generator.name,
+            settings={**self.generator.settings, "for_coverage": self.ratios},
+        )
 
-    def _rows(
-        self, batches: Sequence[Sequence[str]], ratios: tuple[float, ...]
-    ) -> Results[PackedImage | Failure, None, None]:
-        """Every image of the batches, in their order."""
-        read = partial(self.read, ratios=ratios)
+    def _rows(self, left: set[str]) -> Results[PackedImage | Failure, None, None]:
+        # A batch is done whole, since its images influence each other by rounding.
+        batches = [batch for batch in self.batches if not left.isdisjoint(batch)]
         found: Iterable[list[PackedImage | Failure]]
         if self.generator.in_processes:
-            found = in_order(
-                lambda keys: self.segment(read(keys)), batches, processes=self.processes, chunk=1
-            )
+            found = in_order(self._do, batches, processes=self.processes, chunk=1)
         else:  # this process has the GPU, others read for it
-            found = map(self.segment, in_order(read, batches, processes=READERS, chunk=1))
-        yield from chain.from_iterable(found)
+            found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
+        yield from (row for rows in found for row in rows if row.key in left)
 
-    def read(self, keys: Sequence[str], ratios: tuple[float, ...]) -> list[tuple[InputImage, str]]:
+    def _do(self, keys: Sequence[str]) -> list[PackedImage | Failure]:
+        return self.segment(self.read(keys))
+
+    def read(self, keys: Sequence[str]) -> list[tuple[InputImage, str]]:
         """Each image, and why it cannot be read; something blank stands in for what cannot, so that
         the batch keeps its size."""
         images = []
@@ -275,6 +267,7 @@ class Work:
                 pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
             except ValueError as error:
                 reason = str(error)
+            ratios = tuple(self.missing if key in self.there else self.ratios)
             image = InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
             images.append((image, reason))
         return images

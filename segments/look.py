@@ -64,8 +64,7 @@ def collect(source: AnyForm, *, processes: int | None) -> Statistics | None:
         chosen,
         processes=processes,
     )
-    with one_pass("inspect", results, total=len(chosen)) as results_until_stopped:
-        found = list(results_until_stopped)
+    found = list(one_pass("inspect", results, total=len(chosen)))
     if len(found) < len(chosen):
         return None
     damaged = [one.reason for one in found if isinstance(one, Failure)]

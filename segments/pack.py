@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from common.coco import rle_annotation
@@ -19,10 +20,10 @@ from common.files import (
 from common.step_files import shard_of
 from segments.config import STORE_NAME, check_made_alike, made_for, union
 from segments.forms import open_folder
-from segments.parallel import Failure, each, in_order, one_pass
+from segments.parallel import each, in_order, one_pass
 from segments.segment import ordered, segment_from_counts
 from segments.store import PackedImage, PackedStore
-from segments.writing import MOST_FAILED, StoreWriter, Summary, pack_image
+from segments.writing import MOST_FAILED, Summary, pack_image, write_store
 
 SQLITE_START = b"SQLite format 3\0"
 
@@ -44,22 +45,28 @@ def pack(
     out = out or masks_dir / STORE_NAME
     _refuse_to_overwrite(out, overwrite, reads=())
     keys = sorted(source.images() | source.listed_empty())
-    with StoreWriter(out, source=source.name, settings={}) as writer:
-        done = writer.keys()
-        todo = [key for key in keys if key not in done]
-        images = each(lambda key: pack_image(key, source.segments(key)), todo, processes=processes)
-        summary = writer.add_all(
-            "pack", images, total=len(keys), already_there=len(keys) - len(todo)
+    most_failed = MOST_FAILED * len(keys)
+
+    def pack_one(key: str) -> PackedImage:
+        return pack_image(key, source.segments(key))
+
+    summary = write_store(
+        out,
+        keys,
+        lambda left: each(
+            lambda key: pack_image(key, source.segments(key)), left, processes=processes
+        ),
+        what="pack",
+        source=source.name,
+        settings={},
+        most_failed=math.inf if allow_damaged else most_failed,
+    )
+    if summary.left_out > most_failed and not (allow_damaged or summary.interrupted):
+        raise RuntimeError(
+            f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
+            "not finished. Mend them and run again, or leave them out by "
+            f"`python -m segments pack {masks_dir} --allow-damaged`"
         )
-        if summary.interrupted:
-            return summary
-        if summary.left_out > MOST_FAILED * len(keys) and not allow_damaged:
-            raise RuntimeError(
-                f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
-                "not finished. Mend them and run again, or leave them out by "
-                f"`python -m segments pack {masks_dir} --allow-damaged`"
-            )
-        writer.finish()
     return summary
 
 
@@ -77,8 +84,7 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
 
     already_there = len(files) - len(todo)
     written = in_order(write, todo, processes=processes)
-    with one_pass("unpack", written, total=len(files), done=already_there) as until_stopped:
-        new = sum(1 for _ in until_stopped)
+    new = sum(1 for _ in one_pass("unpack", written, total=len(files), done=already_there))
     return Summary(
         out=out,
         images=len(store.images()),
@@ -113,49 +119,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     """
     _refuse_to_overwrite(out, overwrite, reads=shards)
     _refuse_missing_shards(shards)
-    return join([PackedStore(path) for path in shards], out)
-
-
-def join(
-    stores: Sequence[PackedStore], out: Path, *, only: Collection[str] | None = None
-) -> Summary:
-    """The same without a look at names: `out` is replaced when all is in it. only: these images."""
-    owners = _owners(stores)
-    every = set().union(*owners.values())
-    wanted = every if only is None else every.intersection(only)
-    # An image without segments for one of the ratios would look as if it had the nearest ones.
-    for ratios, owner in owners.items():
-        if lacking := wanted.difference(owner):
-            raise ValueError(
-                f"for a coverage of {', '.join(f'{ratio:g}' for ratio in ratios)} %, no store has "
-                f"segments of {len(lacking)} images, such as {min(lacking)}; make them first"
-            )
-    failures = {key: why for store in stores for key, why in store.failures().items()}
-    left_out = sorted(failures.keys() - wanted)
-    settings = {**stores[0].settings}
-    if made_for(settings):
-        settings["for_coverage"] = union(*owners)
-    with StoreWriter(out, source=stores[0].meta["source"], settings=settings) as writer:
-        todo = sorted(wanted - writer.keys())
-
-        def images() -> Generator[PackedImage | Failure, None, None]:
-            yield from (Failure(key, failures[key]) for key in left_out)
-            for key in todo:
-                yield _joined(key, [owner[key] for owner in owners.values()])
-
-        summary = writer.add_all(
-            "merge",
-            images(),
-            total=len(wanted) + len(left_out),
-            already_there=len(wanted) - len(todo),
-        )
-        if not summary.interrupted:
-            writer.finish()
-    return summary
-
-
-def _owners(stores: Sequence[PackedStore]) -> dict[tuple[float, ...], dict[str, PackedStore]]:
-    """For each set of coverage ratios, the store that has each image."""
+    stores = [PackedStore(path) for path in shards]
     owners: dict[tuple[float, ...], dict[str, PackedStore]] = defaultdict(dict)
     for store in stores:
         check_made_alike(store.path, store.settings, stores[0].settings, for_any_ratio=True)
@@ -164,14 +128,44 @@ def _owners(stores: Sequence[PackedStore]) -> dict[tuple[float, ...], dict[str, 
             other = owner.setdefault(key, store)
             if other is not store and other.segments(key) != store.segments(key):
                 raise ValueError(f"{other.path} and {store.path} disagree about {key}")
-    return owners
+    every = set().union(*owners.values())
+    # An image without segments for one of the ratios would look as if it had the nearest ones.
+    for ratios, owner in owners.items():
+        if lacking := every.difference(owner):
+            raise ValueError(
+                f"for a coverage of {', '.join(f'{ratio:g}' for ratio in ratios)} %, no store has "
+                f"segments of {len(lacking)} images, such as {min(lacking)}; make them first"
+            )
+    return join(stores, out, every, union(*owners))
 
 
-def _joined(key: str, stores: Sequence[PackedStore]) -> PackedImage:
-    if len(stores) == 1:
-        return stores[0].packed(key)  # as it is: compressing takes most of the time
-    # One segment may be the nearest to two ratios.
-    return pack_image(key, ordered({s for store in stores for s in store.segments(key)}))
+def join(
+    stores: Sequence[PackedStore], out: Path, keys: Collection[str], ratios: Sequence[float]
+) -> Summary:
+    """Write a store of these images, each with its segments in all of the stores, for these ratios.
+
+    `out` may be one of the stores: it is replaced when all is done.
+    """
+    there = [(store, store.all_images()) for store in stores]
+    failures = {key: why for store in stores for key, why in store.failures().items()}
+
+    def row(key: str) -> PackedImage:
+        having = [store for store, images in there if key in images]
+        if len(having) == 1:
+            return having[0].packed(key)  # as it is: compressing takes most of the time
+        # One segment may be the nearest to two ratios.
+        return pack_image(key, ordered({s for store in having for s in store.segments(key)}))
+
+    settings = {**stores[0].settings, **({"for_coverage": ratios} if ratios else {})}
+    return write_store(
+        out,
+        sorted(keys),
+        lambda left: (row(key) for key in left),
+        what="merge",
+        source=stores[0].meta["source"],
+        settings=settings,
+        failures={key: why for key, why in failures.items() if key not in keys},
+    )
 
 
 def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path]) -> None:

@@ -1,8 +1,7 @@
 """One pass over many images: on all cores, in order, counted on the screen, ended by a signal.
 
     results = each(work, keys, processes=None)  # what `work(key)` returns, or a Failure
-    with one_pass("check", results, total=len(keys)) as results:
-        for key, result in zip(keys, results): ...
+    for key, result in zip(keys, one_pass("check", results, total=len(keys))): ...
 
 Making, packing, checking and inspecting segments are such passes.
 """
@@ -13,9 +12,8 @@ import logging
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,27 +37,21 @@ class Failure:
     reason: str
 
 
-@contextmanager
 def one_pass(
     what: str, results: Generator[Result, None, None], *, total: int, done: int = 0
-) -> Iterator[Iterator[Result]]:
+) -> Generator[Result, None, None]:
     """Yields the results, counted as they are taken; they end early if a signal asks to stop.
 
     total: of all images, `done` of which were done before. Who gets fewer was stopped.
     """
-    with closing(results), Interruption() as stop, Counter(what, total=total, done=done) as counter:
-        yield _counted(results, counter, stop)
-
-
-def _counted(
-    results: Iterator[Result], counter: Counter, stop: Interruption
-) -> Generator[Result, None, None]:
-    for result in results:
-        yield result
-        counter.advance()
-        if stop.requested and counter.done < counter.total:
-            logger.warning("stopped; run the same command again to go on")
-            return
+    with Interruption() as stop, Counter(what, total=total, done=done) as counter:
+        for result in results:
+            yield result  # what is made of it, say a row of a store, comes before the signal
+            counter.advance()
+            if stop.requested and counter.done < counter.total:
+                logger.warning("stopped; run the same command again to go on")
+                results.close()
+                return
 
 
 def each(
@@ -77,15 +69,12 @@ def each(
 
 
 def in_order(
-    work: Callable[[Item], Result],
-    items: Sequence[Item],
-    *,
-    processes: int | None,
+    work: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None,
     chunk: int = CHUNK,
-) -> Generator[Result, None, None]:
+) -> Generator[Result, None, None]:  # fmt: skip
     """Yields `work(item)` for each item; what it raises is raised here.
 
-    processes: None: one per core; 1: this one. Closing the iterator ends them; they also end when
+    processes: None: one per core; 1: this one. Closing the generator ends them; they also end when
     this process is killed. Raises BrokenProcessPool, a RuntimeError, if one of them is.
     """
     processes = min(processes or len(os.sched_getaffinity(0)), len(items))
@@ -93,14 +82,13 @@ def in_order(
         yield from map(work, items)
         return
     chunk = min(chunk, len(items) // processes)  # few items occupy every process, too
-    chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
+    waiting: deque[Future[list[Result]]] = deque()
     # Forked, so that `work` and all that it holds, say a million keys, is never pickled.
     context = multiprocessing.get_context("fork")
-    waiting: deque[Future[list[Result]]] = deque()
     pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(work,))
     try:
-        for some in chunks:
-            waiting.append(pool.submit(_do, some))
+        for start in range(0, len(items), chunk):
+            waiting.append(pool.submit(_do, items[start : start + chunk]))
             if len(waiting) > AHEAD * processes:
                 yield from waiting.popleft().result()
         while waiting:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.progress import clock
 from common.samples import evenly_spread
-from segments.config import STORE_NAME, made_for
+from segments.config import STORE_NAME
 from segments.generate import READERS, Generator, Work
 from segments.writing import StoreWriter
 
@@ -48,9 +48,9 @@ def estimate_price(
     Cores are taken to work as fast side by side as one alone; a GPU to wait for its readers only if
     these take longer.
     """
-    work, ratios = Work(images, generator), tuple(made_for(generator.settings))
+    work = Work(images, generator)
     chosen = evenly_spread(work.batches, MOST_BATCHES)
-    work.segment(work.read(chosen[0], ratios))
+    work.segment(work.read(chosen[0]))
     generator.tally.clear()
     reading = segmenting = 0.0
     timed = 0
@@ -59,7 +59,7 @@ def estimate_price(
         with StoreWriter(out, source=generator.name, settings=generator.settings) as writer:
             for keys in chosen:
                 started = time.perf_counter()
-                batch = work.read(keys, ratios)
+                batch = work.read(keys)
                 reading += (read := time.perf_counter()) - started
                 for row in work.segment(batch):
                     writer.add(row)

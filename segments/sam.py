@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,7 @@ from torch.nn import functional as F
 from common.environment import lacks_to_compile, number_of
 from segments.config import SamSettings, as_stored
 from segments.generate import InputImage
-from segments.search import (
-    Candidates,
-    Search,
-    coverage_bounds,
-    pixel_weights,
-    visiting_order,
-)
+from segments.search import Candidates, Search, coverage_bounds, pixel_weights, visiting_order
 from segments.segment import Segment, ordered, segment_from_flips
 
 MOST_PIXELS_AT_ONCE = 1 << 28  # of upsampled masks: a gibibyte of float32
@@ -114,12 +108,9 @@ class Sam:
 
     def encode(self, given: Sequence[InputImage]) -> tuple[list[_Image], dict[str, Any]]:
         """The images, and what the decoder needs of them: tensors [B, ...], or lists of those."""
-        inputs = self.processor(
-            images=[image.pixels for image in given],
-            return_tensors="pt",
-            device=self.device,
-        )
-        pixels = inputs["pixel_values"].to(self.device)
+        arrays = [image.pixels for image in given]
+        inputs = self.processor(images=arrays, return_tensors="pt", device=self.device)
+        pixels = inputs["pixel_values"].to(self.device)  # [B, 3, side, side]
         with self._autocast():
             features = self.model.get_image_embeddings(pixels)
         names = ("image_embeddings", "intermediate_embeddings")  # SAM-HQ has both
@@ -135,19 +126,16 @@ class Sam:
     def _image(
         self, given: InputImage, input_size: tuple[int, int], whole: tuple[int, ...]
     ) -> _Image:
-        """SAM pads an image, its successors stretch it: points are for what it really fills."""
-        options = self.options
-        places = visiting_order(options.points_per_side, given.key)
+        tolerance, overlap = self.options.tolerance, self.options.box_nms_thresh
         ratios: tuple[float | None, ...] = given.ratios or (None,)
+        places = visiting_order(self.options.points_per_side, given.key)  # [N, 2] in (0, 1)
         return _Image(
             size=(given.height, given.width),
+            # SAM pads an image, its successors stretch it: points are for what it really fills.
             input_size=input_size,
             fills=(input_size[0] / whole[0], input_size[1] / whole[1]),
             points=places * torch.tensor(input_size[::-1]),
-            searches=[
-                Search(ratio, tolerance=options.tolerance, overlap=options.box_nms_thresh)
-                for ratio in ratios
-            ],
+            searches=[Search(ratio, tolerance=tolerance, overlap=overlap) for ratio in ratios],
         )
 
     def decode(self, features: dict[str, Any], points: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +162,9 @@ class Sam:
         most = self._most_at_once(image)
         for start in range(0, len(logits), most):
             part = slice(start, start + most)
-            self._add_stable(image, searches, logits[part], quality[part], possible[:, part])
+            found, stable = self._measured(image, logits[part], quality[part])
+            for search, wanted in zip(searches, possible[:, part] & stable, strict=True):
+                search.add(found[wanted])
 
     def _possible(self, image: _Image, searches: list[Search], logits: Tensor) -> Tensor:
         """[searches, K] bool: which of [K, h, w] may be what is wanted, as far as they show."""
@@ -187,28 +177,19 @@ class Sam:
         bounds = coverage_bounds(logits, image.weights)
         return torch.stack([search.possible(*bounds) for search in searches])
 
-    def _add_stable(
-        self,
-        image: _Image,
-        searches: list[Search],
-        logits: Tensor,
-        quality: Tensor,
-        possible: Tensor,
-    ) -> None:
-        """possible: [searches, K] bool."""
+    def _measured(
+        self, image: _Image, logits: Tensor, quality: Tensor
+    ) -> tuple[Candidates, Tensor]:
+        """Of [K, h, w] at the image's size: boxes and coverages; and which are stable, [K] bool."""
         full = self._upsample(logits, image)
         offset = self.options.stability_score_offset
         # The higher cut lies inside the lower one, so the ratio of their areas is their overlap.
         inner, area, outer = (_count(full > cut) for cut in (offset, 0, -offset))
         stable = (inner >= self.options.stability_score_thresh * outer) & (area > 0)
-        candidates = Candidates(
-            logits=logits,
-            boxes=_boxes(full),
-            quality=quality,
-            coverage=area.double() * 100 / (image.size[0] * image.size[1]),
-        )
-        for search, wanted in zip(searches, possible & stable, strict=True):
-            search.add(candidates[wanted])
+        coverage = area.double() * 100 / (image.size[0] * image.size[1])
+        return Candidates(
+            logits=logits, boxes=_boxes(full), quality=quality, coverage=coverage
+        ), stable
 
     def run_lengths(self, image: _Image) -> list[Segment]:
         """The segments of an image whose search is over: where they begin and end is copied."""
@@ -263,20 +244,20 @@ def _boxes(logits: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], 1).float()
 
 
-def _choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def _choose_device(wanted: str) -> torch.device:
     """The GPU of this process, by torchrun's or Slurm's number, or the CPU."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and not there:
         raise ValueError(
             f"--device cuda: torch {torch.__version__}, for CUDA {torch.version.cuda}, has no GPU "
             "here; use --device cpu, or see ./run_benchmark.sh doctor"
         )
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
     local_rank = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    use_gpu = there and wanted != "cpu"
+    return torch.device("cuda", local_rank % there) if use_gpu else torch.device("cpu")
 
 
-def _choose_precision(wanted: Literal["auto", "bf16", "fp16", "fp32"], device: torch.device) -> str:
+def _choose_precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto" or device.type == "cpu":
         return wanted.replace("auto", "fp32")
     # What the hardware has: torch also emulates bf16, slowly.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sqlite3
 import time
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,46 @@ def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
     )
 
 
+def write_store(
+    out: Path,
+    keys: Sequence[str],
+    rows: Callable[[list[str]], Generator[PackedImage | Failure, None, None]],
+    *,
+    what: str,
+    source: str,
+    settings: Mapping[str, Any],
+    failures: Mapping[str, str] | None = None,
+    most_failed: float = math.inf,
+) -> Summary:
+    """Write a store of these images, or go on with it. A signal that asks to stop leaves it
+    unfinished, and so do more than `most_failed` images.
+
+    rows: makes those of the keys that it is given, in any order. failures: known before, by key.
+    """
+    with StoreWriter(out, source=source, settings=settings) as writer:
+        done = writer.keys()
+        left = [key for key in keys if key not in done]
+        for failure in (failures or {}).items():
+            writer.note(Failure(*failure))
+        added = failed = 0
+        for row in one_pass(what, rows(left), total=len(keys), done=len(keys) - len(left)):
+            writer.add(row)
+            added += 1
+            failed += isinstance(row, Failure)
+        writer.commit()
+        summary = Summary(
+            out=out,
+            images=writer.count("images WHERE segments > 0"),
+            without=writer.count("images WHERE segments = 0"),
+            left_out=failed + len(failures or ()),
+            already_there=len(keys) - len(left),
+            interrupted=added < len(left),
+        )
+        if not summary.interrupted and failed <= most_failed:
+            writer.finish()
+    return summary
+
+
 class StoreWriter:
     """Adds images to `<out>.segmae-part`; `finish` gives it its name. Use as a context manager.
 
@@ -69,7 +110,7 @@ class StoreWriter:
                 # Held to the end: a second process that writes the same store is refused.
                 self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
                 self.connection.execute("BEGIN EXCLUSIVE")
-                if not self._count("sqlite_master"):
+                if not self.count("sqlite_master"):
                     self._make_tables(source, settings)
                 self._check_begun(source, settings)
             except BaseException:
@@ -86,42 +127,21 @@ class StoreWriter:
         """The images that are done."""
         return {key for (key,) in self.connection.execute("SELECT key FROM images")}
 
-    def add_all(
-        self,
-        what: str,
-        images: Generator[PackedImage | Failure, None, None],
-        *,
-        total: int,
-        already_there: int,
-    ) -> Summary:
-        """Add what comes, until all is there or a signal asks to stop; then it survives a kill."""
-        added = left_out = 0
-        with one_pass(what, images, total=total, done=already_there) as images_until_stopped:
-            for image in images_until_stopped:
-                self.add(image)
-                added += 1
-                left_out += isinstance(image, Failure)
-        self.commit()
-        return Summary(
-            out=self.out,
-            images=self._count("images WHERE segments > 0"),
-            without=self._count("images WHERE segments = 0"),
-            left_out=left_out,
-            already_there=already_there,
-            interrupted=already_there + added < total,
-        )
-
     def add(self, image: PackedImage | Failure) -> None:
         """Add an image that is not there, or why it still is not."""
         with self._explained():
             if isinstance(image, Failure):
                 logger.warning("left out %s: %s", image.key, image.reason)
-                row = (image.key, image.reason)
-                self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
+                self.note(image)
             else:
                 self._add_rows(image)
         if time.monotonic() - self.committed_at > SECONDS_PER_COMMIT:
             self.commit()
+
+    def note(self, failure: Failure) -> None:
+        """Keep why an image is not there."""
+        row = (failure.key, failure.reason)
+        self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
 
     def commit(self) -> None:
         """Make what was added survive a kill."""
@@ -167,7 +187,8 @@ class StoreWriter:
         begun = {"source": meta["source"], **json.loads(meta["settings"])}
         check_made_alike(self.part, begun, {"source": source, **settings})
 
-    def _count(self, rows: str) -> int:
+    def count(self, rows: str) -> int:
+        """How many there are, as SQL."""
         return int(self.connection.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])
 
     @contextmanager
