@@ -19,7 +19,14 @@ from common.files import check_output_file, check_output_folder, is_marked
 from common.images import IMAGE_SUFFIXES, find_images
 from common.options import MOST_PROCESSES, Layer, OptionGroup, option
 from segments.check import check
-from segments.config import GENERATORS, PRESETS, FelzenszwalbSettings, SamSettings, made_for
+from segments.config import (
+    GENERATORS,
+    PERCENT,
+    PRESETS,
+    FelzenszwalbSettings,
+    SamSettings,
+    made_for,
+)  # fmt: skip
 from segments.forms import open_any_form
 from segments.generate import Generator, Shard, generate, images_by_key
 from segments.pack import merge, pack, unpack
@@ -67,24 +74,16 @@ class _GenerateOptions(OptionGroup):
     estimate: bool = option("Time some batches here, say what all will take, write nothing.", False)
     json: bool = option("With --estimate: as JSON.", False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for flag, folder in (("--images", self.images), ("--val-dir", self.val_dir)):
-            if folder is not None and not folder.is_dir():
-                raise ValueError(f"{flag} {folder} is not a folder")
-        check_output_file(self.out)
-        if self.out.suffix.lower() in IMAGE_SUFFIXES:
-            raise ValueError(f"--out {self.out} has an image's name; give one such as masks.sqlite")
-
 
 @dataclass(frozen=True, kw_only=True)
 class _InspectOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
     coverage_ratio: tuple[float, ...] | None = option(
-        "Coverages to look at, percent. Default: those of --for-coverage, or 5,15,30,50.", None,
-        at_least=0, at_most=100,
-    )  # fmt: skip
+        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.",
+        None,
+        **PERCENT,
+    )
     against: Path | None = option("Also compare what is chosen with that of these segments.", None)
     out: Path = option("Writes OUT.png.", Path("segments"))
 
@@ -134,54 +133,52 @@ def generators() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-def _add_generator(
-    name: str, settings_type: type[SamSettings] | type[FelzenszwalbSettings]
-) -> None:
+def _add_generator(name: str, group: type[SamSettings] | type[FelzenszwalbSettings]) -> None:
     """A command of its own, so that --help shows the options that it has."""
-    preset = PRESETS.get(name)
-    # A preset is `sam` with another default: below the command line and --config.
-    own = Layer({"model": preset.model} if preset else {})
-    groups: dict[str, Any] = {} if settings_type is SamSettings else {"speed": _Speed}
-
-    @command(
-        generators, name, own_layers=lambda _: [own],
-        options=_GenerateOptions, settings=settings_type, **groups,
-    )  # fmt: skip
-    def generate_command(
-        options: _GenerateOptions,
-        settings: SamSettings | FelzenszwalbSettings,
-        speed: _Speed | None = None,
-    ) -> int:
-        generator = _make_generator(settings)
-        images = images_by_key(options.images, options.val_dir)
-        processes = speed.processes if speed else None
-        if options.estimate:
-            price = estimate_price(images, generator, processes=processes)
-            say(json.dumps(vars(price)) if options.json else price.text())
-            return 0
-        shard = Shard.parse(options.shard)
-        return _report(generate(images, options.out, generator, shard=shard, processes=processes))
-
-    text = "Any checkpoint that `transformers` can load for mask generation."
-    if preset:
+    text = "Without weights or a GPU: regions of similar colour, at several scales."
+    own: dict[str, str] = {}
+    groups: dict[str, Any] = {"options": _GenerateOptions, "settings": group}
+    if group is FelzenszwalbSettings:
+        groups["speed"] = _Speed  # a GPU has one process
+    elif preset := PRESETS.get(name):
+        # `sam` with another default, below --config and the command line.
+        own = {"model": preset.model}
         text = f"{preset.model}, {preset.parameters}M parameters, {preset.licence}."
-    elif settings_type is FelzenszwalbSettings:
-        text = "Without weights or a GPU: regions of similar colour, at several scales."
-    generate_command.help = text
+    else:
+        text = "Any checkpoint that `transformers` can load for mask generation."
+    made = command(generators, name, own_layers=lambda _: [Layer(own)], **groups)
+    made(_generate).help = text
 
 
-for _name, _settings in GENERATORS.items():
-    _add_generator(_name, _settings)
-
-
-def _make_generator(settings: SamSettings | FelzenszwalbSettings) -> Generator:
+def _generate(
+    options: _GenerateOptions,
+    settings: SamSettings | FelzenszwalbSettings,
+    speed: _Speed | None = None,
+) -> int:
+    check_output_file(options.out)
+    if options.out.suffix.lower() in IMAGE_SUFFIXES:
+        raise ValueError(f"--out {options.out} has an image's name; give one such as masks.sqlite")
+    shard, images = Shard.parse(options.shard), images_by_key(options.images, options.val_dir)
+    generator: Generator
+    # One needs torch, the other scikit-image: neither is loaded for the other.
     if isinstance(settings, SamSettings):
         from segments.sam import Sam
 
-        return Sam(settings)
-    from segments.felzenszwalb import Felzenszwalb
+        generator = Sam(settings)
+    else:
+        from segments.felzenszwalb import Felzenszwalb
 
-    return Felzenszwalb(settings)
+        generator = Felzenszwalb(settings)
+    processes = speed.processes if speed else None
+    if options.estimate:
+        price = estimate_price(images, generator, processes=processes)
+        say(json.dumps(vars(price)) if options.json else price.text())
+        return 0
+    return _report(generate(images, options.out, generator, shard=shard, processes=processes))
+
+
+for _name, _group in GENERATORS.items():
+    _add_generator(_name, _group)
 
 
 @command(masks, "inspect", options=_InspectOptions, speed=_Speed)
@@ -191,7 +188,8 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     from common.contact_sheet import save_png
     from segments.look import collect, compare, describe, draw
 
-    folder = options.images or _train_beside(masks_dir)
+    beside = [above / "train" for above in masks_dir.resolve().parents[:2]]
+    folder = options.images or next(filter(Path.is_dir, beside), None)
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file, without .png")
     picture = options.out.with_name(f"{options.out.name}.png")
@@ -214,11 +212,6 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     save_png(draw(statistics, source, found, ratios, title), picture, PICTURE)
     say(f"wrote {picture}")
     return 0
-
-
-def _train_beside(masks_dir: Path) -> Path | None:
-    folder = masks_dir.resolve().parent
-    return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), None)
 
 
 @command(masks, "check", options=_CheckOptions, speed=_Speed)

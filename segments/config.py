@@ -167,11 +167,7 @@ def command_of(
 
 
 def check_made_alike(
-    path: Path,
-    stored: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    *,
-    for_any_ratio: bool = False,
+    path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], *, for_any_ratio: bool = False
 ) -> None:
     """Raise ValueError unless the segments in the store `path` were made as others are.
 

@@ -32,7 +32,7 @@ from segments.store import PackedStore
 logger = logging.getLogger(__name__)
 
 EMPTY_LIST = "emptyfiles.txt"
-IMAGENET_NAME = re.compile(r"(n\d{8})_\d+")
+IMAGENET_NAME = re.compile(r"^(n\d{8})_\d+$")
 MOST_AREA = 1e15  # pixels; what states more states nothing
 # A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
 COVERAGE_TOLERANCE = 0.01
@@ -126,14 +126,13 @@ class SegmentFolder:
         try:
             for segment, what, stated in self._read(key):
                 found.append(segment)
-                if stated is not None:
-                    pixels = segment.height * segment.width
-                    percent = 100 * stated / pixels if self.states_pixels else stated
-                    if abs(percent - segment.coverage_percent) > COVERAGE_TOLERANCE:
-                        report(
-                            f"{what} is said to cover {percent:.3f} % of the image, its pixels "
-                            f"are {segment.coverage_percent:.3f} %; the pixels count"
-                        )
+                counted, pixels = segment.coverage_percent, segment.height * segment.width
+                percent = 100 * stated / pixels if stated and self.states_pixels else stated
+                if percent is not None and abs(percent - counted) > COVERAGE_TOLERANCE:
+                    report(
+                        f"{what} is said to cover {percent:.3f} % of the image, its pixels are "
+                        f"{counted:.3f} %; the pixels count"
+                    )
             return ordered(found)
         except FileNotFoundError:
             return []
@@ -143,13 +142,11 @@ class SegmentFolder:
 
     @cached_property
     def _scanned(self) -> dict[str, bool]:
-        """For every image that has a file: whether it holds no segment.
-
-        By listing; only files that are small enough to be empty are opened.
-        """
+        """For every image that has a file: whether it holds no segment."""
         return dict(self._scan())
 
-    def _scan(self) -> Iterator[tuple[str, bool]]:
+    def _scan(self) -> Iterable[tuple[str, bool]]:
+        # A million files: by listing, and only what is small enough to be empty is opened.
         raise NotImplementedError
 
     def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
@@ -167,7 +164,7 @@ class JsonFolder(SegmentFolder):
     suffix = ".json"
     bytes_of_one_segment = 400  # a shorter file may be SA-1B's header without a segment
 
-    def _scan(self) -> Iterator[tuple[str, bool]]:
+    def _scan(self) -> Iterable[tuple[str, bool]]:
         for path in relative_files(self.root):
             if path.endswith(self.suffix) and not path.rpartition("/")[2].startswith("."):
                 yield path.removesuffix(self.suffix), self._is_empty(self.root / path)
@@ -211,8 +208,7 @@ class PngFolder(SegmentFolder):
     table: str  # its file name
     bytes_of_header: int  # a table that is not longer lists nothing
 
-    def _scan(self) -> Iterator[tuple[str, bool]]:
-        """Looks for the table in every folder, and does not list the PNGs beside it."""
+    def _scan(self) -> Iterable[tuple[str, bool]]:
         found: dict[str, bool] = {}
 
         def enter(below: str) -> bool:
@@ -221,11 +217,11 @@ class PngFolder(SegmentFolder):
             except OSError:
                 return True
             found[below.removesuffix("/")] = size <= self.bytes_of_header
-            return False
+            return False  # the hundred PNGs beside a table are not listed
 
         for _ in walk(self.root, enter):
             pass
-        yield from found.items()
+        return found.items()
 
     def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
         table = self.root / key / self.table
@@ -250,16 +246,15 @@ class PngTableFolder(PngFolder):
 
     def _listed(self, table: Path, lines: list[str]) -> Iterator[tuple[Path, float]]:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                percent, name = line.split(maxsplit=1)
-                stated = float(percent)
-            except ValueError:
-                raise ValueError(f"{table}:{number}: not '<coverage percent> <file>'") from None
-            if not 0 <= stated <= 100:
-                raise ValueError(f"{table}:{number}: a coverage of {percent} percent")
-            yield path_below(table.parent, name.strip(), f"{table}:{number}"), stated
+            if line.strip():
+                try:
+                    percent, name = line.split(maxsplit=1)
+                    stated = float(percent)
+                except ValueError:
+                    raise ValueError(f"{table}:{number}: not '<coverage percent> <file>'") from None
+                if not 0 <= stated <= 100:  # NaN, too
+                    raise ValueError(f"{table}:{number}: a coverage of {percent} percent")
+                yield path_below(table.parent, name.strip(), f"{table}:{number}"), stated
 
 
 class PngMetadataFolder(PngFolder):
@@ -293,13 +288,9 @@ def read_empty_list(path: Path) -> set[str]:
     """
     if not path.is_file():
         return set()
-    keys = set()
-    for line in read_bytes(path).decode(errors="replace").splitlines():
-        if line.strip():
-            name = PurePosixPath(os.path.splitext(line.strip())[0]).as_posix()  # noqa: PTH122
-            imagenet = IMAGENET_NAME.fullmatch(name)
-            keys.add(f"{imagenet[1]}/{name}" if imagenet else name)
-    return keys
+    lines = read_bytes(path).decode(errors="replace").splitlines()
+    names = {os.path.splitext(line.strip())[0] for line in lines if line.strip()}  # noqa: PTH122
+    return {IMAGENET_NAME.sub(r"\1/\g<0>", PurePosixPath(name).as_posix()) for name in names}
 
 
 AnyForm = PackedStore | SegmentFolder

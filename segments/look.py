@@ -59,27 +59,21 @@ def collect(source: AnyForm, *, processes: int | None) -> Statistics | None:
     Raises ValueError if there are none.
     """
     chosen = evenly_spread(sorted(source.images()), MOST_READ)
-    results = each(
-        lambda key: np.array([segment.coverage_percent for segment in source.segments(key)]),
-        chosen,
-        processes=processes,
-    )
+
+    def read(key: str) -> tuple[str, np.ndarray]:
+        return key, np.array([segment.coverage_percent for segment in source.segments(key)])
+
+    results = each(read, chosen, processes=processes)
     found = list(one_pass("inspect", results, total=len(chosen)))
     if len(found) < len(chosen):
         return None
     damaged = [one.reason for one in found if isinstance(one, Failure)]
-    coverages = {
-        key: one
-        for key, one in zip(chosen, found, strict=True)
-        if not isinstance(one, Failure) and len(one)
-    }
+    coverages = {one[0]: one[1] for one in found if not isinstance(one, Failure) and len(one[1])}
     if not coverages:
         raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged")
+    without = len(source.listed_empty())
     return Statistics(
-        coverages=coverages,
-        images=len(source.images()),
-        without=len(source.listed_empty()),
-        damaged=damaged,
+        coverages=coverages, images=len(source.images()), without=without, damaged=damaged
     )
 
 
@@ -112,13 +106,13 @@ def compare(
     keys = evenly_spread(sorted(source.images() & other.images()), MOST_READ)
     if not keys:
         raise ValueError("no image has segments in both; were both made of the same images?")
-    each_overlaps = in_order(
-        lambda key: _overlaps(source.segments(key), other.segments(key), ratios),
-        keys,
-        processes=processes,
-    )
+
+    def overlaps_of(key: str) -> list[float]:
+        return _overlaps(source.segments(key), other.segments(key), ratios)
+
+    every = np.array(list(in_order(overlaps_of, keys, processes=processes)))  # [images, ratios]
     lines = {}
-    for ratio, overlaps in zip(ratios, np.array(list(each_overlaps)).T, strict=True):
+    for ratio, overlaps in zip(ratios, every.T, strict=True):
         lines[f"chosen for {ratio:g} %"] = (
             f"the same in {(overlaps >= SAME_IOU).mean() * 100:.0f} % of {len(keys)} images (IoU "
             f"at least {SAME_IOU:g}); IoU {_spread(overlaps, '', 2)}"
@@ -161,20 +155,18 @@ def draw(
     width = max(1 + len(ratios), WORST) * TILE_WIDTH
     parts = [_charts(statistics, ratios, title, width)]
     if shown:
-        what = "What --hide segment hides (pink) at each --coverage-ratio"
-        parts.append(contact_sheet([], titles=[what], tile_width=width))
-        rows = [_tiles(source, key, images[key], [None, *ratios]) for key in shown]
-        parts.append(contact_sheet(rows, tile_width=TILE_WIDTH))
-        what = "The images that are farthest from each --coverage-ratio"
-        parts.append(contact_sheet([], titles=[what], tile_width=width))
-        rows = [
-            [
-                _tiles(source, key, images[key], [ratio])[0]
-                for key in farthest(statistics, known, ratio)
-            ]
+        spread = [_tiles(source, key, images[key], [None, *ratios]) for key in shown]
+        worst = [
+            [tile for key in keys for tile in _tiles(source, key, images[key], [ratio])]
             for ratio in ratios
+            if (keys := farthest(statistics, known, ratio))
         ]
-        parts.append(contact_sheet(rows, tile_width=TILE_WIDTH))
+        for text, rows in (
+            ("What --hide segment hides at each --coverage-ratio, asked: found", spread),
+            ("The images that are farthest from each --coverage-ratio", worst),
+        ):
+            parts.append(contact_sheet([], titles=[text], tile_width=width))
+            parts.append(contact_sheet(rows, tile_width=TILE_WIDTH))
     return stacked(parts)
 
 
@@ -196,17 +188,13 @@ def _tiles(source: AnyForm, key: str, path: Path, ratios: Sequence[float | None]
         if segment is None:
             tiles.append(Tile(image, path.name))
         elif (segment.height, segment.width) != image.shape[:2]:
-            tiles.append(Tile(image, f"{ratio:g} %: does not fit"))
+            tiles.append(Tile(image, f"{ratio:g}: does not fit"))
         else:
-            hidden = _hide(image, segment)
-            tiles.append(Tile(hidden, f"{ratio:g} %: {segment.coverage_percent:.1f} %"))
+            # Tinted, so that what is hidden can still be guessed.
+            tint = 0.75 * segment.decode()[..., None].astype(np.float32)  # [H, W, 1]
+            hidden = (image * (1 - tint) + HIDDEN_COLOUR * tint).astype(np.uint8)
+            tiles.append(Tile(hidden, f"{ratio:g}: {segment.coverage_percent:.1f} %"))
     return tiles
-
-
-def _hide(image: np.ndarray, segment: Segment) -> np.ndarray:
-    """Tint the segment; what it hides can still be guessed."""
-    inside = segment.decode()[..., None].astype(np.float32)
-    return (image * (1 - 0.75 * inside) + HIDDEN_COLOUR * 0.75 * inside).astype(np.uint8)
 
 
 def _charts(statistics: Statistics, ratios: Sequence[float], title: str, width: int) -> Image.Image:
