@@ -39,6 +39,7 @@ def check(
     check_output_file(state_path, is_own=lambda head: head.startswith(b'{"train": '))
     identity = {"train": str(train.resolve()), "masks": str(masks_dir.resolve())}
     known = _read_state(state_path, identity)
+    # Images may have come or gone since.
     seen = {path: known[path] for path in paths if path in known}
     todo = [path for path in paths if path not in seen]
     checked = each(lambda path: _check_one(train, source, without, path), todo, processes=processes)
@@ -66,7 +67,7 @@ def _lists_offenders(head: bytes) -> bool:
 def _check_one(train: Path, source: AnyForm, without: set[str], path: str) -> str:
     """What the files of an image say that is not so. Raises ValueError for what cannot be used."""
     reports: list[str] = []
-    height, width = read_rgb(train / path).shape[:2]
+    height, width = read_rgb(train / path).shape[:2]  # all of it is decoded: it may be cut short
     key = segment_key(path)
     segments = source.segments(key, reports.append)
     if not segments and key not in without:
@@ -84,6 +85,7 @@ def _check_segment(segment: Segment, height: int, width: int) -> None:
             f"is {width}x{height} pixels, upright, but its segments are "
             f"{segment.width}x{segment.height}{how}"
         )
+    # A store's index goes by what it states.
     counted = segment_from_counts(height, width, segment.counts).coverage_percent
     if counted != segment.coverage_percent:
         raise ValueError(

@@ -155,6 +155,7 @@ def _generate(
     settings: SamSettings | FelzenszwalbSettings,
     speed: _Speed | None = None,
 ) -> int:
+    # What is cheap to refuse comes before a model is loaded.
     check_output_file(options.out)
     if options.out.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"--out {options.out} has an image's name; give one such as masks.sqlite")
@@ -188,6 +189,7 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     from common.contact_sheet import save_png
     from segments.look import collect, compare, describe, draw
 
+    # IN1K/masks.sqlite and IN1K/masks/masks.sqlite both find IN1K/train.
     beside = [above / "train" for above in masks_dir.resolve().parents[:2]]
     folder = options.images or next(filter(Path.is_dir, beside), None)
     if options.out.is_dir():

@@ -28,6 +28,7 @@ class Preset(NamedTuple):
     licence: str = "Apache-2.0"
 
 
+# With licences that allow any use; SAM 3, which has one of its own, goes by `sam --model`.
 PRESETS = {
     "sam-base": Preset("facebook/sam-vit-base", 94),
     "sam-large": Preset("facebook/sam-vit-large", 312),
@@ -57,6 +58,7 @@ class SamSettings(_CoverageSettings):
 
     title: ClassVar[str] = "Segment Anything"
 
+    # A random crop changes the coverage by far more.
     tolerance: float = option(
         "With --for-coverage, a segment so near ends an image's search, in points.", 1.5, at_least=0
     )
@@ -132,6 +134,7 @@ GENERATORS: dict[str, type[SamSettings] | type[FelzenszwalbSettings]] = {
 
 def as_stored(generator: str, settings: OptionGroup, **resolved: Any) -> dict[str, Any]:
     """What a store keeps of its making: each option that decides what comes out."""
+    # What is neutral, such as the device, changes no segment by more than rounding.
     decisive = {
         name: plain(getattr(settings, name))
         for name, field in fields_of(type(settings)).items()
@@ -158,6 +161,7 @@ def command_of(
     generator = str(settings["generator"])
     parts = [f"python -m segments generate {generator} --images {images} --out {out}"]
     parts += [f"--val-dir {val_dir}"] if val_dir else []
+    # Defaults are left out, so that people read what is special.
     for name, field in fields_of(GENERATORS[generator]).items():
         value = settings.get(name, plain(field.default))
         if value != plain(field.default):
@@ -176,6 +180,7 @@ def check_made_alike(
     """
     if for_any_ratio and made_for(stored) and made_for(wanted):
         stored = {**stored, "for_coverage": wanted["for_coverage"]}
+    # Stores that were packed from files have no generator, and no settings.
     group = GENERATORS.get(str(wanted.get("generator")))
     older = {name: field.spec.older for name, field in fields_of(group or OptionGroup).items()}
     every = {**dict.fromkeys(stored), **older, **wanted}

@@ -83,6 +83,7 @@ class Shard:
         Raises ValueError.
         """
         what = f"--shard {text}"
+        # torchrun inside an srun sets both: its own numbers count.
         for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
             if text is None and os.environ.keys() >= set(names):
                 text = "/".join(os.environ[name] for name in names)
@@ -133,6 +134,7 @@ def generate(
     with other settings, RuntimeError at the end if more than 1% failed.
     """
     part = shard.name(out)
+    # A finished store is never changed: others may be reading it.
     base = _finished(part, out, made_for(generator.settings))
     work = Work(images, generator, shard, processes, base)
     summary = _add_what_it_lacks(base, part, work) if base else work.make(part, work.keys)
@@ -176,6 +178,7 @@ def _add_what_it_lacks(base: PackedStore, part: Path, work: Work) -> Summary:
     if made.interrupted:
         return made
     added, interrupted = PackedStore(aside), False
+    # What fails again as before is no reason to write gigabytes anew.
     news = added.all_images() or not added.failures().items() <= base.failures().items()
     if news or base.path != part:
         # What failed for a new ratio is left out as a whole: the next run tries it for all of them.

@@ -66,7 +66,7 @@ def collect(source: AnyForm, *, processes: int | None) -> Statistics | None:
     results = each(read, chosen, processes=processes)
     found = list(one_pass("inspect", results, total=len(chosen)))
     if len(found) < len(chosen):
-        return None
+        return None  # numbers of a part would look like those of all
     damaged = [one.reason for one in found if isinstance(one, Failure)]
     coverages = {one[0]: one[1] for one in found if not isinstance(one, Failure) and len(one[1])}
     if not coverages:
@@ -134,6 +134,7 @@ def _overlaps(
 
 
 def _spread(values: np.ndarray, unit: str, digits: int) -> str:
+    # A mean would say little: coverages are far from symmetric.
     low, middle, high = np.percentile(values, [10, 50, 90])
     return f"median {middle:.{digits}f}{unit} (10-90 %: {low:.{digits}f} to {high:.{digits}f})"
 
@@ -204,13 +205,14 @@ def _charts(statistics: Statistics, ratios: Sequence[float], title: str, width: 
     figure.suptitle(title)
     numbers, coverages, distances = figure.subplots(3, 1)
     counted = statistics.segments_per_image
-    step = counted.max() // 30 + 1
+    step = counted.max() // 30 + 1  # at most 30 bars
     numbers.hist(counted, bins=np.arange(0.5, counted.max() + step + 1, step))
     numbers.set(xlabel="segments of an image", ylabel="images", xlim=(0, counted.max() + step))
     numbers.set_title(f"{statistics.without} more images are known to have none", fontsize=10)
     coverages.hist(np.concatenate([*statistics.coverages.values()]), bins=np.arange(0, 101, 2))
     coverages.set(xlabel="coverage, % of the image", ylabel="segments", yscale="log", xlim=(0, 100))
     coverages.set_title("dashed: the coverage ratios asked for", fontsize=10)
+    # The cumulative distribution: how many of the images come so near.
     share = np.linspace(0, 100, len(statistics.coverages) + 1)[1:]
     for number, ratio in enumerate(ratios, 1):
         colour = f"C{number}"  # of matplotlib's cycle

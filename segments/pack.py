@@ -20,7 +20,7 @@ from common.files import (
 from common.step_files import shard_of
 from segments.config import STORE_NAME, check_made_alike, made_for, union
 from segments.forms import open_folder
-from segments.parallel import each, in_order, one_pass
+from segments.parallel import Failure, each, in_order, one_pass
 from segments.segment import ordered, segment_from_counts
 from segments.store import PackedImage, PackedStore
 from segments.writing import MOST_FAILED, Summary, pack_image, write_store
@@ -74,6 +74,7 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     """Write every image's segments as RLE JSON again; what is there is kept."""
     check_output_folder(out, "OUT")
     store = PackedStore(store_path)
+    # Every name is judged before anything is written: a store may come from anywhere.
     files = {
         key: path_below(out, f"{key}.json", str(store_path)) for key in sorted(store.all_images())
     }
@@ -123,6 +124,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     owners: dict[tuple[float, ...], dict[str, PackedStore]] = defaultdict(dict)
     for store in stores:
         check_made_alike(store.path, store.settings, stores[0].settings, for_any_ratio=True)
+        # Stores for the same ratios are shards of each other.
         owner = owners[tuple(made_for(store.settings))]
         for key in store.all_images():
             other = owner.setdefault(key, store)
@@ -148,23 +150,24 @@ def join(
     """
     there = [(store, store.all_images()) for store in stores]
     failures = {key: why for store in stores for key, why in store.failures().items()}
+    failed = failures.keys() - set(keys)
 
-    def row(key: str) -> PackedImage:
+    def row(key: str) -> PackedImage | Failure:
+        if key in failed:
+            return Failure(key, failures[key])
         having = [store for store, images in there if key in images]
         if len(having) == 1:
             return having[0].packed(key)  # as it is: compressing takes most of the time
         # One segment may be the nearest to two ratios.
         return pack_image(key, ordered({s for store in having for s in store.segments(key)}))
 
-    settings = {**stores[0].settings, **({"for_coverage": ratios} if ratios else {})}
     return write_store(
         out,
-        sorted(keys),
+        [*sorted(failed), *sorted(keys)],
         lambda left: (row(key) for key in left),
         what="merge",
         source=stores[0].meta["source"],
-        settings=settings,
-        failures={key: why for key, why in failures.items() if key not in keys},
+        settings={**stores[0].settings, **({"for_coverage": ratios} if ratios else {})},
     )
 
 
@@ -172,6 +175,7 @@ def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path]) -> N
     """Raise ValueError if `out` is there, and is no store or is to be kept."""
     check_output_file(out, reads=reads)
     if out.exists():
+        # --overwrite may replace a store, never a photograph that was named by mistake.
         with open_regular(out) as file:
             if file.read(len(SQLITE_START)) != SQLITE_START:
                 raise ValueError(f"--out {out} is no packed store; name another; {NOTHING_WRITTEN}")

@@ -77,6 +77,7 @@ def in_order(
     processes: None: one per core; 1: this one. Closing the generator ends them; they also end when
     this process is killed. Raises BrokenProcessPool, a RuntimeError, if one of them is.
     """
+    # Of the cores that Slurm or a container gives, not of all that the machine has.
     processes = min(processes or len(os.sched_getaffinity(0)), len(items))
     if processes <= 1:
         yield from map(work, items)
@@ -89,6 +90,7 @@ def in_order(
     try:
         for start in range(0, len(items), chunk):
             waiting.append(pool.submit(_do, items[start : start + chunk]))
+            # Results are taken in order, however they come; a slow reader stops the others.
             if len(waiting) > AHEAD * processes:
                 yield from waiting.popleft().result()
         while waiting:
@@ -103,7 +105,7 @@ _work: Callable[[Any], Any]  # of a process that `in_order` has begun
 def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    leave_signals_to_the_main_process(0)
+    leave_signals_to_the_main_process(0)  # Ctrl-C reaches the whole group
 
 
 def _do(items: Sequence[Any]) -> list[Any]:

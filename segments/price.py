@@ -50,6 +50,7 @@ def estimate_price(
     """
     work = Work(images, generator)
     chosen = evenly_spread(work.batches, MOST_BATCHES)
+    # The first batch pays for compiling and for the library's own tests of what is fast.
     work.segment(work.read(chosen[0]))
     generator.tally.clear()
     reading = segmenting = 0.0
@@ -69,6 +70,7 @@ def estimate_price(
                     break
             writer.finish()
         stored = out.stat().st_size
+    # A GPU waits for its readers only if they are slower; cores share everything.
     seconds = max(segmenting, reading / READERS)
     if generator.in_processes:
         seconds = (reading + segmenting) / (processes or len(os.sched_getaffinity(0)))

@@ -74,6 +74,7 @@ class Sam:
         self.settings = as_stored(self.name, options, precision=self.precision)
         self.processor, model = _load(options.model)
         self.model = model.eval().to(self.device)
+        # Only the encoder: the decoder's batch changes its size as images are finished.
         if self.device.type == "cuda" and not lacks_to_compile():
             self.model.vision_encoder.compile()
         self.read_side = max(dict(self.processor.size).values())
@@ -104,6 +105,7 @@ class Sam:
                     if not images[number].finished:
                         self.judge(images[number], *step)
             self.tally["points"] += points.shape[0] * points.shape[1]
+            # Most images are finished by a few points: the others get their places.
             active, visited = [n for n in active if not images[n].finished], until
 
     def encode(self, given: Sequence[InputImage]) -> tuple[list[_Image], dict[str, Any]]:
@@ -152,6 +154,7 @@ class Sam:
 
     def judge(self, image: _Image, logits: Tensor, quality: Tensor) -> None:
         """Give to the searches which of [K, h, w] are good enough, and may be what they want."""
+        # From the cheapest test to the dearest: quality, bounds of the coverage, full size.
         good = quality > self.options.pred_iou_thresh
         logits, quality = logits[good], quality[good]
         searches = [search for search in image.searches if not search.finished]
@@ -164,7 +167,7 @@ class Sam:
             part = slice(start, start + most)
             found, stable = self._measured(image, logits[part], quality[part])
             for search, wanted in zip(searches, possible[:, part] & stable, strict=True):
-                search.add(found[wanted])
+                search.add(found.take(wanted))
 
     def _possible(self, image: _Image, searches: list[Search], logits: Tensor) -> Tensor:
         """[searches, K] bool: which of [K, h, w] may be what is wanted, as far as they show."""
@@ -187,9 +190,7 @@ class Sam:
         inner, area, outer = (_count(full > cut) for cut in (offset, 0, -offset))
         stable = (inner >= self.options.stability_score_thresh * outer) & (area > 0)
         coverage = area.double() * 100 / (image.size[0] * image.size[1])
-        return Candidates(
-            logits=logits, boxes=_boxes(full), quality=quality, coverage=coverage
-        ), stable
+        return Candidates(logits, _boxes(full), quality, coverage), stable
 
     def run_lengths(self, image: _Image) -> list[Segment]:
         """The segments of an image whose search is over: where they begin and end is copied."""
@@ -197,6 +198,7 @@ class Sam:
         for search in image.searches:
             found = search.result()
             for logits in found.logits.split(self._most_at_once(image)) if found else ():
+                # [K, W * H], down the columns as COCO counts.
                 inside = (self._upsample(logits, image) > 0).transpose(1, 2).flatten(1)
                 before = F.pad(inside[:, :-1], (1, 0))
                 mask, place = (inside != before).nonzero(as_tuple=True)
@@ -237,7 +239,7 @@ def _boxes(logits: Tensor) -> Tensor:
     As torchvision's masks_to_boxes, which takes ten times as long on a CPU.
     """
     corners = []
-    for some in (logits.amax(1) > 0, logits.amax(2) > 0):  # columns, rows
+    for some in (logits.amax(1) > 0, logits.amax(2) > 0):  # [K, W] columns, [K, H] rows
         first = some.int().argmax(1)
         corners += [first, some.shape[1] - 1 - some.flip(1).int().argmax(1)]
     left, right, top, bottom = corners
@@ -280,6 +282,7 @@ def _load(name: str) -> tuple[Any, Any]:
         raise ValueError(
             f"--model {name} cannot be loaded (a folder, or a name on the hub): {reason}"
         ) from None
+    # Judged before gigabytes of weights are downloaded.
     if type(config) not in transformers.MODEL_FOR_MASK_GENERATION_MAPPING:
         known = transformers.models.auto.modeling_auto.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
         raise ValueError(

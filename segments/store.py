@@ -83,6 +83,7 @@ class PackedStore:
         self.path = path
         self._connection: sqlite3.Connection | None = None
         self._process_id = 0
+        # Somebody copied or downloaded it: every way in which it may be no store is said here.
         try:
             open_regular(path).close()  # SQLite would wait for a pipe
             with closing(connect_for_reading(path)) as connection:
@@ -107,6 +108,7 @@ class PackedStore:
             raise ValueError(f"{path} was not finished; run the command that writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
+        # Each process opens the file itself.
         return {**self.__dict__, "_connection": None, "_process_id": 0}
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
@@ -187,6 +189,7 @@ def connect_for_reading(path: Path) -> sqlite3.Connection:
     """A connection that neither locks nor writes anything."""
     uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+    # Pages come from the page cache, which all loader processes share, without a copy for each.
     connection.execute("PRAGMA mmap_size = 1073741824")
     return connection
 

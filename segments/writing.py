@@ -23,7 +23,7 @@ from segments.store import FORMAT_VERSION, SCHEMA, PackedImage, check_format
 logger = logging.getLogger(__name__)
 
 SECONDS_PER_COMMIT = 2.0  # a kill loses so much work
-COMPRESSION_LEVEL = 6
+COMPRESSION_LEVEL = 6  # 9 saves no bytes here
 MOST_FAILED = 0.01  # a larger share of the images is no accident
 
 
@@ -41,16 +41,9 @@ class Summary:
 
 def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
     """Compress the segments of one image, which are in order."""
-    first = segments[0] if segments else None
-    return PackedImage(
-        key=key,
-        height=first.height if first else None,
-        width=first.width if first else None,
-        segments=tuple(
-            (segment.coverage_percent, zlib.compress(segment.counts, COMPRESSION_LEVEL))
-            for segment in segments
-        ),
-    )
+    height, width = (segments[0].height, segments[0].width) if segments else (None, None)
+    rows = [(s.coverage_percent, zlib.compress(s.counts, COMPRESSION_LEVEL)) for s in segments]
+    return PackedImage(key=key, height=height, width=width, segments=tuple(rows))
 
 
 def write_store(
@@ -61,19 +54,16 @@ def write_store(
     what: str,
     source: str,
     settings: Mapping[str, Any],
-    failures: Mapping[str, str] | None = None,
     most_failed: float = math.inf,
 ) -> Summary:
     """Write a store of these images, or go on with it. A signal that asks to stop leaves it
     unfinished, and so do more than `most_failed` images.
 
-    rows: makes those of the keys that it is given, in any order. failures: known before, by key.
+    rows: makes those of the keys that it is given, in any order.
     """
     with StoreWriter(out, source=source, settings=settings) as writer:
         done = writer.keys()
         left = [key for key in keys if key not in done]
-        for failure in (failures or {}).items():
-            writer.note(Failure(*failure))
         added = failed = 0
         for row in one_pass(what, rows(left), total=len(keys), done=len(keys) - len(left)):
             writer.add(row)
@@ -84,7 +74,7 @@ def write_store(
             out=out,
             images=writer.count("images WHERE segments > 0"),
             without=writer.count("images WHERE segments = 0"),
-            left_out=failed + len(failures or ()),
+            left_out=failed,
             already_there=len(keys) - len(left),
             interrupted=added < len(left),
         )
@@ -105,6 +95,7 @@ class StoreWriter:
         self.out, self.part = out, beside(out)
         self.committed_at = time.monotonic()
         with self._explained():
+            # isolation_level None: transactions begin and end where this code says.
             self.connection = sqlite3.connect(self.part, timeout=1, isolation_level=None)
             try:
                 # Held to the end: a second process that writes the same store is refused.
@@ -132,16 +123,13 @@ class StoreWriter:
         with self._explained():
             if isinstance(image, Failure):
                 logger.warning("left out %s: %s", image.key, image.reason)
-                self.note(image)
+                row = (image.key, image.reason)
+                self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
             else:
                 self._add_rows(image)
+        # Each commit is flushed to the disk: for every image that would take most of the time.
         if time.monotonic() - self.committed_at > SECONDS_PER_COMMIT:
             self.commit()
-
-    def note(self, failure: Failure) -> None:
-        """Keep why an image is not there."""
-        row = (failure.key, failure.reason)
-        self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
 
     def commit(self) -> None:
         """Make what was added survive a kill."""
@@ -167,6 +155,7 @@ class StoreWriter:
             "INSERT INTO segments (image, coverage, counts) VALUES (?, ?, ?)",
             [(cursor.lastrowid, *segment) for segment in image.segments],
         )
+        # It may have failed before.
         self.connection.execute("DELETE FROM failures WHERE key = ?", (image.key,))
 
     def _make_tables(self, source: str, settings: Mapping[str, Any]) -> None:

@@ -254,7 +254,7 @@ def test_only_what_was_chosen_is_copied_to_the_host(model, sample, photograph, m
 def _runs(segment):
     from segments.segment import run_lengths
 
-    return run_lengths(segment.counts)
+    return run_lengths([segment.counts])[0]
 
 
 def test_a_large_photograph_is_read_reduced_and_its_segments_have_its_size(tmp_path):

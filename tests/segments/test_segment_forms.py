@@ -113,7 +113,7 @@ def test_run_lengths_agree_with_what_was_encoded():
         runs = (2 ** rng.uniform(0, 22, rng.integers(1, 12))).astype(int).tolist()
         size = [1, sum(runs)]
         counts = coco.frPyObjects({"size": size, "counts": runs}, *size)["counts"]
-        assert run_lengths(counts).tolist() == runs
+        assert run_lengths([counts])[0].tolist() == runs
 
 
 def test_segments_are_decoded_at_some_pixels_as_at_all():
