@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,9 @@ from common.options import (
     OptionGroup,
     absolute_path,
     fields_of,
-    item_type,
-    make,
-    merge,
+    make_all,
     read_layer,
 )
-from common.plugins import load_plugin
 from common.yamlfile import plain
 
 # Dashes and underscores are the same.
@@ -39,6 +35,7 @@ class PathArgument(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Click's hook."""
+        # Only judged by it: error messages and outputs show the path as it was written.
         absolute_path(value, str(param.human_readable_name if param else "the argument"))
         return Path(value).expanduser()
 
@@ -49,47 +46,31 @@ PATH = PathArgument()
 class OptionCommand(click.Command):
     """A command whose options are groups; its function gets them, made, as keyword arguments.
 
-    own_layers: files of the part that lie below --config, such as a recipe; it gets what the
-    command line and --config say.
+    Click only collects the words: `make_all` judges them, with those of --config, in one way.
+    own: values that lie below all others, of a command that is another with other defaults.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        groups: Mapping[str, type[OptionGroup]],
-        own_layers: Callable[[Mapping[str, Any]], Sequence[Layer]] | None = None,
-        **kwargs: Any,
+        self, *, groups: Mapping[str, type[OptionGroup]], own: Mapping[str, Any], **more: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.groups = groups
-        self.own_layers = own_layers
-        self.titles: dict[str, str] = {}
-        self.plugins: list[str] = []
+        super().__init__(**more)
+        self.groups, self.own = groups, own
+        self.titles = {f: group.title for group in groups.values() for f in fields_of(group)}
         text = "YAML file of `option: value` lines; the command line wins."
         self.params.append(click.Option(["--config"], metavar="FILE", help=text))
         for group in groups.values():
-            for field in fields_of(group).values():
-                self.params.append(_click_option(field, group.no_default))
-                self.titles[field.name] = group.title
-                self.plugins += [field.name] if field.spec.is_plugin else []
+            self.params += [_click_option(f, group.no_default) for f in fields_of(group).values()]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Click's hook: makes the groups, then runs the function."""
         given = {name: ctx.params.pop(name) for name in self.titles}
+        # What is not given is None, or () where an option may stand several times.
         layers = [Layer({name: v for name, v in given.items() if v is not None and v != ()})]
         config = ctx.params.pop("config")
-        groups = self.groups.values()
         if config is not None:
-            layers.insert(0, read_layer(absolute_path(config, "--config"), groups))
-        for name in self.plugins:  # before anything is judged: it may bring a choice
-            named = [layer for layer in layers if layer.values.get(name) is not None]
-            if named:
-                alone = Layer({name: named[-1].values[name]}, named[-1].source)
-                load_plugin(merge(groups, [alone])[name])
-        if self.own_layers is not None:
-            layers = [*self.own_layers(merge(groups, layers)), *layers]
-        values = merge(groups, layers)
-        ctx.params |= {name: make(group, values) for name, group in self.groups.items()}
+            path = absolute_path(config, "--config")
+            layers.insert(0, read_layer(path, self.groups.values()))
+        ctx.params |= make_all(self.groups, [Layer(self.own), *layers])
         try:
             return super().invoke(ctx)
         except RuntimeError as error:
@@ -107,53 +88,56 @@ class OptionCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Click's hook: --help has one section for each group."""
-        sections: dict[str, list[tuple[str, str]]] = {}
+        # Groups of one title share a section; click's own options come last.
+        sections: dict[str, list[tuple[str, str]]] = {
+            title: [] for title in (*self.titles.values(), "Options")
+        }
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                sections.setdefault(self.titles.get(str(param.name), "Options"), []).append(record)
-        for title in dict.fromkeys([*self.titles.values(), "Options"]):
-            if sections.get(title):
-                with formatter.section(title):
-                    formatter.write_dl(sections[title])
+                sections[self.titles.get(str(param.name), "Options")].append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def command(
     parent: click.Group,
     name: str | None = None,
     *,
-    own_layers: Callable[[Mapping[str, Any]], Sequence[Layer]] | None = None,
+    own: Mapping[str, Any] | None = None,
     epilog: str | None = None,
     **groups: type[OptionGroup],
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Decorator: a command of `parent` with these groups; click's own decorators may follow it."""
     return parent.command(
-        name, cls=OptionCommand, groups=groups, own_layers=own_layers, epilog=epilog,
+        name, cls=OptionCommand, groups=groups, own=own or {}, epilog=epilog,
         context_settings=CONTEXT,
     )  # fmt: skip
 
 
 def _click_option(field: Field, no_default: str) -> click.Option:
-    """Click only collects the words; `merge` converts and judges them."""
     flag, note = field.flag, ""
     more: dict[str, Any] = {}
-    shown = plain(field.default) if field.default is not REQUIRED else None
+    default = None if field.default is REQUIRED else plain(field.default)
     if field.kind is bool:
+        # Both ways, since a file of --config may have it on.
         flag += f"/--no-{flag[2:]}"
-        note = "default: on" if shown else ""
+        note = "default: on" if default else ""
     elif field.is_mapping:
         more = {"multiple": True, "metavar": "KEY=VALUE"}
     else:
         if field.default is REQUIRED:
             note = no_default
-        elif shown is not None and shown != []:
-            text = ",".join(map(str, shown)) if isinstance(shown, list) else shown
-            note = f"default: {text}"
-        words, kind = field.words(), item_type(field.kind)
-        metavar = f"[{'|'.join(words)}]" if words else "|".join([_METAVARS[kind], *field.instead])
-        more = {"metavar": metavar + (",..." if typing.get_origin(field.kind) is tuple else "")}
+        elif default not in (None, []):
+            note = f"default: {','.join(map(str, default)) if field.several else default}"
+        words = field.words()
+        kinds = "|".join([_METAVARS.get(field.kind, "TEXT"), *field.instead])
+        metavar = f"[{'|'.join(words)}]" if words else kinds
+        more = {"metavar": metavar + (",..." if field.several else "")}
     help_text = field.spec.help + (f"  [{note}]" if note else "")
+    # No default for click: what is not given must not hide what a recipe or --config says.
     return click.Option([flag, field.name], default=None, help=help_text, **more)
 
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+_METAVARS = {int: "N", float: "X", Path: "PATH"}

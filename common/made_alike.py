@@ -16,12 +16,12 @@ def differences(
     older: what a setting counts as where the file does not have it, because an earlier version
     wrote it; a setting that `older` does not have either counts as None.
     """
-    found = []
-    for name, value in wanted.items():
-        known = stored[name] if name in stored else older.get(name)
-        if _normal(known) != _normal(value):
-            found.append(f"{name}: {known} -> {value}")
-    return found
+    known = {name: stored.get(name, older.get(name)) for name in wanted}
+    return [
+        f"{name}: {known[name]} -> {value}"
+        for name, value in wanted.items()
+        if _normal(known[name]) != _normal(value)
+    ]
 
 
 def check_same(
@@ -46,9 +46,7 @@ def _normal(value: Any) -> Any:
         return [_normal(item) for item in value]
     if isinstance(value, dict):
         return {key: _normal(item) for key, item in value.items()}
-    if value is None or isinstance(value, bool):
-        return str(value)
     try:
-        return float(value)
-    except ValueError:
-        return value
+        return str(value) if isinstance(value, bool) else float(value)  # True is not 1
+    except (TypeError, ValueError):  # None, or a word
+        return str(value)

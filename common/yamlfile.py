@@ -30,23 +30,22 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_PLAIN_FORMS = {
-    "bool": (r"true|True|false|False", "tTfF"),
-    "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+# The first letters of a form, by which PyYAML finds it, and the form. What is left out of YAML 1.1,
+# such as times, dates and `yes`, stays a word.
+_FORMS = {
+    "null": (["~", "n", "N", ""], r"~|null|Null|NULL|"),
+    "bool": (list("tTfF"), r"true|True|false|False"),
+    "int": (list("-+0123456789"), r"[-+]?(?:0|[1-9][0-9]*)"),
     "float": (
+        list("-+.0123456789"),
         r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
-        "-+.0123456789",
     ),
+    "merge": (["<"], "<<"),
 }
-_REPLACED = {*_PLAIN_FORMS, "timestamp"}  # a date stays a word, too
-_PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _kind, (_form, _first) in _PLAIN_FORMS.items():
-    _PlainLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_form})$"), list(_first)
-    )
+_PlainLoader.yaml_implicit_resolvers = {}
+for _tag, (_letters, _form) in _FORMS.items():
+    _form_alone = re.compile(f"^(?:{_form})$")
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _form_alone, _letters)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -62,6 +61,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_value(text: str, what: str) -> Any:
     """What a text stands for as YAML. Raises ValueError that begins with `what`."""
     try:
+        # Two steps, of nodes and of values: nodes still tell an alias from what it stands for.
         loader = _PlainLoader(text)
         node = loader.get_single_node()
         if _values_in(node, {}) > MOST_VALUES:
@@ -81,7 +81,7 @@ def _values_in(node: yaml.Node | None, known: dict[int, float]) -> float:
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = float("inf")
+        known[id(node)] = float("inf")  # while its parts are counted: it may be one of them
         parts = node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
@@ -93,6 +93,7 @@ def check_names(given: Collection[str], known: Collection[str], what: str) -> No
     """Raise ValueError for a name that is not known, with those that are spelled alike."""
     for name in given:
         if name not in known:
+            # Any word may be wrong; only one that is spelled nearly right gets a hint.
             near = difflib.get_close_matches(name, known)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"{what}: there is no {name!r}{hint}")

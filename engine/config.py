@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from common.environment import PROCESSES_HERE, number_of
 from common.files import NOTHING_WRITTEN
-from common.options import MOST_PROCESSES, OptionGroup, option
+from common.options import MOST_PROCESSES, OptionGroup, load_plugin, option
 from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS
 
 
@@ -21,7 +21,7 @@ class PluginConfig(OptionGroup):
     title: ClassVar[str] = "Options"
     plugin: Path | None = option(
         "Python file with masking methods or models of your own.", None,
-        neutral=True, is_plugin=True,
+        neutral=True, early=load_plugin,
     )  # fmt: skip
 
 

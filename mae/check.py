@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,16 @@ from common.environment import world_size
 from common.files import check_output_folder
 from common.step_files import OF_PRETRAINING, find_resumable
 from common.yamlfile import plain
+from engine.schedule import BatchPlan, named_epochs
 from engine.trackers import check_trackers
 from mae.config import PretrainConfig, make_method
 from mae.listing import make_listing
-from mae.schedule import learning_rate, make_batch_plan
 
 
 def check_pretraining(config: PretrainConfig, *, will_make: bool = False) -> dict[str, Any]:
     """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
     listing = make_listing(config.data, config.method, will_make=will_make)
-    plan = make_batch_plan(
-        config.optimisation,
-        num_images=len(listing.train),
-        processes=world_size(),
-        batch_size=config.run.most_at_once,
-    )
+    plan = plan_batches(config, len(listing.train), world_size())
     is_open = config.run.batch_size == "auto"  # until a GPU is measured
     check_output(config)
     if find_resumable(config.run.output_dir) is not None or config.run.resume == "required":
@@ -53,6 +49,35 @@ def check_pretraining(config: PretrainConfig, *, will_make: bool = False) -> dic
     }  # fmt: skip
 
 
+def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> BatchPlan:
+    """Split the effective batch into equal parts of at most --batch-size images per process.
+
+    Raises ValueError if that cannot be, or if there are fewer images than one batch.
+    """
+    effective = config.optimisation.effective_batch_size
+    if num_images < effective:
+        raise ValueError(
+            f"--effective-batch-size {effective} is more than the {num_images} training images; "
+            f"give at most {num_images}"
+        )
+    if effective % processes:
+        raise ValueError(
+            f"--effective-batch-size {effective} cannot be split over {processes} processes; "
+            f"give a multiple of {processes}"
+        )
+    share = effective // processes
+    accumulation = math.ceil(share / config.run.most_at_once)
+    while share % accumulation:
+        accumulation += 1
+    return BatchPlan(
+        num_images=num_images,
+        effective_batch_size=effective,
+        processes=processes,
+        micro_batch_size=share // accumulation,
+        seed=config.optimisation.seed,
+    )
+
+
 def check_output(config: PretrainConfig) -> None:
     """Raise ValueError unless the run can write what it will, and only over what is its own."""
     run = config.run
@@ -64,18 +89,11 @@ def check_output(config: PretrainConfig) -> None:
 
 def _rates(config: PretrainConfig) -> list[tuple[float, float, str]]:
     """The learning rate at the epochs that matter, ascending; what each of them is."""
-    optimisation = config.optimisation
-    names = {
-        float(config.epochs_this_round): "end of this round",
-        optimisation.epochs / 2: "middle",
-        optimisation.warmup_fraction * optimisation.epochs: "end of warm-up",
-        0.0: "start",
-        float(optimisation.epochs): "end",
-    }
-    return [
-        (epoch, learning_rate(optimisation, epoch / optimisation.epochs), name)
-        for epoch, name in sorted(names.items())
-    ]
+    run = config.optimisation
+    named = named_epochs(
+        run.epochs, run.warmup_fraction, end_of_this_round=config.epochs_this_round
+    )
+    return [(epoch, run.rate_at(epoch / run.epochs), name) for epoch, name in named.items()]
 
 
 def _check_init(config: PretrainConfig, path: Path) -> None:

@@ -67,13 +67,13 @@ def pretrain(
         return 0
     log_to_stderr()
     if time_steps is not None:
-        from mae.timing import time_pretraining
+        from mae.pretrain import time_pretraining
 
-        seconds = time_pretraining(config, time_steps, will_make=will_make)
+        seconds = time_pretraining(config, time_steps)
         if seconds is not None:
             say(json.dumps(seconds))
         return 0
-    from mae.train import pretrain as train
+    from mae.pretrain import pretrain as train
 
     return 0 if train(config) else EXIT_STOPPED
 

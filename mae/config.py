@@ -15,13 +15,14 @@ from common.options import (
     Group,
     Layer,
     OptionGroup,
-    fields_of,
     groups_of,
     make,
     merge,
+    older_values,
     option,
 )
 from engine.config import TrainingConfig
+from engine.schedule import half_cosine, learning_rate
 from engine.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
 
@@ -90,7 +91,6 @@ class ModelConfig(OptionGroup):
     norm_pix_loss: bool = option("Normalise each patch of the target by itself.", False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.patch_size is None:
             object.__setattr__(self, "patch_size", self.encoder.patch_size)
         if self.image_size % self.patch_pixels:
@@ -165,6 +165,13 @@ class OptimisationConfig(OptionGroup):
         """The peak rate: base_lr x effective batch / 256 (Goyal et al. 2017)."""
         return self.base_lr * self.effective_batch_size / 256
 
+    def rate_at(self, progress: float) -> float:
+        """The rate at a share of the whole run, 0 to 1."""
+        return learning_rate(
+            progress, peak=self.learning_rate, least=self.min_lr,
+            warmup_fraction=self.warmup_fraction, fall=half_cosine,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainingConfig):
@@ -233,7 +240,7 @@ class PretrainConfig:
         idle = {name for method in METHODS.values() for name in method.settings}
         idle -= set(METHODS[self.method.mask_method].settings)
         wanted = {name: value for name, value in self.settings().items() if name not in idle}
-        check_same(stored, wanted, _older(*GROUPS.values()), what=str(path))
+        check_same(stored, wanted, older_values(*GROUPS.values()), what=str(path))
 
 
 GROUPS = groups_of(PretrainConfig)
@@ -259,9 +266,4 @@ def parse_settings(settings: Mapping[str, Any], path: Path) -> tuple[MethodConfi
 
 def parse_group(group: type[Group], settings: Mapping[str, Any], path: Path) -> Group:
     """The same of one group."""
-    return make(group, merge([group], [Layer(_older(group)), Layer(settings, str(path))]))
-
-
-def _older(*groups: type[OptionGroup]) -> dict[str, Any]:
-    """What each setting counts as in a file that was written before it existed."""
-    return {name: field.spec.older for group in groups for name, field in fields_of(group).items()}
+    return make(group, merge([group], [Layer(older_values(group)), Layer(settings, str(path))]))

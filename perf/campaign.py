@@ -21,7 +21,7 @@ import mae.config
 import segmenter.config
 from common.console import EXIT_FAILED, EXIT_STOPPED
 from common.files import write_json
-from common.options import Layer, fields_of, make, merge
+from common.options import Layer, fields_of, make_all
 from common.yamlfile import check_names
 from engine.devices import choose_device, device_name
 from mae.config import PretrainConfig
@@ -215,9 +215,7 @@ class Bench:
 
     def config(self, kind: type[Config], **given: Any) -> Config:
         """What the command line would make of these options."""
-        groups = GROUPS_OF[kind]
-        values = merge(groups.values(), [Layer(self.options(kind, **given))])
-        made: dict[str, Any] = {name: make(group, values) for name, group in groups.items()}
+        made = make_all(GROUPS_OF[kind], [Layer(self.options(kind, **given))])
         if kind is ProbeConfig:
             made["init"] = "random"
         return kind(**made)

@@ -15,9 +15,10 @@ from common.environment import world_size
 from common.files import check_output_folder
 from common.images import find_images
 from common.made_alike import check_same
-from common.options import option_facts
+from common.options import older_values
 from common.parsed import ProbeResult, Result, read_json
 from common.step_files import CHECKPOINT, RESULT
+from engine.schedule import BatchPlan, named_epochs
 from engine.trackers import check_trackers
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.classes import count_classes
@@ -30,7 +31,6 @@ from segmenter.config import (
     TrainConfig,
 )
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
-from segmenter.schedule import BatchPlan, learning_rate_points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,23 @@ def check_probe(config: ProbeConfig) -> Task:
 
 
 def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
-    """How the run's batches are spread. Raises ValueError if they cannot be."""
+    """How the run's batches are split; a dataset smaller than a batch makes one step of an epoch.
+
+    Raises ValueError if a process would have nothing to do.
+    """
+    effective = min(config.optimisation.batch_size, len(task.train))
+    if effective < processes:
+        raise ValueError(
+            f"a batch of {effective} images cannot be spread over {processes} processes; raise "
+            "--batch-size or use fewer processes"
+        )
+    share = -(-effective // processes)
     return BatchPlan(
         num_images=len(task.train),
-        batch_size=config.optimisation.batch_size,
+        effective_batch_size=effective,
         processes=processes,
+        micro_batch_size=min(share, config.run.most_at_once or share),
+        seed=config.optimisation.seed,
     )
 
 
@@ -96,7 +108,7 @@ def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
             "--device-batch-size auto would let the GPU decide what --decoder upernet learns: its "
             "norms are over the images at once; give a number"
         )
-    most = min(config.run.most_at_once or plan.batch_size, plan.effective_batch_size)
+    most = plan.micro_batch_size
     alone = plan.processes == 1 and 1 in (most, plan.effective_batch_size % most)
     if config.model.decoder == "upernet" and alone:
         raise ValueError(
@@ -137,7 +149,7 @@ def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None
 
         stored = load_checkpoint(found, lazily=True)["config"]
     groups = GROUPS if is_training else PROBE_GROUPS
-    older = {name: facts["older"] for name, facts in option_facts(groups.values()).items()}
+    older = older_values(*groups.values())
     check_same(stored, all_settings(config, task), older, what=str(found))
     return found
 
@@ -154,18 +166,18 @@ def facts(config: TrainConfig | ProbeConfig, task: Task) -> dict[str, Any]:
 
 def _training_facts(config: TrainConfig, task: Task) -> dict[str, Any]:
     optimisation, plan = config.optimisation, plan_batches(config, task, world_size())
-    share = -(-plan.effective_batch_size // plan.processes)
-    at_once = min(share, config.run.most_at_once or share)
+    named = named_epochs(optimisation.epochs, optimisation.warmup_fraction)
+    rates = [(e, optimisation.rate_at(e / optimisation.epochs), name) for e, name in named.items()]
     is_open = config.run.device_batch_size == "auto"  # until a GPU is measured
     return {
         "batch": {
             "effective": plan.effective_batch_size,
-            "per_process": "auto" if is_open else at_once,
+            "per_process": "auto" if is_open else plan.micro_batch_size,
             "processes": plan.processes,
-            "accumulation_steps": "auto" if is_open else -(-share // at_once),
+            "accumulation_steps": "auto" if is_open else plan.accumulation_steps,
             "steps_per_epoch": plan.steps_per_epoch,
         },
-        "learning_rate": {"peak": optimisation.lr, "points": learning_rate_points(optimisation)},
+        "learning_rate": {"peak": optimisation.lr, "points": rates},
         "epochs": optimisation.epochs,
         "evaluations": optimisation.evaluations,
         "checkpoint_bytes": _checkpoint_bytes(config, task.num_classes),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
 from common.environment import rank
 from common.files import check_output_file, write_json
-from common.options import Layer, OptionGroup, option_facts
+from common.options import OptionGroup, option_facts
 from common.step_files import RESULT
 from common.yamlfile import plain
 from engine.config import PluginConfig
 from segmenter.config import (
-    DEFAULT_RECIPE,
     GROUPS,
     PROBE_GROUPS,
     RANDOM,
@@ -30,7 +29,6 @@ from segmenter.config import (
     ProtocolChanges,
     ScoringConfig,
     TrainConfig,
-    read_recipe,
     recipe_names,
     recipe_values,
 )
@@ -46,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_program(cli, "python -m segmenter", arguments)
 
 
-def _recipe_layer(given: Mapping[str, Any]) -> list[Layer]:
-    return [read_recipe(given.get("recipe", DEFAULT_RECIPE))]
-
-
-@command(cli, own_layers=_recipe_layer, **GROUPS)
+@command(cli, **GROUPS)
 @click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
 @click.option(
@@ -64,7 +58,7 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
     config = TrainConfig(**groups)
     task = check_training(config)
     if time_steps is not None and not check:
-        from segmenter.timing import time_finetuning
+        from segmenter.finetune import time_finetuning
 
         log_to_stderr()
         seconds = time_finetuning(config, task, time_steps)
@@ -78,13 +72,13 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
         return 0
     if found is not None and found.name == RESULT:
         return 0
-    from segmenter.train import finetune
+    from segmenter.finetune import finetune
 
     log_to_stderr()
     return 0 if finetune(config, task) else EXIT_STOPPED
 
 
-@command(cli, own_layers=_recipe_layer, **PROBE_GROUPS)
+@command(cli, **PROBE_GROUPS)
 @click.argument("checkpoint", type=PATH, metavar="CHECKPOINT|random")
 @click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")

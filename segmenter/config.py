@@ -24,6 +24,7 @@ from common.options import (
 from common.step_files import OF_FINETUNING, OF_PROBES
 from common.yamlfile import plain
 from engine.config import DeviceConfig, OutputConfig, TrainingConfig
+from engine.schedule import half_cosine, learning_rate
 from engine.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -102,6 +103,21 @@ class OptimisationConfig(OptionGroup):
         """How often the run is scored."""
         return -(-self.epochs // self.eval_every)
 
+    def rate_at(self, progress: float) -> float:
+        """The rate at a share of the whole run, 0 to 1."""
+
+        def fall(done: float, whole: float) -> float:
+            left = 1 - done / whole
+            if self.schedule == "poly":
+                return left**self.poly_power
+            # By way of what is left, whose rounding every finetuning so far has had.
+            return half_cosine(1 - left)
+
+        return learning_rate(
+            progress, peak=self.lr, least=self.min_lr, warmup_fraction=self.warmup_fraction,
+            fall=fall,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig(OptionGroup):
@@ -123,7 +139,6 @@ class ProtocolConfig(OptionGroup):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.window_stride > self.window_size:
             raise ValueError(
                 f"--window-stride {self.window_stride} is more than --window-size "
@@ -188,7 +203,10 @@ class DatasetConfig(OptionGroup):
 class RecipeConfig(DatasetConfig):
     """What is trained on, and from where come the values that are not given."""
 
-    recipe: str = option("segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE)
+    recipe: str = option(
+        "segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE,
+        early=lambda name: read_recipe(name),  # its values lie below all others
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

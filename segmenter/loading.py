@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from common.files import read_text
-from common.options import make
 from common.parsed import parsed_plain
 from engine.checkpoint import load_weights, misfits, read_torch_file, refuse_damaged
 from engine.vit import VIT_SIZES
@@ -155,12 +154,14 @@ def _understand(
         num_classes=net["n_cls"],
         normalization=normalization,
     )
-    protocol = ProtocolConfig(
-        image_size=inference["im_size"],
-        crop_size=variant["dataset_kwargs"]["crop_size"],
-        window_size=inference["window_size"],
-        window_stride=inference["window_stride"],
-        normalization=normalization,
+    protocol = ProtocolConfig.from_described(
+        {
+            "image_size": inference["im_size"],
+            "crop_size": variant["dataset_kwargs"]["crop_size"],
+            "window_size": inference["window_size"],
+            "window_stride": inference["window_stride"],
+            "normalization": normalization,
+        }
     )
     return shape, protocol, variant["dataset_kwargs"]["dataset"]
 
@@ -213,7 +214,7 @@ def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> 
     return LoadedSegmenter(
         model=_filled(SegmenterShape.from_plain(shape, path), weights, path, no_upernet),
         classes=classes,
-        protocol=make(ProtocolConfig, {**recipe, **sizes, "window_stride": stride}),
+        protocol=_protocol({**recipe, **sizes, "window_stride": stride}, path),
         reduce_zero_label=reduce_zero_label,
     )
 

@@ -17,7 +17,7 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, run_program, say
 from common.files import check_output_file, check_output_folder, is_marked
 from common.images import IMAGE_SUFFIXES, find_images
-from common.options import MOST_PROCESSES, Layer, OptionGroup, option
+from common.options import MOST_PROCESSES, OptionGroup, option
 from segments.check import check
 from segments.config import (
     GENERATORS,
@@ -146,7 +146,7 @@ def _add_generator(name: str, group: type[SamSettings] | type[FelzenszwalbSettin
         text = f"{preset.model}, {preset.parameters}M parameters, {preset.licence}."
     else:
         text = "Any checkpoint that `transformers` can load for mask generation."
-    made = command(generators, name, own_layers=lambda _: [Layer(own)], **groups)
+    made = command(generators, name, own=own, **groups)
     made(_generate).help = text
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from common.made_alike import check_same
-from common.options import OptionGroup, fields_of, option
+from common.options import OptionGroup, fields_of, older_values, option
 from common.yamlfile import plain
 
 STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
@@ -116,7 +116,6 @@ class FelzenszwalbSettings(_CoverageSettings):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.min_coverage >= self.max_coverage:
             raise ValueError(
                 f"--min-coverage {self.min_coverage:g} has to be below --max-coverage "
@@ -182,7 +181,7 @@ def check_made_alike(
         stored = {**stored, "for_coverage": wanted["for_coverage"]}
     # Stores that were packed from files have no generator, and no settings.
     group = GENERATORS.get(str(wanted.get("generator")))
-    older = {name: field.spec.older for name, field in fields_of(group or OptionGroup).items()}
+    older = older_values(group or OptionGroup)
     every = {**dict.fromkeys(stored), **older, **wanted}
     remedy = "use those, remove it, or name another --out"
     check_same(stored, every, older, what=str(path), remedy=remedy)

@@ -39,7 +39,6 @@ class Data(OptionGroup):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "output_dir", self.output_dir.resolve())
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ValueError(f"--output-dir {self.output_dir} is a file")
@@ -111,7 +110,6 @@ class Experiment(OptionGroup):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         # They name folders: one spelling each.
         methods = tuple(method.replace("-", "_") for method in self.mask_method)
         object.__setattr__(self, "mask_method", methods)
@@ -253,7 +251,6 @@ class Cluster(OptionGroup):
     wait: bool = option("Follow the jobs to their end.", False, neutral=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _ = self.minutes
 
     @property

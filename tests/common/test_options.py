@@ -10,7 +10,17 @@ import pytest
 
 from common.command import CONTEXT, command
 from common.console import run_program
-from common.options import Layer, OptionGroup, make, merge, option, option_facts
+from common.options import (
+    Layer,
+    OptionGroup,
+    make,
+    make_all,
+    merge,
+    older_values,
+    option,
+    option_facts,
+    option_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,19 +163,50 @@ def test_help_has_a_section_for_each_group_and_shows_defaults(capsys):
         assert part in text
 
 
-def test_a_group_made_in_python_is_judged_in_the_same_words():
-    with pytest.raises(ValueError, match="--epochs is 0; give 1 or more"):
-        Small(folder=Path("a"), epochs=0)
-
-
-def test_later_layers_win_and_pairs_add_up():
+def test_later_layers_win_and_pairs_add_up_and_each_is_judged():
     layers = [Layer({"rate": 1, "parts": {"a": 1, "b": 1}}, "a.yml"), Layer({"parts": ["b=2"]})]
-    values = merge([Small], [*layers, Layer({"folder": "/x"})])
-    small = make(Small, values)
+    small = make(Small, merge([Small], [*layers, Layer({"folder": Path("/x")})]))
     assert (small.rate, small.parts) == (1.0, {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match=r"a\.yml: --epochs is 0; give 1 or more"):
+        merge([Small], [Layer({"epochs": 0}, "a.yml"), Layer({"epochs": 1})])
+
+
+def test_an_early_option_gives_a_layer_below_what_was_written_and_may_bring_choices():
+    words = ["plain"]
+
+    def read_recipe(name):
+        words.append("new")
+        return Layer({"rate": 7, "share": 0.5}, name)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Cook(OptionGroup):
+        title: ClassVar[str] = "Cook"
+        style: str = option("How.", "plain", choices=lambda: words)
+        recipe: str = option("Which.", "own.yml", early=read_recipe)
+
+    groups = {"small": Small, "cook": Cook}
+    made = make_all(groups, [Layer({"folder": "/x", "rate": "8", "style": "new"})])
+    assert (made["small"].rate, made["small"].share, made["cook"].style) == (8.0, 0.5, "new")
+    with pytest.raises(ValueError, match=r"cook\.yml: --share is 2; give 0 to below 1"):
+        make_all({"small": Small, "cook": Dear}, [Layer({"folder": "/x"})])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dear(OptionGroup):
+    title: ClassVar[str] = "A wrong recipe"
+    recipe: str = option("Which.", "cook.yml", early=lambda name: Layer({"share": 2}, name))
+    epochs: int | None = option_of(Small, "epochs", default=None)
+
+
+def test_an_option_of_another_group_keeps_its_range_and_may_be_left_out():
+    assert make(Dear, {}).epochs is None
+    with pytest.raises(ValueError, match="--epochs is 0; give 1 or more"):
+        merge([Dear], [Layer({"epochs": 0})])
 
 
 def test_facts_tell_what_an_older_file_counts_as():
+    assert older_values(Small)["later"] == 7
+    assert "folder" not in older_values(Small)  # every file has it
     facts = option_facts([Small])
     assert facts["later"] == {"default": 3, "neutral": False, "several": False, "older": 7}
     assert facts["ratios"]["several"]

@@ -41,7 +41,7 @@ MOST_LINES = 4
 
 @dataclass(frozen=True)
 class Case:
-    """arguments: of `python -m mae`, `segments` or `segmenter`, or benchmark.py, which comes first; {w}
+    """arguments: of `python -m mae`, segments, segmenter, or benchmark.py, which comes first; {w}
     stands for the world. prepare: what is done to the world before. says: parts of the error."""
 
     name: str
