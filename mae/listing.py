@@ -1,12 +1,13 @@
-"""Which images a run trains on. Free of torch: `--check` and `benchmark.py` use it too."""
+"""Which images a run trains on. No torch here: the planner lists, too."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,55 +48,78 @@ class Listing:
         return hashlib.sha256(b"\n".join(self.train.tolist())).hexdigest()[:16]
 
 
-def make_listing(data: DataConfig, options: MethodConfig, *, will_make: bool = False) -> Listing:
+# What was listed before in the same call: the images of folders, and whole listings.
+Listings = dict[Any, Any]
+
+
+def make_listing(
+    data: DataConfig, options: MethodConfig, *, packed: bool = True, known: Listings | None = None
+) -> Listing:
     """Find the images of a run, and their segments.
 
-    will_make: segments of any form or none will do, as they are packed or made before the run.
+    packed: False where segments of any form, or none, will do: they are packed or made before the
+    run. known: what was listed before; a plan looks at one dataset for many runs.
     Raises ValueError if folders are missing or empty, too many images have no segment, the segments
     were made for other coverage ratios, or there is no second image to borrow segments from.
     """
-    uses_segments = METHODS[options.mask_method].uses_segments
-    train, val = _find_images(data)
-    source = _find_segments(data, options, will_make=will_make)
+    known = {} if known is None else known
+    # Ratios and controls choose among segments, not among images.
+    key = (data, METHODS[options.mask_method].uses_segments, packed)
+    if key not in known:
+        known[key] = _list(*key, known)
+    listing: Listing = known[key]
+    if isinstance(listing.source, PackedStore):
+        _check_made_for(listing.source, data, options)
+    if listing.source is not None and options.segments_from == "borrowed":
+        check_donors(path.decode() for path in listing.train)
+    return listing
 
-    # Every method trains on the same images, those with a segment, so that only methods differ.
+
+def _list(data: DataConfig, uses_segments: bool, packed: bool, known: Listings) -> Listing:
+    """The images, their segments, which of them train, and which are held out."""
+    if not data.in1k_dir.is_dir():
+        raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
+    train = _images_in(data.in1k_dir / "train", known)
+    val_folder = data.in1k_dir / VAL
+    has_val = val_folder.is_dir() and data.val_images > 0
+    val = _images_in(val_folder, known) if has_val else []
+
+    source = _open_source(data, uses_segments, packed)
     with_segment = source.images() if source else set()
-    kept_train = _with_segment(train, with_segment, source, data) if source else train
 
-    # A held-out image needs a segment only where segments are hidden.
-    kept_val, val_folder = val, data.in1k_dir / VAL
+    # Every method trains on the same images, those that have a segment: else a difference between
+    # methods could be one between images.
+    kept = _with_segment(train, with_segment, source, data) if source else train
+
+    # Where segments are hidden, a held-out image needs one of its own.
+    kept_val = val
     if source and uses_segments:
         kept_val, val_folder = _with_their_own(val, val_folder, with_segment, train)
 
-    if source and uses_segments and options.segments_from == "borrowed":
-        check_donors(kept_train)
     return Listing(
-        train=encode_paths(kept_train),
+        train=encode_paths(kept),
         val=encode_paths(evenly_spread(kept_val, data.val_images)),
         val_folder=val_folder,
-        left_out=len(train) - len(kept_train),
+        left_out=len(train) - len(kept),
         val_left_out=len(val) - len(kept_val),
-        source=source if uses_segments and isinstance(source, PackedStore) else None,
+        source=source if uses_segments else None,
     )
 
 
-def _find_images(data: DataConfig) -> tuple[list[str], list[str]]:
-    """Paths relative to train/, and to val/ if held-out images are wanted and there."""
-    if not data.in1k_dir.is_dir():
-        raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
-    has_val = data.val_images and (data.in1k_dir / VAL).is_dir()
-    return (
-        find_images(data.in1k_dir / "train"),
-        find_images(data.in1k_dir / VAL) if has_val else [],
-    )
+def _images_in(folder: Path, known: Listings) -> list[str]:
+    # Walked once: a million images on a network's disk take minutes.
+    if folder not in known:
+        known[folder] = find_images(folder)
+    found: list[str] = known[folder]
+    return found
 
 
-def _find_segments(data: DataConfig, options: MethodConfig, *, will_make: bool) -> AnyForm | None:
+def _open_source(data: DataConfig, uses_segments: bool, packed: bool) -> Any:
     """The segments; None if there are none, and the method can do without or they will be made."""
-    path, uses_segments = data.segments_path, METHODS[options.mask_method].uses_segments
+    path = data.segments_path
     if data.use_unmasked_images:  # it neither hides segments nor leaves images out
         return None
-    if will_make and form_of(path) == "none":
+    if not packed and form_of(path) == "none":
         return None
     if not path.exists():
         if data.masks_dir is None and not uses_segments:
@@ -104,10 +128,7 @@ def _find_segments(data: DataConfig, options: MethodConfig, *, will_make: bool) 
             f"{path} does not exist; name the place of the segments by --masks-dir, or make them: "
             "`python -m segments generate`, or benchmark.py's --make-segments"
         )
-    source = open_any_form(path) if will_make else open_segments(path)
-    if uses_segments and isinstance(source, PackedStore):
-        _check_made_for(source, data, options)
-    return source
+    return open_segments(path) if packed else open_any_form(path)
 
 
 def _with_segment(
@@ -172,12 +193,14 @@ def _with_their_own(
     return found, folder
 
 
-def check_donors(paths: Sequence[str]) -> None:
+def check_donors(paths: Iterable[str]) -> None:
     """Raise ValueError unless each of these images can borrow the segments of another one."""
-    if len({segment_key(path) for path in paths}) < 2:
+    keys = map(segment_key, paths)
+    first = next(keys)
+    if all(key == first for key in keys):
         raise ValueError(
             "--segments-from borrowed takes the segments of other images, but there is only one "
-            f"with segments: {paths[0]}; give more images, or --segments-from own"
+            f"with segments: {first}; give more images, or --segments-from own"
         )
 
 
