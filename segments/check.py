@@ -26,8 +26,6 @@ def check(
 
     Returns what is wrong with each image by its path in train/ (empty: nothing), and how many are
     left to check, if a signal asked to stop.
-
-    What was checked stands in `<offenders_path>.state` until all is done, and is not checked again.
     Raises ValueError if folders are missing or the state is that of another check.
     """
     train = in1k_dir / "train"
@@ -38,8 +36,8 @@ def check(
     check_output_file(offenders_path, is_own=_lists_offenders)
     check_output_file(state_path, is_own=lambda head: head.startswith(b'{"train": '))
     identity = {"train": str(train.resolve()), "masks": str(masks_dir.resolve())}
+    # What was checked stands there until all is done; images may have come or gone since.
     known = _read_state(state_path, identity)
-    # Images may have come or gone since.
     seen = {path: known[path] for path in paths if path in known}
     todo = [path for path in paths if path not in seen]
     checked = each(lambda path: _check_one(train, source, without, path), todo, processes=processes)

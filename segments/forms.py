@@ -84,9 +84,9 @@ def _store_path(path: Path) -> Path:
 
 
 def _folder_form(root: Path) -> type[SegmentFolder] | None:
-    """By the first file that tells; a whole walk could take minutes."""
     if not os.path.isdir(root):  # noqa: PTH112
         return None
+    # The first file that tells decides; a whole walk could take minutes.
     for _, entries in walk(root):
         names = [entry.name for entry in entries]
         for form in (PngTableFolder, PngMetadataFolder):
@@ -281,14 +281,11 @@ class PngMetadataFolder(PngFolder):
 
 
 def read_empty_list(path: Path) -> set[str]:
-    """The keys in a list of images without segments: a file name per line, class folder optional.
-
-    A name without its class folder gets it from ImageNet's naming: `n01735189_1185.JPEG` lies in
-    `n01735189`; other names lie in no folder.
-    """
+    """The keys in a list of images without segments: a file name per line, folder optional."""
     if not path.is_file():
         return set()
     lines = read_bytes(path).decode(errors="replace").splitlines()
+    # ImageNet's names tell their class folder: `n01735189_1185.JPEG` lies in `n01735189`.
     names = {os.path.splitext(line.strip())[0] for line in lines if line.strip()}  # noqa: PTH122
     return {IMAGENET_NAME.sub(r"\1/\g<0>", PurePosixPath(name).as_posix()) for name in names}
 

@@ -4,9 +4,8 @@
     generator = Felzenszwalb(FelzenszwalbSettings())
     generate(images, Path("masks.sqlite"), generator, shard=Shard(), processes=None)
 
-Images are put into batches before they are shared out, so that an image is always computed together
-with the same others, and two shards make exactly what one run makes. What a finished store lacks,
-be it images or coverage ratios, becomes a store of its own beside it, and the two are merged.
+What a finished store lacks, be it images or coverage ratios, becomes a store of its own beside it,
+and the two are merged.
 """
 
 from __future__ import annotations
@@ -182,11 +181,8 @@ def _add_what_it_lacks(base: PackedStore, part: Path, work: Work) -> Summary:
     news = added.all_images() or not added.failures().items() <= base.failures().items()
     if news or base.path != part:
         # What failed for a new ratio is left out as a whole: the next run tries it for all of them.
-        kept = (
-            set() if work.missing else work.there if base.path == part else work.there & work.keys
-        )
-        joined = join([base, added], part, kept | added.all_images(), work.ratios)
-        interrupted = joined.interrupted
+        kept = added.all_images() | (set() if work.missing else work.there)
+        interrupted = join([base, added], part, kept, work.ratios).interrupted
     if not interrupted:
         aside.unlink()
         base = PackedStore(part)
@@ -226,6 +222,8 @@ class Work:
     @cached_property
     def batches(self) -> list[list[str]]:
         """The keys of this part's images, as they are computed together."""
+        # Batches are made before they are shared out: an image is always computed together with the
+        # same others, and two shards make exactly what one run makes.
         every, size = list(self.images), self.generator.batch_size
         batches = [every[start : start + size] for start in range(0, len(every), size)]
         return batches[self.shard.index :: self.shard.count]
@@ -261,15 +259,16 @@ class Work:
         return self.segment(self.read(keys))
 
     def read(self, keys: Sequence[str]) -> list[tuple[InputImage, str]]:
-        """Each image, and why it cannot be read; something blank stands in for what cannot, so that
-        the batch keeps its size."""
+        """Each image, and why it cannot be read."""
         images = []
         for key in keys:
+            # Something blank stands in for what cannot be read: the batch keeps its size.
             pixels, (height, width), reason = BLANK, BLANK.shape[:2], ""
             try:
                 pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
             except ValueError as error:
                 reason = str(error)
+            # What an image has already is merged with what is made now.
             ratios = tuple(self.missing if key in self.there else self.ratios)
             image = InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
             images.append((image, reason))

@@ -44,6 +44,7 @@ def pack(
     source = open_folder(masks_dir)
     out = out or masks_dir / STORE_NAME
     _refuse_to_overwrite(out, overwrite, reads=())
+    # In this order, so that a store that was killed and one that was not are the same bytes.
     keys = sorted(source.images() | source.listed_empty())
     most_failed = MOST_FAILED * len(keys)
 
@@ -53,9 +54,7 @@ def pack(
     summary = write_store(
         out,
         keys,
-        lambda left: each(
-            lambda key: pack_image(key, source.segments(key)), left, processes=processes
-        ),
+        lambda left: each(pack_one, left, processes=processes),
         what="pack",
         source=source.name,
         settings={},

@@ -43,11 +43,7 @@ class Price:
 def estimate_price(
     images: Mapping[str, Path], generator: Generator, *, processes: int | None
 ) -> Price:
-    """Time batches that are spread over the images; the first one only warms up.
-
-    Cores are taken to work as fast side by side as one alone; a GPU to wait for its readers only if
-    these take longer.
-    """
+    """Time batches that are spread over the images."""
     work = Work(images, generator)
     chosen = evenly_spread(work.batches, MOST_BATCHES)
     # The first batch pays for compiling and for the library's own tests of what is fast.
@@ -70,7 +66,8 @@ def estimate_price(
                     break
             writer.finish()
         stored = out.stat().st_size
-    # A GPU waits for its readers only if they are slower; cores share everything.
+    # A GPU is taken to wait for its readers only if they are slower; cores to work as fast side by
+    # side as one alone.
     seconds = max(segmenting, reading / READERS)
     if generator.in_processes:
         seconds = (reading + segmenting) / (processes or len(os.sched_getaffinity(0)))

@@ -89,11 +89,9 @@ class Sam:
             return [self.run_lengths(image) for image in images]
 
     def _search(self, images: list[_Image], features: dict[str, Any]) -> None:
-        """Show the decoder points of all images together, until each image is finished.
-
-        An image is judged after every `size` points. Where others are finished it takes their
-        places in the decoder's batch, too, but is judged in the same steps.
-        """
+        """Show the decoder points of all images together, until each image is finished."""
+        # An image is judged after every `size` points. Where others are finished it takes their
+        # places in the decoder's batch, too, but is judged in the same steps: it ends as if alone.
         size = max(1, self.options.points_per_batch // self.batch_size)
         active, visited = list(range(len(images))), 0
         while active and visited < self.options.points_per_side**2:
@@ -229,15 +227,14 @@ class Sam:
 
 
 def _count(inside: Tensor) -> Tensor:
-    """Pixels inside each of [K, H, W] bool, [K]; in two steps, a tenth of the time on a CPU."""
+    """Pixels inside each of [K, H, W] bool, [K]."""
+    # In two steps: a tenth of the time on a CPU.
     return inside.sum(-1, dtype=torch.int32).sum(-1)
 
 
 def _boxes(logits: Tensor) -> Tensor:
-    """Corners [K, 4], x and y, of what is above 0 in [K, H, W].
-
-    As torchvision's masks_to_boxes, which takes ten times as long on a CPU.
-    """
+    """Corners [K, 4], x and y, of what is above 0 in [K, H, W]."""
+    # As torchvision's masks_to_boxes, which takes ten times as long on a CPU.
     corners = []
     for some in (logits.amax(1) > 0, logits.amax(2) > 0):  # [K, W] columns, [K, H] rows
         first = some.int().argmax(1)

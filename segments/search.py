@@ -91,14 +91,12 @@ class Search:
 
 
 def visiting_order(side: int, key: str) -> Tensor:
-    """Every point of a grid once, [side * side, 2] of x and y in (0, 1), evenly from the first on.
-
-    A Sobol sequence has a point in each cell of any power of two before it has two in one. It is
-    turned round the edges by an offset that is the image's own, so that no place always is first.
-    """
+    """Every point of a grid once, [side * side, 2] of x and y in (0, 1), evenly spread."""
+    # A Sobol sequence has a point in each cell of any power of two before it has two in one.
     cells = 1 << (side - 1).bit_length()  # a power of two; points outside the grid are dropped
     sequence = (torch.quasirandom.SobolEngine(2).draw(cells * cells) * cells).long()
     visited = sequence[(sequence < side).all(1)]
+    # Turned round the edges by an offset that is the image's own: no place is always first.
     digest = zlib.crc32(key.encode())
     offset = torch.tensor([digest % side, digest // side % side])
     return ((visited + offset) % side + 0.5) / side

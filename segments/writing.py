@@ -23,7 +23,7 @@ from segments.store import FORMAT_VERSION, SCHEMA, PackedImage, check_format
 logger = logging.getLogger(__name__)
 
 SECONDS_PER_COMMIT = 2.0  # a kill loses so much work
-COMPRESSION_LEVEL = 6  # 9 saves no bytes here
+COMPRESSION_LEVEL = 6  # see SCHEMA
 MOST_FAILED = 0.01  # a larger share of the images is no accident
 
 
