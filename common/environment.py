@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+# What the launcher of a plan tells a step.
 PROCESSES_HERE = "SEGMAE_PROCESSES_HERE"  # how many processes steps beside each other have
+PROGRESS_FILE = "SEGMAE_PROGRESS"  # where a step of a plan tells how far it is
 
 
 def rank() -> int:

@@ -14,7 +14,7 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
 from common.environment import rank
 from common.files import check_output_file, write_json
-from common.options import OptionGroup, option_facts
+from common.options import option_facts
 from common.step_files import RESULT
 from common.yamlfile import plain
 from engine.config import PluginConfig
@@ -113,7 +113,7 @@ def recipes(plugin: PluginConfig) -> None:
 def evaluate(
     checkpoint: Path | None,
     evaluation: EvaluateConfig,
-    changes: OptionGroup,
+    changes: ProtocolChanges,
     devices: ScoringConfig,
 ) -> None:
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
@@ -122,7 +122,7 @@ def evaluate(
     if evaluation.out is not None:
         reads = [path for path in (checkpoint, evaluation.dataset) if path is not None]
         check_output_file(evaluation.out, reads=reads, is_own=_is_scores)
-    from segmenter.scoring import evaluate_checkpoint, evaluate_predictions
+    from segmenter.evaluate import evaluate_checkpoint, evaluate_predictions
 
     log_to_stderr()
     if evaluation.predictions is not None:
@@ -160,7 +160,7 @@ def predict(
     checkpoint: Path,
     images: tuple[Path, ...],
     pictures: PictureConfig,
-    changes: OptionGroup,
+    changes: ProtocolChanges,
     devices: ScoringConfig,
 ) -> None:
     """Write label maps and overlays of IMAGES (files or folders)."""

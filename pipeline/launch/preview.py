@@ -26,7 +26,7 @@ from pipeline.plan.segments import MAKING, before_segments, with_segments
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan, nodes_of
 from pipeline.report.page import is_report
-from pipeline.report.results import is_results_csv
+from pipeline.report.tables import is_results_csv
 
 
 def checked_plan(settings: Settings) -> list[Step]:
@@ -54,7 +54,7 @@ def checked_plan(settings: Settings) -> list[Step]:
     if waiting and settings.cluster.launcher == "local" and wanted > len(there):
         raise ValueError(
             f"--num-gpus {wanted}: there are {len(there)} here, by CUDA_VISIBLE_DEVICES or else "
-            "nvidia-smi; set the former if that is wrong"
+            "the driver; set the former if that is wrong"
         )
     made = {str(output) for step in steps for output in step.outputs}
     for step in waiting:

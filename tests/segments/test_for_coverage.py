@@ -11,11 +11,11 @@ from PIL import Image
 from common.images import read_rgb
 from segments.config import FelzenszwalbSettings, SamSettings
 from segments.felzenszwalb import Felzenszwalb
-from segments.generate import Shard, generate, images_by_key
+from segments.generate import Shard, Work, generate, images_by_key
 from segments.pack import merge
 from segments.sam import Sam
 from segments.search import coverage_bounds, pixel_weights, visiting_order
-from segments.segment import nearest
+from segments.segment import nearest, run_lengths
 from segments.store import PackedStore
 from tests.segments.tiny_models import make_tiny_model
 
@@ -245,21 +245,13 @@ def test_only_what_was_chosen_is_copied_to_the_host(model, sample, photograph, m
     for ratios in ((), (15.0,)):
         copied.clear()
         (segments,) = sam.segments([photograph(image, ratios=ratios)])
-        runs = sum(len(_runs(segment)) for segment in segments)
+        runs = sum(map(len, run_lengths([segment.counts for segment in segments])))
         # 4 bytes for each place where a survivor begins or ends, 8 for each number of few.
         assert sum(copied) <= 4 * runs + 8 * 3 * 64 * 4
         assert sum(copied) < image.shape[0] * image.shape[1] / 8  # one mask as bits
 
 
-def _runs(segment):
-    from segments.segment import run_lengths
-
-    return run_lengths([segment.counts])[0]
-
-
 def test_a_large_photograph_is_read_reduced_and_its_segments_have_its_size(tmp_path):
-    from segments.generate import Work, images_by_key
-
     pixels = np.zeros((300, 400, 3), np.uint8)
     pixels[100:200, 100:300] = 255
     for kind in ("jpg", "png"):
