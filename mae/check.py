@@ -18,7 +18,7 @@ from mae.listing import make_listing
 
 def check_pretraining(config: PretrainConfig, *, will_make: bool = False) -> dict[str, Any]:
     """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
-    listing = make_listing(config.data, config.method, will_make=will_make)
+    listing = make_listing(config.data, config.method, packed=not will_make)
     plan = plan_batches(config, len(listing.train), world_size())
     is_open = config.run.batch_size == "auto"  # until a GPU is measured
     check_output(config)

@@ -88,8 +88,8 @@ class _Folders(PluginConfig):
 def methods(folders: _Folders) -> None:
     """Print, as JSON, the masking methods and the options of `pretrain`; for benchmark.py."""
     from segments.cli import generators
+    from segments.config import STORE_NAME
     from segments.forms import form_of
-    from segments.store import STORE_NAME
 
     masks = folders.masks_dir or (folders.in1k_dir and folders.in1k_dir / "masks")
     segments = None

@@ -24,7 +24,7 @@ class Data(OptionGroup):
     masks_dir: Path | None = option("Segments. Default: IN1K-DIR/masks.", None)
     make_segments: str | None = option(
         "Where there are no segments, make them first: by felzenszwalb, a model by name (python -m "
-        "mae masks generate --help), in a folder or on the Hugging Face hub.", None,
+        "segments generate --help), in a folder or on the Hugging Face hub.", None,
     )  # fmt: skip
     segment_shards: int = option(
         "Steps, or jobs, that share making them.", 1, at_least=1, at_most=MOST_PROCESSES,
