@@ -66,9 +66,12 @@ def test_workers_and_processes_change_no_batch(dataset):
             num_images=7, effective_batch_size=3, processes=processes, micro_batch_size=3, seed=0
         )
         accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
-        task = SimpleNamespace(run=SimpleNamespace(loader_workers=workers))
+        task = SimpleNamespace(
+            run=SimpleNamespace(loader_workers=workers), train_set=crops(dataset), collate=collate,
+            start_worker=start_worker,
+        )  # fmt: skip
         run = SimpleNamespace(plan=plan, accelerator=accelerator, task=task)
-        return list(load(run, crops(dataset), start, 2, collate=collate, start_worker=start_worker))
+        return list(load(run, start, 2))
 
     whole = batches()
     assert len(whole) == 4
