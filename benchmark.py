@@ -23,11 +23,13 @@ from common.files import check_output_folder
 from common.lock import hold
 from common.options import MOST_SEED
 from pipeline.launch import doctor as examination
-from pipeline.launch import preview, slurm
+from pipeline.launch import slurm
 from pipeline.launch.estimate import estimate_run
 from pipeline.launch.local import LocalLauncher
 from pipeline.launch.status import status_text
+from pipeline.launch.view import show
 from pipeline.plan import records
+from pipeline.plan.check import checked_plan
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import visible_gpus
 from pipeline.plan.settings import GROUPS, Settings
@@ -40,11 +42,11 @@ _POLL_SECONDS = 0.1
 
 def run(settings: Settings) -> int:
     """Plans, checks, alternates, reports. Returns the exit code; 0 means that all of it is done."""
-    paths, steps = Layout(settings.data.output_dir), preview.checked_plan(settings)
+    paths, steps = Layout(settings.data.output_dir), checked_plan(settings)
     if settings.cluster.launcher == "slurm":
         return slurm.run(settings, steps, paths)
     with hold(paths.lock, paths.root):
-        preview.write_run_files(settings, steps, paths)
+        records.write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
         exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going)
         say(write_all(paths))
@@ -149,12 +151,12 @@ def main() -> None:
 @command(main, "run", **GROUPS)
 @click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: the commands, too.")
-@click.option("--estimate", is_flag=True, help="Time a few real steps (and pack segments).")
+@click.option("--estimate", is_flag=True, help="Time some real steps; nothing is written.")
 def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> int:
     """Run the plan, or show it."""
     settings = _settings(groups)
     if dry_run:
-        preview.show(settings, verbose=verbose)
+        show(settings, verbose=verbose)
     elif estimate:
         say(estimate_run(settings))
     else:

@@ -23,10 +23,9 @@ from engine.update import GuardedUpdate
 from engine.vit import IMAGE_CHANNELS
 from mae.checkpoint import open_own_checkpoint
 from mae.config import PretrainConfig, make_method
-from mae.controls import SegmentSource, Standins
+from mae.controls import SegmentSource
 from mae.data import Batch, FixedImages, MaskedImages, allow_many_files, collate
 from mae.listing import Listing, make_listing
-from mae.masking import METHODS
 from mae.model import MaskedAutoencoder
 from mae.official import read_official_weights, start_from_official
 from mae.optimisation import make_optimizer
@@ -137,18 +136,15 @@ class Run(TrainingRun):
         return iter(loader)
 
 
-def build_run(
-    config: PretrainConfig, interruption: Interruption, *, will_make: bool = False
-) -> tuple[Run, State]:
+def build_run(config: PretrainConfig, interruption: Interruption) -> tuple[Run, State]:
     """Build the run; continue from its newest checkpoint if there is one. Writes nothing.
 
-    will_make: to time steps before there are segments, with blocks in their place.
     Raises ValueError for what the user can fix.
     """
     run = config.run
     accelerator = make_accelerator(run)
     method = make_method(config.method, config.model)
-    listing = make_listing(config.data, config.method, will_make=will_make)
+    listing = make_listing(config.data, config.method)
     plan = make_batch_plan(
         config.optimisation,
         num_images=len(listing.train),
@@ -196,12 +192,11 @@ def build_run(
     ), state
 
 
-def _segments(config: PretrainConfig, listing: Listing) -> SegmentSource | Standins | None:
-    """Those that the method hides, or what stands in until they are made; None: it hides none."""
-    if listing.source is not None:
-        return SegmentSource(store=listing.source, donors=listing.train, options=config.method)
-    uses_segments = METHODS[config.method.mask_method].uses_segments
-    return Standins(options=config.method) if uses_segments else None
+def _segments(config: PretrainConfig, listing: Listing) -> SegmentSource | None:
+    """Those that the method hides; None: it hides none."""
+    if listing.source is None:
+        return None
+    return SegmentSource(store=listing.source, donors=listing.train, options=config.method)
 
 
 def describe(run: Run, state: State) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.samples import next_usable
-from mae.controls import SegmentSource, Standins
+from mae.controls import SegmentSource
 from mae.decode import read_crop
 from mae.masking import MaskingMethod
 from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, sample_rng
@@ -71,7 +71,7 @@ class MaskedImages(Dataset[Sample]):
 
     folder: Path
     paths: np.ndarray
-    segments: SegmentSource | Standins | None
+    segments: SegmentSource | None
     method: MaskingMethod
     seed: int
 

@@ -1,10 +1,10 @@
-"""Which images a run trains on. No torch here: `--check` uses it too."""
+"""Which images a run trains on. No torch here: the planner lists, too."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,41 +48,63 @@ class Listing:
         return hashlib.sha256(b"\n".join(self.train.tolist())).hexdigest()[:16]
 
 
-def make_listing(data: DataConfig, options: MethodConfig, *, will_make: bool = False) -> Listing:
+# What was listed before in the same call: the images of folders, and whole listings.
+Listings = dict[Any, Any]
+
+
+def make_listing(
+    data: DataConfig, options: MethodConfig, *, packed: bool = True, known: Listings | None = None
+) -> Listing:
     """Find the images of a run, and their segments.
 
-    will_make: segments of any form or none will do, as they are packed or made before the run.
+    packed: False where segments of any form, or none, will do: they are packed or made before the
+    run. known: what was listed before; a plan looks at one dataset for many runs.
     Raises ValueError if folders are missing or empty, too many images have no segment, the segments
     were made for other coverage ratios, or there is no second image to borrow segments from.
     """
     method = METHODS[options.mask_method]
+    known = {} if known is None else known
+    key = (data, method.uses_segments, packed)
+    if key not in known:
+        known[key] = _list(data, method, packed, known)
+    listing: Listing = known[key]
+    if isinstance(listing.source, PackedStore):
+        _check_made_for(listing.source, data, options)
+    if listing.source is not None and options.segments_from == "borrowed":
+        check_donors(path.decode() for path in listing.train)
+    return listing
+
+
+def _list(data: DataConfig, method: type[MaskingMethod], packed: bool, known: Listings) -> Listing:
     if not data.in1k_dir.is_dir():
         raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
-    train = find_images(data.in1k_dir / "train")
+    kept = everything = _images_in(data.in1k_dir / "train", known)
     val_folder = data.in1k_dir / VAL
-    val = listed_val = find_images(val_folder) if val_folder.is_dir() and data.val_images else []
-    source = _open_source(data, method, will_make=will_make)
-    if method.uses_segments and isinstance(source, PackedStore):
-        _check_made_for(source, data, options)
-    left_out = 0
+    has_val = val_folder.is_dir() and data.val_images > 0
+    val = listed_val = _images_in(val_folder, known) if has_val else []
+    source = _open_source(data, method, packed=packed)
     if source is not None:
         with_segment = source.images()
         if method.uses_segments:
-            val, val_folder = _with_their_own(listed_val, val_folder, with_segment, train)
-        kept = [path for path in train if segment_key(path) in with_segment]
-        _check_missing(train, kept, source, data)
-        left_out = len(train) - len(kept)
-        train = kept
-        if method.uses_segments and options.segments_from == "borrowed":
-            check_donors(train)
+            val, val_folder = _with_their_own(listed_val, val_folder, with_segment, everything)
+        kept = [path for path in everything if segment_key(path) in with_segment]
+        _check_missing(everything, kept, source, data)
     return Listing(
-        train=encode_paths(train),
+        train=encode_paths(kept),
         val=encode_paths(evenly_spread(val, data.val_images)),
         val_folder=val_folder,
-        left_out=left_out,
+        left_out=len(everything) - len(kept),
         val_left_out=len(listed_val) - len(val),
         source=source if method.uses_segments else None,
     )
+
+
+def _images_in(folder: Path, known: Listings) -> list[str]:
+    # Walked once: a million images on a network's disk take minutes.
+    if folder not in known:
+        known[folder] = find_images(folder)
+    found: list[str] = known[folder]
+    return found
 
 
 def _with_their_own(
@@ -104,21 +126,23 @@ def _with_their_own(
     return found, folder
 
 
-def check_donors(paths: Sequence[str]) -> None:
+def check_donors(paths: Iterable[str]) -> None:
     """Raise ValueError unless each of these images can borrow the segments of another one."""
-    if len({segment_key(path) for path in paths}) < 2:
+    keys = map(segment_key, paths)
+    first = next(keys)
+    if all(key == first for key in keys):
         raise ValueError(
             "--segments-from borrowed takes the segments of other images, but there is only one "
-            f"with segments: {paths[0]}; give more images, or --segments-from own"
+            f"with segments: {first}; give more images, or --segments-from own"
         )
 
 
-def _open_source(data: DataConfig, method: type[MaskingMethod], *, will_make: bool) -> Any:
+def _open_source(data: DataConfig, method: type[MaskingMethod], *, packed: bool) -> Any:
     """The segments; None if there are none, and the method can do without or they will be made."""
     path = data.segments_path
     if data.use_unmasked_images:  # it neither hides segments nor leaves images out
         return None
-    if will_make and form_of(path) == "none":
+    if not packed and form_of(path) == "none":
         return None
     if not path.exists():
         if data.masks_dir is None and not method.uses_segments:
@@ -127,7 +151,7 @@ def _open_source(data: DataConfig, method: type[MaskingMethod], *, will_make: bo
             f"{path} does not exist; name the place of the segments by --masks-dir, or make them: "
             "`python -m mae masks generate`, or benchmark.py's --make-segments"
         )
-    return open_any_form(path) if will_make else open_segments(path)
+    return open_segments(path) if packed else open_any_form(path)
 
 
 def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig) -> None:

@@ -1,4 +1,4 @@
-"""`pretrain --time-steps N`: what an epoch takes here, by real steps of the real run."""
+"""`pretrain --dry-run time`: what an epoch takes here, by real steps of the real run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from mae.data import FixedImages
 from mae.train import heldout_loss
 
 
-def time_pretraining(
-    config: PretrainConfig, steps: int, *, will_make: bool = False
-) -> dict[str, float] | None:
+def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | None:
     """Seconds of setting up and of an epoch; None in all processes but the first.
 
     Goes on from a checkpoint where there is one, and writes nothing. The first `steps` steps warm
-    up the loader, the allocator and torch.compile; as many are timed. will_make: see `build_run`.
+    up the loader, the allocator and torch.compile; as many are timed.
     """
     began = time.monotonic()
     interruption = Interruption()
-    run, state = build_run(config, interruption, will_make=will_make)
+    run, state = build_run(config, interruption)
     plan, heldout = run.plan, run.heldout
     steps = min(steps, plan.steps_per_epoch)
     # An epoch of so many steps, twice, and a loss of no more held-out images than those steps have.

@@ -24,7 +24,7 @@ from engine.devices import make_accelerator, peak_memory_mib
 from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.data import Batch as MaskedBatch
-from segmenter.check import check_training
+from segmenter.check import read_task
 from segmenter.config import TrainConfig
 
 
@@ -49,7 +49,7 @@ def build(config: PretrainConfig | TrainConfig) -> Run:
     afresh()
     if isinstance(config, PretrainConfig):
         return mae.build.build_run(config, Interruption())[0]
-    accelerator, task = make_accelerator(config.run), check_training(config)
+    accelerator, task = make_accelerator(config.run), read_task(config.run.dataset)
     return segmenter.build.build_run(config, accelerator, Interruption(), task, None)[0]
 
 

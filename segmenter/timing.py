@@ -1,4 +1,4 @@
-"""`train --time-steps N`: what an epoch and an evaluation take here, by real steps of the run."""
+"""`train --dry-run time`: what an epoch and an evaluation take here, by real steps of the run."""
 
 from __future__ import annotations
 

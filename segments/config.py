@@ -116,9 +116,12 @@ class FelzenszwalbSettings(_CoverageSettings):
             )
 
 
-GENERATORS: dict[str, type[_CoverageSettings]] = {
-    "sam": SamSettings, "felzenszwalb": FelzenszwalbSettings,
-}  # fmt: skip
+# By the names of their commands; a store keeps "sam" or "felzenszwalb".
+GENERATORS: dict[str, type[SamSettings] | type[FelzenszwalbSettings]] = {
+    "sam": SamSettings,
+    **dict.fromkeys(PRESETS, SamSettings),
+    "felzenszwalb": FelzenszwalbSettings,
+}
 
 
 def as_stored(generator: str, settings: OptionGroup, **resolved: Any) -> dict[str, Any]:

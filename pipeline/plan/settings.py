@@ -1,6 +1,6 @@
 """The settings of a benchmark, one frozen group per concern: a field is the flag and YAML's key.
 
-What can be judged without the parts is judged here; what belongs to a part, by its own `--check`.
+What belongs to a part is an option of that part, judged when the plan makes its configs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import MOST_EPOCHS, MOST_PROCESSES, MOST_SEED, OptionGroup, groups_of, option
+from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
 from common.yamlfile import plain
-from pipeline.plan.layout import BASELINES, CONTROLS, DEFAULT_RATIO, DEFAULT_SEED, OWN
+from engine.config import PluginConfig, TrainingConfig
+from mae.config import MethodConfig, ModelConfig, OptimisationConfig, SegmentsFrom
+from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN
+from segmenter.config import DEFAULT_RECIPE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +27,17 @@ class Data(OptionGroup):
     masks_dir: Path | None = option("Segments. Default: IN1K-DIR/masks.", None)
     make_segments: str | None = option(
         "Where there are no segments, make them first: by felzenszwalb, a model by name (python -m "
-        "mae masks generate --help), in a folder or on the Hugging Face hub.", None,
+        "segments generate --help), in a folder or on the Hugging Face hub.", None,
     )  # fmt: skip
     segment_shards: int = option(
-        "Steps, or jobs, that share making them.", 1, at_least=1, at_most=MOST_PROCESSES,
-        neutral=True,
-    )  # fmt: skip
+        "Steps, or jobs, that share making them.", 1, at_least=1, at_most=MOST_PROCESSES
+    )
     ade20k_dir: Path | None = option("ADEChallengeData2016, to evaluate on.", None)
     eval_dataset: Path | None = option("YAML file of another dataset.", None)
-    output_dir: Path = option("Where everything goes.", Path(), neutral=True)
+    output_dir: Path = option("Where everything goes.", Path())
     make_sample: Path | None = option(
-        "Generate the sample data into this folder if they are missing and used.", None,
-        neutral=True,
-    )  # fmt: skip
+        "Generate the sample data into this folder if they are missing and used.", None
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", self.output_dir.resolve())
@@ -65,27 +66,13 @@ class Experiment(OptionGroup):
     """What is compared."""
 
     title: ClassVar[str] = "Experiment"
-    mask_method: tuple[str, ...] = option(
-        "What is hidden, by name (python -m mae methods); one or several.", ("four_channels",)
-    )
-    coverage_ratio: tuple[float, ...] = option(
-        "Wanted share of the image to hide, in percent; one or several.", (DEFAULT_RATIO,),
-        at_least=0, at_most=100,
-    )  # fmt: skip
-    segments_from: tuple[str, ...] = option(
-        "Whose segments are hidden: own, or the controls borrowed, blob, block; one or several.",
-        (OWN,), choices=lambda: (OWN, *CONTROLS),
-    )  # fmt: skip
-    seed: tuple[int, ...] = option(
-        "Of pretraining and finetuning; one or several.",
-        (DEFAULT_SEED,),
-        at_least=0,
-        at_most=MOST_SEED,
-    )
-    model: str = option("Encoder.", "vit_large")
-    pretrain_epochs: int = option(
-        "Epochs of the whole pretraining.", 50, at_least=1, at_most=MOST_EPOCHS
-    )
+    # The parts' own options, of which several values make several runs.
+    mask_method: tuple[str, ...] = option_of(MethodConfig, "mask_method", ("four_channels",))
+    coverage_ratio: tuple[float, ...] = option_of(MethodConfig, "coverage_ratio", (DEFAULT_RATIO,))
+    segments_from: tuple[SegmentsFrom, ...] = option_of(MethodConfig, "segments_from", (OWN,))
+    seed: tuple[int, ...] = option_of(OptimisationConfig, "seed", (DEFAULT_SEED,))
+    model: str = option_of(ModelConfig, "model", ModelConfig.model)
+    pretrain_epochs: int = option_of(OptimisationConfig, "epochs", OptimisationConfig.epochs)
     eval_freq: int = option("Evaluate every so many epochs, and at the end.", 5, at_least=1)
     eval_epochs: tuple[int, ...] | None = option(
         "Evaluate at these instead; 0 = before pretraining.", None, at_least=0
@@ -97,7 +84,7 @@ class Experiment(OptionGroup):
     eval_seeds: int = option(
         "Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, at_least=1, at_most=1000
     )
-    recipe: str = option("Finetuning recipe: a name or a YAML file.", "segmenter")
+    recipe: str = option("Finetuning recipe: a name or a YAML file.", DEFAULT_RECIPE)
     stack: bool = option("Start from the official MAE checkpoint.", False)
     mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
     baselines: tuple[str, ...] | None = option(
@@ -110,10 +97,6 @@ class Experiment(OptionGroup):
     )
 
     def __post_init__(self) -> None:
-        # They name folders: one spelling each.
-        methods = tuple(method.replace("-", "_") for method in self.mask_method)
-        object.__setattr__(self, "mask_method", methods)
-        object.__setattr__(self, "model", self.model.replace("-", "_"))
         for name in (
             "mask_method", "coverage_ratio", "segments_from", "seed", "eval_epochs", "baselines"
         ):  # fmt: skip
@@ -152,24 +135,19 @@ class Compute(OptionGroup):
 
     title: ClassVar[str] = "Devices"
     num_gpus: int | None = option(
-        "GPUs per machine, 0 = CPU. Default: all.",
-        None,
-        at_least=0,
-        at_most=MOST_PROCESSES,
-        neutral=True,
+        "GPUs per machine, 0 = CPU. Default: all.", None, at_least=0, at_most=MOST_PROCESSES
     )
     num_processes: int | None = option(
-        "With --num-gpus 0. Default: 1.", None, at_least=1, at_most=MOST_PROCESSES, neutral=True
+        "With --num-gpus 0. Default: 1.", None, at_least=1, at_most=MOST_PROCESSES
     )
     eval_gpus: tuple[int, ...] = option(
-        "Evaluate on these, such as 6,7, beside pretraining on the others.", (),
-        at_least=0, neutral=True,
-    )  # fmt: skip
+        "Evaluate on these, such as 6,7, beside pretraining on the others.", (), at_least=0
+    )
     gpus_per_eval: int = option(
         "GPUs of one finetuning or probe; several run side by side.", 1,
-        at_least=1, at_most=MOST_PROCESSES, neutral=True,
+        at_least=1, at_most=MOST_PROCESSES,
     )  # fmt: skip
-    overlap: bool = option("Evaluate beside pretraining on the CPU too.", False, neutral=True)
+    overlap: bool = option("Evaluate beside pretraining on the CPU too.", False)
 
     def resolved(self, cluster: Cluster, gpus_here: int) -> Compute:
         """With every number filled in; the GPUs of a machine that submits jobs do not count."""
@@ -234,21 +212,19 @@ class Cluster(OptionGroup):
     """How steps reach a Slurm cluster."""
 
     title: ClassVar[str] = "Slurm"
-    launcher: Literal["local", "slurm"] = option("Where steps run.", "local", neutral=True)
-    nodes: int = option(
-        "Machines of a pretraining.", 1, at_least=1, at_most=MOST_PROCESSES, neutral=True
-    )
+    launcher: Literal["local", "slurm"] = option("Where steps run.", "local")
+    nodes: int = option("Machines of a pretraining.", 1, at_least=1, at_most=MOST_PROCESSES)
     gpus_per_node: int | None = option(
-        "0 = CPU. Default: --num-gpus.", None, at_least=0, at_most=MOST_PROCESSES, neutral=True
+        "0 = CPU. Default: --num-gpus.", None, at_least=0, at_most=MOST_PROCESSES
     )
-    partition: str | None = option("Where jobs are queued.", None, neutral=True)
+    partition: str | None = option("Where jobs are queued.", None)
     time: str | None = option(
         "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.",
-        None, neutral=True,
+        None
     )  # fmt: skip
-    qos: str | None = option("Quality of service.", None, neutral=True)
-    sbatch: Mapping[str, Any] = option("A further sbatch parameter.", {}, neutral=True)
-    wait: bool = option("Follow the jobs to their end.", False, neutral=True)
+    qos: str | None = option("Quality of service.", None)
+    sbatch: Mapping[str, Any] = option("A further sbatch parameter.", {})
+    wait: bool = option("Follow the jobs to their end.", False)
 
     def __post_init__(self) -> None:
         _ = self.minutes
@@ -283,16 +259,9 @@ class Parts(OptionGroup):
     pretrain: Mapping[str, Any] = option("An option of python -m mae pretrain.", {})
     finetune: Mapping[str, Any] = option("An option of python -m segmenter train.", {})
     probe: Mapping[str, Any] = option("An option of python -m segmenter probe.", {})
-    log_with: tuple[str, ...] | None = option(
-        "Trackers of both: tensorboard, wandb, ...; or none. Default: the parts'.", None,
-        neutral=True,
-    )  # fmt: skip
-    plugin: Path | None = option(
-        "Python file with masking methods or models of your own.", None, neutral=True
-    )
-    keep_going: bool = option(
-        "After a failed step, go on with those that do not need it.", True, neutral=True
-    )
+    log_with: tuple[str, ...] | None = option_of(TrainingConfig, "log_with", None)
+    plugin: Path | None = option_of(PluginConfig, "plugin", None)
+    keep_going: bool = option("After a failed step, go on with those that do not need it.", True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pipeline.plan.layout import BASELINES, Layout, Run
-from pipeline.plan.parts import ask_facts
+from pipeline.plan.layout import BASELINES, Layout, RunId
 from pipeline.plan.records import made_alike, read_all_records
 from pipeline.report.charts import COLORS
 from pipeline.report.results import (
@@ -114,7 +113,7 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
 
     Directories whose settings differ have lines of their own, which bear the directory's name.
     """
-    apart = len(all_paths) > 1 and not made_alike(all_paths, ask_facts())
+    apart = len(all_paths) > 1 and not made_alike(all_paths)
     lines: dict[str, Line] = {}
 
     def line_of(paths: Layout, method: str, ratio: float | None, segments_from: str) -> Line:
@@ -130,7 +129,7 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name
-                run = Run.parse(folder.name)
+                run = RunId.parse(folder.name)
                 ratio = coverage_of(folder.name, records)
                 line_of(paths, run.method, ratio, run.segments_from).pretrainings.append(folder)
     rank = method_rank(all_paths)

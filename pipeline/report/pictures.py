@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.step_files import PREDICTIONS, epochs_of
-from pipeline.plan.layout import Layout, Run, parse_eval_name
+from pipeline.plan.layout import Layout, RunId, parse_eval_name
 from pipeline.report.results import method_rank
 
 _WIDTH = 1000  # pixels at most
@@ -30,7 +30,7 @@ def picture_sections(all_paths: Sequence[Layout]) -> list[dict[str, Any]]:
         for paths in all_paths:
             suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
             for run, epochs, image in sorted(
-                find(paths), key=lambda found: (rank(Run.parse(found[0]).method), found)
+                find(paths), key=lambda found: (rank(RunId.parse(found[0]).method), found)
             ):
                 source, label = _data_uri(image), f"{run}{suffix}"
                 alt = f"{title} of {label} {_epochs_text(epochs)}"
@@ -47,7 +47,7 @@ def _reconstructions(paths: Layout) -> Iterator[tuple[str, int, Path]]:
     for image in paths.pretrain_output.glob("*/*.png"):
         run, epochs = image.parent.name, epochs_of(image)
         with contextlib.suppress(ValueError):
-            if epochs is not None and Run.parse(run):
+            if epochs is not None and RunId.parse(run):
                 yield run, epochs, image
 
 

@@ -18,7 +18,7 @@ from common.parsed import ProbeResult, Result, parsed, read_json, read_log
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
 from common.terminal import aligned
 from common.yamlfile import read_yaml
-from pipeline.plan.layout import BASELINES, OWN, Layout, Run, parse_eval_name, ratio_text
+from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name, ratio_text
 from pipeline.plan.records import Record, read_all_records
 from pipeline.report.statistics import draw_images
 
@@ -143,14 +143,13 @@ def _read(paths: Layout, parent: Path, shape: type) -> list[Evaluation]:
         # Of several finetunings of a checkpoint, the first bears its pretraining.
         names = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{run}_{epochs}"])]
         seconds = [records[name].seconds for name in names if name in records]
-        eval_seed = result.get("seed", Run.parse(run).seed + number)
+        eval_seed = result.get("seed", RunId.parse(run).seed + number)
         if shape is ProbeResult:  # its own seed may be the same for all
-            pretraining = records.get(f"pretrain_{run}_{epochs}")
-            eval_seed = (pretraining.pretraining if pretraining else Run.parse(run)).seed
+            eval_seed = RunId.parse(run).seed
         common: dict[str, Any] = {
-            "folder": folder, "method": Run.parse(run).method,
+            "folder": folder, "method": RunId.parse(run).method,
             "coverage_ratio": coverage_of(run, records.values()),
-            "segments_from": Run.parse(run).segments_from,
+            "segments_from": RunId.parse(run).segments_from,
             "seed": eval_seed - number, "eval_seed": eval_seed, "epochs": epochs,
             "minutes": sum(seconds) / 60 if seconds else float(result.get("minutes") or 0),
             "device_hours": _device_hours(run, epochs, records),
@@ -192,7 +191,7 @@ def coverage_of(run: str, records: Iterable[Record]) -> float | None:
         if record.kind == "pretrain" and record.run == run:
             ratio = record.fingerprint.get("coverage_ratio")
             return None if ratio is None else float(ratio)
-    return Run.parse(run).coverage_ratio if "-cov" in run else None
+    return RunId.parse(run).coverage_ratio if "-cov" in run else None
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -14,7 +16,8 @@ from pipeline.launch import doctor
 from pipeline.launch.doctor import Finding, examine, findings_text
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import GROUPS, Compute, Parts, Settings
-from tests.pipeline.programs import FACTS, fake_program, plan_of, run_benchmark
+from pipeline.plan.steps import make_plan
+from tests.pipeline.programs import fake_program, run_benchmark
 
 LOCKED = {
     "torch": "2.14.1+cu130", "cuda": "13.0", "lacks_to_compile": "", "error": "no GPU", "gpus": [],
@@ -48,11 +51,11 @@ def test_flags_of_a_run_that_would_be_refused_are_found(tmp_path: Any) -> None:
 
 
 def test_segments_that_the_plan_will_make_are_named(
-    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, data: Path
 ) -> None:
+    shutil.rmtree(data / "in1k/masks")
     chosen = settings("--make-segments felzenszwalb --segment-shards 2 --pretrain-epochs 1")
-    facts = replace(FACTS, making=tmp_path / "x.sqlite", generators={"felzenszwalb": []})
-    steps = with_segments(plan_of(chosen), chosen, facts)
+    steps = with_segments(make_plan(chosen), chosen)
     monkeypatch.setattr(doctor, "checked_plan", lambda settings: steps)
     groups = {name: getattr(chosen, name) for name in GROUPS}
     found = {finding.subject: finding.text for finding in examine(lambda: chosen, groups)}
@@ -92,7 +95,7 @@ def on_gpus(
     fake_program(tmp_path / "bin", "nvidia-smi", f"echo '{card}'")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(doctor, "ask", lambda commands: [LOCKED | torch])
+    monkeypatch.setattr(doctor, "ask", lambda commands: [json.dumps(LOCKED | torch)])
     given = {name: group() for name, group in GROUPS.items()}
     return {f.subject: f for f in examine(lambda: pytest.fail("no run was asked for"), given)}
 

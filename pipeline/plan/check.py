@@ -1,0 +1,238 @@
+"""Before any work: make the plan and judge all of it, so that nothing stops it later.
+
+Read `checked_plan`. The parts' own checks run in this process, which never loads torch: a dataset
+is listed once, however many steps look at it. Only what takes torch to look into, a checkpoint that
+exists, is asked of the part, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mae.check
+import segmenter.check
+from common.console import say
+from common.files import NOTHING_WRITTEN, check_output_folder, check_replaceable
+from common.step_files import find_resumable, round_checkpoints
+from mae.config import MethodConfig, PretrainConfig
+from pipeline.plan.layout import Layout, is_report, is_results_csv
+from pipeline.plan.machine import REPO_ROOT, visible_gpus
+from pipeline.plan.records import differences, epochs_reached, is_done
+from pipeline.plan.segments import MAKING, reads_segments, with_segments, with_store
+from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Arguments, Facts, Step, make_plan, nodes_of
+from segmenter.config import RANDOM, TrainConfig
+
+
+def checked_plan(settings: Settings) -> list[Step]:
+    """The plan, with what its check found; ValueError for whatever would stop it later.
+
+    Tells what a user may not expect. Writes nothing but sample data, where they are missing.
+    """
+    paths, steps = Layout(settings.data.output_dir), make_plan(settings)
+    check_output_folder(paths.root)
+    check_own_files(paths)
+    if settings.data.missing_sample:
+        from pipeline.plan.sample import write_sample  # numpy, pycocotools
+
+        say(f"Generating the sample data in {settings.data.missing_sample}")
+        write_sample(settings.data.missing_sample)
+        steps = make_plan(settings)  # by what lies there now
+    _check_same_settings(steps, paths)
+    done = {step.name for step in steps if is_done(step, paths)}
+    steps = with_segments(steps, settings, done)
+    waiting = [step for step in steps if step.name not in done and not is_done(step, paths)]
+    wanted, there = settings.compute.num_gpus or 0, visible_gpus()
+    if waiting and settings.cluster.launcher == "local" and wanted > len(there):
+        raise ValueError(
+            f"--num-gpus {wanted}: there are {len(there)} here, by CUDA_VISIBLE_DEVICES or else "
+            "nvidia-smi; set the former if that is wrong"
+        )
+    made = {output for step in steps for output in step.outputs}
+    for step in waiting:
+        _check_possible(step, made)
+    facts = _check_by_parts(waiting, settings)
+    for note in settings.notes():
+        say(f"Note: {note}", err=True)
+    return [replace(step, facts=facts.get(step.name)) for step in steps]
+
+
+def check_own_files(paths: Layout) -> None:
+    """Raise ValueError if a file that the run will write is there already, and of something else.
+
+    The output directory is the current one by default.
+    """
+    for path, is_own in (
+        (paths.run_yml, lambda head: head.startswith((b"settings:", b"command:"))),
+        (paths.results_csv, is_results_csv),
+        (paths.report_html, is_report),
+    ):
+        check_replaceable(path, "--output-dir", is_own=is_own)
+    if paths.bookkeeping.exists() and not paths.bookkeeping.is_dir():
+        raise ValueError(f"--output-dir: {paths.bookkeeping} is no folder; {NOTHING_WRITTEN}")
+
+
+def _check_same_settings(steps: list[Step], paths: Layout) -> None:
+    """Everything in an output directory is made alike."""
+    changed, remedy = differences(steps, paths), "Use these or another --output-dir"
+    if not changed:
+        return
+    if not differences([step for step in steps if step.lane != "evaluate"], paths):
+        remedy += f", or remove {paths.eval_output} and {paths.probe_output} to score anew"
+    raise ValueError(
+        f"{paths.root} holds a run with other settings: {'; '.join(changed[:5])}"
+        f"{' ...' if len(changed) > 5 else ''}. {remedy}"
+    )
+
+
+def _check_possible(step: Step, made: Collection[Path]) -> None:
+    """The checkpoint that it starts from is there or will be `made`.
+
+    One that was passed and is gone cannot be made again in the same directory.
+    """
+    init = init_of(step)
+    if init is not None and init not in made and not init.is_file():
+        there = ", ".join(map(str, round_checkpoints(init.parent)))
+        hint = f"; there are those after epochs {there}" if there else ""
+        raise ValueError(f"{step.name} needs the checkpoint {init}, which does not exist{hint}")
+    if step.kind != "pretrain" or step.outputs[0].exists():
+        return
+    reached = math.ceil(epochs_reached(step))  # it may be in a longer round
+    later = sorted(n for n in (*round_checkpoints(step.folder), reached) if n > step.epochs)
+    if later:
+        raise ValueError(
+            f"{step.outputs[0]} is not there and pretraining is past it (epoch {later[0]}): "
+            f"evaluate after epoch {later[0]} or later, or use another --output-dir"
+        )
+
+
+def init_of(step: Step) -> Path | None:
+    """The checkpoint that it starts from."""
+    if isinstance(step.config, Arguments):
+        return None
+    config = step.config
+    init = config.run.init if isinstance(config, PretrainConfig) else config.init
+    return None if init == RANDOM else init
+
+
+def startable(step: Step) -> Step:
+    """The step as it can be tried now: without the checkpoint that an earlier one will make."""
+    init = init_of(step)
+    if init is None or init.exists():
+        return step
+    now: Any = step.config
+    if isinstance(now, PretrainConfig):
+        now = replace(now, run=replace(now.run, init=None))
+    elif isinstance(now, TrainConfig):
+        now = replace(now, run=replace(now.run, init=RANDOM))
+    else:
+        now = replace(now, init=RANDOM)
+    return replace(step, config=now)
+
+
+def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Facts]:
+    """What each part says of its steps, by name: those of a run differ in the epoch only."""
+    checks, found = _Checks(waiting, settings), dict[Any, Facts]()
+    parts = [step for step in waiting if not isinstance(step.config, Arguments)]
+    for step in parts:
+        if (step.kind, step.run) not in found:
+            found[step.kind, step.run] = checks.check(step)
+    checks.ask()
+    return {step.name: found[step.kind, step.run] for step in parts}
+
+
+class _Checks:
+    """The parts' own checks of one call, which list each dataset once and ask about a file once."""
+
+    def __init__(self, waiting: Sequence[Step], settings: Settings) -> None:
+        self.settings = settings
+        self.makes_segments = any(step.kind in MAKING for step in waiting)
+        self.images: dict[Any, Any] = {}  # as mae.listing has them
+        self.read_task = functools.cache(segmenter.check.read_task)
+        self.questions: dict[Any, tuple[list[str], dict[str, str]]] = {}
+
+    def check(self, step: Step) -> Facts:
+        """Judges one step as it can be tried now. Raises ValueError."""
+        processes, step = step.processes * nodes_of(step, self.settings), startable(step)
+        if isinstance(step.config, PretrainConfig):
+            return self._check_pretraining(step, processes)
+        config: Any = step.config
+        task, facts = self.read_task(config.run.dataset), None
+        if isinstance(config, TrainConfig):
+            facts = segmenter.check.check_training(config, task, processes=processes)
+        else:
+            facts = segmenter.check.check_probe(config, task)
+        if segmenter.check.needs_torch(config):
+            self._ask_later(step, processes)
+        else:
+            segmenter.check.earlier_output(config, task)
+        return facts
+
+    def _check_pretraining(self, step: Step, processes: int) -> Facts:
+        waits = self.makes_segments and reads_segments(step)
+        if waits:  # what is there now is looked at, and not the store that will be made
+            step = with_store(step, self.settings.data.masks_dir)
+        config: Any = step.config
+        facts = mae.check.check_pretraining(
+            config, processes=processes, packed=not waits, known=self.images
+        )
+        if not mae.check.needs_torch(config):
+            return facts
+        if not waits:
+            self._ask_later(step, processes)
+        elif find_resumable(step.folder) is None:
+            # --init can be looked into before there are segments: by a method that needs none.
+            data = replace(config.data, use_unmasked_images=True)
+            config = replace(config, data=data, method=MethodConfig())
+            self._ask_later(replace(step, config=config), processes)
+        return facts
+
+    def _ask_later(self, step: Step, processes: int) -> None:
+        about = find_resumable(step.folder) or init_of(step) or step.folder
+        # torchrun would say how many processes share a batch.
+        question = [*step.alone, "--dry-run", "check"], {"WORLD_SIZE": str(processes)}
+        self.questions.setdefault((step.program, about), question)
+
+    def ask(self) -> None:
+        """Has the parts look into the files that are there, side by side. Raises ValueError."""
+        questions = self.questions.values()
+        ask([command for command, _ in questions], [environment for _, environment in questions])
+
+
+def ask(
+    commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]] | None = None
+) -> list[str]:
+    """What each command prints; as many beside each other as there are cores.
+
+    environments: what each gets beside this process's own. Raises ValueError with the reasons of
+    those that fail, each once.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ended = list(pool.map(_run, commands, environments or [{}] * len(commands)))
+    complaints = [_complaint(done) for done in ended if done.returncode != 0]
+    if complaints:
+        raise ValueError("\n".join(dict.fromkeys(complaints)))
+    return [done.stdout for done in ended]
+
+
+def _run(
+    command: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=REPO_ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that the part said, else the end of what it said."""
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    said = [line.partition("Error: ")[2] for line in lines if "Error: " in line]
+    return said[0] if said else "\n".join(lines[-3:]) or "it gave no reason"
