@@ -35,6 +35,7 @@ class PathArgument(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Click's hook."""
+        # Only judged by it: error messages and outputs show the path as it was written.
         absolute_path(value, str(param.human_readable_name if param else "the argument"))
         return Path(value).expanduser()
 
@@ -87,6 +88,7 @@ class OptionCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Click's hook: --help has one section for each group."""
+        # Groups of one title share a section; click's own options come last.
         sections: dict[str, list[tuple[str, str]]] = {
             title: [] for title in (*self.titles.values(), "Options")
         }
@@ -134,6 +136,7 @@ def _click_option(field: Field, no_default: str) -> click.Option:
     more: dict[str, Any] = {}
     default = None if field.default is REQUIRED else plain(field.default)
     if field.kind is bool:
+        # Both ways, since a file of --config may have it on.
         flag += f"/--no-{flag[2:]}"
         note = "default: on" if default else ""
     elif field.is_mapping:
@@ -148,6 +151,7 @@ def _click_option(field: Field, no_default: str) -> click.Option:
         metavar = f"[{'|'.join(words)}]" if words else kinds
         more = {"metavar": metavar + (",..." if field.several else "")}
     help_text = field.spec.help + (f"  [{note}]" if note else "")
+    # No default for click: what is not given must not hide what a recipe or --config says.
     return click.Option([flag, field.name], default=None, help=help_text, **more)
 
 

@@ -75,6 +75,7 @@ class Spec:
 
 def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
     """A field of an `OptionGroup`; without `default` it has to be given. more: see `Spec`."""
+    # A new option whose default keeps the older behaviour says nothing about older files.
     metadata = {"option": Spec(help=help, **{"older": default, **more})}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -125,6 +126,7 @@ def read_layer(path: Path, groups: Iterable[type[OptionGroup]]) -> Layer:
 def make_all(groups: Mapping[str, type[OptionGroup]], layers: Iterable[Layer]) -> dict[str, Any]:
     """Each group by its name, made of all layers as a command makes it. Raises ValueError."""
     layers = list(layers)
+    # Early ones first, by what was written of them alone: all others may depend on what they bring.
     for name, field in fields_of(*groups.values()).items():
         if field.spec.early is not None:
             given = [layer.judged(field) for layer in layers if layer.values.get(name) is not None]
@@ -266,8 +268,10 @@ class Field:
         if self.is_mapping:
             return _pairs(value, self.flag)
         if self.several:
-            parts = value if isinstance(value, list | tuple) else str(value).split(",")
-            return tuple(self._item(p.strip() if isinstance(p, str) else p) for p in parts)
+            # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
+            is_list = isinstance(value, list | tuple)
+            parts = value if is_list else [part.strip() for part in str(value).split(",")]
+            return tuple(self._item(part) for part in parts)
         return self._item(value)
 
     def _item(self, value: Any) -> Any:
@@ -319,7 +323,7 @@ def _plain_number(value: Any) -> Any:
 def _word(value: Any, words: Iterable[str], flag: str) -> str:
     if isinstance(value, bool):  # what YAML's readers often make of on and off
         value = "on" if value else "off"
-    for word in words:
+    for word in words:  # four-channels is four_channels
         if word.replace("-", "_") == str(value).replace("-", "_"):
             return word
     raise _refusal(flag, value, f"choose one of {', '.join(words)}")
@@ -335,6 +339,7 @@ def _pairs(value: Any, flag: str) -> dict[str, Any]:
         key, equals, given = str(text).partition("=")
         if not equals or not key.strip():
             raise _refusal(flag, text, "give KEY=VALUE")
+        # `--pretrain=--base-lr=1`, too: so it stands in the other command.
         name = key.strip().lstrip("-").replace("-", "_")
         pairs[name] = parse_value(given, f"{flag} {text}")
     return pairs
@@ -371,6 +376,7 @@ def load_plugin(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path) if path.suffix == ".py" else None
     if spec is None or spec.loader is None:
         raise ValueError(f"--plugin {path}: give a Python file")
+    # Known before it runs, as any module is: pickle finds its classes by this name.
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be for a program to read
@@ -380,17 +386,3 @@ def load_plugin(path: Path) -> None:
         del sys.modules[name]
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--plugin {path}: {type(error).__name__}: {reason}") from error
-
-
-def option_facts(groups: Iterable[type[OptionGroup]]) -> dict[str, dict[str, Any]]:
-    """By name: default, whether it is neutral or holds several values, and what an older file
-    counts as; plain values."""
-    return {
-        name: {
-            "default": None if field.default is REQUIRED else plain(field.default),
-            "neutral": field.spec.neutral,
-            "several": field.several,
-            "older": None if field.spec.older is REQUIRED else plain(field.spec.older),
-        }
-        for name, field in fields_of(*groups).items()
-    }

@@ -23,6 +23,8 @@ Count = Annotated[int, Field(ge=0)]
 LARGEST = 1e30  # of what a log holds
 LogRecord = dict[str, int | float | None]  # a line of log.txt: "epoch" from 1, numbers by name
 
+# What a shape does not name is kept: later versions add to these files, and older ones read them.
+
 
 @with_config(ConfigDict(extra="allow"))
 class Scores(TypedDict):
@@ -82,6 +84,7 @@ class StepProgress(TypedDict, total=False):
 def parsed(shape: Any, content: Any, source: str) -> Any:
     """The content as `shape` has it. Raises ValueError that begins with `source`."""
     try:
+        # Strictly: "1" is no number and 1 no switch, as a file that is damaged might have it.
         return _adapter(shape).validate_python(content, strict=True)
     except ValidationError as error:
         raise ValueError(f"{source}: {_said(error)}") from None
@@ -89,6 +92,8 @@ def parsed(shape: Any, content: Any, source: str) -> Any:
 
 def parsed_plain(shape: Any, content: Any, source: str) -> Any:
     """The same for plain values, of which `shape` may be a dataclass, too."""
+    # By way of JSON: there pydantic makes a dataclass of an object and a tuple of a list, and is
+    # strict about all else.
     try:
         text = json.dumps(content)
     except (TypeError, ValueError, RecursionError) as error:
@@ -101,7 +106,7 @@ def read_json(path: Path, shape: Any) -> Any:
 
     A missing file raises FileNotFoundError.
     """
-    if not path.exists():
+    if not path.exists():  # often no error: it is not written yet
         raise FileNotFoundError(2, "No such file or directory", str(path))
     return parsed_text(read_text(path), shape, str(path))
 
@@ -117,6 +122,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if not isinstance(record.get("epoch"), int):
             raise ValueError(f"{where}: it is of no epoch")
         for name, value in record.items():
+            # No training says this, and it would be all that a figure's axis shows.
             if value and (abs(value) > LARGEST or abs(value) < 1 / LARGEST):
                 raise ValueError(f"{where}: {name} is out of any range")
         records.append(record)
@@ -128,6 +134,7 @@ def read_json_lines(path: Path, shape: Any) -> Iterator[Any]:
 
     Raises ValueError that names file and line.
     """
+    # What stands behind the last line break is not whole, or nothing.
     *lines, _ = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
         yield parsed_text(line, shape, f"{path}:{number}")
@@ -148,11 +155,11 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 
 def _said(error: ValidationError) -> str:
     """The first problem: where, and what was expected."""
+    # One is enough: behind the first of a damaged file there are often hundreds.
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"]))
-    given = "" if first["type"] in ("missing", "json_invalid") else f", not {_given(first)}"
-    return f"{f'{shortened(where)}: ' if where else ''}{first['msg']}{given}"
-
-
-def _given(problem: Any) -> str:
-    return shortened(json.dumps(problem["input"], default=lambda value: type(value).__name__), 60)
+    text = f"{shortened(where)}: {first['msg']}" if where else first["msg"]
+    if first["type"] in ("missing", "json_invalid"):  # the input is all that stands around it
+        return text
+    given = json.dumps(first["input"], default=lambda value: type(value).__name__)
+    return f"{text}, not {shortened(given, 60)}"

@@ -61,6 +61,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_value(text: str, what: str) -> Any:
     """What a text stands for as YAML. Raises ValueError that begins with `what`."""
     try:
+        # Two steps, of nodes and of values: nodes still tell an alias from what it stands for.
         loader = _PlainLoader(text)
         node = loader.get_single_node()
         if _values_in(node, {}) > MOST_VALUES:
@@ -80,7 +81,7 @@ def _values_in(node: yaml.Node | None, known: dict[int, float]) -> float:
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = float("inf")
+        known[id(node)] = float("inf")  # while its parts are counted: it may be one of them
         parts = node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
@@ -92,6 +93,7 @@ def check_names(given: Collection[str], known: Collection[str], what: str) -> No
     """Raise ValueError for a name that is not known, with those that are spelled alike."""
     for name in given:
         if name not in known:
+            # Any word may be wrong; only one that is spelled nearly right gets a hint.
             near = difflib.get_close_matches(name, known)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"{what}: there is no {name!r}{hint}")

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from common import cards
-from engine.config import DeviceConfig, TrainingConfig
+from common.interruption import Interruption
+from common.lock import hold
+from common.step_files import LOCK
+from engine.config import DeviceConfig, OutputConfig, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,22 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
         accelerator.native_amp = True  # which it leaves out on a CPU
     prefer_attention(config.attention, accelerator)
     return accelerator
+
+
+@contextlib.contextmanager
+def working_in(config: OutputConfig) -> Iterator[tuple[Accelerator, Interruption]]:
+    """Device and processes of a call, with the output directory to themselves.
+
+    Raises ValueError if the device is not there, or another call works in the directory.
+    """
+    folder = config.output_dir
+    with Interruption() as interruption:
+        accelerator = make_accelerator(config)
+        with (
+            hold(folder / LOCK, folder) if accelerator.is_main_process else contextlib.nullcontext()
+        ):
+            accelerator.wait_for_everyone()  # from here on nobody else writes there
+            yield accelerator, interruption
 
 
 ATTENTION = {

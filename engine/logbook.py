@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from common.files import write_json, write_text
 from common.parsed import read_log
 from common.progress import Display, clock
 from common.step_files import LOG, PROGRESS
+from engine.config import TrainingConfig
 from engine.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -32,22 +33,24 @@ class Logbook:
 
     def __init__(
         self,
-        output_dir: Path,
+        config: TrainingConfig,
+        settings: Mapping[str, Any],
         *,
         epochs_completed: int,
         epochs_total: int,
         images_per_epoch: int,
-        log_with: Sequence[str],
-        settings: Mapping[str, Any],
     ) -> None:
-        self.path = output_dir / LOG
+        """settings: what trackers show of the run."""
+        self.path = config.output_dir / LOG
+        # Epochs that are in no checkpoint are trained, and logged, again.
         self.records = [r for r in read_log(self.path) if r["epoch"] <= epochs_completed]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self.trackers = Trackers(output_dir, log_with, settings)
+        self.trackers = Trackers(config.output_dir, config.log_with, settings)
         self.trackers.send(self.records)
         self.progress = Progress(
-            output_dir, epochs_total=epochs_total, images_per_epoch=images_per_epoch
+            config.output_dir, epochs_total=epochs_total, images_per_epoch=images_per_epoch
         )
+        self.progress.epoch = epochs_completed
 
     def add_epoch(self, record: dict[str, Any]) -> None:
         """Append one epoch; on disk when this returns, for the checkpoint that follows."""
@@ -66,6 +69,13 @@ class Logbook:
         """The end: done, stopped or failed."""
         self.trackers.close()
         self.progress.close(outcome)
+
+
+def send_to_trackers(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
+    """Epochs of the log that no tracker has got: a kill came after their checkpoint was saved."""
+    trackers = Trackers(config.output_dir, config.log_with, settings)
+    trackers.send(read_log(config.output_dir / LOG))
+    trackers.close()
 
 
 class Progress:

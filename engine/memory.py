@@ -40,21 +40,21 @@ def largest_micro_batch(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[int], Tensor],
+    example: Callable[[int], tuple[Tensor, ...]],
     *,
     share: int,
 ) -> int:
     """The largest divisor of a process's `share` of a step's images that the GPUs hold at once.
 
-    loss_of: training's loss of so many images by `model`, which is not compiled or wrapped yet: the
-    compiler would take each size for a reason to start anew.
+    model: gives training's loss; not compiled or wrapped yet: the compiler would take each size for
+    a reason to start anew. example: its inputs, of so many images.
     """
     device = accelerator.device
 
     def peak_of(images: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         with accelerator.autocast():
-            loss = loss_of(images)
+            loss = model(*(tensor.to(device) for tensor in example(images))).sum()
         loss.backward()
         return torch.cuda.max_memory_allocated(device)
 

@@ -1,4 +1,10 @@
-"""The step that both parts train by, and looking after it without waiting for the device.
+"""How anything here trains: build, maybe resume, then per epoch train, evaluate, log, save.
+
+A part gives a `Task`, in the file to read next: mae/pretrain.py or segmenter/finetune.py.
+
+    train(task)                           # all of it; False: a signal stopped it, after saving
+    run, state = build(task, ...)         # ready to train, nothing written
+    EpochTrainer(run).train_one_epoch(state, task.batches(run, (0, 0), epochs=1))
 
 The loss of a step is a sum over all values of its effective batch (hidden or valid pixels, times
 channels), divided by their number, so that neither accumulation nor the number of processes changes
@@ -8,95 +14,188 @@ meanwhile, and the optimizer divides them.
 
 from __future__ import annotations
 
+import logging
 import time
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.interruption import Interruption
-from common.samples import Unreadable
-from engine.checkpoint import Saver
-from engine.logbook import Progress
+from engine.checkpoint import Saver, load_optimizer, load_weights, not_finite
+from engine.devices import make_accelerator, refuse_disagreement, working_in
+from engine.late_reads import LateReads
+from engine.layers import recompute_activations
+from engine.logbook import Logbook, Progress, send_to_trackers
+from engine.memory import largest_micro_batch
+from engine.schedule import STEP, derived_seeds
+from engine.task import Earlier, Evaluation, Run, State, Task
 from engine.update import GuardedUpdate
+
+logger = logging.getLogger(__name__)
 
 PASSES_BETWEEN_LOOKS = 10  # of the host at a GPU; a CPU is looked at after every step
 
 
-class MicroBatch(NamedTuple):
-    """What goes through the model at once.
+# A call
 
-    inputs: of the prepared module, which gives sums of errors. num_values: that they are over.
-    counts: what is summed over an epoch beside the loss. is_last: of its step.
+
+def train(task: Task) -> bool:
+    """Run a training, or what is left of it.
+
+    Returns True when nothing is left, False if a signal stopped it, after saving. Raises ValueError
+    for what the user can fix, and RuntimeError when the run fails (a loss that is not finite, too
+    many unreadable images).
     """
-
-    inputs: tuple[Tensor, ...]
-    num_values: float
-    counts: tuple[float, ...]
-    is_last: bool
-
-
-class TrainingState(Protocol):
-    """Where a run stands. seconds, waited_seconds: of this epoch, and of that waiting for data."""
-
-    epochs_completed: int
-    steps_completed: int
-    seconds: float
-    waited_seconds: float
-
-    @property
-    def unreadable_images(self) -> float:
-        """Of this epoch."""
-
-    def add(self, sums: list[float]) -> None:
-        """Add the loss and the counts of some steps to those of the epoch."""
+    with working_in(task.run) as (accelerator, interruption):
+        # Only now: whoever held the folder before may have saved a moment ago.
+        earlier = task.find_earlier()
+        refuse_disagreement(accelerator, *earlier.position)
+        if earlier.is_complete:
+            logger.info("nothing to do: %s is there", earlier.path)
+            if accelerator.is_main_process:  # a kill may have come before the trackers got all
+                send_to_trackers(task.run, task.settings)
+            return True
+        run, state = build(task, accelerator, interruption, earlier)
+        run.describe(state)
+        return fit(run, state)
 
 
-@dataclass(kw_only=True)
-class TrainingRun(ABC):
-    """What a training consists of, whatever it trains.
+def build(
+    task: Task,
+    accelerator: Accelerator,
+    interruption: Interruption,
+    earlier: Earlier | None = None,
+) -> tuple[Run, State]:
+    """Everything as the checkpoint has it, or anew. Writes nothing. Raises ValueError."""
+    checkpoint, path = (earlier.checkpoint, earlier.path) if earlier else ({}, None)
+    torch.manual_seed(task.seed)
+    model, loss, optimizer = task.build(accelerator, checkpoint)
+    scales_loss = accelerator.mixed_precision == "fp16"
+    update = GuardedUpdate(optimizer, task.clip_grad, scales_loss=scales_loss)
+    state = State.fresh(task)
+    if checkpoint:
+        assert path is not None
+        load_weights(model, checkpoint["model"], path)
+        load_optimizer(optimizer, checkpoint["optimizer"], path)
+        update.continue_from(checkpoint, path)
+        state.epochs_completed = checkpoint["epochs_completed"]
+        state.steps_completed = checkpoint["steps_completed"]
+        task.take_up(state, checkpoint)
+    if task.run.activation_checkpointing:
+        recompute_activations(model)
+    plan = task.plan(accelerator.num_processes)
+    if task.auto_batch and accelerator.device.type == "cuda":
+        # Measured before the model is compiled, which would take each size for a new shape.
+        share = plan.effective_batch_size // plan.processes
+        size = largest_micro_batch(accelerator, loss, optimizer, task.example, share=share)
+        plan = replace(plan, micro_batch_size=size)
+    run = Run(
+        task=task, accelerator=accelerator, interruption=interruption, plan=plan, model=model,
+        prepared=accelerator.prepare_model(loss), update=update,
+    )  # fmt: skip
+    return run, state
 
-    prepared: the model, wrapped for training; its forward pass gives sums of errors.
-    """
 
-    remedy: ClassVar[str]
-    """What may help when it diverges."""
-    accelerator: Accelerator
-    interruption: Interruption
-    plan: Any  # the part's own: steps_per_epoch, effective_batch_size, ...
-    prepared: nn.Module
-    update: GuardedUpdate
-    unreadable: Unreadable = field(default_factory=Unreadable)
+def fit(run: Run, state: State) -> bool:
+    """Train what is left of the epochs. Returns False if stopped by a signal."""
+    task, outcome, stopped = run.task, "failed", False
+    logbook = None  # the first process keeps it
+    if run.accelerator.is_main_process:
+        logbook = Logbook(
+            task.run, task.settings, epochs_completed=state.epochs_completed,
+            epochs_total=task.epochs, images_per_epoch=run.plan.images_per_epoch,
+        )  # fmt: skip
+    batches = task.batches(run, (state.epochs_completed, state.steps_completed), task.epochs)
+    with Saver(task.run.save_every_minutes) as saver:
+        save = partial(_save, run, state, saver)
+        trainer = EpochTrainer(run, logbook.progress if logbook else None, saver, save)
+        try:
+            while state.epochs_completed < task.epochs and not stopped:
+                stopped = trainer.train_one_epoch(state, batches)
+                if state.steps_completed == run.plan.steps_per_epoch:
+                    # A stop that came with the last step need not leave the rest to another call.
+                    stopped = not _finish_epoch(run, state, logbook, saver) or stopped
+            is_done = state.epochs_completed == task.epochs
+            if not is_done:
+                save()
+            saver.settle(wait=True)  # what comes now relies on the checkpoint's being there
+            if is_done and logbook is not None:
+                task.after_round(run, state)
+            outcome = "done" if is_done else "stopped"
+        finally:
+            if logbook is not None:
+                logbook.close(outcome)
+    if outcome == "stopped":
+        logger.warning("stopped by a signal; run the same command again to continue")
+    run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
+    run.accelerator.end_training()
+    return outcome == "done"
 
-    @property
-    @abstractmethod
-    def num_images(self) -> int:
-        """Of the training set."""
 
-    @property
-    @abstractmethod
-    def passes_per_step(self) -> int:
-        """Micro-batches of a step, on the process that has most."""
+def _finish_epoch(run: Run, state: State, logbook: Logbook | None, saver: Saver) -> bool:
+    """Evaluate if it is time to, log and save. Returns False if told to stop while evaluating."""
+    task, number = run.task, state.epochs_completed + 1
+    damage = not_finite(run.model.state_dict())  # found by all processes
+    if damage:
+        raise RuntimeError(f"{damage} is not finite after epoch {number}; {task.remedy}")
+    evaluation = Evaluation({})
+    if task.is_evaluated(number):
+        if task.saves_before_evaluating:
+            _save(run, state, saver)
+        began = time.monotonic()
+        found = task.evaluate(run, state, logbook.progress if logbook else None)
+        state.total_seconds += time.monotonic() - began
+        if found is None:
+            return False
+        evaluation = found
+    record = {"epoch": number, **task.record(run, state, evaluation.scores)}
+    state.total_seconds += state.seconds
+    state.begin_epoch(number)
+    if logbook is not None:
+        # A kill loses nothing in this order: on resume the log is cut back to the checkpoint.
+        logbook.add_epoch(record)
+        names = task.checkpoint_names(number, is_best=evaluation.is_best)
+        _save(run, state, saver, names, afterwards=partial(logbook.saved, number))
+    return True
 
-    @property
-    @abstractmethod
-    def values_per_pass(self) -> int:
-        """About how many values a micro-batch has: errors are divided by it for fp16's sake."""
 
-    @abstractmethod
-    def micro_batches(self, state: Any, batches: Iterator[Any]) -> Iterator[MicroBatch]:
-        """Those of the step that comes next, on this process."""
+def _save(
+    run: Run,
+    state: State,
+    saver: Saver,
+    names: Sequence[str] = (),
+    *,
+    afterwards: Callable[[], None] | None = None,
+) -> None:
+    """The first process saves where the run stands; by default under the rolling name only."""
+    if not run.accelerator.is_main_process:
+        return
+    task, folder = run.task, run.task.run.output_dir
+    content = {
+        **run.update.for_checkpoint(),
+        "model": run.model.state_dict(),
+        "optimizer": run.update.optimizer.state_dict(),
+        "epochs_completed": state.epochs_completed,
+        "steps_completed": state.steps_completed,
+        "config": task.settings,
+        **task.extra_state(run, state),
+    }
+    # A name of its own comes before the rolling one, so that whatever continues from that can
+    # rely on the other being there.
+    *own, rolling = names or task.checkpoint_names(state.epochs_completed, is_best=False)[-1:]
+    path, also = (folder / own[0], folder / rolling) if own else (folder / rolling, None)
+    saver.save(content, path, also=also, afterwards=afterwards)
 
-    @abstractmethod
-    def learning_rate(self, state: Any) -> float:
-        """The rate of the step that comes next."""
+
+# An epoch, and a step
 
 
 class EpochTrainer:
@@ -104,7 +203,7 @@ class EpochTrainer:
 
     def __init__(
         self,
-        run: TrainingRun,
+        run: Run,
         progress: Progress | None = None,
         saver: Saver | None = None,
         save: Callable[[], None] = lambda: None,
@@ -117,28 +216,28 @@ class EpochTrainer:
         self.on_gpu = self.device.type == "cuda"
         # Few enough that a signal does not wait longer than saving in time allows.
         self.steps_between_looks = (
-            max(1, PASSES_BETWEEN_LOOKS // run.passes_per_step) if self.on_gpu else 1
+            max(1, PASSES_BETWEEN_LOOKS // run.plan.accumulation_steps) if self.on_gpu else 1
         )
         self.sums: Tensor | None = None  # loss and counts since the last look
-        self.wishes = torch.zeros(2, dtype=torch.float64, device=self.device)  # to stop, to save
+        self.requests = torch.zeros(2, dtype=torch.float64, device=self.device)  # to stop, to save
         self.first_bad_step = torch.full((), -1, device=self.device)  # by this process's own loss
-        self.reads: deque[_Read] = deque()
+        self.reads = LateReads(is_late=self.on_gpu)
         self.has_stepped = False
 
-    def train_one_epoch(self, state: TrainingState, batches: Iterator[Any]) -> bool:
+    def train_one_epoch(self, state: State, batches: Iterator[Any]) -> bool:
         """Train to the end of the state's epoch, or until a signal. Returns True if stopped.
 
         batches: this process's loader, standing where the state stands. Raises RuntimeError if a
         loss is not finite or too many images are unreadable; the weights are then those before.
         """
-        plan = self.run.plan
-        self.run.prepared.train()
-        while state.steps_completed < plan.steps_per_epoch:
+        run, steps = self.run, self.run.plan.steps_per_epoch
+        run.prepared.train()
+        while state.steps_completed < steps:
             began = time.monotonic()
             with self._compiling():
-                self._step(state, batches)
+                self.step(state, batches)
             state.steps_completed += 1
-            at_end = state.steps_completed == plan.steps_per_epoch
+            at_end = state.steps_completed == steps
             looks = at_end or state.steps_completed % self.steps_between_looks == 0
             stop, save = self._look(state, exactly=at_end) if looks else (False, False)
             seconds = time.monotonic() - began
@@ -148,8 +247,8 @@ class EpochTrainer:
             if looks and self.saver is not None:
                 self.saver.settle(wait=False)
             if self.progress is not None:
-                done = state.epochs_completed + state.steps_completed / plan.steps_per_epoch
-                self.progress.advance(done, plan.effective_batch_size, seconds)
+                images = run.plan.effective_batch_size
+                self.progress.advance(run.epochs_done(state), images, seconds)
             if stop:
                 return True
         return False
@@ -161,36 +260,40 @@ class EpochTrainer:
         self.has_stepped = True
         return self.run.interruption.shielding_children() if shielding else nullcontext()
 
-    def _step(self, state: TrainingState, batches: Iterator[Any]) -> None:
+    def step(self, state: State, batches: Iterator[Any]) -> None:
         """One optimizer step. Each micro-batch is computed while the next is still being loaded."""
-        run, accelerator = self.run, self.run.accelerator
-        micro_batches = run.micro_batches(state, batches)
+        run, task, accelerator = self.run, self.run.task, self.run.accelerator
+        rank, steps = accelerator.process_index, run.plan.steps_per_epoch
+        number = state.epochs_completed * steps + state.steps_completed
+        torch.manual_seed(derived_seeds(task.seed, STEP, number, rank)[0])  # dropout, drop path
         unit = run.update.scale / run.values_per_pass
         errors = torch.zeros((), dtype=torch.float64, device=self.device)
         counted: list[tuple[float, ...]] = []
-        is_last = False
-        while not is_last:
+        for left in reversed(range(run.plan.passes(rank))):
             began = time.monotonic()
-            inputs, num_values, counts, is_last = next(micro_batches)
+            micro = task.micro_batch(next(batches))
             state.waited_seconds += time.monotonic() - began
-            counted.append((num_values, *counts))
-            with nullcontext() if is_last else accelerator.no_sync(run.prepared):
-                on_device = (tensor.to(self.device, non_blocking=True) for tensor in inputs)
+            run.unreadable.note(micro.unreadable)
+            counted.append((micro.num_values, *micro.counts, len(micro.unreadable)))
+            # Gradients are exchanged with the last pass only.
+            with accelerator.no_sync(run.prepared) if left else nullcontext():
+                on_device = (tensor.to(self.device, non_blocking=True) for tensor in micro.inputs)
                 part = run.prepared(*on_device).sum()
                 (part * unit).backward()
             errors += part.detach()
         of_all = [sum(column) for column in zip(*counted, strict=True)]
         is_due = accelerator.is_main_process and self.saver is not None and self.saver.is_due
-        wishes = float(run.interruption.requested), float(is_due)
-        own = self._on_device([*wishes, *of_all])
+        own = self._on_device([float(run.interruption.requested), float(is_due), *of_all])
+        # The one exchange of numbers: requests of any process, sums of all.
         total = accelerator.reduce(torch.cat([errors.reshape(1), own]), reduction="sum")
-        self.wishes, num_values = total[1:3], total[3].clamp(min=1)  # no values: loss 0
+        self.requests, num_values = total[1:3], total[3].clamp(min=1)  # no values: loss 0
         loss = total[0] / num_values
         bad_here = ~torch.isfinite(errors) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad_here, state.steps_completed)
         # DDP gives the mean of the processes' gradients.
         divisor = num_values / (run.values_per_pass * accelerator.num_processes)
-        run.update.step(loss, divisor, run.learning_rate(state))
+        progress = run.epochs_done(state) / task.total_epochs
+        run.update.step(loss, divisor, task.learning_rate(progress))
         sums = torch.cat([loss.reshape(1), total[4:]])
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -199,55 +302,85 @@ class EpochTrainer:
         on_host = torch.tensor(values, dtype=torch.float64, pin_memory=self.on_gpu)
         return on_host.to(self.device, non_blocking=True)
 
-    def _look(self, state: TrainingState, *, exactly: bool) -> tuple[bool, bool]:
+    def _look(self, state: State, *, exactly: bool) -> tuple[bool, bool]:
         """Read what has happened. Returns whether to stop, and whether to save: all agree on it.
 
-        On a GPU it is what had happened at the look before, which need not be waited for, unless
-        the state has to be exact: to be saved, or at the end of an epoch.
+        exactly: what happened in this step, too, for which a GPU has to be waited for; so it is
+        where the state is going to be saved.
         """
         assert self.sums is not None
         failed = self.run.update.failed.double().reshape(1)
-        self.reads.append(_Read(torch.cat([failed, self.wishes, self.sums])))
-        self.sums, stop, save = None, False, False
-        while self.reads and (len(self.reads) > 1 or exactly or stop or save or not self.on_gpu):
-            failed_steps, told_to_stop, save_is_due, *sums = self.reads.popleft().values()
-            if failed_steps:
+        self.reads.push(torch.cat([failed, self.requests, self.sums]))
+        self.sums = None
+        stop, save = self._read(state, everything=exactly)
+        if stop or save:
+            last = self._read(state, everything=True)
+            stop, save = stop or last[0], save or last[1]
+        self.run.unreadable.check(state.sums["unreadable_images"], self.run.plan.num_images)
+        return stop, save
+
+    def _read(self, state: State, *, everything: bool) -> tuple[bool, bool]:
+        stop = save = False
+        for failed, told_to_stop, save_is_due, *sums in self.reads.pop(everything=everything):
+            if failed:
                 self._raise_not_finite(state)
             stop, save = stop or told_to_stop > 0, save or save_is_due > 0
             state.add(sums)
-        self.run.unreadable.check(state.unreadable_images, self.run.num_images)
         return stop, save
 
-    def _raise_not_finite(self, state: TrainingState) -> None:
+    def _raise_not_finite(self, state: State) -> None:
         """Name epoch, step and process. All processes come here at the same step."""
         steps = self.run.accelerator.gather(self.first_bad_step.reshape(1)).tolist()
-        where = [
-            f"process {rank}, step {step + 1:.0f}" for rank, step in enumerate(steps) if step >= 0
-        ]
-        what = (
-            f"the loss is not finite on {', '.join(where)}" if where else "a gradient is not finite"
-        )
+        where = [f"process {n}, step {step + 1:.0f}" for n, step in enumerate(steps) if step >= 0]
+        named = f"the loss is not finite on {', '.join(where)}"
         raise RuntimeError(
-            f"{what} of {self.run.plan.steps_per_epoch} in epoch {state.epochs_completed + 1}; "
-            f"{self.run.remedy}"
+            f"{named if where else 'a gradient is not finite'} of {self.run.plan.steps_per_epoch} "
+            f"in epoch {state.epochs_completed + 1}; {self.run.task.remedy}"
         )
 
 
-class _Read:
-    """Values [N] of a device on their way to the host."""
+# How long it takes
 
-    def __init__(self, values: Tensor) -> None:
-        self.event = None
-        self.on_host = values
-        if values.device.type == "cuda":
-            self.on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.on_host.copy_(values, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
 
-    def values(self) -> list[float]:
-        """Wait for them, if they are not there yet."""
-        if self.event is not None:
-            self.event.synchronize()
-        found: list[float] = self.on_host.tolist()
-        return found
+def time_training(task: Task, steps: int) -> dict[str, float] | None:
+    """Seconds of setting up, an epoch, an evaluation; None in all processes but the first.
+
+    Begins anew whatever lies in the output directory, and writes nothing. The first `steps` steps
+    warm up the loader, the allocator and torch.compile; as many are timed.
+    """
+    interruption = Interruption()
+    run, state = build(task, make_accelerator(task.run), interruption)
+    whole = run.plan
+    steps = min(steps, whole.steps_per_epoch)
+    # An epoch of so many steps, twice.
+    run.plan = replace(whole, num_images=steps * whole.effective_batch_size)
+    batches, trainer = task.batches(run, (0, 0), epochs=2), EpochTrainer(run)
+    # From the start of the process: its imports are part of every step of a plan.
+    setup_seconds = time.time() - psutil.Process().create_time()
+    with interruption:
+        for _ in range(2):
+            state.begin_epoch(0)  # a schedule of one epoch has no second
+            if trainer.train_one_epoch(state, batches):
+                raise RuntimeError("stopped by a signal")
+    epoch_seconds = state.seconds * whole.steps_per_epoch / steps
+    evaluation_seconds = _evaluation_seconds(run) if task.evaluations else 0.0
+    if not run.accelerator.is_main_process:
+        return None
+    return {
+        "setup_seconds": setup_seconds,
+        "epoch_seconds": epoch_seconds,
+        "evaluation_seconds": evaluation_seconds,
+        "evaluations": task.evaluations,
+        "epochs": task.total_epochs,
+        "images_per_second": whole.images_per_epoch / epoch_seconds,
+    }
+
+
+def _evaluation_seconds(run: Run) -> float:
+    """Of all held-out images, by scoring some of them; the first few warm up."""
+    total, processes = run.task.num_heldout, run.accelerator.num_processes
+    for images in (4 * processes, 16 * processes):
+        began = time.monotonic()
+        run.task.evaluate_some(run, min(images, total))
+        seconds = time.monotonic() - began
+    return seconds * total / min(images, total)

@@ -6,6 +6,7 @@ torch to look into is judged apart, by `look_inside`.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any, Literal
 
 from common.files import check_output_folder
 from common.step_files import OF_PRETRAINING, find_resumable
+from engine.schedule import BatchPlan, named_epochs
 from engine.trackers import check_trackers
 from mae.config import PretrainConfig, make_method
-from mae.schedule import BatchPlan, learning_rate, make_batch_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +51,7 @@ def check_pretraining(
     from mae.listing import make_listing  # numpy, and what reads segments: not for --help
 
     listing = make_listing(config.data, config.method, packed=packed, known=known)
-    plan = make_batch_plan(
-        config.optimisation,
-        num_images=len(listing.train),
-        processes=processes,
-        batch_size=config.run.most_at_once,
-    )
+    plan = plan_batches(config, len(listing.train), processes)
     check_output(config)
     config.run.check_resume(find_resumable(config.run.output_dir))
     return PretrainFacts(
@@ -66,6 +62,35 @@ def check_pretraining(
         plan=plan,
         learning_rates=_learning_rates(config),
         checkpoint_bytes=config.model.checkpoint_bytes,
+    )
+
+
+def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> BatchPlan:
+    """Split the effective batch into equal parts of at most --batch-size images per process.
+
+    Raises ValueError if that cannot be, or if there are fewer images than one batch.
+    """
+    effective = config.optimisation.effective_batch_size
+    if num_images < effective:
+        raise ValueError(
+            f"--effective-batch-size {effective} is more than the {num_images} training images; "
+            f"give at most {num_images}"
+        )
+    if effective % processes:
+        raise ValueError(
+            f"--effective-batch-size {effective} cannot be split over {processes} processes; "
+            f"give a multiple of {processes}"
+        )
+    share = effective // processes
+    accumulation = math.ceil(share / config.run.most_at_once)
+    while share % accumulation:
+        accumulation += 1
+    return BatchPlan(
+        num_images=num_images,
+        effective_batch_size=effective,
+        processes=processes,
+        micro_batch_size=share // accumulation,
+        seed=config.optimisation.seed,
     )
 
 
@@ -96,19 +121,9 @@ def look_inside(config: PretrainConfig, known: dict[Any, Any] | None = None) -> 
 
 
 def _learning_rates(config: PretrainConfig) -> tuple[tuple[float, float, str], ...]:
-    optimisation = config.optimisation
-    # Of two names for one epoch the later one is told.
-    names = {
-        float(config.epochs_this_round): "end of this round",
-        optimisation.epochs / 2: "middle",
-        optimisation.warmup_fraction * optimisation.epochs: "end of warm-up",
-        0.0: "start",
-        float(optimisation.epochs): "end",
-    }
-    return tuple(
-        (epoch, learning_rate(optimisation, epoch / optimisation.epochs), name)
-        for epoch, name in sorted(names.items())
-    )
+    run, end = config.optimisation, config.epochs_this_round
+    named = named_epochs(run.epochs, run.warmup_fraction, end_of_this_round=end)
+    return tuple((epoch, run.rate_at(epoch / run.epochs), name) for epoch, name in named.items())
 
 
 def _check_init(config: PretrainConfig, path: Path) -> None:

@@ -58,13 +58,13 @@ def pretrain(dry_run: str | None, **groups: Any) -> int:
         return 0
     log_to_stderr()
     if dry_run == "time":
-        from mae.timing import time_pretraining
+        from mae.pretrain import time_pretraining
 
         seconds = time_pretraining(config, TIMED_STEPS)
         if seconds is not None:  # it is the first process
             say(json.dumps(seconds))
         return 0
-    from mae.train import pretrain as train
+    from mae.pretrain import pretrain as train
 
     return 0 if train(config) else EXIT_STOPPED
 

@@ -23,6 +23,7 @@ from common.options import (
     option,
 )
 from engine.config import TrainingConfig
+from engine.schedule import half_cosine, learning_rate
 from engine.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
 
@@ -165,6 +166,13 @@ class OptimisationConfig(OptionGroup):
     def learning_rate(self) -> float:
         """The peak rate: base_lr x effective batch / 256 (Goyal et al. 2017)."""
         return self.base_lr * self.effective_batch_size / 256
+
+    def rate_at(self, progress: float) -> float:
+        """The rate at a share of the whole run, 0 to 1."""
+        return learning_rate(
+            progress, peak=self.learning_rate, least=self.min_lr,
+            warmup_fraction=self.warmup_fraction, fall=half_cosine,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.samples import next_usable
+from engine.schedule import FIXED, SAMPLE, sample_rng
 from mae.controls import SegmentSource
 from mae.decode import read_crop
 from mae.masking import MaskingMethod
-from mae.schedule import FIXED_STREAM, SAMPLE_STREAM, sample_rng
 from mae.transforms import Crop, centre_crop, random_crop
 from segments.store import segment_key
 
@@ -84,7 +84,7 @@ class MaskedImages(Dataset[Sample]):
         return dataclasses.replace(sample, unreadable=skipped)
 
     def _sample(self, epoch: int, index: int) -> Sample:
-        rng = sample_rng(self.seed, SAMPLE_STREAM, epoch, index)
+        rng = sample_rng(self.seed, SAMPLE, epoch, index)
         try:
             return self.load(index, partial(random_crop, rng), rng)
         except ValueError as error:
@@ -120,7 +120,7 @@ class FixedImages(Dataset[Sample]):
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
             try:
-                rng = sample_rng(self.images.seed, FIXED_STREAM, 0, candidate)
+                rng = sample_rng(self.images.seed, FIXED, 0, candidate)
                 return self.images.load(candidate, centre_crop, rng)
             except ValueError as error:
                 logger.warning("skipped %s: %s", self.images.relative_path(candidate), error)

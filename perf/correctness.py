@@ -24,10 +24,9 @@ from engine.devices import make_accelerator
 from engine.gpus import examine
 from mae.config import PretrainConfig
 from mae.masking import METHODS
-from mae.train import pretrain
+from mae.pretrain import pretrain
 from perf.campaign import Bench, Row, Table
 from perf.rehearsal import Rehearsal, afresh, build, rehearse
-from segmenter.build import Run as FinetuningRun
 from segmenter.check import read_task
 from segmenter.config import ProbeConfig, TrainConfig
 from segmenter.evaluate import evaluate_model
@@ -212,14 +211,13 @@ def _finetuning(bench: Bench) -> dict[str, Any]:
     """20 steps, then the same weights scored here and in fp32 on a CPU."""
     config = bench.config(TrainConfig, model=MODEL, batch_size=bench.size(8))
     run = build(config)
-    assert isinstance(run, FinetuningRun)
     found = rehearse(run, epochs=EPOCHS, steps=bench.size(STEPS, 1))
-    here = evaluate_model(run.accelerator, run.model, run.images, config.run)
+    here = evaluate_model(run.accelerator, run.model, run.task.images, config.run)
     afresh()
     on_cpu = make_accelerator(DeviceConfig(device="cpu"))
     scoring = replace(config.run, device="cpu")
-    there = evaluate_model(on_cpu, run.model.cpu(), run.images, scoring)
-    scores = [_mean_iou(areas, run.classes.names) for areas in (here, there)]
+    there = evaluate_model(on_cpu, run.model.cpu(), run.task.images, scoring)
+    scores = [_mean_iou(areas, run.task.classes.names) for areas in (here, there)]
     return {
         "loss": found.losses[-1], "waits": _named(found.waits), **_compared(*scores),
         "passes": abs(scores[0] - scores[1]) <= MOST_POINTS and not found.waits,

@@ -14,13 +14,12 @@ from unittest import mock
 
 from torch import Tensor, nn
 
-import mae.build
-import segmenter.build
 import segmenter.inference
 from common.parsed import read_json
 from common.step_files import RESULT
 from engine.checkpoint import Saver
 from engine.devices import peak_memory_mib
+from engine.task import Run
 from mae.config import PretrainConfig
 from perf import stall
 from perf.campaign import Bench, Row, Table
@@ -109,10 +108,9 @@ def _with_loader(bench: Bench, model: str, method: str) -> dict[str, float]:
             effective_batch_size=FEW, **bench.photographs,
         )
     )  # fmt: skip
-    assert isinstance(run, mae.build.Run)
     divide(run, passes=1, images=batch)
     stretch(run, (warm_up + steps) * batch)
-    batches = run.batches(mae.build.State(), 1)
+    batches = run.task.batches(run, (0, 0), 1)
     for _ in islice(batches, warm_up):
         pass
     began = time.monotonic()
@@ -129,13 +127,11 @@ def _with_loader(bench: Bench, model: str, method: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _segmenter(bench: Bench, batch: int, **options: Any) -> segmenter.build.Run:
+def _segmenter(bench: Bench, batch: int, **options: Any) -> Run:
     """A finetuning of 150 classes, built."""
-    run = build(
+    return build(
         bench.config(TrainConfig, model="vit_large", batch_size=bench.size(batch, 1), **options)
     )
-    assert isinstance(run, segmenter.build.Run)
-    return run
 
 
 def _finetuning(bench: Bench, batch: int, name: str) -> dict[str, float]:
@@ -143,7 +139,7 @@ def _finetuning(bench: Bench, batch: int, name: str) -> dict[str, float]:
     run = _segmenter(bench, batch, **options)
     if not loss_inside:
         compiled = run.accelerator.prepare_model(run.model)
-        run.prepared = _LossOutside(compiled, run.task.description.ignore_index)
+        run.prepared = _LossOutside(compiled, run.task.dataset.description.ignore_index)
     warm_up, steps = bench.size(WARM_UP), bench.size(MEASURED)
     shown = rehearse(run, epochs=1, steps=warm_up + steps, resident=True)
     seconds = statistics.median(shown.laps[warm_up:])
@@ -170,10 +166,10 @@ def _evaluation(bench: Bench, group: int, windows: int) -> dict[str, float]:
     with mock.patch.object(segmenter.inference, "MOST_WINDOWS", windows):
         for _ in range(2):
             began = time.monotonic()
-            evaluate_model(run.accelerator, run.model, run.images, run.config.run)
+            evaluate_model(run.accelerator, run.model, run.task.images, run.task.run)
             seconds = time.monotonic() - began
     return {
-        "images/s": len(run.images) / seconds, "peak MiB": peak_memory_mib(bench.device)
+        "images/s": len(run.task.images) / seconds, "peak MiB": peak_memory_mib(bench.device)
     }  # fmt: skip
 
 

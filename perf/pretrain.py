@@ -24,7 +24,6 @@ from torch._inductor.utils import clear_caches, fresh_cache
 from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
-import mae.build
 from engine.devices import choose_precision, peak_flops
 from engine.vit import IMAGE_CHANNELS, VIT_SIZES
 from mae.config import ModelConfig, PretrainConfig, make_method
@@ -137,7 +136,7 @@ def speed(bench: Bench, *, batch: int | str, **options: Any) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "images/s": effective / seconds, "step ms": seconds * 1e3,
         "peak MiB": shown.peak_memory_mib, "first step s": shown.laps[0],
-        "images per pass": effective // run.passes_per_step,
+        "images per pass": effective // run.plan.accumulation_steps,
     }  # fmt: skip
     if peak:
         figures["MFU %"] = 100 * flops * effective / seconds / peak
@@ -235,7 +234,7 @@ def compare(config: PretrainConfig, *, rounds: int, steps: int) -> dict[str, flo
     run: Any = build(config)
     device = run.accelerator.device
     ours = steps_of(run, steps)
-    batch = next(run.batches(mae.build.State(), 1)).images.to(device)
+    batch = next(run.task.batches(run, (0, 0), 1)).images.to(device)
     theirs = make_peer(config.model, run.model.normalise(batch), run.accelerator, steps)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: list[tuple[float, ...]] = []

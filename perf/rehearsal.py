@@ -7,8 +7,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import cycle, islice, pairwise, repeat
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ import torch
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
-import mae.build
-import segmenter.build
+import engine.trainer
 from common.interruption import Interruption
 from engine.devices import make_accelerator, peak_memory_mib
+from engine.schedule import BatchPlan
+from engine.task import Run, State, Task
 from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.data import Batch as MaskedBatch
+from mae.pretrain import Pretraining
 from segmenter.check import read_task
 from segmenter.config import TrainConfig
+from segmenter.finetune import Finetuning
 
 
 def afresh() -> None:
@@ -41,16 +44,14 @@ def afresh() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-Run = mae.build.Run | segmenter.build.Run
-
-
 def build(config: PretrainConfig | TrainConfig) -> Run:
     """The run as a training of either part begins with it."""
     afresh()
     if isinstance(config, PretrainConfig):
-        return mae.build.build_run(config, Interruption())[0]
-    accelerator, task = make_accelerator(config.run), read_task(config.run.dataset)
-    return segmenter.build.build_run(config, accelerator, Interruption(), task, None)[0]
+        task: Task = Pretraining(config)
+    else:
+        task = Finetuning(config, read_task(config.run.dataset))
+    return engine.trainer.build(task, make_accelerator(config.run), Interruption())[0]
 
 
 class Laps:
@@ -98,20 +99,18 @@ class Rehearsal:
 
 def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Rehearsal:
     """Train a run that is built for more epochs, by its loader or with one batch on the device."""
-    device = run.accelerator.device
-    state_type = state_of(run)
+    device, state = run.accelerator.device, State.fresh(run.task)
     stretch(run, steps * run.plan.effective_batch_size)
-    batches = run.batches(state_type(), epochs)
+    batches = run.task.batches(run, (0, 0), epochs)
     if resident:
         batches = repeat(on_device(next(batches), device))
     laps: Any = Laps(device)
     trainer, shown, seconds, waited = EpochTrainer(run, laps), Rehearsal(), 0.0, 0.0
     for epoch in range(epochs):
-        state: Any = state_type(epochs_completed=epoch)
+        state.begin_epoch(epoch)
         with count_waits(device, shown.waits) if epoch else nullcontext():
             trainer.train_one_epoch(state, batches)
-        loss = state.sums[0].item() if isinstance(run, mae.build.Run) else state.loss_sum
-        shown.losses.append(loss / steps)
+        shown.losses.append(state.sums["loss"] / steps)
         seconds, waited = seconds + state.seconds, waited + state.waited_seconds
     shown.laps, shown.waited_share = laps.seconds(), waited / seconds
     shown.graphs = counters["stats"]["unique_graphs"]
@@ -122,33 +121,35 @@ def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Re
 
 def steps_of(run: Run, count: int) -> Callable[[], None]:
     """So many steps at each call, of an epoch of their own, on one batch on the device."""
-    state_type = state_of(run)
     stretch(run, count * run.plan.effective_batch_size)
-    batch = on_device(next(run.batches(state_type(), 1)), run.accelerator.device)
+    batch = on_device(next(run.task.batches(run, (0, 0), 1)), run.accelerator.device)
     trainer = EpochTrainer(run)
 
     def train() -> None:
-        trainer.train_one_epoch(state_type(), repeat(batch))
+        trainer.train_one_epoch(State.fresh(run.task), repeat(batch))
 
     return train
 
 
-def state_of(run: Run) -> Any:
-    """The class of the run's state."""
-    return mae.build.State if isinstance(run, mae.build.Run) else segmenter.build.State
+@dataclass(frozen=True, kw_only=True)
+class LongPlan(BatchPlan):
+    """Epochs of more images than are there, which come in turn."""
+
+    available: int
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of those that are there."""
+        return super().order(epoch) % self.available
 
 
 def stretch(run: Run, num_images: int) -> None:
-    """Let an epoch have so many images, those that are there in turn."""
-    run.plan = replace(run.plan, num_images=num_images)
-    if isinstance(run, mae.build.Run):
-        run.images = replace(run.images, paths=np.resize(run.images.paths, num_images))
-    else:
-        run.crops.pairs = list(islice(cycle(run.crops.pairs), num_images))
+    """Let an epoch have so many images."""
+    available = getattr(run.plan, "available", run.plan.num_images)
+    run.plan = LongPlan(**{**asdict(run.plan), "num_images": num_images, "available": available})
 
 
-def divide(run: mae.build.Run, *, passes: int, images: int) -> None:
-    """Give a pretraining steps of so many passes, of so many images each."""
+def divide(run: Run, *, passes: int, images: int) -> None:
+    """Give a training steps of so many passes, of so many images each."""
     run.plan = replace(run.plan, effective_batch_size=passes * images, micro_batch_size=images)
 
 

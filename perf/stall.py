@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mae.build
+from engine.task import Run, State
 from engine.trainer import PASSES_BETWEEN_LOOKS, EpochTrainer
 from engine.update import GuardedUpdate
 from mae.config import PretrainConfig
@@ -82,23 +82,22 @@ def stall(
     optimizer = torch.optim.AdamW(device.parameters(), fused=True)
     run.update = GuardedUpdate(optimizer, None, scales_loss=False)
     progress: Any = device
-    batches = run.batches(mae.build.State(), 1)
+    batches = run.task.batches(run, (0, 0), 1)
     fetched = batches if streamed else _fetched_first(batches, accumulation)
-    EpochTrainer(run, progress).train_one_epoch(mae.build.State(), fetched)
+    EpochTrainer(run, progress).train_one_epoch(State.fresh(run.task), fetched)
     return {
         "idle %": device.idle_percent, "pass ms": seconds * 1e3,
         **({"passes": device.idle_percent < MOST_PERCENT} if streamed and not bench.tiny else {}),
     }  # fmt: skip
 
 
-def _built(bench: Bench, accumulation: int) -> mae.build.Run:
+def _built(bench: Bench, accumulation: int) -> Run:
     """A pretraining on this machine's CPU, with one epoch of so many passes."""
     config = bench.config(
         PretrainConfig, mask_method="four_channels", batch_size=FEW, effective_batch_size=FEW,
         model="vit_tiny", device="cpu", **bench.photographs,
     )  # fmt: skip
     run = build(config)
-    assert isinstance(run, mae.build.Run)
     divide(run, passes=accumulation, images=MICRO_BATCH)
     stretch(run, bench.size(PASSES + WARM_UP, WARM_UP + max(ACCUMULATION)) * MICRO_BATCH)
     return run
@@ -106,7 +105,8 @@ def _built(bench: Bench, accumulation: int) -> mae.build.Run:
 
 def _seconds_per_batch(bench: Bench) -> float:
     """Of the loader alone, after those that it has fetched while it was not asked."""
-    batches = _built(bench, 1).batches(mae.build.State(), 1)
+    run = _built(bench, 1)
+    batches = run.task.batches(run, (0, 0), 1)
     for _ in islice(batches, WARM_UP):
         pass
     began = time.monotonic()

@@ -18,6 +18,7 @@ from common.made_alike import check_same
 from common.options import older_values
 from common.parsed import ProbeResult, Result, read_json
 from common.step_files import CHECKPOINT, RESULT
+from engine.schedule import BatchPlan
 from engine.trackers import check_trackers
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.classes import count_classes
@@ -30,7 +31,6 @@ from segmenter.config import (
     TrainConfig,
 )
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
-from segmenter.schedule import BatchPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +90,23 @@ def _check_start(config: TrainConfig | ProbeConfig, task: Task) -> None:
 
 
 def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
-    """How the run's batches are spread. Raises ValueError if they cannot be."""
+    """How the run's batches are split; a dataset smaller than a batch makes one step of an epoch.
+
+    Raises ValueError if a process would have nothing to do.
+    """
+    effective = min(config.optimisation.batch_size, len(task.train))
+    if effective < processes:
+        raise ValueError(
+            f"a batch of {effective} images cannot be spread over {processes} processes; raise "
+            "--batch-size or use fewer processes"
+        )
+    share = -(-effective // processes)
     return BatchPlan(
         num_images=len(task.train),
-        batch_size=config.optimisation.batch_size,
+        effective_batch_size=effective,
         processes=processes,
+        micro_batch_size=min(share, config.run.most_at_once or share),
+        seed=config.optimisation.seed,
     )
 
 
@@ -107,7 +119,7 @@ def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
             "--device-batch-size auto would let the GPU decide what --decoder upernet learns: its "
             "norms are over the images at once; give a number"
         )
-    most = min(config.run.most_at_once or plan.batch_size, plan.effective_batch_size)
+    most = plan.micro_batch_size
     if plan.processes == 1 and 1 in (most, plan.effective_batch_size % most):
         raise ValueError(
             f"a batch of {plan.effective_batch_size} in parts of {most} leaves an image alone, "

@@ -51,7 +51,7 @@ def train(dry_run: str | None, **groups: Any) -> int:
     check_training(config, task, processes=world_size())
     look_inside(config)
     if dry_run == "time":  # it begins anew, whatever is there
-        from segmenter.timing import time_finetuning
+        from segmenter.finetune import time_finetuning
 
         log_to_stderr()
         seconds = time_finetuning(config, task, TIMED_STEPS)
@@ -61,7 +61,7 @@ def train(dry_run: str | None, **groups: Any) -> int:
     found = earlier_output(config, task)
     if dry_run == "check" or (found is not None and found.name == RESULT):
         return 0
-    from segmenter.train import finetune
+    from segmenter.finetune import finetune
 
     log_to_stderr()
     return 0 if finetune(config, task) else EXIT_STOPPED

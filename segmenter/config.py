@@ -25,6 +25,7 @@ from common.options import (
 from common.step_files import OF_FINETUNING, OF_PROBES
 from common.yamlfile import plain
 from engine.config import DeviceConfig, OutputConfig, TrainingConfig
+from engine.schedule import half_cosine, learning_rate
 from engine.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -102,6 +103,21 @@ class OptimisationConfig(OptionGroup):
     def evaluations(self) -> int:
         """How often the run is scored."""
         return -(-self.epochs // self.eval_every)
+
+    def rate_at(self, progress: float) -> float:
+        """The rate at a share of the whole run, 0 to 1."""
+
+        def fall(done: float, whole: float) -> float:
+            left = 1 - done / whole
+            if self.schedule == "poly":
+                return left**self.poly_power
+            # By way of what is left, whose rounding every finetuning so far has had.
+            return half_cosine(1 - left)
+
+        return learning_rate(
+            progress, peak=self.lr, least=self.min_lr, warmup_fraction=self.warmup_fraction,
+            fall=fall,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

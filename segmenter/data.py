@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.interruption import leave_signals_to_the_main_process
 from common.samples import next_usable
+from engine.schedule import SAMPLE, derived_seeds
 from segmenter.classes import quiet_imports
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair
 from segmenter.labels import allowed_labels, read_pair
-from segmenter.schedule import SAMPLE_STREAM, BatchPlan
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize
@@ -50,13 +50,9 @@ class Batch(NamedTuple):
     valid_pixels: Tensor
     unreadable: list[str]
 
-    def parts(self, most: int) -> list[tuple[Tensor, ...]]:
-        """Images, labels, sizes and valid pixels in parts of at most `most` images."""
-        tensors = self.images, self.labels, self.sizes, self.valid_pixels
-        return list(zip(*(tensor.split(most) for tensor in tensors), strict=True))
 
-
-def _collate(crops: list[Batch]) -> Batch:
+def collate(crops: list[Batch]) -> Batch:
+    """Crops to a batch."""
     images, labels, sizes, valid_pixels, unreadable = zip(*crops, strict=True)
     return Batch(
         images=torch.stack(images),
@@ -188,38 +184,14 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """numpy's and Python's global generators, which mmcv's transforms draw from, seeded for a
     while and then put back."""
     states = np.random.get_state(), random.getstate()
-    sequence = np.random.SeedSequence([seed, SAMPLE_STREAM, epoch, index])
-    numpy_seed, python_seed = sequence.generate_state(2)
+    numpy_seed, python_seed = derived_seeds(seed, SAMPLE, epoch, index, count=2)
     np.random.seed(numpy_seed)
-    random.seed(int(python_seed))
+    random.seed(python_seed)
     try:
         yield
     finally:
         np.random.set_state(states[0])
         random.setstate(states[1])
-
-
-def training_batches(
-    crops: TrainingCrops,
-    plan: BatchPlan,
-    *,
-    rank: int,
-    start: tuple[int, int],
-    epochs: int,
-    workers: int,
-    pin_memory: bool,
-) -> Iterator[Batch]:
-    """This process's batches from (epoch, step) `start` to the end of the run."""
-    keys = [
-        [(epoch, index) for index in indices]
-        for epoch in range(start[0], epochs)
-        for indices in plan.indices(crops.seed, epoch, rank, start[1] if epoch == start[0] else 0)
-    ]
-    loader = DataLoader(
-        crops, batch_sampler=keys, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=_start_worker, collate_fn=_collate,
-    )  # fmt: skip
-    return iter(loader)
 
 
 def test_images(
@@ -228,12 +200,12 @@ def test_images(
     """The images with these indices, in this order."""
     loader: DataLoader[TestImage] = DataLoader(
         images, sampler=indices, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )  # fmt: skip
     return iter(loader)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Workers use one thread, and leave signals to the process that will stop them."""
     import cv2
 

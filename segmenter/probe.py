@@ -18,12 +18,13 @@ from common.files import write_json
 from common.interruption import Interruption
 from common.progress import Counter
 from common.step_files import PROBE_AREAS, RESULT
-from segmenter.build import begin, depends_on, start_model
-from segmenter.check import Task
+from engine.devices import working_in
+from segmenter.check import Task, earlier_output
 from segmenter.classes import read_classes
 from segmenter.config import ProbeConfig
 from segmenter.data import WholeImages
 from segmenter.evaluate import each_group, evaluate_model
+from segmenter.finetune import check_some_labels, depends_on, start_model
 from segmenter.frozen import NearestNeighbours, fit_linear, rankme
 from segmenter.model import Segmenter
 from segmenter.tokens import ClassFolders, Tokens
@@ -66,13 +67,16 @@ class _Run:
 
 
 def probe(config: ProbeConfig, task: Task) -> bool:
-    """Leave areas and, last, result.json. task: what `check_probe` made of the config.
+    """Leave areas and, last, result.json. task: what `read_task` found.
 
     Returns False if stopped by a signal. Raises ValueError for what the user can fix, and
     RuntimeError when it fails.
     """
-    with begin(config, task) as (accelerator, interruption, found):
+    check_some_labels(task)
+    with working_in(config.run) as (accelerator, interruption):
+        found = earlier_output(config, task)
         if found is not None:
+            logger.info("nothing to do: %s is there", found)
             return True
         torch.manual_seed(config.run.seed)  # as `train` does: the same random weights
         model = start_model(config.init, config.model, config.protocol, task.num_classes)

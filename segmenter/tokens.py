@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.images import find_images, read_rgb
+from engine.schedule import TOKENS
 from segmenter.data import TestImage, WholeImages, scaled_images
 from segmenter.dataset import Pair
 from segmenter.inference import cut, patch_logits
 from segmenter.labels import refuse_thin
 from segmenter.model import Segmenter
-from segmenter.schedule import TOKEN_STREAM
 
 MOST_TOKENS = 200_000  # kept of all images together: 0.8 GB of ViT-L's
 MOST_IMAGES = 5000  # of class folders
@@ -70,7 +70,7 @@ class Tokens:
 
     def _keep(self, index: int, features: Tensor, labels: Tensor) -> None:
         first, end = ((index + n) * MOST_TOKENS // len(self.images) for n in (0, 1))
-        known = np.random.default_rng([self.seed, TOKEN_STREAM, index]).permutation(
+        known = np.random.default_rng([self.seed, TOKENS, index]).permutation(
             labels.nonzero()[:, 0].numpy()
         )
         chosen = torch.from_numpy(known[: end - first])

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from common.parsed import read_log
+from engine.config import TrainingConfig
 from engine.logbook import Logbook
 from engine.trackers import check_trackers
 from tests.tensorboard_events import scalars
@@ -12,8 +13,8 @@ from tests.tensorboard_events import scalars
 
 def open_logbook(folder, epochs_completed, names=("tensorboard",)):
     return Logbook(
-        folder, epochs_completed=epochs_completed, epochs_total=5, images_per_epoch=8,
-        log_with=names, settings={"model": "vit_tiny", "clip_grad": None},
+        TrainingConfig(output_dir=folder, log_with=names), {"model": "vit_tiny", "clip_grad": None},
+        epochs_completed=epochs_completed, epochs_total=5, images_per_epoch=8,
     )  # fmt: skip
 
 

@@ -87,12 +87,11 @@ def as_annotation(inside):
 
 def make_config(in1k_dir, output_dir, **options):
     """The configuration that the command line would make of these options."""
-    from common.options import make
+    from common.options import Layer, make_all
     from mae.config import GROUPS, PretrainConfig
 
     paths = {"in1k_dir": Path(in1k_dir), "output_dir": Path(output_dir)}
-    values = {**SMALL_RUN, **paths, **options}
-    return PretrainConfig(**{name: make(group, values) for name, group in GROUPS.items()})
+    return PretrainConfig(**make_all(GROUPS, [Layer({**SMALL_RUN, **paths, **options})]))
 
 
 def read_epochs(output_dir):
@@ -118,7 +117,7 @@ class Processes:
 
     def __init__(self):
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["mae.train", "torch.utils.tensorboard"])
+        self.context.set_forkserver_preload(["mae.pretrain", "torch.utils.tensorboard"])
 
     def start(self, config, *, processes=1, sabotage=None):
         """Processes of one run; `sabotage(rank)` is called in each before it trains."""
@@ -147,7 +146,7 @@ def _child(config, rank, processes, port, sabotage):
     import torch
 
     from common.console import EXIT_STOPPED
-    from mae.train import pretrain
+    from mae.pretrain import pretrain
 
     torch.set_num_threads(1)
     if processes > 1:

@@ -69,7 +69,7 @@ def test_rounds_workers_and_processes_change_nothing(
 
 
 def test_a_run_goes_on_only_with_the_same_segments(in1k_dir, tmp_path, capsys):
-    from mae.train import pretrain
+    from mae.pretrain import pretrain
 
     assert pretrain(make_config(in1k_dir, tmp_path, epochs=2, stop_after=1))
     with pytest.raises(ValueError, match="segments_from: own -> blob"):
@@ -77,7 +77,7 @@ def test_a_run_goes_on_only_with_the_same_segments(in1k_dir, tmp_path, capsys):
 
 
 def test_the_log_says_what_was_spent_so_far(in1k_dir, tmp_path):
-    from mae.train import pretrain
+    from mae.pretrain import pretrain
 
     config = make_config(in1k_dir, tmp_path, epochs=2)
     assert pretrain(config)

@@ -10,7 +10,6 @@ from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
 from mae.data import FixedImages, MaskedImages
 from mae.listing import make_listing
-from mae.schedule import make_batch_plan
 from mae.transforms import Crop, crop_image, crop_segment, random_crop
 from segments.forms import open_segments
 from tests.mae.conftest import (
@@ -192,28 +191,3 @@ def test_patches_needs_no_segments(folder, tmp_path):
     config = make_config(folder, tmp_path / "out", mask_method="patches")
     listing = make_listing(config.data, config.method)
     assert (len(listing.train), listing.source) == (6, None)
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_a_step_has_the_same_images_on_any_number_of_processes(tmp_path, processes):
-    config = make_config(tmp_path, tmp_path, effective_batch_size=16)
-    plan = make_batch_plan(config.optimisation, num_images=50, processes=processes, batch_size=3)
-    assert plan.steps_per_epoch == 3
-    assert plan.micro_batch_size <= 3
-    parts = [list(plan.micro_batches(rank, (0, 0), 2)) for rank in range(processes)]
-    order = [np.random.default_rng([0, 0, epoch]).permutation(50) for epoch in range(2)]
-    for number in range(6):
-        taken = slice(number * plan.accumulation_steps, (number + 1) * plan.accumulation_steps)
-        keys = np.concatenate([batch for part in parts for batch in part[taken]])
-        epoch, step = divmod(number, 3)
-        assert set(keys[:, 0]) == {epoch}
-        assert sorted(keys[:, 1]) == sorted(order[epoch][step * 16 : step * 16 + 16])
-
-
-def test_batches_can_start_anywhere(tmp_path):
-    config = make_config(tmp_path, tmp_path, effective_batch_size=16)
-    plan = make_batch_plan(config.optimisation, num_images=50, processes=1, batch_size=8)
-    everything = list(plan.micro_batches(0, (0, 0), 3))
-    rest = list(plan.micro_batches(0, (1, 2), 3))
-    assert len(everything) == 3 * 3 * 2
-    assert np.array_equal(everything[(3 + 2) * 2 :], rest)

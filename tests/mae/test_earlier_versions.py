@@ -11,8 +11,7 @@ from mae import config as config_module
 from mae.checkpoint import load_checkpoint
 from mae.config import ModelConfig, OptimisationConfig, parse_settings
 from mae.model import MaskedAutoencoder
-from mae.optimisation import make_optimizer
-from mae.train import pretrain
+from mae.pretrain import make_optimizer, pretrain
 from tests.mae.conftest import make_config, read_epochs
 
 EARLIER = Path(__file__).resolve().parents[1] / "fixtures/earlier_run/run"

@@ -12,8 +12,7 @@ from common.step_files import LOCK
 from engine.checkpoint import save_checkpoint
 from mae.checkpoint import load_checkpoint
 from mae.listing import make_listing
-from mae.optimisation import make_optimizer
-from mae.train import pretrain
+from mae.pretrain import make_optimizer, pretrain
 from tests.mae.conftest import (
     make_config,
     pack_segments,

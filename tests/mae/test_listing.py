@@ -8,7 +8,7 @@ from mae.config import make_method
 from mae.controls import SegmentSource
 from mae.data import FixedImages, MaskedImages
 from mae.listing import make_listing
-from mae.timing import time_pretraining
+from mae.pretrain import time_pretraining
 from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
 from segments.generate import Shard, generate, images_by_key

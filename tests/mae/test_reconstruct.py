@@ -12,8 +12,8 @@ from mae.config import MethodConfig, ModelConfig, make_method
 from mae.export import export_encoder
 from mae.masking import patchify, unpatchify
 from mae.model import MaskedAutoencoder
+from mae.pretrain import pretrain
 from mae.reconstruct import load_model, reconstruct_files
-from mae.train import pretrain
 from tests.mae.conftest import make_config, write_image
 
 

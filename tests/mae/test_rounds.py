@@ -1,8 +1,10 @@
 """Rounds, kills, restarts, accumulation and processes change nothing."""
 
 import os
+import shutil
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from common.interruption import Interruption
 from common.step_files import find_resumable
+from engine import devices
+from mae.pretrain import pretrain
 from tests.mae.conftest import assert_same_weights, make_config, read_epochs
 
 SPLIT = {"batch_size": 2}  # 4 forward passes per step on one process, 2 on each of two
@@ -57,6 +61,35 @@ def test_rounds_give_the_weights_and_log_of_one_run(whole, in1k_dir, tmp_path, p
     assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")
     assert processes.run(config) == [0]  # a finished round has nothing to do
     assert read_epochs(tmp_path) == read_epochs(whole)
+
+
+def test_what_another_call_saved_before_it_let_go_is_not_trained_again(
+    whole, in1k_dir, tmp_path, monkeypatch
+):
+    """Whoever waits for the folder reads the checkpoint when it has it, not before."""
+    out, hold = tmp_path / "run", devices.hold
+    assert pretrain(make_config(in1k_dir, out, stop_after=1, **SPLIT))
+
+    @contextmanager
+    def let_in_after_the_other(path, folder):
+        with hold(path, folder):
+            shutil.copytree(whole, out, dirs_exist_ok=True)
+            yield
+
+    monkeypatch.setattr(devices, "hold", let_in_after_the_other)
+    assert pretrain(make_config(in1k_dir, out, **SPLIT))
+    assert (out / "last.pth").read_bytes() == (whole / "last.pth").read_bytes()
+    assert read_epochs(out) == read_epochs(whole)
+
+
+def test_a_kill_before_the_picture_of_a_round_costs_the_picture_only(whole, in1k_dir, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    picture = out / "reconstructions-4.png"
+    picture.unlink()
+    assert pretrain(make_config(in1k_dir, out, **SPLIT))
+    assert picture.read_bytes() == (whole / picture.name).read_bytes()
+    assert read_epochs(out) == read_epochs(whole)
 
 
 def _kill_in_second_save(rank):

@@ -1,35 +1,28 @@
-"""The learning rate belongs to the whole run."""
-
-import math
+"""Rate, batch and cost of pretraining."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mae.check import plan_batches
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method
 from mae.model import MaskedAutoencoder, training_flops
-from mae.schedule import learning_rate, make_batch_plan
+from tests.mae.conftest import make_config
 
-RUN = OptimisationConfig(
-    epochs=10, warmup_fraction=0.1, base_lr=1e-3, min_lr=1e-5, effective_batch_size=512
-)
+RATES = {"epochs": 10, "warmup_fraction": 0.1, "base_lr": 1e-3, "min_lr": 1e-5}
 
 
-def test_rate_rises_linearly_then_falls_as_half_a_cosine():
-    peak = 1e-3 * 512 / 256
-    assert RUN.learning_rate == peak
-    assert learning_rate(RUN, 0.0) == 0
-    assert learning_rate(RUN, 0.05) == pytest.approx(peak / 2)
-    assert learning_rate(RUN, 0.1) == pytest.approx(peak)
-    assert learning_rate(RUN, 0.55) == pytest.approx((peak + 1e-5) / 2)
-    assert learning_rate(RUN, 1.0) == pytest.approx(1e-5)
-    quarter = 1e-5 + (peak - 1e-5) * 0.5 * (1 + math.cos(math.pi / 4))
-    assert learning_rate(RUN, 0.1 + 0.9 / 4) == pytest.approx(quarter)
+def test_the_peak_follows_from_the_effective_batch():
+    run = OptimisationConfig(**RATES, effective_batch_size=512)
+    assert run.learning_rate == run.rate_at(0.1) == pytest.approx(1e-3 * 512 / 256)
+    assert run.rate_at(0.55) == pytest.approx((2e-3 + 1e-5) / 2)
+    assert run.rate_at(1.0) == pytest.approx(1e-5)
 
 
-def test_no_warmup_starts_at_the_peak():
-    assert learning_rate(OptimisationConfig(warmup_fraction=0.0), 0.0) == pytest.approx(2.4e-3)
+def plan(effective, images, processes, batch_size="auto"):
+    options = {"effective_batch_size": effective, "batch_size": batch_size}
+    return plan_batches(make_config("in1k", "out", **options), images, processes)
 
 
 @pytest.mark.parametrize(
@@ -45,16 +38,15 @@ def test_no_warmup_starts_at_the_peak():
 def test_accumulation_follows_from_the_effective_batch(
     effective, processes, batch_size, accumulation, micro
 ):
-    run = OptimisationConfig(effective_batch_size=effective)
-    plan = make_batch_plan(run, num_images=10000, processes=processes, batch_size=batch_size)
-    assert (plan.accumulation_steps, plan.micro_batch_size) == (accumulation, micro)
+    found = plan(effective, 10000, processes, batch_size)
+    assert (found.accumulation_steps, found.micro_batch_size) == (accumulation, micro)
 
 
 def test_impossible_batches_are_refused():
     with pytest.raises(ValueError, match="at most 100"):
-        make_batch_plan(RUN, num_images=100, processes=1, batch_size=64)
+        plan(512, 100, 1)
     with pytest.raises(ValueError, match="multiple of 3"):
-        make_batch_plan(RUN, num_images=1000, processes=3, batch_size=64)
+        plan(512, 1000, 3)
 
 
 @pytest.mark.parametrize("mask_method", ["patches", "segments"])

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from common.interruption import Interruption
-from mae.build import build_run
+from engine.devices import make_accelerator
+from engine.trainer import build
 from mae.data import collate
 from mae.masking import patchify
-from mae.optimisation import BETAS, make_optimizer
+from mae.pretrain import BETAS, Pretraining, make_optimizer
 from tests.mae.conftest import make_config, read_epochs
 from tests.mae.test_against_transformers import _theirs, _translated
 
@@ -19,10 +20,15 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 SPLITS = [(16, 1), (8, 1), (4, 1), (8, 2), (4, 2)]  # images per forward pass, processes
 
 
+def built(config):
+    """The run as training starts with it."""
+    return build(Pretraining(config), make_accelerator(config.run), Interruption())[0]
+
+
 def first_step(in1k_dir, folder, **options):
     """A model as training starts with, and the normalised images and patterns of its step 0."""
-    run, _ = build_run(make_config(in1k_dir, folder, **ONE_STEP, **options), Interruption())
-    batch = collate([run.images[0, index] for index in run.plan.order(0)[:16].tolist()])
+    run = built(make_config(in1k_dir, folder, **ONE_STEP, **options))
+    batch = collate([run.task.images[0, index] for index in run.plan.order(0)[:16].tolist()])
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     return run.model, (batch.images / 255 - mean) / deviation, batch.pattern
 
@@ -32,9 +38,7 @@ def trained(processes, in1k_dir, folder, split, **options):
     batch_size, count = split
     config = make_config(in1k_dir, folder, **ONE_STEP, batch_size=batch_size, **options)
     assert processes.run(config, processes=count) == [0] * count
-    run, _ = build_run(
-        make_config(in1k_dir, folder / "fresh", **ONE_STEP, **options), Interruption()
-    )
+    run = built(make_config(in1k_dir, folder / "fresh", **ONE_STEP, **options))
     names = {parameter: name for name, parameter in run.model.named_parameters()}
     state = torch.load(folder / "last.pth", weights_only=True)["optimizer"]["state"]
     groups = make_optimizer(run.model, config.optimisation).param_groups

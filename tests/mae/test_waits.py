@@ -2,18 +2,19 @@
 
 import json
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.interruption import Interruption
-from engine.trainer import EpochTrainer
+from engine.devices import make_accelerator
+from engine.trainer import EpochTrainer, build
 from engine.update import GuardedUpdate
-from mae.build import build_run
 from mae.masking import METHODS
 from mae.model import MaskedAutoencoder
-from mae.optimisation import make_optimizer
+from mae.pretrain import Pretraining, make_optimizer
 from tests.mae.conftest import make_config
 from tests.waits import Waits, fill_gradients
 
@@ -24,10 +25,10 @@ from tests.waits import Waits, fill_gradients
 def test_a_step_does_not_wait_for_the_device(in1k_dir, tmp_path, monkeypatch, method, scales_loss):
     """On fake CUDA tensors, which have no values to wait for."""
     config = make_config(in1k_dir, tmp_path, mask_method=method, batch_size=4, clip_grad=1.0)
-    run, state = build_run(config, Interruption())
-    loaded = list(run.micro_batches(state, run.batches(state, 4)))
-    assert len(loaded) == 2
-    run.micro_batches = lambda *_: iter(loaded)
+    run, state = build(Pretraining(config), make_accelerator(config.run), Interruption())
+    loaded = [run.task.micro_batch(batch) for batch in islice(run.task.batches(run, (0, 0), 4), 2)]
+    run.task.micro_batch = lambda micro_batch: micro_batch
+    assert run.plan.accumulation_steps == 2
     pinned, make = [], torch.tensor
 
     def make_without_page_locked_memory(values, pin_memory=False, **named):
@@ -36,7 +37,7 @@ def test_a_step_does_not_wait_for_the_device(in1k_dir, tmp_path, monkeypatch, me
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
-            model = MaskedAutoencoder(config.model, run.images.method)
+            model = MaskedAutoencoder(config.model, run.task.images.method)
         run.accelerator.state.device, run.prepared = torch.device("cuda"), model
         optimizer = make_optimizer(model, config.optimisation)
         # The engine of autograd asks CUDA for its streams, which even fake tensors do not have.
@@ -45,8 +46,8 @@ def test_a_step_does_not_wait_for_the_device(in1k_dir, tmp_path, monkeypatch, me
         trainer = EpochTrainer(run)
         monkeypatch.setattr(torch, "tensor", make_without_page_locked_memory)
         with Waits() as waits:
-            trainer._step(state, iter(()))
-            trainer._step(state, iter(()))
+            trainer.step(state, iter(loaded))
+            trainer.step(state, iter(loaded))
     assert waits.copies == 10  # two steps: images and patterns of two micro-batches, and the counts
     assert waits.found == []
     assert pinned == [True, True]
@@ -61,7 +62,7 @@ def _count_collectives(folder, rank):
     counts = {"step": 0, "all": 0}
     for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier"):
         setattr(dist, name, partial(_counted, counts, getattr(dist, name)))
-    step = EpochTrainer._step
+    step = EpochTrainer.step
 
     def counting(self, state, batches):
         before = counts["all"]
@@ -69,7 +70,7 @@ def _count_collectives(folder, rank):
         counts["step"] += counts["all"] - before
         (folder / f"{rank}.json").write_text(json.dumps(counts))
 
-    EpochTrainer._step = counting
+    EpochTrainer.step = counting
 
 
 def _counted(counts, function, *arguments, **named):

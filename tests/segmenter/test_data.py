@@ -1,14 +1,16 @@
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from engine.schedule import BatchPlan
+from engine.task import load
 from segmenter.config import ProtocolConfig
-from segmenter.data import TrainingCrops, WholeImages, test_images, training_batches
+from segmenter.data import TrainingCrops, WholeImages, collate, start_worker, test_images
 from segmenter.dataset import read_description
-from segmenter.schedule import BatchPlan
 
 test_images.__test__ = False  # a loader, not a test
 PROTOCOL = ProtocolConfig(
@@ -59,19 +61,17 @@ def test_padding_is_ignored_and_its_size_is_told(dataset):
 
 
 def test_workers_and_processes_change_no_batch(dataset):
-    plan = BatchPlan(num_images=7, batch_size=3, processes=1)
-
     def batches(rank=0, processes=1, workers=0, start=(0, 0)):
-        plan = BatchPlan(num_images=7, batch_size=3, processes=processes)
-        return list(
-            training_batches(
-                crops(dataset), plan, rank=rank, start=start, epochs=2, workers=workers,
-                pin_memory=False,
-            )
-        )  # fmt: skip
+        plan = BatchPlan(
+            num_images=7, effective_batch_size=3, processes=processes, micro_batch_size=3, seed=0
+        )
+        accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
+        task = SimpleNamespace(run=SimpleNamespace(loader_workers=workers))
+        run = SimpleNamespace(plan=plan, accelerator=accelerator, task=task)
+        return list(load(run, crops(dataset), start, 2, collate=collate, start_worker=start_worker))
 
     whole = batches()
-    assert len(whole) == 2 * plan.steps_per_epoch == 4
+    assert len(whole) == 4
     for one, other in zip(whole, batches(workers=2), strict=True):
         assert torch.equal(one.images, other.images)
     for one, other in zip(whole[3:], batches(start=(1, 1)), strict=True):

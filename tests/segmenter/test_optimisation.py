@@ -9,8 +9,8 @@ from engine.update import GuardedUpdate
 from engine.vit import VIT_SIZES, VitSize
 from segmenter.config import OptimisationConfig
 from segmenter.encoder import EncoderShape
+from segmenter.finetune import make_optimizer
 from segmenter.model import Segmenter, SegmenterShape
-from segmenter.optimisation import make_optimizer
 
 ADAMW = OptimisationConfig(
     epochs=1, batch_size=1, optimizer="adamw", lr=1e-3, momentum=0.9, weight_decay=0.05,

@@ -16,11 +16,11 @@ import segmenter.frozen
 import segmenter.probe
 import segmenter.tokens
 from engine.config import DeviceConfig
-from segmenter.build import start_model
 from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import WholeImages
 from segmenter.dataset import read_description
 from segmenter.evaluate import each_group, evaluate_model
+from segmenter.finetune import start_model
 from segmenter.frozen import NearestNeighbours, fit_linear, rankme
 from segmenter.tokens import Tokens
 from tests.segmenter.boxes import IGNORE, call, start, train_arguments, write_dataset

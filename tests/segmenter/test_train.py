@@ -85,7 +85,7 @@ def test_the_result_holds_scores_recipe_and_protocol(finished):
     assert result["protocol"]["window_stride"] == 24
     assert result["recipe"]["name"] == "fast"
     assert result["dataset"] == {"name": "boxes", "num_classes": 3, "num_val": 3}
-    assert result["seeds"][0]["seed"] == result["seed"] == 0
+    assert result["seed"] == 0
     assert result["num_processes"] == 1
     assert result["device"] == "cpu"
 
@@ -124,7 +124,7 @@ def test_a_signal_saves_and_the_same_command_continues_exactly(
 ):
     """Step 2 is the end of an epoch: the signal then stops the evaluation."""
     steps = []
-    original = EpochTrainer._step
+    original = EpochTrainer.step
 
     def interrupted(*arguments):
         steps.append(1)
@@ -132,7 +132,7 @@ def test_a_signal_saves_and_the_same_command_continues_exactly(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(EpochTrainer, "_step", interrupted)
+    monkeypatch.setattr(EpochTrainer, "step", interrupted)
     arguments = train_arguments(dataset, tmp_path / "run")
     assert call(*arguments).code == 75
     assert len(steps) == step

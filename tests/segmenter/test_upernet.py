@@ -10,12 +10,11 @@ from engine.vit import VIT_SIZES, VitSize
 from segmenter.classes import quiet_imports
 from segmenter.config import OptimisationConfig, recipe_values
 from segmenter.encoder import Encoder, EncoderShape, depths_of
+from segmenter.finetune import make_optimizer
 from segmenter.inference import window_logits
 from segmenter.loading import _mmseg_name as our_name
 from segmenter.loading import load_segmenter
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
-from segmenter.optimisation import make_optimizer
-from segmenter.schedule import BatchPlan, learning_rate
 from tests.segmenter.boxes import CLASSES
 
 with quiet_imports():
@@ -202,15 +201,15 @@ def test_the_recipe_is_the_published_protocol():
     config = OptimisationConfig(
         **{n: recipe[n] for n in OptimisationConfig.__dataclass_fields__ if n in recipe}
     )
-    plan = BatchPlan(num_images=20210, batch_size=config.batch_size, processes=8)
-    updates = config.epochs * plan.steps_per_epoch
-    assert abs(updates - 160_000) < plan.steps_per_epoch
+    steps = 20210 // config.batch_size
+    updates = config.epochs * steps
+    assert abs(updates - 160_000) < steps
     assert config.warmup_fraction * updates == pytest.approx(1500, abs=1)
     for update in (1500, 40_000, 120_000):  # poly of power 1 from 1e-4 to 0
         expected = 1e-4 * (1 - (update - 1500) / (updates - 1500))
-        assert learning_rate(config, update / updates) == pytest.approx(expected, rel=1e-3)
-    assert learning_rate(config, 750 / updates) == pytest.approx(5e-5, rel=1e-3)
-    assert learning_rate(config, 1.0) == 0
+        assert config.rate_at(update / updates) == pytest.approx(expected, rel=1e-3)
+    assert config.rate_at(750 / updates) == pytest.approx(5e-5, rel=1e-3)
+    assert config.rate_at(1.0) == 0
     assert (recipe["drop_path"], recipe["window_size"], recipe["window_stride"]) == (0.1, 512, 341)
 
 

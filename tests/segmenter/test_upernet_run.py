@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from engine import trainer
 from engine.vit import VIT_SIZES, VitSize
 from tests.segmenter.boxes import call, start, train_arguments
 
@@ -51,12 +52,8 @@ def test_the_size_of_a_checkpoint_counts_the_decoder(dataset, run, tmp_path, com
 
 
 def test_a_run_that_stopped_goes_on_with_its_running_means(dataset, run, tmp_path, monkeypatch):
-    import segmenter.train
-
-    finish = segmenter.train._finish_epoch
-    monkeypatch.setattr(
-        segmenter.train, "_finish_epoch", lambda *arguments: finish(*arguments) and False
-    )
+    finish = trainer._finish_epoch
+    monkeypatch.setattr(trainer, "_finish_epoch", lambda *arguments: finish(*arguments) and False)
     arguments = train_arguments(dataset, tmp_path / "again", **RUN)
     assert call(*arguments).code == 75
     monkeypatch.undo()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from engine.trainer import EpochTrainer
+from engine import trainer
 from engine.update import GuardedUpdate
 from segmenter import data, evaluate
 from segmenter.config import ScoringConfig
 from segmenter.encoder import EncoderShape
+from segmenter.finetune import make_optimizer
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
-from segmenter.optimisation import make_optimizer
 from tests.segmenter.boxes import call, train_arguments
 from tests.segmenter.test_inference import PROTOCOL
 from tests.waits import Waits, fill_gradients
@@ -103,28 +104,26 @@ def test_the_loader_pins_every_tensor_of_a_test_image(monkeypatch):
 @pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
 def test_a_step_of_finetuning_does_not_wait_for_the_device(dataset, tmp_path, monkeypatch, decoder):
     """The segmenter's own run, its model and update on the fake GPU."""
-    from segmenter import train
-
     runs = []
-    monkeypatch.setattr(train, "_fit", lambda run, state: runs.append((run, state)) or True)
+    monkeypatch.setattr(trainer, "fit", lambda run, state: runs.append((run, state)) or True)
     arguments = train_arguments(
         dataset, tmp_path, decoder=decoder, batch_size=4, device_batch_size=2
     )
     assert call(*arguments).code == 0
     ((run, state),) = runs
-    loaded = list(run.micro_batches(state, run.batches(state, 1)))
-    assert len(loaded) == 2
-    run.micro_batches = lambda *_: iter(loaded)
+    loaded = [run.task.micro_batch(batch) for batch in islice(run.task.batches(run, (0, 0), 1), 2)]
+    run.task.micro_batch = lambda micro_batch: micro_batch
+    assert run.plan.accumulation_steps == 2
     monkeypatch.setattr(torch, "tensor", partial(_unpinned, torch.tensor))
     with FakeTensorMode(allow_non_fake_inputs=True):
         loss = TrainingLoss(on_a_fake_gpu(run.model, trained=True), 255)
         run.accelerator.state.device, run.prepared = GPU, loss
-        optimizer = make_optimizer(loss.model, run.config.optimisation)
+        optimizer = make_optimizer(loss.model, run.task.config.optimisation)
         run.update = GuardedUpdate(optimizer, 1.0, scales_loss=True)
         # The engine of autograd asks CUDA for its streams, which even fake tensors do not have.
         monkeypatch.setattr(torch.Tensor, "backward", lambda loss: fill_gradients(optimizer))
         with Waits() as waits:
-            EpochTrainer(run)._step(state, iter(()))
+            trainer.EpochTrainer(run).step(state, iter(loaded))
     assert waits.copies == 7  # images, labels and sizes of two micro-batches, and the counts
     assert waits.found == []
 

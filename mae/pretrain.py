@@ -1,0 +1,274 @@
+"""Pretraining: what a masked autoencoder gives the trainer. Read engine/trainer.py first.
+
+pretrain(config)    # a round, or what is left of it
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from common.environment import world_size
+from common.interruption import leave_signals_to_the_main_process
+from common.samples import evenly_spread
+from common.step_files import LAST, checkpoint_path, find_resumable, reconstructions_path
+from engine.devices import peak_flops
+from engine.logbook import Progress
+from engine.schedule import BatchPlan
+from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task, load
+from engine.trainer import time_training, train
+from engine.vit import IMAGE_CHANNELS
+from mae.check import check_pretraining, look_inside, plan_batches
+from mae.checkpoint import open_own_checkpoint
+from mae.config import OptimisationConfig, PretrainConfig, make_method
+from mae.controls import SegmentSource
+from mae.data import Batch, FixedImages, MaskedImages, allow_many_files, collate
+from mae.listing import make_listing
+from mae.model import MaskedAutoencoder, training_flops
+from mae.official import read_official_weights, start_from_official
+from mae.reconstruct import (
+    FIXED_SET_SIZE,
+    draw_reconstructions,
+    pack_fixed_set,
+    unpack_fixed_set,
+)
+
+logger = logging.getLogger(__name__)
+
+BETAS = (0.9, 0.95)
+FEW_IMAGES = 64  # not worth starting loader processes for
+
+
+def pretrain(config: PretrainConfig) -> bool:
+    """Run one round of pretraining, or what is left of it; see `engine.trainer.train`."""
+    known: dict[Any, Any] = {}  # the images are listed once
+    check_pretraining(config, processes=world_size(), known=known)  # before anything is written
+    look_inside(config, known)
+    return train(Pretraining(config, known))
+
+
+def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | None:
+    """What an epoch takes here; see `engine.trainer.time_training`."""
+    return time_training(Pretraining(config), steps)
+
+
+class Pretraining(Task):
+    """A masked autoencoder on ImageNet's images."""
+
+    remedy = "the last checkpoint is from before. A lower --base-lr or --clip-grad 1 may help"
+    counts: ClassVar[tuple[str, ...]] = ("coverage", "coverage_square")
+
+    def __init__(self, config: PretrainConfig, known: dict[Any, Any] | None = None) -> None:
+        optimisation = config.optimisation
+        self.config, self.run, self.settings = config, config.run, config.settings()
+        self.seed, self.clip_grad = optimisation.seed, optimisation.clip_grad
+        self.epochs, self.total_epochs = config.epochs_this_round, optimisation.epochs
+        self.values_per_image = config.model.image_size**2 * IMAGE_CHANNELS
+        self.auto_batch = config.run.batch_size == "auto"
+        self.listing = listing = make_listing(config.data, config.method, known=known)
+        segments = None
+        if listing.source is not None:
+            segments = SegmentSource(
+                store=listing.source, donors=listing.train, options=config.method
+            )
+        self.images = MaskedImages(
+            folder=config.data.in1k_dir / "train",
+            paths=listing.train,
+            segments=segments,
+            method=make_method(config.method, config.model),
+            seed=self.seed,
+        )
+        self.heldout = FixedImages(self.images, listing.val_folder, listing.val)
+        self.num_heldout = len(self.heldout)
+        self.evaluations = self.total_epochs if self.num_heldout else 0
+
+    def find_earlier(self) -> Earlier:
+        """The furthest checkpoint; all is done if it is of this round's end, or beyond."""
+        path = find_resumable(self.run.output_dir)
+        checkpoint = open_own_checkpoint(self.config, self.listing)
+        if path is None or checkpoint is None:
+            return Earlier()
+        reached, own = checkpoint["epochs_completed"], checkpoint_path(path.parent, self.epochs)
+        if reached >= self.epochs and not own.is_file():
+            raise ValueError(f"the run is at {reached} epochs already, but {own} is missing")
+        # A kill may have come between the last checkpoint and its picture.
+        is_drawn = reconstructions_path(path.parent, self.epochs).is_file()
+        is_complete = reached > self.epochs or (reached == self.epochs and is_drawn)
+        return Earlier(
+            path=own if is_complete else path, checkpoint=checkpoint, is_complete=is_complete
+        )
+
+    def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built:
+        """The autoencoder is its own loss module."""
+        self.device = accelerator.device
+        model = MaskedAutoencoder(self.config.model, self.images.method).to(self.device)
+        if checkpoint:
+            self.fixed_set = unpack_fixed_set(checkpoint["fixed_set"])
+        else:
+            self._start_from_init(model)
+            self.fixed_set = self._choose_fixed_set()
+        return Built(model, model, make_optimizer(model, self.config.optimisation))
+
+    def _start_from_init(self, model: MaskedAutoencoder) -> None:
+        init = self.config.run.init
+        if init is None:
+            return
+        try:
+            fresh = start_from_official(model, read_official_weights(init))
+        except ValueError as error:
+            raise ValueError(f"--init {init}: {error}") from error
+        logger.info("started from %s; fresh: %s", init, ", ".join(fresh) or "nothing")
+
+    def _choose_fixed_set(self) -> Batch:
+        """The training images that every round's picture shows: evenly spread, with segments."""
+        count = min(FIXED_SET_SIZE, len(self.images))
+        paths = self.images.paths[evenly_spread(range(len(self.images)), count)]
+        fixed = FixedImages(self.images, self.images.folder, paths)
+        return collate([fixed[index] for index in range(count)])
+
+    def plan(self, processes: int) -> BatchPlan:
+        """Equal micro-batches."""
+        return plan_batches(self.config, len(self.images), processes)
+
+    def batches(self, run: Run, start: tuple[int, int], epochs: int) -> Iterator[Batch]:
+        """Random crops with their patterns."""
+        allow_many_files()
+        return load(run, self.images, start, epochs, collate=collate)
+
+    def micro_batch(self, batch: Batch) -> MicroBatch:
+        """The loss is over the hidden pixels and their channels."""
+        hidden = batch.hidden_pixels.double()
+        coverage = hidden * (100 / self.config.model.image_size**2)  # percent
+        return MicroBatch(
+            inputs=(batch.images, batch.pattern),
+            num_values=hidden.sum().item() * IMAGE_CHANNELS,
+            counts=(coverage.sum().item(), coverage.square().sum().item()),
+            unreadable=batch.unreadable,
+        )
+
+    def example(self, images: int) -> tuple[Tensor, ...]:
+        """Copies of an image of the fixed set."""
+        return self.fixed_set.images[[0] * images], self.fixed_set.pattern[[0] * images]
+
+    def learning_rate(self, progress: float) -> float:
+        """Half a cosine."""
+        return self.config.optimisation.rate_at(progress)
+
+    def describe(self, run: Run) -> str:
+        """Model, method, images, and how the rate follows from the batch."""
+        optimisation, listing = self.config.optimisation, self.listing
+        return (
+            f"{self.config.model.model}, {self.config.method.mask_method}, {len(self.images)} "
+            f"images ({listing.left_out} without a segment left out), {self.num_heldout} held out "
+            f"({listing.val_left_out} left out); learning rate {optimisation.learning_rate:g} = "
+            f"{optimisation.base_lr:g} x {optimisation.effective_batch_size} / 256"
+        )
+
+    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation:
+        """The held-out loss, where there are held-out images."""
+        if progress is not None and self.num_heldout:
+            progress.evaluating(0, self.num_heldout)
+        loss = self.heldout_loss(run, self.num_heldout)
+        return Evaluation({} if loss is None else {"val_loss": loss})
+
+    def evaluate_some(self, run: Run, images: int) -> None:
+        """To see how long it takes."""
+        self.heldout_loss(run, images)
+
+    @torch.no_grad()
+    def heldout_loss(self, run: Run, images: int) -> float | None:
+        """Mean squared error over all hidden pixels and channels of val/, None if it is empty.
+
+        Its images are always cropped and hidden in the same way; the processes share them.
+        """
+        if not images:
+            return None
+        accelerator, model = run.accelerator, run.model
+        chosen = evenly_spread(range(self.num_heldout), images)
+        share = Subset(self.heldout, chosen[accelerator.process_index :: accelerator.num_processes])
+        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        model.eval()
+        if len(share):
+            loader: Any = DataLoader(
+                share,
+                batch_size=run.plan.micro_batch_size,
+                num_workers=0 if len(share) <= FEW_IMAGES else self.run.loader_workers,
+                collate_fn=collate,
+                worker_init_fn=leave_signals_to_the_main_process,
+            )
+            for batch in loader:
+                with accelerator.autocast():
+                    errors = model(batch.images.to(sums.device), batch.pattern.to(sums.device))
+                sums[0] += errors.double().sum()
+                sums[1] += batch.hidden_pixels.sum() * IMAGE_CHANNELS
+        model.train()
+        total = accelerator.reduce(sums, reduction="sum")
+        return float(total[0] / total[1].clamp(min=1))
+
+    def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]:
+        """Losses, rate, what was hidden, cost and speed."""
+        steps, images = run.plan.steps_per_epoch, run.plan.images_per_epoch
+        flops = images * training_flops(self.config.model, self.images.method)
+        coverage = state.sums["coverage"] / images
+        variance = max(0.0, state.sums["coverage_square"] / images - coverage**2)
+        last_step = state.epochs_completed + (steps - 1) / steps
+        record = {
+            "train_loss": state.sums["loss"] / steps,
+            **scores,
+            "train_lr": self.learning_rate(last_step / self.total_epochs),
+            "coverage_percent_mean": coverage,
+            "coverage_percent_std": math.sqrt(variance),
+            "train_flops": flops * (state.epochs_completed + 1),
+            "unreadable_images": round(state.sums["unreadable_images"]),
+            **run.speed(state),
+        }
+        accelerator = run.accelerator
+        peak = peak_flops(accelerator.device, accelerator.mixed_precision)
+        if peak is not None:
+            record["mfu"] = flops / state.seconds / (peak * accelerator.num_processes)
+        return record
+
+    def extra_state(self, run: Run, state: State) -> dict[str, Any]:
+        """What drawing and continuing need; sums in the order of `State.sums`."""
+        return {
+            "images": {"count": len(self.images), "digest": self.listing.digest},
+            "fixed_set": pack_fixed_set(self.fixed_set),
+            "sums": torch.tensor(list(state.sums.values()), dtype=torch.float64),
+            "seconds": state.seconds,
+            "waited_seconds": state.waited_seconds,
+            "learning_rate": self.config.optimisation.learning_rate,
+            "processes": run.plan.processes,
+        }
+
+    def take_up(self, state: State, checkpoint: dict[str, Any]) -> None:
+        """Its sums and times."""
+        state.add(checkpoint["sums"].tolist())
+        state.seconds = checkpoint["seconds"]
+        state.waited_seconds = checkpoint["waited_seconds"]
+
+    def checkpoint_names(self, epochs_completed: int, *, is_best: bool) -> Sequence[str]:
+        """A round's own, and last.pth."""
+        own = checkpoint_path(self.run.output_dir, epochs_completed).name
+        return (own, LAST) if epochs_completed == self.epochs else (LAST,)
+
+    def after_round(self, run: Run, state: State) -> None:
+        """The picture that belongs to the round's checkpoint."""
+        path = reconstructions_path(self.run.output_dir, self.epochs)
+        draw_reconstructions(run.model, self.fixed_set, path)
+
+
+def make_optimizer(model: nn.Module, optimisation: OptimisationConfig) -> torch.optim.AdamW:
+    """AdamW as MAE uses it, over the trained parameters; biases and norms do not decay."""
+    # A decay of 1, for two groups in any case: the order of parameters is part of checkpoints, and
+    # there the matrices come first.
+    without_decay, with_decay = param_groups_weight_decay(model, weight_decay=1.0)
+    groups = [{**with_decay, "weight_decay": optimisation.weight_decay}, without_decay]
+    return torch.optim.AdamW(groups, lr=optimisation.learning_rate, betas=BETAS, fused=True)

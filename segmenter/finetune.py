@@ -1,0 +1,362 @@
+"""Finetuning: what a segmentation model gives the trainer. Read engine/trainer.py first.
+
+task = read_task(config.run.dataset)
+finetune(config, task)           # all of it, or what is left
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import SGD, AdamW, Optimizer
+
+from common.environment import versions
+from common.files import write_json
+from common.parsed import parsed_plain
+from common.samples import evenly_spread
+from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
+from engine.devices import device_name
+from engine.logbook import Progress
+from engine.schedule import BatchPlan
+from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task, load
+from engine.trainer import time_training, train
+from engine.vit import IMAGE_CHANNELS
+from segmenter.check import Task as Dataset
+from segmenter.check import all_settings, earlier_output, plan_batches
+from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
+from segmenter.classes import read_classes
+from segmenter.config import (
+    RANDOM,
+    SCORES,
+    EncoderConfig,
+    ModelConfig,
+    OptimisationConfig,
+    ProbeConfig,
+    ProtocolConfig,
+    TrainConfig,
+)
+from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
+from segmenter.drawing import draw_predictions
+from segmenter.encoder import EncoderShape
+from segmenter.evaluate import evaluate_model
+from segmenter.labels import MOST_CHECKED, check_labels
+from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "onedl-mmcv")
+ADAM_BETA2 = 0.999
+
+
+def finetune(config: TrainConfig, dataset: Dataset) -> bool:
+    """Run a finetuning, or what is left of it; see `engine.trainer.train`.
+
+    dataset: what `read_task` found.
+    """
+    check_some_labels(dataset)
+    return train(Finetuning(config, dataset))
+
+
+def time_finetuning(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, float] | None:
+    """What an epoch and an evaluation take here; see `engine.trainer.time_training`."""
+    return time_training(Finetuning(config, dataset), steps)
+
+
+def check_some_labels(dataset: Dataset) -> None:
+    """Raise ValueError if labels of either split are none of this dataset."""
+    for pairs in (dataset.train, dataset.val):
+        check_labels(dataset.description, pairs, most=MOST_CHECKED, forgiving=True)
+
+
+class Finetuning(Task):
+    """A ViT encoder with a decoder, on images with a class for every pixel."""
+
+    remedy = "the last checkpoint is from before. A lower --lr or --clip-grad 1 may help"
+    saves_before_evaluating: ClassVar[bool] = True
+
+    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+        optimisation, description = config.optimisation, dataset.description
+        self.config, self.run, self.dataset = config, config.run, dataset
+        self.settings = all_settings(config, dataset)
+        self.seed, self.clip_grad = optimisation.seed, optimisation.clip_grad
+        self.epochs = self.total_epochs = optimisation.epochs
+        self.values_per_image = config.protocol.crop_size**2
+        self.auto_batch = config.run.device_batch_size == "auto"
+        self.evaluations, self.num_heldout = optimisation.evaluations, len(dataset.val)
+        self.classes = read_classes(description)
+        self.crops = TrainingCrops(description, dataset.train, config.protocol, self.seed)
+        self.images = WholeImages(description, dataset.val, config.protocol)
+
+    def find_earlier(self) -> Earlier:
+        """result.json, with which all is done, or checkpoint.pth."""
+        path = earlier_output(self.config, self.dataset)
+        if path is None or path.name == RESULT:
+            return Earlier(path=path, is_complete=path is not None)
+        return Earlier(path=path, checkpoint=load_checkpoint(path))
+
+    def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built:
+        """The model as a checkpoint says, or with the encoder of --init."""
+        config = self.config
+        if checkpoint:
+            shape = SegmenterShape.from_plain(checkpoint["shape"], self.run.output_dir / CHECKPOINT)
+            model = Segmenter(shape, config.model)
+        else:
+            num_classes = self.dataset.num_classes
+            model = start_model(config.init, config.model, config.protocol, num_classes)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            # UPerNet's means are over the batch of all GPUs; on CPUs torch has no such layer.
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.to(accelerator.device)
+        loss = TrainingLoss(model, self.dataset.description.ignore_index)
+        return Built(model, loss, make_optimizer(model, config.optimisation))
+
+    def plan(self, processes: int) -> BatchPlan:
+        """As many images at once as --device-batch-size allows."""
+        return plan_batches(self.config, self.dataset, processes)
+
+    def batches(self, run: Run, start: tuple[int, int], epochs: int) -> Iterator[Batch]:
+        """Random crops with their labels."""
+        return load(run, self.crops, start, epochs, collate=collate, start_worker=start_worker)
+
+    def micro_batch(self, batch: Batch) -> MicroBatch:
+        """The loss is over the pixels whose label counts."""
+        return MicroBatch(
+            inputs=(batch.images, batch.labels, batch.sizes),
+            num_values=batch.valid_pixels.sum().item(),
+            counts=(),
+            unreadable=batch.unreadable,
+        )
+
+    def example(self, images: int) -> tuple[Tensor, ...]:
+        """Empty crops."""
+        side = self.config.protocol.crop_size
+        crops = torch.zeros(images, IMAGE_CHANNELS, side, side, dtype=torch.uint8)
+        return crops, crops[:, 0], torch.full((images, 2), side)
+
+    def learning_rate(self, progress: float) -> float:
+        """As the recipe says."""
+        return self.config.optimisation.rate_at(progress)
+
+    def describe(self, run: Run) -> str:
+        """Model, dataset and recipe."""
+        config, dataset, optimisation = self.config, self.dataset, self.config.optimisation
+        return (
+            f"{config.model.model} with {config.model.decoder}, {dataset.description.name}: "
+            f"{len(dataset.train)} training and {len(dataset.val)} test images, "
+            f"{dataset.num_classes} classes; {optimisation.optimizer}, rate {optimisation.lr:g}; "
+            f"recipe {config.run.recipe}"
+        )
+
+    def is_evaluated(self, epoch: int) -> bool:
+        """Every so many epochs, and at the end."""
+        return epoch % self.config.optimisation.eval_every == 0 or epoch == self.epochs
+
+    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation | None:
+        """Scores in percent. The areas of each image are left in a file."""
+        # Running means of UPerNet's norms differ by process on CPUs; the first one's are saved.
+        broadcast(list(run.model.buffers()))
+        areas = evaluate_model(
+            run.accelerator, run.model, self.images, self.config.run,
+            on_progress=progress.evaluating if progress else None, interruption=run.interruption,
+        )  # fmt: skip
+        if areas is None:
+            return None
+        if run.accelerator.is_main_process:  # of this evaluation, or of one that is made again
+            areas.save(self.run.output_dir / AREAS, [pair.name for pair in self.dataset.val])
+        state.scores = scores = areas.scores(self.classes.names)
+        is_best = state.best_score is None or scores["mean_iou"] > state.best_score
+        if is_best:
+            state.best_score = scores["mean_iou"]
+        return Evaluation({f"val_{name}": scores[name] for name in SCORES}, is_best)
+
+    def evaluate_some(self, run: Run, images: int) -> None:
+        """To see how long it takes."""
+        pairs = evenly_spread(self.dataset.val, images)
+        some = WholeImages(self.dataset.description, pairs, self.config.protocol)
+        evaluate_model(run.accelerator, run.model, some, self.config.run)
+
+    def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]:
+        """Loss, rate, speed and scores."""
+        steps = run.plan.steps_per_epoch
+        updates = (state.epochs_completed + 1) * steps
+        return {
+            "num_updates": updates,
+            "train_loss": state.sums["loss"] / steps,
+            "train_learning_rate": self.learning_rate((updates - 1) / (steps * self.epochs)),
+            "unreadable_images": round(state.sums["unreadable_images"]),
+            **run.speed(state),
+            **scores,
+        }
+
+    def extra_state(self, run: Run, state: State) -> dict[str, Any]:
+        """What evaluating and predicting need without the dataset, and where the run stands."""
+        description = self.dataset.description
+        return {
+            "shape": dataclasses.asdict(run.model.shape),
+            "classes": list(self.classes.names),
+            "palette": self.classes.palette.tolist(),
+            "dataset": {
+                "name": description.name, "reduce_zero_label": description.reduce_zero_label
+            },
+            "protocol": self.config.protocol.described(),
+            "state": {
+                **{name: getattr(state, name) for name in _KEPT},
+                "loss_sum": state.sums["loss"],
+                "unreadable_images": round(state.sums["unreadable_images"]),
+                "best_mean_iou": state.best_score,
+            },
+        }  # fmt: skip
+
+    def take_up(self, state: State, checkpoint: dict[str, Any]) -> None:
+        """Its sums, times and scores. Raises ValueError."""
+        source = f"{self.run.output_dir / CHECKPOINT}: state"
+        stored: _StoredState = parsed_plain(_StoredState, checkpoint["state"], source)
+        for name in _KEPT:
+            setattr(state, name, getattr(stored, name))
+        state.best_score = stored.best_mean_iou
+        state.add([stored.loss_sum, stored.unreadable_images])
+
+    def checkpoint_names(self, epochs_completed: int, *, is_best: bool) -> Sequence[str]:
+        """checkpoint.pth, and best.pth if this is the best."""
+        return (BEST, CHECKPOINT) if is_best else (CHECKPOINT,)
+
+    def after_round(self, run: Run, state: State) -> None:
+        """Draw, and write the result last."""
+        folder = self.run.output_dir
+        draw_predictions(
+            run.accelerator, run.model, self.images, self.classes, folder / PREDICTIONS
+        )
+        write_json(folder / RESULT, self._result(run, state))
+
+    def _result(self, run: Run, state: State) -> dict[str, Any]:
+        """result.json: the last epoch's scores (percent, 0 to 100) and all that they depend on."""
+        assert state.scores is not None
+        return {
+            "format_version": 1,
+            "epochs": self.epochs,
+            "num_updates": self.epochs * run.plan.steps_per_epoch,
+            **{name: state.scores[name] for name in SCORES},
+            "best_mean_iou": state.best_score,
+            "class_iou": state.scores["class_iou"],
+            "unreadable_images": state.scores.get("unreadable_images", 0),
+            "seed": self.seed,
+            "minutes": state.total_seconds / 60,
+            "recipe": self.config.recipe(),
+            **depends_on(self.config, run.accelerator, self.dataset),
+        }
+
+
+@dataclasses.dataclass(kw_only=True)
+class _StoredState:
+    """The `state` of a checkpoint; see `State`."""
+
+    epochs_completed: int = 0
+    steps_completed: int = 0
+    loss_sum: float = 0.0
+    unreadable_images: int = 0
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+    total_seconds: float = 0.0
+    scores: dict[str, Any] | None = None
+    best_mean_iou: float | None = None
+
+
+# Those that have the same name in `State`.
+_KEPT = (
+    "epochs_completed", "steps_completed", "seconds", "waited_seconds", "total_seconds", "scores"
+)  # fmt: skip
+
+
+def start_model(
+    init: Path | Literal["random"],
+    config: EncoderConfig,
+    protocol: ProtocolConfig,
+    num_classes: int,
+) -> Segmenter:
+    """A new model, its encoder from `init`; with a linear decoder if only the encoder is given."""
+    patch, in_channels = config.patch_size or config.encoder.patch_size, IMAGE_CHANNELS
+    if init != RANDOM:
+        weights = read_encoder_weights(init)
+        stored = shape_of(weights, config, init)
+        patch, in_channels = stored.patch_size, stored.in_channels
+    whole = config if isinstance(config, ModelConfig) else None
+    shape = SegmenterShape(
+        encoder=EncoderShape(
+            model=config.model, patch_size=patch, in_channels=in_channels,
+            grid=-(-protocol.crop_size // patch),
+        ),
+        decoder=whole.decoder if whole else "linear",
+        decoder_layers=whole.decoder_layers if whole else 0,
+        num_classes=num_classes,
+        normalization=protocol.normalization,
+    )  # fmt: skip
+    model = Segmenter(shape, whole)
+    if init == RANDOM:
+        logger.info("the encoder starts from random weights")
+    else:
+        fresh = start_encoder(model.encoder, weights, init)
+        logger.info(
+            "the encoder starts from %s, %d input channels; fresh: %s",
+            init, in_channels, ", ".join([*fresh, "the decoder"]),
+        )  # fmt: skip
+    return model
+
+
+def make_optimizer(model: Segmenter, optimisation: OptimisationConfig) -> Optimizer:
+    """SGD or AdamW, without decay of what is no matrix, slower for earlier blocks.
+
+    Groups carry `lr_scale`, by which the schedule's rate is multiplied: layer-wise rate decay
+    (Clark et al. 2020, arXiv:2003.10555; as BEiT and MAE finetune) as timm has it. The decoder has
+    1, the encoder's last block layer_decay, its embeddings the least.
+    """
+    of_parameter = {
+        parameter: (group["lr_scale"], group["weight_decay"])
+        for group in param_groups_layer_decay(
+            model, optimisation.weight_decay, model.no_weight_decay(),
+            layer_decay=optimisation.layer_decay,
+        )
+        for parameter in group["params"]
+    }  # fmt: skip
+    # One group for each pair of values, in the order of the model: what optimizer states in
+    # checkpoints are stored by.
+    members: dict[tuple[float, float], list[Parameter]] = {}
+    for parameter in model.parameters():
+        members.setdefault(of_parameter[parameter], []).append(parameter)
+    groups = [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in members.items()
+    ]
+    if optimisation.optimizer == "sgd":
+        return SGD(groups, lr=optimisation.lr, momentum=optimisation.momentum, fused=True)
+    betas = (optimisation.momentum, ADAM_BETA2)
+    return AdamW(groups, lr=optimisation.lr, betas=betas, fused=True)
+
+
+def depends_on(
+    config: TrainConfig | ProbeConfig, accelerator: Accelerator, dataset: Dataset
+) -> dict[str, Any]:
+    """What scores depend on, in every result.json."""
+    return {
+        "protocol": config.protocol.described(),
+        "model": config.model.model,
+        "init": str(config.init),
+        "dataset": {
+            "name": dataset.description.name,
+            "num_classes": dataset.num_classes,
+            "num_val": len(dataset.val),
+        },
+        "versions": versions(PACKAGES),
+        "device": device_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "settings": all_settings(config, dataset),
+    }
