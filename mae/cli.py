@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ def methods(plugin: PluginConfig) -> None:
     say(aligned(rows))
     say("\nsegments: of an image that a pattern is drawn from; tokens, channels: the encoder's")
     for name, method in METHODS.items():
-        say(f"{name}: {(method.__doc__ or '').partition(chr(10))[0]}")
+        said = (method.__doc__ or "").partition("\n")[0]
+        say(textwrap.fill(f"{name}: {said}", 100, subsequent_indent="  "))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,12 +118,12 @@ def step_seconds(steps: Sequence[Step], aside: Path) -> dict[str, float]:
             timed[key] = _time_on_some(step, aside) if waits else _time(step)
         cost = timed[key]
         epochs = cost["epochs"]
+        # Both parts evaluate so often per epoch: with held-out images, or with all of a split.
+        evaluations = cost["evaluations"] / epochs * cost["evaluation_seconds"]
         if step.kind == "pretrain":
             begun = reached.get(step.run, epochs_reached(step))
             epochs, reached[step.run] = max(step.epochs - begun, 0), step.epochs
-        found[step.name] = cost["setup_seconds"] + epochs * cost["epoch_seconds"]
-        if step.kind == "evaluate":
-            found[step.name] += cost["evaluations"] * cost["evaluation_seconds"]
+        found[step.name] = cost["setup_seconds"] + epochs * (cost["epoch_seconds"] + evaluations)
     for step in steps:
         if step.kind == "probe" and ("evaluate", None) in timed and step.facts:
             # It sees every training image once, and the others as an evaluation does.

@@ -1,14 +1,16 @@
 """Which images are held out, and whose segments hide them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from mae import listing
 from mae.config import make_method
 from mae.controls import SegmentSource
 from mae.data import FixedImages, MaskedImages
-from mae.listing import make_listing
-from mae.pretrain import time_pretraining
+from mae.listing import find_images, make_listing
 from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
 from segments.generate import Shard, generate, images_by_key
@@ -92,18 +94,21 @@ def test_before_the_segments_are_made_every_image_counts(twins, tmp_path):
     config = make_config(twins, tmp_path / "out", mask_method="segments")
     with pytest.raises(ValueError, match="does not exist"):
         make_listing(config.data, config.method)
-    listing = make_listing(config.data, config.method, will_make=True)
+    listing = make_listing(config.data, config.method, packed=False)
     assert (len(listing.train), len(listing.val), listing.source) == (2, 2, None)
 
 
-@pytest.mark.parametrize("mask_method", ["four_channels", "segment_patches"])
-def test_steps_are_timed_before_the_segments_are_made(twins, tmp_path, mask_method):
-    config = make_config(
-        twins, tmp_path / "out", mask_method=mask_method, effective_batch_size=2, batch_size=2
-    )
-    seconds = time_pretraining(config, 1, will_make=True)
-    assert seconds["epoch_seconds"] > 0
-    assert not (twins / "masks").exists()
+def test_images_are_listed_once_for_all_methods(twins, tmp_path, monkeypatch):
+    walked, known = [], {}
+    monkeypatch.setattr(listing, "find_images", lambda f: walked.append(f.name) or find_images(f))
+    make_segments(twins, val_dir=twins / "val")
+    for mask_method in ("patches", "segments", "segment_patches"):
+        config = make_config(twins, tmp_path / "out", mask_method=mask_method)
+        for ratio in (10.0, 30.0):
+            options = replace(config.method, coverage_ratio=ratio)
+            found = make_listing(config.data, options, known=known)
+            assert (found.source is None) == (mask_method == "patches")
+    assert walked == ["train", "val"]
 
 
 def test_two_images_that_would_share_a_key_are_refused(twins):

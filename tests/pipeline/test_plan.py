@@ -3,13 +3,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.options import OptionGroup, as_arguments, option
 from pipeline.launch import view
 from pipeline.plan.check import init_of
 from pipeline.plan.settings import Experiment, Settings
@@ -204,21 +202,6 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
         words = " ".join(step.command)
         assert f"--plugin {plugin}" in words
         assert "--log-with wandb,tensorboard" in words
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group(OptionGroup):
-    a_b: bool = option("", False)
-    c: bool = option("", True)
-    d: int | None = option("", None)
-    e: tuple[int, ...] = option("", ())
-    f: float = option("")
-
-
-def test_a_command_line_holds_what_a_process_would_not_have_by_itself() -> None:
-    given = Group(a_b=True, c=False, d=None, e=(1, 2), f=1.5)
-    assert as_arguments(given) == ["--a-b", "--no-c", "--e", "1,2", "--f", "1.5"]
-    assert as_arguments(given, below={"a_b": True, "c": True, "e": (1, 2), "f": 1.5}) == ["--no-c"]
 
 
 @pytest.mark.parametrize(
