@@ -140,71 +140,61 @@ def startable(step: Step) -> Step:
 
 def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Facts]:
     """What each part says of its steps, by name: those of a run differ in the epoch only."""
-    checks, found = _Checks(waiting, settings), dict[Any, Facts]()
+    found, questions = dict[Any, Facts](), dict[Any, tuple[list[str], dict[str, str]]]()
+    # Each dataset is listed once: ImageNet takes minutes on a disk that is far away.
+    known, read_task = dict[Any, Any](), functools.cache(segmenter.check.read_task)
+    makes_segments = any(step.kind in MAKING for step in waiting)
     parts = [step for step in waiting if not isinstance(step.config, Arguments)]
     for step in parts:
-        if (step.kind, step.run) not in found:
-            found[step.kind, step.run] = checks.check(step)
-    checks.ask()
+        if (step.kind, step.run) in found:
+            continue
+        processes, now = step.processes * nodes_of(step, settings), startable(step)
+        config: Any = now.config
+        if isinstance(config, PretrainConfig):
+            waits = makes_segments and reads_segments(step)
+            now = with_store(now, settings.data.masks_dir) if waits else now
+            facts, asks = _check_pretraining(now, processes, known, packed=not waits)
+            now = _without_segments(now) if waits else now
+        else:
+            facts, asks = _check_scoring(config, read_task(config.run.dataset), processes)
+        found[step.kind, step.run] = facts
+        if asks:
+            # Steps that start from one file ask once. WORLD_SIZE is what torchrun would say.
+            about = find_resumable(now.folder) or init_of(now) or now.folder
+            question = [*now.alone, "--dry-run", "check"], {"WORLD_SIZE": str(processes)}
+            questions.setdefault((now.program, about), question)
+    ask([words for words, _ in questions.values()], [more for _, more in questions.values()])
     return {step.name: found[step.kind, step.run] for step in parts}
 
 
-class _Checks:
-    """The parts' own checks of one call, which list each dataset once and ask about a file once."""
+def _check_pretraining(
+    step: Step, processes: int, known: dict[Any, Any], *, packed: bool
+) -> tuple[Facts, bool]:
+    """What the run will be, and whether its part has to look into files."""
+    config: Any = step.config
+    facts = mae.check.check_pretraining(config, processes=processes, packed=packed, known=known)
+    # A checkpoint of its own belongs to a list of images that is not known before segments are.
+    is_open = packed or find_resumable(step.folder) is None
+    return facts, is_open and mae.check.needs_torch(config)
 
-    def __init__(self, waiting: Sequence[Step], settings: Settings) -> None:
-        self.settings = settings
-        self.makes_segments = any(step.kind in MAKING for step in waiting)
-        self.images: dict[Any, Any] = {}  # as mae.listing has them
-        self.read_task = functools.cache(segmenter.check.read_task)
-        self.questions: dict[Any, tuple[list[str], dict[str, str]]] = {}
 
-    def check(self, step: Step) -> Facts:
-        """Judges one step as it can be tried now. Raises ValueError."""
-        processes, step = step.processes * nodes_of(step, self.settings), startable(step)
-        if isinstance(step.config, PretrainConfig):
-            return self._check_pretraining(step, processes)
-        config: Any = step.config
-        task, facts = self.read_task(config.run.dataset), None
-        if isinstance(config, TrainConfig):
-            facts = segmenter.check.check_training(config, task, processes=processes)
-        else:
-            facts = segmenter.check.check_probe(config, task)
-        if segmenter.check.needs_torch(config):
-            self._ask_later(step, processes)
-        else:
-            segmenter.check.earlier_output(config, task)
-        return facts
+def _check_scoring(config: Any, task: segmenter.check.Task, processes: int) -> tuple[Facts, bool]:
+    """The same of a probe or a finetuning."""
+    if isinstance(config, TrainConfig):
+        facts = segmenter.check.check_training(config, task, processes=processes)
+    else:
+        facts = segmenter.check.check_probe(config, task)
+    asks = segmenter.check.needs_torch(config)
+    if not asks:
+        segmenter.check.earlier_output(config, task)
+    return facts, asks
 
-    def _check_pretraining(self, step: Step, processes: int) -> Facts:
-        waits = self.makes_segments and reads_segments(step)
-        if waits:  # what is there now is looked at, and not the store that will be made
-            step = with_store(step, self.settings.data.masks_dir)
-        config: Any = step.config
-        facts = mae.check.check_pretraining(
-            config, processes=processes, packed=not waits, known=self.images
-        )
-        if not mae.check.needs_torch(config):
-            return facts
-        if not waits:
-            self._ask_later(step, processes)
-        elif find_resumable(step.folder) is None:
-            # --init can be looked into before there are segments: by a method that needs none.
-            data = replace(config.data, use_unmasked_images=True)
-            config = replace(config, data=data, method=MethodConfig())
-            self._ask_later(replace(step, config=config), processes)
-        return facts
 
-    def _ask_later(self, step: Step, processes: int) -> None:
-        about = find_resumable(step.folder) or init_of(step) or step.folder
-        # torchrun would say how many processes share a batch.
-        question = [*step.alone, "--dry-run", "check"], {"WORLD_SIZE": str(processes)}
-        self.questions.setdefault((step.program, about), question)
-
-    def ask(self) -> None:
-        """Has the parts look into the files that are there, side by side. Raises ValueError."""
-        questions = self.questions.values()
-        ask([command for command, _ in questions], [environment for _, environment in questions])
+def _without_segments(step: Step) -> Step:
+    """By a method that needs none: enough to look into the checkpoint of --init."""
+    config: Any = step.config
+    data = replace(config.data, use_unmasked_images=True)
+    return replace(step, config=replace(config, data=data, method=MethodConfig()))
 
 
 def ask(

@@ -56,28 +56,22 @@ class Record:
 
     name: str
     state: StepState
-    run: str
-    """Name of the run that the step belongs to."""
+    run: str  # the name of the run that the step belongs to
     kind: str
+    # The step's settings; in an earlier version's records, what of them was given, as text.
     fingerprint: Mapping[str, Any]
-    """The step's settings; in an earlier version's records, what of them was given, as text."""
+    # Path relative to the output directory -> bytes; filled in when done.
     outputs: Mapping[str, int] = field(default_factory=dict)
-    """Path relative to the output directory -> bytes; filled in when done."""
     exit_code: int | None = None
-    started: float = 0.0
-    """Unix seconds at which the latest attempt began."""
-    seconds: Annotated[FiniteFloat, Field(le=1e12)] = 0.0
-    """Wall seconds over all finished attempts."""
+    started: float = 0.0  # Unix seconds at which the latest attempt began
+    seconds: Annotated[FiniteFloat, Field(le=1e12)] = 0.0  # wall, over all finished attempts
+    # GPUs, or 1 for the CPU: seconds x devices are the GPU-hours.
     devices: Annotated[int, Field(ge=0, le=10**6)] = 1
-    """GPUs, or 1 for the CPU: seconds x devices are the GPU-hours."""
     attempts: int = 0
     host: str = ""
-    pid: int = 0
-    """Of the latest attempt's child process."""
-    job_id: str = ""
-    """Slurm job, where there is one."""
-    message: str = ""
-    """For a failed step: what happened, with the last lines of its log."""
+    pid: int = 0  # of the latest attempt's child process
+    job_id: str = ""  # Slurm's, where there is one
+    message: str = ""  # of a failed step: what happened, with the last lines of its log
 
     @classmethod
     def of(cls, step: Step, state: StepState, earlier: Record | None, **more: Any) -> Record:

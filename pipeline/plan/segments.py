@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,12 @@ from mae.config import PretrainConfig
 from mae.masking import METHODS
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Arguments, Step
+from pipeline.plan.steps import Arguments, Kind, Step
 from segments.config import GENERATORS
 
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store
 _ANY_MODEL = "sam"  # the generator that takes a model's name or folder
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class _Generator:
-    """What makes segments. name: of its command; model: where it takes any."""
-
-    name: str
-    model: str | None = None
 
 
 def with_segments(
@@ -53,7 +45,8 @@ def with_segments(
     source = data.masks_dir or data.in1k_dir / "masks"
     form, store = segments_at(source), store_in(source) or paths.segments
     if form == "loose":
-        made = [_pack(source, store, paths)]
+        words, what = [str(source), "--out", str(store)], "pack the segments into one file"
+        made = [_step("pack", "pack_segments", words, what, paths.bookkeeping / "pack", store)]
     elif form == "none" and generator is not None:
         made = _generate(generator, store, _wanted_ratios(reading), settings)
     else:
@@ -82,74 +75,57 @@ def with_store(step: Step, masks_dir: Path | None) -> Step:
     return replace(step, config=replace(step.config, data=data))
 
 
-def _pack(source: Path, store: Path, paths: Layout) -> Step:
-    words = (str(source), "--out", str(store))
+def _step(
+    kind: Kind, name: str, words: Sequence[str], what: str, folder: Path, out: Path, **more: Any
+) -> Step:
+    config = Arguments(words=tuple(words), what=what, run=more.pop("run", DeviceConfig()))
     return Step(
-        name="pack_segments", kind="pack", run="segments", epochs=0, program=("segments", "pack"),
-        config=Arguments(words=words, what="pack the segments into one file"), processes=1,
-        needs=(), folder=paths.bookkeeping / "pack", outputs=(store,), settings={},
+        name=name, kind=kind, run="segments", program=("segments", kind), config=config,
+        folder=folder, outputs=(out,), **more,
     )  # fmt: skip
 
 
 def _generate(
-    generator: _Generator, store: Path, ratios: Sequence[float], settings: Settings
+    generator: tuple[str, str | None], store: Path, ratios: Sequence[float], settings: Settings
 ) -> list[Step]:
     """One step, or as many as there are shards and one that joins what they leave."""
-    data, compute = settings.data, settings.compute
-    paths, count = Layout(data.output_dir), data.segment_shards
-    decisive = {"generator": generator.name, "model": generator.model, "for_coverage": [*ratios]}
-    runs_on_gpus = "device" in fields_of(GENERATORS[generator.name])
+    (name, model), data, compute = generator, settings.data, settings.compute
+    assert data.in1k_dir is not None
+    here, count = Layout(data.output_dir).bookkeeping, data.segment_shards
+    images, val = data.in1k_dir / "train", data.in1k_dir / "val"
+    takes_device = "device" in fields_of(GENERATORS[name])  # Felzenszwalb runs on cores
     run = DeviceConfig(device="cuda" if compute.num_gpus else "cpu")
-    run = run if runs_on_gpus else DeviceConfig()
+    told = {
+        "images": images,
+        "val-dir": val if val.is_dir() else None,
+        "model": model,
+        "for-coverage": ",".join(map(str, ratios)),
+        "device": run.device if takes_device else None,
+    }
+    words = [name, *(w for flag, v in told.items() if v for w in (f"--{flag}", str(v)))]
+    more: dict[str, Any] = {
+        # What another call has to ask for in the same way, to be done with what is made.
+        "settings": {"generator": name, "model": model, "for_coverage": [*ratios]}
+    }
     is_local = settings.cluster.launcher == "local"
-    parts = paths.bookkeeping / "segments" / store.name if count > 1 else store
-    shared: dict[str, Any] = {"run": "segments", "epochs": 0, "processes": 1, "settings": decisive}
-    shards = [
-        Step(
-            name="generate_segments" + (f"_{index}-of-{count}" if count > 1 else ""),
-            kind="generate", program=("segments", "generate"), needs=(),
-            config=Arguments(
-                words=_words(generator, ratios, settings, parts, f"{index}/{count}", run),
-                what=f"make segments by {generator.model or generator.name}", run=run,
-            ),
-            gpus=compute.pretrain_gpus or None if runs_on_gpus and is_local else None,
-            folder=paths.bookkeeping / f"generate-{index}",
-            outputs=(shard_path(parts, index, count),), **shared,
+    if takes_device:
+        more |= {"run": run, "gpus": compute.pretrain_gpus or None if is_local else None}
+    parts = here / "segments" / store.name if count > 1 else store
+    shards = []
+    for index in range(count):
+        which = f"_{index}-of-{count}" if count > 1 else ""
+        own = [*words, "--out", str(parts), "--shard", f"{index}/{count}"]
+        what, out = f"make segments by {model or name}", shard_path(parts, index, count)
+        folder = here / f"generate-{index}"
+        shards.append(
+            _step("generate", f"generate_segments{which}", own, what, folder, out, **more)
         )
-        for index in range(count)
-    ]  # fmt: skip
     if count == 1:
         return shards
-    left = [str(path) for step in shards for path in step.outputs]
-    config = Arguments(
-        words=(*left, "--out", str(store), "--overwrite"),
-        what=f"join the {count} parts of the segments",
-    )
-    merge = Step(
-        name="merge_segments", kind="merge", program=("segments", "merge"), config=config,
-        needs=tuple(step.name for step in shards), folder=paths.bookkeeping / "merge",
-        outputs=(store,), **shared,
-    )  # fmt: skip
-    return [*shards, merge]
-
-
-def _words(
-    generator: _Generator,
-    ratios: Sequence[float],
-    settings: Settings,
-    out: Path,
-    shard: str,
-    run: DeviceConfig,
-) -> tuple[str, ...]:
-    """What follows `python -m segments generate`."""
-    assert settings.data.in1k_dir is not None
-    images, val = (settings.data.in1k_dir / folder for folder in ("train", "val"))
-    words = [generator.name, "--images", str(images), "--out", str(out), "--shard", shard]
-    words += ["--val-dir", str(val)] if val.is_dir() else []
-    words += ["--model", generator.model] if generator.model else []
-    words += ["--for-coverage", ",".join(map(str, ratios))] if ratios else []
-    words += ["--device", run.device] if run.device != "auto" else []
-    return tuple(words)
+    words = [*(str(step.outputs[0]) for step in shards), "--out", str(store), "--overwrite"]
+    more = {"settings": more["settings"], "needs": tuple(step.name for step in shards)}
+    what, folder = f"join the {count} parts of the segments", here / "merge"
+    return [*shards, _step("merge", "merge_segments", words, what, folder, store, **more)]
 
 
 def _wanted_ratios(reading: Sequence[Step]) -> list[float]:
@@ -162,15 +138,15 @@ def _wanted_ratios(reading: Sequence[Step]) -> list[float]:
     return sorted({m.coverage_ratio for m, k in pairs if "coverage_ratio" in k.settings})
 
 
-def _find_generator(wanted: str) -> _Generator:
-    """Which one. Raises ValueError if it is not there."""
+def _find_generator(wanted: str) -> tuple[str, str | None]:
+    """Which one, and the model where it takes any. Raises ValueError if it is not there."""
     if wanted in GENERATORS:
-        return _Generator(wanted)
+        return wanted, None
     folder = Path(wanted).expanduser().absolute()
     if (folder / "config.json").is_file():
-        return _Generator(_ANY_MODEL, str(folder))
+        return _ANY_MODEL, str(folder)
     if _HUB_NAME.fullmatch(wanted) and not folder.exists():
-        return _Generator(_ANY_MODEL, wanted)
+        return _ANY_MODEL, wanted
     what = "is a folder without a config.json" if folder.is_dir() else "is unknown"
     raise ValueError(
         f"--make-segments {wanted} {what}; choose one of {', '.join(GENERATORS)}, or give the "

@@ -29,14 +29,18 @@ from segmenter.check import ScoringFacts
 from segmenter.config import GROUPS as FINETUNE_GROUPS
 from segmenter.config import PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 
+_PROGRAMS: dict[str, tuple[str, str]] = {
+    "pretrain": ("mae", "pretrain"), "probe": ("segmenter", "probe"),
+    "evaluate": ("segmenter", "train"),
+}  # fmt: skip
 # Options of the parts that the plan sets, by a flag of another name.
 _FLAGS = {
     "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
     "dataset": "--ade20k-dir or --eval-dataset", "init": "--stack or --eval",
 }  # fmt: skip
 
-
 Facts = PretrainFacts | ScoringFacts
+Kind = Literal["fetch", "pack", "generate", "merge", "pretrain", "probe", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +48,7 @@ class Arguments:
     """What a step that trains and scores nothing is told."""
 
     words: tuple[str, ...]
-    what: str
-    """The step does, in a few words."""
-    decisive: Mapping[str, Any] = field(default_factory=dict)
-    """What decides what it makes."""
+    what: str  # it does, in a few words
     run: DeviceConfig = field(default_factory=DeviceConfig)
 
     def arguments(self) -> list[str]:
@@ -59,30 +60,23 @@ class Arguments:
 class Step:
     """One child process and what it has to leave behind."""
 
-    name: str
-    """Unique, usable as a file name: pretrain_four_channels_5, evaluate_four_channels_5."""
-    kind: Literal["fetch", "pack", "generate", "merge", "pretrain", "probe", "evaluate"]
-    run: str
-    """The run's name; its folder is called so."""
-    epochs: int
-    """Epochs of pretraining completed when the step is done."""
-    program: tuple[str, ...]
-    """Python module and command, such as ("mae", "pretrain")."""
+    name: str  # unique, usable as a file name: pretrain_four_channels_5
+    kind: Kind
+    run: str  # the run's name; its folder is called so
+    epochs: int = 0  # of pretraining, completed when the step is done
+    program: tuple[str, ...]  # Python module and command, such as ("mae", "pretrain")
     config: PretrainConfig | TrainConfig | ProbeConfig | Arguments
-    processes: int
-    needs: tuple[str, ...]
-    folder: Path
-    """Where it writes, console.log included."""
-    outputs: tuple[Path, ...]
-    """Files that have to be there, and not empty, afterwards."""
-    settings: Mapping[str, Any]
-    """All that decides what it makes, plain; paths in the output directory are relative to it."""
+    processes: int = 1
+    needs: tuple[str, ...] = ()  # names of steps
+    folder: Path  # where it writes, console.log included
+    outputs: tuple[Path, ...]  # files that have to be there, and not empty, afterwards
+    # All that decides what it makes, plain; paths in the output directory are relative to it.
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    # GPUs of this machine, of which it gets one for each process; None = all that are visible.
     gpus: tuple[int, ...] | None = None
-    """GPUs of this machine, of which it gets one for each process; None = all that are visible."""
+    # How torchrun's processes find each other; one machine picks a free port by itself.
     rendezvous: tuple[str, ...] = ("--standalone",)
-    """How torchrun's processes find each other; one machine picks a free port by itself."""
-    facts: Facts | None = None
-    """What its check found; None before it, and for what is no training and no score."""
+    facts: Facts | None = None  # what its check found, where it was checked and is a part's
 
     @property
     def console_log(self) -> Path:
@@ -212,9 +206,8 @@ class _Planner:
         )
         return [
             Step(
-                name=f"fetch_{experiment.model}", kind="fetch", run="mae", epochs=0,
-                program=("mae", "fetch"), config=config, processes=1, needs=(),
-                folder=self.paths.bookkeeping / "fetch", outputs=(out,), settings={},
+                name=f"fetch_{experiment.model}", kind="fetch", run="mae", config=config,
+                program=("mae", "fetch"), folder=self.paths.bookkeeping / "fetch", outputs=(out,),
             )
         ]  # fmt: skip
 
@@ -238,14 +231,8 @@ class _Planner:
             "output_dir": folder,
         }
         config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given))
-        outputs = (files.checkpoint_path, files.reconstructions_path)
-        return Step(
-            name=f"pretrain_{run.name}_{epochs}", kind="pretrain", run=run.name, epochs=epochs,
-            program=("mae", "pretrain"), config=config, needs=needs, folder=folder,
-            processes=settings.compute.processes, gpus=self._gpus(settings.compute.pretrain_gpus),
-            outputs=tuple(path(folder, epochs) for path in outputs),
-            settings=self._decisive(config),
-        )  # fmt: skip
+        left = (files.checkpoint_path(folder, epochs), files.reconstructions_path(folder, epochs))
+        return self._step("pretrain", run, epochs, needs, config, left)
 
     def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> list[Step]:
         """Probes and finetunes the checkpoint after `epochs`, where that is wanted.
@@ -265,19 +252,12 @@ class _Planner:
         folder, known = self.paths.probe_dir(run.name, epochs), fields_of(*PROBE_GROUPS.values())
         init, planned, given = self._scored(run, epochs)
         given = {name: value for name, value in given.items() if name in known}
-        given |= self.settings.parts.probe
-        given.setdefault("image_folder", self._image_classes())
-        # A probe has no trackers; its --seed is the pretraining's.
+        given = {"image_folder": self._image_classes(), **given, **self.settings.parts.probe}
+        # It has no trackers; its seed is the pretraining's.
         planned = {name: value for name, value in planned.items() if name in known}
         planned |= {"seed": run.seed, "output_dir": folder}
-        groups = _groups(PROBE_GROUPS, "--probe", planned, given)
-        config = ProbeConfig(init=init, **groups)
-        return Step(
-            name=f"probe_{eval_name(run.name, epochs)}", kind="probe", run=run.name, epochs=epochs,
-            program=("segmenter", "probe"), config=config, needs=needs, folder=folder,
-            outputs=(folder / files.RESULT,), settings=self._decisive(config),
-            **self._scoring_devices(),
-        )  # fmt: skip
+        config = ProbeConfig(init=init, **_groups(PROBE_GROUPS, "--probe", planned, given))
+        return self._step("probe", run, epochs, needs, config, (folder / files.RESULT,))
 
     def evaluate(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
         """Finetunes and scores the checkpoint, once for each finetuning seed."""
@@ -286,13 +266,8 @@ class _Planner:
             folder = self.paths.eval_dir(run.name, epochs, eval_seed)
             planned |= {"init": init, "seed": run.seed + eval_seed, "output_dir": folder}
             config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", planned, given))
-            left = (files.RESULT, files.LOG, files.PREDICTIONS)
-            yield Step(
-                name=f"evaluate_{eval_name(run.name, epochs, eval_seed)}", kind="evaluate",
-                run=run.name, epochs=epochs, program=("segmenter", "train"), config=config,
-                needs=needs, folder=folder, outputs=tuple(folder / file for file in left),
-                settings=self._decisive(config), **self._scoring_devices(),
-            )  # fmt: skip
+            left = tuple(folder / name for name in (files.RESULT, files.LOG, files.PREDICTIONS))
+            yield self._step("evaluate", run, epochs, needs, config, left, eval_seed)
 
     def _scored(self, run: RunId, epochs: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Of whatever scores a checkpoint: which one, what the plan sets, and what was given."""
@@ -310,19 +285,34 @@ class _Planner:
 
     def _image_classes(self) -> Path | None:
         """val/, where it has a folder for each class, for probes of whole images."""
-        folder = (self.settings.data.in1k_dir or Path()) / "val"
-        if self.settings.data.in1k_dir is None or not folder.is_dir():
+        folder = self.settings.data.in1k_dir and self.settings.data.in1k_dir / "val"
+        if folder is None or not folder.is_dir():
             return None
         return folder if sum(entry.is_dir() for entry in os.scandir(folder)) > 1 else None
 
-    def _scoring_devices(self) -> dict[str, Any]:
+    def _step(
+        self,
+        kind: Kind,
+        run: RunId,
+        epochs: int,
+        needs: tuple[str, ...],
+        config: PretrainConfig | TrainConfig | ProbeConfig,
+        outputs: tuple[Path, ...],
+        eval_seed: int = 0,
+    ) -> Step:
         compute = self.settings.compute
-        processes = compute.gpus_per_eval if compute.num_gpus else compute.processes
-        return {"processes": processes, "gpus": self._gpus(compute.scoring_gpus)}
-
-    def _gpus(self, those: tuple[int, ...]) -> tuple[int, ...] | None:
-        """None on the CPU, and in a Slurm job, which sees its own only."""
-        return those if those and self.settings.cluster.launcher == "local" else None
+        processes, gpus = compute.processes, compute.pretrain_gpus
+        if kind != "pretrain":
+            processes = compute.gpus_per_eval if compute.num_gpus else processes
+            gpus = compute.scoring_gpus
+        # A Slurm job sees its own GPUs only.
+        chosen = gpus if gpus and self.settings.cluster.launcher == "local" else None
+        return Step(
+            name=f"{kind}_{eval_name(run.name, epochs, eval_seed)}", kind=kind, run=run.name,
+            epochs=epochs, program=_PROGRAMS[kind], config=config, processes=processes,
+            needs=needs, folder=config.run.output_dir, outputs=outputs, gpus=chosen,
+            settings=self._decisive(config),
+        )  # fmt: skip
 
     def _decisive(self, config: PretrainConfig | TrainConfig | ProbeConfig) -> dict[str, Any]:
         """All that decides what comes out, with recipe and defaults filled in."""
