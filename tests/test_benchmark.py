@@ -357,9 +357,9 @@ def test_doctor_looks_at_the_data_through_the_parts(config: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     assert "11 train, 1 left out, 4 val" in done.stdout
     assert done.stdout.splitlines()[-1] == "ready"
-    wrong = run_benchmark(*call, "pathces")
+    wrong = run_benchmark(*call, "patches", "--pretrain", "patch_size=5")
     assert wrong.returncode == 1
-    assert "choose one of patches, segments" in wrong.stdout
+    assert "--image-size 32 is not a multiple of the patch size 5" in wrong.stdout
     assert wrong.stdout.splitlines()[-1] == "1 to fix"
 
 
