@@ -7,12 +7,8 @@ comes when is decided in pipeline/plan/steps.py. No torch is imported here.
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -20,6 +16,7 @@ import click
 from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, run_program, say
 from common.files import check_output_folder
+from common.interruption import Interruption
 from common.lock import hold
 from common.options import MOST_SEED
 from pipeline.launch import doctor as examination
@@ -28,93 +25,81 @@ from pipeline.launch.estimate import estimate_run
 from pipeline.launch.local import LocalLauncher
 from pipeline.launch.status import status_text
 from pipeline.launch.view import show
-from pipeline.plan import records
 from pipeline.plan.check import checked_plan
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import visible_gpus
+from pipeline.plan.records import Record, is_done, write_run_files
 from pipeline.plan.settings import GROUPS, Settings
 from pipeline.plan.steps import Step
 from pipeline.report.page import write_all, write_report
-from pipeline.report.results import write_results_csv
+from pipeline.report.tables import write_results_csv
 
 _POLL_SECONDS = 0.1
+_STOPPING = "\nStopping: waiting for the running step to save (again: end it now)\n"
+
+
+# The order of events --------------------------------------------------------------------------
 
 
 def run(settings: Settings) -> int:
     """Plans, checks, alternates, reports. Returns the exit code; 0 means that all of it is done."""
     paths, steps = Layout(settings.data.output_dir), checked_plan(settings)
-    if settings.cluster.launcher == "slurm":
+    if settings.cluster.launcher == "slurm":  # each step is a job; Slurm alternates
         return slurm.run(settings, steps, paths)
     with hold(paths.lock, paths.root):
-        records.write_run_files(settings, steps, paths)
+        write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
         exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going)
-        say(write_all(paths))
+        say(write_all(paths))  # also after a failure: over what is there
     return exit_code
 
 
 def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -> int:
-    """Runs every step that is not done yet, each after those it needs.
+    """Runs every step that is not done yet, each after those it needs; returns the exit code.
 
     In sequence that is the order of the plan. Steps that have devices of their own run beside each
-    other; none takes a GPU for which an earlier one waits.
+    other. After a failure what does not need that step goes on, or nothing without `keep_going`.
     """
-    done = {step.name for step in steps if records.is_done(step, launcher.paths)}
-    waiting = [step for step in steps if step.name not in done]
-    failed = stopping = False
-    with stop_signals() as signals:
-        while waiting or launcher.running:
-            refused, kept = [], set[int]()
-            for step in list(waiting):
-                may_take = kept.isdisjoint(step.gpus or ()) and launcher.has_room_for(step)
-                if may_take and done.issuperset(step.needs):
-                    say(f"\n== {step.name} ({len(done)} of {len(steps)} steps done)")
-                    waiting.remove(step)
-                    refused += launcher.start(step)
-                else:
-                    kept.update(step.gpus or ())
-            for end in [*refused, *launcher.poll()]:
-                done |= {end.name} if end.state == "done" else set()
-                failed = failed or end.state == "failed"
-                stopping = stopping or end.state == "stopped"
-                if end.message:
-                    say(f"Error: {end.message}", err=True)
-            stopping = stopping or bool(signals)
-            if stopping or (failed and not keep_going):
-                launcher.stop(at_once=len(signals) > 1)
-                waiting = []
-            waiting = [step for step in waiting if _may_run(step, waiting, done, launcher)]
+    # Each step is done, waiting, running, failed, stopped, or left: not to be started in this call.
+    states = {s.name: "done" if is_done(s, launcher.paths) else "waiting" for s in steps}
+    with Interruption(notice=_STOPPING, ends_process=False) as stop:
+        while not {"waiting", "running"}.isdisjoint(states.values()):
+            for record in [*start_ready(steps, states, launcher), *launcher.poll()]:
+                states[record.name] = record.state
+                if record.message:
+                    say(f"Error: {record.message}", err=True)
+            stopping = stop.requested or "stopped" in states.values()
+            over = stopping or ("failed" in states.values() and not keep_going)
+            if over:  # until it has ended: what does not save in time is ended
+                launcher.stop(at_once=stop.repeated)
+            for step in steps:  # in the order of the plan, so that this reaches what needs it
+                needed = {states[need] for need in step.needs}
+                if states[step.name] == "waiting" and (over or needed & {"failed", "left"}):
+                    states[step.name] = "left"
             time.sleep(_POLL_SECONDS if launcher.running else 0)
-    left = len(steps) - len(done)
+    left = sum(state != "done" for state in states.values())
     if left:
         what = "Stopped" if stopping else "Error: the plan could not be finished"
         say(f"{what}; {left} of {len(steps)} steps left, the same command goes on", err=True)
     return 0 if not left else EXIT_STOPPED if stopping else 1
 
 
-def _may_run(step: Step, waiting: list[Step], done: set[str], launcher: LocalLauncher) -> bool:
-    """Whether everything the step needs is done, running, or still to come."""
-    to_come = {s.name for s in waiting} | {r.step.name for r in launcher.running}
-    return all(need in done or need in to_come for need in step.needs)
+def start_ready(steps: list[Step], states: dict[str, str], launcher: LocalLauncher) -> list[Record]:
+    """Starts the steps that have all they need, while there is room; returns their records."""
+    started, kept = [], set[int]()  # kept: the GPUs for which a step waits, free or not
+    for step in [step for step in steps if states[step.name] == "waiting"]:
+        is_ready = all(states[need] == "done" for need in step.needs)
+        # Pretraining needs its GPUs at once: scores that take each as it comes free starve it.
+        if is_ready and kept.isdisjoint(step.gpus or ()) and launcher.has_room_for(step):
+            done = sum(state == "done" for state in states.values())
+            say(f"\n== {step.name} ({done} of {len(steps)} steps done)")
+            started.append(launcher.start(step))
+        else:
+            kept.update(step.gpus or ())
+    return started
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and SIGUSR1: one asks the steps to save, a second ends them."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            say("\nStopping: waiting for the running step to save (again: end it now)")
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    earlier = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+# The command line -----------------------------------------------------------------------------
 
 
 class _RunByDefault(click.Group):
@@ -164,7 +149,7 @@ def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> 
     return 0
 
 
-run_or_show.hidden = True
+run_or_show.hidden = True  # the group's own help shows its flags
 
 
 def _settings(groups: dict[str, Any]) -> Settings:

@@ -40,7 +40,9 @@ make_environment() {  # in the folder $1
     if [ -n "$index" ]; then  # first without what they need, so that a wrong index is found at once
         said="$("${from_index[@]}" --no-deps "${torch[@]}" 2>&1)" ||
             fail "no ${torch[*]} at TORCH_INDEX=$index: $(tail -n 1 <<<"$said")"
-        grep -vE '^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==' requirements.txt >"$locked"
+        # nvidia-ml-py asks the driver and is no part of CUDA.
+        sed -E '/^nvidia-ml-py==/!{/^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==/d}' \
+            requirements.txt >"$locked"
     else
         cp requirements.txt "$locked"
     fi

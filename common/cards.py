@@ -1,11 +1,8 @@
-"""What the makers say of GPUs: peak speed, whose code runs on which, which driver CUDA needs."""
+"""What NVIDIA says of its GPUs: peak speed, and the driver that CUDA needs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-
-Capability = tuple[int, int]
 
 # Dense TFLOP/s by the name that CUDA gives, less the brand: fp16, bf16 (None: not in hardware), and
 # fp32 (TF32 from Ampere on). Tensor cores with fp32 sums, as training has them, halved where a data
@@ -35,10 +32,11 @@ _PEAK_TFLOPS: dict[str, tuple[float, float | None, float]] = {
 }
 
 # By CUDA's major version; within one, older drivers will do (NVIDIA, CUDA Compatibility, table 1).
-_LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
-_CU126_ARCHS = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
-_CU126 = "TORCH_INDEX=URL ./run_benchmark.sh ... with the URL of PyTorch's wheels for CUDA 12.6"
-_LOCKED = "TORCH_INDEX= ./run_benchmark.sh ..., which takes the torch of the lock"
+_LEAST_DRIVER = {12: 525, 13: 580}
+REMEDY = (
+    "TORCH_INDEX=URL ./run_benchmark.sh ... with the URL of PyTorch's wheels for CUDA 12.6 (for "
+    "V100 and older cards, or drivers from 525 to 579), or else update the driver"
+)
 
 
 def peak_flops(name: str, precision: str) -> float | None:
@@ -52,44 +50,6 @@ def peak_flops(name: str, precision: str) -> float | None:
     return None if peak is None else peak * 1e12
 
 
-def has_kernels(capability: Capability, archs: Iterable[str]) -> bool:
-    """Whether code built for `archs` ("sm_86", "compute_90") runs on a card of that capability.
-
-    Machine code runs on its own major version, from its minor version on; PTX (compute) on all
-    that is newer; of either, what ends in "a" on its own version only.
-    """
-    for arch in archs:
-        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
-        if found is None:
-            return True  # of another maker: not ours to judge
-        kind, built, feature = found[1], (int(found[2]), int(found[3])), found[4]
-        fits = built[0] == capability[0] or (kind == "compute" and not feature)
-        if built == capability or (fits and feature != "a" and built < capability):
-            return True
-    return False
-
-
 def least_driver(cuda: str) -> int:
     """The oldest driver branch that such a CUDA version works with; 0 where it is not known."""
-    return _LEAST_DRIVER.get(int(cuda.partition(".")[0] or 0), 0)
-
-
-def remedy(
-    capability: Capability | None, cuda: str, archs: Iterable[str], driver: int | None = None
-) -> str:
-    """What to do where a torch for that CUDA version and `archs` does not fit card or driver.
-
-    driver: its branch, such as 535; None where it is known to do.
-    """
-    old_build_fits = capability is None or has_kernels(capability, _CU126_ARCHS)
-    needed, driver = least_driver(cuda), driver or 10_000
-    if capability is not None and not has_kernels(capability, archs):
-        if not old_build_fits:
-            newer = capability >= (10, 0)
-            return _LOCKED if newer else "--num-gpus 0: no torch of this version has kernels for it"
-        needed = least_driver("12")
-        first = f"update the driver to {needed} or newer, then " if driver < needed else ""
-        return first + _CU126
-    update = f"update the driver to {needed} or newer"
-    with_older = old_build_fits and least_driver("12") <= driver
-    return f"{update}, or {_CU126}" if with_older else update
+    return _LEAST_DRIVER.get(int(cuda.partition(".")[0]), 0)

@@ -30,7 +30,7 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
     try:
         code = cli.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
+        error.show()  # the help itself, not a line about it
         code = EXIT_BAD_INPUT
     except click.ClickException as error:
         code = _report(error.format_message(), error.exit_code)
@@ -46,7 +46,10 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
         code = _report(str(error), EXIT_FAILED)
     finally:
         end_children()
-        _leave_process_group()
+        # Processes that end while they are connected abort now and then, after all work is done.
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
     lost = _close_output()
     sys.exit(code if isinstance(code, int) and code else EXIT_FAILED if lost else 0)
 
@@ -91,13 +94,6 @@ def _turn_away(stream: TextIO) -> None:
     """Let what is still to be written to a stream that is gone vanish."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _leave_process_group() -> None:
-    """Processes that end while they are connected abort now and then, after all work is done."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _close_output() -> bool:

@@ -38,15 +38,14 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
     for url in urls:
         try:
             _fetch(url, part)
-            if digest is not None and not has_digest(part, digest):
-                part.unlink()
-                raise OSError(f"the file has not the digest {digest}")
+            if digest is None or has_digest(part, digest):
+                part.replace(path)
+                return
+            part.unlink()
+            raise OSError(f"the file has not the digest {digest}")
         except (OSError, http.client.HTTPException) as error:
             problems.append(f"{url}: {error}")
             logger.warning("%s", problems[-1])
-        else:
-            part.replace(path)
-            return
     kept = f"; {part} is kept, run again to go on from there" if part.exists() else ""
     raise RuntimeError(f"{path.name} could not be downloaded: {'; '.join(problems)}{kept}")
 
@@ -65,20 +64,20 @@ def _fetch(url: str, part: Path) -> None:
     """
     failures = 0
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        before = _size(part)
         try:
             if _fetch_once(url, part, before):
                 return
             reason: Exception = OSError("the connection closed early")
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise
+                raise  # the server is well and has no such file
             reason = error
-        arrived = (part.stat().st_size if part.exists() else 0) > before
-        failures = 0 if arrived else failures + 1
+        failures = 0 if _size(part) > before else failures + 1
         if failures == ATTEMPTS_WITHOUT_PROGRESS:
             raise reason
-        time.sleep(FIRST_PAUSE_SECONDS * 4 ** max(0, failures - 1) if failures else 0)
+        if failures:
+            time.sleep(FIRST_PAUSE_SECONDS * 4 ** (failures - 1))
 
 
 def _fetch_once(url: str, part: Path, start: int) -> bool:
@@ -95,29 +94,28 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
         part.unlink()  # longer than the file: of something else
         return False
     with response:
-        resumed = response.status == PARTIAL_CONTENT
+        resumed = response.status == PARTIAL_CONTENT  # 200: it sends all of it again
         begins = response.headers.get("Content-Range", "")
         if start and resumed and not begins.startswith(f"bytes {start}-"):
             raise OSError("the server sent another part than was asked for")
         to_come = int(response.headers.get("Content-Length", 0))  # a server need not say
         position = start if resumed else 0
         total_bytes = position + to_come
-        _check_disk(part, to_come)
-        megabytes = total_bytes // 10**6
+        free = shutil.disk_usage(part.parent).free
+        if free < to_come * ENOUGH_FREE:
+            raise RuntimeError(
+                f"{part.parent} has {free / 1e9:.1f} GB free; {to_come / 1e9:.1f} GB are to come"
+            )
         with (
             part.open("ab" if resumed else "wb") as file,
-            Counter(part.stem, total=megabytes, done=position // 10**6, unit="MB") as counter,
+            Counter(part.stem, total=total_bytes // 10**6, done=position // 10**6, unit="MB") as mb,
         ):
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 position += len(chunk)
-                counter.advance(position // 10**6 - counter.done)
+                mb.reach(position // 10**6)
     return position >= total_bytes
 
 
-def _check_disk(part: Path, missing: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if free < missing * ENOUGH_FREE:
-        raise RuntimeError(
-            f"{part.parent} has {free / 1e9:.1f} GB free; {missing / 1e9:.1f} GB are to come"
-        )
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0

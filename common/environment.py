@@ -7,7 +7,9 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
+# What the launcher of a plan tells a step.
 PROCESSES_HERE = "SEGMAE_PROCESSES_HERE"  # how many processes steps beside each other have
+PROGRESS_FILE = "SEGMAE_PROGRESS"  # where a step of a plan tells how far it is
 
 
 def rank() -> int:

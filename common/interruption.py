@@ -8,34 +8,54 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# torchrun, Slurm and a terminal pass one wish on twice; a person takes longer.
-SAME_WISH_SECONDS = 1.0
+# torchrun, Slurm and a terminal pass one request on twice; a person takes longer.
+SAME_REQUEST_SECONDS = 1.0
 
 
 class Interruption:
-    """As a context: the first stop signal sets `requested`; a later one ends the process at once.
+    """As a context: the first stop signal sets `requested`; a second one ends the process at once.
 
     Nothing is lost then but the work since the last save: files are there whole or not at all.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(
+        self,
+        *,
+        signals: Collection[int] = STOP_SIGNALS,
+        notice: str = "",
+        ends_process: bool = True,
+    ) -> None:
+        """notice: printed at the first signal. ends_process: else a second sets `repeated` only."""
+        self.requested = self.repeated = False
+        self._signals, self._notice, self._ends_process = signals, notice, ends_process
         self._requested_at = 0.0
         self._previous: list[tuple[int, Any]] = []
 
     def __enter__(self) -> Interruption:
-        self._previous = [(n, signal.signal(n, self._request)) for n in STOP_SIGNALS]
+        self._previous = [(n, signal.signal(n, self._note)) for n in self._signals]
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous:
             signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """The handler. It may come in the middle of a print, so that it writes by itself."""
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._requested_at = True, now
+            _write(1, self._notice)
+        elif now - self._requested_at > SAME_REQUEST_SECONDS:
+            self.repeated = True
+            if self._ends_process:
+                _write(2, "Error: ended at once by a second signal, without saving\n")
+                os._exit(1)  # whatever it is that waits
 
     @contextmanager
     def shielding_children(self) -> Iterator[None]:
@@ -48,10 +68,11 @@ class Interruption:
 
         def receive() -> None:
             while not done.is_set():
-                if signal.sigtimedwait(STOP_SIGNALS, 0.1) is not None:
-                    self._request(0, None)
+                if signal.sigtimedwait(self._signals, 0.1) is not None:
+                    self._note(0, None)
 
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # is inherited
+        # Blocked signals stay so in children, over fork and exec; ignored ones a program may undo.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         receiver = threading.Thread(target=receive, daemon=True)
         receiver.start()
         try:
@@ -61,13 +82,10 @@ class Interruption:
             receiver.join()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.requested and now - self._requested_at > SAME_WISH_SECONDS:
-            os.write(2, b"Error: ended at once by a second signal, without saving\n")
-            os._exit(1)  # whatever it is that waits
-        if not self.requested:
-            self.requested, self._requested_at = True, now
+
+def _write(stream: int, message: str) -> None:
+    with suppress(OSError):  # nobody may be listening any more
+        os.write(stream, message.encode())
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
@@ -81,7 +99,7 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """torch's loader looks for its parent too, but not while a full pipe keeps it from writing."""
+    # torch's loader looks for its parent too, but not while a full pipe keeps it from writing.
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -89,15 +107,11 @@ def _end_with_parent() -> None:
 
 
 def end_children() -> None:
-    """Kill the loader processes that an error has left, at the end of a program.
-
-    Python ends them by SIGTERM and then waits for them; they ignore it, so it would for ever.
-    """
-    children = multiprocessing.active_children()
-    if not children:
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise about each
-    for child in children:
-        child.kill()
-        child.join()
-    signal.signal(signal.SIGCHLD, previous)
+    """Kill the loader processes that an error has left, at the end of a program."""
+    # Python ends them by SIGTERM and then waits for them; they ignore it, so it would for ever.
+    if children := multiprocessing.active_children():
+        previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise about each
+        for child in children:
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, previous)

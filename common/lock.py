@@ -26,29 +26,21 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
     Raises LockedError, which names the holder, if another process works in `folder`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_own(path)
-    lock = FileLock(path)
+    # The file is written to below: not through a link, and not over a file of somebody else's.
+    if os.path.lexists(path):
+        is_plain = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+        if not is_plain or path.read_bytes()[:1] not in (b"", b"{"):
+            raise ValueError(f"{path} is in the way: it is no lock of a run here; remove it")
     try:
-        lock.acquire(timeout=_FORKED_SECONDS)
+        held = FileLock(path).acquire(timeout=_FORKED_SECONDS)
     except Timeout:
         raise LockedError(
             f"{_holder(path)} already works in {folder}; wait for it, or use another --output-dir"
         ) from None
-    try:
+    with held:  # then the file is left: who waits for it would hold one that has no name
         here = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         path.write_text(json.dumps(here))
         yield
-    finally:
-        lock.release()
-
-
-def _check_own(path: Path) -> None:
-    """Raise ValueError unless the file is missing, or one that `hold` has written."""
-    if not os.path.lexists(path):
-        return
-    is_plain = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
-    if not is_plain or path.read_bytes()[:1] not in (b"", b"{"):
-        raise ValueError(f"{path} is in the way: it is no lock of a run here; remove it")
 
 
 def _holder(path: Path) -> str:

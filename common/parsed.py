@@ -79,6 +79,10 @@ class StepProgress(TypedDict, total=False):
     epochs_total: Count
     images_per_second: FiniteFloat
     seconds_left: FiniteFloat | None
+    done: Count
+    total: Count
+    unit: str
+    per_second: FiniteFloat
 
 
 def parsed(shape: Any, content: Any, source: str) -> Any:

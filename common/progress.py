@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-import re
+import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.environment import PROGRESS_FILE, rank
+from common.files import write_json
+
 logger = logging.getLogger(__name__)
 
-SECONDS_PER_DRAWING = 0.1
-SECONDS_PER_LINE = 30.0
-COUNTED = re.compile(r"\w+: \d+ of \d+ \w+, [\d.]+/s, [\d:]+ left")  # a line of `Counter`
-END_BYTES = 4096
+# How often a bar is drawn, a line written where there is no terminal, progress.json replaced.
+SECONDS_PER_DRAWING, SECONDS_PER_LINE, SECONDS_PER_FILE = 0.1, 30.0, 2.0
 
 
 class Display:
-    """One line about one piece of work. No thread draws it: work is forked meanwhile."""
+    """One line about one piece of work, drawn by whoever calls: forks and threads do not mix."""
 
     def __init__(self, total: float, *, seconds_per_line: float = SECONDS_PER_LINE) -> None:
         self.seconds_per_line = seconds_per_line
         self.shown = time.monotonic()
+        # A total that is not known yet (0) has no bar.
         self.bar = _make_bar(total) if sys.stderr.isatty() and total else None
 
     def show(self, completed: float, text: str) -> None:
@@ -50,6 +53,9 @@ class Counter:
         self.done = self.begun_with = done
         self.started = time.monotonic()
         self.display = Display(total, seconds_per_line=10.0)
+        # Set by the launcher of a plan. Processes beside the first do the same kind of work.
+        path = os.environ.get(PROGRESS_FILE)
+        self.file = ProgressFile(Path(path)) if path and not rank() else None
 
     def __enter__(self) -> Counter:
         return self
@@ -64,22 +70,44 @@ class Counter:
     def reach(self, done: int, total: int | None = None) -> None:
         """So many are done by now; total: of all, if that is only known now."""
         self.done, self.total = done, total or self.total
+        # What an earlier call did took no time of this one.
         rate = (self.done - self.begun_with) / max(time.monotonic() - self.started, 1e-9)
-        left = clock((self.total - self.done) / rate if rate else 0)
-        self.display.show(
-            self.done,
-            f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.1f}/s, {left} left",
-        )
+        left = (self.total - self.done) / rate if rate else 0.0
+        now: dict[str, Any] = {
+            "stage": self.what, "done": self.done, "total": self.total, "unit": self.unit,
+            "per_second": rate, "seconds_left": left,
+        }  # fmt: skip
+        if self.file is not None:
+            self.file.update(**now)
+        self.display.show(self.done, count_text(now))
 
 
-def last_count(log: Path) -> str:
-    """What a `Counter` last wrote into a file; empty if nothing."""
-    if not log.exists():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - END_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if COUNTED.fullmatch(line)), "")
+def count_text(now: Mapping[str, Any]) -> str:
+    """A count as progress.json has it, in words."""
+    return (
+        f"{now['stage']}: {now['done']} of {now['total']} {now['unit']}, "
+        f"{now['per_second']:.1f}/s, {clock(now['seconds_left'])} left"
+    )
+
+
+class ProgressFile:
+    """progress.json of a step, for whoever watches it: replaced whole, never half written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stage, self._written = "", float("-inf")
+
+    def update(self, stage: str, **numbers: Any) -> None:
+        """Say where the work is, if it is time to; a new stage is said at once."""
+        now = time.monotonic()
+        if stage != self._stage or now - self._written >= SECONDS_PER_FILE:
+            self._stage, self._written = stage, now
+            self.write("running", stage, **numbers)
+
+    def write(self, state: str, stage: str, **numbers: Any) -> None:
+        """Say it now. state: running, done, stopped or failed."""
+        told = {"state": state, "pid": os.getpid(), "stage": stage, **numbers}
+        write_json(self.path, {**told, "updated": time.time()})
 
 
 def clock(seconds: float) -> str:
@@ -89,13 +117,11 @@ def clock(seconds: float) -> str:
 
 
 def _make_bar(total: float) -> Any:
-    from rich.console import Console
+    from rich.console import Console  # slow to import, and needed on a terminal only
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    bar = Progress(
-        BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
-        console=Console(stderr=True), auto_refresh=False,
-    )  # fmt: skip
+    columns = BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
+    bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
     bar.add_task("", total=total, text="")
     bar.start()
     return bar

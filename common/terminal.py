@@ -19,6 +19,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in words: 48 s, 2 min 5 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    # Two digits say enough: nobody plans by the seconds of an hour.
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 600:

@@ -8,12 +8,11 @@ import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from pydantic import ConfigDict, with_config
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -33,6 +32,7 @@ class Checkpoint(TypedDict):
     epochs_completed: Count
     steps_completed: Count
     config: dict[str, Any]
+    state: NotRequired[dict[str, Any]]
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -140,9 +140,7 @@ def load_checkpoint(
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """All of a model's weights from a checkpoint. Raises ValueError if they are another's."""
-    problems = misfits(model.state_dict(), weights, optional=())
-    if problems:
-        raise ValueError(f"{path} does not fit its own settings: {problems}")
+    refuse_misfits(model.state_dict(), weights, f"{path} does not fit its own settings")
     model.load_state_dict(weights)
 
 
@@ -213,12 +211,15 @@ def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
-def misfits(
-    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: tuple[str, ...]
-) -> str:
-    """What keeps weights from being loaded, in words; empty if nothing does.
+def refuse_misfits(
+    own: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    complaint: str,
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Raise ValueError, with the complaint, that lists what keeps weights from being loaded.
 
-    optional: beginnings of the names that may be missing.
+    own: the model's state dict. optional: beginnings of the names that may be missing.
     """
     problems = [f"{name} is not part of the model" for name in weights if name not in own]
     for name, parameter in own.items():
@@ -231,9 +232,5 @@ def misfits(
         elif weights[name].is_floating_point() != parameter.is_floating_point():
             problems.append(f"{name} is {weights[name].dtype}")
     more = f" and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
-    return "; ".join(problems[:MOST_NAMED]) + more
-
-
-def resample_positions(positions: Tensor, grid: int, prefix_tokens: int = 1) -> Tensor:
-    """[1, P + N, D] of a square grid to [1, P + grid * grid, D], bicubic, as timm does."""
-    return resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=prefix_tokens)
+    if problems:
+        raise ValueError(f"{complaint}: {'; '.join(problems[:MOST_NAMED])}{more}")

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from common import cards
-from common.interruption import Interruption
+from common.environment import number_of
 from common.lock import hold
 from common.step_files import LOCK
 from engine.config import DeviceConfig, OutputConfig, TrainingConfig
@@ -36,7 +36,7 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     Raises ValueError if the wanted device is not there.
     """
     _refuse_unconnected_processes()
-    on_cuda = choose_device(config.device).type == "cuda"
+    on_cuda = choose_device(config.device, number_of("LOCAL_RANK", 0)).type == "cuda"
     wanted = config.compile if isinstance(config, TrainingConfig) else "off"
     compiled = wanted == "on"
     if wanted == "auto" and on_cuda:
@@ -66,19 +66,17 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
 
 
 @contextlib.contextmanager
-def working_in(config: OutputConfig) -> Iterator[tuple[Accelerator, Interruption]]:
+def working_in(config: OutputConfig) -> Iterator[Accelerator]:
     """Device and processes of a call, with the output directory to themselves.
 
     Raises ValueError if the device is not there, or another call works in the directory.
     """
-    folder = config.output_dir
-    with Interruption() as interruption:
-        accelerator = make_accelerator(config)
-        with (
-            hold(folder / LOCK, folder) if accelerator.is_main_process else contextlib.nullcontext()
-        ):
-            accelerator.wait_for_everyone()  # from here on nobody else writes there
-            yield accelerator, interruption
+    folder, accelerator = config.output_dir, make_accelerator(config)
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(hold(folder / LOCK, folder))
+        accelerator.wait_for_everyone()  # from here on nobody else writes there
+        yield accelerator
 
 
 ATTENTION = {
@@ -122,13 +120,16 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    capability, archs = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-    if not cards.has_kernels(capability, archs):
-        cuda = torch.version.cuda or ""
+    try:
+        # One kernel tells. On the GPU of this process: a context takes memory on the card.
+        (torch.ones(1, device=device) + 1).item()
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
         raise ValueError(
             f"torch {torch.__version__} has no kernels for {device_name(device)}: use --device cpu "
-            f"or {cards.remedy(capability, cuda, archs)}"
-        )
+            f"or {cards.REMEDY}"
+        ) from None
     return device
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json, write_text
+from common.files import write_text
 from common.parsed import read_log
-from common.progress import Display, clock
+from common.progress import Display, ProgressFile, clock
 from common.step_files import LOG, PROGRESS
 from engine.config import TrainingConfig
 from engine.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_PROGRESS = 2.0
 # Keys of log.txt that may differ between equal runs.
 TIMING_KEYS = ("images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib", "mfu")
 
@@ -82,13 +80,12 @@ class Progress:
     """progress.json, and a bar on a terminal or a line now and then in a file."""
 
     def __init__(self, output_dir: Path, *, epochs_total: int, images_per_epoch: int) -> None:
-        self.path = output_dir / PROGRESS
+        self.file = ProgressFile(output_dir / PROGRESS)
         self.epochs_total = epochs_total
         self.images_per_epoch = images_per_epoch
         self.images_done = 0
         self.epoch = 0.0
         self.seconds = 0.0  # of training; evaluations are not part of the rate
-        self.written, self.stage = float("-inf"), ""
         self.display = Display(epochs_total)
 
     def advance(self, epoch: float, images: int, seconds: float) -> None:
@@ -105,16 +102,13 @@ class Progress:
 
     def tell(self, stage: str, text: str) -> None:
         """Write file, bar and lines if it is time to."""
-        now = time.monotonic()
-        if stage != self.stage or now - self.written >= SECONDS_BETWEEN_PROGRESS:
-            self._write("running", stage)
-            self.written, self.stage = now, stage
+        self.file.update(stage, **self._numbers)
         self.display.show(self.epoch, text)
 
     def close(self, outcome: str) -> None:
         """Report the end."""
         self.display.close()
-        self._write(outcome, "train")
+        self.file.write(outcome, "train", **self._numbers)
 
     @property
     def images_per_second(self) -> float:
@@ -129,18 +123,14 @@ class Progress:
         left = (self.epochs_total - self.epoch) * self.images_per_epoch
         return round(max(left, 0.0) / self.images_per_second, 1)
 
-    def _write(self, state: str, stage: str) -> None:
-        content = {
-            "state": state,
-            "pid": os.getpid(),
-            "stage": stage,
+    @property
+    def _numbers(self) -> dict[str, float | None]:
+        return {
             "epoch": round(self.epoch, 4),
             "epochs_total": self.epochs_total,
             "images_per_second": round(self.images_per_second, 2),
             "seconds_left": self.seconds_left,
-            "updated": time.time(),
         }
-        write_json(self.path, content)
 
 
 def _short(value: Any) -> str:

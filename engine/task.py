@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from common.interruption import Interruption, leave_signals_to_the_main_process
+from common.interruption import Interruption
+from common.parsed import parsed_plain
 from common.samples import Unreadable
 from engine.config import TrainingConfig
 from engine.devices import peak_memory_mib
@@ -23,6 +24,8 @@ from engine.schedule import BatchPlan
 from engine.update import GuardedUpdate
 
 logger = logging.getLogger(__name__)
+
+OPEN_FILES = 65536
 
 
 class MicroBatch(NamedTuple):
@@ -75,86 +78,64 @@ class Evaluation(NamedTuple):
     is_best: bool = False
 
 
-class Task(ABC):
+class Task(Protocol):
     """What is trained, and on what: all that the two trainings do not have in common."""
 
+    remedy: ClassVar[str]  # what may help when it diverges
+    counts: ClassVar[tuple[str, ...]]  # what is summed over an epoch beside the loss
     run: TrainingConfig
+    settings: dict[str, Any]  # plain values of all that decides the result
     seed: int
     clip_grad: float | None
+    rate_at: Callable[[float], float]  # learning rate by the share of the whole run, 0 to 1
     epochs: int  # completed when this call ends
     total_epochs: int  # at whose end the schedule ends
-    settings: dict[str, Any]  # plain values of all that decides the result
     values_per_image: int  # about: errors are divided by it for fp16's sake
     auto_batch: bool  # whether the micro-batch is to be as large as a GPU's memory lets it
+    train_set: Dataset[Any]  # by (epoch, index)
+    collate: Callable[[list[Any]], Any]
+    start_worker: Callable[[int], None]  # what a loader process begins with
     evaluations: int  # over the whole run
     num_heldout: int  # images that an evaluation looks at
-    remedy: ClassVar[str]  # what may help when it diverges
-    counts: ClassVar[tuple[str, ...]] = ()  # what is summed over an epoch beside the loss
-    saves_before_evaluating: ClassVar[bool] = False  # worth it where that takes long
 
-    @abstractmethod
-    def find_earlier(self) -> Earlier:
-        """What this call goes on from. Raises ValueError if it may not."""
+    # What this call goes on from. Raises ValueError if it may not.
+    def find_earlier(self) -> Earlier: ...
 
-    @abstractmethod
-    def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built:
-        """Model, loss and optimizer; torch is seeded. The trainer loads a checkpoint's weights."""
+    # Model, loss and optimizer, torch being seeded. The trainer loads a checkpoint's weights.
+    def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built: ...
 
-    @abstractmethod
-    def plan(self, processes: int) -> BatchPlan:
-        """How a batch is split. Raises ValueError if it cannot be."""
+    # How a batch is split. Raises ValueError if it cannot be.
+    def plan(self, processes: int) -> BatchPlan: ...
 
-    @abstractmethod
-    def batches(self, run: Run, start: tuple[int, int], epochs: int) -> Iterator[Any]:
-        """This process's micro-batches, as the loader makes them, from (epoch, step) on."""
+    # What the loader gave, as the trainer needs it.
+    def micro_batch(self, batch: Any) -> MicroBatch: ...
 
-    @abstractmethod
-    def micro_batch(self, batch: Any) -> MicroBatch:
-        """The same as the trainer needs it."""
+    # Inputs of the loss module, of any images, to measure memory by.
+    def example(self, images: int) -> tuple[Tensor, ...]: ...
 
-    @abstractmethod
-    def example(self, images: int) -> tuple[Tensor, ...]:
-        """Inputs of the loss module, of any images, to measure memory by."""
+    # What is trained on what, in a line.
+    def describe(self) -> str: ...
 
-    @abstractmethod
-    def learning_rate(self, progress: float) -> float:
-        """At a share of the whole run, 0 to 1."""
+    # Scores of the held-out images, if it is time to; None if told to stop. `save` may be called
+    # before, so that a kill in a long evaluation costs no training.
+    def evaluate(
+        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
+    ) -> Evaluation | None: ...
 
-    @abstractmethod
-    def describe(self, run: Run) -> str:
-        """What is trained on what, in a line."""
+    # The same of so many of them, evenly spread, to see how long it takes.
+    def evaluate_some(self, run: Run, images: int) -> None: ...
 
-    def is_evaluated(self, epoch: int) -> bool:
-        """Whether the model is evaluated after so many epochs."""
-        return True
+    # The line of log.txt about the epoch that just ended, but for its number.
+    def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]: ...
 
-    @abstractmethod
-    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation | None:
-        """Score the model on the held-out images; None if told to stop."""
+    # What a checkpoint holds beside what all have in common.
+    def extra_state(self, run: Run) -> dict[str, Any]: ...
 
-    @abstractmethod
-    def evaluate_some(self, run: Run, images: int) -> None:
-        """The same of so many of them, evenly spread, to see how long it takes."""
+    # The names that the checkpoint after an epoch gets; the last is the rolling one.
+    def checkpoint_names(self, epochs_completed: int, *, is_best: bool) -> Sequence[str]: ...
 
-    @abstractmethod
-    def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]:
-        """The line of log.txt about the epoch that just ended, but for its number."""
-
-    @abstractmethod
-    def extra_state(self, run: Run, state: State) -> dict[str, Any]:
-        """What a checkpoint holds beside what all have in common."""
-
-    @abstractmethod
-    def take_up(self, state: State, checkpoint: dict[str, Any]) -> None:
-        """Fill the state from it."""
-
-    @abstractmethod
-    def checkpoint_names(self, epochs_completed: int, *, is_best: bool) -> Sequence[str]:
-        """The names that the checkpoint after an epoch gets; the last is the rolling one."""
-
-    @abstractmethod
-    def after_round(self, run: Run, state: State) -> None:
-        """What is left when all epochs are trained; only the first process calls it."""
+    # What is left when all epochs are trained; only the first process calls it.
+    def after_round(self, run: Run, state: State) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -177,9 +158,14 @@ class State:
     best_score: float | None = None
 
     @classmethod
-    def fresh(cls, task: Task) -> State:
-        """At the beginning."""
-        return cls(sums=dict.fromkeys(("loss", *task.counts, "unreadable_images"), 0.0))
+    def of(cls, task: Task, checkpoint: Mapping[str, Any], path: Path | None) -> State:
+        """Where the checkpoint at `path` stands; at the beginning if it is empty.
+
+        Raises ValueError.
+        """
+        names = ("loss", *task.counts, "unreadable_images")
+        known = {**vars(cls(sums=dict.fromkeys(names, 0.0))), **_stored_state(checkpoint, names)}
+        return parsed_plain(cls, known, f"{path}: state")
 
     def add(self, sums: Sequence[float]) -> None:
         """Those of some steps, in the order of the names."""
@@ -191,6 +177,21 @@ class State:
         self.epochs_completed, self.steps_completed = epochs_completed, 0
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.seconds = self.waited_seconds = 0.0
+
+
+def _stored_state(checkpoint: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint has of `State`; names: of the sums."""
+    stored = dict(checkpoint.get("state", {}))
+    stored |= {n: checkpoint[n] for n in ("epochs_completed", "steps_completed") if n in checkpoint}
+    # Under the names of the versions in which each part kept a state of its own.
+    if "sums" in checkpoint:
+        stored["sums"] = dict(zip(names, checkpoint["sums"].tolist(), strict=True))
+        stored |= {name: checkpoint[name] for name in ("seconds", "waited_seconds")}
+    elif "loss_sum" in stored:
+        values = [float(stored.get(name, 0)) for name in ("loss_sum", "unreadable_images")]
+        stored["sums"] = dict(zip(names, values, strict=True))
+        stored["best_score"] = stored.get("best_mean_iou")
+    return stored
 
 
 @dataclass(kw_only=True)
@@ -222,7 +223,7 @@ class Run:
     def describe(self, state: State) -> None:
         """Tell what is about to happen."""
         plan, accelerator, config = self.plan, self.accelerator, self.task.run
-        logger.info("%s", self.task.describe(self))
+        logger.info("%s", self.task.describe())
         logger.info(
             "effective batch %d = %d process(es) x %d step(s) x %d images, %d steps per epoch",
             plan.effective_batch_size, plan.processes, plan.accumulation_steps,
@@ -246,28 +247,33 @@ class Run:
         }
 
 
-def load(
-    run: Run,
-    dataset: Dataset[Any],
-    start: tuple[int, int],
-    epochs: int,
-    *,
-    collate: Callable[[list[Any]], Any],
-    start_worker: Callable[[int], None] = leave_signals_to_the_main_process,
-) -> Iterator[Any]:
-    """This process's micro-batches of a dataset by (epoch, index), from (epoch, step) on.
+def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[Any]:
+    """This process's micro-batches of training, from (epoch, step) on.
 
     One loader for all epochs: workers read on across their ends.
     """
-    workers = run.task.run.loader_workers
+    _allow_many_files()
+    task, workers = run.task, run.task.run.loader_workers
     keys: Any = run.plan.micro_batches(run.accelerator.process_index, start, epochs)
     loader = DataLoader(
-        dataset,
+        task.train_set,
         batch_sampler=keys,  # is gone through once
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=task.collate,
         pin_memory=run.accelerator.device.type == "cuda",
-        worker_init_fn=start_worker,
+        worker_init_fn=task.start_worker,
         prefetch_factor=4 if workers else None,
     )
     return iter(loader)
+
+
+def _allow_many_files() -> None:
+    """Raise the number of files this process may have open, as far as the machine lets it.
+
+    Every tensor that comes from a loader process is one until it is used, and a step of hundreds of
+    small batches holds them all.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -2,9 +2,9 @@
 
 A part gives a `Task`, in the file to read next: mae/pretrain.py or segmenter/finetune.py.
 
-    train(task)                           # all of it; False: a signal stopped it, after saving
+    train(task, interruption)             # all of it; False: a signal stopped it, after saving
     run, state = build(task, ...)         # ready to train, nothing written
-    EpochTrainer(run).train_one_epoch(state, task.batches(run, (0, 0), epochs=1))
+    EpochTrainer(run).train_one_epoch(state, load(run, (0, 0), epochs=1))
 
 The loss of a step is a sum over all values of its effective batch (hidden or valid pixels, times
 channels), divided by their number, so that neither accumulation nor the number of processes changes
@@ -36,7 +36,7 @@ from engine.layers import recompute_activations
 from engine.logbook import Logbook, Progress, send_to_trackers
 from engine.memory import largest_micro_batch
 from engine.schedule import STEP, derived_seeds
-from engine.task import Earlier, Evaluation, Run, State, Task
+from engine.task import Earlier, Run, State, Task, load
 from engine.update import GuardedUpdate
 
 logger = logging.getLogger(__name__)
@@ -47,14 +47,14 @@ PASSES_BETWEEN_LOOKS = 10  # of the host at a GPU; a CPU is looked at after ever
 # A call
 
 
-def train(task: Task) -> bool:
-    """Run a training, or what is left of it.
+def train(task: Task, interruption: Interruption) -> bool:
+    """Run a training, or what is left of it. interruption: watches for signals already.
 
     Returns True when nothing is left, False if a signal stopped it, after saving. Raises ValueError
     for what the user can fix, and RuntimeError when the run fails (a loss that is not finite, too
     many unreadable images).
     """
-    with working_in(task.run) as (accelerator, interruption):
+    with working_in(task.run) as accelerator:
         # Only now: whoever held the folder before may have saved a moment ago.
         earlier = task.find_earlier()
         refuse_disagreement(accelerator, *earlier.position)
@@ -80,15 +80,12 @@ def build(
     model, loss, optimizer = task.build(accelerator, checkpoint)
     scales_loss = accelerator.mixed_precision == "fp16"
     update = GuardedUpdate(optimizer, task.clip_grad, scales_loss=scales_loss)
-    state = State.fresh(task)
+    state = State.of(task, checkpoint, path)
     if checkpoint:
         assert path is not None
         load_weights(model, checkpoint["model"], path)
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         update.continue_from(checkpoint, path)
-        state.epochs_completed = checkpoint["epochs_completed"]
-        state.steps_completed = checkpoint["steps_completed"]
-        task.take_up(state, checkpoint)
     if task.run.activation_checkpointing:
         recompute_activations(model)
     plan = task.plan(accelerator.num_processes)
@@ -113,7 +110,7 @@ def fit(run: Run, state: State) -> bool:
             task.run, task.settings, epochs_completed=state.epochs_completed,
             epochs_total=task.epochs, images_per_epoch=run.plan.images_per_epoch,
         )  # fmt: skip
-    batches = task.batches(run, (state.epochs_completed, state.steps_completed), task.epochs)
+    batches = load(run, (state.epochs_completed, state.steps_completed), task.epochs)
     with Saver(task.run.save_every_minutes) as saver:
         save = partial(_save, run, state, saver)
         trainer = EpochTrainer(run, logbook.progress if logbook else None, saver, save)
@@ -146,16 +143,12 @@ def _finish_epoch(run: Run, state: State, logbook: Logbook | None, saver: Saver)
     damage = not_finite(run.model.state_dict())  # found by all processes
     if damage:
         raise RuntimeError(f"{damage} is not finite after epoch {number}; {task.remedy}")
-    evaluation = Evaluation({})
-    if task.is_evaluated(number):
-        if task.saves_before_evaluating:
-            _save(run, state, saver)
-        began = time.monotonic()
-        found = task.evaluate(run, state, logbook.progress if logbook else None)
-        state.total_seconds += time.monotonic() - began
-        if found is None:
-            return False
-        evaluation = found
+    began = time.monotonic()
+    progress = logbook.progress if logbook else None
+    evaluation = task.evaluate(run, state, progress, partial(_save, run, state, saver))
+    state.total_seconds += time.monotonic() - began
+    if evaluation is None:
+        return False
     record = {"epoch": number, **task.record(run, state, evaluation.scores)}
     state.total_seconds += state.seconds
     state.begin_epoch(number)
@@ -186,7 +179,8 @@ def _save(
         "epochs_completed": state.epochs_completed,
         "steps_completed": state.steps_completed,
         "config": task.settings,
-        **task.extra_state(run, state),
+        "state": vars(state),
+        **task.extra_state(run),
     }
     # A name of its own comes before the rolling one, so that whatever continues from that can
     # rely on the other being there.
@@ -293,7 +287,7 @@ class EpochTrainer:
         # DDP gives the mean of the processes' gradients.
         divisor = num_values / (run.values_per_pass * accelerator.num_processes)
         progress = run.epochs_done(state) / task.total_epochs
-        run.update.step(loss, divisor, task.learning_rate(progress))
+        run.update.step(loss, divisor, task.rate_at(progress))
         sums = torch.cat([loss.reshape(1), total[4:]])
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -354,7 +348,7 @@ def time_training(task: Task, steps: int) -> dict[str, float] | None:
     steps = min(steps, whole.steps_per_epoch)
     # An epoch of so many steps, twice.
     run.plan = replace(whole, num_images=steps * whole.effective_batch_size)
-    batches, trainer = task.batches(run, (0, 0), epochs=2), EpochTrainer(run)
+    batches, trainer = load(run, (0, 0), epochs=2), EpochTrainer(run)
     # From the start of the process: its imports are part of every step of a plan.
     setup_seconds = time.time() - psutil.Process().create_time()
     with interruption:

@@ -12,20 +12,26 @@ VISIBLE = 1  # what an input channel beyond the image's holds where a pixel is s
 
 @dataclass(frozen=True, kw_only=True)
 class VitSize:
-    """A ViT encoder: width, depth, heads, and the patch size that belongs to it."""
+    """A ViT encoder: width, depth, heads, and the patch size that belongs to it.
+
+    timm_name: of the model in timm that has these sizes, if it has one.
+    """
 
     width: int
     depth: int
     heads: int
     patch_size: int = 16
+    timm_name: str | None = None
 
 
 VIT_SIZES: dict[str, VitSize] = {
-    "vit_tiny": VitSize(width=192, depth=12, heads=3),
-    "vit_small": VitSize(width=384, depth=12, heads=6),
-    "vit_base": VitSize(width=768, depth=12, heads=12),
-    "vit_large": VitSize(width=1024, depth=24, heads=16),
-    "vit_huge": VitSize(width=1280, depth=32, heads=16, patch_size=14),
+    "vit_tiny": VitSize(width=192, depth=12, heads=3, timm_name="vit_tiny_patch16_224"),
+    "vit_small": VitSize(width=384, depth=12, heads=6, timm_name="vit_small_patch16_224"),
+    "vit_base": VitSize(width=768, depth=12, heads=12, timm_name="vit_base_patch16_224"),
+    "vit_large": VitSize(width=1024, depth=24, heads=16, timm_name="vit_large_patch16_224"),
+    "vit_huge": VitSize(
+        width=1280, depth=32, heads=16, patch_size=14, timm_name="vit_huge_patch14_224"
+    ),
 }
 
 

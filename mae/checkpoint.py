@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import FiniteFloat
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -29,9 +28,6 @@ class WholeCheckpoint(Checkpoint):
 
     images: TrainedImages
     fixed_set: dict[str, Tensor]
-    sums: Tensor
-    seconds: FiniteFloat
-    waited_seconds: FiniteFloat
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False, whole: bool = True) -> dict[str, Any]:

@@ -117,10 +117,13 @@ class _ExportOptions(PluginConfig):
 @command(cli, options=_ExportOptions)
 @click.argument("checkpoint", type=PATH)
 def export(checkpoint: Path, options: _ExportOptions) -> None:
-    """Write the encoder as a plain 3-channel ViT, whatever the masking method was."""
+    """Write the encoder as a plain 3-channel ViT, whatever the masking method was.
+
+    Prints the line of Python that loads it with timm.
+    """
     from mae.export import export_encoder
 
-    export_encoder(checkpoint, options.out)
+    say(export_encoder(checkpoint, options.out))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,6 @@ from segments.store import segment_key
 
 logger = logging.getLogger(__name__)
 
-OPEN_FILES = 65536
 ChooseCrop = Callable[[int, int], Crop]  # from height and width
 
 
@@ -133,18 +131,6 @@ def make_sample(
     """Draw the pattern of an image [C, S, S]; `segment` is what `SegmentSource.cut` gives."""
     pattern = method.pattern(rng, segment)
     return Sample(image=image, pattern=pattern, hidden_pixels=method.hidden_pixels(pattern))
-
-
-def allow_many_files() -> None:
-    """Raise the number of files this process may have open, as far as the machine lets it.
-
-    Every tensor that comes from a loader process is one until it is used, and a step of hundreds of
-    small batches holds them all.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def collate(samples: list[Sample]) -> Batch:

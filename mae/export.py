@@ -1,4 +1,8 @@
-"""The pretrained encoder as a plain 3-channel ViT."""
+"""The pretrained encoder as a plain 3-channel ViT: a file for others, or timm's model here.
+
+print(export_encoder(Path("OUT/checkpoint-50.pth"), Path("encoder.safetensors")))
+encoder = load_encoder(Path("OUT/checkpoint-50.pth"))
+"""
 
 from __future__ import annotations
 
@@ -12,25 +16,26 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from common.files import check_output_file, is_marked, mark, replacing
-from engine.checkpoint import load_weights, refuse_damaged
-from engine.vit import IMAGE_CHANNELS, VISIBLE
+from engine.checkpoint import load_weights
+from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
+from engine.weights import check_vit_weights, fold_channels
 from mae.checkpoint import load_checkpoint
 from mae.config import ModelConfig, parse_group
 
 KIND = "encoder"
+# Beginnings of the encoder's names; all else is pretraining's, a plugin's parts among it.
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-PROJECTION_WEIGHT, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 
 
-def export_encoder(checkpoint_path: Path, out: Path) -> None:
+def export_encoder(checkpoint_path: Path, out: Path) -> str:
     """Write the encoder of a checkpoint as .safetensors, or as .pth the way MAE publishes it.
 
-    timm and MAE give an encoder's weights the same names. Raises ValueError if a path cannot be
-    used.
+    Returns the line of Python that loads it with timm. Raises ValueError if a path cannot be used.
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
     check_output_file(out, reads=[checkpoint_path], is_own=is_marked(KIND))
+    # Lazily: of a checkpoint with its decoder a good part is never read.
     checkpoint = load_checkpoint(checkpoint_path, lazily=True, whole=False)
     weights = dict(_make_encoder(checkpoint, checkpoint_path).state_dict())
     with replacing(out) as unfinished:
@@ -43,6 +48,22 @@ def export_encoder(checkpoint_path: Path, out: Path) -> None:
             about["made_by"] = mark(KIND)
             about["epochs_completed"] = str(checkpoint["epochs_completed"])
             unfinished.write_bytes(save(weights, metadata=about))
+    return timm_line(parse_group(ModelConfig, checkpoint["config"], checkpoint_path), out)
+
+
+def timm_line(config: ModelConfig, path: Path) -> str:
+    """The line of Python that makes the exported ViT at `path`, and knows its pixels."""
+    values: dict[str, Any] = {"img_size": config.image_size, "patch_size": config.patch_pixels}
+    name, size = config.encoder.timm_name, config.encoder
+    if name is None:  # a plugin's: any plain ViT of timm takes other sizes
+        name = VIT_SIZES["vit_base"].timm_name
+        values |= {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
+    values |= {"num_classes": 0, "checkpoint_path": str(path)}
+    # timm's own ViTs are for another mean and deviation; its transforms take them from here.
+    pixels = {"input_size": (IMAGE_CHANNELS, *[config.image_size] * 2)}
+    values["pretrained_cfg_overlay"] = {**pixels, "mean": IMAGE_MEAN, "std": IMAGE_STD}
+    given = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return f"timm.create_model({name!r}, {given})"
 
 
 def load_encoder(checkpoint_path: Path) -> VisionTransformer:
@@ -55,40 +76,14 @@ def load_encoder(checkpoint_path: Path) -> VisionTransformer:
 
 def _make_encoder(checkpoint: dict[str, Any], path: Path) -> VisionTransformer:
     """Raises ValueError if the checkpoint at `path` is damaged, or its weights do not fit."""
-    weights = encoder_weights(checkpoint["model"], path)
+    stored: dict[str, Tensor] = checkpoint["model"]
+    weights = {name: weight for name, weight in stored.items() if name.startswith(ENCODER)}
+    check_vit_weights(weights, path)
     config = parse_group(ModelConfig, checkpoint["config"], path)
     size = config.encoder
     encoder = VisionTransformer(
         img_size=config.image_size, patch_size=config.patch_pixels, num_classes=0,
         embed_dim=size.width, depth=size.depth, num_heads=size.heads, norm_layer=LayerNorm,
     )  # fmt: skip
-    load_weights(encoder, weights, path)
+    load_weights(encoder, fold_channels(weights), path)
     return encoder
-
-
-def encoder_weights(model: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The encoder's part of a state dict, with 3 input channels. Raises ValueError."""
-    weights = {
-        name: value.contiguous() for name, value in model.items() if name.startswith(ENCODER)
-    }
-    refuse_damaged(weights, path)
-    kernel = weights.get(PROJECTION_WEIGHT)
-    if kernel is None or kernel.dim() != 4 or PROJECTION_BIAS not in weights:
-        raise ValueError(f"{path} holds no ViT encoder: {PROJECTION_WEIGHT} is missing")
-    return fold_constant_channels(weights)
-
-
-def fold_constant_channels(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put input channels beyond the image's, which are VISIBLE everywhere, into the bias.
-
-    A constant input c under a kernel w adds c * sum(w) at every position, as a bias does, so the
-    three-channel ViT has the same outputs.
-    """
-    kernel = weights[PROJECTION_WEIGHT]  # [D, C_in, P, P]
-    constant = VISIBLE * kernel[:, IMAGE_CHANNELS:].double().sum(dim=(1, 2, 3))
-    bias = weights[PROJECTION_BIAS]
-    return {
-        **weights,
-        PROJECTION_WEIGHT: kernel[:, :IMAGE_CHANNELS].contiguous(),
-        PROJECTION_BIAS: (bias.double() + constant).to(bias.dtype),
-    }

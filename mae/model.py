@@ -100,8 +100,8 @@ class MaskedAutoencoder(nn.Module):
         positions = self.pos_embed[:, 1:]
         if view.ids_keep is not None:
             positions = _pick(positions.expand(len(view.ids_keep), -1, -1), view.ids_keep)
-        # On CPUs with AMX, oneDNN computes the pre-encoder's convolution wrongly in bf16 (4 channels
-        # to 3, kernel 16: a relative error of 1.06): in fp32 there. A GPU's autocast goes on.
+        # On CPUs with AMX, oneDNN computes the pre-encoder's convolution wrongly in bf16 (from 4
+        # channels to 3, kernel 16: off by its own size): in fp32 there. A GPU's autocast goes on.
         with torch.autocast("cpu", enabled=False):
             pixels = self.preencoder(view.encoder_input)
         tokens = self.patch_embed(pixels, view.ids_keep) + positions  # [B, K, D]

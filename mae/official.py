@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.checkpoint import misfits, read_torch_file, refuse_damaged, resample_positions
+from engine.checkpoint import refuse_misfits
 from engine.vit import IMAGE_CHANNELS
+from engine.weights import PROJECTION, describe_vit, read_vit_weights, resample_positions
 from mae.model import MaskedAutoencoder
 
-logger = logging.getLogger(__name__)
-
-EMBEDDING = "patch_embed.proj.weight"
 # Parts that an official file may lack: the decoder is in the `_full` files only.
 OPTIONAL = ("decoder_", "mask_token", "preencoder.")
 # Fixed sine-cosine embeddings: they are made for the size of the model, never taken over.
@@ -22,13 +19,9 @@ DECODER_POSITIONS = "decoder_pos_embed"
 
 
 def read_official_weights(path: Path, *, lazily: bool = False) -> dict[str, Tensor]:
-    """The state dict of an official file, `{"model": ...}`. Raises ValueError for anything else."""
-    content = read_torch_file(path, lazily=lazily)
-    weights = content.get("model") if isinstance(content, dict) else None
-    known = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
-    if not known or weights is None or EMBEDDING not in weights or weights[EMBEDDING].dim() != 4:
-        raise ValueError(f"{path} is not an MAE checkpoint: it has no {EMBEDDING} under 'model'")
-    refuse_damaged(weights, path)
+    """The state dict of an official file. Raises ValueError for anything else."""
+    weights = read_vit_weights(path, "an MAE checkpoint", lazily=lazily)
+    describe_vit(weights, path)
     return weights
 
 
@@ -47,22 +40,17 @@ def fit_official(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Official weights in the shapes of the model's state dict, and the parts that start fresh.
 
-    Position embeddings are resampled when the number of patches differs. A fourth input channel
-    starts from 0, so that the model begins as the official one. Raises ValueError that lists
-    whatever does not fit.
+    Raises ValueError that lists whatever does not fit.
     """
-    adapted = {name: weight for name, weight in weights.items() if name != DECODER_POSITIONS}
     own = {name: weight for name, weight in own.items() if name != DECODER_POSITIONS}
-    fresh: list[str] = []
-    num_patches = own["pos_embed"].shape[1] - 1
-    if "pos_embed" in adapted and adapted["pos_embed"].shape[1] != num_patches + 1:
-        adapted["pos_embed"] = resample_positions(adapted["pos_embed"], round(num_patches**0.5))
-        logger.info("position embeddings resampled to %d patches", num_patches)
-    new_channels = own[EMBEDDING].shape[1] - adapted[EMBEDDING].shape[1]
-    if new_channels > 0 and adapted[EMBEDDING].shape[1] == IMAGE_CHANNELS:
-        adapted[EMBEDDING] = F.pad(adapted[EMBEDDING], (0, 0, 0, 0, 0, new_channels))
-        fresh.append(f"{EMBEDDING} of input channel {IMAGE_CHANNELS + 1} (zeros)")
-    problems = misfits(own, adapted, OPTIONAL)
-    if problems:
-        raise ValueError(f"the checkpoint does not fit: {problems}")
+    adapted = {name: weight for name, weight in weights.items() if name != DECODER_POSITIONS}
+    # The grid of the model, [1, 1 + grid * grid, D]: bicubic, as timm resamples for another size.
+    adapted = resample_positions(adapted, round((own["pos_embed"].shape[1] - 1) ** 0.5))
+    fresh = []
+    kernel, channels = weights[PROJECTION], own[PROJECTION].shape[1]
+    if channels > kernel.shape[1] == IMAGE_CHANNELS:
+        # From 0, the new channel changes nothing: the model begins as the official one.
+        adapted[PROJECTION] = F.pad(kernel, (0, 0, 0, 0, 0, channels - IMAGE_CHANNELS))
+        fresh.append(f"{PROJECTION} of input channel {IMAGE_CHANNELS + 1} (zeros)")
+    refuse_misfits(own, adapted, "the checkpoint does not fit", OPTIONAL)
     return adapted, fresh + sorted({name.split(".")[0] for name in own if name not in adapted})

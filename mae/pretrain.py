@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from common.environment import world_size
-from common.interruption import leave_signals_to_the_main_process
+from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.samples import evenly_spread
 from common.step_files import LAST, checkpoint_path, find_resumable, reconstructions_path
 from engine.devices import peak_flops
 from engine.logbook import Progress
 from engine.schedule import BatchPlan
-from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task, load
+from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
 from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
 from mae.check import check_pretraining, look_inside, plan_batches
 from mae.checkpoint import open_own_checkpoint
 from mae.config import OptimisationConfig, PretrainConfig, make_method
 from mae.controls import SegmentSource
-from mae.data import Batch, FixedImages, MaskedImages, allow_many_files, collate
+from mae.data import Batch, FixedImages, MaskedImages, collate
 from mae.listing import make_listing
 from mae.model import MaskedAutoencoder, training_flops
 from mae.official import read_official_weights, start_from_official
@@ -49,10 +49,11 @@ FEW_IMAGES = 64  # not worth starting loader processes for
 
 def pretrain(config: PretrainConfig) -> bool:
     """Run one round of pretraining, or what is left of it; see `engine.trainer.train`."""
-    known: dict[Any, Any] = {}  # the images are listed once
-    check_pretraining(config, processes=world_size(), known=known)  # before anything is written
-    look_inside(config, known)
-    return train(Pretraining(config, known))
+    with Interruption() as interruption:  # from now on: listing a million images takes a while
+        known: dict[Any, Any] = {}  # the images are listed once
+        check_pretraining(config, processes=world_size(), known=known)  # before anything is written
+        look_inside(config, known)
+        return train(Pretraining(config, known), interruption)
 
 
 def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | None:
@@ -70,6 +71,7 @@ class Pretraining(Task):
         optimisation = config.optimisation
         self.config, self.run, self.settings = config, config.run, config.settings()
         self.seed, self.clip_grad = optimisation.seed, optimisation.clip_grad
+        self.rate_at = optimisation.rate_at
         self.epochs, self.total_epochs = config.epochs_this_round, optimisation.epochs
         self.values_per_image = config.model.image_size**2 * IMAGE_CHANNELS
         self.auto_batch = config.run.batch_size == "auto"
@@ -79,13 +81,14 @@ class Pretraining(Task):
             segments = SegmentSource(
                 store=listing.source, donors=listing.train, options=config.method
             )
-        self.images = MaskedImages(
+        self.train_set = self.images = MaskedImages(
             folder=config.data.in1k_dir / "train",
             paths=listing.train,
             segments=segments,
             method=make_method(config.method, config.model),
             seed=self.seed,
         )
+        self.collate, self.start_worker = collate, leave_signals_to_the_main_process
         self.heldout = FixedImages(self.images, listing.val_folder, listing.val)
         self.num_heldout = len(self.heldout)
         self.evaluations = self.total_epochs if self.num_heldout else 0
@@ -138,11 +141,6 @@ class Pretraining(Task):
         """Equal micro-batches."""
         return plan_batches(self.config, len(self.images), processes)
 
-    def batches(self, run: Run, start: tuple[int, int], epochs: int) -> Iterator[Batch]:
-        """Random crops with their patterns."""
-        allow_many_files()
-        return load(run, self.images, start, epochs, collate=collate)
-
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """The loss is over the hidden pixels and their channels."""
         hidden = batch.hidden_pixels.double()
@@ -158,11 +156,7 @@ class Pretraining(Task):
         """Copies of an image of the fixed set."""
         return self.fixed_set.images[[0] * images], self.fixed_set.pattern[[0] * images]
 
-    def learning_rate(self, progress: float) -> float:
-        """Half a cosine."""
-        return self.config.optimisation.rate_at(progress)
-
-    def describe(self, run: Run) -> str:
+    def describe(self) -> str:
         """Model, method, images, and how the rate follows from the batch."""
         optimisation, listing = self.config.optimisation, self.listing
         return (
@@ -172,7 +166,9 @@ class Pretraining(Task):
             f"{optimisation.base_lr:g} x {optimisation.effective_batch_size} / 256"
         )
 
-    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation:
+    def evaluate(
+        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
+    ) -> Evaluation:
         """The held-out loss, where there are held-out images."""
         if progress is not None and self.num_heldout:
             progress.evaluating(0, self.num_heldout)
@@ -223,7 +219,7 @@ class Pretraining(Task):
         record = {
             "train_loss": state.sums["loss"] / steps,
             **scores,
-            "train_lr": self.learning_rate(last_step / self.total_epochs),
+            "train_lr": self.rate_at(last_step / self.total_epochs),
             "coverage_percent_mean": coverage,
             "coverage_percent_std": math.sqrt(variance),
             "train_flops": flops * (state.epochs_completed + 1),
@@ -236,23 +232,14 @@ class Pretraining(Task):
             record["mfu"] = flops / state.seconds / (peak * accelerator.num_processes)
         return record
 
-    def extra_state(self, run: Run, state: State) -> dict[str, Any]:
-        """What drawing and continuing need; sums in the order of `State.sums`."""
+    def extra_state(self, run: Run) -> dict[str, Any]:
+        """What drawing and continuing need."""
         return {
             "images": {"count": len(self.images), "digest": self.listing.digest},
             "fixed_set": pack_fixed_set(self.fixed_set),
-            "sums": torch.tensor(list(state.sums.values()), dtype=torch.float64),
-            "seconds": state.seconds,
-            "waited_seconds": state.waited_seconds,
             "learning_rate": self.config.optimisation.learning_rate,
             "processes": run.plan.processes,
         }
-
-    def take_up(self, state: State, checkpoint: dict[str, Any]) -> None:
-        """Its sums and times."""
-        state.add(checkpoint["sums"].tolist())
-        state.seconds = checkpoint["seconds"]
-        state.waited_seconds = checkpoint["waited_seconds"]
 
     def checkpoint_names(self, epochs_completed: int, *, is_best: bool) -> Sequence[str]:
         """A round's own, and last.pth."""

@@ -1,4 +1,7 @@
-"""Pictures of what a model reconstructs."""
+"""Pictures of what a model reconstructs.
+
+reconstruct_files(Path("OUT/checkpoint-50.pth"), [photo], out=Path("a.png"), masks_dir=None)
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import torch
 from torch import Tensor
 
-from common.files import check_output_file, is_marked, mark, replacing
-from engine.checkpoint import load_weights, read_torch_file
+from common.contact_sheet import Tile, contact_sheet, save_png
+from common.files import check_output_file, is_marked
+from engine.checkpoint import load_weights
+from engine.weights import read_vit_weights
 from mae.checkpoint import load_checkpoint
 from mae.config import MethodConfig, make_method, parse_settings
 from mae.controls import SegmentSource
@@ -25,6 +29,7 @@ from segments.forms import open_segments
 from segments.store import PackedStore
 
 COLUMNS = ("original", "seen", "predicted", "pasted in")
+SMALLEST_TILE, LARGEST_TILE = 120, 224  # pixels: one sheet is made in every round
 FIXED_SET_SIZE = 8
 KIND = "reconstructions"
 
@@ -39,7 +44,12 @@ def reconstruct_files(
     """
     reads = [checkpoint_path, *images, *([masks_dir] if masks_dir else [])]
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
-    _refuse_encoder_only(checkpoint_path)
+    stored = read_vit_weights(checkpoint_path, "a checkpoint of pretraining", lazily=True)
+    if "decoder_pred.weight" not in stored:  # an export, or most of the official checkpoints
+        raise ValueError(
+            f"{checkpoint_path} holds an encoder only; reconstructing needs the decoder of a "
+            "checkpoint-N.pth"
+        )
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint, checkpoint_path)
     batch = unpack_fixed_set(checkpoint["fixed_set"])
@@ -56,17 +66,21 @@ def reconstruct_files(
 
 def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> None:
     """Write one row per image: original, seen, predicted, and predicted pasted where hidden."""
-    device = model.mean.device
-    was_training = model.training
+    device, was_training = model.mean.device, model.training
     model.eval()
-    images = model.normalise(batch.images.to(device))
-    result = model.reconstruct(images, batch.pattern.to(device))
+    images = model.normalise(batch.images.to(device))  # [B, 3, H, W]
+    result = model.reconstruct(images, batch.pattern.to(device))  # pixels, and what was visible
     model.train(was_training)
     original, predicted = (_colours(model, pictures) for pictures in (images, result.predicted))
     visible = result.visible.cpu()
-    seen = original * visible + model.mean.cpu() * (1 - visible)  # hidden is 0, the mean colour
+    # What is hidden is 0 after normalising: the mean colour.
+    seen = original * visible + model.mean.cpu() * (1 - visible)
     pasted = original * visible + predicted * (1 - visible)
-    _save_grid([original, seen, predicted, pasted], path)
+    pictures = torch.stack([original, seen, predicted, pasted], dim=1)  # [B, 4, 3, H, W]
+    pixels = (pictures * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
+    rows = [[Tile(picture) for picture in row] for row in pixels]
+    width = min(max(original.shape[-1], SMALLEST_TILE), LARGEST_TILE)
+    save_png(contact_sheet(rows, titles=COLUMNS, tile_width=width), path, KIND)
 
 
 def pack_fixed_set(batch: Batch) -> dict[str, Tensor]:
@@ -87,38 +101,22 @@ def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
     return model.eval()
 
 
-def _refuse_encoder_only(path: Path) -> None:
-    """Raise ValueError for files that have no decoder: exports, and most official checkpoints."""
-    content = read_torch_file(path, lazily=True)
-    weights = content.get("model", content) if isinstance(content, dict) else {}
-    if "patch_embed.proj.weight" in weights and "decoder_pred.weight" not in weights:
-        raise ValueError(
-            f"{path} holds an encoder only; reconstructing needs the decoder of a checkpoint-N.pth"
-        )
-
-
 def _sample(
-    model: MaskedAutoencoder,
-    path: Path,
-    number: int,
-    fixed_set: Batch,
+    model: MaskedAutoencoder, path: Path, number: int, fixed_set: Batch,
     segments: SegmentSource | None,
-) -> Sample:
+) -> Sample:  # fmt: skip
     """Centre crop of an image file, hidden by its segment or as one of the fixed set is."""
-    size, row = model.config.image_size, number % len(fixed_set)
     try:
-        image = read_crop(path, centre_crop, size)
+        image = read_crop(path, centre_crop, model.config.image_size)
         if segments is not None:
             key, rng = _key_of(path, segments.store), np.random.default_rng(number)
             segment = segments.cut(model.method, key, image, rng)
             return make_sample(model.method, image.pixels, rng, segment)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Sample(
-        image=image.pixels,
-        pattern=fixed_set.pattern[row].numpy(),
-        hidden_pixels=int(fixed_set.hidden_pixels[row]),
-    )
+    row = number % len(fixed_set)  # in turn
+    pattern, hidden = fixed_set.pattern[row].numpy(), int(fixed_set.hidden_pixels[row])
+    return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
 
 
 def _open_source(masks_dir: Path, options: MethodConfig) -> SegmentSource:
@@ -143,20 +141,3 @@ def _key_of(path: Path, store: PackedStore) -> str:
 def _colours(model: MaskedAutoencoder, normalised: Tensor) -> Tensor:
     """Normalised [B, C, H, W] to colours from 0 to 1 on the CPU."""
     return (normalised.float() * model.std + model.mean).clamp(0, 1).cpu()
-
-
-def _save_grid(pictures: Sequence[Tensor], path: Path) -> None:
-    rows, side = len(pictures[0]), pictures[0].shape[-1]
-    inches = max(1.2, min(side, 224) / 100)
-    figure = Figure(figsize=(inches * len(COLUMNS), inches * (rows + 0.25)), dpi=100)
-    FigureCanvasAgg(figure)
-    axes = np.atleast_2d(figure.subplots(rows, len(COLUMNS)))
-    for column, (title, images) in enumerate(zip(COLUMNS, pictures, strict=True)):
-        # Large enough to be read on a phone, where the four columns share 370 pixels.
-        axes[0][column].set_title(title, fontsize=9.5 * inches)
-        for row in range(rows):
-            axes[row][column].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes[row][column].axis("off")
-    figure.tight_layout(pad=0.3)
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="png", metadata={"Software": mark(KIND)})

@@ -19,7 +19,7 @@ from common.parsed import read_json
 from common.step_files import RESULT
 from engine.checkpoint import Saver
 from engine.devices import peak_memory_mib
-from engine.task import Run
+from engine.task import Run, load
 from mae.config import PretrainConfig
 from perf import stall
 from perf.campaign import Bench, Row, Table
@@ -110,7 +110,7 @@ def _with_loader(bench: Bench, model: str, method: str) -> dict[str, float]:
     )  # fmt: skip
     divide(run, passes=1, images=batch)
     stretch(run, (warm_up + steps) * batch)
-    batches = run.task.batches(run, (0, 0), 1)
+    batches = load(run, (0, 0), 1)
     for _ in islice(batches, warm_up):
         pass
     began = time.monotonic()

@@ -25,6 +25,7 @@ from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
 from engine.devices import choose_precision, peak_flops
+from engine.task import load
 from engine.vit import IMAGE_CHANNELS, VIT_SIZES
 from mae.config import ModelConfig, PretrainConfig, make_method
 from mae.masking import METHODS
@@ -234,7 +235,7 @@ def compare(config: PretrainConfig, *, rounds: int, steps: int) -> dict[str, flo
     run: Any = build(config)
     device = run.accelerator.device
     ours = steps_of(run, steps)
-    batch = next(run.task.batches(run, (0, 0), 1)).images.to(device)
+    batch = next(load(run, (0, 0), 1)).images.to(device)
     theirs = make_peer(config.model, run.model.normalise(batch), run.accelerator, steps)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: list[tuple[float, ...]] = []

@@ -21,7 +21,7 @@ import engine.trainer
 from common.interruption import Interruption
 from engine.devices import make_accelerator, peak_memory_mib
 from engine.schedule import BatchPlan
-from engine.task import Run, State, Task
+from engine.task import Run, State, Task, load
 from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.data import Batch as MaskedBatch
@@ -99,9 +99,9 @@ class Rehearsal:
 
 def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Rehearsal:
     """Train a run that is built for more epochs, by its loader or with one batch on the device."""
-    device, state = run.accelerator.device, State.fresh(run.task)
+    device, state = run.accelerator.device, State.of(run.task, {}, None)
     stretch(run, steps * run.plan.effective_batch_size)
-    batches = run.task.batches(run, (0, 0), epochs)
+    batches = load(run, (0, 0), epochs)
     if resident:
         batches = repeat(on_device(next(batches), device))
     laps: Any = Laps(device)
@@ -122,11 +122,11 @@ def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Re
 def steps_of(run: Run, count: int) -> Callable[[], None]:
     """So many steps at each call, of an epoch of their own, on one batch on the device."""
     stretch(run, count * run.plan.effective_batch_size)
-    batch = on_device(next(run.task.batches(run, (0, 0), 1)), run.accelerator.device)
+    batch = on_device(next(load(run, (0, 0), 1)), run.accelerator.device)
     trainer = EpochTrainer(run)
 
     def train() -> None:
-        trainer.train_one_epoch(State.fresh(run.task), repeat(batch))
+        trainer.train_one_epoch(State.of(run.task, {}, None), repeat(batch))
 
     return train
 

@@ -37,10 +37,17 @@ from engine.devices import make_accelerator, peak_memory_mib
 from engine.vit import VIT_SIZES
 from perf.campaign import Bench
 from perf.rehearsal import build, steps_of
-from segmenter.classes import quiet_imports, read_classes
 from segmenter.config import ProtocolConfig, ScoringConfig, TrainConfig
 from segmenter.data import WholeImages, test_images
-from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
+from segmenter.dataset import (
+    TRAIN,
+    VAL,
+    DatasetDescription,
+    Pair,
+    quiet_imports,
+    read_classes,
+    read_description,
+)
 from segmenter.encoder import EncoderShape
 from segmenter.evaluate import evaluate_model, evaluating
 from segmenter.inference import predict_classes

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.task import Run, State
+from engine.task import Run, State, load
 from engine.trainer import PASSES_BETWEEN_LOOKS, EpochTrainer
 from engine.update import GuardedUpdate
 from mae.config import PretrainConfig
@@ -82,9 +82,9 @@ def stall(
     optimizer = torch.optim.AdamW(device.parameters(), fused=True)
     run.update = GuardedUpdate(optimizer, None, scales_loss=False)
     progress: Any = device
-    batches = run.task.batches(run, (0, 0), 1)
+    batches = load(run, (0, 0), 1)
     fetched = batches if streamed else _fetched_first(batches, accumulation)
-    EpochTrainer(run, progress).train_one_epoch(State.fresh(run.task), fetched)
+    EpochTrainer(run, progress).train_one_epoch(State.of(run.task, {}, None), fetched)
     return {
         "idle %": device.idle_percent, "pass ms": seconds * 1e3,
         **({"passes": device.idle_percent < MOST_PERCENT} if streamed and not bench.tiny else {}),
@@ -106,7 +106,7 @@ def _built(bench: Bench, accumulation: int) -> Run:
 def _seconds_per_batch(bench: Bench) -> float:
     """Of the loader alone, after those that it has fetched while it was not asked."""
     run = _built(bench, 1)
-    batches = run.task.batches(run, (0, 0), 1)
+    batches = load(run, (0, 0), 1)
     for _ in islice(batches, WARM_UP):
         pass
     began = time.monotonic()

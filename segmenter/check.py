@@ -21,7 +21,6 @@ from common.step_files import CHECKPOINT, RESULT
 from engine.schedule import BatchPlan
 from engine.trackers import check_trackers
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
-from segmenter.classes import count_classes
 from segmenter.config import (
     AUXILIARY_WIDTH,
     GROUPS,
@@ -30,7 +29,7 @@ from segmenter.config import (
     ProbeConfig,
     TrainConfig,
 )
-from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, read_description
+from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, count_classes, read_description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
 def look_inside(config: TrainConfig | ProbeConfig) -> None:
     """Raise ValueError unless checkpoint and trackers are what the run needs; loads torch."""
     if config.init != RANDOM:
-        from segmenter.checkpoint import check_encoder_file
+        from segmenter.encoder import check_encoder_file
 
         check_encoder_file(config.init, config.model)
     if isinstance(config, TrainConfig):
@@ -169,7 +168,7 @@ def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None
     if found.name == RESULT:
         stored = read_json(found, Result if is_training else ProbeResult)["settings"]
     else:
-        from segmenter.checkpoint import load_checkpoint
+        from segmenter.loading import load_checkpoint
 
         stored = load_checkpoint(found, lazily=True)["config"]
     older = older_values(*(GROUPS if is_training else PROBE_GROUPS).values())

@@ -14,7 +14,6 @@ from common.command import CONTEXT, PATH, TIMED_STEPS, command, dry_run
 from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
 from common.environment import rank, world_size
 from common.files import check_output_file, write_json
-from common.options import OptionGroup
 from common.step_files import RESULT
 from segmenter.config import (
     GROUPS,
@@ -92,7 +91,7 @@ def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
 def evaluate(
     checkpoint: Path | None,
     evaluation: EvaluateConfig,
-    changes: OptionGroup,
+    changes: ProtocolChanges,
     devices: ScoringConfig,
 ) -> None:
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
@@ -101,7 +100,7 @@ def evaluate(
     if evaluation.out is not None:
         reads = [path for path in (checkpoint, evaluation.dataset) if path is not None]
         check_output_file(evaluation.out, reads=reads, is_own=_is_scores)
-    from segmenter.scoring import evaluate_checkpoint, evaluate_predictions
+    from segmenter.evaluate import evaluate_checkpoint, evaluate_predictions
 
     log_to_stderr()
     if evaluation.predictions is not None:
@@ -139,7 +138,7 @@ def predict(
     checkpoint: Path,
     images: tuple[Path, ...],
     pictures: PictureConfig,
-    changes: OptionGroup,
+    changes: ProtocolChanges,
     devices: ScoringConfig,
 ) -> None:
     """Write label maps and overlays of IMAGES (files or folders)."""

@@ -1,13 +1,17 @@
-"""What a finetuning run is made of: its options, one frozen group per concern. No torch here."""
+"""What a finetuning and a probe are made of: options, one frozen group per concern. No torch here.
+
+A recipe is a YAML file of the options that `segmenter`, `mae`, `upernet` and `fast` differ in: they
+have no default here. What is given with a command wins over its recipe.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from common.options import (
     MOST_EPOCHS,
@@ -20,6 +24,7 @@ from common.options import (
     make,
     merge,
     option,
+    option_of,
     read_layer,
 )
 from common.step_files import OF_FINETUNING, OF_PROBES
@@ -33,7 +38,11 @@ DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
 AUXILIARY_WIDTH = 256  # of the head that trains beside UPerNet, as in mmsegmentation's configs
-MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # as mmsegmentation's test-time augmentation
+# Ranges that several options share.
+PIXELS: dict[str, Any] = {"at_least": 1, "at_most": 16384}
+RATE: dict[str, Any] = {"at_least": 0, "below": 1}
+SEED: dict[str, Any] = {"at_least": 0, "at_most": MOST_SEED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +53,7 @@ class EncoderConfig(OptionGroup):
     no_default: ClassVar[str] = OF_RECIPE
     model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
     patch_size: int | None = option(
-        "Pixels per side of a patch. Default: the checkpoint's, else the model's.",
-        None,
-        at_least=1,
-        at_most=16384,
+        "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, **PIXELS
     )
 
     @property
@@ -64,10 +70,10 @@ class ModelConfig(EncoderConfig):
         "What turns tokens into classes."
     )
     decoder_layers: int = option("Blocks of the mask transformer.", at_least=1, at_most=1024)
-    drop_path: float = option("Stochastic depth of the encoder.", at_least=0, below=1)
-    dropout: float = option("Dropout of the encoder.", at_least=0, below=1)
-    decoder_drop_path: float = option("Stochastic depth of the decoder.", at_least=0, below=1)
-    decoder_dropout: float = option("Dropout of the decoder.", at_least=0, below=1)
+    drop_path: float = option("Stochastic depth of the encoder.", **RATE)
+    dropout: float = option("Dropout of the encoder.", **RATE)
+    decoder_drop_path: float = option("Stochastic depth of the decoder.", **RATE)
+    decoder_dropout: float = option("Dropout of the decoder.", **RATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,7 @@ class OptimisationConfig(OptionGroup):
     batch_size: int = option("Images per step, on all devices together.", at_least=1)
     optimizer: Literal["sgd", "adamw"] = option("How the weights are updated.")
     lr: float = option("Peak learning rate.", above=0)
-    momentum: float = option("Momentum of SGD, first beta of AdamW.", at_least=0, below=1)
+    momentum: float = option("Momentum of SGD, first beta of AdamW.", **RATE)
     weight_decay: float = option("Of weight matrices.", at_least=0)
     layer_decay: float = option(
         "A block's rate is the next one's times this; 1: all alike.", above=0, at_most=1
@@ -88,13 +94,9 @@ class OptimisationConfig(OptionGroup):
     schedule: Literal["poly", "cosine"] = option("How the rate falls.")
     poly_power: float = option("Power of the poly schedule.", above=0)
     min_lr: float = option("Learning rate at the end.", at_least=0)
-    warmup_fraction: float = option(
-        "Share of the run in which the rate rises.", at_least=0, below=1
-    )
+    warmup_fraction: float = option("Share of the run in which the rate rises.", **RATE)
     clip_grad: float | None = option("Largest gradient norm. Default: off.", None, above=0)
-    seed: int = option(
-        "Of order, augmentation, dropout and initial weights.", 0, at_least=0, at_most=MOST_SEED
-    )
+    seed: int = option("Of order, augmentation, dropout and initial weights.", 0, **SEED)
     eval_every: int = option(
         "Epochs between evaluations; the last epoch is always evaluated.", at_least=1
     )
@@ -127,13 +129,11 @@ class ProtocolConfig(OptionGroup):
     title: ClassVar[str] = "Protocol"
     no_default: ClassVar[str] = OF_RECIPE
     image_size: int = option(
-        "Scale of the images: short side; the long side is at most 4x it.",
-        at_least=1,
-        at_most=16384,
+        "Scale of the images: short side; the long side is at most 4x it.", **PIXELS
     )
-    crop_size: int = option("Side of the training crops.", at_least=1, at_most=16384)
-    window_size: int = option("Side of the sliding window.", at_least=1, at_most=16384)
-    window_stride: int = option("Step of the sliding window.", at_least=1, at_most=16384)
+    crop_size: int = option("Side of the training crops.", **PIXELS)
+    window_size: int = option("Side of the sliding window.", **PIXELS)
+    window_stride: int = option("Step of the sliding window.", **PIXELS)
     multi_scale: bool = option("Score at scales 0.5 to 1.75, each also flipped.", False)
     normalization: Literal["imagenet", "half"] = option(
         "Mean and deviation of the pixels; half: both 0.5, as in the first ViTs."
@@ -160,27 +160,26 @@ class ProtocolConfig(OptionGroup):
     @classmethod
     def from_described(cls, values: Mapping[str, Any]) -> ProtocolConfig:
         """The inverse of `described`. Raises ValueError for values that are none."""
-        known = {**values, "multi_scale": values.get("flip", False)}
+        known = {**values, "multi_scale": values.get("flip", False)}  # both go together
         return make(cls, merge([cls], [Layer(known)]))
 
 
-def _changes(group: type[OptionGroup], names: Iterable[str]) -> type[OptionGroup]:
-    """The same options, of which none has to be given: what is changed of a stored group."""
-    hints, fields = get_type_hints(group), {f.name: f for f in dataclasses.fields(group)}
-    optional = [
-        (name, hints[name] | None, dataclasses.field(default=None, metadata=fields[name].metadata))
-        for name in names
-    ]
-    return dataclasses.make_dataclass(
-        f"{group.__name__}Changes", optional, bases=(OptionGroup,),
-        namespace={"title": f"{group.title}, in place of the checkpoint's"},
-        frozen=True, kw_only=True,
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class ProtocolChanges(OptionGroup):
+    """What a checkpoint is scored with in place of its own protocol. None: as that says."""
 
+    # Not crop_size and normalization: what a model was trained with, it has to be scored with.
 
-ProtocolChanges = _changes(
-    ProtocolConfig, ("image_size", "window_size", "window_stride", "multi_scale")
-)
+    title: ClassVar[str] = "Protocol, in place of the checkpoint's"
+    image_size: int | None = option_of(ProtocolConfig, "image_size", None)
+    window_size: int | None = option_of(ProtocolConfig, "window_size", None)
+    window_stride: int | None = option_of(ProtocolConfig, "window_stride", None)
+    multi_scale: bool | None = option_of(ProtocolConfig, "multi_scale", None)
+
+    def applied_to(self, protocol: ProtocolConfig) -> ProtocolConfig:
+        """The protocol with these values; at one scale, if nothing is said. Raises ValueError."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(protocol, **{"multi_scale": False, **given})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +234,7 @@ class ProbeRunConfig(OutputConfig, ScoringConfig, RecipeConfig):
     probes: tuple[Literal["linear", "knn", "rankme"], ...] = option(
         "What is asked.", ("linear", "knn", "rankme")
     )
-    seed: int = option(
-        "Of random weights, and of the tokens that are kept.", 0, at_least=0, at_most=MOST_SEED
-    )
+    seed: int = option("Of random weights, and of the tokens that are kept.", 0, **SEED)
     image_folder: Path | None = option(
         "Class folders of images: kNN by their mean tokens. Default: none.", None
     )
@@ -283,8 +280,8 @@ class TrainConfig:
 
     def recipe(self) -> dict[str, Any]:
         """Name and values of the recipe, as result.json shows them."""
-        values = {**dataclasses.asdict(self.model), **dataclasses.asdict(self.optimisation)}
-        for name in ("model", "patch_size", "seed"):
+        values = dataclasses.asdict(self.model) | dataclasses.asdict(self.optimisation)
+        for name in ("model", "patch_size", "seed"):  # stand elsewhere in result.json
             del values[name]
         return {"name": Path(self.run.recipe).stem, **values}
 
@@ -304,7 +301,7 @@ class ProbeConfig:
 
     init: Path | Literal["random"]
     run: ProbeRunConfig
-    model: EncoderConfig
+    model: EncoderConfig  # no decoder, no dropout: nothing of it learns
     protocol: ProtocolConfig
 
     leaves = OF_PROBES
@@ -330,7 +327,7 @@ def _shared_settings(config: TrainConfig | ProbeConfig) -> dict[str, Any]:
         **dataclasses.asdict(config.model),
         **config.protocol.described(),
         "precision": config.run.precision,
-        "init": init if init == RANDOM else init.name,
+        "init": init if init == RANDOM else init.name,  # not its folder: runs may be moved
         "init_fingerprint": None if init == RANDOM else fingerprint(init),
     }
 
@@ -342,12 +339,9 @@ def read_recipe(name: str) -> Layer:
         known = ", ".join(recipe_names())
         raise ValueError(f"--recipe is {name!r}; choose one of {known}, or give a YAML file")
     layer = read_layer(path, RECIPE_GROUPS)
-    missing = [
-        name
-        for group in RECIPE_GROUPS
-        for name, field in fields_of(group).items()
-        if field.default is dataclasses.MISSING and layer.values.get(name) is None
-    ]
+    options = [field for group in RECIPE_GROUPS for field in fields_of(group).values()]
+    needed = [field.name for field in options if field.default is dataclasses.MISSING]
+    missing = [name for name in needed if layer.values.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return layer
@@ -369,6 +363,6 @@ def fingerprint(path: Path, ends: int = 2**20) -> str:
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         digest.update(file.read(ends))
-        file.seek(max(0, size - ends))
+        file.seek(max(0, size - ends))  # a zip's directory, with checksums, is at its end
         digest.update(file.read(ends))
     return digest.hexdigest()[:16]

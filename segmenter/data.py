@@ -20,20 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from common.interruption import leave_signals_to_the_main_process
 from common.samples import next_usable
 from engine.schedule import SAMPLE, derived_seeds
-from segmenter.classes import quiet_imports
 from segmenter.config import ProtocolConfig
-from segmenter.dataset import DatasetDescription, Pair
+from segmenter.dataset import DatasetDescription, Pair, quiet_imports
 from segmenter.labels import allowed_labels, read_pair
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize
-    from mmseg.datasets.transforms import (
-        PhotoMetricDistortion,
-        RandomCrop,
-        RandomFlip,
-        Resize,
-    )
+    from mmseg.datasets.transforms import PhotoMetricDistortion, RandomCrop, RandomFlip, Resize
 
+# The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE both trained with.
 LONG_SIDE_RATIO = 4  # the scale is (2048, 512) for an image size of 512
 RATIO_RANGE = (0.5, 2.0)
 MOST_OF_ONE_CLASS = 0.75  # a crop with more of one class is drawn again, up to ten times
@@ -51,19 +46,42 @@ class Batch(NamedTuple):
     unreadable: list[str]
 
 
-def collate(crops: list[Batch]) -> Batch:
-    """Crops to a batch."""
-    images, labels, sizes, valid_pixels, unreadable = zip(*crops, strict=True)
-    return Batch(
-        images=torch.stack(images),
-        labels=torch.stack(labels),
-        sizes=torch.stack(sizes),
-        valid_pixels=torch.stack(valid_pixels),
-        unreadable=[text for texts in unreadable for text in texts],
-    )
+class TestImage(NamedTuple):
+    """scaled: one image [3, h, w] uint8 RGB per scale of the protocol; labels [H, W] uint8 at the
+    original size. unreadable: why there is nothing of both; else empty."""
+
+    scaled: list[Tensor]
+    labels: Tensor
+    unreadable: str = ""
 
 
-class TrainingCrops(Dataset[Batch]):
+class _Pairs:
+    """Pairs of image and annotation, by index."""
+
+    def __init__(
+        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig
+    ) -> None:
+        self.description, self.pairs, self.protocol = description, pairs, protocol
+        self.allowed = allowed_labels(description)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def load(self, index: int) -> dict[str, Any]:
+        """What mmsegmentation's transforms start from. Raises ValueError for an unusable pair."""
+        image, labels = read_pair(self.pairs[index], self.allowed)
+        if self.description.reduce_zero_label:
+            labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
+        return {
+            "img": np.ascontiguousarray(image[..., ::-1]),  # mmcv works in OpenCV's BGR
+            "img_shape": image.shape[:2],
+            "ori_shape": image.shape[:2],
+            "gt_seg_map": labels,
+            "seg_fields": ["gt_seg_map"],
+        }
+
+
+class TrainingCrops(_Pairs, Dataset[Batch]):
     """Random crops of the training images by (epoch, index).
 
     A pair that cannot be used is replaced by the next one, and named in the crop.
@@ -76,26 +94,14 @@ class TrainingCrops(Dataset[Batch]):
         protocol: ProtocolConfig,
         seed: int,
     ) -> None:
-        self.description = description
-        self.pairs = pairs
+        super().__init__(description, pairs, protocol)
         self.seed = seed
-        self.allowed = allowed_labels(description)
-        size, ignored = protocol.crop_size, description.ignore_index
+        side, ignored = protocol.crop_size, description.ignore_index
+        resize = RandomResize(_scale(protocol.image_size), ratio_range=RATIO_RANGE, keep_ratio=True)
+        crop = RandomCrop((side, side), cat_max_ratio=MOST_OF_ONE_CLASS, ignore_index=ignored)
+        self.transform = Compose([resize, crop, RandomFlip(prob=0.5), PhotoMetricDistortion()])
         # Padding comes last and by itself, so that its size is known: see `Batch.sizes`.
-        self.transform = Compose(
-            [
-                RandomResize(
-                    scale=_scale(protocol.image_size), ratio_range=RATIO_RANGE, keep_ratio=True
-                ),
-                RandomCrop((size, size), cat_max_ratio=MOST_OF_ONE_CLASS, ignore_index=ignored),
-                RandomFlip(prob=0.5),
-                PhotoMetricDistortion(),
-            ]
-        )
-        self.pad = Pad(size=(size, size), pad_val={"img": 0, "seg": ignored})
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        self.pad = Pad(size=(side, side), pad_val={"img": 0, "seg": ignored})
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
@@ -103,7 +109,7 @@ class TrainingCrops(Dataset[Batch]):
         return crop._replace(unreadable=list(skipped))
 
     def _crop(self, epoch: int, index: int) -> Batch:
-        loaded = _load(self.description, self.pairs[index], self.allowed)
+        loaded = self.load(index)
         with _seeded(self.seed, epoch, index):
             sample = self.transform(loaded)
         size = torch.tensor(sample["img"].shape[:2])
@@ -113,38 +119,16 @@ class TrainingCrops(Dataset[Batch]):
         return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels, [])
 
 
-class TestImage(NamedTuple):
-    """scaled: one image [3, h, w] uint8 RGB per scale of the protocol; labels [H, W] uint8 at the
-    original size. unreadable: why there is nothing of both; else empty."""
-
-    scaled: list[Tensor]
-    labels: Tensor
-    unreadable: str = ""
-
-
-class WholeImages(Dataset[TestImage]):
+class WholeImages(_Pairs, Dataset[TestImage]):
     """Test images by index, at the scales of the protocol."""
-
-    def __init__(
-        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig
-    ) -> None:
-        self.description = description
-        self.pairs = pairs
-        self.allowed = allowed_labels(description)
-        self.protocol = protocol
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def __getitem__(self, index: int) -> TestImage:
         try:
-            sample = _load(self.description, self.pairs[index], self.allowed)
-        except ValueError as error:
+            sample = self.load(index)
+        except ValueError as error:  # evaluating goes on without it, and names it
             return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
-        return TestImage(
-            scaled=scaled_images(sample["img"], self.protocol),
-            labels=torch.from_numpy(sample["gt_seg_map"]),
-        )
+        scaled = scaled_images(sample["img"], self.protocol)
+        return TestImage(scaled, torch.from_numpy(sample["gt_seg_map"]))
 
 
 def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
@@ -159,20 +143,6 @@ def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tenso
 
 def _scale(image_size: int) -> tuple[int, int]:
     return LONG_SIDE_RATIO * image_size, image_size
-
-
-def _load(description: DatasetDescription, pair: Pair, allowed: np.ndarray) -> dict[str, Any]:
-    """What mmsegmentation's transforms start from. Raises ValueError if the pair cannot be used."""
-    image, labels = read_pair(pair, allowed)
-    if description.reduce_zero_label:
-        labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
-    return {
-        "img": np.ascontiguousarray(image[..., ::-1]),  # BGR
-        "img_shape": image.shape[:2],
-        "ori_shape": image.shape[:2],
-        "gt_seg_map": labels,
-        "seg_fields": ["gt_seg_map"],
-    }
 
 
 def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
@@ -194,10 +164,17 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
         random.setstate(states[1])
 
 
+def collate(crops: list[Batch]) -> Batch:
+    """Crops to a batch."""
+    *tensors, unreadable = zip(*crops, strict=True)
+    images, labels, sizes, valid_pixels = map(torch.stack, tensors)  # each [B, ...]
+    return Batch(images, labels, sizes, valid_pixels, [text for one in unreadable for text in one])
+
+
 def test_images(
     images: WholeImages, indices: Sequence[int], *, workers: int, pin_memory: bool
 ) -> Iterator[TestImage]:
-    """The images with these indices, in this order."""
+    """The images with these indices, in this order, one by one: they differ in size."""
     loader: DataLoader[TestImage] = DataLoader(
         images, sampler=indices, batch_size=None, num_workers=workers, pin_memory=pin_memory,
         worker_init_fn=start_worker,
@@ -206,8 +183,8 @@ def test_images(
 
 
 def start_worker(worker: int) -> None:
-    """Workers use one thread, and leave signals to the process that will stop them."""
+    """What a loader's process does first."""
     import cv2
 
-    cv2.setNumThreads(0)
-    leave_signals_to_the_main_process(worker)
+    cv2.setNumThreads(0)  # as many workers as cores run already
+    leave_signals_to_the_main_process(worker)  # which will stop them

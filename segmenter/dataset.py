@@ -1,15 +1,22 @@
-"""What a dataset consists of: folders, classes, pairs of image and annotation. No torch here.
+"""What a dataset consists of: folders, pairs of image and annotation, classes. No torch here.
 
-A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are relative to it.
+A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are relative to it:
+
+    description = read_description(Path("camvid.yml"))
+    pairs, classes = description.pairs("train"), read_classes(description)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from common.files import read_text, shortened
@@ -22,6 +29,8 @@ SPLITS = (TRAIN, VAL)
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 MOST_NAMED = 3
+# mmsegmentation knows their names; how many there are is asked before torch is loaded.
+NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
 
 _Word = Annotated[str, Field(min_length=1)]
 _Colour = tuple[int, int, int]
@@ -42,40 +51,32 @@ _FORMS: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One image and its annotation. name: path within the split, without suffix."""
+    """One image and its annotation."""
 
-    name: str
+    name: str  # path within the split, without suffix
     image: Path
     annotation: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetDescription:
-    """A dataset as its YAML file describes it.
+    """A dataset as its YAML file describes it."""
 
-    source: that file, or the ADE20K folder. images, annotations: folder by split.
-    splits: file with the names of a split, for splits that share a folder.
-    classes: their names, or the name of an mmsegmentation dataset that knows them.
-    palette: RGB 0-255 by class, empty: mmsegmentation's, or generated.
-    reduce_zero_label: label 0 is ignored and label 1 is the first class.
-    ignore_index: the label that is neither trained nor scored, after reduce_zero_label.
-    """
-
-    source: Path
+    source: Path  # that file, or the ADE20K folder
     name: str
-    images: dict[str, Path]
+    images: dict[str, Path]  # folder by split, as annotations
     annotations: dict[str, Path]
-    splits: dict[str, Path] = field(default_factory=dict)
+    splits: dict[str, Path] = field(default_factory=dict)  # files of names: splits share a folder
     image_suffix: str = ".jpg"
     annotation_suffix: str = ".png"
-    classes: tuple[str, ...] | str
-    palette: tuple[_Colour, ...] = ()
-    reduce_zero_label: bool = False
-    ignore_index: int = IGNORED
+    classes: tuple[str, ...] | str  # a word: the mmsegmentation dataset that knows them
+    palette: tuple[_Colour, ...] = ()  # RGB 0-255 by class; empty: mmsegmentation's, or generated
+    reduce_zero_label: bool = False  # label 0 is ignored and label 1 is the first class
+    ignore_index: int = IGNORED  # neither trained nor scored; after reduce_zero_label
 
     def __post_init__(self) -> None:
         source, index = self.source, self.ignore_index
-        names = () if isinstance(self.classes, str) else self.classes
+        names = () if isinstance(self.classes, str) else self.classes  # else nobody knows them yet
         if len(set(names)) < len(names):
             raise ValueError(f"{source}: classes names one twice")
         if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
@@ -97,17 +98,20 @@ class DatasetDescription:
 
     def pairs(self, split: str) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
-        images = self._folder(self.images, split, "images")
-        annotations = self._folder(self.annotations, split, "annotations")
+        images, annotations = (
+            self._folder(folders, split, what)
+            for folders, what in ((self.images, "images"), (self.annotations, "annotations"))
+        )
         names = self._names(images, split)
         if not names:
             raise ValueError(f"{self.source}: no *{self.image_suffix} in {images} ({split} images)")
-        missing = _missing(annotations, names, self.annotation_suffix)
+        missing, some = _missing(annotations, names, self.annotation_suffix)
         if missing:
             raise ValueError(
-                f"{self.source}: {len(missing)} of {len(names)} {split} images have no annotation: "
-                f"{_some(missing)}"
+                f"{self.source}: {missing} of {len(names)} {split} images have no annotation: "
+                f"{some}"
             )
+        # A name may hold folders: Cityscapes has one for each city.
         return [
             Pair(
                 name=name,
@@ -120,11 +124,10 @@ class DatasetDescription:
     def _folder(self, folders: dict[str, Path], split: str, what: str) -> Path:
         if split not in folders:
             raise ValueError(f"{self.source} names no {what} for the split {split!r}")
-        if not folders[split].is_dir():
-            raise ValueError(
-                f"{self.source}: the {split} {what} are missing: no folder {folders[split]}"
-            )
-        return folders[split]
+        folder = folders[split]
+        if not folder.is_dir():
+            raise ValueError(f"{self.source}: the {split} {what} are missing: no folder {folder}")
+        return folder
 
     def _names(self, images: Path, split: str) -> list[str]:
         suffix = self.image_suffix
@@ -135,15 +138,21 @@ class DatasetDescription:
         if not path.is_file():
             raise ValueError(f"{self.source}: the list of {split} names is missing: {path}")
         names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-        if len(set(names)) < len(names):
+        if len(set(names)) < len(names):  # an image that counts twice
             twice = next(name for n, name in enumerate(names) if name in names[:n])
             raise ValueError(f"{path} lists {twice} twice")
-        missing = _missing(images, names, suffix)
+        missing, some = _missing(images, names, suffix)
         if missing:
-            raise ValueError(
-                f"{path} lists {len(missing)} images that are not there: {_some(missing)}"
-            )
+            raise ValueError(f"{path} lists {missing} images that are not there: {some}")
         return names
+
+
+def _missing(folder: Path, names: Sequence[str], suffix: str) -> tuple[int, str]:
+    """How many files of these names are not in the folder, and some of them."""
+    present = relative_files(folder)  # one listing: asking for each is slow on a file server
+    missing = [f"{folder / name}{suffix}" for name in names if f"{name}{suffix}" not in present]
+    more = ", ..." if len(missing) > MOST_NAMED else ""
+    return len(missing), ", ".join(missing[:MOST_NAMED]) + more
 
 
 def is_ade20k(folder: Path) -> bool:
@@ -151,21 +160,17 @@ def is_ade20k(folder: Path) -> bool:
     return (folder / "images").is_dir() and (folder / "annotations").is_dir()
 
 
-def read_description(path: Path) -> DatasetDescription:
+def read_description(source: Path) -> DatasetDescription:
     """The description of an ADE20K folder or of a YAML file. Raises ValueError."""
-    if path.is_dir():
-        if not is_ade20k(path):
-            raise ValueError(
-                f"{path} is not an ADEChallengeData2016 folder (no images/ and annotations/ in it)"
-                "; give one, or the .yml file of a dataset"
-            )
-        return _describe(read_yaml(DESCRIPTIONS / "ade20k.yml"), path, path)
-    if not path.is_file():
-        raise ValueError(f"the dataset {path} does not exist")
-    return _describe(read_yaml(path), path, path.parent)
-
-
-def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDescription:
+    if source.is_dir() and not is_ade20k(source):
+        raise ValueError(
+            f"{source} is not an ADEChallengeData2016 folder (no images/ and annotations/ in it)"
+            "; give one, or the .yml file of a dataset"
+        )
+    if not source.exists():
+        raise ValueError(f"the dataset {source} does not exist")
+    folder = source if source.is_dir() else source.parent
+    content = read_yaml(DESCRIPTIONS / "ade20k.yml" if source.is_dir() else source)
     check_names(content, _FORMS, str(source))
     lacking = [key for key in ("images", "annotations", "classes") if not content.get(key)]
     if lacking:
@@ -175,23 +180,61 @@ def _describe(content: dict[str, Any], source: Path, folder: Path) -> DatasetDes
         form, complaint = _FORMS[key]
         try:
             values[key] = parsed_plain(form, value, key)
-        except ValueError:
+        except ValueError:  # pydantic's words are about types; ours say what to write
             said = complaint.format(shortened(repr(value)))
             raise ValueError(f"{source}: {key} {said}") from None
     for key in {"images", "annotations", "splits"} & values.keys():
         values[key] = {split: folder / path for split, path in values[key].items()}
     if not isinstance(values["classes"], str):
-        values["classes"] = tuple(map(str, values["classes"]))
+        values["classes"] = tuple(map(str, values["classes"]))  # YAML reads some names as numbers
     values["palette"] = values.get("palette") or ()
     return DatasetDescription(source=source, **values)
 
 
-def _missing(folder: Path, names: Sequence[str], suffix: str) -> list[Path]:
-    """The files of these names that are not in the folder."""
-    present = relative_files(folder)
-    return [folder / f"{name}{suffix}" for name in names if f"{name}{suffix}" not in present]
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The K classes of a dataset."""
+
+    names: tuple[str, ...]
+    palette: np.ndarray  # [K, 3] uint8 RGB
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
-def _some(paths: list[Path]) -> str:
-    more = ", ..." if len(paths) > MOST_NAMED else ""
-    return ", ".join(str(path) for path in paths[:MOST_NAMED]) + more
+def read_classes(description: DatasetDescription) -> Classes:
+    """Names and colours: the description's own, or mmsegmentation's. Raises ValueError."""
+    names: Sequence[str] = description.classes
+    palette: Sequence[Sequence[int]] = description.palette
+    if isinstance(description.classes, str):
+        with quiet_imports():  # seconds
+            import mmseg.datasets
+        known = getattr(mmseg.datasets, description.classes, None)
+        if known is None:
+            raise ValueError(
+                f"{description.source}: mmsegmentation has no dataset {description.classes}"
+            )
+        names = known.METAINFO["classes"]
+        palette = palette or known.METAINFO["palette"]
+    if not len(palette):  # the same colours in every run
+        palette = np.random.default_rng(42).integers(32, 256, (len(names), 3)).tolist()
+    return Classes(names=tuple(names), palette=np.array(palette, dtype=np.uint8))
+
+
+def count_classes(description: DatasetDescription) -> int:
+    """How many classes there are. Raises ValueError for an unknown dataset of mmsegmentation."""
+    if not isinstance(description.classes, str):
+        return len(description.classes)
+    return NUM_CLASSES.get(description.classes) or len(read_classes(description))
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Drop what mmseg and mmcv say on import about optional parts that nothing here uses.
+
+    "Could not import OneDL" comes by print, whatever the logging level; the warnings are about
+    renamed modules and operations that were not compiled.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

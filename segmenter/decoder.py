@@ -15,8 +15,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segmenter.classes import quiet_imports
 from segmenter.config import AUXILIARY_WIDTH
+from segmenter.dataset import quiet_imports
 
 HEAD_WIDTH = 64  # features per attention head
 NORM_EPS = 1e-5
@@ -44,29 +44,18 @@ class MaskTransformer(nn.Module):
     """Class embeddings travel with the patches through a few blocks; their products are logits."""
 
     def __init__(
-        self,
-        width: int,
-        num_classes: int,
-        *,
-        layers: int = 2,
-        drop_path: float = 0.0,
+        self, width: int, num_classes: int, *, layers: int = 2, drop_path: float = 0.0,
         dropout: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
-        rates = torch.linspace(0, drop_path, layers).tolist()
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                max(1, width // HEAD_WIDTH),
-                qkv_bias=True,
-                proj_drop=dropout,
-                attn_drop=dropout,
-                drop_path=rate,
-                norm_layer=functools.partial(nn.LayerNorm, eps=NORM_EPS),  # type: ignore[arg-type]
-            )
-            for rate in rates
-        )
+        block: dict[str, Any] = {
+            "dim": width, "num_heads": max(1, width // HEAD_WIDTH), "qkv_bias": True,
+            "proj_drop": dropout, "attn_drop": dropout,
+            "norm_layer": functools.partial(nn.LayerNorm, eps=NORM_EPS),
+        }  # fmt: skip
+        rates = torch.linspace(0, drop_path, layers).tolist()  # rising, as the encoder's
+        self.blocks = nn.ModuleList(Block(drop_path=rate, **block) for rate in rates)
         self.cls_emb = nn.Parameter(torch.empty(1, num_classes, width))
         self.proj_dec = nn.Linear(width, width)
         self.proj_patch = nn.Parameter(torch.randn(width, width) * width**-0.5)
@@ -83,6 +72,7 @@ class MaskTransformer(nn.Module):
         for block in self.blocks:
             joint = block(joint)
         joint = self.decoder_norm(joint)
+        # Cosines of patches and classes, normed over the classes of each patch: [B, N, K].
         patches, classes = joint.split([tokens.shape[1], self.num_classes], dim=1)
         patches = F.normalize(patches @ self.proj_patch, dim=-1)
         classes = F.normalize(classes @ self.proj_classes, dim=-1)

@@ -1,4 +1,4 @@
-"""The encoder: timm's ViT at any image size, with 3 or 4 input channels.
+"""The encoder: timm's ViT at any image size, with 3 or 4 input channels, and what it starts from.
 
 For UPerNet it is what BEiT and MAE are finetuned as (Bao et al., arXiv:2106.08254; the MAE of
 mmsegmentation): every block has a bias by relative position (Liu et al., arXiv:2103.14030) and a
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -21,29 +22,32 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.checkpoint import refuse_misfits
 from engine.layers import PatchEmbedding
-from engine.vit import VISIBLE, vit_size
+from engine.vit import IMAGE_CHANNELS, VISIBLE, vit_size
+from engine.weights import describe_vit, read_vit_weights, resample_positions
+from segmenter.config import EncoderConfig
 
 MAE_NORM_EPS = 1e-6
-POSITIONS, RELATIVE_POSITIONS = "pos_embed", "relative_position_bias_table"
+RELATIVE_POSITIONS = "relative_position_bias_table"
 CLASS_TOKEN_DISTANCES = 3  # class token to patch, patch to class token, class token to itself
+# Of a file: ignored on purpose is what pretraining alone needs, and classifiers.
+IGNORED = ("mask_token", "decoder_", "preencoder.", "head.", "head_drop", "fc_norm.", "pre_logits.")
+# May be missing, and then starts fresh: MAE files that end in an average pool have no final norm.
+OPTIONAL = ("norm.weight", "norm.bias")
+# Of UPerNet's encoder, as pretraining has none of them: they start without effect.
+WITHOUT_EFFECT = (RELATIVE_POSITIONS, ".gamma")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
-    """All that decides the shapes of an encoder's weights, and its arithmetic.
+    """All that decides the shapes of an encoder's weights, and its arithmetic."""
 
-    model: a key of `VIT_SIZES`; patch_size: pixels per side; in_channels: 3, or 4.
-    grid: patches per side that the position embeddings are stored for.
-    extra_tokens: tokens beside patches and class token (1: the distillation token of DeiT).
-    norm_eps: of the layer norms.
-    """
-
-    model: str
-    patch_size: Annotated[int, Field(ge=1, le=16384)]
+    model: str  # a key of `VIT_SIZES`
+    patch_size: Annotated[int, Field(ge=1, le=16384)]  # pixels per side
     in_channels: Annotated[int, Field(ge=1, le=4)]
-    grid: Annotated[int, Field(ge=1, le=16384)]
-    extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0
+    grid: Annotated[int, Field(ge=1, le=16384)]  # patches per side that positions are stored for
+    extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0  # 1: the distillation token of DeiT
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = MAE_NORM_EPS
 
 
@@ -54,34 +58,20 @@ class Encoder(VisionTransformer):
     """
 
     def __init__(
-        self,
-        shape: EncoderShape,
-        *,
-        drop_path: float = 0.0,
-        dropout: float = 0.0,
+        self, shape: EncoderShape, *, drop_path: float = 0.0, dropout: float = 0.0,
         pyramid: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         size = vit_size(shape.model)
         super().__init__(
-            img_size=shape.grid * shape.patch_size,
-            patch_size=shape.patch_size,
-            embed_layer=PatchEmbedding,
-            in_chans=shape.in_channels,
-            num_classes=0,
-            global_pool="",
-            embed_dim=size.width,
-            depth=size.depth,
-            num_heads=size.heads,
-            reg_tokens=shape.extra_tokens,
-            dynamic_img_size=True,
-            drop_path_rate=drop_path,
-            pos_drop_rate=dropout,
-            proj_drop_rate=dropout,
+            img_size=shape.grid * shape.patch_size, dynamic_img_size=True,
+            patch_size=shape.patch_size, in_chans=shape.in_channels, embed_layer=PatchEmbedding,
+            embed_dim=size.width, depth=size.depth, num_heads=size.heads,
+            num_classes=0, global_pool="", reg_tokens=shape.extra_tokens,
+            drop_path_rate=drop_path, pos_drop_rate=dropout, proj_drop_rate=dropout,
             attn_drop_rate=dropout,
             norm_layer=functools.partial(nn.LayerNorm, eps=shape.norm_eps),
-            init_values=1.0 if pyramid else None,
-            final_norm=not pyramid,
-        )
+            init_values=1.0 if pyramid else None, final_norm=not pyramid,
+        )  # fmt: skip
         self.shape = shape
         self.depths = depths_of(size.depth) if pyramid else []
         distances = (2 * shape.grid - 1) ** 2 + CLASS_TOKEN_DISTANCES
@@ -103,7 +93,8 @@ class Encoder(VisionTransformer):
 
     def _forward_pyramid(self, images: Tensor) -> list[Tensor]:
         rows, columns = (side // self.shape.patch_size for side in images.shape[-2:])
-        tokens = self._pos_embed(self.patch_embed(images))
+        tokens = self._pos_embed(self.patch_embed(images))  # [B, 1 + N, D]
+        # Which row of a table is for each pair of tokens, [1 + N, 1 + N]; shared by all blocks.
         index = gen_relative_position_index((rows, columns), class_token=True, device=tokens.device)
         distances = (2 * rows - 1) * (2 * columns - 1) + CLASS_TOKEN_DISTANCES
         maps = {}
@@ -123,3 +114,49 @@ class Encoder(VisionTransformer):
 def depths_of(depth: int) -> list[int]:
     """The blocks, from 0, after a third, half, two thirds and all of a ViT: 3, 5, 7, 11 of 12."""
     return [max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+
+
+def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tensor]:
+    """Weights of a ViT by their official names. Raises ValueError for any other file."""
+    return read_vit_weights(path, ignored=IGNORED, lazily=lazily)
+
+
+def shape_of(weights: dict[str, Tensor], config: EncoderConfig, path: Path) -> EncoderShape:
+    """What the weights say about their encoder. Raises ValueError if it is not the wanted one."""
+    found, wanted = describe_vit(weights, path), config.encoder.width
+    patch, channels = found.patch_size, found.in_channels
+    if found.width != wanted:
+        hint = f"; it may be a {found.model}" if found.model else ""
+        raise ValueError(f"{path} is {found.width} wide, {config.model} is {wanted} wide{hint}")
+    if config.patch_size not in (None, patch):
+        raise ValueError(
+            f"{path} has patches of {patch} pixels, --patch-size is {config.patch_size}"
+        )
+    if channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
+        raise ValueError(f"{path} has {channels} input channels; 3 or 4 are possible")
+    return EncoderShape(model=config.model, patch_size=patch, in_channels=channels, grid=found.grid)
+
+
+def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> list[str]:
+    """Copy the weights; return the names of those that start fresh.
+
+    Position embeddings are resampled to the encoder's grid. Raises ValueError that lists whatever
+    is missing, left over or of another shape.
+    """
+    weights = resample_positions(weights, encoder.shape.grid)
+    own = encoder.state_dict()
+    if encoder.depths:  # UPerNet's has no final norm, and parts that are new
+        weights = {n: weight for n, weight in weights.items() if not n.startswith(OPTIONAL)}
+        own = {n: weight for n, weight in own.items() if not n.endswith(WITHOUT_EFFECT)}
+    refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)
+    encoder.load_state_dict(weights, strict=False)
+    return [name for name in own if name not in weights]
+
+
+def check_encoder_file(path: Path, config: EncoderConfig) -> None:
+    """Raise ValueError unless `start_encoder` would take the file. Allocates no weights."""
+    weights = read_encoder_weights(path, lazily=True)
+    shape = shape_of(weights, config, path)
+    with torch.device("meta"):
+        own = Encoder(shape).state_dict()
+    refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)

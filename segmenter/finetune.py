@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,19 +22,17 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from common.environment import versions
 from common.files import write_json
-from common.parsed import parsed_plain
+from common.interruption import Interruption
 from common.samples import evenly_spread
 from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from engine.devices import device_name
 from engine.logbook import Progress
 from engine.schedule import BatchPlan
-from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task, load
+from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
 from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
 from segmenter.check import Task as Dataset
 from segmenter.check import all_settings, earlier_output, plan_batches
-from segmenter.checkpoint import load_checkpoint, read_encoder_weights, shape_of, start_encoder
-from segmenter.classes import read_classes
 from segmenter.config import (
     RANDOM,
     SCORES,
@@ -46,11 +44,13 @@ from segmenter.config import (
     TrainConfig,
 )
 from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
-from segmenter.drawing import draw_predictions
-from segmenter.encoder import EncoderShape
+from segmenter.dataset import read_classes
+from segmenter.encoder import EncoderShape, read_encoder_weights, shape_of, start_encoder
 from segmenter.evaluate import evaluate_model
 from segmenter.labels import MOST_CHECKED, check_labels
+from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
+from segmenter.predict import draw_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,9 @@ def finetune(config: TrainConfig, dataset: Dataset) -> bool:
 
     dataset: what `read_task` found.
     """
-    check_some_labels(dataset)
-    return train(Finetuning(config, dataset))
+    with Interruption() as interruption:
+        check_some_labels(dataset)
+        return train(Finetuning(config, dataset), interruption)
 
 
 def time_finetuning(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, float] | None:
@@ -81,20 +82,22 @@ def check_some_labels(dataset: Dataset) -> None:
 class Finetuning(Task):
     """A ViT encoder with a decoder, on images with a class for every pixel."""
 
+    counts: ClassVar[tuple[str, ...]] = ()
     remedy = "the last checkpoint is from before. A lower --lr or --clip-grad 1 may help"
-    saves_before_evaluating: ClassVar[bool] = True
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         optimisation, description = config.optimisation, dataset.description
         self.config, self.run, self.dataset = config, config.run, dataset
         self.settings = all_settings(config, dataset)
         self.seed, self.clip_grad = optimisation.seed, optimisation.clip_grad
+        self.rate_at = optimisation.rate_at
         self.epochs = self.total_epochs = optimisation.epochs
         self.values_per_image = config.protocol.crop_size**2
         self.auto_batch = config.run.device_batch_size == "auto"
         self.evaluations, self.num_heldout = optimisation.evaluations, len(dataset.val)
         self.classes = read_classes(description)
-        self.crops = TrainingCrops(description, dataset.train, config.protocol, self.seed)
+        self.collate, self.start_worker = collate, start_worker
+        self.train_set = TrainingCrops(description, dataset.train, config.protocol, self.seed)
         self.images = WholeImages(description, dataset.val, config.protocol)
 
     def find_earlier(self) -> Earlier:
@@ -124,10 +127,6 @@ class Finetuning(Task):
         """As many images at once as --device-batch-size allows."""
         return plan_batches(self.config, self.dataset, processes)
 
-    def batches(self, run: Run, start: tuple[int, int], epochs: int) -> Iterator[Batch]:
-        """Random crops with their labels."""
-        return load(run, self.crops, start, epochs, collate=collate, start_worker=start_worker)
-
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """The loss is over the pixels whose label counts."""
         return MicroBatch(
@@ -143,11 +142,7 @@ class Finetuning(Task):
         crops = torch.zeros(images, IMAGE_CHANNELS, side, side, dtype=torch.uint8)
         return crops, crops[:, 0], torch.full((images, 2), side)
 
-    def learning_rate(self, progress: float) -> float:
-        """As the recipe says."""
-        return self.config.optimisation.rate_at(progress)
-
-    def describe(self, run: Run) -> str:
+    def describe(self) -> str:
         """Model, dataset and recipe."""
         config, dataset, optimisation = self.config, self.dataset, self.config.optimisation
         return (
@@ -157,12 +152,14 @@ class Finetuning(Task):
             f"recipe {config.run.recipe}"
         )
 
-    def is_evaluated(self, epoch: int) -> bool:
-        """Every so many epochs, and at the end."""
-        return epoch % self.config.optimisation.eval_every == 0 or epoch == self.epochs
-
-    def evaluate(self, run: Run, state: State, progress: Progress | None) -> Evaluation | None:
-        """Scores in percent. The areas of each image are left in a file."""
+    def evaluate(
+        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
+    ) -> Evaluation | None:
+        """Scores in percent, every so many epochs and at the end; areas are left in a file."""
+        number = state.epochs_completed + 1
+        if number % self.config.optimisation.eval_every and number != self.epochs:
+            return Evaluation({})
+        save()  # it may take longer than the epoch
         # Running means of UPerNet's norms differ by process on CPUs; the first one's are saved.
         broadcast(list(run.model.buffers()))
         areas = evaluate_model(
@@ -192,39 +189,25 @@ class Finetuning(Task):
         return {
             "num_updates": updates,
             "train_loss": state.sums["loss"] / steps,
-            "train_learning_rate": self.learning_rate((updates - 1) / (steps * self.epochs)),
+            "train_learning_rate": self.rate_at((updates - 1) / (steps * self.epochs)),
             "unreadable_images": round(state.sums["unreadable_images"]),
             **run.speed(state),
             **scores,
         }
 
-    def extra_state(self, run: Run, state: State) -> dict[str, Any]:
-        """What evaluating and predicting need without the dataset, and where the run stands."""
+    def extra_state(self, run: Run) -> dict[str, Any]:
+        """What evaluating and predicting need without the dataset."""
         description = self.dataset.description
         return {
             "shape": dataclasses.asdict(run.model.shape),
             "classes": list(self.classes.names),
             "palette": self.classes.palette.tolist(),
             "dataset": {
-                "name": description.name, "reduce_zero_label": description.reduce_zero_label
+                "name": description.name,
+                "reduce_zero_label": description.reduce_zero_label,
             },
             "protocol": self.config.protocol.described(),
-            "state": {
-                **{name: getattr(state, name) for name in _KEPT},
-                "loss_sum": state.sums["loss"],
-                "unreadable_images": round(state.sums["unreadable_images"]),
-                "best_mean_iou": state.best_score,
-            },
-        }  # fmt: skip
-
-    def take_up(self, state: State, checkpoint: dict[str, Any]) -> None:
-        """Its sums, times and scores. Raises ValueError."""
-        source = f"{self.run.output_dir / CHECKPOINT}: state"
-        stored: _StoredState = parsed_plain(_StoredState, checkpoint["state"], source)
-        for name in _KEPT:
-            setattr(state, name, getattr(stored, name))
-        state.best_score = stored.best_mean_iou
-        state.add([stored.loss_sum, stored.unreadable_images])
+        }
 
     def checkpoint_names(self, epochs_completed: int, *, is_best: bool) -> Sequence[str]:
         """checkpoint.pth, and best.pth if this is the best."""
@@ -254,27 +237,6 @@ class Finetuning(Task):
             "recipe": self.config.recipe(),
             **depends_on(self.config, run.accelerator, self.dataset),
         }
-
-
-@dataclasses.dataclass(kw_only=True)
-class _StoredState:
-    """The `state` of a checkpoint; see `State`."""
-
-    epochs_completed: int = 0
-    steps_completed: int = 0
-    loss_sum: float = 0.0
-    unreadable_images: int = 0
-    seconds: float = 0.0
-    waited_seconds: float = 0.0
-    total_seconds: float = 0.0
-    scores: dict[str, Any] | None = None
-    best_mean_iou: float | None = None
-
-
-# Those that have the same name in `State`.
-_KEPT = (
-    "epochs_completed", "steps_completed", "seconds", "waited_seconds", "total_seconds", "scores"
-)  # fmt: skip
 
 
 def start_model(

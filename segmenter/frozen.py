@@ -47,13 +47,13 @@ def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
 
     def loss() -> Tensor:
         solver.zero_grad()
-        decay = WEIGHT_DECAY / 2 * weight.square().sum()
+        decay = WEIGHT_DECAY / 2 * weight.square().sum()  # the bias does not decay
         value = F.cross_entropy(decoder(features), labels) + decay
         value.backward()
         return value
 
     solver.step(loss)
-    with torch.no_grad():
+    with torch.no_grad():  # (x - mean) / deviation becomes part of the layer
         weight.div_(deviation)
         bias.sub_(weight @ mean)
     return decoder
@@ -87,6 +87,7 @@ class NearestNeighbours(nn.Module):
 
     def _votes(self, cosines: Tensor) -> Tensor:
         """[Q, T] to [Q, K]; a vote weighs exp(cosine / TEMPERATURE)."""
+        # [Q, NEIGHBOURS] values and indices.
         nearest = cosines.topk(min(NEIGHBOURS, len(self.bank)))
         weights = (nearest.values / TEMPERATURE).softmax(-1)
         votes = cosines.new_zeros(len(cosines), self.num_classes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ MOST_WINDOWS = 32  # in one forward pass
 class Window:
     """Where a window lies in an image of a group, in pixels."""
 
-    image: int
+    image: int  # its number in the group
     top: int
     left: int
     height: int
@@ -47,8 +46,6 @@ def predict_classes(
         for versions, size in zip(images, sizes, strict=True):
             yield _multi_scale(model, versions, size, protocol).argmax(0).to(torch.uint8)
         return
-    if not images:
-        return
     canvases = window_logits(model, [versions[0] for versions in images], protocol)
     for canvas, size in zip(canvases, sizes, strict=True):
         yield _resize(canvas, size).argmax(0).to(torch.uint8)
@@ -60,7 +57,7 @@ def _multi_scale(
     """[K, H, W]: class probabilities summed over scales and flips, as the Segmenter paper does."""
     total = torch.zeros(model.shape.num_classes, *size, device=model.mean.device)
     for version in (version.to(total.device, non_blocking=True) for version in versions):
-        both = [version, version.flip(-1)]
+        both = [version, version.flip(-1)]  # in one batch
         for flipped, canvas in enumerate(window_logits(model, both, protocol)):
             probabilities = _resize(canvas, size).softmax(0)
             total += probabilities.flip(-1) if flipped else probabilities
@@ -78,7 +75,7 @@ def window_logits(
         height, width = images[window.image].shape[-2:]
         canvas = canvases[window.image]
         if canvas is None:
-            if (window.height, window.width) == (height, width):
+            if (window.height, window.width) == (height, width):  # one window is all
                 canvases[window.image] = full
                 continue
             # The decoder's output has the classes innermost, which is what interpolation and
@@ -95,6 +92,7 @@ def patch_logits(
     """Each window over images [3, h, w] uint8 with its logits [K, h / P, w / P], by P pixels."""
     device = model.mean.device
     pixels = [model.normalise(image.to(device, non_blocking=True)) for image in images]
+    # Windows of one size make a batch; only images smaller than a window have another size.
     by_size: dict[tuple[int, int], list[Window]] = defaultdict(list)
     for number, image in enumerate(pixels):
         for window in windows(number, image.shape[-2], image.shape[-1], protocol):
@@ -108,25 +106,16 @@ def patch_logits(
 
 def _average(canvas: Tensor, protocol: ProtocolConfig) -> Tensor:
     """Divide by the number of windows over each pixel."""
-    height, width = canvas.shape[-2:]
-    if not (_overlap(height, protocol) or _overlap(width, protocol)):
-        return canvas
-    rows = _coverage(height, protocol, canvas)
-    columns = _coverage(width, protocol, canvas)
-    return canvas.div_(rows[:, None] * columns)
-
-
-def _overlap(length: int, protocol: ProtocolConfig) -> bool:
-    starts = _starts(length, protocol)
-    return any(second - first < protocol.window_size for first, second in pairwise(starts))
-
-
-def _coverage(length: int, protocol: ProtocolConfig, like: Tensor) -> Tensor:
-    """[length]: how many windows cover each position along one side."""
-    counts = torch.zeros(length, device=like.device)
-    for start in _starts(length, protocol):
-        counts[start : start + protocol.window_size] += 1
-    return counts
+    side, counts, overlap = protocol.window_size, [], False
+    for length in canvas.shape[-2:]:
+        starts = _starts(length, protocol)
+        overlap |= len(starts) > 1 and len(starts) * side > length
+        count = torch.zeros(length, device=canvas.device)  # along one side
+        for start in starts:
+            count[start : start + side] += 1
+        counts.append(count)
+    rows, columns = counts
+    return canvas.div_(rows[:, None] * columns) if overlap else canvas
 
 
 def windows(image: int, height: int, width: int, protocol: ProtocolConfig) -> list[Window]:
@@ -141,7 +130,7 @@ def windows(image: int, height: int, width: int, protocol: ProtocolConfig) -> li
 
 def _starts(length: int, protocol: ProtocolConfig) -> list[int]:
     side, stride = protocol.window_size, protocol.window_stride
-    last = max(0, length - side)
+    last = max(0, length - side)  # an image smaller than a window is one window
     return [min(start, last) for start in range(0, last + stride, stride)]
 
 

@@ -1,4 +1,4 @@
-"""Pairs of image and annotation: read, and judged whether they fit each other and the classes.
+"""Images and annotations: read, and judged whether they fit each other and the classes.
 
 No torch here.
 """
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.images import load_image, read_rgb
+from common.images import ORIENTATION, load_image, read_rgb
 from common.samples import too_many
-from segmenter.classes import count_classes
-from segmenter.dataset import DatasetDescription, Pair
+from segmenter.dataset import DatasetDescription, Pair, count_classes
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 THINNEST = 64  # an image's longer side, by the other
@@ -40,11 +39,11 @@ def check_labels(
     """
     looked_at = pairs[:: max(1, len(pairs) // most) if most else 1]
     judge = partial(_problem_of, allowed=allowed_labels(description), completely=completely)
-    with ThreadPoolExecutor() as pool:
-        problems = [error for error in pool.map(judge, looked_at) if error is not None]
-    unreadable = sum(not isinstance(error, MisfitError) for error in problems)
-    if forgiving and not too_many(unreadable, len(looked_at)):
-        problems = [error for error in problems if isinstance(error, MisfitError)]
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+        found = [error for error in pool.map(judge, looked_at) if error is not None]
+    misfits = [error for error in found if isinstance(error, MisfitError)]
+    is_forgiven = forgiving and not too_many(len(found) - len(misfits), len(looked_at))
+    problems = misfits if is_forgiven else found
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
@@ -52,11 +51,10 @@ def check_labels(
 
 def allowed_labels(description: DatasetDescription) -> np.ndarray:
     """[256] bool: what an annotation file may hold."""
+    # An array, since indexing it by labels is the fastest way to judge every pixel.
     allowed, num_classes = np.zeros(256, dtype=bool), count_classes(description)
-    if description.reduce_zero_label:
-        allowed[: num_classes + 1] = True
-    else:
-        allowed[:num_classes] = True
+    allowed[: num_classes + description.reduce_zero_label] = True  # its 0 stands before them
+    if not description.reduce_zero_label:
         allowed[description.ignore_index] = True
     return allowed
 
@@ -66,17 +64,19 @@ def read_pair(pair: Pair, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError if a file cannot be read, MisfitError if they do not fit.
     """
-    image = read_rgb(pair.image)
-    refuse_thin(image.shape[:2], pair.image)
+    image = read_image(pair.image)
     return image, _fitting_labels(pair, image.shape[:2], allowed)
 
 
-def refuse_thin(size: tuple[int, ...], path: Path) -> None:
-    """Raise ValueError for an image of which nothing would be left when it is scaled down."""
-    if max(size) > THINNEST * min(size):
+def read_image(path: Path) -> np.ndarray:
+    """[H, W, 3] uint8 RGB. Raises ValueError, also if nothing would be left when it is scaled."""
+    image = read_rgb(path)
+    height, width, _ = image.shape
+    if max(height, width) > THINNEST * min(height, width):
         raise ValueError(
-            f"{path} is {size[1]} x {size[0]} pixels; one side may be {THINNEST} times the other"
+            f"{path} is {width} x {height} pixels; one side may be {THINNEST} times the other"
         )
+    return image
 
 
 def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError | None:
@@ -93,7 +93,7 @@ def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError
 def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.ndarray:
     """The labels of an image of height x width. Raises MisfitError if they are another's."""
     labels = read_label_file(pair.annotation)
-    if labels.shape != size:
+    if labels.shape != size:  # also of an image that EXIF turns and its annotation is not
         raise MisfitError(
             f"{pair.annotation} is {labels.shape[1]} x {labels.shape[0]} pixels, its image "
             f"{pair.image} is {size[1]} x {size[0]}"
@@ -111,17 +111,17 @@ def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> n
 def read_label_file(path: Path) -> np.ndarray:
     """[H, W] uint8 labels of an annotation or prediction. Raises ValueError."""
     file = load_image(path)
-    if file.mode not in ("L", "P", "1", "I", "I;16"):
+    if file.mode not in ("L", "P", "1", "I", "I;16"):  # P: the numbers, whatever their colours
         raise MisfitError(f"{path} is a {file.mode} image; labels have one channel")
     labels = np.asarray(file)
-    if labels.min() < 0 or labels.max() > 255:
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise MisfitError(f"{path} holds label {wrong}; 0 to 255 are possible")
+    outside = labels[(labels < 0) | (labels > 255)]
+    if outside.size:
+        raise MisfitError(f"{path} holds label {outside[0]}; 0 to 255 are possible")
     return labels.astype(np.uint8)
 
 
 def _image_size(path: Path) -> tuple[int, int]:
     """Height and width, as `read_rgb` turns the image: by the EXIF orientation."""
-    file = load_image(path, decode=False)
-    turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (file.width, file.height) if turned else (file.height, file.width)
+    file = load_image(path, decode=False)  # a look at the header
+    lies_on_its_side = file.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return (file.width, file.height) if lies_on_its_side else (file.height, file.width)

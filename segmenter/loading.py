@@ -1,5 +1,8 @@
 """Models for scoring and predicting: checkpoints of `train`, those of the Segmenter release, and
-those of mmsegmentation's UPerNet on MAE."""
+those of mmsegmentation's UPerNet on MAE.
+
+    loaded = load_segmenter(Path("eval_output/patches_50/best.pth"))
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,25 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
+from pydantic import Field
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from typing_extensions import TypedDict
 
+import engine.checkpoint
 from common.files import read_text
-from common.parsed import parsed_plain
-from engine.checkpoint import load_weights, misfits, read_torch_file, refuse_damaged
-from engine.vit import VIT_SIZES
-from segmenter.checkpoint import load_checkpoint
-from segmenter.classes import Classes, read_classes
+from common.yamlfile import parse_value
+from engine.checkpoint import Checkpoint, read_torch_file, refuse_damaged, refuse_misfits
+from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values
-from segmenter.dataset import DESCRIPTIONS, read_description
-from segmenter.encoder import POSITIONS, EncoderShape
+from segmenter.dataset import DESCRIPTIONS, Classes, read_classes, read_description
 from segmenter.model import Segmenter, SegmenterShape
 
 VARIANT = "variant.yml"  # beside the weights of the release: how they were trained
-RELEASE_NORM_EPS = 1e-5
+RELEASE_NORM_EPS = 1e-5  # of its layer norms; MAE's is 1e-6
 # Of the release's encoders: the classifier they came with.
 RELEASE_IGNORED = ("encoder.head.", "encoder.head_dist.", "encoder.pre_logits.")
 NORMALIZATION_NAMES: dict[str, Literal["half", "imagenet"]] = {"vit": "half", "deit": "imagenet"}
@@ -46,15 +48,44 @@ MMSEG_NAMES = {
 }
 MMSEG_IGNORED = "relative_position_index"  # follows from the grid
 
+# What looking for something in a file of another kind may raise.
+WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
+
+
+class DatasetFacts(TypedDict):
+    """What a checkpoint keeps of its dataset."""
+
+    name: str
+    reduce_zero_label: bool
+
+
+class FinetunedCheckpoint(Checkpoint):
+    """What is needed to continue, and to evaluate and predict without the dataset."""
+
+    shape: dict[str, Any]
+    classes: list[str]
+    palette: list[Colour]
+    dataset: DatasetFacts
+    protocol: dict[str, Any]
+
+
+def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """Read what `train` saved onto the CPU. Raises ValueError if the file is none."""
+    return engine.checkpoint.load_checkpoint(
+        path, program="python -m segmenter train", shape=FinetunedCheckpoint, lazily=lazily
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedSegmenter:
-    """A model with what belongs to it: classes, protocol, and the numbering of its label files."""
+    """A model, ready to evaluate, with what belongs to it."""
 
     model: Segmenter
     classes: Classes
     protocol: ProtocolConfig
-    reduce_zero_label: bool
+    reduce_zero_label: bool  # label files begin with 1, as ADE20K's do
 
 
 def load_segmenter(path: Path) -> LoadedSegmenter:
@@ -66,104 +97,91 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
     if isinstance(weights, dict) and MMSEG_CLASSIFIER in weights:
         return _load_mmseg(weights, content.get("meta") or {}, path)
     checkpoint = load_checkpoint(path)
-    shape = SegmenterShape.from_plain(checkpoint["shape"], path)
-    if not shape.num_classes == len(checkpoint["classes"]) == len(checkpoint["palette"]):
+    names, palette = tuple(checkpoint["classes"]), np.array(checkpoint["palette"], dtype=np.uint8)
+    model = _model(checkpoint["shape"], checkpoint["model"], path, "does not fit its own settings")
+    if not model.shape.num_classes == len(names) == len(palette):
         raise ValueError(f"{path}: its classes, their colours and its weights do not fit together")
-    model = Segmenter(shape)
-    load_weights(model, checkpoint["model"], path)
+    try:
+        protocol = ProtocolConfig.from_described(checkpoint["protocol"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return LoadedSegmenter(
-        model=model.eval(),
-        classes=Classes(
-            names=tuple(checkpoint["classes"]),
-            palette=np.array(checkpoint["palette"], dtype=np.uint8),
-        ),
-        protocol=_protocol(checkpoint["protocol"], path),
+        model=model,
+        classes=Classes(names=names, palette=palette),
+        protocol=protocol,
         reduce_zero_label=checkpoint["dataset"]["reduce_zero_label"],
     )
 
 
-def _protocol(described: dict[str, Any], path: Path) -> ProtocolConfig:
-    try:
-        return ProtocolConfig.from_described(described)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def _model(
+    shape: dict[str, Any], weights: dict[str, Tensor], path: Path, complaint: str
+) -> Segmenter:
+    """Raises ValueError if the shape is none, or, with the complaint, if the weights do not fit."""
+    model = Segmenter(SegmenterShape.from_plain(shape, path))
+    refuse_misfits(model.state_dict(), weights, f"{path} {complaint}")
+    refuse_damaged(weights, path)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _encoder_shape(weights: dict[str, Tensor], extra_tokens: int = 0) -> dict[str, Any]:
+    """Of `EncoderShape`, what the weights of a whole model say. Raises one of WRONG_CONTENT."""
+    parts = {name.partition("encoder.")[2]: weight for name, weight in weights.items()}
+    found = describe_vit(parts, "it", prefix_tokens=1 + extra_tokens)
+    if found.model is None:
+        raise KeyError(f"no model here is {found.width} wide and {found.depth} deep")
+    values = {"patch_size": found.patch_size, "in_channels": found.in_channels, "grid": found.grid}
+    return {"model": found.model, **values, "extra_tokens": extra_tokens}
 
 
 def _load_release(path: Path) -> LoadedSegmenter:
-    """checkpoint.pth of the Segmenter release and the variant.yml beside it."""
-    variant = _read_variant(path.parent / VARIANT)
-    content = read_torch_file(path)
+    """checkpoint.pth of the Segmenter release, and variant.yml beside it."""
+    variant_path = path.parent / VARIANT
+    # Its tuples are the one thing in it that is no plain YAML.
+    text = read_text(variant_path).replace("!!python/tuple", "")
+    variant, content = parse_value(text, str(variant_path)), read_torch_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} holds no weights under 'model'")
-    try:
-        shape, protocol, dataset_name = _understand(variant, content["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{path.parent / VARIANT} does not describe a Segmenter: {error}"
-        ) from error
-    shape = parsed_plain(SegmenterShape, dataclasses.asdict(shape), str(path.parent / VARIANT))
     weights = {  # timm calls DeiT's distillation token a register
         name.replace("encoder.dist_token", "encoder.reg_token"): weight
         for name, weight in content["model"].items()
         if not name.startswith(RELEASE_IGNORED)
     }
-    model = _filled(shape, weights, path, f"does not fit its {VARIANT}")
+    try:
+        shape, protocol, dataset_name = _understand(variant, weights)
+    except WRONG_CONTENT as error:
+        raise ValueError(f"{variant_path} does not describe a Segmenter: {error}") from error
     description = read_description(DESCRIPTIONS / f"{dataset_name}.yml")
     return LoadedSegmenter(
-        model=model,
+        model=_model(shape, weights, path, f"does not fit its {VARIANT}"),
         classes=read_classes(description),
         protocol=protocol,
         reduce_zero_label=description.reduce_zero_label,
     )
 
 
-def _filled(
-    shape: SegmenterShape, weights: dict[str, Tensor], path: Path, otherwise: str
-) -> Segmenter:
-    """A model with weights from elsewhere. Raises ValueError, with the word `otherwise`."""
-    model = Segmenter(shape)
-    problems = misfits(model.state_dict(), weights, optional=())
-    if problems:
-        raise ValueError(f"{path} {otherwise}: {problems}")
-    refuse_damaged(weights, path)
-    model.load_state_dict(weights)
-    return model.eval()
-
-
 def _understand(
     variant: dict[str, Any], weights: dict[str, Tensor]
-) -> tuple[SegmenterShape, ProtocolConfig, str]:
-    """Shape, protocol and dataset name of a release. Raises KeyError if something is missing."""
-    net, inference = variant["net_kwargs"], variant["inference_kwargs"]
-    extra_tokens = int(bool(net.get("distilled", False)))
-    tokens = weights["encoder.pos_embed"].shape[1] - 1 - extra_tokens
-    encoder = EncoderShape(
-        model=_model_name(net),
-        patch_size=net["patch_size"],
-        in_channels=weights["encoder.patch_embed.proj.weight"].shape[1],
-        grid=round(tokens**0.5),
-        extra_tokens=extra_tokens,
-        norm_eps=RELEASE_NORM_EPS,
-    )
-    decoder = net["decoder"]
-    normalization = NORMALIZATION_NAMES[net["normalization"]]
-    shape = SegmenterShape(
-        encoder=encoder,
-        decoder="linear" if "linear" in decoder["name"] else "mask_transformer",
-        decoder_layers=decoder.get("n_layers", 0),
-        num_classes=net["n_cls"],
-        normalization=normalization,
-    )
-    protocol = ProtocolConfig.from_described(
-        {
-            "image_size": inference["im_size"],
-            "crop_size": variant["dataset_kwargs"]["crop_size"],
-            "window_size": inference["window_size"],
-            "window_stride": inference["window_stride"],
-            "normalization": normalization,
-        }
-    )
-    return shape, protocol, variant["dataset_kwargs"]["dataset"]
+) -> tuple[dict[str, Any], ProtocolConfig, str]:
+    """Shape, protocol and dataset name of a release. Raises one of WRONG_CONTENT."""
+    net, inference, data = (variant[f"{part}_kwargs"] for part in ("net", "inference", "dataset"))
+    decoder, normalization = net["decoder"], NORMALIZATION_NAMES[net["normalization"]]
+    encoder = _encoder_shape(weights, int(bool(net.get("distilled", False))))  # DeiT's token
+    shape = {
+        "encoder": {**encoder, "norm_eps": RELEASE_NORM_EPS},
+        "decoder": "linear" if "linear" in decoder["name"] else "mask_transformer",
+        "decoder_layers": decoder.get("n_layers", 0),
+        "num_classes": net["n_cls"],
+        "normalization": normalization,
+    }
+    protocol = {
+        "image_size": inference["im_size"],
+        "crop_size": data["crop_size"],
+        "window_size": inference["window_size"],
+        "window_stride": inference["window_stride"],
+        "normalization": normalization,
+    }
+    return shape, ProtocolConfig.from_described(protocol), data["dataset"]
 
 
 class _StandIn:
@@ -187,7 +205,7 @@ def _read_with_stand_ins(path: Path) -> Any:
 
 
 def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> LoadedSegmenter:
-    """A checkpoint of mmsegmentation's MAE with UPerNet, by its state dict and its meta."""
+    """The state dict of mmsegmentation's UPerNet on MAE, and its meta."""
     no_upernet = "is no UPerNet on MAE of mmsegmentation"
     try:
         weights = {
@@ -195,26 +213,22 @@ def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> 
             for name, weight in stored.items()
             if isinstance(weight, Tensor) and not name.endswith(MMSEG_IGNORED)
         }
-        blocks = {name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}
-        width, channels, patch = weights["encoder.patch_embed.proj.weight"].shape[:3]
-        model = _model_name({"d_model": width, "n_layers": len(blocks)})
-        grid = round((weights[f"encoder.{POSITIONS}"].shape[1] - 1) ** 0.5)
-        num_classes = len(stored[MMSEG_CLASSIFIER])
+        encoder, num_classes = _encoder_shape(weights), len(stored[MMSEG_CLASSIFIER])
         classes, reduce_zero_label = _mmseg_classes(meta, num_classes)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except WRONG_CONTENT as error:
         raise ValueError(f"{path} {no_upernet}: {error}") from None
-    encoder = {"model": model, "patch_size": patch, "in_channels": channels, "grid": grid}
     shape = {
         "encoder": encoder, "decoder": "upernet", "decoder_layers": 0, "num_classes": num_classes,
         "normalization": "imagenet",
     }  # fmt: skip
-    recipe, side = recipe_values("upernet"), grid * patch
+    # How it was scored the file does not say: as the recipe does, at the size of its positions.
+    recipe, side = recipe_values("upernet"), encoder["grid"] * encoder["patch_size"]
     stride = side * recipe["window_stride"] // recipe["window_size"]
     sizes = dict.fromkeys(("image_size", "crop_size", "window_size"), side)
     return LoadedSegmenter(
-        model=_filled(SegmenterShape.from_plain(shape, path), weights, path, no_upernet),
+        model=_model(shape, weights, path, no_upernet),
         classes=classes,
-        protocol=_protocol({**recipe, **sizes, "window_stride": stride}, path),
+        protocol=ProtocolConfig.from_described({**recipe, **sizes, "window_stride": stride}),
         reduce_zero_label=reduce_zero_label,
     )
 
@@ -236,35 +250,8 @@ def _mmseg_classes(meta: dict[str, Any], num_classes: int) -> tuple[Classes, boo
             return classes, description.reduce_zero_label
     if not names or len(names) != num_classes:
         raise ValueError(f"it has {num_classes} classes, but not their names in its meta")
-    own = dataclasses.replace(
+    own = dataclasses.replace(  # of any of them, for a palette where the meta has none
         descriptions[0], classes=tuple(map(str, names)), reduce_zero_label=False,
         palette=tuple(map(tuple, facts.get("palette") or ())),
     )  # fmt: skip
     return read_classes(own), False
-
-
-def _model_name(net: dict[str, Any]) -> str:
-    for name, size in VIT_SIZES.items():
-        if (size.width, size.depth) == (net["d_model"], net["n_layers"]):
-            return name
-    raise KeyError(f"no model here is {net['d_model']} wide and {net['n_layers']} deep")
-
-
-class _VariantLoader(yaml.SafeLoader):
-    """Reads the tuples that the release wrote."""
-
-
-_VariantLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple",
-    yaml.SafeLoader.construct_sequence,  # type: ignore[type-var]
-)
-
-
-def _read_variant(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(read_text(path), _VariantLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not describe a Segmenter")
-    return content

@@ -15,41 +15,31 @@ import torch
 from torch import Tensor
 
 from common.files import replacing
-from segmenter.classes import quiet_imports
+from segmenter.dataset import quiet_imports
 
 with quiet_imports():
     from mmseg.evaluation import IoUMetric
 
 
 class Areas:
-    """Areas in pixels of every image, by class.
-
-    by_image: [N, 3, K] int64: intersection, prediction, label; 0 for an image not counted.
-    unreadable_images: how many could not be counted.
-    """
+    """Areas in pixels of every image, by class; of N images and K classes."""
 
     def __init__(
-        self,
-        num_images: int,
-        num_classes: int,
-        ignore_index: int,
+        self, num_images: int, num_classes: int, ignore_index: int,
         device: torch.device | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """device: where images will be counted; the CPU if it is not said."""
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        # [N, 3, K]: intersection, prediction, label; 0 for an image that was not counted.
         shape = num_images, 3, num_classes
         self.by_image = torch.zeros(shape, dtype=torch.int64, device=device)
         self.unreadable_images = 0
 
     def add(self, index: int, predicted: Tensor, labels: Tensor) -> None:
-        """Count an image: [H, W] predicted classes and labels, uint8, on the device.
-
-        As IoUMetric.intersect_and_union does, which picks the pixels that count and so waits for
-        the device several times.
-        """
-        classes = self.num_classes  # stands for what is no class, too: the last row and column
-        valid = labels != self.ignore_index
+        """Count an image: [H, W] predicted classes and labels, uint8, on the device."""
+        # As IoUMetric.intersect_and_union does, which picks the pixels that count and so waits for
+        # the device several times. K itself stands for what is no class: the last row and column.
+        classes, valid = self.num_classes, labels != self.ignore_index
         rows = torch.where(valid, labels.long(), classes)
         pairs = (rows * (classes + 1) + predicted.clamp(max=classes)).flatten()
         counts = self.by_image.new_zeros((classes + 1) ** 2)
@@ -63,7 +53,7 @@ class Areas:
 
         class_iou: by name; None for a class that neither side has.
         """
-        intersection, predicted, label = self.by_image.sum(0).double()
+        intersection, predicted, label = self.by_image.sum(0).double()  # each [K]
         union = predicted + label - intersection
         metrics = IoUMetric.total_area_to_metrics(intersection, union, predicted, label)
         iou = metrics["IoU"] * 100

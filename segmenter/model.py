@@ -22,8 +22,8 @@ from segmenter.encoder import Encoder, EncoderShape
 
 # Mean and deviation of RGB pixels in 0 to 1, by `ProtocolConfig.normalization`.
 PIXEL_STATISTICS = {
-    "imagenet": (IMAGE_MEAN, IMAGE_STD),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": {"mean": IMAGE_MEAN, "std": IMAGE_STD},
+    "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
 }
 
 
@@ -33,7 +33,7 @@ class SegmenterShape:
 
     encoder: EncoderShape
     decoder: Literal["mask_transformer", "linear", "upernet"]
-    decoder_layers: Annotated[int, Field(ge=0, le=1024)]
+    decoder_layers: Annotated[int, Field(ge=0, le=1024)]  # of the mask transformer alone
     num_classes: Annotated[int, Field(ge=1, le=256)]
     normalization: Literal["half", "imagenet"]
 
@@ -58,30 +58,26 @@ class Segmenter(nn.Module):
         """rates: drop path and dropout for training; None: none."""
         super().__init__()
         self.shape = shape
-        width = vit_size(shape.encoder.model).width
+        drop_path, dropout = (rates.drop_path, rates.dropout) if rates else (0.0, 0.0)
+        is_pyramid = shape.decoder == "upernet"
         self.encoder = Encoder(
-            shape.encoder,
-            drop_path=rates.drop_path if rates else 0.0,
-            dropout=rates.dropout if rates else 0.0,
-            pyramid=shape.decoder == "upernet",
+            shape.encoder, drop_path=drop_path, dropout=dropout, pyramid=is_pyramid
         )
+        width, classes = self.encoder.embed_dim, shape.num_classes
+        dropout = rates.decoder_dropout if rates else 0.0
         self.decoder: nn.Module
         if shape.decoder == "linear":
-            self.decoder = LinearDecoder(width, shape.num_classes)
+            self.decoder = LinearDecoder(width, classes)
         elif shape.decoder == "upernet":
-            dropout = rates.decoder_dropout if rates else 0.0
-            self.decoder = UPerNet(width, shape.num_classes, dropout=dropout)
+            self.decoder = UPerNet(width, classes, dropout=dropout)
         else:
+            drop_path, layers = rates.decoder_drop_path if rates else 0.0, shape.decoder_layers
             self.decoder = MaskTransformer(
-                width,
-                shape.num_classes,
-                layers=shape.decoder_layers,
-                drop_path=rates.decoder_drop_path if rates else 0.0,
-                dropout=rates.decoder_dropout if rates else 0.0,
+                width, classes, layers=layers, drop_path=drop_path, dropout=dropout
             )
-        mean, deviation = PIXEL_STATISTICS[shape.normalization]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(deviation).view(3, 1, 1) * 255, persistent=False)
+        for name, values in PIXEL_STATISTICS[shape.normalization].items():
+            # Times 255, since pixels come as uint8; no weights, so no part of a checkpoint.
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's hook for layer-wise rates, by names; the final norm and the decoder come last.
@@ -98,11 +94,8 @@ class Segmenter(nn.Module):
 
         With UPerNet they decay, as in mmsegmentation, whose rule misses them by their prefix.
         """
-        if self.shape.decoder == "upernet":
-            return set()
-        return {
-            "encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "decoder.cls_emb"
-        }  # fmt: skip
+        names = ("encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "decoder.cls_emb")
+        return set() if self.shape.decoder == "upernet" else set(names)
 
     def forward(
         self, images: Tensor, sizes: Tensor | None = None
@@ -111,12 +104,13 @@ class Segmenter(nn.Module):
 
         sizes [B, 2]: height and width that are image; the rest is padding and counts as the mean.
         """
-        pixels = self.normalise(images)
-        if sizes is not None:
-            pixels = pixels * _inside(sizes, images.shape[-2], images.shape[-1])
-        height, width = images.shape[-2:]
+        pixels, (height, width) = self.normalise(images), images.shape[-2:]
+        if sizes is not None:  # padding becomes 0, as the mean is: 1 inside, [B, 1, H, W]
+            rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
+            columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
+            pixels = pixels * (rows[:, None, :, None] & columns[:, None, None, :]).float()
         main, *auxiliary = (self.upsample(m, height, width) for m in self._all_logits(pixels))
-        return (main, auxiliary[0]) if auxiliary else main
+        return (main, auxiliary[0]) if auxiliary else main  # the second trains, and is not scored
 
     def normalise(self, images: Tensor) -> Tensor:
         """[..., 3, H, W] uint8 RGB to pixels of mean 0 and deviation 1."""
@@ -132,28 +126,32 @@ class Segmenter(nn.Module):
         height, width = pixels.shape[-2:]
         pixels = F.pad(pixels, (0, -width % patch, 0, -height % patch))
         decoded = self.decoder(self.encoder(pixels))
-        if isinstance(decoded, list):
+        if isinstance(decoded, list):  # UPerNet's are maps already
             return decoded
         rows = pixels.shape[-2] // patch
-        return [decoded.transpose(1, 2).unflatten(2, (rows, -1))]
+        return [decoded.transpose(1, 2).unflatten(2, (rows, -1))]  # [B, N, K] to [B, K, h, w]
 
     def upsample(self, patch_logits: Tensor, height: int, width: int) -> Tensor:
         """[B, K, h, w] to [B, K, H, W]: bilinear, then the padding of the last patches cut off."""
         patch = self.shape.encoder.patch_size
         size = [side + -side % patch for side in (height, width)]
+        # In fp32, whatever the model computes in: between patches, classes are close.
         logits = F.interpolate(patch_logits.float(), size, mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
 
 class TrainingLoss(nn.Module):
-    """The loss is part of what is compiled: full-size logits of many classes need not be stored."""
+    """The loss is part of what is compiled: full-size logits of many classes need not be stored.
+
+    See `Segmenter.forward` and `segmentation_loss`.
+    """
 
     def __init__(self, model: Segmenter, ignore_index: int) -> None:
         super().__init__()
         self.model, self.ignore_index = model, ignore_index
 
     def forward(self, images: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-        """See `Segmenter.forward` and `segmentation_loss`."""
+        """As a plain module, for torch.compile and DistributedDataParallel."""
         return segmentation_loss(self.model(images, sizes), labels, self.ignore_index)
 
 
@@ -173,10 +171,3 @@ def segmentation_loss(
     return F.cross_entropy(
         by_pixel, labels.flatten().long(), ignore_index=ignore_index, reduction="sum"
     )
-
-
-def _inside(sizes: Tensor, height: int, width: int) -> Tensor:
-    """[B, 2] sizes to [B, 1, H, W], 1 where a pixel is image and 0 where it is padding."""
-    rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
-    columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
-    return (rows[:, None, :, None] & columns[:, None, None, :]).float()

@@ -14,16 +14,14 @@ from pathlib import Path
 
 from common.download import download, has_digest
 from common.files import beside, check_output_folder, check_replaceable, path_below
-from segmenter.dataset import SPLITS, TRAIN, VAL, DatasetDescription, is_ade20k, read_description
+from segmenter.dataset import SPLITS, TRAIN, VAL, is_ade20k, read_description
 from segmenter.labels import check_labels
 
 logger = logging.getLogger(__name__)
 
 ADE20K_NAME = "ADEChallengeData2016"
-ADE20K_URLS = (
-    "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-    "https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-)
+_PLACE = "data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
+ADE20K_URLS = (f"http://{_PLACE}", f"https://{_PLACE}")
 # The source gives no digest; this one is in the dataset loaders of several open projects.
 ADE20K_DIGEST = "md5:7328b3957e407ddae1d3cbf487f149ef"
 ADE20K_PAIRS = {TRAIN: 20_210, VAL: 2_000}
@@ -45,14 +43,14 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
         return ready
     archive = folder / f"{ADE20K_NAME}.zip"
     check_replaceable(archive, "FOLDER")
-    if not archive.exists():
+    if not archive.exists():  # else somebody brought it, or a check failed after the download
         download(urls, archive, digest=digest)
     elif digest is not None and not has_digest(archive, digest):
         raise ValueError(f"{archive} has not the digest {digest}; remove it or give its own")
     unpack(archive, folder, ADE20K_NAME)
     try:
         check_dataset(unpacked, ADE20K_PAIRS)
-    except ValueError as error:
+    except ValueError as error:  # of the download, not of what the user gave
         raise RuntimeError(f"{error}; {archive} is kept") from None
     archive.unlink()
     return unpacked
@@ -64,9 +62,12 @@ def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict
     expected: the splits that have to be there, with their pairs. Raises ValueError.
     """
     logger.info("checking %s", path)
-    description, found = read_description(path), {}
-    problems = []
-    for split in expected or (split for split in SPLITS if _is_there(description, split)):
+    description = read_description(path)
+    found, problems = {}, []
+    for split in expected or SPLITS:
+        folders = (description.images.get(split), description.annotations.get(split))
+        if not expected and not any(folder and folder.is_dir() for folder in folders):
+            continue  # as test servers' datasets do
         try:
             found[split] = description.pairs(split)
         except ValueError as error:
@@ -83,32 +84,23 @@ def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict
     return {split: len(pairs) for split, pairs in found.items()}
 
 
-def _is_there(description: DatasetDescription, split: str) -> bool:
-    """A split that neither side has may be left out, as test servers' datasets do."""
-    folders = [description.images.get(split), description.annotations.get(split)]
-    return any(folder is not None and folder.is_dir() for folder in folders)
-
-
 def unpack(archive: Path, folder: Path, name: str) -> None:
     """Unpack `<name>/...` of a zip into `folder`; it appears under its name when it is complete.
 
-    Raises ValueError, before anything is written, if a member would leave the folder, is a link,
-    or if the disk is too small.
+    Raises ValueError, before anything is written, if a member would leave the folder or is a link;
+    RuntimeError if the disk does not take it.
     """
     unfinished = beside(folder / name)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
     try:
         with zipfile.ZipFile(archive) as file:
-            members = file.infolist()
-            for member in members:
-                _check_member(member, archive, name)
-            needed = sum(member.file_size for member in members)
-            free = shutil.disk_usage(folder).free
-            if free < needed:
-                raise ValueError(
-                    f"{folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are to unpack"
-                )
-            shutil.rmtree(unfinished, ignore_errors=True)
-            logger.info("unpacking %d files, %.1f GB", len(members), needed / 1e9)
+            for member in file.infolist():
+                below = path_below(Path(), member.filename, f"{archive} is refused")
+                if stat.S_ISLNK(member.external_attr >> 16):  # Unix's mode
+                    raise ValueError(f"{archive} is refused: {member.filename!r} is a link")
+                if below.parts[0] != name:
+                    raise ValueError(f"{archive} is refused: {member.filename!r} is not in {name}/")
+            logger.info("unpacking %s", archive)
             file.extractall(unfinished)
         (unfinished / name).replace(folder / name)
     except OSError as error:
@@ -123,11 +115,3 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
         raise ValueError(f"{archive} is not a sound zip file: {error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _check_member(member: zipfile.ZipInfo, archive: Path, name: str) -> None:
-    path = path_below(Path(), member.filename, f"{archive} is refused")
-    if stat.S_ISLNK(member.external_attr >> 16):
-        raise ValueError(f"{archive} is refused: {member.filename!r} is a link")
-    if path.parts[0] != name:
-        raise ValueError(f"{archive} is refused: {member.filename!r} is not in {name}/")

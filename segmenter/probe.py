@@ -20,9 +20,9 @@ from common.progress import Counter
 from common.step_files import PROBE_AREAS, RESULT
 from engine.devices import working_in
 from segmenter.check import Task, earlier_output
-from segmenter.classes import read_classes
 from segmenter.config import ProbeConfig
 from segmenter.data import WholeImages
+from segmenter.dataset import read_classes
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.finetune import check_some_labels, depends_on, start_model
 from segmenter.frozen import NearestNeighbours, fit_linear, rankme
@@ -38,21 +38,21 @@ class _StoppedError(Exception):
 
 @dataclass(kw_only=True)
 class _Run:
-    """What stays the same, and the seconds of what was done."""
+    """What stays the same."""
 
     config: ProbeConfig
     task: Task
     accelerator: Accelerator
     interruption: Interruption
     model: Segmenter
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of what was done, by its name
 
     def over(
         self, name: str, images: WholeImages, work: Callable[..., Any], *more: Any,
         decoder: Callable[[], nn.Module],
     ) -> Any:  # fmt: skip
         """What `each_group` or `evaluate_model` finds with this decoder, told and timed."""
-        began = time.monotonic()
+        began = time.monotonic()  # fitting the decoder counts, too
         self.model.decoder = decoder()
         with Counter(name, total=len(images)) as counter:
             found = work(
@@ -73,7 +73,7 @@ def probe(config: ProbeConfig, task: Task) -> bool:
     RuntimeError when it fails.
     """
     check_some_labels(task)
-    with working_in(config.run) as (accelerator, interruption):
+    with Interruption() as interruption, working_in(config.run) as accelerator:
         found = earlier_output(config, task)
         if found is not None:
             logger.info("nothing to do: %s is there", found)
@@ -101,7 +101,7 @@ def _answers(run: _Run) -> dict[str, Any]:
     """What result.json says of each probe."""
     config, task = run.config, run.task
     answers: dict[str, Any] = {}
-    protocol = dataclasses.replace(config.protocol, multi_scale=False)
+    protocol = dataclasses.replace(config.protocol, multi_scale=False)  # tokens of one scale
     images = WholeImages(task.description, task.train, protocol)
     found = _tokens(run, "tokens", images)
     for name, make in (("linear", fit_linear), ("knn", NearestNeighbours)):
@@ -111,13 +111,14 @@ def _answers(run: _Run) -> dict[str, Any]:
     if "rankme" in config.run.probes:
         answers["rankme"] = rankme(found[0])
         logger.info("RankMe %.1f of %d", answers["rankme"], found[0].shape[1])
-    if config.run.image_folder is not None:
-        folders = ClassFolders(config.run.image_folder, images)
-        classes = len(folders.classes)
-        if classes < 2:
-            logger.info("no image kNN: %s has no two class folders", config.run.image_folder)
-            return answers
+    folder = config.run.image_folder
+    folders = ClassFolders(folder, images) if folder is not None else None
+    if folders is not None and len(folders.classes) < 2:
+        logger.info("no image kNN: %s has no two class folders", folder)
+    elif folders is not None:
         means, labels = _tokens(run, "image_knn", folders)
+        classes = len(folders.classes)
+        # Each image by all but itself, so that one folder serves: no other images are needed.
         predicted = NearestNeighbours(means, labels, classes).of_the_others().argmax(1)
         accuracy = 100 * (predicted == labels).double().mean().item()
         told = {"accuracy": accuracy, "num_images": len(labels), "num_classes": classes}
@@ -128,6 +129,7 @@ def _answers(run: _Run) -> dict[str, Any]:
 def _tokens(run: _Run, name: str, images: WholeImages) -> tuple[Tensor, Tensor]:
     """Features and labels of images, the same on every process."""
     tokens = Tokens(run.model, images, run.config.run.seed)
+    # Without a decoder, a model's logits are its tokens.
     run.over(name, images, each_group, tokens.add, decoder=nn.Identity)
     return tokens.total(run.accelerator)
 

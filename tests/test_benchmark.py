@@ -22,7 +22,7 @@ from common.console import run_program
 from common.parsed import read_log
 from engine.logbook import TIMING_KEYS
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
-from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
+from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
 from tests.pipeline.whole_run import scores, write_inputs
 
 ROUNDS = ("--mask-method", "four_channels", "--pretrain-epochs", "2", "--eval-freq", "1")
@@ -166,14 +166,8 @@ def test_two_processes_on_the_cpu(config: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
     """A real Slurm with one node; the test is skipped where it cannot be started."""
-    slurm = SlurmCluster(tmp_path / "slurm")
-    try:
-        slurm.start()
-    except SlurmError as error:
-        slurm.stop()
-        pytest.skip(f"no Slurm: {error}")
-    yield slurm
-    slurm.stop()
+    with running_slurm(tmp_path / "slurm") as slurm:
+        yield slurm
 
 
 @pytest.mark.slow

@@ -176,7 +176,8 @@ def test_torch_comes_from_another_index_and_the_rest_from_the_lock(
         "print(sorted(f'{d.name} {d.version}' for d in m.distributions() if d.name != 'pip'))\n"
     )
     lock = [("torch", "2.14.1"), ("torchvision", "0.29.1"), ("filelock", "3.1"),
-            ("triton", "3.8.0"), ("nvidia-cublas", "13.1"), ("cuda-bindings", "13.5")]  # fmt: skip
+            ("triton", "3.8.0"), ("nvidia-cublas", "13.1"), ("cuda-bindings", "13.5"),
+            ("nvidia-ml-py", "13.6")]  # fmt: skip
     hashed = [(f"{n}=={v}", put_wheel(served / "locked", n, v)) for n, v in lock]
     lines = [f"{pin}; python_version >= '3.10' --hash=sha256:{sha}\n" for pin, sha in hashed]
     (tree / "requirements.txt").write_text("".join(lines))
@@ -196,7 +197,8 @@ def test_torch_comes_from_another_index_and_the_rest_from_the_lock(
     assert made.returncode == 0, made.stderr
     found = made.stdout.splitlines()[-1]
     for part in ("'filelock 3.1'", "'torch 2.14.1+cu126'", "'torchvision 0.29.1+cu126'",
-                 "'nvidia-cublas-cu12 12.6.4'", "'triton 3.8.0'"):  # fmt: skip
+                 "'nvidia-cublas-cu12 12.6.4'", "'triton 3.8.0'",
+                 "'nvidia-ml-py 13.6'"):  # fmt: skip
         assert part in found
     for part in ("nvidia-cublas 13", "cuda-bindings"):
         assert part not in found

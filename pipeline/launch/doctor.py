@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +42,11 @@ def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> list
 
     groups: the flags themselves; where they name no data, it is about the machine only.
     """
-    findings = [*_software(), *_machine(groups)]
+    findings = [
+        Finding(name, version, _SET_UP if version == "not installed" else "")
+        for name, version in machine.versions().items()
+    ]
+    findings += _machine(groups)
     if groups["data"].in1k_dir or groups["data"].dataset:
         findings += _run(settings)
     return findings
@@ -50,42 +55,35 @@ def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> list
 def findings_text(findings: list[Finding]) -> str:
     """Aligned lines; what has to be fixed is marked and comes with its remedy."""
     rows = []
-    for finding in findings:
-        rows.append(("FIX" if finding.fix else "ok", finding.subject, finding.text))
-        rows += [("", "", f"-> {finding.fix}")] if finding.fix else []
+    for subject, text, fix in findings:
+        rows.append(("FIX" if fix else "ok", subject, text))
+        rows += [("", "", f"-> {fix}")] if fix else []
     wrong = sum(bool(finding.fix) for finding in findings)
     return f"{aligned(rows)}\n{f'{wrong} to fix' if wrong else 'ready'}"
-
-
-def _software() -> Iterator[Finding]:
-    for name, version in machine.versions().items():
-        yield Finding(name, version, _SET_UP if version == "not installed" else "")
 
 
 def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     hardware, compute = machine.hardware(), groups["compute"]
     gpus, cores, wanted = hardware["gpus"], hardware["cpu_cores"], compute.num_gpus
-    fix = ""
-    if (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local":
-        fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
+    lacking = (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local"
+    fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
     listed = ", ".join(f"{count} x {name}" for name, count in Counter(gpus).items())
-    yield Finding("devices", listed or "no GPU, CPU only", fix)
+    yield Finding("devices", listed or "no GPU, CPU only", fix if lacking else "")
     if gpus and wanted != 0:
         yield from _torch_on(machine.gpus())
     processes = compute.num_processes or (len(gpus) if wanted is None else wanted) or 1
+    text, fix = f"{cores} cores, {processes} processes", ""
     workers = groups["parts"].pretrain.get("workers")
-    text = f"{cores} cores, {processes} processes"
-    fix = ""
-    if isinstance(workers, int):
+    if isinstance(workers, int):  # else each process takes as many as there are cores for
         text += f", {workers} workers each for pretraining"
-        if workers * processes > cores:
-            fix = f"{workers * processes} workers on {cores} cores: set pretrain workers to "
-            fix += f"{max(cores // processes - 1, 0)}"
+        if (everybody := workers * processes) > cores:
+            fitting = max(cores // processes - 1, 0)  # a core stays for the process itself
+            fix = f"{everybody} workers on {cores} cores: set pretrain workers to {fitting}"
     yield Finding("processors", text, fix)
     free = psutil.virtual_memory().available / GIB
     fix = "close other programs, or use fewer workers" if free < _LITTLE_MEMORY_GIB else ""
     yield Finding("memory", f"{free:.1f} of {hardware['memory_gib']} GiB available", fix)
-    shm = Path("/dev/shm")
+    shm = Path("/dev/shm")  # through which loader workers hand their batches over
     if shm.exists():
         free = machine.free_bytes(shm) / GIB
         fix = "give it more (docker: --shm-size=16g), or use workers=0"
@@ -94,8 +92,8 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
-    """What the installed torch makes of the GPUs that nvidia-smi lists."""
-    try:
+    """What the installed torch makes of the GPUs that the driver has."""
+    try:  # in a process of its own: no torch here
         torch = json.loads(ask([[sys.executable, "-m", "engine.gpus"]])[0])
     except ValueError as error:
         yield Finding("torch on GPUs", "it cannot be asked", str(error).replace("\n", "; "))
@@ -112,32 +110,36 @@ def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
         fix = "" if free > _UNUSED_SHARE * total else "nvidia-smi names the programs that use it"
         if gpu["error"]:
             text = f"torch cannot compute on it: {gpu['error']}"
-            fix = misfits[0].fix if misfits else "nvidia-smi -q shows whether the card is in order"
+            is_misfit = misfits or "no kernel image" in gpu["error"]
+            fix = "nvidia-smi -q shows whether the card is in order"
+            fix = cards.REMEDY if is_misfit else fix
         yield Finding(f"GPU {index}", text, fix)
-    if torch["lacks_to_compile"]:
+    if torch["lacks_to_compile"]:  # without a GPU nothing is compiled unless it is asked for
         fix = "install it, or models run uncompiled (Debian: build-essential, python3-dev)"
         yield Finding("compiling", f"there is no {torch['lacks_to_compile']}", fix)
 
 
 def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Finding]:
-    """Cards and drivers that this build of torch is not made for, each kind once."""
-    build, cuda, archs = f"torch {torch['torch']}", torch["cuda"], torch["archs"]
+    """Cards and drivers that are too old for this build of torch, each kind once.
+
+    Torch itself sees no card at all where the driver is too old. A card that is too new is seen,
+    and fails at the one kernel that is tried on each.
+    """
+    build, cuda = f"torch {torch['torch']}", torch["cuda"]
     if not cuda:
         yield Finding("torch on GPUs", f"{build} is built without CUDA", _SET_UP)
         return
     needed = cards.least_driver(cuda)
-    for name, capability, driver in dict.fromkeys((g.name, g.capability, g.driver) for g in gpus):
-        causes = []
-        if driver < needed:
-            causes.append(
-                f"CUDA {cuda} of {build} needs driver {needed} or newer, here is {driver}"
-            )
-        if capability is not None and not cards.has_kernels(capability, archs):
-            has, lacks = " ".join(archs), "sm_{}{}".format(*capability)
-            causes.append(f"{build} has kernels for {has}, not for {lacks}")
+    oldest = min(int(re.sub(r"\D", "", arch)) for arch in torch["archs"])  # sm_75 -> 75
+    for gpu in dict.fromkeys(gpus):  # eight of a kind are said once
+        causes, capability = [], 10 * gpu.capability[0] + gpu.capability[1]
+        if gpu.driver < needed:
+            causes.append(f"CUDA {cuda} of {build} needs driver {needed} or newer, ")
+            causes[-1] += f"here is {gpu.driver}"
+        if capability < oldest:
+            causes.append(f"{build} has kernels from sm_{oldest} on, not for sm_{capability}")
         if causes:
-            fix = cards.remedy(capability, cuda, archs, driver)
-            yield Finding(name, "; ".join(causes), fix)
+            yield Finding(gpu.name, "; ".join(causes), cards.REMEDY)
 
 
 def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
@@ -149,7 +151,7 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
         return
     yield Finding("flags", f"a plan of {len(steps)} steps")
     making = [step for step in steps if step.kind in MAKING]
-    if making:
+    if making:  # packing or generating them comes first
         yield Finding("segments", f"{what_it_does(making[0])} ({len(making)} steps)")
     facts = {step.kind: step.facts for step in reversed(steps) if step.facts}
     if isinstance(images := facts.get("pretrain"), PretrainFacts):

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.console import EXIT_STOPPED
-from common.environment import PROCESSES_HERE
+from common.environment import PROCESSES_HERE, PROGRESS_FILE
 from common.parsed import StepProgress, read_json
-from common.progress import last_count
-from common.step_files import CONSOLE_LOG, PROGRESS
+from common.progress import count_text
+from common.step_files import PROGRESS
 from common.terminal import duration
 from pipeline.launch import process
 from pipeline.plan import machine
@@ -27,11 +27,12 @@ from pipeline.plan.machine import GIB
 from pipeline.plan.records import Record, StepState, output_sizes, read_record, write_record
 from pipeline.plan.steps import Step
 
-_TAIL_LINES, _SEARCHED_LINES = 12, 200
-_LOGS_BYTES = 50 * 2**20
+_TAIL_LINES, _SEARCHED_LINES = 12, 200  # of console.log, for the message of a failure
+_LOGS_BYTES = 50 * 2**20  # what a step writes beside checkpoints, generously
+_CLEAR_LINE = b"\r\x1b[2K"  # back to its beginning, and erase it
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Running:
     step: Step
     child: process.Child
@@ -48,12 +49,12 @@ class LocalLauncher:
         self.overlaps = overlaps
         self.output = output or sys.stdout.buffer
         self.running: list[_Running] = []
-        self._line_drawn = False
-        self._shown = ""
+        self._line_drawn = False  # of progress; the next output goes in its place
+        self._shown = ""  # the step whose output was shown last
 
     def has_room_for(self, step: Step) -> bool:
         """Whether the step could start now."""
-        if step.gpus is not None:
+        if step.gpus is not None:  # one for each of its processes
             return len(self._free(step)) >= step.processes
         return all(self.overlaps and r.step.lane != step.lane for r in self.running)
 
@@ -62,14 +63,14 @@ class LocalLauncher:
         taken = {gpu for running in self.running for gpu in running.gpus}
         return [gpu for gpu in step.gpus or () if gpu not in taken]
 
-    def start(self, step: Step) -> list[Record]:
+    def start(self, step: Step) -> Record:
         """Starts the step; an orphan of an earlier, killed run is waited for first.
 
-        When the disk is nearly full nothing is started and that failure is returned.
+        When the disk is nearly full nothing is started, and that failure is returned.
         """
         lacking = shortage(step)
-        if lacking:
-            return [Record.of(step, "failed", None, message=lacking)]
+        if lacking:  # not written: the record of an earlier attempt says more
+            return Record.of(step, "failed", None, message=lacking)
         mark = f"{self.paths.root}:{step.name}"
         process.end_orphans(mark)
         for output in step.outputs:
@@ -79,13 +80,14 @@ class LocalLauncher:
         (step.folder / PROGRESS).unlink(missing_ok=True)
         gpus = tuple(self._free(step)[: step.processes])
         child = process.Child(step.command, step.console_log, mark, environment(step, gpus))
-        job = os.environ.get("SLURM_JOB_ID", "")
-        where = {"host": socket.gethostname(), "pid": child.pid, "job_id": job}
-        record = Record.of(step, "running", earlier, started=time.time(), **where)
+        record = Record.of(
+            step, "running", earlier, started=time.time(), host=socket.gethostname(),
+            pid=child.pid, job_id=os.environ.get("SLURM_JOB_ID", ""),
+        )  # fmt: skip
         write_record(self.paths, record)
         self.running.append(_Running(step, child, record, gpus))
         self._shown = step.name  # benchmark.py has said so
-        return []
+        return record
 
     def poll(self) -> list[Record]:
         """Shows new output; returns the steps that ended since the last call, recorded."""
@@ -115,6 +117,7 @@ class LocalLauncher:
         """By exit code and by the files it had to leave."""
         step, what, outputs = running.step, "", dict[str, int]()
         state: StepState = "done"
+        # torchrun makes 1 of a worker's 75; then progress.json tells that it was stopped.
         if exit_code == EXIT_STOPPED or was_stopped(step.folder):
             state = "stopped"
         elif exit_code != 0:
@@ -135,26 +138,22 @@ class LocalLauncher:
     def _show(self, output: bytes, step: Step) -> None:
         """Of several steps in turn, each part is headed by the step's name, as tail does it."""
         if output:
-            head = b"\r\x1b[2K" if self._line_drawn else b""
-            if self._shown != step.name:
-                head += f"==> {step.name} <==\n".encode()
-            self._write(head + output)
+            head = b"" if self._shown == step.name else f"==> {step.name} <==\n".encode()
+            self._write((_CLEAR_LINE if self._line_drawn else b"") + head + output)
             self._line_drawn, self._shown = False, step.name
-
-    def _write(self, output: bytes) -> None:
-        """Shown if somebody still listens; it stands in console.log in any case."""
-        with suppress(OSError):
-            self.output.write(output)
-            self.output.flush()
 
     def _draw_progress(self) -> None:
         """On a terminal, one line for what runs now, drawn over itself."""
-        if not self.running or not self.output.isatty():
-            return
-        parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
-        line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
-        self._write(b"\r\x1b[2K" + line.encode())
-        self._line_drawn = True
+        if self.running and self.output.isatty():
+            parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
+            line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
+            self._write(_CLEAR_LINE + line.encode())
+            self._line_drawn = True
+
+    def _write(self, output: bytes) -> None:
+        with suppress(OSError):  # nobody may be listening; it stands in console.log
+            self.output.write(output)
+            self.output.flush()
 
 
 def step_bytes(step: Step) -> int:
@@ -184,8 +183,11 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
 
     gpus: those that it gets, by default the first of those that it may use.
     """
-    # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
-    added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}"}
+    added = {
+        PROGRESS_FILE: str(step.folder / PROGRESS),
+        # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}",
+    }
     if step.config.run.device == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait by spinning take the cores from those that work: on two busy cores
         # ten times slower than threads that sleep (measured with vit_tiny).
@@ -207,28 +209,30 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def was_stopped(folder: Path) -> bool:
-    """Whether a step has saved and ended because it was told to; torchrun's exit code hides it."""
+    """Whether a training has saved and ended because it was told to."""
     with suppress(ValueError):  # a damaged file says nothing; the exit code does
         return read_progress(folder).get("state") == "stopped"
     return False
 
 
 def progress_text(folder: Path) -> str:
-    """Epoch or images, rate and time left in words, as far as they are known."""
+    """Epoch or count, rate and time left in words, as far as they are known."""
     try:
         now = read_progress(folder)
     except ValueError as error:
         return str(error)
+    if now.keys() >= {"done", "total"}:
+        return count_text(now)
     if "epoch" not in now:
-        return last_count(folder / CONSOLE_LOG) or "starting"
+        return "starting"
     if now.get("stage") == "evaluate":
-        parts = [f"scoring after epoch {float(now['epoch']):.1f}"]
+        parts = [f"scoring after epoch {now['epoch']:.1f}"]
     else:
-        parts = [f"epoch {float(now['epoch']):.2f} of {now.get('epochs_total', '?')}"]
+        parts = [f"epoch {now['epoch']:.2f} of {now.get('epochs_total', '?')}"]
     if now.get("images_per_second"):
-        parts.append(f"{float(now['images_per_second']):.0f} images/s")
+        parts.append(f"{now['images_per_second']:.0f} images/s")
     if now.get("seconds_left") is not None:
-        parts.append(f"{duration(float(now['seconds_left']))} left")
+        parts.append(f"{duration(now['seconds_left'])} left")
     return ", ".join(parts)
 
 

@@ -7,7 +7,6 @@ this process dies. On Linux the kernel then sends the child SIGTERM, so it saves
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,7 @@ from pipeline.plan.machine import REPO_ROOT
 MARK = "SEGMAE_STEP"  # environment variable, inherited by every descendant: which step it works for
 GRACE_SECONDS = 120.0  # between SIGTERM and SIGKILL: time to finish a step and save
 _PR_SET_PDEATHSIG = 1
+# Loaded here: between fork and exec, another thread's lock on the loader would never be released.
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -36,12 +37,9 @@ class Child:
         """Starts `command` in the repository root, appending its output to `console_log`.
 
         `mark` names the step for `end_orphans`; `environment` is added to this process's own.
-        SIGTERM, not SIGKILL, follows this process's death, because torchrun can end its workers
-        only if it is asked to.
         """
         console_log.parent.mkdir(parents=True, exist_ok=True)
-        self.mark = mark
-        self.console_log = console_log
+        self.mark, self.console_log = mark, console_log
         self.shown_bytes = console_log.stat().st_size if console_log.exists() else 0
         with console_log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -50,7 +48,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=REPO_ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, MARK: self.mark},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, MARK: mark},
                 start_new_session=True,
                 preexec_fn=_in_child,
             )
@@ -73,38 +71,30 @@ class Child:
         """Asks it (once) to save and end; after `grace_seconds` of further calls, ends it."""
         if self._stop_asked is None:
             self._stop_asked = time.monotonic()
-            _signal_group(self.pid, signal.SIGTERM)
+            self._signal(signal.SIGTERM)
         elif time.monotonic() - self._stop_asked > grace_seconds:
             self.kill()
 
     def kill(self) -> None:
         """Ends it and all its descendants at once."""
-        _signal_group(self.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
         end_marked(self.mark)
 
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # it has just ended (macOS: a zombie)
+            os.killpg(self.pid, number)  # it leads its session's group
+
 
 def _in_child() -> None:
-    """In the new child: have the kernel send SIGTERM when benchmark.py dies (Linux).
-
-    SIGUSR2 is how submitit tells a Slurm job that its end is near. Slurm sends it to all processes
-    of the job; it is meant for the wrapper alone, which then asks the step to save.
-    """
+    """In the new child, before its program begins."""
+    # Submitit's way to tell a Slurm job that its end is near. Slurm sends it to all processes of
+    # the job; it is meant for the wrapper alone, which then asks the step to save.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if _LIBC is not None:
+        # The kernel's signal when benchmark.py dies: not SIGKILL, since torchrun can end its
+        # workers only if it is asked to.
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _signal_group(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
-
-
-def end_marked(mark: str) -> None:
-    """Ends every process that inherited `mark` (torchrun's workers have sessions of their own)."""
-    for process in marked(mark):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -112,17 +102,22 @@ def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         # Another user's process, one that has just ended, or a zombie.
-        with contextlib.suppress(psutil.Error, OSError):
+        with suppress(psutil.Error, OSError):
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
 
-def end_orphans(mark: str, grace_seconds: float = GRACE_SECONDS) -> None:
-    """Waits for the processes of a step whose benchmark.py died; after the grace, ends them.
+def end_marked(mark: str) -> None:
+    """Ends every process that inherited `mark` (torchrun's workers have sessions of their own)."""
+    for process in marked(mark):
+        with suppress(psutil.Error):
+            process.kill()
 
-    The kernel asked them to end when benchmark.py died, so they are saving if they still live.
-    """
+
+def end_orphans(mark: str, grace_seconds: float = GRACE_SECONDS) -> None:
+    """Waits for the processes of a step whose benchmark.py died; after the grace, ends them."""
+    # The kernel asked them to end when benchmark.py died: they are saving if they still live.
     deadline = time.monotonic() + grace_seconds
     while marked(mark):
         if time.monotonic() > deadline:

@@ -14,12 +14,12 @@ import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 from common.console import EXIT_STOPPED
+from common.interruption import Interruption
 from common.lock import hold
 from pipeline.launch import slurm_queue
 from pipeline.launch.local import LocalLauncher, environment, was_stopped
@@ -43,8 +43,9 @@ _POLL_SECONDS = 0.2
 _FOLLOW_SECONDS = 2.0
 _SIGNAL_SECONDS = 120  # before its time limit a job is told to save
 _MOST_REQUEUES = 10_000  # a job may reach its time limit this often
-_RECORD_SECONDS = 120.0  # a job waits so long for its record: written after it was submitted, and
-# shown on the node's side of a shared file system up to a minute later
+# A job waits so long for its record: written after it was submitted, and shown on the node's side
+# of a shared file system up to a minute later.
+_RECORD_SECONDS = 120.0
 _CPUS_PER_PROCESS = 12  # beside a GPU, for one that chooses its number of loader workers itself
 
 
@@ -80,8 +81,8 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
             f"{error}; jobs of an earlier call may still be live, so nothing was submitted: "
             "give the same command again when squeue works"
         ) from None
-    live = {name: job for name, job in jobs.items() if slurm_queue.is_live(queue.get(job, ""))}
-    for step in steps:
+    live = {name: job for name, job in jobs.items() if queue.get(job) in slurm_queue.LIVE}
+    for step in steps:  # all of them before the first is submitted
         record = known[step.name]
         if record and step.name in live and other_settings(step, record):
             # The job would work with the settings it was submitted with.
@@ -92,6 +93,7 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
     job_ids = dict(live)  # step -> the job that will do it
     for step in steps:
         if step.name not in live and not is_done(step, paths):
+            # What a step needs and is not there is a job by now: the plan is in that order.
             needed = [job_ids[need] for need in step.needs if need in job_ids]
             job = job_ids[step.name] = _submit_one(settings, step, paths, needed)
             write_record(paths, Record.of(step, "submitted", known[step.name], job_id=job))
@@ -117,18 +119,15 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
     cluster = settings.cluster
     cpus = cpus_per_task(settings, step)
     asked_cpus = cluster.sbatch.get("cpus_per_task", cpus)
-    additional = {
-        "chdir": str(REPO_ROOT),
-        "requeue": True,
-        **{key.replace("_", "-"): value for key, value in cluster.sbatch.items()},
-    }
-    if needed:
+    given = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
+    additional = {"chdir": str(REPO_ROOT), "requeue": True, **given}
+    if needed:  # a job whose needs failed would stay in the queue for ever
         dependency = f"afterok:{':'.join(needed)}"
         additional |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     chosen: dict[str, Any] = {
         "job_name": step.name,
         "nodes": nodes_of(step, settings),
-        "ntasks_per_node": 1,
+        "ntasks_per_node": 1,  # torchrun starts a node's processes
         "cpus_per_task": cpus,
         # Since Slurm 22.05 srun does not take it over from sbatch: the task would get one core.
         "srun_args": asked_cpus and [f"--cpus-per-task={asked_cpus}"],
@@ -150,8 +149,9 @@ def cpus_per_task(settings: Settings, step: Step) -> int | None:
     --sbatch, or for a single process on the CPU to the site.
     """
     gpus, cluster = step.devices if step.devices_are_gpus else 0, settings.cluster
-    is_given = bool({"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys())
-    if is_given or not (gpus or step.processes > 1):
+    if {"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys():
+        return None
+    if not gpus and step.processes == 1:
         return None
     per_process = _CPUS_PER_PROCESS if gpus else 1
     workers = step.config.run.workers
@@ -175,67 +175,71 @@ def follow(paths: Layout) -> int:
             for step in found:
                 if shown.get(step.name) != step.state:
                     click.echo(f"{time.strftime('%T')} {step.name}: {step.state}  {step.detail}")
-                    shown[step.name] = step.state
-            if all(step.state not in ("submitted", "running") for step in found):
+            shown = {step.name: step.state for step in found}
+            if {"submitted", "running"}.isdisjoint(shown.values()):
                 break
             time.sleep(_FOLLOW_SECONDS)
     except KeyboardInterrupt:
         click.echo("\nThe jobs go on; scancel ends them, the same command follows them again.")
         return EXIT_STOPPED
     click.echo(write_all(paths))
-    return 0 if all(step.state == "done" for step in found) else 1
+    return 0 if set(shown.values()) == {"done"} else 1
 
 
 @dataclass
 class StepJob:
-    """What runs inside a job: one step, told to save when the job is to end."""
+    """What runs inside a job: one step, told to save when the job is to end.
+
+    Submitit starts it on each of the job's nodes. On the first its handler of SIGUSR2, by which
+    Slurm announces the time limit or a preemption, calls `checkpoint` and queues the job up again.
+    """
 
     root: Path
     step: Step
     nodes: int
     _launcher: LocalLauncher | None = None
-    _ending: bool = False
 
     def __call__(self) -> str:
         """Runs the step; returns its state. Raises RuntimeError if it fails, so the job fails."""
         paths = Layout(self.root)
-        signal.signal(signal.SIGTERM, self._end)  # scancel, scontrol requeue
-        if is_done(self.step, paths):
-            return "done"
-        self._await_record(paths)
-        step = on_this_cluster(self.step, self.nodes)
-        if int(os.environ.get("SLURM_NODEID", "0")) > 0:
-            return self._assist(step, paths)
+        # scancel and scontrol requeue send SIGTERM, perhaps several times.
+        with Interruption(signals=(signal.SIGTERM,), ends_process=False) as stop:
+            if is_done(self.step, paths):
+                return "done"
+            self._await_record(paths, stop)
+            step = on_this_cluster(self.step, self.nodes)
+            if os.environ.get("SLURM_NODEID", "0") != "0":
+                return _assist(step, paths, stop)
+            return self._run(step, paths, stop)
+
+    def _run(self, step: Step, paths: Layout, stop: Interruption) -> str:
         self._launcher = LocalLauncher(paths, overlaps=False)
-        ended = self._launcher.start(step)
-        while not ended:
-            if self._ending:
+        record = self._launcher.start(step)
+        while record.state == "running":
+            if stop.requested:
                 self._launcher.stop()
             time.sleep(_POLL_SECONDS)
-            ended = self._launcher.poll()
-        if ended[0].state == "failed":
-            raise RuntimeError(ended[0].message)
-        if ended[0].state == "stopped":
+            record = next(iter(self._launcher.poll()), record)
+        if record.state == "failed":
+            raise RuntimeError(record.message)
+        if record.state == "stopped":
             raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
         if step.lane == "evaluate":
             write_all(paths)
-        return ended[0].state
+        return record.state
 
     def checkpoint(self) -> Any:
         """Submitit's hook, called in its handler of the end signal: save, then queue up again."""
         from submitit.helpers import DelayedSubmission
 
-        if self._launcher is not None:
-            while self._launcher.running:
-                self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
-                self._launcher.poll()
-                time.sleep(_POLL_SECONDS)
+        # `_run` stands still meanwhile: the handler runs on top of it and does not return.
+        while self._launcher is not None and self._launcher.running:
+            self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
+            self._launcher.poll()
+            time.sleep(_POLL_SECONDS)
         return DelayedSubmission(StepJob(self.root, self.step, self.nodes))
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        self._ending = True
-
-    def _await_record(self, paths: Layout) -> None:
+    def _await_record(self, paths: Layout, stop: Interruption) -> None:
         """Returns when the step's record names this job; ends the job if it does not come to.
 
         Two jobs of one step would write into the same folder.
@@ -246,8 +250,9 @@ class StepJob:
             named = record.job_id if record else ""
             if named == job:
                 return
-            if self._ending:
+            if stop.requested:
                 raise SystemExit(EXIT_STOPPED)
+            # Numbers ascend: a newer job has replaced this one, an older one's record is replaced.
             is_newer = named.isdecimal() and int(named) > int(job)
             if is_newer or time.monotonic() > deadline:
                 owner = f"names {named or 'a local run'}" if record else "is missing"
@@ -257,28 +262,29 @@ class StepJob:
                 )
             time.sleep(_POLL_SECONDS)
 
-    def _assist(self, step: Step, paths: Layout) -> str:
-        """On the job's other nodes: this node's processes of the step, without bookkeeping.
 
-        When the job is to end, the first node saves and queues the job up again; here exit code 0
-        keeps Slurm from ending that node's task too early. torchrun's code does not tell (it makes
-        1 of a worker's 75), so it is an error unless a stop was asked for, here or there.
-        """
-        signal.signal(signal.SIGUSR2, self._end)  # submitit's handler ends the first node only
-        node = os.environ["SLURM_NODEID"]
-        log = paths.slurm / f"{os.environ['SLURM_JOB_ID']}_node{node}.log"
-        mark = f"{paths.root}:{step.name}:node{node}"
-        child = Child(step.command, log, mark, environment(step))
+def _assist(step: Step, paths: Layout, stop: Interruption) -> str:
+    """On the job's other nodes: this node's processes of the step, without bookkeeping.
+
+    When the job is to end, the first node saves and queues the job up again; here exit code 0 keeps
+    Slurm from ending that node's task too early. torchrun's code does not tell (it makes 1 of a
+    worker's 75), so it is an error unless a stop was asked for, here or there.
+    """
+    node = os.environ["SLURM_NODEID"]
+    log = paths.slurm / f"{os.environ['SLURM_JOB_ID']}_node{node}.log"
+    child = Child(step.command, log, f"{paths.root}:{step.name}:node{node}", environment(step))
+    # Submitit's own handler of SIGUSR2 does nothing on these nodes.
+    with Interruption(signals=(signal.SIGUSR2,), ends_process=False) as announced:
         while (exit_code := child.exit_code()) is None:
-            if self._ending:
+            if stop.requested or announced.requested:
                 child.stop()
             time.sleep(_POLL_SECONDS)
-        end_marked(mark)
-        if exit_code == 0:
-            return "done"
-        if self._ending or was_stopped(step.folder):
-            return "stopped"
-        raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
+    end_marked(child.mark)
+    if exit_code == 0:
+        return "done"
+    if stop.requested or announced.requested or was_stopped(step.folder):
+        return "stopped"
+    raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
 
 
 def on_this_cluster(step: Step, nodes: int) -> Step:
@@ -291,10 +297,9 @@ def on_this_cluster(step: Step, nodes: int) -> Step:
         return step
     from submitit.helpers import TorchDistributedEnvironment
 
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not (address and port):
-        agreed = TorchDistributedEnvironment()
-        address, port = address or agreed.master_addr, port or str(agreed.master_port)
+    agreed = TorchDistributedEnvironment()  # the same on every node of the job
+    address = os.environ.get("MASTER_ADDR") or agreed.master_addr
+    port = os.environ.get("MASTER_PORT") or agreed.master_port
     node = f"--node-rank={os.environ.get('SLURM_NODEID', '0')}"
     meet = (f"--nnodes={nodes}", node, f"--master-addr={address}", f"--master-port={port}")
     return replace(step, rendezvous=meet)

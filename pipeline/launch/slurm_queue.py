@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterable
@@ -15,8 +14,11 @@ from pipeline.plan.records import Record
 _TRIES = 3  # a busy controller lets a question time out now and then
 _RETRY_SECONDS = 2.0
 _ANSWER_SECONDS = 60
-_RUNNING = ["RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"]
-_WAITING = ["PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"]
+# States in which a job is yet to start, or to start again; and in which it may still work.
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+LIVE = WAITING | {
+    *("RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"),
+}
 
 
 class QueueError(ValueError):
@@ -28,45 +30,14 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str]:
 
     Raises QueueError if squeue gives no answer: that is not the same as "no job is live".
     """
-    wanted = sorted(set(job_ids) - {""})
+    wanted = set(job_ids) - {""}
     if not wanted:
         return {}
     # Not --jobs: squeue fails when the only one is long gone. Not --me: Slurm has it since 20.02.
-    command = ["squeue", "--noheader", "--states=all", "--format=%i %T", f"--user={os.getuid()}"]
-    for left in reversed(range(_TRIES)):
-        try:
-            listing = _ask(command)
-            break
-        except QueueError:
-            if not left or shutil.which("squeue") is None:
-                raise
-            time.sleep(_RETRY_SECONDS)
-    found = dict(line.split(maxsplit=1) for line in listing.splitlines() if line.strip())
-    return {job: found[job].strip() for job in wanted if job in found}
-
-
-def _ask(command: list[str]) -> str:
-    """A client command's output; QueueError if it gives none."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
-    except FileNotFoundError:
-        raise QueueError(f"{command[0]} is not on the PATH here") from None
-    except subprocess.TimeoutExpired:
-        raise QueueError(f"{command[0]} does not answer") from None
-    if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise QueueError(f"{command[0]} fails: {said}")
-    return done.stdout
-
-
-def is_live(state: str) -> bool:
-    """Whether a job in that state may still work."""
-    return is_waiting(state) or state in _RUNNING
-
-
-def is_waiting(state: str) -> bool:
-    """Whether a job in that state is yet to start, or to start again."""
-    return state in _WAITING
+    user = f"--user={os.getuid()}"
+    listing = _ask("squeue", "--noheader", "--states=all", "--format=%i %T", user, tries=_TRIES)
+    found = dict(line.split() for line in listing.splitlines() if line.strip())
+    return {job: state for job, state in found.items() if job in wanted}
 
 
 def submitted_job(paths: Layout, record: Record) -> str:
@@ -85,15 +56,32 @@ def most_cpus(partition: str | None, *, gpus: int) -> int | None:
     None where Slurm does not say.
     """
     try:
-        listing = _ask(["sinfo", "--noheader", "--Node", "--format=%P %c %G"])
+        listing = _ask("sinfo", "--noheader", "--Node", "--format=%P %c %G")
     except QueueError:
         return None
-    named = (partition or "").split(",")
     found = []
     for line in listing.splitlines():
         name, cpus, gres = line.split(maxsplit=2)
-        chosen = name.rstrip("*") in named if partition else name.endswith("*")
+        chosen = name.rstrip("*") in partition.split(",") if partition else name.endswith("*")
+        # gres: (null), gpu:8, gpu:a100:8(S:0-1), shard:32,gpu:h200:4
         there = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)))
         if chosen and cpus.isdecimal() and there >= gpus:
             found.append(int(cpus))
     return max(found, default=None)
+
+
+def _ask(*command: str, tries: int = 1) -> str:
+    """A client command's output; QueueError if it gives none."""
+    for left in reversed(range(tries)):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
+        except FileNotFoundError:
+            raise QueueError(f"{command[0]} is not on the PATH here") from None
+        except subprocess.TimeoutExpired:
+            problem = "does not answer"
+        else:
+            if done.returncode == 0:
+                return done.stdout
+            problem = f"fails: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}"
+        time.sleep(_RETRY_SECONDS if left else 0)
+    raise QueueError(f"{command[0]} {problem}")

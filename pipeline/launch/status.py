@@ -7,10 +7,11 @@ from collections import Counter
 from contextlib import suppress
 from typing import NamedTuple
 
-from common.terminal import aligned, duration
+from common.terminal import duration
 from pipeline.launch import slurm_queue
 from pipeline.launch.local import progress_text
 from pipeline.launch.process import marked
+from pipeline.launch.view import step_table
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import PlannedStep, Record, read_plan, read_record
 
@@ -31,36 +32,33 @@ def read_status(paths: Layout) -> list[StepStatus]:
     plan = read_plan(paths)
     records = {step["name"]: read_record(paths, step["name"]) for step in plan}
     unfinished = [r for r in records.values() if r is not None and r.state in _UNFINISHED]
-    jobs = [slurm_queue.submitted_job(paths, record) for record in unfinished]
-    queue = None
+    jobs = {record.name: slurm_queue.submitted_job(paths, record) for record in unfinished}
+    queue = None  # cannot be asked
     with suppress(slurm_queue.QueueError):
-        queue = slurm_queue.job_states(jobs)
-    return [_status(paths, step, records[step["name"]], queue) for step in plan]
+        queue = slurm_queue.job_states(jobs.values())
+        for name, job in jobs.items():
+            # It may have ended after its record was read, and before the queue was.
+            if job and queue.get(job) not in slurm_queue.LIVE:
+                records[name] = read_record(paths, name)
+    return [
+        _status(paths, step, records[step["name"]], jobs.get(step["name"], ""), queue)
+        for step in plan
+    ]
 
 
 def _status(
-    paths: Layout, step: PlannedStep, record: Record | None, queue: dict[str, str] | None
+    paths: Layout, step: PlannedStep, record: Record | None, job: str, queue: dict[str, str] | None
 ) -> StepStatus:
-    """`queue`: job -> state in Slurm, None if Slurm cannot be asked."""
+    """job: the one submitted for it, "" for none. queue: job -> state in Slurm."""
     if record is None:
         detail = f"for {', '.join(step['needs'])}" if step["needs"] else ""
         return StepStatus(step["name"], "waiting", detail)
-    job = slurm_queue.submitted_job(paths, record) if record.state in _UNFINISHED else ""
-    in_queue = (queue or {}).get(job, "")
-    state: str = record.state
-    if job and queue is not None:
-        if not slurm_queue.is_live(in_queue):
-            # It may have ended since its record was read; then the record says how.
-            record = read_record(paths, record.name) or record
-        is_new = record.job_id != job  # submitted again since the queue was asked
-        state = record.state if is_new else _state_of_job(record, in_queue)
-    elif state == "running" and not job and not _is_running(paths, record):
-        state = "interrupted"
+    state = _state(paths, record, job, queue)
     details = {
         "running": progress_text(paths.root / step["folder"]),
         "done": f"took {duration(record.seconds)}",
         "failed": f"exit code {record.exit_code}, see {step['folder']}/console.log",
-        "submitted": in_queue.lower(),
+        "submitted": (queue or {}).get(job, "").lower(),
         "cancelled": "the same command submits it again",
     }
     parts = [details.get(state, "the same command continues")]
@@ -70,26 +68,28 @@ def _status(
     return StepStatus(step["name"], state, ", ".join(filter(None, parts)))
 
 
-def _state_of_job(record: Record, in_queue: str) -> str:
-    """The step's state by its record and by its job's state in the queue ("" = gone)."""
-    if record.state not in _UNFINISHED:
+def _state(paths: Layout, record: Record, job: str, queue: dict[str, str] | None) -> str:
+    """What its record says, unless the queue or the table of processes knows that it is over."""
+    if not job:
+        # Of processes on another host nothing is known; its word is taken.
+        is_here = record.state == "running" and record.host == socket.gethostname()
+        is_gone = is_here and not marked(f"{paths.root}:{record.name}")
+        return "interrupted" if is_gone else record.state
+    # It has ended, or was submitted again, since the queue was asked.
+    if queue is None or record.state not in _UNFINISHED or record.job_id != job:
         return record.state
-    if not slurm_queue.is_live(in_queue):
+    in_queue = queue.get(job, "")  # nothing: it is gone
+    if in_queue not in slurm_queue.LIVE:
         return {"submitted": "cancelled", "running": "interrupted"}.get(record.state, record.state)
-    if record.state == "running" and not slurm_queue.is_waiting(in_queue):
+    if record.state == "running" and in_queue not in slurm_queue.WAITING:
         return "running"
     return "submitted"  # waiting, just begun, or about to be queued up again
 
 
-def _is_running(paths: Layout, record: Record) -> bool:
-    """By the process table here; another host's word is taken."""
-    if record.host != socket.gethostname():
-        return True
-    return bool(marked(f"{paths.root}:{record.name}"))
-
-
 def status_text(paths: Layout) -> str:
-    """All steps as aligned text, with the count of each state at the end."""
+    """All steps as a table, with the count of each state at the end."""
     found = read_status(paths)
-    counts = Counter(step.state for step in found)
-    return f"{aligned(found)}\n{', '.join(f'{count} {state}' for state, count in counts.items())}"
+    columns = {"state": [step.state for step in found], "": [step.detail for step in found]}
+    counts = Counter(columns["state"])
+    table = step_table([step.name for step in found], columns)
+    return f"{table}\n{', '.join(f'{count} {state}' for state, count in counts.items())}"

@@ -54,7 +54,7 @@ def checked_plan(settings: Settings) -> list[Step]:
     if waiting and settings.cluster.launcher == "local" and wanted > len(there):
         raise ValueError(
             f"--num-gpus {wanted}: there are {len(there)} here, by CUDA_VISIBLE_DEVICES or else "
-            "nvidia-smi; set the former if that is wrong"
+            "the driver; set the former if that is wrong"
         )
     made = {output for step in steps for output in step.outputs}
     for step in waiting:

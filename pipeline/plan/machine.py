@@ -7,14 +7,15 @@ import platform
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import pynvml
 
 from common import environment
-from common.cards import Capability
 
 GIB = 2**30
 REPO_ROOT = Path(__file__).resolve().parents[2]  # python -m mae is run from here
@@ -23,8 +24,11 @@ _VERSIONS_OF = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentat
 
 def versions() -> dict[str, str]:
     """Python's, this repository's and the main packages' versions."""
-    commit = _said("git", "-C", str(REPO_ROOT), "rev-parse", "--short", "HEAD")
-    own = {"segmae": commit[0]} if commit else {}
+    command = ["git", "-C", str(REPO_ROOT), "rev-parse", "--short", "HEAD"]
+    own = {}
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or a copy without history
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        own = {"segmae": said.strip()}
     return own | environment.versions(_VERSIONS_OF)
 
 
@@ -40,40 +44,35 @@ def hardware() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform knows the kind only there
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
 
 
 class Gpu(NamedTuple):
-    """A card as nvidia-smi lists it; slices of it (MIG) are no cards."""
+    """A card of this machine; slices of it (MIG) are no cards."""
 
     name: str
     driver: int
     """The branch, such as 580."""
-    memory_gib: float
-    capability: Capability | None
-    """None where nvidia-smi is too old to tell."""
+    capability: tuple[int, int]
+    """Of its CUDA cores, such as (7, 0) for a V100, whose machine code is called sm_70."""
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that the driver has; empty where there is no nvidia-smi or it fails."""
-    fields = "--query-gpu=name,driver_version,memory.total"
-    form = "--format=csv,noheader,nounits"
-    lines = _said("nvidia-smi", f"{fields},compute_cap", form) or _said("nvidia-smi", fields, form)
-    return [_gpu(line) for line in lines]
-
-
-def _gpu(line: str) -> Gpu:
-    name, driver, memory, *rest = line.split(", ")
-    capability = re.fullmatch(r"(\d+)\.(\d+)", rest[0]) if rest else None
-    return Gpu(
-        name=name,
-        driver=int(driver.partition(".")[0]),
-        memory_gib=float(memory) * 2**20 / GIB if memory.isdecimal() else 0.0,
-        capability=(int(capability[1]), int(capability[2])) if capability else None,
-    )
+    """The GPUs that the driver has, by NVML; none without a driver, or where it does not answer."""
+    found = []
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        driver = int(pynvml.nvmlSystemGetDriverVersion().partition(".")[0])
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with suppress(pynvml.NVMLError):  # another job's or container's; or it is lost
+                card = pynvml.nvmlDeviceGetHandleByIndex(index)
+                capability = pynvml.nvmlDeviceGetCudaComputeCapability(card)
+                found.append(Gpu(pynvml.nvmlDeviceGetName(card), driver, capability))
+        pynvml.nvmlShutdown()  # an open library keeps the driver from being changed
+    return found
 
 
 def visible_gpus() -> list[str]:
@@ -84,15 +83,6 @@ def visible_gpus() -> list[str]:
     # As CUDA reads it: from -1, or whatever else is none, the rest does not count.
     named = (part.strip() for part in visible.split(","))
     return list(takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, named))
-
-
-def _said(*command: str) -> list[str]:
-    """The lines a program prints; none if it fails or is not there."""
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [line.strip() for line in listing.splitlines() if line.strip()]
 
 
 def free_bytes(folder: Path) -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any
 
-from pipeline.report.charts import Point, Series, line_chart
-from pipeline.report.curves import REFERENCE, Line, last_common_epochs
-from pipeline.report.results import Measure
-from pipeline.report.statistics import CONFIDENCE, Estimate, estimate, holm
+from pipeline.report.figures import Chart, Point, Series, interval_bar, line_chart
+from pipeline.report.scores import FINETUNING, REFERENCE, Level, Line, Measure, last_common_epochs
+from pipeline.report.statistics import CONFIDENCE, Interval, holm, interval
+from pipeline.report.tables import COST_TITLES, Table, cost_text
 
 _LEAST_SPAN = 5.0  # points of a score's axis, unless intervals are narrower
 _EQUAL_COST = 0.02  # share by which training FLOPs may differ
@@ -24,20 +23,32 @@ _VERDICTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one measure says: all that its section of the page lays out."""
+
+    sentences: Sequence[str]
+    measure: Measure = FINETUNING
+    chart: Chart | None = None
+    remarks: Sequence[str] = ()  # what speaks against trusting the sentences
+    objects: Sequence[str] = ()  # whether it matters that the image's own segment is hidden
+    doubts: Sequence[str] = ()  # what speaks against trusting that
+    comparisons: Sequence[Comparison] = ()
+    differences: Table | None = None
+    levels: Table | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two lines after the same epochs, by the seeds that both have."""
 
     first: Line
     second: Line
-    is_control: bool
-    """Whether they differ in nothing but whose segments are hidden."""
+    is_control: bool  # whether they differ in nothing but whose segments are hidden
     seeds: int
-    difference: Estimate | None
-    """first - second; None where they have no seed in common, or nothing gives an interval."""
-    cost_ratio: float | None
-    """Training FLOPs of the first for one of the second."""
-    p_value: float = 1.0
-    """Corrected for the number of comparisons with the same question."""
+    # first - second; None where they have no seed in common, or nothing gives an interval.
+    difference: Interval | None
+    cost_ratio: float | None  # training FLOPs of the first for one of the second
+    p_value: float = 1.0  # corrected for the number of comparisons with the same question
 
     @property
     def question(self) -> str:
@@ -66,62 +77,68 @@ class Comparison:
         if found is None or self.state == "unknown":
             said = f"{found.value:+.2f} points from " if found else ""
             return f"{said}{self.seeds or 'no'} seed in common"
-        interval = f"95% interval {found.low:+.2f} to {found.high:+.2f}"
+        within = f"95% interval {found.low:+.2f} to {found.high:+.2f}"
         if self.state != "none":
-            return f"by {abs(found.value):.2f} points, {interval}"
+            return f"by {abs(found.value):.2f} points, {within}"
+        # The interval stands for one comparison, the p-value is corrected for several.
         alone = "" if found.low <= 0 <= found.high else ", too near to 0 for one of several"
-        return f"{found.value:+.2f} points, {interval}{alone}"
+        return f"{found.value:+.2f} points, {within}{alone}"
 
 
-def answer(every_line: Sequence[Line], measure: Measure) -> dict[str, Any] | None:
+def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
     """Sentences, warnings, tables and chart of one measure; None where nothing was scored by it."""
     lines = [line for line in every_line if line.epochs(measure)]
     trained = [line for line in lines if not line.is_baseline]
     if not lines:
         return None
-    found: dict[str, Any] = {"measure": measure, "chart": _chart(lines, measure)}
-    epochs = last_common_epochs(lines, measure)
+    chart, epochs = _chart(lines, measure), last_common_epochs(lines, measure)
     if epochs is None:
-        said = "The methods have not been evaluated at a common epoch yet."
-        return {**found, "sentences": [said] if trained else []}
-    best = max(trained, key=lambda line: fmean(line.scores(epochs, measure).values()))
-    highest = "reaches" if len(trained) == 1 else "is highest:"
-    found["sentences"] = [
-        f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining, by "
-        f"{measure.words}, {best.label} {highest} {_level(best, epochs, measure)}."
-    ]
-    found |= {"levels": [line for line in lines if line.scores(epochs, measure)], "epochs": epochs}
-    if not measure.areas:
-        return found
-    comparisons = _comparisons(lines, best, epochs, measure)
-    controls = [c for c in comparisons if c.is_control]
-    others = [c for c in comparisons if not c.is_control]
-    found["remarks"], found["doubts"] = _warnings(others), _warnings(controls)
-    found["sentences"] += _verdicts(others) + _about_scratch(best, lines, epochs, measure)
-    found["sentences"] += _about_cost(others)
-    found["objects"] = _about_objects(controls)
-    drawn = [c.difference for c in comparisons if c.difference and not c.second.is_baseline]
-    widest = max((max(abs(e.low), abs(e.high)) for e in drawn), default=1.0)
-    return {**found, "differences": comparisons, "widest": 1.05 * widest}
+        missing = "The methods have not been evaluated at a common epoch yet."
+        return Answer(measure=measure, chart=chart, sentences=[missing] if trained else [])
+    levels = {line.label: line.level(epochs, measure) for line in lines}
+    best = max(trained, key=lambda line: levels[line.label].score)
+    # Without areas by image nothing tells how much the choice of images makes: no comparisons.
+    found = _comparisons(lines, best, levels) if measure.areas else []
+    controls, others = [c for c in found if c.is_control], [c for c in found if not c.is_control]
+    said = [_about_best(best.label, levels[best.label], epochs, measure, len(trained) == 1)]
+    if measure.areas:
+        said += _verdicts(others) + _about_scratch(best, lines, levels) + _about_cost(others)
+    return Answer(
+        measure=measure,
+        chart=chart,
+        sentences=said,
+        remarks=_warnings(others),
+        objects=_about_objects(controls),
+        doubts=_warnings(controls),
+        comparisons=found,
+        differences=_difference_table(found) if found else None,
+        levels=_level_table(levels, measure),
+    )
+
+
+def _about_best(label: str, level: Level, epochs: int, measure: Measure, is_alone: bool) -> str:
+    score = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
+    if level.spread:
+        within = level.spread.within(measure.most)
+        score += f" (95% interval {within}, {len(level.scores)} seeds)"
+    after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
+    verb = "reaches" if is_alone else "is highest:"
+    return f"{after}, by {measure.words}, {label} {verb} {score}."
 
 
 def _comparisons(
-    lines: Sequence[Line], best: Line, epochs: int, measure: Measure
+    lines: Sequence[Line], best: Line, levels: Mapping[str, Level]
 ) -> list[Comparison]:
     """All against the reference, the best against scratch, own segments against their controls."""
     trained = {line.label: line for line in lines if not line.is_baseline}
-    controls = [
-        (own, line)
-        for line in trained.values()
-        if (own := trained.get(line.family)) and own is not line
-    ]
-    others = [line for line in trained.values() if line not in [control for _, control in controls]]
+    # A control's family bears the name of its own line; without that line, it is one of the others.
+    own = {label: trained.get(line.family, line) for label, line in trained.items()}
+    others = [line for label, line in trained.items() if own[label] is line]
     reference = next((line for line in others if line.method == REFERENCE), others[0])
-    pairs = [(line, reference) for line in others if line is not reference]
-    pairs += [(best, line) for line in lines if line.method == "scratch"]
-    found = [_compare(*pair, epochs, measure, is_control=False) for pair in pairs]
-    found += [_compare(*pair, epochs, measure, is_control=True) for pair in controls]
-    judged = []
+    pairs = [(line, reference, False) for line in others if line is not reference]
+    pairs += [(best, line, False) for line in lines if line.method == "scratch"]
+    pairs += [(own[label], line, True) for label, line in trained.items() if own[label] is not line]
+    found, judged = [_compare(*pair, levels) for pair in pairs], []
     for question in dict.fromkeys(c.question for c in found):
         asked = [c for c in found if c.question == question]
         p_values = [c.difference.p_value if c.difference and c.seeds > 1 else 1.0 for c in asked]
@@ -130,20 +147,20 @@ def _comparisons(
 
 
 def _compare(
-    first: Line, second: Line, epochs: int, measure: Measure, *, is_control: bool
+    first: Line, second: Line, is_control: bool, levels: Mapping[str, Level]
 ) -> Comparison:
-    one, two = first.scores(epochs, measure), second.scores(epochs, measure)
-    seeds = sorted(one.keys() & two.keys())
-    others = [line.drawn(epochs, measure) for line in (first, second)]
-    drawn = [others[0][s] - others[1][s] for s in seeds] if others[0] and others[1] else None
-    cost = [line.cost(epochs, "train_flops") for line in (first, second)]
+    one, two = levels[first.label], levels[second.label]
+    seeds = sorted(one.scores.keys() & two.scores.keys())
+    # Both were drawn on the same images: differences are paired by seed and by image.
+    drawn = [one.drawn[s] - two.drawn[s] for s in seeds] if one.drawn and two.drawn else None
+    cost, cost_of_other = one.costs["train_flops"], two.costs["train_flops"]
     return Comparison(
         first=first,
         second=second,
         is_control=is_control,
         seeds=len(seeds),
-        difference=estimate([one[seed] - two[seed] for seed in seeds], drawn),
-        cost_ratio=cost[0] / cost[1] if cost[0] and cost[1] else None,
+        difference=interval([one.scores[seed] - two.scores[seed] for seed in seeds], drawn),
+        cost_ratio=cost / cost_of_other if cost and cost_of_other else None,
     )
 
 
@@ -164,13 +181,13 @@ def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     return sentences
 
 
-def _about_scratch(best: Line, lines: Sequence[Line], epochs: int, measure: Measure) -> list[str]:
+def _about_scratch(best: Line, lines: Sequence[Line], levels: Mapping[str, Level]) -> list[str]:
     """How far pretraining leads out of what the seeds of a random encoder do."""
-    scratch = next((line for line in lines if line.method == "scratch"), None)
-    scores = list(scratch.scores(epochs, measure).values()) if scratch else []
+    scratch = next((levels[line.label] for line in lines if line.method == "scratch"), None)
+    scores = list(scratch.scores.values()) if scratch else []
     if len(scores) < 3 or not stdev(scores):
         return []
-    above = (fmean(best.scores(epochs, measure).values()) - fmean(scores)) / stdev(scores)
+    above = (levels[best.label].score - fmean(scores)) / stdev(scores)
     where = f"{abs(above):.1f} standard deviations of the {len(scores)} scratch seeds"
     return [f"{best.label} lies {where} {'above' if above > 0 else 'below'} their mean."]
 
@@ -226,57 +243,72 @@ def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
     return remarks
 
 
-def _level(line: Line, epochs: int, measure: Measure) -> str:
-    scores, found = line.scores(epochs, measure), line.estimate(epochs, measure)
-    text = f"{fmean(scores.values()):.2f}" + ("" if math.isinf(measure.most) else "%")
-    if len(scores) == 1 or found is None:
-        return text
-    return f"{text} (95% interval {found.within(measure.most)}, {len(scores)} seeds)"
+def _difference_table(comparisons: Sequence[Comparison]) -> Table:
+    """A row for each comparison, with its interval as a bar on an axis that all have in common."""
+    # Pretraining leads so far that beside a baseline's bar the others would be dots.
+    drawn = [c.difference for c in comparisons if c.difference and not c.second.is_baseline]
+    widest = 1.05 * max((max(abs(d.low), abs(d.high)) for d in drawn), default=1.0)
+    words, rows = {"none": "no difference shown", "unknown": "none: too few seeds"}, []
+    for c in comparisons:
+        bar = numbers = within = detectable = ""
+        if d := c.difference:
+            bar = "" if c.second.is_baseline else interval_bar(d, widest)
+            numbers, within = f"{d.value:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}"
+            detectable = f"{d.detectable:.2f}" if c.seeds > 1 else ""
+        cost = f"{c.cost_ratio:.2f} x" if c.cost_ratio else ""
+        row = [c.first.label, c.second.label, bar, numbers, within, detectable, str(c.seeds), cost]
+        rows.append([*row, words.get(c.state, c.state)])
+    columns = ["method", "against", "", "difference", "95% interval", "detectable", "seeds"]
+    looks = {index: c.state for index, c in enumerate(comparisons)}
+    return Table(columns=[*columns, "FLOPs", "verdict"], rows=rows, looks=looks)
 
 
-def _chart(lines: Sequence[Line], measure: Measure) -> str:
+def _level_table(levels: Mapping[str, Level], measure: Measure) -> Table:
+    rows = []
+    for label, level in levels.items():
+        if level.scores:
+            within = level.spread.within(measure.most) if level.spread else ""
+            costs = [cost_text(name, cost) for name, cost in level.costs.items()]
+            rows.append([label, f"{level.score:.2f}", within, str(len(level.scores)), *costs])
+    columns = ["method", measure.unit, "95% interval", "seeds", *COST_TITLES.values()]
+    return Table(columns=columns, rows=rows)
+
+
+def _chart(lines: Sequence[Line], measure: Measure) -> Chart:
     """Over epochs, device-hours and FLOPs, as far as they are known."""
-    found = {
-        line.label: {at: line.estimate(at, measure) for at in line.epochs(measure)}
-        for line in lines
+    levels = {
+        line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines
     }
-    known = [e for estimates in found.values() for e in estimates.values()]
-    widths = [e.high - e.low for e in known if e and e.seeds > 1]
-    least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(known) else _LEAST_SPAN
-    most = max(line.cost(e, "train_flops") or 0 for line in lines for e in found[line.label])
+    every_level = [level for of_line in levels.values() for level in of_line.values()]
+    widths = [level.spread.high - level.spread.low for level in every_level if level.spread]
+    least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(every_level) else _LEAST_SPAN
+    most = max(level.costs["train_flops"] or 0 for level in every_level)
     power = math.floor(math.log10(most or 1))
     views = {
-        title: _series(lines, found, measure, name, unit)
-        for title, name, unit in (
-            ("epochs of pretraining", "", 1.0),
-            ("device-hours of pretraining", "device_hours", 1.0),
-            (f"training FLOPs (x 1e{power})", "train_flops", 10.0**power),
-        )
+        "epochs of pretraining": _series(lines, levels, "", 1.0),
+        "device-hours of pretraining": _series(lines, levels, "device_hours", 1.0),
+        f"training FLOPs (x 1e{power})": _series(lines, levels, "train_flops", 10.0**power),
     }
-    caption = f"{measure.unit.split(' (')[0]} by {measure.words}, against pretraining."
-    caption = caption[0].upper() + caption[1:]
+    score = measure.unit.split(" (")[0]
+    caption = f"{score[0].upper()}{score[1:]} by {measure.words}, against pretraining."
     if widths:
         caption += " Points are means over seeds, bars their 95% intervals."
-    limits = (0.0, measure.most)
-    return line_chart(views, caption, y_title=measure.unit, least_span=least, limits=limits)
+    limits, unit = (0.0, measure.most), measure.unit
+    return line_chart(views, caption, y_title=unit, least_span=least, limits=limits, is_wide=True)
 
 
 def _series(
-    lines: Sequence[Line],
-    found: dict[str, dict[int, Estimate | None]],
-    measure: Measure,
-    cost: str,
-    unit: float,
+    lines: Sequence[Line], levels: Mapping[str, Mapping[int, Level]], cost: str, unit: float
 ) -> list[Series]:
     """The lines over a cost where it is known, or over epochs; a baseline is a level."""
     series, last = [], 0.0
-    for line in sorted(lines, key=lambda line: line.is_baseline):
+    for line in sorted(lines, key=lambda line: line.is_baseline):  # when the last x is known
         points = []
-        for at, known in found[line.label].items():
-            scores, x = line.scores(at, measure), line.cost(at, cost) if cost else at
-            ends = {"low": known.low, "high": known.high} if known and known.seeds > 1 else {}
+        for at, level in levels[line.label].items():
+            x, spread = level.costs[cost] if cost else at, level.spread
+            ends = {"low": spread.low, "high": spread.high} if spread else {}
             places = [0.0, last] if line.is_baseline and last else [] if x is None else [x / unit]
-            points += [Point(x=x, y=fmean(scores.values()), **ends) for x in places if scores]
+            points += [Point(x, level.score, **ends) for x in places]
         last = max([last, *(point.x for point in points)])
-        series.append(Series(label=line.label, points=points, style=line.style))
+        series.append(Series(line.label, points, line.style))
     return series

@@ -9,26 +9,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from common.files import check_output_file, check_replaceable, write_text
 from common.parsed import read_log
 from common.step_files import LOG
-from pipeline.plan.layout import Layout
+from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
-from pipeline.report.answer import answer
-from pipeline.report.charts import HEIGHT, Point, Series, line_chart
-from pipeline.report.curves import Line, class_breakdown, make_lines
-from pipeline.report.pictures import picture_sections
-from pipeline.report.provenance import flatten, joined, provenance
-from pipeline.report.results import (
-    FINETUNING,
-    MEASURES,
-    cost_text,
-    is_results_csv,
-    score_rows,
-    table,
+from pipeline.report.answer import Answer, answer
+from pipeline.report.figures import Chart, Point, Series, line_chart, picture_sections
+from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines
+from pipeline.report.tables import (
+    class_tables,
+    flatten,
+    joined,
+    provenance,
+    score_table,
+    terminal_table,
     write_results_csv,
 )
 
@@ -39,12 +37,7 @@ def write_all(paths: Layout) -> str:
     write_report([paths.root], paths.report_html)
     if not evaluations:
         return f"no evaluation has finished; {paths.report_html}"
-    return f"\n{table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
-
-
-def is_report(head: bytes) -> bool:
-    """Whether a file that begins so is a page of `write_report`."""
-    return b"<title>SegMAE: " in head
+    return f"\n{terminal_table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
 
 
 def write_report(folders: Sequence[Path], page: Path) -> None:
@@ -55,33 +48,38 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     check_output_file(page, is_own=is_report)
     for paths in all_paths:  # whoever calls this writes them, too
         check_replaceable(paths.results_csv, "report", is_own=is_results_csv)
-    for paths in all_paths:
-        if not any(
-            folder.exists()
-            for folder in (paths.pretrain_output, paths.probe_output, paths.eval_output)
-        ):
-            if paths.run_yml.exists():
-                continue  # a run that has just begun
+        outputs = (paths.pretrain_output, paths.probe_output, paths.eval_output)
+        # run.yml alone is a run that has just begun.
+        if not any(path.exists() for path in (*outputs, paths.run_yml)):
             raise ValueError(f"{paths.root} is not the output directory of a run")
-    every_line = make_lines(all_paths)
-    lines = [line for line in every_line if line.evaluations]
+    lines = make_lines(all_paths)
+    scored = [(line.label, one) for line in lines for one in line.evaluations]
+    first, *others = _answers(lines)
+    settings, differing = provenance(all_paths)
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
-    content = {
-        "cost_text": cost_text,
-        "title": "Mean IoU against pretraining",
-        "subtitle": f"{', '.join(p.root.name for p in all_paths)}; {time.strftime('%F %H:%M')}",
-        "chart_height": HEIGHT,
-        "progress": _progress_note(all_paths),
-        **_answers(every_line),
-        **_scores(lines),
-        "loss_charts": _training_charts(every_line),
-        "classes": class_breakdown(lines),
-        "pictures": picture_sections(all_paths),
-        **provenance(all_paths),
-    }
-    write_text(page, template.render(content))
+    html = template.render(
+        title="Mean IoU against pretraining",
+        subtitle=f"{', '.join(p.root.name for p in all_paths)}; {time.strftime('%F %H:%M')}",
+        progress=_progress_note(all_paths),
+        answer=first,
+        other_answers=others,
+        scores=score_table(scored),
+        # Where evaluations differ, all values.
+        protocol=joined(
+            (name.removeprefix("protocol: "), text)
+            for _, one in scored
+            for part in ("dataset", "model", "protocol", "recipe")
+            for name, text in flatten({part: one.result.get(part)})
+        ),
+        loss_charts=_training_charts(lines),
+        classes=class_tables(lines),
+        pictures=picture_sections(all_paths),
+        settings=settings,
+        differing=differing,
+    )
+    write_text(page, html)
 
 
 def _progress_note(all_paths: Sequence[Layout]) -> str:
@@ -100,77 +98,43 @@ def _progress_note(all_paths: Sequence[Layout]) -> str:
     return " ".join(notes)
 
 
-def _answers(lines: Sequence[Line]) -> dict[str, Any]:
+def _answers(lines: Sequence[Line]) -> list[Answer]:
     """What the measures say: complete finetuning first, the probes where there is none yet."""
-    found = [answer(lines, measure) for measure in MEASURES.values()]
-    scored = [one for one in found if one] or [{"sentences": []}]
-    first, *others = sorted(scored, key=lambda one: not one["sentences"])
-    if not first["sentences"]:
-        first["sentences"] = ["No evaluation has finished yet."]
-    elif first["measure"] is not FINETUNING:
+    found = [one for measure in MEASURES.values() if (one := answer(lines, measure))]
+    first, *others = sorted(found or [Answer(sentences=[])], key=lambda one: not one.sentences)
+    if not first.sentences:
+        first = replace(first, sentences=["No evaluation has finished yet."])
+    elif first.measure is not FINETUNING:
         said = "No finetuning has been scored yet; this is what frozen probes say."
-        first["sentences"].insert(0, said)
-    return {"answer": first, "probes": others}
+        first = replace(first, sentences=[said, *first.sentences])
+    return [first, *others]
 
 
-def _scores(lines: Sequence[Line]) -> dict[str, Any]:
-    """The table of all scores, and how they were made; where evaluations differ, all values."""
-    found = [(line.label, evaluation) for line in lines for evaluation in line.evaluations]
-    best = max((e.result.get("mean_iou") or 0 for _, e in found), default=0)
-    columns, *cells = score_rows(found)
-    rows = [
-        {"cells": row, "best": evaluation.result.get("mean_iou") == best}
-        for row, (_, evaluation) in zip(cells, found, strict=True)
-    ]
-    parts = ("dataset", "model", "protocol", "recipe")
-    protocol = joined(
-        (name.removeprefix("protocol: "), text)
-        for _, evaluation in found
-        for name, text in flatten({part: evaluation.result.get(part) for part in parts})
-    )
-    return {"columns": columns, "rows": rows, "protocol": protocol}
-
-
-def _training_charts(lines: Sequence[Line]) -> list[str]:
+def _training_charts(lines: Sequence[Line]) -> list[Chart]:
     """Pretraining loss, held-out loss and rate per run; finetuning loss of each last evaluation."""
     pretraining = [(line, read_log(folder / LOG)) for line in lines for folder in line.pretrainings]
     last = [
         (line, read_log(line.evaluations[-1].folder / LOG)) for line in lines if line.evaluations
     ]
     scored = [(line, log) for line, log in last if sum("val_mean_iou" in e for e in log) > 1]
-    charts = [
-        _log_chart(logs, key, f"epochs of {work}", title, caption)
-        for logs, work, key, title, caption in (
-            (pretraining, "pretraining", "train_loss", "reconstruction loss",
-             "Pretraining loss on the training images. Methods hide different pixels, "
-             "so compare a line's course, not its height."),
-            (pretraining, "pretraining", "val_loss", "held-out loss",
-             "Reconstruction loss on the images in val/."),
-            (pretraining, "pretraining", "train_lr", "learning rate",
-             "Learning rate of pretraining."),
-            (last, "finetuning", "train_loss", "finetuning loss",
-             "Finetuning loss of each line's last evaluation."),
-            (scored, "finetuning", "val_mean_iou", "mean IoU (%)",
-             "Mean IoU while finetuning, at each line's last evaluation."),
-        )
-    ]  # fmt: skip
-    return [chart for chart in charts if chart]
-
-
-def _log_chart(
-    logs: Sequence[tuple[Line, list[dict[str, Any]]]],
-    key: str,
-    x_title: str,
-    y_title: str,
-    caption: str,
-) -> str:
-    """One chart of a log's column; runs of other seeds look alike."""
-    series = []
-    for line, entries in logs:
-        points = [
-            Point(x=entry["epoch"], y=entry[key])
-            for entry in entries
-            if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
-        ]
-        series.append(Series(label=line.label, points=points, style=line.style))
-    return line_chart({x_title: series}, caption, y_title=y_title)
+    charts = []
+    for logs, work, key, y_title, caption in (
+        (pretraining, "pretraining", "train_loss", "reconstruction loss",
+         "Pretraining loss on the training images. Methods hide different pixels, "
+         "so compare a line's course, not its height."),
+        (pretraining, "pretraining", "val_loss", "held-out loss",
+         "Reconstruction loss on the images in val/."),
+        (pretraining, "pretraining", "train_lr", "learning rate",
+         "Learning rate of pretraining."),
+        (last, "finetuning", "train_loss", "finetuning loss",
+         "Finetuning loss of each line's last evaluation."),
+        (scored, "finetuning", "val_mean_iou", "mean IoU (%)",
+         "Mean IoU while finetuning, at each line's last evaluation."),
+    ):  # fmt: skip
+        series = []
+        for line, log in logs:  # runs of other seeds look alike
+            values = [(entry["epoch"], entry.get(key)) for entry in log]
+            points = [Point(x, y) for x, y in values if y is not None and math.isfinite(y)]
+            series.append(Series(line.label, points, line.style))
+        charts.append(line_chart({f"epochs of {work}": series}, caption, y_title=y_title))
+    return [chart for chart in charts if chart.views]

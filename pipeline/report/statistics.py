@@ -29,27 +29,24 @@ _GRID = 200  # points of a normal distribution, of equal probability
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Interval:
     """A mean over seeds, or of differences between seeds, in the scores' unit."""
 
     value: float
+    # The 95% interval; of a single seed, it holds what chance in the images makes only.
     low: float
-    """The 95% interval; of a single seed, it holds what chance in the images makes only."""
     high: float
-    p_value: float
-    """How likely a value so far from 0 is if the true one is 0."""
-    detectable: float
-    """The smallest true difference that would be told from 0 with 80% probability."""
+    p_value: float  # how likely a value so far from 0 is if the true one is 0
+    detectable: float  # the smallest true difference told from 0 with 80% probability
     seeds: int
-    of_images: bool
-    """Whether chance in the images is part of it."""
+    of_images: bool  # whether chance in the images is part of it
 
     def within(self, most: float) -> str:
         """The interval of a score, which lies from 0 to `most`."""
         return f"{max(0.0, self.low):.2f} to {min(most, self.high):.2f}"
 
 
-def estimate(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None) -> Estimate | None:
+def interval(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None) -> Interval | None:
     """Mean with its interval. scores: one for each seed; drawn: [DRAWS] each, on other images.
 
     Without `drawn`, chance is that between seeds. None where there is nothing to tell it by.
@@ -67,7 +64,7 @@ def estimate(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None)
         shared = float(off_diagonal) / (seeds * (seeds - 1)) if seeds > 1 else covariance[0, 0]
     error = _Error(max(between, 1e-18) ** 0.5, max(1, seeds - 1), max(0.0, shared) ** 0.5)
     half = error.exceeded_by((1 - CONFIDENCE) / 2)
-    return Estimate(
+    return Interval(
         value=value,
         low=value - half,
         high=value + half,

@@ -66,7 +66,9 @@ def test_a_method_in_a_file_is_listed_trained_drawn_and_exported(in1k_dir, tmp_p
     drawn = run("reconstruct", out / "checkpoint-1.pth", "--out", tmp_path / "a.png",
                 "--plugin", plugin)  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
-    assert run("export", out / "checkpoint-1.pth", "--out", tmp_path / "a.pth").returncode == 0
+    exported = run("export", out / "checkpoint-1.pth", "--out", tmp_path / "a.pth")
+    assert exported.returncode == 0
+    assert exported.stdout.startswith("timm.create_model(")
     encoder = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
     assert "preencoder.weight" not in encoder
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.interruption import Interruption
 from engine.devices import make_accelerator
+from engine.task import load
 from engine.trainer import EpochTrainer, build
 from engine.update import GuardedUpdate
 from mae.masking import METHODS
@@ -26,7 +27,7 @@ def test_a_step_does_not_wait_for_the_device(in1k_dir, tmp_path, monkeypatch, me
     """On fake CUDA tensors, which have no values to wait for."""
     config = make_config(in1k_dir, tmp_path, mask_method=method, batch_size=4, clip_grad=1.0)
     run, state = build(Pretraining(config), make_accelerator(config.run), Interruption())
-    loaded = [run.task.micro_batch(batch) for batch in islice(run.task.batches(run, (0, 0), 4), 2)]
+    loaded = [run.task.micro_batch(batch) for batch in islice(load(run, (0, 0), 4), 2)]
     run.task.micro_batch = lambda micro_batch: micro_batch
     assert run.plan.accumulation_steps == 2
     pinned, make = [], torch.tensor

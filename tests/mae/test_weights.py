@@ -1,16 +1,14 @@
 """Weights come in from official checkpoints and go out as plain ViTs."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
-from engine.checkpoint import resample_positions
-from engine.vit import VISIBLE
+from engine.vit import IMAGE_MEAN, IMAGE_STD, VISIBLE, VIT_SIZES, VitSize
+from engine.weights import resample_positions
 from mae.config import METHODS, MethodConfig, ModelConfig, make_method
-from mae.export import encoder_weights, export_encoder
+from mae.export import export_encoder, load_encoder
 from mae.model import MaskedAutoencoder, sincos_positions
 from mae.official import read_official_weights, start_from_official
 from tests.mae.conftest import make_config
@@ -24,8 +22,9 @@ def make_model(mask_method, config=TINY, seed=0):
     return MaskedAutoencoder(config, method).eval()
 
 
-def save_run(model, mask_method, path):
-    settings = make_config(".", ".", mask_method=mask_method, image_size=224, decoder_width=64)
+def save_run(model, mask_method, path, /, **options):
+    options = {"image_size": 224, "decoder_width": 64, **options}
+    settings = make_config(".", ".", mask_method=mask_method, **options)
     content = {"model": model.state_dict(), "optimizer": {}, "config": settings.settings()}
     progress = {"epochs_completed": 3, "steps_completed": 0, "format_version": 1}
     torch.save({**content, **progress}, path)
@@ -36,11 +35,8 @@ def test_export_loads_into_timm_without_missing_or_unexpected_keys(tmp_path, mas
     model = make_model(mask_method)
     save_run(model, mask_method, tmp_path / "checkpoint-3.pth")
     out = tmp_path / "encoder.safetensors"
-    export_encoder(tmp_path / "checkpoint-3.pth", out)
+    plain = eval(export_encoder(tmp_path / "checkpoint-3.pth", out), {"timm": timm})
     assert load_file(out)["patch_embed.proj.weight"].shape == (192, 3, 16, 16)
-    plain = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(out)
-    ).eval()
     for name, weight in plain.state_dict().items():
         if not name.startswith("patch_embed"):
             assert torch.equal(weight, model.state_dict()[name]), name
@@ -51,9 +47,7 @@ def test_four_channels_folds_into_three_with_equal_outputs(tmp_path):
     model = make_model("four_channels")
     save_run(model, "four_channels", tmp_path / "checkpoint-3.pth")
     out = tmp_path / "encoder.safetensors"
-    export_encoder(tmp_path / "checkpoint-3.pth", out)
-    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(out))
-    plain.eval()
+    plain = eval(export_encoder(tmp_path / "checkpoint-3.pth", out), {"timm": timm}).eval()
     images = torch.randn(2, 3, 224, 224)
     everything_shown = torch.full((2, 224, 224), VISIBLE, dtype=torch.uint8)
     with torch.no_grad():
@@ -117,9 +111,9 @@ def test_position_embeddings_are_resampled_for_another_size():
     start_from_official(model, official_weights(decoder=True))
     assert model.pos_embed.shape == (1, 50, 192)
     assert torch.equal(model.decoder_pos_embed[0], sincos_positions(7, 64))
-    smooth = sincos_positions(14, 192)[None]
-    assert torch.allclose(resample_positions(smooth, 14), smooth, atol=1e-5)
-    assert resample_positions(smooth, 7)[0, 0].abs().sum() == 0
+    smooth = {"pos_embed": sincos_positions(14, 192)[None]}
+    assert torch.equal(resample_positions(smooth, 14)["pos_embed"], smooth["pos_embed"])
+    assert resample_positions(smooth, 7)["pos_embed"][0, 0].abs().sum() == 0
 
 
 def test_whatever_does_not_fit_is_listed_and_refused():
@@ -148,7 +142,21 @@ def test_a_file_that_is_no_mae_checkpoint_is_refused(tmp_path):
         read_official_weights(tmp_path / "text.pth")
 
 
-def test_encoder_weights_leave_decoder_and_preencoder_behind():
-    weights = encoder_weights(make_model("preencoder").state_dict(), Path("a.pth"))
-    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    assert weights.keys() == plain.state_dict().keys()
+def test_the_printed_line_makes_the_exported_encoder_in_timm(tmp_path, monkeypatch):
+    """With this image size, these pixels, and the features of the pretrained model."""
+    monkeypatch.setitem(VIT_SIZES, "nano", VitSize(width=48, depth=2, heads=4))
+    for config in (
+        ModelConfig(**{**vars(TINY), "image_size": 96}),
+        ModelConfig(**{**vars(TINY), "model": "nano", "image_size": 32, "patch_size": 8}),
+    ):
+        checkpoint, out = tmp_path / "checkpoint-3.pth", tmp_path / "encoder.safetensors"
+        save_run(make_model("four_channels", config), "four_channels", checkpoint, **vars(config))
+        for file in (out, out.with_suffix(".pth")):
+            encoder = eval(export_encoder(checkpoint, file), {"timm": timm}).eval()
+            images = torch.randn(2, 3, config.image_size, config.image_size)
+            with torch.no_grad():
+                expected = load_encoder(checkpoint).forward_features(images)
+                assert torch.equal(encoder.forward_features(images), expected)
+            found = timm.data.resolve_model_data_config(encoder)
+            assert (found["mean"], found["std"]) == (IMAGE_MEAN, IMAGE_STD)
+            assert found["input_size"] == (3, config.image_size, config.image_size)

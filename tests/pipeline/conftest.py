@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -9,7 +12,23 @@ from PIL import Image
 
 import benchmark
 from common.command import command
+from pipeline.plan import machine
+from pipeline.plan.machine import Gpu
 from pipeline.plan.settings import GROUPS, Settings
+
+# In the place of NVIDIA's library.
+PYNVML = """
+class NVMLError(Exception): pass
+CARDS = {cards}
+def nvmlInit():
+    if not CARDS: raise NVMLError("Driver Not Loaded")
+def nvmlShutdown(): pass
+def nvmlSystemGetDriverVersion(): return "{driver}.65.06"
+def nvmlDeviceGetCount(): return len(CARDS)
+def nvmlDeviceGetHandleByIndex(index): return CARDS[index]
+def nvmlDeviceGetName(card): return card[0]
+def nvmlDeviceGetCudaComputeCapability(card): return card[2]
+"""
 
 
 @pytest.fixture
@@ -46,5 +65,21 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Settings]:
             base += "" if flag in words else f" {flag} {off}"
         group.main([*(base + dataset).split(), *words.split()], standalone_mode=False)
         return made[0]
+
+    return make
+
+
+@pytest.fixture
+def cards_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Gives this machine these GPUs, for the processes that are started, too."""
+
+    def make(*cards: Gpu) -> None:
+        path = tmp_path / "nvml/pynvml.py"
+        path.parent.mkdir(exist_ok=True)
+        driver = cards[0].driver if cards else 0
+        path.write_text(PYNVML.format(cards=[tuple(card) for card in cards], driver=driver))
+        monkeypatch.setattr(machine, "pynvml", SimpleNamespace(**runpy.run_path(str(path))))
+        monkeypatch.setenv("PYTHONPATH", str(path.parent), prepend=os.pathsep)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     return make

@@ -7,9 +7,29 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
+import pytest
+
+PROGRAMS = (
+    *("munged", "slurmctld", "slurmd"),
+    *("sbatch", "srun", "squeue", "sinfo", "scancel", "scontrol"),
+)
+
+
+@contextmanager
+def running_slurm(folder: Path) -> Iterator[SlurmCluster]:
+    """A cluster; where none can be started, what uses it is skipped with the reason."""
+    cluster = SlurmCluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    except SlurmError as error:
+        pytest.skip(f"no Slurm: {error}")
+    finally:
+        cluster.stop()
 
 
 class SlurmError(RuntimeError):
@@ -52,7 +72,8 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """Ends all jobs and the daemons."""
-        jobs = self.query("squeue", "-h", "-o", "%i").split()
+        # Where nothing was started there may be no squeue.
+        jobs = self.query("squeue", "-h", "-o", "%i").split() if self._daemons else []
         if jobs:
             self.query("scancel", *jobs)
             deadline = time.monotonic() + 15

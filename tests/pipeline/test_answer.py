@@ -6,18 +6,16 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from common.step_files import AREAS, LOG, RESULT
 from pipeline.plan.layout import Layout, RunId
-from pipeline.report.answer import answer
-from pipeline.report.charts import Point, Series, line_chart
-from pipeline.report.curves import make_lines
+from pipeline.report.answer import Answer, answer
+from pipeline.report.figures import Chart, Point, Series, line_chart
 from pipeline.report.page import write_all, write_report
-from pipeline.report.results import FINETUNING, MEASURES, read_evaluations
+from pipeline.report.scores import FINETUNING, MEASURES, make_lines, read_evaluations
 from pipeline.report.statistics import mean_iou, read_areas
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT
@@ -26,14 +24,14 @@ from tests.pipeline.test_report import text_of
 THREE = (0, 1, 2)
 
 
-def answered(paths: Layout, measure: str = "finetuning") -> dict[str, Any]:
+def answered(paths: Layout, measure: str = "finetuning") -> Answer:
     found = answer(make_lines([paths]), MEASURES[measure])
     assert found is not None
     return found
 
 
-def said(found: dict[str, Any]) -> str:
-    return " ".join(found["sentences"])
+def said(found: Answer) -> str:
+    return " ".join(found.sentences)
 
 
 def test_areas_amount_to_the_score_in_result_json(tmp_path: Path) -> None:
@@ -48,7 +46,7 @@ def test_every_verdict_follows_from_its_interval(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", seeds=THREE, chance=0.5, spread=0.3)
     found = answered(paths)
     states = set()
-    for c in found["differences"]:
+    for c in found.comparisons:
         assert c.seeds == 3
         assert (c.state == "none") == (c.p_value >= 0.05)
         if c.state != "none":
@@ -67,9 +65,9 @@ def test_every_verdict_follows_from_its_interval(tmp_path: Path) -> None:
 def test_one_seed_is_warned_of_and_never_called_a_difference(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", gain=2.0)
     found = answered(paths)
-    assert {c.state for c in found["differences"]} == {"unknown"}
-    assert all(c.difference.low > 0 for c in found["differences"] if c.first.label[0] == "f")
-    assert "There is one seed in common per method, so nothing tells" in found["remarks"][0]
+    assert {c.state for c in found.comparisons} == {"unknown"}
+    assert all(c.difference.low > 0 for c in found.comparisons if c.first.label[0] == "f")
+    assert "There is one seed in common per method, so nothing tells" in found.remarks[0]
     write_all(paths)
     words = text_of(paths.report_html)
     assert words.index("nothing tells a real difference") < words.index("is highest")
@@ -82,10 +80,10 @@ def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
         write_evaluation(paths, RunId(method="segments", seed=seed), 10, 35.0 + seed)
     for seed in (5, 6):
         write_evaluation(paths, RunId(method="preencoder", seed=seed), 10, 50.0)
-    by_label = {c.first.label: c for c in answered(paths)["differences"] if c.first.method != "x"}
+    by_label = {c.first.label: c for c in answered(paths).comparisons if c.first.method != "x"}
     assert (by_label["segments"].seeds, by_label["segments"].state) == (2, "better")
     assert (by_label["preencoder"].seeds, by_label["preencoder"].state) == (0, "unknown")
-    assert "no seed in common for preencoder and patches" in " ".join(answered(paths)["remarks"])
+    assert "no seed in common for preencoder and patches" in " ".join(answered(paths).remarks)
     assert "preencoder (no seed in common)" in said(answered(paths))
 
 
@@ -93,10 +91,10 @@ def test_without_areas_the_interval_is_of_seeds_and_that_is_said(tmp_path: Path)
     paths = write_run(tmp_path / "run", seeds=THREE, chance=0.5)
     next(paths.eval_output.glob(f"segments_10/{AREAS}")).unlink()
     found = answered(paths)
-    assert [c.first.label for c in found["differences"] if not c.difference.of_images] == [
+    assert [c.first.label for c in found.comparisons if not c.difference.of_images] == [
         "segments 15%"
     ]
-    assert "without areas by image" in " ".join(found["remarks"])
+    assert "without areas by image" in " ".join(found.remarks)
 
 
 def test_the_fixture_of_the_version_before_has_a_report(tmp_path: Path) -> None:
@@ -113,14 +111,14 @@ def test_own_segments_are_compared_with_their_controls_only(tmp_path: Path) -> N
         tmp_path / "run", ("patches", "segments"), seeds=THREE, sources=sources, chance=0.05
     )
     found = answered(paths)
-    pairs = [(c.first.label, c.second.label) for c in found["differences"]]
+    pairs = [(c.first.label, c.second.label) for c in found.comparisons]
     assert pairs == [
         ("segments 15%", "patches"),
         ("segments 15%", "scratch"),
         ("segments 15%", "segments 15% blob"),
         ("segments 15%", "segments 15% borrowed"),
     ]
-    assert found["objects"][0].startswith(
+    assert found.objects[0].startswith(
         "segments 15%: yes, the image's own segment is better than every control. "
         "Better than: blob (by 2."
     )
@@ -131,8 +129,8 @@ def test_controls_that_do_not_differ_show_nothing_about_objects(tmp_path: Path) 
         tmp_path / "run", ("segments",), seeds=THREE, sources=("own", "blob"), chance=0.5, gain=0
     )
     found = answered(paths)
-    assert found["objects"][0].startswith("segments 15%: not shown. No difference shown to: blob (")
-    assert "would have been shown with 80% probability" in found["objects"][0]
+    assert found.objects[0].startswith("segments 15%: not shown. No difference shown to: blob (")
+    assert "would have been shown with 80% probability" in found.objects[0]
 
 
 def test_equal_cost_is_told_from_equal_epochs(tmp_path: Path) -> None:
@@ -175,47 +173,56 @@ def test_probes_of_one_score_only_are_no_error_and_damaged_ones_are_named(tmp_pa
 
 
 def test_the_axis_of_scores_spans_5_points_unless_intervals_are_narrower(tmp_path: Path) -> None:
-    def span(chart: str) -> float:
-        labels = re.findall(r'text-anchor="end">([\d.]+)<', chart.split('class="area plot1"')[0])
-        return float(np.ptp([float(label) for label in labels]))
+    def span(chart: Chart | None) -> float:
+        assert chart
+        first = next(iter(chart.views.values()))
+        return float(np.ptp([float(n) for n in re.findall(r'end"[^>]*>([\d.]+)</text>', first)]))
 
     flat = {"methods": ("patches",), "epochs": (9, 10), "gain": 0.0}
-    assert span(answered(write_run(tmp_path / "one", **flat))["chart"]) >= 5
-    points = [Point(x=i, y=30 + i / 100, low=29.99, high=30.05) for i in range(3)]
-    line = Series(label="x", points=points, style=0)
-    narrow = line_chart({"epochs": [line]}, "c", y_title="%", least_span=0.24)
-    assert 0.24 <= span(narrow) < 1
-    top = Series(label="x", points=[Point(x=0, y=99.9), Point(x=1, y=100)], style=0)
+    assert span(answered(write_run(tmp_path / "one", **flat)).chart) >= 5
+    line = Series("x", [Point(i, 30 + i / 100, low=29.99, high=30.05) for i in range(3)], (0, 0))
+    assert 0.24 <= span(line_chart({"epochs": [line]}, "c", y_title="%", least_span=0.24)) < 1
+    top = Series("x", [Point(0, 99.9), Point(1, 100)], (0, 0))
     chart = line_chart({"e": [top]}, "c", y_title="%", least_span=5, limits=(0, 100))
     assert 5 <= span(chart) <= 6
 
 
 def test_the_chart_switches_between_epochs_and_costs_without_script(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", seeds=(0, 1))
-    chart = answered(paths)["chart"]
-    assert chart.count('type="radio"') == chart.count('class="area plot') == 3
-    assert chart.count("checked") == 1
-    assert ">training FLOPs (x 1e18)</label>" in chart
+
+    def views() -> list[str]:
+        chart = answered(paths).chart
+        return list(chart.views) if chart else []
+
+    known = ["epochs of pretraining", "device-hours of pretraining", "training FLOPs (x 1e18)"]
+    assert views() == known
+    write_all(paths)
+    html = paths.report_html.read_text()
+    assert len(re.findall(r'type="radio"[^>]*id="([\w-]+)"[^>]*><label for="\1">', html)) == 3
+    assert html.count(" checked>") == 1
     for log in paths.pretrain_output.glob(f"*/{LOG}"):
         log.unlink()
-    assert answered(paths)["chart"].count('type="radio"') == 2, "what is known"
+    assert views() == known[:2], "what is known"
     shutil.rmtree(paths.records)
-    assert 'type="radio"' not in answered(paths)["chart"], "nothing to choose from"
+    write_all(paths)
+    assert 'type="radio"' not in paths.report_html.read_text(), "nothing to choose from"
 
 
 def test_lines_of_one_method_share_a_colour_and_no_two_lines_look_alike(tmp_path: Path) -> None:
     sources = ("own", "borrowed", "blob", "block")
     paths = write_run(tmp_path / "run", ("patches", "segments", "four_channels"), sources=sources)
-    styles = {line.label: line.style for line in make_lines([paths])}
-    assert len(set(styles.values())) == len(styles) == 10
-    legend = answered(paths)["chart"].split("<ul")[1].split("</ul>")[0].split("<li>")[1:]
-    looks = {re.sub(r"</svg>[^<]*</li>", "", entry) for entry in legend}
-    assert len(looks) == 10
+    chart = answered(paths).chart
+    assert chart
+    looks = {label: re.sub(r"#m\w+|id=\"\w+\"", "", drawn) for label, drawn in chart.legend.items()}
+    assert len(set(looks.values())) == len(looks) == 10
+    colours = {label: re.findall("stroke: (#.{6})", look)[0] for label, look in looks.items()}
+    assert len({colours[label] for label in looks if label.startswith("segments")}) == 1
+    assert len(set(colours.values())) == 4
 
 
 def test_methods_without_a_common_epoch_get_no_verdict(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", ("patches",), epochs=(5,))
     write_evaluation(paths, RunId(method="segments"), 7, 30.0)
     found = answered(paths)
-    assert found["sentences"] == ["The methods have not been evaluated at a common epoch yet."]
-    assert FINETUNING is found["measure"]
+    assert found.sentences == ["The methods have not been evaluated at a common epoch yet."]
+    assert FINETUNING is found.measure

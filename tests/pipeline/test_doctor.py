@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,12 +11,14 @@ from typing import Any
 import pytest
 from torch.version import cuda
 
+from common.cards import REMEDY
 from pipeline.launch import doctor
 from pipeline.launch.doctor import Finding, examine, findings_text
+from pipeline.plan.machine import Gpu
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import GROUPS, Compute, Parts, Settings
 from pipeline.plan.steps import make_plan
-from tests.pipeline.programs import fake_program, run_benchmark
+from tests.pipeline.programs import run_benchmark
 
 LOCKED = {
     "torch": "2.14.1+cu130", "cuda": "13.0", "lacks_to_compile": "", "error": "no GPU", "gpus": [],
@@ -73,12 +74,11 @@ def test_what_to_fix_is_marked_with_its_remedy() -> None:
     not (cuda or "").startswith("13."), reason="torch is not the lock's, but of TORCH_INDEX"
 )
 def test_eight_v100_with_the_locked_torch_are_told_the_cause_and_the_command(
-    tmp_path: Path,
+    cards_here: Callable[..., None],
 ) -> None:
     """The command as a user calls it; torch itself is asked, and sees none of these cards."""
-    cards = ["echo 'Tesla V100-SXM2-32GB, 535.104.05, 32768, 7.0'"] * 8
-    fake_program(tmp_path / "bin", "nvidia-smi", "\n".join(cards))
-    done = run_benchmark("doctor", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    cards_here(*[Gpu("Tesla V100-SXM2-32GB", 535, (7, 0))] * 8)
+    done = run_benchmark("doctor")
     lines = done.stdout.splitlines()
     assert done.returncode == 1
     assert any("8 x Tesla V100-SXM2-32GB" in line for line in lines)
@@ -88,23 +88,27 @@ def test_eight_v100_with_the_locked_torch_are_told_the_cause_and_the_command(
     assert "-> TORCH_INDEX=URL ./run_benchmark.sh" in lines[at + 1]
 
 
-def on_gpus(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: str, **torch: object
-) -> dict[str, Finding]:
+@pytest.fixture
+def on(
+    cards_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Finding]]:
     """What is found on one card where torch answers so."""
-    fake_program(tmp_path / "bin", "nvidia-smi", f"echo '{card}'")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(doctor, "ask", lambda commands: [json.dumps(LOCKED | torch)])
-    given = {name: group() for name, group in GROUPS.items()}
-    return {f.subject: f for f in examine(lambda: pytest.fail("no run was asked for"), given)}
+
+    def find(card: Gpu, **torch: object) -> dict[str, Finding]:
+        cards_here(card)
+        monkeypatch.setattr(doctor, "ask", lambda commands: [json.dumps(LOCKED | torch)])
+        given = {name: group() for name, group in GROUPS.items()}
+        return {f.subject: f for f in examine(lambda: pytest.fail("no run was asked for"), given)}
+
+    return find
 
 
-H100 = "NVIDIA H100 80GB HBM3, 580.65.06, 81559, 9.0"
+H100 = Gpu("NVIDIA H100 80GB HBM3", 580, (9, 0))
+Find = Callable[..., dict[str, Finding]]
 
 
-def test_a_card_that_computes_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = on_gpus(monkeypatch, tmp_path, H100, error="", gpus=[CARD])
+def test_a_card_that_computes_is_ready(on: Find) -> None:
+    found = on(H100, error="", gpus=[CARD])
     assert found["GPU 0"].text == "32.0 of 32.0 GiB free, bf16 in hardware"
     assert [f.subject for f in found.values() if f.fix] == []
 
@@ -125,19 +129,30 @@ def test_a_card_that_computes_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_path
     ],
 )
 def test_what_torch_lacks_is_found(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    torch: dict[str, object], subject: str, text: str, fix: str,
-) -> None:  # fmt: skip
-    finding = on_gpus(monkeypatch, tmp_path, H100, **torch)[subject]
+    on: Find, torch: dict[str, object], subject: str, text: str, fix: str
+) -> None:
+    finding = on(H100, **torch)[subject]
     assert text in finding.text
     assert fix in finding.fix
 
 
-def test_a_card_that_fails_for_want_of_kernels_is_told_the_same_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    card = "Tesla V100-SXM2-32GB, 580.65.06, 32768, 7.0"
-    broken = CARD | {"error": "no kernel image is available", "bf16": False}
-    found = on_gpus(monkeypatch, tmp_path, card, error="", gpus=[broken])
+BROKEN = CARD | {"error": "no kernel image is available", "bf16": False}
+
+
+def test_an_old_card_that_fails_for_want_of_kernels_is_told_the_same_command(on: Find) -> None:
+    found = on(Gpu("Tesla V100-SXM2-32GB", 580, (7, 0)), error="", gpus=[BROKEN])
     assert "driver" not in found["Tesla V100-SXM2-32GB"].text
-    assert found["GPU 0"].fix == found["Tesla V100-SXM2-32GB"].fix
+    assert "from sm_75 on, not for sm_70" in found["Tesla V100-SXM2-32GB"].text
+    assert found["GPU 0"].fix == found["Tesla V100-SXM2-32GB"].fix == REMEDY
+
+
+def test_a_card_that_is_newer_than_the_build_fails_at_the_kernel_that_is_tried(on: Find) -> None:
+    older = {"cuda": "12.6", "archs": ["sm_50", "sm_90"], "error": ""}
+    found = on(Gpu("NVIDIA B200", 580, (10, 0)), **older, gpus=[BROKEN])
+    assert [(f.subject, f.fix) for f in found.values() if f.fix] == [("GPU 0", REMEDY)]
+
+
+def test_a_new_card_with_an_old_driver_is_told_the_driver_only(on: Find) -> None:
+    finding = on(Gpu("NVIDIA A40", 535, (8, 6)))["NVIDIA A40"]
+    assert finding.text.endswith("needs driver 580 or newer, here is 535")
+    assert "update the driver" in finding.fix

@@ -1,4 +1,4 @@
-"""Who gets which GPU: stand-ins for the parts on a machine whose nvidia-smi is a script."""
+"""Who gets which GPU: stand-ins for the parts on a machine whose GPUs are made up."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import benchmark
 from engine.config import DeviceConfig
 from pipeline.launch.local import LocalLauncher, environment
 from pipeline.plan.layout import Layout
+from pipeline.plan.machine import Gpu
 from pipeline.plan.records import Record, is_done, read_record
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
-from tests.pipeline.programs import fake_program, standin
+from tests.pipeline.programs import standin
 
 Make = Callable[..., Settings]
 
@@ -34,16 +35,9 @@ class OneProcess(Step):
 
 
 @pytest.fixture
-def machine_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets nvidia-smi list so many GPUs."""
-
-    def make(gpus: int) -> None:
-        line = "echo 'NVIDIA H100 80GB HBM3, 580.65.06, 81559, 9.0'"
-        fake_program(tmp_path / "bin", "nvidia-smi", "\n".join([line] * gpus))
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    return make
+def machine_with(cards_here: Callable[..., None]) -> Callable[[int], None]:
+    """Gives this machine so many GPUs."""
+    return lambda gpus: cards_here(*[Gpu("NVIDIA H100 80GB HBM3", 580, (9, 0))] * gpus)
 
 
 @pytest.fixture

@@ -1,55 +1,41 @@
-"""What nvidia-smi lists, by scripts in its place that answer as it does."""
+"""The GPUs of this machine, by a stand-in for NVIDIA's library."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from pipeline.plan import machine
 from pipeline.plan.machine import Gpu, visible_gpus
-from tests.pipeline.programs import fake_program
 
-V100 = "Tesla V100-SXM2-32GB, 535.104.05, 32768"
-# Its -L lists a card's slices below it; a query lists cards.
-MIG = """case "$1" in -L) echo 'GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5e2f)'
-echo '  MIG 3g.20gb Device 0: (UUID: MIG-77aa)'; echo '  MIG 3g.20gb Device 1: (UUID: MIG-77ab)';;
-*) echo 'NVIDIA A100-SXM4-40GB, 580.65.06, [N/A], 8.0';; esac"""
-OLD = f"""case "$1" in *compute_cap*) echo 'Field "compute_cap" is not a valid field to query.'
-exit 2;; *) echo '{V100}';; esac"""
+V100 = Gpu(name="Tesla V100-SXM2-32GB", driver=535, capability=(7, 0))
 
 
-@pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return tmp_path / "bin"
-
-
-def test_a_card_comes_with_driver_memory_and_capability(smi: Path) -> None:
-    fake_program(smi, "nvidia-smi", f"echo '{V100}, 7.0'; echo '{V100}, 7.0'")
-    card = Gpu(name="Tesla V100-SXM2-32GB", driver=535, memory_gib=32.0, capability=(7, 0))
-    assert machine.gpus() == [card, card]
+def test_a_card_comes_with_driver_and_capability(cards_here: Callable[..., None]) -> None:
+    cards_here(V100, V100)
+    assert machine.gpus() == [V100, V100]
     assert visible_gpus() == ["0", "1"]
 
 
-def test_an_nvidia_smi_that_knows_no_capability_lists_the_rest(smi: Path) -> None:
-    fake_program(smi, "nvidia-smi", OLD)
-    assert [(gpu.name, gpu.capability) for gpu in machine.gpus()] == [
-        ("Tesla V100-SXM2-32GB", None)
-    ]
-
-
-def test_slices_of_a_card_are_no_cards(smi: Path) -> None:
-    fake_program(smi, "nvidia-smi", MIG)
-    assert [gpu.name for gpu in machine.gpus()] == ["NVIDIA A100-SXM4-40GB"]
-    assert visible_gpus() == ["0"]
-
-
-def test_a_driver_that_does_not_answer_is_no_gpu(smi: Path) -> None:
-    fake_program(smi, "nvidia-smi", "echo 'NVIDIA-SMI has failed because ...'; exit 9")
+def test_a_driver_that_does_not_answer_is_no_gpu(cards_here: Callable[..., None]) -> None:
+    cards_here()
     assert (machine.gpus(), visible_gpus()) == ([], [])
+
+
+def test_the_cards_of_other_jobs_are_left_out(
+    cards_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVML counts them, and gives no handle."""
+    cards_here(V100, V100)
+
+    def handle(index: int) -> Gpu:
+        if index == 0:
+            raise machine.pynvml.NVMLError("Insufficient Permissions")
+        return V100
+
+    monkeypatch.setattr(machine.pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    assert machine.gpus() == [V100]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +51,7 @@ def test_a_driver_that_does_not_answer_is_no_gpu(smi: Path) -> None:
     ],
 )
 def test_visible_devices_are_read_as_cuda_reads_them(
-    smi: Path, monkeypatch: pytest.MonkeyPatch, given: str, seen: list[str]
+    monkeypatch: pytest.MonkeyPatch, given: str, seen: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     assert visible_gpus() == seen

@@ -10,18 +10,12 @@ import pytest
 import yaml
 
 from common.step_files import LOG, PREDICTIONS, RESULT
-from pipeline.plan.layout import Layout, RunId
+from pipeline.plan.layout import Layout, RunId, is_results_csv
 from pipeline.plan.records import read_record, write_record
-from pipeline.report import charts
-from pipeline.report.charts import Point, Series, line_chart, ticks
+from pipeline.report.figures import Point, Series, line_chart, ticks
 from pipeline.report.page import write_all, write_report
-from pipeline.report.results import (
-    COLUMNS,
-    is_results_csv,
-    read_evaluations,
-    table,
-    write_results_csv,
-)
+from pipeline.report.scores import read_evaluations
+from pipeline.report.tables import COLUMNS, terminal_table, write_results_csv
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
@@ -47,7 +41,7 @@ def test_results_csv_has_a_row_per_evaluation(tmp_path: Path) -> None:
 
 def test_the_table_has_the_scores(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",))
-    lines = table(read_evaluations(paths)).splitlines()
+    lines = terminal_table(read_evaluations(paths)).splitlines()
     assert lines[0].split() == [
         *("method", "epochs", "pixel", "accuracy", "mean", "accuracy", "mean", "IoU", "minutes"),
         *("device-hours", "train", "FLOPs"),
@@ -59,14 +53,13 @@ def test_the_table_has_the_scores(tmp_path: Path) -> None:
 def test_cost_is_left_out_of_a_table_that_is_too_wide(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("four_channels",), sources=("borrowed",))
     evaluations = [replace(e, eval_seed=i) for i, e in enumerate(read_evaluations(paths))]
-    wide = table([replace(e, method="my_" + e.method, seed=e.epochs) for e in evaluations])
+    variant = evaluations[-1].variant._replace(method="my_four_channels")
+    wide = terminal_table([replace(e, variant=variant, seed=e.epochs) for e in evaluations])
     assert wide.split("\n")[0].endswith("minutes")
     assert max(map(len, wide.split("\n"))) <= 110
 
 
-def test_cost_adds_up_over_the_rounds_and_is_left_out_where_it_is_not_known(
-    tmp_path: Path,
-) -> None:
+def test_cost_adds_up_over_the_rounds_and_is_left_out_where_it_is_not_known(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("four_channels",), epochs=(2, 4, 6))
     record = read_record(paths, "pretrain_four_channels_4")
     assert record is not None
@@ -100,7 +93,7 @@ def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> No
     paths = write_run(tmp_path / "run", methods=("patches",))
     (paths.eval_dir("patches", 10) / RESULT).unlink()
     with (paths.pretrain_dir("patches") / LOG).open("a") as log:
-        log.write('{"epoch": 11, "train_lo')  # is being written
+        log.write('{"epoch": 11, "train_lo')  # is being written, or a kill has cut it
     (paths.eval_dir("patches", 10) / PREDICTIONS).write_bytes(b"\x89PNG half")
     paths.plan.write_text(
         json.dumps([{"name": name, "needs": [], "folder": name} for name in "ab"])
@@ -109,6 +102,7 @@ def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> No
     words = text_of(paths.report_html)
     assert "0 of 2 steps are done" in words
     assert "After 5 epochs of pretraining, by complete finetuning, patches reaches 25.00%" in words
+    assert "Pretraining loss" in words
 
 
 def test_a_run_without_an_evaluation_has_a_report(tmp_path: Path) -> None:
@@ -149,19 +143,11 @@ def test_a_later_call_about_something_else_does_not_rename_results(tmp_path: Pat
     assert "30%" not in paths.results_csv.read_text()
 
 
-def test_a_line_that_a_kill_has_cut_is_no_damage(tmp_path: Path) -> None:
-    paths = write_run(tmp_path / "run", methods=("patches",))
-    with (paths.pretrain_dir("patches") / LOG).open("a") as log:
-        log.write('{"epoch": 11, "tr')
-    write_all(paths)
-    assert "Pretraining loss" in text_of(paths.report_html)
-
-
 def test_methods_stand_in_the_order_of_the_call_then_by_the_alphabet(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("segments", "patches"), epochs=(5,))
     for method in ("zebra", "ant"):
         write_evaluation(paths, RunId(method=method), 5, 1.0)
-    order = [evaluation.method for evaluation in read_evaluations(paths)]
+    order = [evaluation.variant.method for evaluation in read_evaluations(paths)]
     assert order == ["scratch", "segments", "patches", "ant", "zebra"]
     write_all(paths)
     assert "against patches: segments 15%" in text_of(paths.report_html), (
@@ -199,9 +185,7 @@ def write_csv(paths: Layout) -> Path:
     return paths.results_csv
 
 
-def test_directories_of_other_settings_are_kept_apart_and_differences_shown(
-    tmp_path: Path,
-) -> None:
+def test_directories_of_other_settings_are_kept_apart_and_differences_shown(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", methods=("patches",))
     second = write_run(tmp_path / "b", methods=("patches",))
     run = yaml.safe_load(second.run_yml.read_text())
@@ -227,7 +211,7 @@ def test_the_page_asks_for_nothing_from_outside_and_runs_nothing(tmp_path: Path)
     write_all(paths)
     html = paths.report_html.read_text()
     assert "<script" not in html
-    assert re.findall(r'(?:src|href)="(?!data:)', html) == []
+    assert re.findall(r'(?:src|href)="(?!data:|#)', html) == []
     assert "url(" not in html
     assert len(html) < 2_000_000
 
@@ -247,7 +231,7 @@ def test_other_folders_and_unfinished_evaluations_are_passed_over(tmp_path: Path
     (paths.eval_output / "notes").mkdir()
     (paths.eval_output / "patches_20").mkdir()
     write_evaluation(paths, RunId(method="fifth"), 3, 1.0)
-    assert [e.method for e in read_evaluations(paths)][-1] == "fifth"
+    assert [e.variant.method for e in read_evaluations(paths)][-1] == "fifth"
     write_all(paths)
 
 
@@ -276,25 +260,47 @@ def test_ticks_are_round_numbers_around_the_values(
     assert ticks(values, whole=whole) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [-3.2, 1e-7], [1e9, 1e9 + 1], []])
+@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [-3.2, 1e-7], [1e9, 1e9 + 1]])
 def test_ticks_enclose_any_values(values: list[float]) -> None:
     found = ticks(values)
     assert 2 <= len(found) <= 7
-    assert not values or (found[0] <= min(values) and found[-1] >= max(values))
+    assert found[0] <= min(values) <= max(values) <= found[-1]
 
 
-def test_a_chart_has_axes_with_titles_and_a_legend() -> None:
-    points = [Point(x=1, y=2.0), Point(x=2, y=3.0, low=2.5, high=3.5)]
-    line = Series(label="a<b", points=points, style=0)
-    chart = line_chart({"epochs": [line]}, "caption", y_title="%")
-    assert ">epochs</text>" in chart
-    assert "a&lt;b" in chart
-    plot = chart[chart.index('<svg class="plot"') :]
-    assert "viewBox" not in plot.split(">")[0]  # a scaled viewBox would shrink the text
+def test_a_chart_has_axes_with_titles_a_legend_and_no_text_drawn_as_paths() -> None:
+    points = [Point(1, 2.0), Point(2, 3.0, low=2.5, high=3.5)]
+    series = {"epochs": [Series("a<b", points, (0, 0))]}
+    wide, narrow = svgs(line_chart(series, "caption", y_title="$%", is_wide=True).views["epochs"])
+    for drawing in (wide, narrow):
+        assert all(f">{text}</text>" in drawing for text in ("epochs", "$%", "3.5"))
+        assert re.findall("<title>([^<]*)", drawing) == ["a&lt;b: 2 at 1", "a&lt;b: 3 at 2"]
+    assert list(line_chart(series, "caption", y_title="$%").legend) == ["a<b"]
 
 
-def test_long_lines_are_thinned_and_keep_their_end() -> None:
-    points = [Point(x=i, y=i) for i in range(10_001)]
-    thin = charts._thinned(points, 200)
-    assert len(thin) <= 202
-    assert thin[-1] == points[-1]
+def svgs(drawn: str) -> list[str]:
+    return re.findall("<svg.*?</svg>", drawn)
+
+
+def test_long_lines_are_short_text_and_keep_their_peak_and_their_end() -> None:
+    points = [Point(i, 10.0 * (i == 5003)) for i in range(10_001)]
+    drawn = line_chart({"x": [Series("a", points, (0, 0))]}, "", y_title="y").views["x"]
+    assert len(drawn) < 10_000
+    (path,) = re.findall(r'd="M ([^"]*)"[^>]*#0072b2', drawn)
+    corners = [tuple(map(float, corner.split())) for corner in path.split(" L ")]
+    assert min(y for _, y in corners) == 34, "the plot's upper edge"
+    assert corners[-1] == (334, 256), "its lower right corner"
+
+
+def test_one_style_looks_the_same_in_every_chart_and_no_two_ids_clash() -> None:
+    points = [Point(1, 2.0), Point(2, 3.0)]
+    first, second = (
+        line_chart({"e": [Series("a", points, style) for style in styles]}, name, y_title="y")
+        for name, styles in (("one", [(3, 0), (0, 1)]), ("two", [(0, 1)]))
+    )
+    look = re.findall('style="([^"]*0072b2[^"]*)"', second.views["e"])
+    assert "stroke-dasharray: 7,3" in look[1]
+    assert set(look) == set(re.findall('style="([^"]*0072b2[^"]*)"', first.views["e"]))
+    drawn = first.views["e"] + second.views["e"] + first.legend["a"] + second.legend["a"]
+    ids = re.findall(r'\bid="([^"]*)"', drawn)
+    assert len(ids) == len(set(ids)) > 4
+    assert set(re.findall('href="#([^"]*)"', drawn)) == set(ids)

@@ -15,14 +15,10 @@ import pytest
 from pipeline.report.page import write_all
 from tests.pipeline.finished_run import write_run
 
-CHROMIUM = next(
-    (
-        path
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (path := shutil.which(name))
-    ),
-    None,
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 MEASURE = """
 <script>
@@ -59,26 +55,20 @@ def measure(page: Path, width: int, folder: Path) -> dict[str, Any]:
     frame.write_text(
         f'<body><iframe src="{copy.name}" style="border:0;width:{width}px;height:3000px"></iframe>'
     )
-    dump = subprocess.run(
-        [
-            *(
-                str(CHROMIUM),
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--hide-scrollbars",
-            ),
-            *("--allow-file-access-from-files", "--disable-web-security"),
-            *(f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000"),
-            *("--window-size=1400,3000", "--dump-dom", frame.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
+    more = (
+        "--allow-file-access-from-files",
+        "--disable-web-security",
+        "--virtual-time-budget=4000",
     )
+    dump = browse(folder, *more, "--window-size=1400,3000", "--dump-dom", frame.as_uri())
     found = re.search(r'data-measured="([^"]*)"', dump.stdout)
     assert found, dump.stderr[-500:]
     return json.loads(unescape(found[1]))
+
+
+def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +92,5 @@ def test_page_fits_and_can_be_read(page: Path, width: int, tmp_path: Path) -> No
 
 def test_page_prints(page: Path, tmp_path: Path) -> None:
     paper = tmp_path / "report.pdf"
-    subprocess.run(
-        [
-            *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={paper}", page.as_uri()),
-        ],
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
+    browse(tmp_path, f"--print-to-pdf={paper}", page.as_uri())
     assert paper.read_bytes().startswith(b"%PDF")

@@ -25,21 +25,15 @@ from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
 from segments.store import PackedStore
 from tests.pipeline.programs import standin
-from tests.pipeline.slurm_cluster import SlurmCluster, SlurmError
+from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
 
 Make = Callable[..., Settings]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    slurm_cluster = SlurmCluster(tmp_path_factory.mktemp("slurm") / "it")
-    try:
-        slurm_cluster.start()
-    except SlurmError as error:
-        slurm_cluster.stop()
-        pytest.skip(f"no Slurm: {error}")
-    yield slurm_cluster
-    slurm_cluster.stop()
+    with running_slurm(tmp_path_factory.mktemp("slurm") / "it") as slurm_cluster:
+        yield slurm_cluster
 
 
 def submit(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]:

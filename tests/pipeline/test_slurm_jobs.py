@@ -72,13 +72,29 @@ def test_other_times_are_refused(text: str) -> None:
         Cluster(time=text)
 
 
+@pytest.fixture
+def on_node(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts this process on that node of a job of two, n3 and n4."""
+    job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "n[3-4]"}
+    ranks = {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_LOCALID": "0"}
+
+    def be(node: str) -> None:
+        here = {"SLURM_NODEID": node, "SLURM_PROCID": node}
+        for name, value in {**job, **ranks, **here}.items():
+            monkeypatch.setenv(name, value)
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return be
+
+
 def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
-    settings: Make, monkeypatch: pytest.MonkeyPatch
+    settings: Make, monkeypatch: pytest.MonkeyPatch, on_node: Callable[[str], None]
 ) -> None:
     step = replace(make_plan(settings("--pretrain-epochs 1"))[0], processes=4)
+    on_node("1")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
     monkeypatch.setenv("MASTER_PORT", "29511")
-    monkeypatch.setenv("SLURM_NODEID", "1")
     command = on_this_cluster(step, nodes=2).command
     assert command[1:8] == [
         *("-m", "torch.distributed.run", "--nnodes=2", "--node-rank=1"),
@@ -88,29 +104,17 @@ def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
 
 
 def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
-    settings: Make, monkeypatch: pytest.MonkeyPatch
+    settings: Make, on_node: Callable[[str], None]
 ) -> None:
     step = replace(make_plan(settings("--pretrain-epochs 1"))[0], processes=4)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "n[3-4]"}
-    ranks = {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_LOCALID": "0"}
     met = []
     for node in ("0", "1"):
-        here = {"SLURM_NODEID": node, "SLURM_PROCID": node}
-        for name, value in {**job, **ranks, **here}.items():
-            monkeypatch.setenv(name, value)
+        on_node(node)
         met.append(on_this_cluster(step, nodes=2).rendezvous)
     assert [found[1] for found in met] == ["--node-rank=0", "--node-rank=1"]
     assert met[0][2:] == met[1][2:]
     assert met[0][2] == "--master-addr=n3"
     assert met[0][3].removeprefix("--master-port=").isdecimal()
-
-
-def test_only_states_that_may_still_work_are_live() -> None:
-    assert slurm_queue.is_live("PENDING")
-    assert slurm_queue.is_live("REQUEUED")
-    assert not any(map(slurm_queue.is_live, ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")))
 
 
 def test_without_jobs_the_queue_is_not_asked() -> None:
@@ -239,12 +243,8 @@ def test_a_job_that_its_record_does_not_name_does_nothing(
     record_job(paths, step, owner, state="running")
     monkeypatch.setenv("SLURM_JOB_ID", "11")
     monkeypatch.setattr(slurm, "_RECORD_SECONDS", 0.3)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit, match=f"job 11 does nothing: .* names {owner or 'a local'}"):
-            slurm.StepJob(paths.root, step, 1)()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with pytest.raises(SystemExit, match=f"job 11 does nothing: .* names {owner or 'a local'}"):
+        slurm.StepJob(paths.root, step, 1)()
     assert not step.folder.exists()
     assert read_record(paths, step.name).job_id == owner
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.report.statistics import DRAWS, draw_images, estimate, holm, mean_iou, read_areas
+from pipeline.report.statistics import DRAWS, draw_images, holm, interval, mean_iou, read_areas
 
 EXPERIMENTS, IMAGES, CLASSES = 500, 60, 5
 _HARDNESS = np.linspace(-0.5, 1, CLASSES)  # of the classes
@@ -59,7 +59,7 @@ def test_a_95_percent_interval_holds_the_truth_in_93_to_97_percent(
     noise = (1 + 0.3**2 + deviations[1] ** 2) ** 0.5
     true = truth(delta, deviations[0], noise) - truth(0.0, deviations[0], noise)
     data = differences(seeds, deviations, delta, np.random.default_rng(seeds))
-    found = [estimate(scores, list(drawn)) for scores, drawn in zip(*data, strict=True)]
+    found = [interval(scores, list(drawn)) for scores, drawn in zip(*data, strict=True)]
     assert 0.93 <= np.mean([one.low <= true <= one.high for one in found]) <= 0.975
     called_different = [one.p_value < 0.05 for one in found]
     assert called_different == [one.low > 0 or one.high < 0 for one in found]
@@ -71,14 +71,14 @@ def test_a_true_difference_of_the_detectable_size_is_shown_in_80_percent() -> No
     rng, seeds, common = np.random.default_rng(0), 5, 0.5
     noise = rng.normal(size=(600, seeds)) + common * rng.normal(size=(600, 1))
     drawn = [common * rng.normal(size=DRAWS)] * seeds
-    size = np.mean([estimate(one, drawn).detectable for one in noise])
-    shown = [estimate(one + size, drawn).low > 0 for one in noise]
+    size = np.mean([interval(one, drawn).detectable for one in noise])
+    shown = [interval(one + size, drawn).low > 0 for one in noise]
     assert np.mean(shown) == pytest.approx(0.8, abs=0.08)
 
 
 def test_without_images_it_is_students_interval() -> None:
     scores = [1.0, 2.5, 2.0]
-    found, expected = estimate(scores), stats.ttest_1samp(scores, 0)
+    found, expected = interval(scores), stats.ttest_1samp(scores, 0)
     assert found.p_value == pytest.approx(expected.pvalue, rel=1e-6)
     low, high = expected.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-3)
@@ -89,18 +89,18 @@ def test_the_sum_of_seeds_and_images_has_the_quantile_of_a_simulation() -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=DRAWS)
     images = 2 * (images - images.mean()) / images.std(ddof=1)
-    found = estimate([1.0, 2.0, 3.0], [images] * 3)
+    found = interval([1.0, 2.0, 3.0], [images] * 3)
     both = rng.standard_t(2, 1_000_000) / 3**0.5 + 2 * rng.normal(size=1_000_000)
     assert found.high - 2 == pytest.approx(np.quantile(both, 0.975), rel=0.01)
 
 
 def test_a_single_score_has_the_interval_of_its_images_or_none() -> None:
     images = np.random.default_rng(0).normal(size=DRAWS)
-    found = estimate([5.0], [images])
+    found = interval([5.0], [images])
     assert found.high - 5 == pytest.approx(1.96 * images.std(), rel=0.03)
     assert found.seeds == 1
-    assert estimate([5.0]) is None
-    assert estimate([]) is None
+    assert interval([5.0]) is None
+    assert interval([]) is None
 
 
 def test_holm_corrects_as_its_paper_says() -> None:

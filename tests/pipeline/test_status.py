@@ -344,7 +344,7 @@ def test_a_nearly_full_disk_stops_a_step_before_it_starts(
     )
     paths = Layout(chosen.data.output_dir)
     monkeypatch.setattr(machine, "free_bytes", lambda folder: 10**9)
-    [refused] = LocalLauncher(paths, overlaps=False).start(step)
+    refused = LocalLauncher(paths, overlaps=False).start(step)
     assert refused.state == "failed"
     assert "make room" in refused.message
     assert read_record(paths, step.name) is None

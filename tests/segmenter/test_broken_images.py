@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import segmenter.labels
-import segmenter.scoring
+import segmenter.evaluate
+import segmenter.finetune
 from common.parsed import read_log
 from tests.segmenter.boxes import train_arguments
 
@@ -17,8 +17,8 @@ from tests.segmenter.boxes import train_arguments
 @pytest.fixture
 def break_images(own_dataset, monkeypatch):
     """Breaks images that no check has looked at, as in a dataset of more than MOST_CHECKED."""
-    monkeypatch.setattr(segmenter.labels, "MOST_CHECKED", 1)
-    monkeypatch.setattr(segmenter.scoring, "MOST_CHECKED", 1)
+    monkeypatch.setattr(segmenter.finetune, "MOST_CHECKED", 1)
+    monkeypatch.setattr(segmenter.evaluate, "MOST_CHECKED", 1)
 
     def write(*names):
         for name in names:

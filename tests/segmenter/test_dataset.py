@@ -6,8 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from segmenter.classes import count_classes, read_classes
-from segmenter.dataset import DESCRIPTIONS, read_description
+from segmenter.dataset import DESCRIPTIONS, count_classes, read_classes, read_description
 from segmenter.labels import check_labels
 from tests.segmenter.boxes import write_dataset
 

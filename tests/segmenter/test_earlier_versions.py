@@ -87,7 +87,7 @@ def test_a_stopped_run_of_an_earlier_version_goes_on_as_it_would_have(earlier):
     process = start(earlier_arguments(earlier, 2))
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert "from epoch 2, step 1 of 3 epochs" in output
+    assert "epochs 2 to 3, from step 1" in output
     folder = earlier / "eval_output/four_channels_2"
     expected = json.loads((EARLIER / "expected.json").read_text())["eval_output/four_channels_2"]
     assert read_log(folder / "log.txt")[0]["train_loss"] == expected[0]["train_loss"]

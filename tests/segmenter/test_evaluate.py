@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter.classes import quiet_imports
+from segmenter.dataset import quiet_imports
 from tests.segmenter.boxes import IGNORE
 
 

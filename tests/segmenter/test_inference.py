@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from segmenter.classes import quiet_imports
 from segmenter.config import ProtocolConfig
+from segmenter.dataset import quiet_imports
 from segmenter.encoder import EncoderShape
 from segmenter.inference import predict_classes, window_logits, windows
 from segmenter.metrics import Areas

@@ -6,9 +6,15 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from segmenter.checkpoint import check_encoder_file, read_encoder_weights, shape_of, start_encoder
 from segmenter.config import ModelConfig
-from segmenter.encoder import Encoder, EncoderShape
+from segmenter.encoder import (
+    Encoder,
+    EncoderShape,
+    check_encoder_file,
+    read_encoder_weights,
+    shape_of,
+    start_encoder,
+)
 from segmenter.loading import load_segmenter
 
 MODEL = ModelConfig(

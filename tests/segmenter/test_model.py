@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from segmenter.classes import quiet_imports
+from segmenter.dataset import quiet_imports
 from segmenter.decoder import LinearDecoder, MaskTransformer
 from segmenter.encoder import EncoderShape
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss

@@ -12,10 +12,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+import segmenter.finetune
 import segmenter.frozen
 import segmenter.probe
 import segmenter.tokens
 from engine.config import DeviceConfig
+from engine.devices import make_accelerator
 from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
 from segmenter.data import WholeImages
 from segmenter.dataset import read_description
@@ -161,7 +163,7 @@ def probed_with(dataset, encoder, decoder_of):
     encoder.mean, encoder.std, encoder.patch = model.mean, model.std, 2
     model.encoder, model.decoder = encoder, nn.Identity()
     scoring = ScoringConfig(device="cpu", workers=0)
-    accelerator = segmenter.build.make_accelerator(DeviceConfig(device="cpu"))
+    accelerator = make_accelerator(DeviceConfig(device="cpu"))
     train = WholeImages(description, description.pairs("train"), PROTOCOL)
     tokens = Tokens(model, train, 0)
     each_group(accelerator, model, train, scoring, tokens.add)
@@ -334,7 +336,7 @@ def test_a_signal_ends_it_and_leaves_nothing_half_written(
 def test_one_unreadable_training_image_is_skipped_and_two_are_too_many(
     own_dataset, tmp_path, command, caplog, monkeypatch
 ):
-    monkeypatch.setattr(segmenter.labels, "MOST_CHECKED", 1)
+    monkeypatch.setattr(segmenter.finetune, "MOST_CHECKED", 1)
     for number, code in ((4, 0), (5, 1)):
         image = own_dataset.parent / f"images/training/{number:03d}.jpg"
         image.write_bytes(b"no image")

@@ -7,8 +7,8 @@ import torch
 
 from engine.checkpoint import read_torch_file
 from engine.vit import VIT_SIZES, VitSize
-from segmenter.classes import quiet_imports
 from segmenter.config import OptimisationConfig, recipe_values
+from segmenter.dataset import quiet_imports
 from segmenter.encoder import Encoder, EncoderShape, depths_of
 from segmenter.finetune import make_optimizer
 from segmenter.inference import window_logits
@@ -215,7 +215,7 @@ def test_the_recipe_is_the_published_protocol():
 
 def test_pretrained_weights_give_the_same_features_before_training(tmp_path):
     """Relative positions and scales start without effect; the final norm stays behind."""
-    from segmenter.checkpoint import read_encoder_weights, start_encoder
+    from segmenter.encoder import read_encoder_weights, start_encoder
 
     shape = shape_of_nano().encoder
     plain = Encoder(shape).eval()
@@ -317,7 +317,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
     for state, meta, problem in (
         (weights, {}, "it has 3 classes, but not their names in its meta"),
         (weights, [1], "'list' object has no attribute 'get'"),
-        (beit, {"CLASSES": NAMES}, "'encoder.pos_embed'"),
+        (beit, {"CLASSES": NAMES}, "it has no pos_embed"),
         (small, {"CLASSES": NAMES}, r"bottleneck\.conv\.weight is \(1, 40, 3, 3\) instead"),
         (broken, {"CLASSES": NAMES}, "neck.upsample_2x.0.bias is not finite"),
     ):

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from engine import trainer
+from engine.task import load
 from engine.update import GuardedUpdate
 from segmenter import data, evaluate
 from segmenter.config import ScoringConfig
@@ -111,7 +112,7 @@ def test_a_step_of_finetuning_does_not_wait_for_the_device(dataset, tmp_path, mo
     )
     assert call(*arguments).code == 0
     ((run, state),) = runs
-    loaded = [run.task.micro_batch(batch) for batch in islice(run.task.batches(run, (0, 0), 1), 2)]
+    loaded = [run.task.micro_batch(batch) for batch in islice(load(run, (0, 0), 1), 2)]
     run.task.micro_batch = lambda micro_batch: micro_batch
     assert run.plan.accumulation_steps == 2
     monkeypatch.setattr(torch, "tensor", partial(_unpinned, torch.tensor))

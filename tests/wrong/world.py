@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.step_files import LOCK
 from tests.mae.conftest import pack_segments, write_image, write_segments
 from tests.segmenter.boxes import write_dataset
 
@@ -156,6 +157,8 @@ def snapshot(folder: Path) -> dict[str, str]:
     for path in folder.rglob("*"):
         if path.is_symlink():
             found[str(path)] = f"link {path.readlink()}"
+        elif path.name == LOCK:  # it says who had it last
+            found[str(path)] = "lock"
         elif path.is_file():
             found[str(path)] = hashlib.md5(path.read_bytes()).hexdigest()
         else:

@@ -1,0 +1,116 @@
+"""Weights of a ViT from a file: of this project, of the official MAE release, or of timm.
+
+All three give them the same names. Shapes: D features, C channels, P pixels per side of a patch,
+N patches.
+
+    weights = read_vit_weights(path, ignored=("head.",))
+    model.load_state_dict(resample_positions(weights, grid=14))
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from engine.checkpoint import read_torch_file, refuse_damaged
+from engine.vit import IMAGE_CHANNELS, VISIBLE, VIT_SIZES
+
+logger = logging.getLogger(__name__)
+
+PROJECTION, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
+POSITIONS = "pos_embed"
+A_VIT = "a checkpoint of a ViT encoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitFacts:
+    """What weights say of their ViT."""
+
+    width: int
+    depth: int
+    in_channels: int
+    patch_size: int
+    grid: int  # patches per side that the position embeddings are stored for
+
+    @property
+    def model(self) -> str | None:
+        """Its name here, if it has one."""
+        sizes = ((name, (size.width, size.depth)) for name, size in VIT_SIZES.items())
+        return next((name for name, size in sizes if size == (self.width, self.depth)), None)
+
+
+def read_vit_weights(
+    path: Path, what: str = A_VIT, *, ignored: tuple[str, ...] = (), lazily: bool = False
+) -> dict[str, Tensor]:
+    """The state dict of a file, by itself or under 'model'. Raises ValueError for any other file.
+
+    what: the file has to be, for that message. ignored: beginnings of names that are left out.
+    lazily: see `engine.checkpoint.load_checkpoint`.
+    """
+    content = read_torch_file(path, lazily=lazily)
+    # MAE puts them under 'model', timm nowhere; a release may hold plain values beside them.
+    stored = content.get("model", content) if isinstance(content, dict) else None
+    weights = {
+        str(name): weight
+        for name, weight in (stored.items() if isinstance(stored, dict) else ())
+        if isinstance(weight, Tensor) and not str(name).startswith(ignored)
+    }
+    check_vit_weights(weights, path, what)
+    return weights
+
+
+def check_vit_weights(weights: Mapping[str, Tensor], path: Path, what: str = A_VIT) -> None:
+    """Raise ValueError unless they are a ViT's, and finite."""
+    if PROJECTION not in weights or weights[PROJECTION].dim() != 4:
+        raise ValueError(f"{path} is not {what}: it has no {PROJECTION}")
+    refuse_damaged(weights, path)
+
+
+def describe_vit(
+    weights: Mapping[str, Tensor], source: object, *, prefix_tokens: int = 1
+) -> VitFacts:
+    """What they say of their ViT. Raises ValueError about the source if it is of no square.
+
+    prefix_tokens: before the patches, the class token among them.
+    """
+    patches, positions = 0, weights.get(POSITIONS)  # [1, prefix + N, D]
+    if positions is not None and positions.dim() == 3:
+        patches = positions.shape[1] - prefix_tokens
+    grid = round(max(patches, 0) ** 0.5)  # ViTs of MAE and timm are pretrained on squares
+    if not grid or grid**2 != patches:
+        raise ValueError(
+            f"{source} has no {POSITIONS} of a class token and a square grid of patches"
+        )
+    width, channels, patch, _ = weights[PROJECTION].shape  # [D, C, P, P]
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return VitFacts(width=width, depth=depth, in_channels=channels, patch_size=patch, grid=grid)
+
+
+def resample_positions(weights: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
+    """The same weights for a square of `grid` x `grid` patches: bicubic, as timm does it."""
+    positions = weights[POSITIONS]
+    resampled = resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=1)
+    if resampled.shape != positions.shape:
+        logger.info("position embeddings resampled to %d patches", grid**2)
+    return {**weights, POSITIONS: resampled}
+
+
+def fold_channels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same for an image alone: channels beyond it, VISIBLE everywhere, go into the bias.
+
+    A constant input c under a kernel w adds c * sum(w) at every position, as a bias does, so the
+    three-channel ViT has the same outputs.
+    """
+    kernel, bias = weights[PROJECTION], weights[PROJECTION_BIAS]  # [D, C, P, P], [D]
+    # In double precision: a rounding here would be the same error at every position.
+    constant = VISIBLE * kernel[:, IMAGE_CHANNELS:].double().sum(dim=(1, 2, 3))
+    return {
+        **weights,
+        PROJECTION: kernel[:, :IMAGE_CHANNELS].contiguous(),
+        PROJECTION_BIAS: (bias.double() + constant).to(bias.dtype),
+    }

@@ -1,0 +1,302 @@
+"""The scores of output directories: read from their evaluations, put together into lines.
+
+    lines = make_lines([Layout(Path("output"))])
+    lines[0].level(50, FINETUNING).spread  # after 50 epochs, with an interval
+
+What tells one pretraining from another stands in the name of its folder, once and for all: method,
+seed and source of segments are read off it. What they cost stands in records and logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from typing_extensions import TypedDict
+
+from common.parsed import ProbeResult, Result, parsed, read_json, read_log
+from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
+from common.yamlfile import read_yaml
+from pipeline.plan import layout
+from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
+from pipeline.plan.records import Record, made_alike, read_all_records
+from pipeline.report.statistics import Interval, draw_images, interval
+
+if TYPE_CHECKING:
+    import numpy as np
+
+COSTS = ("device_hours", "train_flops")  # of pretraining: columns of results.csv
+REFERENCE = "patches"  # plain MAE, what the others are compared with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Something that checkpoints are compared by."""
+
+    words: str
+    unit: str  # the score in words, for an axis
+    key: str  # where result.json has it
+    areas: str = ""  # the file of areas by image; none where there are no areas
+    most: float = 100.0  # the highest score there is
+
+
+MIOU = "mean IoU (%)"
+# By the names in a probe's result.json, in the order of what they are worth.
+MEASURES = {
+    "finetuning": Measure(words="complete finetuning", unit=MIOU, key="mean_iou", areas=AREAS),
+    "linear": Measure(words="the frozen linear probe", unit=MIOU, key="mean_iou",
+                      areas=PROBE_AREAS["linear"]),
+    "knn": Measure(words="the frozen kNN probe", unit=MIOU, key="mean_iou",
+                   areas=PROBE_AREAS["knn"]),
+    "image_knn": Measure(words="kNN over whole images", unit="accuracy (%)", key="accuracy"),
+    "rankme": Measure(words="the spread of its features", unit="RankMe (features used)",
+                      key="rankme", most=float("inf")),
+}  # fmt: skip
+FINETUNING = MEASURES["finetuning"]
+
+
+class Variant(NamedTuple):
+    """What was pretrained: a method with its choices, or a baseline."""
+
+    method: str
+    coverage_ratio: float | None  # wanted percent hidden; None where the method uses none
+    segments_from: str  # whose segments were hidden: the image's own, or those of a control
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        ratio = self.coverage_ratio
+        ratio_words = "" if ratio is None else f" {layout.ratio_text(ratio)}%"
+        source = "" if self.segments_from == OWN else f" {self.segments_from}"
+        return f"{self.method}{ratio_words}{source}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One finished score of a checkpoint; in percent but for RankMe."""
+
+    folder: Path
+    variant: Variant
+    seed: int  # of pretraining
+    eval_seed: int  # of finetuning
+    epochs: int  # of pretraining, completed
+    minutes: float  # of finetuning and scoring, and of the pretraining round before it
+    # Of pretraining up to here, GPUs or the CPU as one; None where it is not known.
+    device_hours: float | None
+    train_flops: float | None
+    result: dict[str, Any]  # the whole result.json, or a probe's part of it
+    measure: Measure = FINETUNING
+
+    @property
+    def score(self) -> float | None:
+        """What it is compared by."""
+        return self.result.get(self.measure.key)
+
+    @cached_property
+    def drawn(self) -> np.ndarray | None:
+        """[DRAWS] scores on other images; None where an earlier version did not keep the areas."""
+        file = self.folder / self.measure.areas
+        return draw_images(file) if self.measure.areas and file.exists() else None
+
+
+def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
+    """All finished ones, by the methods in the order of the run, then ratio, seed and epochs.
+
+    shape: Result for finetunings; ProbeResult for the frozen probes, one for each of their scores.
+    """
+    parent = paths.eval_output if shape is Result else paths.probe_output
+    records, found = read_all_records(paths), []
+    seconds = {record.name: record.seconds for record in records}
+    costs: dict[str, dict[str, dict[int, float]]] = {}
+    for folder in parent.glob("*"):
+        try:
+            name, epochs, number = parse_eval_name(folder.name)
+        except ValueError:
+            continue  # not an evaluation
+        if not (folder / RESULT).exists():
+            continue  # not finished
+        run, result = RunId.parse(name), read_json(folder / RESULT, shape)
+        if name not in costs:
+            costs[name] = _costs(paths, name, records)
+        # Of several finetunings of a checkpoint, the first bears its pretraining.
+        steps = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{name}_{epochs}"])]
+        timed = [seconds[step] for step in steps if step in seconds]
+        common: dict[str, Any] = {
+            "folder": folder, "variant": variant_of(run, records),
+            "seed": run.seed, "eval_seed": run.seed + number, "epochs": epochs,
+            "minutes": sum(timed) / 60 if timed else float(result.get("minutes") or 0),
+            **{cost: known.get(epochs) for cost, known in costs[name].items()},
+        }  # fmt: skip
+        # A finetuning's file is one score. A probe's has several: dictionaries, or bare numbers.
+        parts = {"finetuning": result} if shape is Result else result
+        for key, measure in MEASURES.items():
+            if (part := parts.get(key)) is not None:
+                part = part if isinstance(part, dict) else {key: part}
+                found.append(Evaluation(**common, result=part, measure=measure))
+    rank = method_rank([paths])
+
+    def place(one: Evaluation) -> tuple[Any, ...]:
+        method, ratio, source = one.variant
+        return rank(method), ratio or 0, source != OWN, source, one.seed, one.eval_seed, one.epochs
+
+    return sorted(found, key=place)
+
+
+def _costs(paths: Layout, run: str, records: Iterable[Record]) -> dict[str, dict[int, float]]:
+    """What a pretraining has cost from its start up to some epochs, where it is known."""
+    rounds = sorted(
+        (int(record.name.rsplit("_", 1)[1]), record.seconds * record.devices / 3600)
+        for record in records
+        if record.kind == "pretrain" and record.run == run
+    )
+    hours = zip((end for end, _ in rounds), accumulate(hours for _, hours in rounds), strict=True)
+    log = read_log(paths.pretrain_dir(run) / LOG)  # counts FLOPs from the start on
+    flops = {entry["epoch"]: entry["train_flops"] for entry in log if "train_flops" in entry}
+    return {"device_hours": dict(hours), "train_flops": flops}
+
+
+def variant_of(run: RunId, records: Iterable[Record]) -> Variant:
+    """What a run's name says, and whether its method uses a ratio, which its records tell.
+
+    The name leaves the default out, and run.yml is of the latest call, perhaps of other methods.
+    """
+    ratio = None if run.coverage_ratio == layout.DEFAULT_RATIO else run.coverage_ratio
+    for record in records:
+        if record.kind == "pretrain" and record.run == run.name:
+            ratio = run.coverage_ratio if "coverage_ratio" in record.fingerprint else None
+    return Variant(run.method, ratio, run.segments_from)
+
+
+class RunYml(TypedDict, total=False):
+    """What a report shows of run.yml."""
+
+    settings: dict[str, Any]
+    versions: dict[str, Any]
+    hardware: dict[str, Any]
+
+
+def read_run_yml(paths: Layout) -> dict[str, Any]:
+    """Settings, versions and hardware of the latest call; empty if there are none."""
+    if not paths.run_yml.exists():
+        return {}
+    return parsed(RunYml, read_yaml(paths.run_yml), f"{paths.run_yml} is damaged")
+
+
+def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]:
+    """Sorts methods: baselines, then as the calls named them, then by the alphabet."""
+    order = list(BASELINES)
+    for paths in all_paths:
+        methods = read_run_yml(paths).get("settings", {}).get("mask_method")
+        order += map(str, methods) if isinstance(methods, list) else []
+    return lambda method: (order.index(method) if method in order else len(order), method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """Where a line stands after some epochs; by the seed of pretraining.
+
+    Several finetunings of one pretraining count as their mean, and so does a seed that is in
+    several directories: neither tells how much chance there is in pretraining.
+    """
+
+    scores: dict[int, float]  # empty where it was not scored
+    drawn: dict[int, np.ndarray] | None  # on other images; None where areas were not kept
+    costs: dict[str, float | None]  # device_hours and train_flops, means over its pretrainings
+
+    @property
+    def score(self) -> float:
+        """The mean over seeds."""
+        return fmean(self.scores.values())
+
+    @cached_property
+    def spread(self) -> Interval | None:
+        """Its interval; None for one seed, which tells nothing of the chance between seeds."""
+        drawn = None if self.drawn is None else list(self.drawn.values())
+        return interval(list(self.scores.values()), drawn) if len(self.scores) > 1 else None
+
+
+@dataclass(kw_only=True)
+class Line:
+    """What the charts show as one line: a method, and its ratio, over seeds and epochs."""
+
+    label: str
+    family: str  # the label of the line that hides the images' own segments
+    method: str
+    style: tuple[int, int] = (0, 0)  # number of the family, and in the family
+    scored: list[Evaluation] = field(default_factory=list)  # by any measure
+    # Folders; an evaluation may have outlived its pretraining, or not have begun.
+    pretrainings: list[Path] = field(default_factory=list)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether nothing was pretrained here."""
+        return self.method in BASELINES
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The complete finetunings."""
+        return [one for one in self.scored if one.measure is FINETUNING]
+
+    def epochs(self, measure: Measure = FINETUNING) -> list[int]:
+        """Where it was scored, ascending."""
+        known = (e for e in self.scored if e.measure is measure and e.score is not None)
+        return sorted({e.epochs for e in known})
+
+    def level(self, epochs: int, measure: Measure) -> Level:
+        """Its scores after `epochs`; those of a baseline are the same after any."""
+        by_seed: dict[int, list[Evaluation]] = {}
+        there = [one for one in self.scored if one.epochs == epochs or self.is_baseline]
+        for one in there:
+            if one.measure is measure and one.score is not None:
+                by_seed.setdefault(one.seed, []).append(one)
+        scores = {seed: fmean(e.result[measure.key] for e in by_seed[seed]) for seed in by_seed}
+        drawn: dict[int, Any] = {seed: [e.drawn for e in by_seed[seed]] for seed in by_seed}
+        has_areas = all(one is not None for several in drawn.values() for one in several)
+        means = {seed: sum(drawn[seed]) / len(drawn[seed]) for seed in drawn} if has_areas else None
+        spent = {name: [getattr(one, name) for one in there] for name in COSTS}
+        known = {name: [cost for cost in spent[name] if cost is not None] for name in COSTS}
+        costs = {name: fmean(known[name]) if known[name] else None for name in COSTS}
+        return Level(scores=scores, drawn=means, costs=costs)
+
+
+def last_common_epochs(lines: Sequence[Line], measure: Measure = FINETUNING) -> int | None:
+    """The last epochs after which all methods were scored, None if there are none."""
+    scored = [set(line.epochs(measure)) for line in lines if not line.is_baseline]
+    return max(set.intersection(*scored), default=None) if scored else None
+
+
+def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
+    """All runs sorted into lines; baselines come first.
+
+    Directories whose settings differ have lines of their own, which bear the directory's name.
+    """
+    apart = len(all_paths) > 1 and not made_alike(all_paths)
+    lines: dict[str, Line] = {}
+
+    def line_of(variant: Variant, paths: Layout) -> Line:
+        suffix = f" ({paths.root.name})" if apart else ""
+        label, family = (v.label + suffix for v in (variant, variant._replace(segments_from=OWN)))
+        new = Line(label=label, family=family, method=variant.method)
+        return lines.setdefault(label, new)
+
+    for paths in all_paths:
+        for one in [*read_evaluations(paths), *read_evaluations(paths, ProbeResult)]:
+            line_of(one.variant, paths).scored.append(one)
+        records = read_all_records(paths)
+        for folder in sorted(paths.pretrain_output.glob("*/")):
+            with contextlib.suppress(ValueError):  # not a run's name
+                variant = variant_of(RunId.parse(folder.name), records)
+                line_of(variant, paths).pretrainings.append(folder)
+    rank = method_rank(all_paths)
+    ordered = sorted(lines.values(), key=lambda line: rank(line.method))
+    families = list(dict.fromkeys(line.family for line in ordered))
+    for index, line in enumerate(ordered):  # a method and its controls share a colour
+        variants = [earlier.family for earlier in ordered[:index]].count(line.family)
+        line.style = (families.index(line.family), variants)
+    return ordered
