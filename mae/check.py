@@ -52,7 +52,7 @@ def check_pretraining(
 
     listing = make_listing(config.data, config.method, packed=packed, known=known)
     plan = plan_batches(config, len(listing.train), processes)
-    check_output(config)
+    check_output(config)  # last: a wrong dataset is the likelier mistake
     config.run.check_resume(find_resumable(config.run.output_dir))
     return PretrainFacts(
         train=len(listing.train),
@@ -83,7 +83,7 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
         )
     share = effective // processes
     accumulation = math.ceil(share / config.run.most_at_once)
-    while share % accumulation:
+    while share % accumulation:  # equal parts, so that each weighs the same
         accumulation += 1
     return BatchPlan(
         num_images=num_images,
@@ -104,6 +104,7 @@ def check_output(config: PretrainConfig) -> None:
 def needs_torch(config: PretrainConfig) -> bool:
     """Whether there is something that only `look_inside` can judge."""
     run = config.run
+    # torch takes seconds to import, and a planner has tens of runs.
     return bool(run.init or find_resumable(run.output_dir) or run.unusual_trackers)
 
 
@@ -116,7 +117,7 @@ def look_inside(config: PretrainConfig, known: dict[Any, Any] | None = None) -> 
 
         listing = make_listing(config.data, config.method, known=known)
         open_own_checkpoint(config, listing, lazily=True)
-    elif config.run.init is not None:
+    elif config.run.init is not None:  # a run that goes on does not look at it again
         _check_init(config, config.run.init)
 
 
@@ -155,5 +156,6 @@ def store_in(folder: Path) -> Path | None:
     """Where training finds the packed segments of a folder; None where that cannot be written."""
     from segments.store import STORE_NAME
 
+    # Where the folder is still to be made, its parent has to be writable.
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return folder / STORE_NAME if os.access(there, os.W_OK) else None

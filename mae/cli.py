@@ -27,7 +27,7 @@ class _Commands(click.Group):
     """Loads `masks` when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "masks"])
+        return sorted([*super().list_commands(ctx), "masks"])  # an alias of `python -m segments`
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "masks":
@@ -53,11 +53,11 @@ def pretrain(dry_run: str | None, **groups: Any) -> int:
     if dry_run == "check":
         from mae.check import check_pretraining, look_inside
 
-        known: dict[Any, Any] = {}
+        known: dict[Any, Any] = {}  # the images are listed once
         check_pretraining(config, processes=world_size(), known=known)
         look_inside(config, known)
         return 0
-    log_to_stderr()
+    log_to_stderr()  # stdout is for the seconds
     if dry_run == "time":
         from mae.pretrain import time_pretraining
 
@@ -83,6 +83,7 @@ def methods(plugin: PluginConfig) -> None:
     say(aligned(rows))
     say("\nsegments: of an image that a pattern is drawn from; tokens, channels: the encoder's")
     for name, method in METHODS.items():
+        # A plugin's class need not have a docstring.
         said = (method.__doc__ or "").partition("\n")[0]
         say(textwrap.fill(f"{name}: {said}", 100, subsequent_indent="  "))
 

@@ -67,7 +67,7 @@ def check_training(config: TrainConfig, task: Task, *, processes: int) -> Scorin
     plan = plan_batches(config, task, processes)
     _check_start(config, task)
     _refuse_lone_images(config, plan)
-    size = _checkpoint_bytes(config, task.num_classes)
+    size = _checkpoint_bytes(config, task.num_classes)  # for the disk, before there is a model
     return ScoringFacts(train=len(task.train), val=len(task.val), checkpoint_bytes=size)
 
 
@@ -99,7 +99,7 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
             f"a batch of {effective} images cannot be spread over {processes} processes; raise "
             "--batch-size or use fewer processes"
         )
-    share = -(-effective // processes)
+    share = -(-effective // processes)  # rounded up: of the process that has most
     return BatchPlan(
         num_images=len(task.train),
         effective_batch_size=effective,
@@ -112,7 +112,7 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
 def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
     """UPerNet's norms take the mean over a part of a batch, pooled to a pixel per image."""
     if config.model.decoder != "upernet":
-        return
+        return  # the other decoders normalise each token by itself
     if config.run.device_batch_size == "auto":
         raise ValueError(
             "--device-batch-size auto would let the GPU decide what --decoder upernet learns: its "
@@ -129,6 +129,7 @@ def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
 def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
     """Whether there is something that only `look_inside`, or reading a checkpoint, can judge."""
     unusual = isinstance(config, TrainConfig) and config.run.unusual_trackers
+    # result.json, where it is there, is read first and takes no torch.
     return config.init != RANDOM or unusual or _found(config, CHECKPOINT) is not None
 
 
@@ -158,6 +159,7 @@ def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None
 
     Raises ValueError if it was made with other settings, or is not what --resume asks for.
     """
+    # The result comes last: where it is there, all is done.
     found = _found(config, RESULT) or _found(config, CHECKPOINT)
     config.run.check_folder(config.leaves, is_run=found is not None)
     is_training = isinstance(config, TrainConfig)
@@ -192,6 +194,7 @@ def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
     )  # fmt: skip
     if model.decoder == "mask_transformer":
         parameters += transformer_parameters(size.width, model.decoder_layers) + 3 * size.width**2
+    # SGD keeps a momentum of each weight, AdamW two means.
     moments = 1 if config.optimisation.optimizer == "sgd" else 2
     if model.decoder == "upernet":  # UPerHead 115 and pyramid 12 times the width's square
         parameters += 127 * size.width**2 + 9 * size.width * AUXILIARY_WIDTH

@@ -48,7 +48,7 @@ def train(dry_run: str | None, **groups: Any) -> int:
     config = TrainConfig(**groups)
     task = read_task(config.run.dataset)
     check_training(config, task, processes=world_size())
-    look_inside(config)
+    look_inside(config)  # loads torch, if there is something to look into
     if dry_run == "time":  # it begins anew, whatever is there
         from segmenter.finetune import time_finetuning
 
@@ -58,6 +58,7 @@ def train(dry_run: str | None, **groups: Any) -> int:
             say(json.dumps(seconds))
         return 0
     found = earlier_output(config, task)
+    # What is finished is finished: the same command again does nothing.
     if dry_run == "check" or (found is not None and found.name == RESULT):
         return 0
     from segmenter.finetune import finetune
@@ -73,6 +74,7 @@ def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
     """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
     from segmenter.check import check_probe, earlier_output, look_inside, read_task
 
+    # An argument, since there is no probe without something to probe.
     init: Any = RANDOM if str(checkpoint) == RANDOM else checkpoint.absolute()
     config = ProbeConfig(init=init, **groups)
     task = read_task(config.run.dataset)
@@ -108,7 +110,7 @@ def evaluate(
     else:
         assert checkpoint is not None
         result = evaluate_checkpoint(checkpoint, evaluation, changes, devices)
-    if rank() == 0:
+    if rank() == 0:  # all processes have the same scores
         if evaluation.out is not None:
             write_json(evaluation.out, result)
         _show(result)
@@ -167,6 +169,7 @@ def ade20k(folder: Path, url: tuple[str, ...], digest: str | None) -> None:
     if digest is not None and digest != "none" and not re.fullmatch(r"(md5|sha256):\w+", digest):
         raise click.UsageError(f"--digest is {digest!r}; give md5:<hex>, sha256:<hex> or none")
     log_to_stderr()
+    # A mirror's zip may be packed otherwise: then --digest none, and the files are checked.
     wanted = ADE20K_DIGEST if digest is None else digest
     ready = prepare_ade20k(
         folder, urls=(*url, *ADE20K_URLS), digest=None if wanted == "none" else wanted

@@ -44,12 +44,13 @@ def estimate_run(settings: Settings) -> str:
         price = _price_of_segments(making[0]) if making else {}
         shards = settings.data.segment_shards
         seconds = step_seconds(left, aside)
+    # Shards run side by side only where there are machines for them: each is counted.
     seconds |= {step.name: price["seconds"] / shards for step in making}
     # The parts are kept beside what they are joined to.
     kept = kept_bytes(left) + price.get("bytes", 0) * (1 + (shards > 1))
     total = wall_seconds(left, seconds, overlaps=settings.compute.overlaps)
     wall = f"wall time: {duration(total)} ({total / 3600:.2f} h)"
-    if (in_turn := sum(seconds.values())) > total:
+    if (in_turn := sum(seconds.values())) > total:  # some steps run beside each other
         wall += f"; one step after another it would be {duration(in_turn)}"
     hours = {step.name: seconds.get(step.name, 0.0) * step.devices / 3600 for step in left}
     columns = {
@@ -124,6 +125,7 @@ def step_seconds(steps: Sequence[Step], aside: Path) -> dict[str, float]:
             begun = reached.get(step.run, epochs_reached(step))
             epochs, reached[step.run] = max(step.epochs - begun, 0), step.epochs
         found[step.name] = cost["setup_seconds"] + epochs * (cost["epoch_seconds"] + evaluations)
+    # A probe is not timed: what it does, an evaluation does.
     for step in steps:
         if step.kind == "probe" and ("evaluate", None) in timed and step.facts:
             # It sees every training image once, and the others as an evaluation does.
@@ -152,9 +154,10 @@ def _time_on_some(step: Step, aside: Path) -> dict[str, float]:
     store = folder / "masks.sqlite"
     if not folder.exists():
         for path in evenly_spread(find_images(train), _BATCHES * batch):
-            link = folder / "train" / path
+            link = folder / "train" / path  # nothing is copied
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(train / path)
+        # Of the shape of a store only its size matters, and any model would take longer.
         make = ["generate", "felzenszwalb", "--images", str(folder / "train"), "--out", str(store)]
         ask([[sys.executable, "-m", "segments", *make]])
     data = replace(
@@ -178,6 +181,7 @@ def wall_seconds(left: Sequence[Step], seconds: Mapping[str, float], *, overlaps
     free_at: dict[int | str, float] = {}
     ends: dict[str, float] = {}
     for step in left:
+        # A lane is a GPU, or on the CPU a kind of step.
         lanes: Sequence[int | str] = step.gpus or [step.lane if overlaps else "the only one"]
         taken = sorted(lanes, key=lambda lane: free_at.get(lane, 0.0))[: step.processes]
         begin = max(

@@ -24,7 +24,7 @@ def step_table(
 
     numbers: titles of the columns that end alike.
     """
-    rows = [("", "step", *columns)]
+    rows = [("", "step", *columns)]  # a number needs no title
     cells = zip(*columns.values(), strict=True)
     rows += [(str(n), name, *said) for n, (name, said) in
              enumerate(zip(names, cells, strict=True), start=1)]  # fmt: skip
@@ -44,10 +44,11 @@ def show(settings: Settings, *, verbose: bool) -> None:
         "": ["done" if step.name in done else "to do" for step in steps],
     }
     say(step_table([step.name for step in steps], columns))
-    for step in steps if verbose else ():
+    for step in steps if verbose else ():  # to be copied into a shell
         say(f"\n{numbers[step.name]}  {shlex.join(step.command)}")
         say(f"   leaves {', '.join(os.path.relpath(p, paths.root) for p in step.outputs)}")
         say(f"   log    {os.path.relpath(step.console_log, paths.root)}")
+    # All pretrainings of a plan have one schedule: the first one left stands for them.
     facts = [step.facts for step in steps if isinstance(step.facts, PretrainFacts)]
     configs = [step.config for step in steps if isinstance(step.facts, PretrainFacts)]
     if facts and isinstance(configs[0], PretrainConfig):
@@ -72,7 +73,7 @@ def devices_text(step: Step) -> str:
     """What it runs on, in words."""
     if not step.devices_are_gpus:
         return "CPU"
-    there = len(step.gpus or ())
+    there = len(step.gpus or ())  # of which a score takes some
     several = f"{step.devices} of {there}" if there > step.devices else str(step.devices)
     return f"{several} GPU{'' if several == '1' else 's'}"
 

@@ -40,6 +40,7 @@ def checked_plan(settings: Settings) -> list[Step]:
     paths, steps = Layout(settings.data.output_dir), make_plan(settings)
     check_output_folder(paths.root)
     check_own_files(paths)
+    # Options are judged by now, so that a slip does not leave sample data behind.
     if settings.data.missing_sample:
         from pipeline.plan.sample import write_sample  # numpy, pycocotools
 
@@ -47,6 +48,7 @@ def checked_plan(settings: Settings) -> list[Step]:
         write_sample(settings.data.missing_sample)
         steps = make_plan(settings)  # by what lies there now
     _check_same_settings(steps, paths)
+    # Segments are made for what is left; a finished run packs nothing.
     done = {step.name for step in steps if is_done(step, paths)}
     steps = with_segments(steps, settings, done)
     waiting = [step for step in steps if step.name not in done and not is_done(step, paths)]
@@ -56,11 +58,11 @@ def checked_plan(settings: Settings) -> list[Step]:
             f"--num-gpus {wanted}: there are {len(there)} here, by CUDA_VISIBLE_DEVICES or else "
             "the driver; set the former if that is wrong"
         )
-    made = {output for step in steps for output in step.outputs}
+    made = {output for step in steps for output in step.outputs}  # by the end of the plan
     for step in waiting:
         _check_possible(step, made)
     facts = _check_by_parts(waiting, settings)
-    for note in settings.notes():
+    for note in settings.notes():  # last: an error stays alone
         say(f"Note: {note}", err=True)
     return [replace(step, facts=facts.get(step.name)) for step in steps]
 
@@ -70,7 +72,7 @@ def check_own_files(paths: Layout) -> None:
 
     The output directory is the current one by default.
     """
-    for path, is_own in (
+    for path, is_own in (  # it may be somebody's project, with a report.html of its own
         (paths.run_yml, lambda head: head.startswith((b"settings:", b"command:"))),
         (paths.results_csv, is_results_csv),
         (paths.report_html, is_report),
@@ -85,6 +87,7 @@ def _check_same_settings(steps: list[Step], paths: Layout) -> None:
     changed, remedy = differences(steps, paths), "Use these or another --output-dir"
     if not changed:
         return
+    # Where only scores differ, the pretrainings, which took days, can stay.
     if not differences([step for step in steps if step.lane != "evaluate"], paths):
         remedy += f", or remove {paths.eval_output} and {paths.probe_output} to score anew"
     raise ValueError(
@@ -129,6 +132,7 @@ def startable(step: Step) -> Step:
     if init is None or init.exists():
         return step
     now: Any = step.config
+    # To pretrain from nothing, --init is left out; to score nothing, it is "random".
     if isinstance(now, PretrainConfig):
         now = replace(now, run=replace(now.run, init=None))
     elif isinstance(now, TrainConfig):
@@ -152,6 +156,7 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
         config: Any = now.config
         if isinstance(config, PretrainConfig):
             waits = makes_segments and reads_segments(step)
+            # What is there now is looked at, not the store that will be made.
             now = with_store(now, settings.data.masks_dir) if waits else now
             facts, asks = _check_pretraining(now, processes, known, packed=not waits)
             now = _without_segments(now) if waits else now
@@ -185,7 +190,7 @@ def _check_scoring(config: Any, task: segmenter.check.Task, processes: int) -> t
     else:
         facts = segmenter.check.check_probe(config, task)
     asks = segmenter.check.needs_torch(config)
-    if not asks:
+    if not asks:  # else the part says it, too
         segmenter.check.earlier_output(config, task)
     return facts, asks
 
@@ -205,7 +210,7 @@ def ask(
     environments: what each gets beside this process's own. Raises ValueError with the reasons of
     those that fail, each once.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process of its own
         ended = list(pool.map(_run, commands, environments or [{}] * len(commands)))
     complaints = [_complaint(done) for done in ended if done.returncode != 0]
     if complaints:
@@ -224,5 +229,6 @@ def _run(
 def _complaint(done: subprocess.CompletedProcess[str]) -> str:
     """The one line that the part said, else the end of what it said."""
     lines = (done.stderr or done.stdout).strip().splitlines()
+    # torchrun and logging may put something before it.
     said = [line.partition("Error: ")[2] for line in lines if "Error: " in line]
     return said[0] if said else "\n".join(lines[-3:]) or "it gave no reason"

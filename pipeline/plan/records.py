@@ -84,9 +84,10 @@ class Record:
         )  # fmt: skip
 
     @property
-    def method(self) -> Any:
+    def method(self) -> str | None:
         """The masking method of a pretraining; other steps have none."""
-        return self.fingerprint.get("mask_method")
+        method = self.fingerprint.get("mask_method")
+        return None if method is None else str(method)  # what a file holds may be anything
 
 
 class PlannedStep(TypedDict):
@@ -165,6 +166,7 @@ def output_sizes(step: Step, paths: Layout) -> dict[str, int]:
 def is_done(step: Step, paths: Layout) -> bool:
     """Whether the step needs no more work: recorded as done, outputs whole, settings equal."""
     record = read_record(paths, step.name)
+    # A step of an earlier call may bear the name: then it was made otherwise, and is done again.
     if record is None or record.state != "done" or other_settings(step, record):
         return False
     try:
@@ -202,7 +204,7 @@ def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
 
 def made_alike(all_paths: Sequence[Layout]) -> bool:
     """Whether what these directories hold may stand on one line of a report."""
-    first: dict[str, Record] = {}
+    first: dict[str, Record] = {}  # of each kind: being alike is transitive
     for record in (record for paths in all_paths for record in _binding(paths)):
         other, older = first.setdefault(record.kind, record), _older(record)
         leave_out = {
@@ -255,6 +257,7 @@ def _binds(record: Record, paths: Layout) -> bool:
     scores = {"evaluate": paths.eval_output, "probe": paths.probe_output}
     if record.kind == "pretrain":
         of_run = f"{record.run}_[0-9]*"
+        # Scores outlive the pretraining that may be removed to make room.
         scored = any(any(folder.glob(of_run)) for folder in scores.values())
         return paths.pretrain_dir(record.run).exists() or scored
     if record.kind not in scores:  # segments and downloads

@@ -24,6 +24,7 @@ from segments.config import GENERATORS
 
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store
 _ANY_MODEL = "sam"  # the generator that takes a model's name or folder
+# owner/name; a path that is not there looks alike, and is taken for one.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -44,7 +45,7 @@ def with_segments(
         return list(steps)
     source = data.masks_dir or data.in1k_dir / "masks"
     form, store = segments_at(source), store_in(source) or paths.segments
-    if form == "loose":
+    if form == "loose":  # as Segment Anything's tools leave them
         words, what = [str(source), "--out", str(store)], "pack the segments into one file"
         made = [_step("pack", "pack_segments", words, what, paths.bookkeeping / "pack", store)]
     elif form == "none" and generator is not None:
@@ -133,7 +134,7 @@ def _wanted_ratios(reading: Sequence[Step]) -> list[float]:
     methods = [s.config.method for s in reading if isinstance(s.config, PretrainConfig)]
     known = [METHODS[method.mask_method] for method in methods]
     if any(method.all_segments for method in known):
-        return []
+        return []  # the store that serves all serves the others, too
     pairs = zip(methods, known, strict=True)
     return sorted({m.coverage_ratio for m, k in pairs if "coverage_ratio" in k.settings})
 

@@ -40,6 +40,7 @@ class Data(OptionGroup):
     )
 
     def __post_init__(self) -> None:
+        # By its own name: records and processes of one directory are told by the path.
         object.__setattr__(self, "output_dir", self.output_dir.resolve())
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ValueError(f"--output-dir {self.output_dir} is a file")
@@ -100,7 +101,7 @@ class Experiment(OptionGroup):
         for name in (
             "mask_method", "coverage_ratio", "segments_from", "seed", "eval_epochs", "baselines"
         ):  # fmt: skip
-            values = getattr(self, name) or ()
+            values = getattr(self, name) or ()  # of which each makes a step, with that name
             if len(set(values)) != len(values):
                 raise ValueError(f"--{name.replace('_', '-')} names one twice")
         if any(epochs > self.pretrain_epochs for epochs in self.eval_epochs or ()):
@@ -118,14 +119,14 @@ class Experiment(OptionGroup):
         if self.eval_epochs is not None:
             return tuple(sorted(self.eval_epochs))
         every = range(self.eval_freq, self.pretrain_epochs, self.eval_freq)
-        return (*every, self.pretrain_epochs)
+        return (*every, self.pretrain_epochs)  # the last round may be shorter
 
     @property
     def probe_points(self) -> tuple[int, ...]:
         """Epochs completed at which to probe, ascending."""
         if self.probe_freq == 0:
             return ()
-        freq = self.probe_freq or self.pretrain_epochs + 1
+        freq = self.probe_freq or self.pretrain_epochs + 1  # beyond the end: none of its own
         return tuple(sorted({*range(freq, self.pretrain_epochs + 1, freq), *self.eval_points}))
 
 
@@ -151,7 +152,7 @@ class Compute(OptionGroup):
 
     def resolved(self, cluster: Cluster, gpus_here: int) -> Compute:
         """With every number filled in; the GPUs of a machine that submits jobs do not count."""
-        total = self.num_gpus
+        total = self.num_gpus  # from here on a number
         if cluster.launcher == "slurm":
             total = total if cluster.gpus_per_node is None else cluster.gpus_per_node
             if total is None:
@@ -169,7 +170,7 @@ class Compute(OptionGroup):
         gpus = total - len(self.eval_gpus)
         if self.eval_gpus and not gpus:
             raise ValueError("--eval-gpus leaves no GPU for pretraining")
-        to_score_on = len(self.eval_gpus) or total
+        to_score_on = len(self.eval_gpus) or total  # as `scoring_gpus`, which needs the total
         if self.gpus_per_eval > max(to_score_on, 1):
             raise ValueError(
                 f"--gpus-per-eval {self.gpus_per_eval}: the GPUs to evaluate on are {to_score_on}"
@@ -227,7 +228,7 @@ class Cluster(OptionGroup):
     wait: bool = option("Follow the jobs to their end.", False)
 
     def __post_init__(self) -> None:
-        _ = self.minutes
+        _ = self.minutes  # judged now, and not when the first job is submitted
 
     @property
     def minutes(self) -> int:
@@ -236,19 +237,20 @@ class Cluster(OptionGroup):
         Slurm's forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
         """
         text = self.time or "1-0"
-        days, dash, rest = text.rpartition("-")
+        days, dash, rest = text.rpartition("-")  # without a dash all of it is the rest
         try:
             parts = [int(part) for part in rest.split(":")]
             seconds_per_part = [3600, 60, 1] if dash or len(parts) == 3 else [60, 1]
             if len(parts) > len(seconds_per_part) or min(parts) < 0:
                 raise ValueError
+            # D-H and D-H:M leave the last parts out.
             seconds = sum(p * s for p, s in zip(parts, seconds_per_part, strict=False))
             seconds += int(days) * 86400 if dash else 0
         except ValueError:
             raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS") from None
         if seconds < 60:
             raise ValueError(f"--time {text} is less than a minute")
-        return -(-seconds // 60)
+        return -(-seconds // 60)  # rounded up: sbatch takes whole minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,8 +272,7 @@ class Settings:
 
     data: Data
     experiment: Experiment
-    compute: Compute
-    """Resolved: its numbers are known."""
+    compute: Compute  # resolved: its numbers are known
     cluster: Cluster
     parts: Parts
 
@@ -295,6 +296,7 @@ class Settings:
                 f"{experiment.pretrain_epochs} epochs are not a multiple of --eval-freq "
                 f"{experiment.eval_freq}: a shorter last round ends at {experiment.pretrain_epochs}"
             )
+        # Only what was changed can have been meant.
         unused = [name for name, value in vars(cluster).items() if value != vars(Cluster())[name]]
         if cluster.launcher == "local" and unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)

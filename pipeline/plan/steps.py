@@ -96,7 +96,7 @@ class Step:
     @property
     def lane(self) -> str:
         """Without GPUs, steps of different lanes may run beside each other."""
-        return "evaluate" if self.kind == "probe" else self.kind
+        return "evaluate" if self.kind == "probe" else self.kind  # both need a checkpoint
 
     @property
     def command(self) -> list[str]:
@@ -126,12 +126,12 @@ def make_plan(settings: Settings) -> list[Step]:
         needs = fetched if baseline == "mae" else ()
         steps += plan.score(RunId(method=baseline, seed=seed), 0, needs)
     if only in BASELINES:
-        return steps
+        return steps  # there is nothing to pretrain
     for run in _runs(settings):
         if only is not None:
             steps += plan.score(run, int(only), needs=())
             continue
-        previous = fetched if experiment.stack else ()
+        previous = fetched if experiment.stack else ()  # what a round starts from
         scored = {*experiment.eval_points, *experiment.probe_points}
         for epochs in sorted({*scored, experiment.pretrain_epochs} - {0}):
             steps.append(plan.pretrain(run, epochs, previous))
@@ -149,7 +149,7 @@ def _baselines(settings: Settings) -> tuple[str, ...]:
         return (experiment.eval,) if experiment.eval in BASELINES else ()
     before = "mae" if experiment.stack else "scratch"  # what pretraining starts from
     chosen = experiment.baselines
-    if chosen is None:
+    if chosen is None:  # a download of gigabytes is not begun without being asked for
         at_hand = experiment.stack or official_checkpoint(settings).is_file()
         chosen = BASELINES if at_hand else ("scratch",)
     wanted = {*chosen, *([before] if 0 in experiment.eval_points else [])}
@@ -340,9 +340,10 @@ def _groups(
     Raises ValueError if they contradict, or a name or value is none.
     """
     check_names(given, fields_of(*groups.values()), section)
-    for name in given.keys() & planned.keys():
+    for name in given.keys() & planned.keys():  # one place for each setting of a run
         flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise ValueError(f"{section} {name}=... would contradict the plan; use {flag}")
+    # An empty line of YAML says nothing: a command line has no word for None.
     given = {name: value for name, value in given.items() if value is not None}
     return make_all(groups, [Layer(given, section), Layer(planned)])
 
