@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 # What the launcher of a plan tells a step.
 PROCESSES_HERE = "SEGMAE_PROCESSES_HERE"  # how many processes steps beside each other have
@@ -37,3 +40,11 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def lacks_to_compile() -> str:
+    """What is missing: torch.compile and Triton build pieces of C at run time, on a GPU too."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
+        return "C compiler (gcc or clang)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.is_file() else f"{header} (Debian: python3-dev)"

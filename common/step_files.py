@@ -41,6 +41,12 @@ def shard_path(out: Path, index: int, count: int) -> Path:
     return out if count == 1 else out.with_name(f"{out.stem}-{index}-of-{count}{out.suffix}")
 
 
+def shard_of(path: Path) -> tuple[int, int] | None:
+    """Index and count by the name of such a part; None for other files."""
+    match = re.search(r"-(\d+)-of-(\d+)$", path.stem)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def epochs_of(path: Path) -> int | None:
     """Epochs completed, by the name of a round's checkpoint or picture; None for other files."""
     match = re.fullmatch(r"(?:checkpoint-(\d+)\.pth)|(?:reconstructions-(\d+)\.png)", path.name)

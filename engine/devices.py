@@ -7,8 +7,6 @@ import logging
 import os
 import re
 import resource
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -20,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from common import cards
-from common.environment import number_of
+from common.environment import lacks_to_compile, number_of
 from common.lock import hold
 from common.step_files import LOCK
 from engine.config import DeviceConfig, OutputConfig, TrainingConfig
@@ -176,14 +174,6 @@ def _refuse_unconnected_processes() -> None:
             "each node instead (srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS ...), or "
             "one process (srun --ntasks=1)"
         )
-
-
-def lacks_to_compile() -> str:
-    """What is missing: torch.compile and Triton build pieces of C at run time, on a GPU too."""
-    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
-        return "C compiler (gcc or clang)"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    return "" if header.is_file() else f"{header} (Debian: python3-dev)"
 
 
 def refuse_disagreement(accelerator: Accelerator, epochs: int, steps: int) -> None:

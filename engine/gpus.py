@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from engine.devices import lacks_to_compile, why_no_gpu
+from common.environment import lacks_to_compile
+from engine.devices import why_no_gpu
 
 
 def examine() -> dict[str, Any]:

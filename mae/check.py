@@ -17,6 +17,7 @@ from common.step_files import OF_PRETRAINING, find_resumable
 from engine.schedule import BatchPlan, named_epochs
 from engine.trackers import check_trackers
 from mae.config import PretrainConfig, make_method
+from segments.config import STORE_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,6 @@ def segments_at(path: Path) -> Literal["packed", "loose", "none"]:
 
 def store_in(folder: Path) -> Path | None:
     """Where training finds the packed segments of a folder; None where that cannot be written."""
-    from segments.store import STORE_NAME
-
     # Where the folder is still to be made, its parent has to be writable.
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return folder / STORE_NAME if os.access(there, os.W_OK) else None

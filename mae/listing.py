@@ -14,10 +14,10 @@ import numpy as np
 from common.images import find_images
 from common.samples import evenly_spread
 from mae.config import DataConfig, MethodConfig
-from mae.masking import METHODS, MaskingMethod
-from segments.config import command_of, made_for
-from segments.forms import form_of, open_any_form, open_segments
-from segments.store import VAL, PackedStore, segment_key
+from mae.masking import METHODS
+from segments.config import VAL, command_of, made_for
+from segments.forms import AnyForm, form_of, open_any_form, open_segments
+from segments.store import PackedStore, segment_key
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,11 @@ def make_listing(
     Raises ValueError if folders are missing or empty, too many images have no segment, the segments
     were made for other coverage ratios, or there is no second image to borrow segments from.
     """
-    method = METHODS[options.mask_method]
     known = {} if known is None else known
-    key = (data, method.uses_segments, packed)
+    # Ratios and controls choose among segments, not among images.
+    key = (data, METHODS[options.mask_method].uses_segments, packed)
     if key not in known:
-        known[key] = _list(data, method, packed, known)
+        known[key] = _list(*key, known)
     listing: Listing = known[key]
     if isinstance(listing.source, PackedStore):
         _check_made_for(listing.source, data, options)
@@ -75,27 +75,34 @@ def make_listing(
     return listing
 
 
-def _list(data: DataConfig, method: type[MaskingMethod], packed: bool, known: Listings) -> Listing:
+def _list(data: DataConfig, uses_segments: bool, packed: bool, known: Listings) -> Listing:
+    """The images, their segments, which of them train, and which are held out."""
     if not data.in1k_dir.is_dir():
         raise ValueError(f"--in1k-dir {data.in1k_dir} is not a folder")
-    kept = everything = _images_in(data.in1k_dir / "train", known)
+    train = _images_in(data.in1k_dir / "train", known)
     val_folder = data.in1k_dir / VAL
     has_val = val_folder.is_dir() and data.val_images > 0
-    val = listed_val = _images_in(val_folder, known) if has_val else []
-    source = _open_source(data, method, packed=packed)
-    if source is not None:
-        with_segment = source.images()
-        if method.uses_segments:
-            val, val_folder = _with_their_own(listed_val, val_folder, with_segment, everything)
-        kept = [path for path in everything if segment_key(path) in with_segment]
-        _check_missing(everything, kept, source, data)
+    val = _images_in(val_folder, known) if has_val else []
+
+    source = _open_source(data, uses_segments, packed)
+    with_segment = source.images() if source else set()
+
+    # Every method trains on the same images, those that have a segment: else a difference between
+    # methods could be one between images.
+    kept = _with_segment(train, with_segment, source, data) if source else train
+
+    # Where segments are hidden, a held-out image needs one of its own.
+    kept_val = val
+    if source and uses_segments:
+        kept_val, val_folder = _with_their_own(val, val_folder, with_segment, train)
+
     return Listing(
         train=encode_paths(kept),
-        val=encode_paths(evenly_spread(val, data.val_images)),
+        val=encode_paths(evenly_spread(kept_val, data.val_images)),
         val_folder=val_folder,
-        left_out=len(everything) - len(kept),
-        val_left_out=len(listed_val) - len(val),
-        source=source if method.uses_segments else None,
+        left_out=len(train) - len(kept),
+        val_left_out=len(val) - len(kept_val),
+        source=source if uses_segments else None,
     )
 
 
@@ -105,6 +112,66 @@ def _images_in(folder: Path, known: Listings) -> list[str]:
         known[folder] = find_images(folder)
     found: list[str] = known[folder]
     return found
+
+
+def _open_source(data: DataConfig, uses_segments: bool, packed: bool) -> Any:
+    """The segments; None if there are none, and the method can do without or they will be made."""
+    path = data.segments_path
+    if data.use_unmasked_images:  # it neither hides segments nor leaves images out
+        return None
+    if not packed and form_of(path) == "none":
+        return None
+    if not path.exists():
+        if data.masks_dir is None and not uses_segments:
+            return None
+        raise ValueError(
+            f"{path} does not exist; name the place of the segments by --masks-dir, or make them: "
+            "`python -m segments generate`, or benchmark.py's --make-segments"
+        )
+    return open_segments(path) if packed else open_any_form(path)
+
+
+def _with_segment(
+    train: list[str], with_segment: set[str], source: AnyForm, data: DataConfig
+) -> list[str]:
+    """The images that have one. Refuses segments that fit less than half of the images."""
+    kept = [path for path in train if segment_key(path) in with_segment]
+    # Those that a list or the store names as empty were not forgotten.
+    accounted = with_segment | source.listed_empty()
+    missing = [path for path in train if segment_key(path) not in accounted]
+    if not missing:
+        if not kept:
+            raise ValueError(f"{data.segments_path} lists every image as having no segment")
+        return kept
+    some = ", ".join(missing[:3])
+    text = f"{len(missing)} of {len(train)} images have no segment in {data.segments_path}: {some}"
+    if not kept or (len(missing) > MOST_MISSING * len(train) and not data.allow_missing_segments):
+        advice = "" if not kept else "; add --allow-missing-segments if that is meant"
+        raise ValueError(f"{text}. Is that the right --masks-dir?{advice}")
+    logger.info("%s ...; they are left out", text)
+    return kept
+
+
+def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig) -> None:
+    """Refuse a store without the segments that the run needs, and say how to make them."""
+    there, wanted = made_for(store.settings), options.coverage_ratio
+    if not there:
+        return
+    all_segments = METHODS[options.mask_method].all_segments
+    if not all_segments and wanted in there:
+        return
+    out = store.path.with_stem(f"{store.path.stem}-all") if all_segments else store.path
+    settings = {**store.settings, "for_coverage": [] if all_segments else [wanted]}
+    has_val = any(key.startswith(f"{VAL}/") for key in store.images())
+    val_dir = data.in1k_dir / VAL if has_val else None
+    needs = (
+        f"{options.mask_method} needs all" if all_segments else f"--coverage-ratio is {wanted:g}"
+    )
+    raise ValueError(
+        f"{store.path} has only the segments nearest to {', '.join(f'{r:g}' for r in there)} % "
+        f"coverage, and {needs}. This makes them: "
+        f"{command_of(settings, data.in1k_dir / 'train', out, val_dir)}"
+    )
 
 
 def _with_their_own(
@@ -135,65 +202,6 @@ def check_donors(paths: Iterable[str]) -> None:
             "--segments-from borrowed takes the segments of other images, but there is only one "
             f"with segments: {first}; give more images, or --segments-from own"
         )
-
-
-def _open_source(data: DataConfig, method: type[MaskingMethod], *, packed: bool) -> Any:
-    """The segments; None if there are none, and the method can do without or they will be made."""
-    path = data.segments_path
-    if data.use_unmasked_images:  # it neither hides segments nor leaves images out
-        return None
-    if not packed and form_of(path) == "none":
-        return None
-    if not path.exists():
-        if data.masks_dir is None and not method.uses_segments:
-            return None
-        raise ValueError(
-            f"{path} does not exist; name the place of the segments by --masks-dir, or make them: "
-            "`python -m mae masks generate`, or benchmark.py's --make-segments"
-        )
-    return open_segments(path) if packed else open_any_form(path)
-
-
-def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig) -> None:
-    """Refuse a store without the segments that the run needs, and say how to make them."""
-    there, wanted = made_for(store.settings), options.coverage_ratio
-    if not there:
-        return
-    all_segments = METHODS[options.mask_method].all_segments
-    if not all_segments and wanted in there:
-        return
-    out = store.path.with_stem(f"{store.path.stem}-all") if all_segments else store.path
-    settings = {**store.settings, "for_coverage": [] if all_segments else [wanted]}
-    has_val = any(key.startswith(f"{VAL}/") for key in store.images())
-    val_dir = data.in1k_dir / VAL if has_val else None
-    needs = (
-        f"{options.mask_method} needs all" if all_segments else f"--coverage-ratio is {wanted:g}"
-    )
-    raise ValueError(
-        f"{store.path} has only the segments nearest to {', '.join(f'{r:g}' for r in there)} % "
-        f"coverage, and {needs}. This makes them: "
-        f"{command_of(settings, data.in1k_dir / 'train', out, val_dir)}"
-    )
-
-
-def _check_missing(
-    train: list[str], kept: list[str], source: PackedStore, data: DataConfig
-) -> None:
-    """Refuse a folder of segments that fits less than half of the images."""
-    with_segment, accounted = set(kept), source.listed_empty()
-    missing = [
-        path for path in train if path not in with_segment and segment_key(path) not in accounted
-    ]
-    if not missing:
-        if not kept:
-            raise ValueError(f"{data.segments_path} lists every image as having no segment")
-        return
-    some = ", ".join(missing[:3])
-    text = f"{len(missing)} of {len(train)} images have no segment in {data.segments_path}: {some}"
-    if not kept or (len(missing) > MOST_MISSING * len(train) and not data.allow_missing_segments):
-        advice = "" if not kept else "; add --allow-missing-segments if that is meant"
-        raise ValueError(f"{text}. Is that the right --masks-dir?{advice}")
-    logger.info("%s ...; they are left out", text)
 
 
 def encode_paths(paths: list[str]) -> np.ndarray:

@@ -174,7 +174,7 @@ def pack(masks: Path, store: Path) -> PackedStore:
     """The segments as a packed store."""
     if masks.suffix == ".sqlite":
         return open_segments(masks)
-    command = [sys.executable, "-m", "mae", "masks", "pack", str(masks), "--out", str(store)]
+    command = [sys.executable, "-m", "segments", "pack", str(masks), "--out", str(store)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     return open_segments(store)
 

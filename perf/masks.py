@@ -31,11 +31,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python perf/masks.py` finds the packages beside perf/
 
+
 from segments.config import FelzenszwalbSettings, SamSettings  # noqa: E402
 from segments.felzenszwalb import Felzenszwalb  # noqa: E402
-from segments.folders import PngTableFolder  # noqa: E402
-from segments.forms import SegmentSource, open_any_form  # noqa: E402
-from segments.generate import Generator, Work, images_by_key  # noqa: E402, images_by_key
+from segments.forms import AnyForm, PngTableFolder, open_any_form  # noqa: E402
+from segments.generate import Generator, Work, images_by_key  # noqa: E402
 from segments.pack import pack, unpack  # noqa: E402
 from segments.sam import Sam  # noqa: E402
 from segments.store import PackedStore  # noqa: E402
@@ -102,8 +102,8 @@ def time_generator(
     folder: Path, generator: Generator, most_images: int, ratios: tuple[float, ...]
 ) -> Row:
     """One row; the GPU's column stays empty where there is none."""
-    work = Work(images_by_key(folder, None), generator, ratios)
-    batches = work.batches()[: -(-most_images // generator.batch_size)]
+    work = Work(images_by_key(folder, None), generator)
+    batches = work.batches[: -(-most_images // generator.batch_size)]
     work.segment(work.read(batches[0]))
     seconds: Counter[str] = Counter()
     for part, methods in PARTS.items():
@@ -151,7 +151,7 @@ def make_sample(scratch: Path) -> Path:
     return scratch / "sample/in1k/masks"
 
 
-def write_forms(source: SegmentSource, keys: list[str], scratch: Path) -> dict[str, Path]:
+def write_forms(source: AnyForm, keys: list[str], scratch: Path) -> dict[str, Path]:
     """The same segments in every form, in folders of their own."""
     forms = {
         "packed store": scratch / "store/masks.sqlite",

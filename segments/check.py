@@ -1,21 +1,22 @@
-"""Checking a dataset before a long run: every image opens, and its segments fit it."""
+"""Checking a dataset before a long run: every image opens, and its segments fit it.
+
+Free of torch, and with `form_of` what `benchmark.py` asks of the segments that are there.
+"""
 
 from __future__ import annotations
 
 import json
-from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 from common.files import HEAD_BYTES, check_output_file, write_text
 from common.images import find_images, read_rgb
-from common.interruption import Interruption
 from common.parsed import read_json_lines
-from common.progress import Counter
-from segments.forms import SegmentSource, open_any_form
-from segments.parallel import in_order
+from segments.forms import AnyForm, form_of, open_any_form
+from segments.parallel import Failure, each, one_pass
 from segments.segment import Segment, segment_from_counts
 from segments.store import segment_key
+
+__all__ = ["check", "form_of"]
 
 
 def check(
@@ -25,35 +26,29 @@ def check(
 
     Returns what is wrong with each image by its path in train/ (empty: nothing), and how many are
     left to check, if a signal asked to stop.
-
-    What was checked stands in `<offenders_path>.state` until all is done, and is not checked again.
     Raises ValueError if folders are missing or the state is that of another check.
     """
     train = in1k_dir / "train"
     paths = find_images(train)
     source = open_any_form(masks_dir)
+    without = source.listed_empty()
     state_path = offenders_path.with_name(f"{offenders_path.name}.state")
     check_output_file(offenders_path, is_own=_lists_offenders)
     check_output_file(state_path, is_own=lambda head: head.startswith(b'{"train": '))
     identity = {"train": str(train.resolve()), "masks": str(masks_dir.resolve())}
+    # What was checked stands there until all is done; images may have come or gone since.
     known = _read_state(state_path, identity)
     seen = {path: known[path] for path in paths if path in known}
-    check_one = partial(_check_one, train, source, source.listed_empty())
     todo = [path for path in paths if path not in seen]
-    with (
-        state_path.open("a", buffering=1) as state,  # each line survives a kill
-        Interruption() as stop,
-        Counter("check", total=len(paths), done=len(seen)) as counter,
-        closing(in_order(check_one, todo, processes=processes)) as results,
-    ):
+    checked = each(lambda path: _check_one(train, source, without, path), todo, processes=processes)
+    checked = one_pass("check", checked, total=len(paths), done=len(seen))
+    with state_path.open("a", buffering=1) as state:  # each line survives a kill
         if state.tell() == 0:
             state.write(json.dumps(identity) + "\n")
-        for path, reason in results:
-            seen[path] = reason
-            state.write(json.dumps([path, reason]) + "\n")
-            counter.advance()
-            if stop.requested:
-                break
+        for path, found in zip(todo, checked, strict=False):
+            text = found.reason if isinstance(found, Failure) else found
+            seen[path] = " ".join(text.split())
+            state.write(json.dumps([path, seen[path]]) + "\n")
     if len(seen) == len(paths):
         lines = (f"{path}\t{seen[path]}\n" for path in paths if seen[path])
         write_text(offenders_path, "".join(lines))
@@ -67,29 +62,28 @@ def _lists_offenders(head: bytes) -> bool:
     return all(b"\t" in line for line in (lines[:-1] if len(head) == HEAD_BYTES else lines))
 
 
-def _check_one(train: Path, source: SegmentSource, without: set[str], path: str) -> tuple[str, str]:
-    """The path of an image, and what is wrong with it or its segments; empty: nothing."""
+def _check_one(train: Path, source: AnyForm, without: set[str], path: str) -> str:
+    """What the files of an image say that is not so. Raises ValueError for what cannot be used."""
     reports: list[str] = []
-    try:
-        height, width = read_rgb(train / path).shape[:2]
-        key = segment_key(path)
-        segments = source.segments(key, reports.append)
-        if not segments and key not in without:
-            raise ValueError("has no segments, and no list says so")
-        for segment in segments:
-            _check_segment(segment, height, width)
-    except ValueError as error:
-        reports = [str(error)]
-    return path, " ".join("; ".join(reports).split())
+    height, width = read_rgb(train / path).shape[:2]  # all of it is decoded: it may be cut short
+    key = segment_key(path)
+    segments = source.segments(key, reports.append)
+    if not segments and key not in without:
+        raise ValueError("has no segments, and no list says so")
+    for segment in segments:
+        _check_segment(segment, height, width)
+    return "; ".join(reports)
 
 
 def _check_segment(segment: Segment, height: int, width: int) -> None:
     if (segment.height, segment.width) != (height, width):
+        # EXIF's orientation was not applied when the segments were made.
         how = " (transposed)" if (segment.width, segment.height) == (height, width) else ""
         raise ValueError(
             f"is {width}x{height} pixels, upright, but its segments are "
             f"{segment.width}x{segment.height}{how}"
         )
+    # A store's index goes by what it states.
     counted = segment_from_counts(height, width, segment.counts).coverage_percent
     if counted != segment.coverage_percent:
         raise ValueError(

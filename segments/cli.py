@@ -1,4 +1,7 @@
-"""The command line of `python -m mae masks`. What is heavy is imported when a command runs."""
+"""The command line of `python -m segments`. What is heavy is imported when a command runs.
+
+`python -m mae masks` is another name of the same commands.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import click
 
 from common.command import CONTEXT, PATH, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, run_program, say
-from common.files import check_output_file, check_output_folder, is_marked, mark, replacing
+from common.files import check_output_file, check_output_folder, is_marked
 from common.images import IMAGE_SUFFIXES, find_images
 from common.options import MOST_PROCESSES, OptionGroup, option
 from segments.check import check
-from segments.config import PRESETS, FelzenszwalbSettings, SamSettings, made_for
+from segments.config import (
+    GENERATORS,
+    PERCENT,
+    PRESETS,
+    FelzenszwalbSettings,
+    SamSettings,
+    made_for,
+)  # fmt: skip
 from segments.forms import open_any_form
 from segments.generate import Generator, Shard, generate, images_by_key
 from segments.pack import merge, pack, unpack
@@ -61,14 +71,8 @@ class _GenerateOptions(OptionGroup):
     shard: str | None = option(
         "Part I, from 0, of N, written I/N. Default: what torchrun or Slurm says.", None
     )
-
-    def __post_init__(self) -> None:
-        for flag, folder in (("--images", self.images), ("--val-dir", self.val_dir)):
-            if folder is not None and not folder.is_dir():
-                raise ValueError(f"{flag} {folder} is not a folder")
-        check_output_file(self.out)
-        if self.out.suffix.lower() in IMAGE_SUFFIXES:
-            raise ValueError(f"--out {self.out} has an image's name; give one such as masks.sqlite")
+    estimate: bool = option("Time some batches here, say what all will take, write nothing.", False)
+    json: bool = option("With --estimate: as JSON.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +80,10 @@ class _InspectOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
     coverage_ratio: tuple[float, ...] | None = option(
-        "Coverages to look at, percent. Default: those of --for-coverage, or 5,15,30,50.", None,
-        at_least=0, at_most=100,
-    )  # fmt: skip
+        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.",
+        None,
+        **PERCENT,
+    )
     against: Path | None = option("Also compare what is chosen with that of these segments.", None)
     out: Path = option("Writes OUT.png.", Path("segments"))
 
@@ -128,84 +133,65 @@ def generators() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-ESTIMATE = click.option(
-    "--estimate",
-    is_flag=True,
-    help="Time some batches here, say what all will take, write nothing.",
-)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="With --estimate: as JSON.")
-
-
-def _add_sam(name: str, help_text: str, own: dict[str, str]) -> None:
-    """A command that runs Segment Anything. own: settings that are its name's."""
-
-    @command(
-        generators, name, own=own,
-        options=_GenerateOptions, settings=SamSettings,
-    )  # fmt: skip
-    @ESTIMATE
-    @AS_JSON
-    def sam_command(
-        options: _GenerateOptions, settings: SamSettings, estimate: bool, as_json: bool
-    ) -> int:
-        from segments.sam import Sam
-
-        return _generate(Sam(settings), options, 1, estimate=estimate, as_json=as_json)
-
-    sam_command.help = help_text
-
-
-_add_sam("sam", "Any checkpoint that `transformers` can load for mask generation.", {})
-for _name, _preset in PRESETS.items():
-    _text = f"{_preset.model}, {_preset.parameters}M parameters, {_preset.licence}."
-    _add_sam(_name, _text, {"model": _preset.model})
-
-
-@command(
-    generators, "felzenszwalb",
-    options=_GenerateOptions, settings=FelzenszwalbSettings, speed=_Speed,
-)  # fmt: skip
-@ESTIMATE
-@AS_JSON
-def felzenszwalb_command(
-    options: _GenerateOptions,
-    settings: FelzenszwalbSettings,
-    speed: _Speed,
-    estimate: bool,
-    as_json: bool,
-) -> int:
-    """Without weights or a GPU: regions of similar colour, at several scales."""
-    from segments.felzenszwalb import Felzenszwalb
-
-    made = Felzenszwalb(settings)
-    return _generate(made, options, speed.processes, estimate=estimate, as_json=as_json)
+def _add_generator(name: str, group: type[SamSettings] | type[FelzenszwalbSettings]) -> None:
+    """A command of its own, so that --help shows the options that it has."""
+    text = "Without weights or a GPU: regions of similar colour, at several scales."
+    own: dict[str, str] = {}
+    groups: dict[str, Any] = {"options": _GenerateOptions, "settings": group}
+    if group is FelzenszwalbSettings:
+        groups["speed"] = _Speed  # a GPU has one process
+    elif preset := PRESETS.get(name):
+        # `sam` with another default, below --config and the command line.
+        own = {"model": preset.model}
+        text = f"{preset.model}, {preset.parameters}M parameters, {preset.licence}."
+    else:
+        text = "Any checkpoint that `transformers` can load for mask generation."
+    made = command(generators, name, own=own, **groups)
+    made(_generate).help = text
 
 
 def _generate(
-    generator: Generator,
     options: _GenerateOptions,
-    processes: int | None,
-    *,
-    estimate: bool,
-    as_json: bool,
+    settings: SamSettings | FelzenszwalbSettings,
+    speed: _Speed | None = None,
 ) -> int:
-    images = images_by_key(options.images, options.val_dir)
-    if estimate:
+    # What is cheap to refuse comes before a model is loaded.
+    check_output_file(options.out)
+    if options.out.suffix.lower() in IMAGE_SUFFIXES:
+        raise ValueError(f"--out {options.out} has an image's name; give one such as masks.sqlite")
+    shard, images = Shard.parse(options.shard), images_by_key(options.images, options.val_dir)
+    generator: Generator
+    # One needs torch, the other scikit-image: neither is loaded for the other.
+    if isinstance(settings, SamSettings):
+        from segments.sam import Sam
+
+        generator = Sam(settings)
+    else:
+        from segments.felzenszwalb import Felzenszwalb
+
+        generator = Felzenszwalb(settings)
+    processes = speed.processes if speed else None
+    if options.estimate:
         price = estimate_price(images, generator, processes=processes)
-        say(json.dumps(vars(price)) if as_json else price.text())
+        say(json.dumps(vars(price)) if options.json else price.text())
         return 0
-    shard = Shard.parse(options.shard)
-    made = generate(images, options.out, generator, shard=shard, processes=processes)
-    return _report(made)
+    return _report(generate(images, options.out, generator, shard=shard, processes=processes))
+
+
+for _name, _group in GENERATORS.items():
+    _add_generator(_name, _group)
 
 
 @command(masks, "inspect", options=_InspectOptions, speed=_Speed)
 @click.argument("masks_dir", type=PATH)
-def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) -> None:
+def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) -> int:
     """Print and draw what the segments of a dataset are like."""
+    from common.contact_sheet import save_png
     from segments.look import collect, compare, describe, draw
 
-    folder = options.images or _train_beside(masks_dir)
+    # IN1K/masks.sqlite and IN1K/masks/masks.sqlite both find IN1K/train.
+    beside = [above / "train" for above in masks_dir.resolve().parents[:2]]
+    folder = options.images or next(filter(Path.is_dir, beside), None)
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file, without .png")
     picture = options.out.with_name(f"{options.out.name}.png")
@@ -216,22 +202,18 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     ratios = options.coverage_ratio or made_for(source.settings) or (5.0, 15.0, 30.0, 50.0)
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
     statistics = collect(source, processes=speed.processes)
-    compared = compare(source, other, ratios) if other else {}
+    if statistics is None:
+        return EXIT_STOPPED
+    compared = compare(source, other, ratios, processes=speed.processes) if other else {}
     for what, value in (describe(statistics, ratios) | compared).items():
         say(f"{what + ':':28}{value}")
     missing = found.keys() - source.images() - source.listed_empty()
     if missing:
         say(f"{len(missing)} images have no segments and no list says so: {min(missing)} ...")
     title = f"Segments in {masks_dir.resolve().name} ({source.name})"
-    figure = draw(statistics, source, found, ratios, title)
-    with replacing(picture) as unfinished:
-        figure.savefig(unfinished, format="png", metadata={"Software": mark(PICTURE)})
+    save_png(draw(statistics, source, found, ratios, title), picture, PICTURE)
     say(f"wrote {picture}")
-
-
-def _train_beside(masks_dir: Path) -> Path | None:
-    folder = masks_dir.resolve().parent
-    return next((f / "train" for f in (folder, folder.parent) if (f / "train").is_dir()), None)
+    return 0
 
 
 @command(masks, "check", options=_CheckOptions, speed=_Speed)

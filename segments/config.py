@@ -1,37 +1,43 @@
-"""How segments are made: models, the generators' options, and whether stores were made alike."""
+"""How segments are made: models, the generators' options, and whether stores were made alike.
+
+Free of torch, so that `benchmark.py` plans with it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from common.made_alike import check_same
 from common.options import OptionGroup, fields_of, older_values, option
 from common.yamlfile import plain
 
+STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
+VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
+SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
+PERCENT: dict[str, Any] = {"at_least": 0, "at_most": 100}
 
-@dataclass(frozen=True, kw_only=True)
-class Preset:
+
+class Preset(NamedTuple):
     """A published checkpoint. model: on the Hugging Face hub; parameters: in millions."""
 
     model: str
     parameters: int
-    licence: str
+    licence: str = "Apache-2.0"
 
 
+# With licences that allow any use; SAM 3, which has one of its own, goes by `sam --model`.
 PRESETS = {
-    "sam-base": Preset(model="facebook/sam-vit-base", parameters=94, licence="Apache-2.0"),
-    "sam-large": Preset(model="facebook/sam-vit-large", parameters=312, licence="Apache-2.0"),
-    "sam-huge": Preset(model="facebook/sam-vit-huge", parameters=641, licence="Apache-2.0"),
-    "sam2-tiny": Preset(model="facebook/sam2.1-hiera-tiny", parameters=39, licence="Apache-2.0"),
-    "sam2-small": Preset(model="facebook/sam2.1-hiera-small", parameters=46, licence="Apache-2.0"),
-    "sam2-base": Preset(
-        model="facebook/sam2.1-hiera-base-plus", parameters=81, licence="Apache-2.0"
-    ),
-    "sam2-large": Preset(model="facebook/sam2.1-hiera-large", parameters=224, licence="Apache-2.0"),
-    "edgetam": Preset(model="yonigozlan/EdgeTAM-hf", parameters=14, licence="Apache-2.0"),
+    "sam-base": Preset("facebook/sam-vit-base", 94),
+    "sam-large": Preset("facebook/sam-vit-large", 312),
+    "sam-huge": Preset("facebook/sam-vit-huge", 641),
+    "sam2-tiny": Preset("facebook/sam2.1-hiera-tiny", 39),
+    "sam2-small": Preset("facebook/sam2.1-hiera-small", 46),
+    "sam2-base": Preset("facebook/sam2.1-hiera-base-plus", 81),
+    "sam2-large": Preset("facebook/sam2.1-hiera-large", 224),
+    "edgetam": Preset("yonigozlan/EdgeTAM-hf", 14),
 }
 
 
@@ -41,8 +47,9 @@ class _CoverageSettings(OptionGroup):
 
     for_coverage: tuple[float, ...] = option(
         "Make only the segments nearest to these coverages, percent. Default: all segments.",
-        (), at_least=0, at_most=100,
-    )  # fmt: skip
+        (),
+        **PERCENT,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +58,10 @@ class SamSettings(_CoverageSettings):
 
     title: ClassVar[str] = "Segment Anything"
 
+    # A random crop changes the coverage by far more.
     tolerance: float = option(
-        "With --for-coverage, a segment so near ends an image's search, in points.", 1.5,
-        at_least=0,
-    )  # fmt: skip
+        "With --for-coverage, a segment so near ends an image's search, in points.", 1.5, at_least=0
+    )
     model: str = option(
         "Checkpoint for mask generation: a name on the Hugging Face hub, or a folder.",
         "facebook/sam-vit-huge",
@@ -62,24 +69,22 @@ class SamSettings(_CoverageSettings):
     points_per_side: int = option("Points along a side of the grid.", 32, at_least=1, at_most=1024)
     pred_iou_thresh: float = option("Least quality that the model predicts.", 0.88)
     stability_score_thresh: float = option(
-        "Least overlap of a mask cut above and below the cutoff.", 0.95, at_least=0, at_most=1
+        "Least overlap of a mask cut above and below the cutoff.", 0.95, **SHARE
     )
     stability_score_offset: float = option(
         "How far above and below it is cut, in logits.", 1.0, at_least=0
     )
     box_nms_thresh: float = option(
-        "Of two boxes that overlap more, the one of lower quality is dropped.",
-        0.7,
-        at_least=0,
-        at_most=1,
+        "Of two boxes that overlap more, the one of lower quality is dropped.", 0.7, **SHARE
     )
     points_per_batch: int = option("Points at once.", 64, at_least=1)
     batch_size: int = option("Images at once.", 4, at_least=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto: bf16 on GPUs that have it, fp16 on others, fp32 on a CPU.", "auto"
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto: a GPU if there is one.", "auto",
-                                                    neutral=True)  # fmt: skip
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto: a GPU if there is one.", "auto", neutral=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,24 +93,26 @@ class FelzenszwalbSettings(_CoverageSettings):
 
     title: ClassVar[str] = "Felzenszwalb"
 
+    # The defaults find as much as those of before (`older`) in a fifth of the time: README.md.
     scales: tuple[float, ...] = option(
         "Preference for large regions; one segmentation each.", (60, 250, 1000), above=0,
         older=(100, 300, 1000, 3000),
     )  # fmt: skip
-    sigma: float = option("Width of the smoothing, in pixels of the shrunken image.", 0.5,
-                          at_least=0, older=0.8)  # fmt: skip
+    sigma: float = option(
+        "Width of the smoothing, in pixels of the shrunken image.", 0.5, at_least=0, older=0.8
+    )
     longest_side: int = option(
         "Images are shrunk to it first, in pixels; the time grows with its square.", 144,
         at_least=16, older=256,
     )  # fmt: skip
     min_coverage: float = option(
-        "Smaller segments are dropped, in percent of the image.", 0.5, at_least=0, at_most=100
+        "Smaller segments are dropped, in percent of the image.", 0.5, **PERCENT
     )
     max_coverage: float = option(
-        "Larger segments are dropped, in percent of the image.", 90.0, at_least=0, at_most=100
+        "Larger segments are dropped, in percent of the image.", 90.0, **PERCENT
     )
     duplicate_iou: float = option(
-        "Of two segments that overlap more, the later is dropped.", 0.85, at_least=0, at_most=1
+        "Of two segments that overlap more, the later is dropped.", 0.85, **SHARE
     )
 
     def __post_init__(self) -> None:
@@ -126,6 +133,7 @@ GENERATORS: dict[str, type[SamSettings] | type[FelzenszwalbSettings]] = {
 
 def as_stored(generator: str, settings: OptionGroup, **resolved: Any) -> dict[str, Any]:
     """What a store keeps of its making: each option that decides what comes out."""
+    # What is neutral, such as the device, changes no segment by more than rounding.
     decisive = {
         name: plain(getattr(settings, name))
         for name, field in fields_of(type(settings)).items()
@@ -150,8 +158,9 @@ def command_of(
 ) -> str:
     """The command that makes a store of folders of images with these settings."""
     generator = str(settings["generator"])
-    parts = [f"python -m mae masks generate {generator} --images {images} --out {out}"]
+    parts = [f"python -m segments generate {generator} --images {images} --out {out}"]
     parts += [f"--val-dir {val_dir}"] if val_dir else []
+    # Defaults are left out, so that people read what is special.
     for name, field in fields_of(GENERATORS[generator]).items():
         value = settings.get(name, plain(field.default))
         if value != plain(field.default):
@@ -160,11 +169,17 @@ def command_of(
     return " ".join(parts)
 
 
-def check_made_alike(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_made_alike(
+    path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], *, for_any_ratio: bool = False
+) -> None:
     """Raise ValueError unless the segments in the store `path` were made as others are.
 
+    for_any_ratio: not if they were only made for other coverages; all segments are something else.
     Stores of earlier versions lack options that were added since: those count as their `older`.
     """
+    if for_any_ratio and made_for(stored) and made_for(wanted):
+        stored = {**stored, "for_coverage": wanted["for_coverage"]}
+    # Stores that were packed from files have no generator, and no settings.
     group = GENERATORS.get(str(wanted.get("generator")))
     older = older_values(group or OptionGroup)
     every = {**dict.fromkeys(stored), **older, **wanted}

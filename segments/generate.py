@@ -1,7 +1,11 @@
 """Making segments of a folder of images: sharded, resumable, the same however it was interrupted.
 
-Images are put into batches before they are shared out, so that an image is always computed together
-with the same others, and two shards make exactly what one run makes.
+    images = images_by_key(Path("IN1K/train"), None)
+    generator = Felzenszwalb(FelzenszwalbSettings())
+    generate(images, Path("masks.sqlite"), generator, shard=Shard(), processes=None)
+
+What a finished store lacks, be it images or coverage ratios, becomes a store of its own beside it,
+and the two are merged.
 """
 
 from __future__ import annotations
@@ -9,23 +13,25 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Generator as Results
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from common.files import beside
 from common.images import find_images, read_reduced
 from common.step_files import shard_path
-from segments.config import check_made_alike, made_for, union
-from segments.parallel import in_order
+from segments.config import VAL, check_made_alike, made_for, union
+from segments.pack import join
+from segments.parallel import Failure, in_order
 from segments.segment import Segment, ordered
-from segments.store import VAL, PackedImage, PackedStore, segment_key
-from segments.writing import MOST_FAILED, Failure, StoreWriter, Summary, pack_image
+from segments.store import PackedImage, PackedStore, segment_key
+from segments.writing import MOST_FAILED, Summary, pack_image, write_store
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +40,7 @@ BLANK = np.zeros((8, 8, 3), np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photograph:
+class InputImage:
     """An image to find segments of.
 
     pixels: [h, w, 3] uint8, perhaps fewer than the image's own height x width, which its segments
@@ -58,8 +64,8 @@ class Generator(Protocol):
     in_processes: bool  # whether it can be copied into one process per core
     tally: Counter[str]  # what it did so far; stays empty in processes
 
-    def segments(self, photographs: Sequence[Photograph]) -> list[list[Segment]]:
-        """Segments of each photograph, the smallest first."""
+    def segments(self, images: Sequence[InputImage]) -> list[list[Segment]]:
+        """Segments of each image, the smallest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,7 @@ class Shard:
         Raises ValueError.
         """
         what = f"--shard {text}"
+        # torchrun inside an srun sets both: its own numbers count.
         for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
             if text is None and os.environ.keys() >= set(names):
                 text = "/".join(os.environ[name] for name in names)
@@ -121,120 +128,156 @@ def generate(
 ) -> Summary:
     """Make the segments of images, by key, that are not in the packed store yet.
 
-    To a store that was made for other coverage ratios the wanted ones are added: what is there is
-    kept, and read by others, until the new store is complete. Images that fail are named, recorded,
-    and tried again by the next run. Raises ValueError if what is there was made with other
-    settings, RuntimeError at the end if more than 1% failed.
+    What is there is kept, and read by others, until the new store is complete. Images that fail are
+    named, recorded, and tried again by the next run. Raises ValueError if what is there was made
+    with other settings, RuntimeError at the end if more than 1% failed.
     """
     part = shard.name(out)
-    settings, base = _with_earlier_ratios(generator.settings, part if part.exists() else out)
-    if base is not None:
-        _refuse_missing_folders(base, images)
-    work = Work(images, generator, tuple(made_for(settings)), base)
-    batches = work.batches()[shard.index :: shard.count]
-    total = sum(map(len, batches))
-    with StoreWriter(part, source=generator.name, settings=settings, extend=base is None) as writer:
-        done = writer.keys()
-        todo = [batch for batch in batches if not done.issuperset(batch)]
-        already_there = sum(key in done for batch in batches for key in batch)
-        logger.info("%s: %d of %d images are done", writer.out, already_there, total)
-        with closing(work.results(todo, processes)) as results:
-            new = (result for result in results if result.key not in done)
-            summary = writer.add_all(new, what="generate", total=total, already_there=already_there)
-        if generator.tally:
-            logger.info("%s", ", ".join(f"{n} {what}" for what, n in generator.tally.items()))
-        if summary.interrupted:
-            return summary
-        writer.finish()
-    if summary.left_out > MOST_FAILED * total:
+    # A finished store is never changed: others may be reading it.
+    base = _finished(part, out, made_for(generator.settings))
+    work = Work(images, generator, shard, processes, base)
+    summary = _add_what_it_lacks(base, part, work) if base else work.make(part, work.keys)
+    if generator.tally:
+        logger.info("%s", ", ".join(f"{n} {what}" for what, n in generator.tally.items()))
+    if not summary.interrupted and summary.left_out > MOST_FAILED * len(work.keys):
         raise RuntimeError(
-            f"{summary.left_out} of {total} images failed, more than 1% (the others are in "
-            f"{summary.out}); see the names above"
+            f"{summary.left_out} of {len(work.keys)} images failed, more than 1% (the others are "
+            f"in {part}); see the names above"
         )
     return summary
 
 
-def _with_earlier_ratios(
-    settings: dict[str, Any], path: Path
-) -> tuple[dict[str, Any], PackedStore | None]:
-    """Settings with the coverage ratios of the finished store there, and it, if it lacks some."""
-    store = PackedStore(path) if path.exists() else None
-    known = made_for(store.settings) if store else []
-    if store is None or not known or not made_for(settings):  # all segments serve every ratio
-        return settings, None
-    check_made_alike(path, store.settings, {**settings, "for_coverage": known})
-    settings = {**settings, "for_coverage": union(known, made_for(settings))}
-    return settings, None if made_for(settings) == known else store
+def _finished(part: Path, out: Path, ratios: Sequence[float]) -> PackedStore | None:
+    """The store to add to: this part's, or the whole one where a part of it gets more ratios."""
+    if part.exists():
+        return PackedStore(part)
+    if out.exists() and ratios:
+        whole = PackedStore(out)
+        known = made_for(whole.settings)
+        return whole if known and not set(ratios) <= set(known) else None
+    return None
 
 
-def _refuse_missing_folders(base: PackedStore, images: Mapping[str, Path]) -> None:
-    """A store to which ratios are added is made anew, of the images that are named."""
-    lost = (base.images() | base.listed_empty()).difference(images)
-    if lost:
+def _add_what_it_lacks(base: PackedStore, part: Path, work: Work) -> Summary:
+    """What is made stands beside until it is complete; then `part` is replaced by both."""
+    check_made_alike(base.path, base.settings, work.generator.settings, for_any_ratio=True)
+    strangers = work.there.difference(work.images)
+    if work.missing and strangers:
         raise ValueError(
-            f"{base.path} has {len(lost)} images that are not among those of --images and "
-            f"--val-dir, such as {min(lost)}, and would lose them; name the same folders as then"
+            f"{base.path} has {len(strangers)} images that are not among those of --images and "
+            f"--val-dir, such as {min(strangers)}, and would lose them; name the same folders as "
+            "then"
         )
+    lacking = work.keys if work.missing else work.keys - work.there
+    for_ratios = "-".join(f"{ratio:g}" for ratio in work.ratios) or "all"
+    aside = beside(part.with_name(f"{part.name}.{for_ratios}"))
+    if aside.exists():  # a run was killed before it had merged it
+        aside.replace(beside(aside))
+    made = work.make(aside, lacking)
+    if made.interrupted:
+        return made
+    added, interrupted = PackedStore(aside), False
+    # What fails again as before is no reason to write gigabytes anew.
+    news = added.all_images() or not added.failures().items() <= base.failures().items()
+    if news or base.path != part:
+        # What failed for a new ratio is left out as a whole: the next run tries it for all of them.
+        kept = added.all_images() | (set() if work.missing else work.there)
+        interrupted = join([base, added], part, kept, work.ratios).interrupted
+    if not interrupted:
+        aside.unlink()
+        base = PackedStore(part)
+    return replace(
+        made, out=part, images=len(base.images()), without=len(base.listed_empty()),
+        already_there=made.already_there + len(work.keys - lacking), interrupted=interrupted,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Work:
-    """From images, by key, to rows of a store. base: one with segments for some of the ratios."""
+    """From images, by key, to rows of a store. base: a finished one that is added to."""
 
     images: Mapping[str, Path]
     generator: Generator
-    ratios: tuple[float, ...]
+    shard: Shard = Shard()
+    processes: int | None = None
     base: PackedStore | None = None
 
-    def batches(self) -> list[list[str]]:
-        """The keys of all images."""
-        keys, size = list(self.images), self.generator.batch_size
-        return [keys[start : start + size] for start in range(0, len(keys), size)]
+    @cached_property
+    def ratios(self) -> list[float]:
+        """The coverages that the store will serve; none: it has all segments."""
+        known = made_for(self.base.settings) if self.base else []
+        return union(known, made_for(self.generator.settings))
 
-    def results(
-        self, batches: Sequence[Sequence[str]], processes: int | None
-    ) -> Results[PackedImage | Failure, None, None]:
-        """Every image of the batches, in their order."""
+    @cached_property
+    def missing(self) -> list[float]:
+        """Those that the base lacks."""
+        known = made_for(self.base.settings) if self.base else []
+        return [ratio for ratio in self.ratios if ratio not in known]
+
+    @cached_property
+    def there(self) -> set[str]:
+        """The images that the base has."""
+        return self.base.all_images() if self.base else set()
+
+    @cached_property
+    def batches(self) -> list[list[str]]:
+        """The keys of this part's images, as they are computed together."""
+        # Batches are made before they are shared out: an image is always computed together with the
+        # same others, and two shards make exactly what one run makes.
+        every, size = list(self.images), self.generator.batch_size
+        batches = [every[start : start + size] for start in range(0, len(every), size)]
+        return batches[self.shard.index :: self.shard.count]
+
+    @cached_property
+    def keys(self) -> set[str]:
+        """The same in one set."""
+        return set(chain.from_iterable(self.batches))
+
+    def make(self, out: Path, keys: Collection[str]) -> Summary:
+        """Make a store of what some of the images lack, or go on with it."""
+        logger.info("%s: segments of %d images", out, len(keys))
+        return write_store(
+            out,
+            [key for key in self.images if key in keys],
+            lambda left: self._rows(set(left)),
+            what="generate",
+            source=self.generator.name,
+            settings={**self.generator.settings, "for_coverage": self.ratios},
+        )
+
+    def _rows(self, left: set[str]) -> Results[PackedImage | Failure, None, None]:
+        # A batch is done whole, since its images influence each other by rounding.
+        batches = [batch for batch in self.batches if not left.isdisjoint(batch)]
         found: Iterable[list[PackedImage | Failure]]
         if self.generator.in_processes:
-            found = in_order(self._do, batches, processes=processes, chunk=1)
-        else:
+            found = in_order(self._do, batches, processes=self.processes, chunk=1)
+        else:  # this process has the GPU, others read for it
             found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
-        yield from chain.from_iterable(found)
+        yield from (row for rows in found for row in rows if row.key in left)
 
     def _do(self, keys: Sequence[str]) -> list[PackedImage | Failure]:
         return self.segment(self.read(keys))
 
-    def read(self, keys: Sequence[str]) -> list[tuple[Photograph, str]]:
-        """Each image, and why it cannot be read; something blank stands in for what cannot, so that
-        the batch keeps its size."""
+    def read(self, keys: Sequence[str]) -> list[tuple[InputImage, str]]:
+        """Each image, and why it cannot be read."""
         images = []
         for key in keys:
-            pixels, size, reason = BLANK, BLANK.shape[:2], ""
+            # Something blank stands in for what cannot be read: the batch keeps its size.
+            pixels, (height, width), reason = BLANK, BLANK.shape[:2], ""
             try:
-                pixels, size = read_reduced(self.images[key], self.generator.read_side)
+                pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
             except ValueError as error:
                 reason = str(error)
-            height, width = size
-            image = Photograph(
-                key=key, pixels=pixels, height=height, width=width, ratios=self._missing(key)
-            )
+            # What an image has already is merged with what is made now.
+            ratios = tuple(self.missing if key in self.there else self.ratios)
+            image = InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
             images.append((image, reason))
         return images
 
-    def segment(self, images: Sequence[tuple[Photograph, str]]) -> list[PackedImage | Failure]:
-        """The rows of each image, with those that the base has of it."""
+    def segment(self, images: Sequence[tuple[InputImage, str]]) -> list[PackedImage | Failure]:
+        """The rows of each image."""
         found = self.generator.segments([image for image, _ in images])
         return [
-            Failure(image.key, reason)
-            if reason
-            else pack_image(image.key, ordered({*segments, *self._known(image.key)}))
+            Failure(image.key, reason) if reason else pack_image(image.key, ordered(segments))
             for (image, reason), segments in zip(images, found, strict=True)
         ]
-
-    def _known(self, key: str) -> list[Segment]:
-        return self.base.segments(key) if self.base else []
-
-    def _missing(self, key: str) -> tuple[float, ...]:
-        there = made_for(self.base.settings) if self.base and self._known(key) else []
-        return tuple(ratio for ratio in self.ratios if ratio not in there)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from functools import partial
-from itertools import chain
+import math
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
-from pycocotools import mask as coco_rle
-
+from common.coco import rle_annotation
 from common.files import (
     NOTHING_WRITTEN,
     check_output_file,
@@ -21,17 +17,15 @@ from common.files import (
     path_below,
     write_text,
 )
-from common.interruption import Interruption
-from common.progress import Counter
-from segments.config import check_made_alike
-from segments.forms import SegmentSource, open_folder
-from segments.parallel import in_order
-from segments.segment import Segment, segment_from_counts
-from segments.store import STORE_NAME, PackedImage, PackedStore
-from segments.writing import MOST_FAILED, Failure, StoreWriter, Summary, pack_image
+from common.step_files import shard_of
+from segments.config import STORE_NAME, check_made_alike, made_for, union
+from segments.forms import open_folder
+from segments.parallel import Failure, each, in_order, one_pass
+from segments.segment import ordered, segment_from_counts
+from segments.store import PackedImage, PackedStore
+from segments.writing import MOST_FAILED, Summary, pack_image, write_store
 
 SQLITE_START = b"SQLite format 3\0"
-SHARD_NAME = re.compile(r"-(?P<index>\d+)-of-(?P<count>\d+)$")  # of `generate`, without suffix
 
 
 def pack(
@@ -50,23 +44,28 @@ def pack(
     source = open_folder(masks_dir)
     out = out or masks_dir / STORE_NAME
     _refuse_to_overwrite(out, overwrite, reads=())
+    # In this order, so that a store that was killed and one that was not are the same bytes.
     keys = sorted(source.images() | source.listed_empty())
-    with StoreWriter(out, source=source.name, settings={}) as writer:
-        done = writer.keys()
-        todo = [key for key in keys if key not in done]
-        with closing(in_order(partial(_pack_one, source), todo, processes=processes)) as images:
-            summary = writer.add_all(
-                images, what="pack", total=len(keys), already_there=len(keys) - len(todo)
-            )
-        if summary.interrupted:
-            return summary
-        if summary.left_out > MOST_FAILED * len(keys) and not allow_damaged:
-            raise RuntimeError(
-                f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
-                "not finished. Mend them and run again, or leave them out by "
-                f"`python -m mae masks pack {masks_dir} --allow-damaged`"
-            )
-        writer.finish()
+    most_failed = MOST_FAILED * len(keys)
+
+    def pack_one(key: str) -> PackedImage:
+        return pack_image(key, source.segments(key))
+
+    summary = write_store(
+        out,
+        keys,
+        lambda left: each(pack_one, left, processes=processes),
+        what="pack",
+        source=source.name,
+        settings={},
+        most_failed=math.inf if allow_damaged else most_failed,
+    )
+    if summary.left_out > most_failed and not (allow_damaged or summary.interrupted):
+        raise RuntimeError(
+            f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
+            "not finished. Mend them and run again, or leave them out by "
+            f"`python -m segments pack {masks_dir} --allow-damaged`"
+        )
     return summary
 
 
@@ -74,97 +73,108 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     """Write every image's segments as RLE JSON again; what is there is kept."""
     check_output_folder(out, "OUT")
     store = PackedStore(store_path)
+    # Every name is judged before anything is written: a store may come from anywhere.
     files = {
-        key: path_below(out, f"{key}.json", str(store_path))
-        for key in sorted(store.images() | store.listed_empty())
+        key: path_below(out, f"{key}.json", str(store_path)) for key in sorted(store.all_images())
     }
     todo = [key for key, path in files.items() if not path.exists()]
+
+    def write(key: str) -> None:
+        write_text(files[key], json.dumps(_annotations(store, key)))
+
     already_there = len(files) - len(todo)
-    with (
-        Interruption() as stop,
-        Counter("unpack", total=len(files), done=already_there) as counter,
-        closing(in_order(partial(_unpack_one, store, files), todo, processes=processes)) as written,
-    ):
-        for _ in written:
-            counter.advance()
-            if stop.requested:
-                break
+    written = in_order(write, todo, processes=processes)
+    new = sum(1 for _ in one_pass("unpack", written, total=len(files), done=already_there))
     return Summary(
         out=out,
         images=len(store.images()),
         without=len(store.listed_empty()),
         left_out=0,
         already_there=already_there,
-        interrupted=stop.requested,
+        interrupted=new < len(todo),
     )
 
 
-def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
-    """Join stores, say the shards of a generator, into one.
+def _annotations(store: PackedStore, key: str) -> list[dict[str, object]]:
+    """One image in the form of `amg.py --convert-to-rle`."""
+    try:
+        return [
+            # Counted anew, as zlib's checksum says nothing of a store that others have written.
+            rle_annotation(
+                s.height, s.width, segment_from_counts(s.height, s.width, s.counts).counts
+            )
+            for s in store.segments(key)
+        ]
+    except ValueError as error:
+        inside = str(store.path) in str(error)
+        raise ValueError(f"{'' if inside else f'{store.path}: {key}: '}{error}") from None
 
-    Raises ValueError if their generators' settings differ, if they disagree about an image, or are
-    shards by their names (`-I-of-N`) of which one is missing.
+
+def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
+    """Join stores into one: shards of the same images, or stores made for different ratios.
+
+    Raises ValueError if their generators' settings differ otherwise, if they disagree about an
+    image, if one has no segments for the ratios of another, or if shards by their names (`-I-of-N`)
+    are not complete.
     """
     _refuse_to_overwrite(out, overwrite, reads=shards)
     _refuse_missing_shards(shards)
     stores = [PackedStore(path) for path in shards]
-    first = stores[0]
-    owner: dict[str, PackedStore] = {}
-    failures: dict[str, str] = {}
+    owners: dict[tuple[float, ...], dict[str, PackedStore]] = defaultdict(dict)
     for store in stores:
-        check_made_alike(store.path, store.settings, first.settings)
-        failures |= store.failures()
-        for key in store.images() | store.listed_empty():
-            if key in owner and owner[key].packed(key) != store.packed(key):
-                raise ValueError(f"{owner[key].path} and {store.path} disagree about {key}")
-            owner.setdefault(key, store)
-    with StoreWriter(out, source=first.meta["source"], settings=first.settings) as writer:
-        todo = sorted(owner.keys() - writer.keys())
-        left_out = [Failure(key, failures[key]) for key in sorted(failures.keys() - owner.keys())]
-        summary = writer.add_all(
-            chain(left_out, (owner[key].packed(key) for key in todo)),
-            what="merge",
-            total=len(owner) + len(left_out),
-            already_there=len(owner) - len(todo),
-        )
-        if not summary.interrupted:
-            writer.finish()
-    return summary
+        check_made_alike(store.path, store.settings, stores[0].settings, for_any_ratio=True)
+        # Stores for the same ratios are shards of each other.
+        owner = owners[tuple(made_for(store.settings))]
+        for key in store.all_images():
+            other = owner.setdefault(key, store)
+            if other is not store and other.segments(key) != store.segments(key):
+                raise ValueError(f"{other.path} and {store.path} disagree about {key}")
+    every = set().union(*owners.values())
+    # An image without segments for one of the ratios would look as if it had the nearest ones.
+    for ratios, owner in owners.items():
+        if lacking := every.difference(owner):
+            raise ValueError(
+                f"for a coverage of {', '.join(f'{ratio:g}' for ratio in ratios)} %, no store has "
+                f"segments of {len(lacking)} images, such as {min(lacking)}; make them first"
+            )
+    return join(stores, out, every, union(*owners))
 
 
-def _pack_one(source: SegmentSource, key: str) -> PackedImage | Failure:
-    """Read and compress one image's segments; what is wrong with them is returned, not raised."""
-    try:
-        return pack_image(key, source.segments(key))
-    except ValueError as error:
-        return Failure(key, str(error))
+def join(
+    stores: Sequence[PackedStore], out: Path, keys: Collection[str], ratios: Sequence[float]
+) -> Summary:
+    """Write a store of these images, each with its segments in all of the stores, for these ratios.
 
+    `out` may be one of the stores: it is replaced when all is done.
+    """
+    there = [(store, store.all_images()) for store in stores]
+    failures = {key: why for store in stores for key, why in store.failures().items()}
+    failed = failures.keys() - set(keys)
 
-def _unpack_one(store: PackedStore, files: Mapping[str, Path], key: str) -> None:
-    """Write one image in the form of `amg.py --convert-to-rle`."""
-    try:
-        annotations = [_annotation(segment) for segment in store.segments(key)]
-    except ValueError as error:
-        inside = str(store.path) in str(error)
-        raise ValueError(f"{'' if inside else f'{store.path}: {key}: '}{error}") from None
-    write_text(files[key], json.dumps(annotations))
+    def row(key: str) -> PackedImage | Failure:
+        if key in failed:
+            return Failure(key, failures[key])
+        having = [store for store, images in there if key in images]
+        if len(having) == 1:
+            return having[0].packed(key)  # as it is: compressing takes most of the time
+        # One segment may be the nearest to two ratios.
+        return pack_image(key, ordered({s for store in having for s in store.segments(key)}))
 
-
-def _annotation(segment: Segment) -> dict[str, Any]:
-    # pycocotools checks nothing
-    segment = segment_from_counts(segment.height, segment.width, segment.counts)
-    rle = {"size": [segment.height, segment.width], "counts": segment.counts}
-    return {
-        "segmentation": {**rle, "counts": segment.counts.decode("ascii")},
-        "area": int(coco_rle.area(rle)),
-        "bbox": [int(value) for value in coco_rle.toBbox(rle)],
-    }
+    return write_store(
+        out,
+        [*sorted(failed), *sorted(keys)],
+        lambda left: (row(key) for key in left),
+        what="merge",
+        source=stores[0].meta["source"],
+        settings={**stores[0].settings, **({"for_coverage": ratios} if ratios else {})},
+    )
 
 
 def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path]) -> None:
     """Raise ValueError if `out` is there, and is no store or is to be kept."""
     check_output_file(out, reads=reads)
     if out.exists():
+        # --overwrite may replace a store, never a photograph that was named by mistake.
         with open_regular(out) as file:
             if file.read(len(SQLITE_START)) != SQLITE_START:
                 raise ValueError(f"--out {out} is no packed store; name another; {NOTHING_WRITTEN}")
@@ -172,14 +182,14 @@ def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path]) -> N
             raise ValueError(f"{out} is finished; add --overwrite to replace it")
 
 
-def _refuse_missing_shards(shards: Sequence[Path]) -> None:
-    named = [match for path in shards if (match := SHARD_NAME.search(path.stem))]
-    if len(named) < len(shards) or len({match["count"] for match in named}) > 1:
+def _refuse_missing_shards(paths: Sequence[Path]) -> None:
+    shards = [shard for path in paths if (shard := shard_of(path))]
+    counts = {count for _, count in shards}
+    if len(shards) < len(paths) or len(counts) > 1:
         return  # stores of other origin
-    count, there = int(named[0]["count"]), {int(match["index"]) for match in named}
-    missing = sorted(set(range(count)) - there)
+    missing = sorted(set(range(counts.pop())) - {index for index, _ in shards})
     if missing:
         raise ValueError(
-            f"of the {count} shards {', '.join(map(str, missing))} are missing (they count from "
-            "0); finish them first, or rename the others to merge what there is"
+            f"of the {shards[0][1]} shards {', '.join(map(str, missing))} are missing (they count "
+            "from 0); finish them first, or rename the others to merge what there is"
         )

@@ -1,50 +1,112 @@
-"""The same work on many items, on all cores, results in the order of the items."""
+"""One pass over many images: on all cores, in order, counted on the screen, ended by a signal.
+
+    results = each(work, keys, processes=None)  # what `work(key)` returns, or a Failure
+    for key, result in zip(keys, one_pass("check", results, total=len(keys))): ...
+
+Making, packing, checking and inspecting segments are such passes.
+"""
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
-import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from common.interruption import leave_signals_to_the_main_process
+from common.interruption import Interruption, leave_signals_to_the_main_process
+from common.progress import Counter
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-SECONDS_ALONE = 2.0  # torch takes as long to import: what is done by then needs no other process
+CHUNK = 8  # images that a process gets at once: passing them on takes time, too
+AHEAD = 4  # chunks that wait for each process; more would only take memory
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be done, and why."""
+
+    key: str
+    reason: str
+
+
+def one_pass(
+    what: str, results: Generator[Result, None, None], *, total: int, done: int = 0
+) -> Generator[Result, None, None]:
+    """Yields the results, counted as they are taken; they end early if a signal asks to stop.
+
+    total: of all images, `done` of which were done before. Who gets fewer was stopped.
+    """
+    with Interruption() as stop, Counter(what, total=total, done=done) as counter:
+        for result in results:
+            yield result  # what is made of it, say a row of a store, comes before the signal
+            counter.advance()
+            if stop.requested and counter.done < counter.total:
+                logger.warning("stopped; run the same command again to go on")
+                results.close()
+                return
+
+
+def each(
+    work: Callable[[str], Result], keys: Sequence[str], *, processes: int | None
+) -> Generator[Result | Failure, None, None]:
+    """Yields `work(key)` of each image in order; what it raises as ValueError is a Failure."""
+
+    def attempt(key: str) -> Result | Failure:
+        try:
+            return work(key)
+        except ValueError as error:
+            return Failure(key, str(error))
+
+    return in_order(attempt, keys, processes=processes)
 
 
 def in_order(
-    work: Callable[[Item], Result],
-    items: Sequence[Item],
-    *,
-    processes: int | None,
-    chunk: int = 8,
-) -> Generator[Result, None, None]:
-    """Yield `work(item)` for each item; what it raises is raised here.
+    work: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None,
+    chunk: int = CHUNK,
+) -> Generator[Result, None, None]:  # fmt: skip
+    """Yields `work(item)` for each item; what it raises is raised here.
 
-    processes: None: one per core; 1: this one. Closing the iterator ends them; they also end when
-    this process is killed.
+    processes: None: one per core; 1: this one. Closing the generator ends them; they also end when
+    this process is killed. Raises BrokenProcessPool, a RuntimeError, if one of them is.
     """
-    processes = processes or len(os.sched_getaffinity(0))
-    started, done = time.monotonic(), 0
-    while done < len(items) and (processes == 1 or time.monotonic() - started < SECONDS_ALONE):
-        yield work(items[done])
-        done += 1
-    if done == len(items):
+    # Of the cores that Slurm or a container gives, not of all that the machine has.
+    processes = min(processes or len(os.sched_getaffinity(0)), len(items))
+    if processes <= 1:
+        yield from map(work, items)
         return
-    from torch.utils.data import DataLoader
+    chunk = min(chunk, len(items) // processes)  # few items occupy every process, too
+    waiting: deque[Future[list[Result]]] = deque()
+    # Forked, so that `work` and all that it holds, say a million keys, is never pickled.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(work,))
+    try:
+        for start in range(0, len(items), chunk):
+            waiting.append(pool.submit(_do, items[start : start + chunk]))
+            # Results are taken in order, however they come; a slow reader stops the others.
+            if len(waiting) > AHEAD * processes:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    left: Any = items[done:]  # any sequence is a data set
-    loader: DataLoader[Any] = DataLoader(
-        left,
-        batch_size=chunk,
-        collate_fn=lambda some: [work(item) for item in some],
-        num_workers=processes,
-        prefetch_factor=4,
-        worker_init_fn=leave_signals_to_the_main_process,
-        multiprocessing_context="fork",  # nothing is pickled but the results
-    )
-    for results in loader:
-        yield from results
+
+_work: Callable[[Any], Any]  # of a process that `in_order` has begun
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    leave_signals_to_the_main_process(0)  # Ctrl-C reaches the whole group
+
+
+def _do(items: Sequence[Any]) -> list[Any]:
+    return [_work(item) for item in items]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.progress import clock
 from common.samples import evenly_spread
-from segments.config import made_for
+from segments.config import STORE_NAME
 from segments.generate import READERS, Generator, Work
 from segments.writing import StoreWriter
 
@@ -43,27 +43,22 @@ class Price:
 def estimate_price(
     images: Mapping[str, Path], generator: Generator, *, processes: int | None
 ) -> Price:
-    """Time batches that are spread over the images; the first one only warms up.
-
-    Cores are taken to work as fast side by side as one alone; a GPU to wait for its readers only if
-    these take longer.
-    """
-    work = Work(images, generator, tuple(made_for(generator.settings)))
-    batches = work.batches()
-    total = sum(map(len, batches))
-    chosen = evenly_spread(batches, MOST_BATCHES)
+    """Time batches that are spread over the images."""
+    work = Work(images, generator)
+    chosen = evenly_spread(work.batches, MOST_BATCHES)
+    # The first batch pays for compiling and for the library's own tests of what is fast.
     work.segment(work.read(chosen[0]))
     generator.tally.clear()
     reading = segmenting = 0.0
     timed = 0
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "masks.sqlite"
+        out = Path(folder) / STORE_NAME
         with StoreWriter(out, source=generator.name, settings=generator.settings) as writer:
             for keys in chosen:
                 started = time.perf_counter()
-                photographs = work.read(keys)
+                batch = work.read(keys)
                 reading += (read := time.perf_counter()) - started
-                for row in work.segment(photographs):
+                for row in work.segment(batch):
                     writer.add(row)
                 segmenting += time.perf_counter() - read
                 timed += len(keys)
@@ -71,14 +66,16 @@ def estimate_price(
                     break
             writer.finish()
         stored = out.stat().st_size
+    # A GPU is taken to wait for its readers only if they are slower; cores to work as fast side by
+    # side as one alone.
     seconds = max(segmenting, reading / READERS)
     if generator.in_processes:
         seconds = (reading + segmenting) / (processes or len(os.sched_getaffinity(0)))
     points = generator.tally["points"]
     return Price(
         seconds_per_image=seconds / timed,
-        images=total,
-        seconds=seconds / timed * total,
+        images=len(images),
+        seconds=seconds / timed * len(images),
         points_per_image=points / timed if points else None,
-        bytes=round(stored / timed * total),
+        bytes=round(stored / timed * len(images)),
     )

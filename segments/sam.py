@@ -20,17 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.environment import number_of
-from engine.devices import choose_device, choose_precision, lacks_to_compile
+from common.environment import lacks_to_compile, number_of
 from segments.config import SamSettings, as_stored
-from segments.generate import Photograph
-from segments.search import (
-    Candidates,
-    Search,
-    coverage_bounds,
-    pixel_weights,
-    visiting_order,
-)
+from segments.generate import InputImage
+from segments.search import Candidates, Search, coverage_bounds, pixel_weights, visiting_order
 from segments.segment import Segment, ordered, segment_from_flips
 
 MOST_PIXELS_AT_ONCE = 1 << 28  # of upsampled masks: a gibibyte of float32
@@ -76,31 +69,29 @@ class Sam:
         """Load the model. Raises ValueError if that fails, saying what to do."""
         self.options = options
         self.batch_size = options.batch_size
-        local_rank = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
-        self.device = choose_device(options.device, local_rank)
-        self.precision = choose_precision(options.precision, on_cuda=self.device.type == "cuda")
+        self.device = _choose_device(options.device)
+        self.precision = _choose_precision(options.precision, self.device)
         self.settings = as_stored(self.name, options, precision=self.precision)
         self.processor, model = _load(options.model)
         self.model = model.eval().to(self.device)
+        # Only the encoder: the decoder's batch changes its size as images are finished.
         if self.device.type == "cuda" and not lacks_to_compile():
             self.model.vision_encoder.compile()
         self.read_side = max(dict(self.processor.size).values())
         self.tally: Counter[str] = Counter()
 
-    def segments(self, photographs: Sequence[Photograph]) -> list[list[Segment]]:
-        """Segments of each photograph, the smallest first."""
+    def segments(self, given: Sequence[InputImage]) -> list[list[Segment]]:
+        """Segments of each image, the smallest first."""
         with torch.inference_mode():
-            images, features = self.encode(photographs)
+            images, features = self.encode(given)
             self._search(images, features)
             self.tally["images"] += len(images)
             return [self.run_lengths(image) for image in images]
 
     def _search(self, images: list[_Image], features: dict[str, Any]) -> None:
-        """Show the decoder points of all images together, until each image is finished.
-
-        An image is judged after every `size` points. Where others are finished it takes their
-        places in the decoder's batch, too, but is judged in the same steps.
-        """
+        """Show the decoder points of all images together, until each image is finished."""
+        # An image is judged after every `size` points. Where others are finished it takes their
+        # places in the decoder's batch, too, but is judged in the same steps: it ends as if alone.
         size = max(1, self.options.points_per_batch // self.batch_size)
         active, visited = list(range(len(images))), 0
         while active and visited < self.options.points_per_side**2:
@@ -112,44 +103,39 @@ class Sam:
                     if not images[number].finished:
                         self.judge(images[number], *step)
             self.tally["points"] += points.shape[0] * points.shape[1]
+            # Most images are finished by a few points: the others get their places.
             active, visited = [n for n in active if not images[n].finished], until
 
-    def encode(self, photographs: Sequence[Photograph]) -> tuple[list[_Image], dict[str, Any]]:
+    def encode(self, given: Sequence[InputImage]) -> tuple[list[_Image], dict[str, Any]]:
         """The images, and what the decoder needs of them: tensors [B, ...], or lists of those."""
-        inputs = self.processor(
-            images=[photograph.pixels for photograph in photographs],
-            return_tensors="pt",
-            device=self.device,
-        )
-        pixels = inputs["pixel_values"].to(self.device)
+        arrays = [image.pixels for image in given]
+        inputs = self.processor(images=arrays, return_tensors="pt", device=self.device)
+        pixels = inputs["pixel_values"].to(self.device)  # [B, 3, side, side]
         with self._autocast():
             features = self.model.get_image_embeddings(pixels)
         names = ("image_embeddings", "intermediate_embeddings")  # SAM-HQ has both
         named = zip(names, features if isinstance(features, tuple) else (features,), strict=False)
         whole = tuple(pixels.shape[-2:])
-        sizes = inputs.get("reshaped_input_sizes", torch.tensor([whole] * len(photographs)))
+        sizes = inputs.get("reshaped_input_sizes", torch.tensor([whole] * len(given)))
         images = [
-            self._image(photograph, tuple(size), whole)
-            for photograph, size in zip(photographs, sizes.tolist(), strict=True)
+            self._image(image, tuple(size), whole)
+            for image, size in zip(given, sizes.tolist(), strict=True)
         ]
         return images, dict(named)
 
     def _image(
-        self, photograph: Photograph, input_size: tuple[int, int], whole: tuple[int, ...]
+        self, given: InputImage, input_size: tuple[int, int], whole: tuple[int, ...]
     ) -> _Image:
-        """SAM pads an image, its successors stretch it: points are for what it really fills."""
-        options = self.options
-        places = visiting_order(options.points_per_side, photograph.key)
-        ratios: tuple[float | None, ...] = photograph.ratios or (None,)
+        tolerance, overlap = self.options.tolerance, self.options.box_nms_thresh
+        ratios: tuple[float | None, ...] = given.ratios or (None,)
+        places = visiting_order(self.options.points_per_side, given.key)  # [N, 2] in (0, 1)
         return _Image(
-            size=(photograph.height, photograph.width),
+            size=(given.height, given.width),
+            # SAM pads an image, its successors stretch it: points are for what it really fills.
             input_size=input_size,
             fills=(input_size[0] / whole[0], input_size[1] / whole[1]),
             points=places * torch.tensor(input_size[::-1]),
-            searches=[
-                Search(ratio, tolerance=options.tolerance, overlap=options.box_nms_thresh)
-                for ratio in ratios
-            ],
+            searches=[Search(ratio, tolerance=tolerance, overlap=overlap) for ratio in ratios],
         )
 
     def decode(self, features: dict[str, Any], points: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,6 +152,7 @@ class Sam:
 
     def judge(self, image: _Image, logits: Tensor, quality: Tensor) -> None:
         """Give to the searches which of [K, h, w] are good enough, and may be what they want."""
+        # From the cheapest test to the dearest: quality, bounds of the coverage, full size.
         good = quality > self.options.pred_iou_thresh
         logits, quality = logits[good], quality[good]
         searches = [search for search in image.searches if not search.finished]
@@ -176,7 +163,9 @@ class Sam:
         most = self._most_at_once(image)
         for start in range(0, len(logits), most):
             part = slice(start, start + most)
-            self._add_stable(image, searches, logits[part], quality[part], possible[:, part])
+            found, stable = self._measured(image, logits[part], quality[part])
+            for search, wanted in zip(searches, possible[:, part] & stable, strict=True):
+                search.add(found.take(wanted))
 
     def _possible(self, image: _Image, searches: list[Search], logits: Tensor) -> Tensor:
         """[searches, K] bool: which of [K, h, w] may be what is wanted, as far as they show."""
@@ -189,28 +178,17 @@ class Sam:
         bounds = coverage_bounds(logits, image.weights)
         return torch.stack([search.possible(*bounds) for search in searches])
 
-    def _add_stable(
-        self,
-        image: _Image,
-        searches: list[Search],
-        logits: Tensor,
-        quality: Tensor,
-        possible: Tensor,
-    ) -> None:
-        """possible: [searches, K] bool."""
+    def _measured(
+        self, image: _Image, logits: Tensor, quality: Tensor
+    ) -> tuple[Candidates, Tensor]:
+        """Of [K, h, w] at the image's size: boxes and coverages; and which are stable, [K] bool."""
         full = self._upsample(logits, image)
         offset = self.options.stability_score_offset
         # The higher cut lies inside the lower one, so the ratio of their areas is their overlap.
         inner, area, outer = (_count(full > cut) for cut in (offset, 0, -offset))
         stable = (inner >= self.options.stability_score_thresh * outer) & (area > 0)
-        candidates = Candidates(
-            logits=logits,
-            boxes=_boxes(full),
-            quality=quality,
-            coverage=area.double() * 100 / (image.size[0] * image.size[1]),
-        )
-        for search, wanted in zip(searches, possible & stable, strict=True):
-            search.add(candidates[wanted])
+        coverage = area.double() * 100 / (image.size[0] * image.size[1])
+        return Candidates(logits, _boxes(full), quality, coverage), stable
 
     def run_lengths(self, image: _Image) -> list[Segment]:
         """The segments of an image whose search is over: where they begin and end is copied."""
@@ -218,6 +196,7 @@ class Sam:
         for search in image.searches:
             found = search.result()
             for logits in found.logits.split(self._most_at_once(image)) if found else ():
+                # [K, W * H], down the columns as COCO counts.
                 inside = (self._upsample(logits, image) > 0).transpose(1, 2).flatten(1)
                 before = F.pad(inside[:, :-1], (1, 0))
                 mask, place = (inside != before).nonzero(as_tuple=True)
@@ -248,21 +227,40 @@ class Sam:
 
 
 def _count(inside: Tensor) -> Tensor:
-    """Pixels inside each of [K, H, W] bool, [K]; in two steps, a tenth of the time on a CPU."""
+    """Pixels inside each of [K, H, W] bool, [K]."""
+    # In two steps: a tenth of the time on a CPU.
     return inside.sum(-1, dtype=torch.int32).sum(-1)
 
 
 def _boxes(logits: Tensor) -> Tensor:
-    """Corners [K, 4], x and y, of what is above 0 in [K, H, W].
-
-    As torchvision's masks_to_boxes, which takes ten times as long on a CPU.
-    """
+    """Corners [K, 4], x and y, of what is above 0 in [K, H, W]."""
+    # As torchvision's masks_to_boxes, which takes ten times as long on a CPU.
     corners = []
-    for some in (logits.amax(1) > 0, logits.amax(2) > 0):  # columns, rows
+    for some in (logits.amax(1) > 0, logits.amax(2) > 0):  # [K, W] columns, [K, H] rows
         first = some.int().argmax(1)
         corners += [first, some.shape[1] - 1 - some.flip(1).int().argmax(1)]
     left, right, top, bottom = corners
     return torch.stack([left, top, right, bottom], 1).float()
+
+
+def _choose_device(wanted: str) -> torch.device:
+    """The GPU of this process, by torchrun's or Slurm's number, or the CPU."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and not there:
+        raise ValueError(
+            f"--device cuda: torch {torch.__version__}, for CUDA {torch.version.cuda}, has no GPU "
+            "here; use --device cpu, or see ./run_benchmark.sh doctor"
+        )
+    local_rank = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
+    use_gpu = there and wanted != "cpu"
+    return torch.device("cuda", local_rank % there) if use_gpu else torch.device("cpu")
+
+
+def _choose_precision(wanted: str, device: torch.device) -> str:
+    if wanted != "auto" or device.type == "cpu":
+        return wanted.replace("auto", "fp32")
+    # What the hardware has: torch also emulates bf16, slowly.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def _load(name: str) -> tuple[Any, Any]:
@@ -281,6 +279,7 @@ def _load(name: str) -> tuple[Any, Any]:
         raise ValueError(
             f"--model {name} cannot be loaded (a folder, or a name on the hub): {reason}"
         ) from None
+    # Judged before gigabytes of weights are downloaded.
     if type(config) not in transformers.MODEL_FOR_MASK_GENERATION_MAPPING:
         known = transformers.models.auto.modeling_auto.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
         raise ValueError(

@@ -11,7 +11,7 @@ Shapes: K candidates, h x w pixels of the decoder's masks, H x W of the image.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,31 +21,22 @@ from torchvision.ops import nms
 ROUNDING = 1e-3  # points: more than sums of float32 are off
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """Masks of one image that are good enough, on the device.
+class Candidates(NamedTuple):
+    """Masks of one image that are good enough, on the device."""
 
-    logits: [K, h, w] as the decoder left them. boxes: [K, 4] corners in pixels. quality: [K] as the
-    model predicts it. coverage: [K] float64, percent of the image, counted from its pixels.
-    """
+    logits: Tensor  # [K, h, w] as the decoder left them
+    boxes: Tensor  # [K, 4] corners in pixels
+    quality: Tensor  # [K] as the model predicts it
+    coverage: Tensor  # [K] float64, percent of the image, counted from its pixels
 
-    logits: Tensor
-    boxes: Tensor
-    quality: Tensor
-    coverage: Tensor
-
-    def __len__(self) -> int:
-        return len(self.quality)
-
-    def __getitem__(self, chosen: Tensor) -> Candidates:
+    def take(self, chosen: Tensor) -> Candidates:
         """Some of them, by number or as a [K] bool."""
-        return Candidates(**{name: values[chosen] for name, values in vars(self).items()})
+        return Candidates(*(values[chosen] for values in self))
 
 
 def join(parts: list[Candidates]) -> Candidates:
     """Candidates of the same image, one after the other."""
-    names = vars(parts[0])
-    return Candidates(**{name: torch.cat([vars(part)[name] for part in parts]) for name in names})
+    return Candidates(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 class Search:
@@ -70,7 +61,7 @@ class Search:
 
     def add(self, candidates: Candidates) -> None:
         """Take those that were possible."""
-        if len(candidates):
+        if len(candidates.quality):
             self.parts.append(candidates)
             if self.ratio is not None:
                 self._choose(self.ratio)
@@ -83,12 +74,13 @@ class Search:
         if self.ratio is None:
             self.chosen = nms(found.boxes, found.quality, self.overlap)
         assert self.chosen is not None
-        return found[self.chosen]
+        return found.take(self.chosen)
 
     def _choose(self, ratio: float) -> None:
         """Find the nearest one that is no duplicate; the smaller on a tie."""
-        self.parts = [found := join(self.parts)]
+        self.parts = [found := join(self.parts)]  # every candidate so far competes
         kept = nms(found.boxes, found.quality, self.overlap).tolist()
+        # Numbers of Python: one copy from the device, and exact comparisons.
         percent = found.coverage.tolist()
         order = [(abs(each - ratio), each, number) for number, each in enumerate(percent)]
         nearest = min(order[number] for number in kept)
@@ -99,14 +91,12 @@ class Search:
 
 
 def visiting_order(side: int, key: str) -> Tensor:
-    """Every point of a grid once, [side * side, 2] of x and y in (0, 1), evenly from the first on.
-
-    A Sobol sequence has a point in each cell of any power of two before it has two in one. It is
-    turned round the edges by an offset that is the image's own, so that no place always is first.
-    """
-    cells = 1 << (side - 1).bit_length()
+    """Every point of a grid once, [side * side, 2] of x and y in (0, 1), evenly spread."""
+    # A Sobol sequence has a point in each cell of any power of two before it has two in one.
+    cells = 1 << (side - 1).bit_length()  # a power of two; points outside the grid are dropped
     sequence = (torch.quasirandom.SobolEngine(2).draw(cells * cells) * cells).long()
     visited = sequence[(sequence < side).all(1)]
+    # Turned round the edges by an offset that is the image's own: no place is always first.
     digest = zlib.crc32(key.encode())
     offset = torch.tensor([digest % side, digest // side % side])
     return ((visited + offset) % side + 0.5) / side
@@ -118,6 +108,7 @@ def coverage_bounds(logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     weights: see `pixel_weights`. A pixel of the image is interpolated from the neighbours of the
     decoder's pixel below it: if all nine are inside, so is the pixel, and so for outside.
     """
+    # The most: whatever has a neighbour inside; the least: whatever has all of them inside.
     inside = (logits > 0).float()
     most = F.max_pool2d(inside, 3, stride=1, padding=1)
     least = 1 - F.max_pool2d(1 - inside, 3, stride=1, padding=1)

@@ -60,11 +60,16 @@ def segment_from_flips(flips: np.ndarray, height: int, width: int) -> Segment:
     The first of them is the first one inside.
     """
     flips = flips[: np.searchsorted(flips, height * width)]  # the end of the image is none
+    # Runs outside and inside in turn; the first is outside, if need be 0 long.
     runs = np.diff(flips, prepend=0, append=height * width)
-    rle = {"size": [height, width], "counts": runs.tolist()}
     percent = 100 * int(runs[1::2].sum()) / (height * width)
-    counts = coco_rle.frPyObjects(rle, height, width)["counts"]
+    counts = _compressed(runs.tolist(), height, width)
     return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
+
+
+def _compressed(runs: list[int], height: int, width: int) -> bytes:
+    rle = {"size": [height, width], "counts": runs}
+    return bytes(coco_rle.frPyObjects(rle, height, width)["counts"])
 
 
 def segment_from_rle(segmentation: Any) -> Segment:
@@ -80,15 +85,13 @@ def segment_from_rle(segmentation: Any) -> Segment:
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
         raise ValueError(f"its size is {segmentation['size']}")
     if isinstance(counts, str):
-        counts = counts.encode("utf-8", "replace")
-    elif isinstance(counts, list) and all(
+        return segment_from_counts(height, width, counts.encode("utf-8", "replace"))
+    # Judged before pycocotools' C code sees them: it would wrap what is negative or too large.
+    if isinstance(counts, list) and all(
         isinstance(run, int) and 0 <= run <= height * width for run in counts
     ):
-        rle = {"size": [height, width], "counts": counts}
-        counts = coco_rle.frPyObjects(rle, height, width)["counts"]
-    else:
-        raise ValueError("its counts are neither text nor a list of run lengths")
-    return segment_from_counts(height, width, counts)
+        return segment_from_counts(height, width, _compressed(counts, height, width))
+    raise ValueError("its counts are neither text nor a list of run lengths")
 
 
 def segment_from_counts(height: int, width: int, counts: bytes) -> Segment:
@@ -102,7 +105,7 @@ def _checked_runs(height: int, width: int, counts: bytes) -> np.ndarray:
     """The run lengths of a code. Raises ValueError unless it is one, and they fill the image."""
     if not COMPLETE_CODE.fullmatch(counts):
         raise ValueError("its counts stop in the middle of a number, or are no counts at all")
-    runs = run_lengths(counts)
+    (runs,) = run_lengths([counts])
     if runs.min() < 0 or int(runs.sum()) != height * width:
         raise ValueError(f"its runs cover {int(runs.sum())} pixels, its size is {height} x {width}")
     return runs
@@ -118,15 +121,13 @@ def ordered(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def nearest(segments: Iterable[Segment], coverage_percent: float) -> Segment | None:
-    """The segment whose coverage is closest to the wanted one; on a tie the smaller.
+    """The segment whose coverage is closest to the wanted one; on a tie the smaller."""
 
-    What `PackedStore.nearest` finds by its index.
-    """
-    return min(
-        segments,
-        key=lambda s: (abs(s.coverage_percent - coverage_percent), *_order(s)),
-        default=None,
-    )
+    # `PackedStore.nearest` finds the same one by its index.
+    def distance(segment: Segment) -> tuple[float, float, bytes]:
+        return abs(segment.coverage_percent - coverage_percent), *_order(segment)
+
+    return min(segments, key=distance, default=None)
 
 
 def _order(segment: Segment) -> tuple[float, bytes]:
@@ -141,28 +142,26 @@ def decode_at(segments: Sequence[Segment], rows: np.ndarray, columns: np.ndarray
     ValueError if runs do not fill the image.
     """
     height, width = segments[0].height, segments[0].width
+    # A crop that is enlarged asks for a column several times: it is looked up once.
     columns, again = np.unique(columns, return_inverse=True)
     places = (columns[:, None] * height + rows).ravel()  # of the points, in the order of the runs
     decoded = np.empty((len(segments), len(places)), np.uint8)
-    every_run = _run_lengths([segment.counts for segment in segments])
+    every_run = run_lengths([segment.counts for segment in segments])
     for points, runs in zip(decoded, every_run, strict=True):
         ends = runs.cumsum()
         if not len(ends) or ends[-1] != height * width:
             raise ValueError(f"its runs do not fill {width} x {height} pixels")
         inside = np.zeros(len(runs), np.uint8)
         inside[1::2] = 1
+        # How many of the points lie in each run: all those before its end, less the runs' before.
         points_before = places.searchsorted(ends)
         points_before[1:] -= points_before[:-1].copy()
         points[:] = inside.repeat(points_before)  # ValueError for runs of less than nothing
-    return decoded.reshape(len(segments), len(columns), len(rows))[:, again].transpose(0, 2, 1)
+    by_column = decoded.reshape(len(segments), len(columns), len(rows))  # as the runs lie
+    return by_column[:, again].transpose(0, 2, 1)  # [M, rows, columns]
 
 
-def run_lengths(counts: bytes) -> np.ndarray:
-    """One code's runs, outside and inside in turn; see `_run_lengths`."""
-    return _run_lengths([counts])[0]
-
-
-def _run_lengths(codes_of_each: list[bytes]) -> list[np.ndarray]:
+def run_lengths(codes_of_each: list[bytes]) -> list[np.ndarray]:
     """COCO's compressed counts as run lengths, outside and inside in turn, of several segments.
 
     The code of pycocotools' `rleFrString`: five bits a character, least significant first, bit 5 =
@@ -170,7 +169,7 @@ def _run_lengths(codes_of_each: list[bytes]) -> list[np.ndarray]:
     before the last. Each must be a complete code; numpy is entered once for all of them.
     """
     codes = np.frombuffer(b"".join(codes_of_each), dtype=np.uint8) - FIRST_CHARACTER
-    last = np.flatnonzero(codes < MORE_BIT)
+    last = np.flatnonzero(codes < MORE_BIT)  # characters of each number, and first
     first = np.append(0, last[:-1] + 1)
     place = np.arange(len(codes)) - first.repeat(last - first + 1)  # of a character in its number
     values = np.add.reduceat((codes & LOW_BITS).astype(np.int64) << (BITS * place), first)
@@ -178,7 +177,7 @@ def _run_lengths(codes_of_each: list[bytes]) -> list[np.ndarray]:
     values -= (codes[last] & SIGN_BIT).astype(np.int64) << (BITS * place[last] + 1)
     stops = last.searchsorted(np.cumsum([len(counts) for counts in codes_of_each])).tolist()
     each = [values[start:stop] for start, stop in pairwise([0, *stops])]
-    for runs in each:
+    for runs in each:  # undo the differences, by which similar columns take few characters
         runs[1::2] = runs[1::2].cumsum()
         runs[2::2] = runs[2::2].cumsum()
     return each

@@ -1,8 +1,8 @@
-"""The packed store: all segments of a dataset in one SQLite file.
+"""The packed store: all segments of a dataset in one SQLite file. README.md describes its tables.
 
-zlib, a segment at a time, takes 55% of the bytes of COCO's code (2231 segments of 96 photographs:
-1.91 MB become 1.04 MB; with level 9 no less), costs 6 microseconds to undo, and carries a checksum.
-A zlib stream per image would take 50%, but then one segment could not be read alone.
+store = PackedStore(Path("masks.sqlite"))
+segment = store.nearest("n01440764/n01440764_18", 15.0)  # percent; None: the image has none
+inside = segment.decode()  # [H, W] uint8
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from common.files import open_regular
 from common.parsed import parsed_text
 from segments.segment import Segment
 
-STORE_NAME = "masks.sqlite"
 FORMAT_VERSION = 1
-VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
 
-# README.md describes the columns.
+# counts: zlib, a segment at a time, takes 55% of the bytes of COCO's code (2231 segments of 96
+# photographs: 1.91 MB become 1.04 MB; with level 9 no less), costs 6 microseconds to undo, and
+# carries a checksum. A stream per image would take 50%, but no segment could be read alone.
 SCHEMA = """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE images (
@@ -35,14 +35,13 @@ SCHEMA = """
     CREATE INDEX segments_by_coverage ON segments (image, coverage);
     CREATE TABLE failures (key TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;
 """
-TABLES = (
-    "SELECT name FROM sqlite_master WHERE type = 'table' AND name IN ('images', 'segments', 'meta')"
-)
 LENGTH = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 ROWS = """
     SELECT i.height, i.width, s.coverage, s.counts
     FROM images AS i JOIN segments AS s ON s.image = i.id
     WHERE i.key = ?1 """
+# The nearest coverage is the largest below or the smallest above: the index finds each at once; a
+# sort by distance would read every segment of the image.
 NEAREST = f"""{ROWS} AND s.coverage = (
         SELECT coverage FROM (
             SELECT max(coverage) AS coverage FROM segments WHERE image = i.id AND coverage <= ?2
@@ -80,13 +79,12 @@ class PackedStore:
         self.path = path
         self._connection: sqlite3.Connection | None = None
         self._process_id = 0
+        # Somebody copied or downloaded it: every way in which it may be no store is said here.
         try:
             open_regular(path).close()  # SQLite would wait for a pipe
             with closing(connect_for_reading(path)) as connection:
                 self.meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
-                tables = connection.execute(TABLES).fetchall()
-                if len(tables) != 3:
-                    raise sqlite3.DatabaseError("it lacks images, segments or meta")
+                connection.execute("SELECT 1 FROM images, segments LIMIT 0")  # are they there?
                 (length,) = connection.execute(LENGTH).fetchone()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -104,6 +102,7 @@ class PackedStore:
             raise ValueError(f"{path} was not finished; run the command that writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
+        # Each process opens the file itself.
         return {**self.__dict__, "_connection": None, "_process_id": 0}
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
@@ -115,34 +114,39 @@ class PackedStore:
         return self._segment(key, rows[0]) if rows else None
 
     def segments(self, key: str, report: object = None) -> list[Segment]:
-        """All segments of an image, the smallest first. report: a store states nothing twice."""
+        """All segments of an image, the smallest first.
+
+        report: as of the other forms; a store states no coverage that could be another.
+        """
         return [self._segment(key, row) for row in self._query(ALL, (key,))]
 
     def images(self) -> set[str]:
         """The keys of the images that have a segment."""
-        return self._keys("SELECT key FROM images WHERE segments > 0")
+        return self._keys("segments > 0")
 
     def listed_empty(self) -> set[str]:
         """The keys of the images that are known to have none."""
-        return self._keys("SELECT key FROM images WHERE segments = 0")
+        return self._keys("segments = 0")
+
+    def all_images(self) -> set[str]:
+        """The keys of both."""
+        return self._keys("1")
 
     def failures(self) -> dict[str, str]:
         """Why images are not in the store, by their keys."""
         return dict(self._query("SELECT key, reason FROM failures ORDER BY key"))
 
     def packed(self, key: str) -> PackedImage:
-        """The rows of an image that is in `images` or `listed_empty`, checked, for copying."""
-        rows = self._query("SELECT height, width FROM images WHERE key = ?", (key,))
-        segments = self._query(ALL, (key,))
-        for row in segments:
+        """The rows of one of `keys`, for copying; what cannot be read is not copied."""
+        [(height, width)] = self._query("SELECT height, width FROM images WHERE key = ?", (key,))
+        rows = self._query(ALL, (key,))
+        for row in rows:
             self._segment(key, row)
-        return PackedImage(
-            key=key, height=rows[0][0], width=rows[0][1],
-            segments=tuple((coverage, counts) for *_, coverage, counts in segments),
-        )  # fmt: skip
+        segments = tuple((coverage, counts) for *_, coverage, counts in rows)
+        return PackedImage(key=key, height=height, width=width, segments=segments)
 
-    def _keys(self, sql: str) -> set[str]:
-        keys = {key for (key,) in self._query(sql)}
+    def _keys(self, condition: str) -> set[str]:
+        keys = {key for (key,) in self._query(f"SELECT key FROM images WHERE {condition}")}
         for key in keys:
             if not isinstance(key, str):
                 raise ValueError(f"{self.path} is damaged: {key!r} is no key of an image")
@@ -161,6 +165,7 @@ class PackedStore:
 
     def _query(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
         try:
+            # SQLite's connections do not survive a fork, and loader processes are forked.
             if self._connection is None or self._process_id != os.getpid():
                 self._connection = connect_for_reading(self.path)
                 self._process_id = os.getpid()
@@ -178,6 +183,7 @@ def connect_for_reading(path: Path) -> sqlite3.Connection:
     """A connection that neither locks nor writes anything."""
     uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+    # Pages come from the page cache, which all loader processes share, without a copy for each.
     connection.execute("PRAGMA mmap_size = 1073741824")
     return connection
 

@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.files import beside
-from common.interruption import Interruption
-from common.progress import Counter
 from segments.config import check_made_alike
+from segments.parallel import Failure, one_pass
 from segments.segment import Segment
-from segments.store import (
-    FORMAT_VERSION,
-    SCHEMA,
-    PackedImage,
-    PackedStore,
-    check_format,
-    connect_for_reading,
-)
+from segments.store import FORMAT_VERSION, SCHEMA, PackedImage, check_format
 
 logger = logging.getLogger(__name__)
 
-SECONDS_PER_COMMIT = 2.0
-COMPRESSION_LEVEL = 6
+SECONDS_PER_COMMIT = 2.0  # a kill loses so much work
+COMPRESSION_LEVEL = 6  # see SCHEMA
 MOST_FAILED = 0.01  # a larger share of the images is no accident
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be done, and why."""
-
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,40 +41,72 @@ class Summary:
 
 def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
     """Compress the segments of one image, which are in order."""
-    first = segments[0] if segments else None
-    return PackedImage(
-        key=key,
-        height=first.height if first else None,
-        width=first.width if first else None,
-        segments=tuple(
-            (segment.coverage_percent, zlib.compress(segment.counts, COMPRESSION_LEVEL))
-            for segment in segments
-        ),
-    )
+    height, width = (segments[0].height, segments[0].width) if segments else (None, None)
+    rows = [(s.coverage_percent, zlib.compress(s.counts, COMPRESSION_LEVEL)) for s in segments]
+    return PackedImage(key=key, height=height, width=width, segments=tuple(rows))
+
+
+def write_store(
+    out: Path,
+    keys: Sequence[str],
+    rows: Callable[[list[str]], Generator[PackedImage | Failure, None, None]],
+    *,
+    what: str,
+    source: str,
+    settings: Mapping[str, Any],
+    most_failed: float = math.inf,
+) -> Summary:
+    """Write a store of these images, or go on with it. A signal that asks to stop leaves it
+    unfinished, and so do more than `most_failed` images.
+
+    rows: makes those of the keys that it is given, in any order.
+    """
+    with StoreWriter(out, source=source, settings=settings) as writer:
+        done = writer.keys()
+        left = [key for key in keys if key not in done]
+        added = failed = 0
+        for row in one_pass(what, rows(left), total=len(keys), done=len(keys) - len(left)):
+            writer.add(row)
+            added += 1
+            failed += isinstance(row, Failure)
+        writer.commit()
+        summary = Summary(
+            out=out,
+            images=writer.count("images WHERE segments > 0"),
+            without=writer.count("images WHERE segments = 0"),
+            left_out=failed,
+            already_there=len(keys) - len(left),
+            interrupted=added < len(left),
+        )
+        if not summary.interrupted and failed <= most_failed:
+            writer.finish()
+    return summary
 
 
 class StoreWriter:
     """Adds images to `<out>.segmae-part`; `finish` gives it its name. Use as a context manager.
 
-    What is committed survives a kill, and a process that goes on starts from there. extend: a
-    finished store `out` is taken away from its readers too, but only once there is something new
-    to add. Raises ValueError if the store was made in another way or is being written by another
-    process, RuntimeError if the disk is full.
+    What is committed survives a kill, and a process that goes on starts from there. Raises
+    ValueError if it was begun in another way or is being written by another process, RuntimeError
+    if the disk is full.
     """
 
-    def __init__(
-        self, out: Path, *, source: str, settings: Mapping[str, Any], extend: bool = False
-    ) -> None:
+    def __init__(self, out: Path, *, source: str, settings: Mapping[str, Any]) -> None:
         self.out, self.part = out, beside(out)
-        self.source, self.settings = source, settings
-        self.left_out = 0  # of this run
         self.committed_at = time.monotonic()
-        self.untouched = extend and out.exists()
-        if self.untouched:
-            check_made_alike(out, PackedStore(out).settings, settings)
-            self.connection = connect_for_reading(out)
-        else:
-            self._open()
+        with self._explained():
+            # isolation_level None: transactions begin and end where this code says.
+            self.connection = sqlite3.connect(self.part, timeout=1, isolation_level=None)
+            try:
+                # Held to the end: a second process that writes the same store is refused.
+                self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+                self.connection.execute("BEGIN EXCLUSIVE")
+                if not self.count("sqlite_master"):
+                    self._make_tables(source, settings)
+                self._check_begun(source, settings)
+            except BaseException:
+                self.connection.close()  # nobody else will, and it holds a lock
+                raise
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -101,61 +118,28 @@ class StoreWriter:
         """The images that are done."""
         return {key for (key,) in self.connection.execute("SELECT key FROM images")}
 
-    def add_all(
-        self,
-        images: Iterable[PackedImage | Failure],
-        *,
-        what: str,
-        total: int,
-        already_there: int,
-    ) -> Summary:
-        """Add what comes, until all is there or a signal asks to stop; then it survives a kill."""
-        with Interruption() as stop, Counter(what, total=total, done=already_there) as counter:
-            for image in images:
-                self.add(image)
-                counter.advance()
-                if stop.requested:
-                    logger.warning("stopped; run the same command again to go on")
-                    break
-        self.commit()
-        return Summary(
-            out=self.out,
-            images=self._count("images WHERE segments > 0"),
-            without=self._count("images WHERE segments = 0"),
-            left_out=self.left_out,
-            already_there=already_there,
-            interrupted=stop.requested,
-        )
-
     def add(self, image: PackedImage | Failure) -> None:
         """Add an image that is not there, or why it still is not."""
         with self._explained():
-            if not isinstance(image, Failure):
-                self._take_from_readers()
-                self._add_rows(image)
-            else:
+            if isinstance(image, Failure):
                 logger.warning("left out %s: %s", image.key, image.reason)
-                self.left_out += 1
                 row = (image.key, image.reason)
-                known = "SELECT 1 FROM failures WHERE key = ? AND reason = ?"
-                if self.connection.execute(known, row).fetchone() is None:
-                    self._take_from_readers()
-                    self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
+                self.connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", row)
+            else:
+                self._add_rows(image)
+        # Each commit is flushed to the disk: for every image that would take most of the time.
         if time.monotonic() - self.committed_at > SECONDS_PER_COMMIT:
             self.commit()
 
     def commit(self) -> None:
         """Make what was added survive a kill."""
-        if not self.untouched:
-            with self._explained():
-                self.connection.execute("COMMIT")
-                self.connection.execute("BEGIN EXCLUSIVE")
-            self.committed_at = time.monotonic()
+        with self._explained():
+            self.connection.execute("COMMIT")
+            self.connection.execute("BEGIN EXCLUSIVE")
+        self.committed_at = time.monotonic()
 
     def finish(self) -> None:
         """Mark the store complete and give it its name."""
-        if self.untouched:
-            return
         with self._explained():
             self.connection.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
             self.connection.execute("COMMIT")  # SQLite flushes it
@@ -171,49 +155,29 @@ class StoreWriter:
             "INSERT INTO segments (image, coverage, counts) VALUES (?, ?, ?)",
             [(cursor.lastrowid, *segment) for segment in image.segments],
         )
+        # It may have failed before.
         self.connection.execute("DELETE FROM failures WHERE key = ?", (image.key,))
 
-    def _take_from_readers(self) -> None:
-        """Readers that have a finished store open keep it; no one else finds it until `finish`."""
-        if self.untouched:
-            self.connection.close()
-            self.out.replace(self.part)
-            self.untouched = False
-            self._open()
-
-    def _open(self) -> None:
-        with self._explained():
-            self.connection = sqlite3.connect(self.part, timeout=1, isolation_level=None)
-            try:
-                self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-                self.connection.execute("BEGIN EXCLUSIVE")
-                if not self._count("sqlite_master"):
-                    self._make_tables()
-                self._continue()
-            except BaseException:
-                self.connection.close()  # nobody else will, and it holds a lock
-                raise
-
-    def _make_tables(self) -> None:
+    def _make_tables(self, source: str, settings: Mapping[str, Any]) -> None:
         for statement in SCHEMA.split(";"):
             self.connection.execute(statement)
         meta = {
             "format_version": str(FORMAT_VERSION),
             "complete": "0",
-            "source": self.source,
-            "settings": json.dumps(self.settings, sort_keys=True),
+            "source": source,
+            "settings": json.dumps(settings, sort_keys=True),
         }
         self.connection.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
         self.commit()
 
-    def _continue(self) -> None:
+    def _check_begun(self, source: str, settings: Mapping[str, Any]) -> None:
         meta = dict(self.connection.execute("SELECT name, value FROM meta").fetchall())
         check_format(self.part, meta)
         begun = {"source": meta["source"], **json.loads(meta["settings"])}
-        check_made_alike(self.part, begun, {"source": self.source, **self.settings})
-        self.connection.execute("UPDATE meta SET value = '0' WHERE name = 'complete'")
+        check_made_alike(self.part, begun, {"source": source, **settings})
 
-    def _count(self, rows: str) -> int:
+    def count(self, rows: str) -> int:
+        """How many there are, as SQL."""
         return int(self.connection.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])
 
     @contextmanager

@@ -20,6 +20,8 @@ import yaml
 from PIL import Image
 from pycocotools import mask as rle
 
+from common.coco import rle_annotation
+
 BACKGROUNDS = ("grass", "sand", "water")
 SHAPES = ("disc", "square", "triangle", "flower")
 CLASSES = (*BACKGROUNDS, *SHAPES)
@@ -200,14 +202,12 @@ def _segments(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def _entry(segment_hw: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """One segment as `amg.py --convert-to-rle` writes it; boxes are x, y, width, height."""
+    """One segment as `amg.py --convert-to-rle` writes it."""
     encoded = rle.encode(np.asfortranarray(segment_hw.astype(np.uint8)))
     ys, xs = np.nonzero(segment_hw)
     middle = len(ys) // 2
     return {
-        "segmentation": {"size": [_HEIGHT, _WIDTH], "counts": encoded["counts"].decode("ascii")},
-        "area": len(ys),
-        "bbox": [int(v) for v in (xs.min(), ys.min(), np.ptp(xs), np.ptp(ys))],
+        **rle_annotation(_HEIGHT, _WIDTH, encoded["counts"]),
         "predicted_iou": round(float(rng.uniform(0.88, 1.02)), 4),
         "point_coords": [[float(xs[middle]), float(ys[middle])]],
         "stability_score": round(float(rng.uniform(0.95, 1.0)), 4),

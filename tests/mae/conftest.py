@@ -48,7 +48,7 @@ def in1k_dir(tmp_path_factory):
 
 
 def pack_segments(masks_dir):
-    """As `python -m mae masks pack` does."""
+    """As `python -m segments pack` does."""
     from segments.pack import pack
 
     pack(masks_dir, None, overwrite=True, allow_damaged=False, processes=1)

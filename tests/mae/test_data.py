@@ -170,7 +170,7 @@ def test_held_out_images_without_segments_are_left_to_methods_that_need_none(fol
 
 def test_a_folder_of_segments_that_are_not_packed_is_refused_with_the_command(folder, tmp_path):
     config = make_config(folder, tmp_path / "out", mask_method="segments")
-    with pytest.raises(ValueError, match="python -m mae masks pack"):
+    with pytest.raises(ValueError, match="python -m segments pack"):
         make_listing(config.data, config.method)
 
 

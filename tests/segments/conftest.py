@@ -75,13 +75,13 @@ def copy_images(source, target, pattern):
 
 @pytest.fixture
 def masks_command(capsys, caplog):
-    """Run `python -m mae masks ...` in this process: exit code, and all it said."""
-    from mae.cli import main
+    """Run `python -m segments ...` in this process: exit code, and all it said."""
+    from segments.cli import main
 
     def run(*arguments):
         caplog.clear()
         with pytest.raises(SystemExit) as ended:
-            main(["masks", *map(str, arguments)])
+            main([*map(str, arguments)])
         said = capsys.readouterr()
         return ended.value.code, said.out + said.err + caplog.text
 
@@ -105,11 +105,11 @@ def in_child():
 @pytest.fixture(scope="session")
 def photograph():
     """Pixels as a generator gets them."""
-    from segments.generate import Photograph
+    from segments.generate import InputImage
 
     def make(pixels, key="image", ratios=()):
         height, width = pixels.shape[:2]
-        return Photograph(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
+        return InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
 
     return make
 

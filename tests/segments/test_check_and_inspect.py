@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from segments.check import check
+from segments.forms import open_any_form
+from segments.look import WORST, collect, farthest
 
 IMAGES = 6
 
@@ -149,20 +151,8 @@ def test_inspect_needs_no_images(packed_table, tmp_path, masks_command):
 
 
 def test_inspect_counts_exactly(tmp_path):
-    from segments.forms import open_any_form
-    from segments.look import collect
 
-    folder = tmp_path / "masks"
-    folder.mkdir()
-    for name, areas in {"a": [10, 20], "b": [40], "c": []}.items():
-        (folder / f"{name}.json").write_text(
-            json.dumps(
-                [
-                    {"segmentation": {"size": [10, 10], "counts": [100 - area, area]}}
-                    for area in areas
-                ]
-            )
-        )
+    folder = write_masks(tmp_path / "masks", a=annotations(10, 20), b=annotations(40), c=[])
     (folder / "d.json").write_text("[{")
     statistics = collect(open_any_form(folder), processes=1)
     assert list(statistics.coverages) == ["a", "b"]
@@ -212,22 +202,10 @@ def test_inspect_compares_what_two_stores_choose(tmp_path, masks_command):
     assert "no image has segments in both" in said
 
 
-def test_the_worst_images_are_drawn(dataset, tmp_path, masks_command, monkeypatch):
-    from segments import look
+def test_the_images_farthest_from_a_ratio_are_drawn_worst_first(tmp_path):
 
-    drawn = []
-    monkeypatch.setattr(look, "_draw_hidden", lambda axes, image, segment, ratio: drawn.append(
-        (ratio, abs(segment.coverage_percent - ratio))
-    ))  # fmt: skip
-    monkeypatch.setattr(look, "_draw_row", lambda *_: None)
-    arguments = ["inspect", dataset / "masks", "--out", tmp_path / "look", "--coverage-ratio", 90]
-    code, said = masks_command(*arguments)
-    assert code == 0, said
-    distances = look.collect(look_source(dataset), processes=1).distances(90)
-    assert [distance for _, distance in drawn] == sorted(distances, reverse=True)[: look.WORST]
-
-
-def look_source(dataset):
-    from segments.forms import open_any_form
-
-    return open_any_form(dataset / "masks")
+    masks = write_masks(tmp_path / "masks", **{f"i{n}": annotations(n) for n in range(10, 20)})
+    statistics = collect(open_any_form(masks), processes=1)
+    assert farthest(statistics, sorted(statistics.coverages), 20) == [
+        f"i{n}" for n in range(10, 10 + WORST)
+    ]

@@ -8,15 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common.files import beside
 from common.images import read_rgb
 from segments.config import FelzenszwalbSettings, SamSettings
 from segments.felzenszwalb import Felzenszwalb
-from segments.generate import Shard, generate, images_by_key
+from segments.generate import Shard, Work, generate, images_by_key
 from segments.pack import merge
 from segments.sam import Sam
 from segments.search import coverage_bounds, pixel_weights, visiting_order
-from segments.segment import nearest
+from segments.segment import nearest, run_lengths
 from segments.store import PackedStore
 from tests.segments.tiny_models import make_tiny_model
 
@@ -122,14 +121,14 @@ def test_adding_a_ratio_can_be_killed_and_leaves_the_store_to_its_readers(
         with pytest.raises(KeyboardInterrupt):
             make(out, 40.0)
     assert dump(out) == dump(made["15"][0])
-    assert beside(out).exists()
+    assert list(tmp_path.glob("*.segmae-part"))
     assert make(out, 40.0)["images"] == PHOTOGRAPHS - 6
     make(tmp_path / "at_once.sqlite", 15.0, 40.0)
     assert dump(out) == dump(tmp_path / "at_once.sqlite")
-    assert not beside(out).exists()
+    assert not list(tmp_path.glob("*.segmae-part"))
 
 
-def test_shards_add_a_ratio_to_the_merged_store(make, made, tmp_path, dump):
+def test_shards_add_a_ratio_to_the_merged_store_and_so_does_merge(make, made, tmp_path, dump):
     out = tmp_path / "masks.sqlite"
     shutil.copyfile(made["15"][0], out)
     for index in (0, 1):
@@ -137,6 +136,11 @@ def test_shards_add_a_ratio_to_the_merged_store(make, made, tmp_path, dump):
     merge([tmp_path / f"masks-{i}-of-2.sqlite" for i in (0, 1)], out, overwrite=True)
     make(tmp_path / "at_once.sqlite", 15.0, 40.0)
     assert dump(out) == dump(tmp_path / "at_once.sqlite")
+    make(tmp_path / "40.sqlite", 40.0)
+    stores = [made["15"][0], tmp_path / "40.sqlite"]
+    merge(stores, tmp_path / "merged.sqlite", overwrite=False)
+    assert dump(tmp_path / "merged.sqlite") == dump(out)
+    assert PackedStore(tmp_path / "merged.sqlite").settings["for_coverage"] == [15, 40]
 
 
 def test_all_segments_and_those_for_a_ratio_do_not_mix(make, made, tmp_path):
@@ -241,27 +245,19 @@ def test_only_what_was_chosen_is_copied_to_the_host(model, sample, photograph, m
     for ratios in ((), (15.0,)):
         copied.clear()
         (segments,) = sam.segments([photograph(image, ratios=ratios)])
-        runs = sum(len(_runs(segment)) for segment in segments)
+        runs = sum(map(len, run_lengths([segment.counts for segment in segments])))
         # 4 bytes for each place where a survivor begins or ends, 8 for each number of few.
         assert sum(copied) <= 4 * runs + 8 * 3 * 64 * 4
         assert sum(copied) < image.shape[0] * image.shape[1] / 8  # one mask as bits
 
 
-def _runs(segment):
-    from segments.segment import run_lengths
-
-    return run_lengths(segment.counts)
-
-
 def test_a_large_photograph_is_read_reduced_and_its_segments_have_its_size(tmp_path):
-    from segments.generate import Work, images_by_key
-
     pixels = np.zeros((300, 400, 3), np.uint8)
     pixels[100:200, 100:300] = 255
     for kind in ("jpg", "png"):
         Image.fromarray(pixels).save(tmp_path / f"{kind}.{kind}", quality=95)
     generator = Felzenszwalb(FelzenszwalbSettings(longest_side=64))
-    work = Work(images_by_key(tmp_path, None), generator, ())
+    work = Work(images_by_key(tmp_path, None), generator)
     reduced, whole = (work.read([name])[0][0] for name in ("jpg", "png"))
     assert (reduced.pixels.shape, whole.pixels.shape) == ((75, 100, 3), (300, 400, 3))
     assert (reduced.height, reduced.width) == (300, 400)
@@ -290,25 +286,56 @@ def test_an_estimate_writes_nothing_and_its_numbers_hold(
     assert price["bytes"] == pytest.approx((tmp_path / "out.sqlite").stat().st_size, rel=0.5)
 
 
-def test_a_ratio_is_added_to_all_images_of_a_store_or_refused(tmp_path):
-    """A store is made anew for it, and held-out images that are not named would be lost."""
+@pytest.fixture
+def add(tmp_path):
+    """Add a ratio to the store of two training images and a held-out one."""
     rng = np.random.default_rng(0)
     for name in ("train/a.png", "train/b.png", "val/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / name)
-    train, val, out = tmp_path / "train", tmp_path / "val", tmp_path / "masks.sqlite"
 
-    def add(ratio, val_dir):
-        settings = FelzenszwalbSettings(longest_side=60, for_coverage=(ratio,))
-        images = images_by_key(train, val_dir)
+    def run(*ratios, val_dir=tmp_path / "val", out=tmp_path / "masks.sqlite"):
+        settings = FelzenszwalbSettings(longest_side=60, for_coverage=ratios)
+        images = images_by_key(tmp_path / "train", val_dir)
         generate(images, out, Felzenszwalb(settings), shard=Shard(), processes=1)
+        return PackedStore(out)
 
-    add(15.0, val)
-    before = out.read_bytes()
+    return run
+
+
+def test_a_ratio_is_added_to_all_images_of_a_store_or_refused(add):
+    """Held-out images that are not named would lack it."""
+    before = add(15.0).path.read_bytes()
     with pytest.raises(ValueError, match=r"has 1 images that are not among .* such as val/c, and"):
-        add(25.0, None)
-    assert out.read_bytes() == before
-    add(25.0, val)
-    store = PackedStore(out)
-    assert store.images() | store.listed_empty() == {"a", "b", "val/c"}
+        add(25.0, val_dir=None)
+    store = add(15.0, val_dir=None)
+    assert store.path.read_bytes() == before
+    store = add(25.0)
+    assert store.all_images() == {"a", "b", "val/c"}
     assert store.settings["for_coverage"] == [15, 25]
+
+
+def test_an_image_that_failed_is_tried_again_for_every_ratio(add, tmp_path, dump):
+    sound = (tmp_path / "train/a.png").read_bytes()
+    (tmp_path / "train/a.png").write_bytes(b"no image")
+    for ratio in (15.0, 25.0):
+        with pytest.raises(RuntimeError, match="1 of 3 images failed"):
+            add(ratio)
+        assert PackedStore(tmp_path / "masks.sqlite").failures().keys() == {"a"}
+    (tmp_path / "train/a.png").write_bytes(sound)
+    (tmp_path / "train/b.png").write_bytes(b"no image")  # it fails for a new ratio only
+    with pytest.raises(RuntimeError, match="1 of 3 images failed"):
+        add(40.0)
+    store = PackedStore(tmp_path / "masks.sqlite")
+    assert (store.all_images(), store.failures().keys()) == ({"a", "val/c"}, {"b"})
+    Image.new("RGB", (60, 40)).save(tmp_path / "train/b.png")
+    at_once = tmp_path / "at_once.sqlite"
+    assert dump(add(15.0).path) == dump(add(15.0, 25.0, 40.0, out=at_once).path)
+
+
+def test_stores_of_other_images_for_other_ratios_are_not_merged(add, tmp_path):
+    paths = [tmp_path / "15.sqlite", tmp_path / "25.sqlite"]
+    add(15.0, out=paths[0])
+    add(25.0, out=paths[1], val_dir=None)
+    with pytest.raises(ValueError, match=r"of 25 %, no store has .* such as val/c; make"):
+        merge(paths, tmp_path / "merged.sqlite", overwrite=False)

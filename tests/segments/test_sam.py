@@ -172,7 +172,9 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model, tmp_path):
         Sam(SamSettings(model=str(folder), device="cpu"))
 
 
-def test_presets_are_listed_with_size_and_licence_and_choose_the_model(masks_command, monkeypatch):
+def test_presets_are_listed_with_size_and_licence_and_choose_the_model(
+    masks_command, monkeypatch, images, tmp_path
+):
     code, said = masks_command("generate", "--help")
     assert code == 0
     for name, preset in PRESETS.items():
@@ -184,7 +186,7 @@ def test_presets_are_listed_with_size_and_licence_and_choose_the_model(masks_com
         raise ValueError("stop here")
 
     monkeypatch.setattr("segments.sam._load", load)
-    masks_command("generate", "sam2-tiny", "--images", "/tmp", "--out", "/tmp/masks.sqlite")
+    masks_command("generate", "sam2-tiny", "--images", images, "--out", tmp_path / "masks.sqlite")
     assert loaded == [PRESETS["sam2-tiny"].model]
 
 

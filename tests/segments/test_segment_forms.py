@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from segments.folders import path_below, read_empty_list
-from segments.forms import form_of, open_any_form, open_segments
+from common.files import path_below
+from segments.forms import form_of, open_any_form, open_segments, read_empty_list
 from segments.segment import (
     Segment,
     decode_at,
@@ -45,7 +45,7 @@ def test_training_opens_no_folder_and_says_how_to_pack_it(sample, form, name):
     assert form_of(sample / form) == name
     with pytest.raises(ValueError, match=f"holds segments as {name}") as refused:
         open_segments(sample / form)
-    assert f"`python -m mae masks pack {sample / form}`" in str(refused.value)
+    assert f"`python -m segments pack {sample / form}`" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -113,7 +113,7 @@ def test_run_lengths_agree_with_what_was_encoded():
         runs = (2 ** rng.uniform(0, 22, rng.integers(1, 12))).astype(int).tolist()
         size = [1, sum(runs)]
         counts = coco.frPyObjects({"size": size, "counts": runs}, *size)["counts"]
-        assert run_lengths(counts).tolist() == runs
+        assert run_lengths([counts])[0].tolist() == runs
 
 
 def test_segments_are_decoded_at_some_pixels_as_at_all():

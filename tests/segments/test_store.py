@@ -41,13 +41,7 @@ def test_a_store_agrees_with_its_source_pixel_by_pixel(sample, packed_table):
     assert store.nearest("n01735189/n01735189_1185", 15) is None
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """Other processes are started at once, however little there is to do."""
-    monkeypatch.setattr("segments.parallel.SECONDS_ALONE", 0)
-
-
-def test_rle_json_packs_to_the_same_segments_on_many_processes(sample, tmp_path, at_once):
+def test_rle_json_packs_to_the_same_segments_on_many_processes(sample, tmp_path):
     summary = pack(sample / "masks-amg-rle", tmp_path / "a.sqlite", **{**WHOLE, "processes": 2})
     assert (summary.images, summary.without, summary.left_out) == (93, 3, 0)
     source, store = open_any_form(sample / "masks-amg-rle"), open_segments(tmp_path / "a.sqlite")
@@ -342,7 +336,6 @@ def test_an_open_store_is_safe_after_fork_and_pickle(packed_table, in_child):
 def pack_many_and_report(folder, out, pids_path):
     from segments import parallel
 
-    parallel.SECONDS_ALONE = 0
     start = parallel.leave_signals_to_the_main_process
 
     def start_and_tell(worker):
@@ -374,17 +367,26 @@ def test_workers_end_when_their_parent_is_killed(sample, tmp_path, in_child):
         time.sleep(0.1)
 
 
-def test_what_a_worker_raises_is_one_line(packed_table, tmp_path, masks_command, at_once):
+def test_what_a_worker_raises_is_one_line(packed_table, tmp_path, masks_command):
     def refuse(*_):
         raise ValueError("no: thank you")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("segments.pack._annotation", refuse)
+        patch.setattr("segments.pack.rle_annotation", refuse)
         code, said = masks_command("unpack", packed_table, tmp_path / "json", "--processes", 2)
     assert code == 2
     assert said.startswith("Error: ")
     assert said.endswith(": no: thank you\n")
     assert said.count("\n") == 1
+
+
+def test_a_worker_that_dies_is_an_error_and_leaves_what_is_done(json_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("segments.pack.pack_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="terminated abruptly"):
+        pack(json_folder, tmp_path / "masks.sqlite", **{**WHOLE, "processes": 2})
+    monkeypatch.undo()
+    summary = pack(json_folder, tmp_path / "masks.sqlite", **WHOLE)
+    assert summary.images + summary.without == 6
 
 
 def is_running(pid):

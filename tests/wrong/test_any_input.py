@@ -21,7 +21,7 @@ from pipeline.plan.settings import GROUPS as PLAN_GROUPS
 from segmenter.config import GROUPS as TRAIN_GROUPS
 from segmenter.config import PROBE_GROUPS
 from segmenter.dataset import read_description
-from segments.folders import JsonFolder, PngMetadataFolder, PngTableFolder, read_empty_list
+from segments.forms import JsonFolder, PngMetadataFolder, PngTableFolder, read_empty_list
 from segments.segment import segment_from_rle
 from segments.store import PackedStore
 

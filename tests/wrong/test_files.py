@@ -20,8 +20,8 @@ SCORE = ("segmenter evaluate {w}/fine/best.pth --plugin {w}/nano.py --device cpu
 PREDICT = ("segmenter predict {w}/fine/best.pth {w}/photos --plugin {w}/nano.py --device cpu "
            "--out {w}/out")  # fmt: skip
 STORE = "in1k/masks/masks.sqlite"
-UNPACK = f"mae masks unpack {{w}}/{STORE} {{w}}/out --processes 1"
-INSPECT = "mae masks inspect {w}/in1k/masks --processes 1 --out {w}/out"
+UNPACK = f"segments unpack {{w}}/{STORE} {{w}}/out --processes 1"
+INSPECT = "segments inspect {w}/in1k/masks --processes 1 --out {w}/out"
 REPORT = "benchmark report {w}/run"
 STATUS = "benchmark status {w}/run"
 
@@ -318,7 +318,7 @@ LOOSE = {
 @pytest.mark.parametrize("name", LOOSE)
 def test_damaged_segments_are_named_and_not_packed(name, world, capsys, caplog):
     LOOSE[name](world)
-    words = f"mae masks pack {world}/loose --processes 1".split()
+    words = f"segments pack {world}/loose --processes 1".split()
     code, _, err = call(words, capsys)
     assert code == 1, err
     assert "Traceback" not in err
@@ -328,7 +328,7 @@ def test_damaged_segments_are_named_and_not_packed(name, world, capsys, caplog):
         (world / "in1k/masks" / path.relative_to(world / "loose")).parent.mkdir(exist_ok=True)
         path.rename(world / "in1k/masks" / path.relative_to(world / "loose"))
     (world / STORE).unlink()
-    words = f"mae masks check {world}/in1k --processes 1 --out {world}/offenders.txt".split()
+    words = f"segments check {world}/in1k --processes 1 --out {world}/offenders.txt".split()
     assert call(words, capsys)[0] == 1
     assert (world / "offenders.txt").read_text().startswith("class0/image_0.jpg\t")
 

@@ -40,10 +40,8 @@ SOUND = {
 }  # fmt: skip
 TRAIN_IMAGE, DATA_IMAGE = "in1k/train/class0/image_0.jpg", "data/images/training/004.jpg"
 LABELS = "data/annotations/training/004.png"
-MASKS_CHECK = "mae masks check {w}/in1k --processes 1 --out {w}/offenders.txt"
-GENERATE = (
-    "mae masks generate felzenszwalb --images {w}/in1k/train --processes 1 --out {w}/s.sqlite"
-)
+MASKS_CHECK = "segments check {w}/in1k --processes 1 --out {w}/offenders.txt"
+GENERATE = "segments generate felzenszwalb --images {w}/in1k/train --processes 1 --out {w}/s.sqlite"
 
 
 def run(command, world, capsys):
@@ -133,7 +131,7 @@ ASKED_FOR = {
     "--init": lambda w, pipe: [*train_words(w), "--init", pipe],
     "--recipe": lambda w, pipe: [*train_words(w), "--recipe", f"{pipe}.yml"],
     "--dataset": lambda w, pipe: [*train_words(w), "--dataset", pipe],
-    "unpack": lambda w, pipe: ["mae", "masks", "unpack", pipe, w / "out"],
+    "unpack": lambda w, pipe: ["segments", "unpack", pipe, w / "out"],
     "export": lambda w, pipe: ["mae", "export", pipe, "--out", w / "out.pth"],
     "predict": lambda w, pipe: [
         "segmenter", "predict", w / "fine/best.pth", pipe, "--out", w / "out"],

@@ -24,12 +24,12 @@ TO_FILE = {
     "reconstruct": ("mae reconstruct {w}/pre/checkpoint-1.pth --plugin {w}/nano.py --out", ".png"),
     "evaluate": ("segmenter evaluate {w}/fine/best.pth --plugin {w}/nano.py --device cpu "
                  "--workers 0 --dataset {w}/data/dataset.yml --out", ".json"),
-    "pack": ("mae masks pack {w}/loose --processes 1 --out", ".sqlite"),
-    "merge": ("mae masks merge {w}/in1k/masks/masks.sqlite --out", ".sqlite"),
-    "generate": ("mae masks generate felzenszwalb --images {w}/photos --processes 1 --out",
+    "pack": ("segments pack {w}/loose --processes 1 --out", ".sqlite"),
+    "merge": ("segments merge {w}/in1k/masks/masks.sqlite --out", ".sqlite"),
+    "generate": ("segments generate felzenszwalb --images {w}/photos --processes 1 --out",
                  ".sqlite"),
-    "check": ("mae masks check {w}/in1k --processes 1 --out", ".txt"),
-    "inspect": ("mae masks inspect {w}/in1k/masks --processes 1 --out", ""),
+    "check": ("segments check {w}/in1k --processes 1 --out", ".txt"),
+    "inspect": ("segments inspect {w}/in1k/masks --processes 1 --out", ""),
     "fetch": ("mae fetch --model vit_base --url http://127.0.0.1:9/x --out", ".pth"),
     "report": ("benchmark report {w}/run --out", ".html"),
 }  # fmt: skip
@@ -39,7 +39,7 @@ TO_FOLDER = {
                "--out",
     "save predictions": "segmenter evaluate {w}/fine/best.pth --plugin {w}/nano.py --device cpu "
                         "--workers 0 --dataset {w}/data/dataset.yml --save-predictions",
-    "unpack": "mae masks unpack {w}/in1k/masks/masks.sqlite",
+    "unpack": "segments unpack {w}/in1k/masks/masks.sqlite",
     "sample": "benchmark sample",
     "probe": "segmenter probe random --plugin {w}/nano.py --model vit_speck --device cpu --workers "
              "0 --dataset {w}/data/dataset.yml --output-dir",
@@ -130,13 +130,13 @@ INPUTS = [
     Case("scores onto the checkpoint", "segmenter evaluate {w}/fine/best.pth --plugin {w}/nano.py "
          "--device cpu --dataset {w}/data/dataset.yml --out {w}/fine/best.pth",
          "this command reads it"),
-    Case("merge onto one of the stores", "mae masks merge {w}/in1k/masks/masks.sqlite --overwrite "
+    Case("merge onto one of the stores", "segments merge {w}/in1k/masks/masks.sqlite --overwrite "
          "--out {w}/in1k/masks/masks.sqlite", "this command reads it"),
-    Case("pack over a file that is no store", "mae masks pack {w}/loose --overwrite --out "
+    Case("pack over a file that is no store", "segments pack {w}/loose --overwrite --out "
          "{w}/photos/photo_0.png", "is no packed store"),
-    Case("generate onto an image", "mae masks generate felzenszwalb --images {w}/photos --out "
+    Case("generate onto an image", "segments generate felzenszwalb --images {w}/photos --out "
          "{w}/photos/photo_0.png", "has an image's name"),
-    Case("inspect into the training images", "mae masks inspect {w}/in1k/masks --processes 1 --out "
+    Case("inspect into the training images", "segments inspect {w}/in1k/masks --processes 1 --out "
          "{w}/in1k/train/class0/picture", "which is read"),
     Case("save predictions into the annotations", "segmenter evaluate {w}/fine/best.pth --plugin "
          "{w}/nano.py --device cpu --dataset {w}/data/dataset.yml --save-predictions "

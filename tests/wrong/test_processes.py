@@ -96,10 +96,10 @@ COMMANDS = {
     "report": REPORT + " --out {w}/out/x.html",
     "predict": "segmenter predict {w}/fine/best.pth {w}/photos --plugin {w}/nano.py --device cpu "
                "--out {w}/out",
-    "unpack": "mae masks unpack {w}/in1k/masks/masks.sqlite {w}/out --processes 1",
-    "generate": "mae masks generate felzenszwalb --images {w}/photos --processes 1 --out "
+    "unpack": "segments unpack {w}/in1k/masks/masks.sqlite {w}/out --processes 1",
+    "generate": "segments generate felzenszwalb --images {w}/photos --processes 1 --out "
                 "{w}/out/x.sqlite",
-    "pack": "mae masks pack {w}/loose --processes 1 --out {w}/out/x.sqlite",
+    "pack": "segments pack {w}/loose --processes 1 --out {w}/out/x.sqlite",
     "pretrain": "", "train": "", "probe": "",
 }  # fmt: skip
 

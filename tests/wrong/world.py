@@ -42,7 +42,7 @@ MOST_LINES = 4
 
 @dataclass(frozen=True)
 class Case:
-    """arguments: of `python -m mae`, `python -m segmenter` or benchmark.py, which comes first; {w}
+    """arguments: of `python -m mae`, segments, segmenter, or benchmark.py, which comes first; {w}
     stands for the world. prepare: what is done to the world before. says: parts of the error."""
 
     name: str
@@ -115,6 +115,10 @@ def _main(program: str) -> Callable[[list[str]], Any]:
         from mae.cli import main as mae
 
         return mae
+    if program == "segments":
+        from segments.cli import main as segments
+
+        return segments
     if program == "segmenter":
         from segmenter.cli import main as segmenter
 
