@@ -20,13 +20,15 @@ from common.interruption import Interruption
 from common.lock import hold
 from common.options import MOST_SEED
 from pipeline.launch import doctor as examination
-from pipeline.launch import preview, slurm
+from pipeline.launch import slurm
 from pipeline.launch.estimate import estimate_run
 from pipeline.launch.local import LocalLauncher
 from pipeline.launch.status import status_text
+from pipeline.launch.view import show
+from pipeline.plan.check import checked_plan
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import visible_gpus
-from pipeline.plan.records import Record, is_done
+from pipeline.plan.records import Record, is_done, write_run_files
 from pipeline.plan.settings import GROUPS, Settings
 from pipeline.plan.steps import Step
 from pipeline.report.page import write_all, write_report
@@ -41,11 +43,11 @@ _STOPPING = "\nStopping: waiting for the running step to save (again: end it now
 
 def run(settings: Settings) -> int:
     """Plans, checks, alternates, reports. Returns the exit code; 0 means that all of it is done."""
-    paths, steps = Layout(settings.data.output_dir), preview.checked_plan(settings)
+    paths, steps = Layout(settings.data.output_dir), checked_plan(settings)
     if settings.cluster.launcher == "slurm":  # each step is a job; Slurm alternates
         return slurm.run(settings, steps, paths)
     with hold(paths.lock, paths.root):
-        preview.write_run_files(settings, steps, paths)
+        write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
         exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going)
         say(write_all(paths))  # also after a failure: over what is there
@@ -134,12 +136,12 @@ def main() -> None:
 @command(main, "run", **GROUPS)
 @click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: the commands, too.")
-@click.option("--estimate", is_flag=True, help="Time a few real steps (and pack segments).")
+@click.option("--estimate", is_flag=True, help="Time some real steps; nothing is written.")
 def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> int:
     """Run the plan, or show it."""
     settings = _settings(groups)
     if dry_run:
-        preview.show(settings, verbose=verbose)
+        show(settings, verbose=verbose)
     elif estimate:
         say(estimate_run(settings))
     else:

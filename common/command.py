@@ -116,6 +116,21 @@ def command(
     )  # fmt: skip
 
 
+TIMED_STEPS = 20  # of --dry-run time
+
+
+def dry_run(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: --dry-run, which answers a question in place of the work; `kinds`: which ones.
+
+    check: whether the work could begin, options, paths and checkpoints included. time: seconds of
+    some real steps, as JSON. Neither writes anything.
+    """
+    metavar = f"[{'|'.join(kinds)}]"
+    text = "check: judge everything, write nothing."
+    text += " time: time some steps, too, and print seconds as JSON." if "time" in kinds else ""
+    return click.option("--dry-run", type=click.Choice(kinds), metavar=metavar, help=text)
+
+
 def _click_option(field: Field, no_default: str) -> click.Option:
     flag, note = field.flag, ""
     more: dict[str, Any] = {}

@@ -173,6 +173,37 @@ def older_values(*groups: type[OptionGroup]) -> dict[str, Any]:
     return {name: older for name, older in olders.items() if older is not REQUIRED}
 
 
+def decisive_values(*groups: OptionGroup) -> dict[str, Any]:
+    """The options that decide what comes out, in plain values; those of speed and place are not."""
+    return {
+        name: plain(getattr(group, name))
+        for group in groups
+        for name, field in fields_of(type(group)).items()
+        if not field.spec.neutral
+    }
+
+
+def as_arguments(*groups: OptionGroup, below: Mapping[str, Any] | None = None) -> list[str]:
+    """The words of a command line that make these groups again.
+
+    Left out is what a process has by itself: the defaults, and what lies `below` the command line,
+    such as a recipe.
+    """
+    words: list[str] = []
+    for group in groups:
+        for name, field in fields_of(type(group)).items():
+            value = getattr(group, name)
+            # None has no word: it is the default wherever it is allowed.
+            if value is None or value == (below or {}).get(name, field.default):
+                continue
+            if isinstance(value, bool):
+                words.append(field.flag if value else f"--no-{field.flag[2:]}")
+            else:
+                several = value if isinstance(value, tuple) else (value,)
+                words += [field.flag, ",".join(map(str, several))]
+    return words
+
+
 def fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
     """The options of groups by name, in their order."""
     return {field.name: field for group in groups for field in _fields_of(group)}  # type: ignore[arg-type]
@@ -355,17 +386,3 @@ def load_plugin(path: Path) -> None:
         del sys.modules[name]
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--plugin {path}: {type(error).__name__}: {reason}") from error
-
-
-def option_facts(groups: Iterable[type[OptionGroup]]) -> dict[str, dict[str, Any]]:
-    """By name: default, whether it is neutral or holds several values, and what an older file
-    counts as; plain values."""
-    return {
-        name: {
-            "default": None if field.default is REQUIRED else plain(field.default),
-            "neutral": field.spec.neutral,
-            "several": field.several,
-            "older": None if field.spec.older is REQUIRED else plain(field.spec.older),
-        }
-        for name, field in fields_of(*groups).items()
-    }

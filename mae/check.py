@@ -1,52 +1,69 @@
-"""`pretrain --check`: everything that can be known before the work starts. Writes nothing."""
+"""`pretrain --dry-run check`: all that can be known before the work starts. Writes nothing.
+
+`benchmark.py` calls `check_pretraining` in its own process, which never loads torch: what takes
+torch to look into is judged apart, by `look_inside`.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from common.environment import world_size
 from common.files import check_output_folder
 from common.step_files import OF_PRETRAINING, find_resumable
-from common.yamlfile import plain
 from engine.schedule import BatchPlan, named_epochs
 from engine.trackers import check_trackers
 from mae.config import PretrainConfig, make_method
-from mae.listing import make_listing
+from segments.config import STORE_NAME
 
 
-def check_pretraining(config: PretrainConfig, *, will_make: bool = False) -> dict[str, Any]:
-    """What the run will be, in plain values. Raises ValueError for what would stop it at once."""
-    listing = make_listing(config.data, config.method, packed=not will_make)
-    plan = plan_batches(config, len(listing.train), world_size())
-    is_open = config.run.batch_size == "auto"  # until a GPU is measured
-    check_output(config)
-    if find_resumable(config.run.output_dir) is not None or config.run.resume == "required":
-        from mae.checkpoint import open_own_checkpoint  # torch takes seconds to import
+@dataclass(frozen=True, kw_only=True)
+class PretrainFacts:
+    """What a run will be.
 
-        open_own_checkpoint(config, listing, lazily=True)
-    elif config.run.init is not None:
-        _check_init(config, config.run.init)
-    return {
-        "images": {
-            "train": len(listing.train), "left_out": listing.left_out,
-            "val": len(listing.val), "val_left_out": listing.val_left_out,
-        },
-        "batch": {
-            "effective": plan.effective_batch_size,
-            "per_process": "auto" if is_open else plan.micro_batch_size,
-            "processes": plan.processes,
-            "accumulation_steps": "auto" if is_open else plan.accumulation_steps,
-            "steps_per_epoch": plan.steps_per_epoch,
-        },
-        "learning_rate": {
-            "peak": config.optimisation.learning_rate, "points": _rates(config),
-        },
-        "epochs": config.optimisation.epochs,
-        "settings": plain(config.settings()),
-        "checkpoint_bytes": config.model.checkpoint_bytes,
-    }  # fmt: skip
+    train, val: images; left_out, val_left_out: those that have no segment.
+    learning_rates: (epoch, rate, what is there) at the epochs that matter, ascending.
+    checkpoint_bytes: about the size of a checkpoint.
+    """
+
+    train: int
+    left_out: int
+    val: int
+    val_left_out: int
+    plan: BatchPlan
+    learning_rates: tuple[tuple[float, float, str], ...]
+    checkpoint_bytes: int
+
+
+def check_pretraining(
+    config: PretrainConfig,
+    *,
+    processes: int,
+    packed: bool = True,
+    known: dict[Any, Any] | None = None,
+) -> PretrainFacts:
+    """What the run will be. Raises ValueError for what would stop it at once.
+
+    packed, known: see `make_listing`.
+    """
+    from mae.listing import make_listing  # numpy, and what reads segments: not for --help
+
+    listing = make_listing(config.data, config.method, packed=packed, known=known)
+    plan = plan_batches(config, len(listing.train), processes)
+    check_output(config)  # last: a wrong dataset is the likelier mistake
+    config.run.check_resume(find_resumable(config.run.output_dir))
+    return PretrainFacts(
+        train=len(listing.train),
+        left_out=listing.left_out,
+        val=len(listing.val),
+        val_left_out=listing.val_left_out,
+        plan=plan,
+        learning_rates=_learning_rates(config),
+        checkpoint_bytes=config.model.checkpoint_bytes,
+    )
 
 
 def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> BatchPlan:
@@ -67,7 +84,7 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
         )
     share = effective // processes
     accumulation = math.ceil(share / config.run.most_at_once)
-    while share % accumulation:
+    while share % accumulation:  # equal parts, so that each weighs the same
         accumulation += 1
     return BatchPlan(
         num_images=num_images,
@@ -82,18 +99,33 @@ def check_output(config: PretrainConfig) -> None:
     """Raise ValueError unless the run can write what it will, and only over what is its own."""
     run = config.run
     check_output_folder(run.output_dir, reads=config.data.reads)
-    found = find_resumable(run.output_dir)
-    run.check_folder(OF_PRETRAINING, is_run=found is not None)
-    check_trackers(run.log_with)
+    run.check_folder(OF_PRETRAINING, is_run=find_resumable(run.output_dir) is not None)
 
 
-def _rates(config: PretrainConfig) -> list[tuple[float, float, str]]:
-    """The learning rate at the epochs that matter, ascending; what each of them is."""
-    run = config.optimisation
-    named = named_epochs(
-        run.epochs, run.warmup_fraction, end_of_this_round=config.epochs_this_round
-    )
-    return [(epoch, run.rate_at(epoch / run.epochs), name) for epoch, name in named.items()]
+def needs_torch(config: PretrainConfig) -> bool:
+    """Whether there is something that only `look_inside` can judge."""
+    run = config.run
+    # torch takes seconds to import, and a planner has tens of runs.
+    return bool(run.init or find_resumable(run.output_dir) or run.unusual_trackers)
+
+
+def look_inside(config: PretrainConfig, known: dict[Any, Any] | None = None) -> None:
+    """Raise ValueError unless checkpoints and trackers are what the run needs; loads torch."""
+    check_trackers(config.run.log_with)
+    if find_resumable(config.run.output_dir) is not None:
+        from mae.checkpoint import open_own_checkpoint
+        from mae.listing import make_listing
+
+        listing = make_listing(config.data, config.method, known=known)
+        open_own_checkpoint(config, listing, lazily=True)
+    elif config.run.init is not None:  # a run that goes on does not look at it again
+        _check_init(config, config.run.init)
+
+
+def _learning_rates(config: PretrainConfig) -> tuple[tuple[float, float, str], ...]:
+    run, end = config.optimisation, config.epochs_this_round
+    named = named_epochs(run.epochs, run.warmup_fraction, end_of_this_round=end)
+    return tuple((epoch, run.rate_at(epoch / run.epochs), name) for epoch, name in named.items())
 
 
 def _check_init(config: PretrainConfig, path: Path) -> None:
@@ -104,9 +136,25 @@ def _check_init(config: PretrainConfig, path: Path) -> None:
     from mae.official import fit_official, read_official_weights
 
     weights = read_official_weights(path, lazily=True)
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory is taken for a model of 600 million weights
         model = MaskedAutoencoder(config.model, make_method(config.method, config.model))
     try:
         fit_official(model.state_dict(), weights)
     except ValueError as error:
         raise ValueError(f"--init {path}: {error}") from error
+
+
+def segments_at(path: Path) -> Literal["packed", "loose", "none"]:
+    """In which form there are segments: training reads packed ones only."""
+    from segments.forms import form_of
+    from segments.store import PackedStore
+
+    form = form_of(path)
+    return "packed" if form == PackedStore.name else "none" if form == "none" else "loose"
+
+
+def store_in(folder: Path) -> Path | None:
+    """Where training finds the packed segments of a folder; None where that cannot be written."""
+    # Where the folder is still to be made, its parent has to be writable.
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return folder / STORE_NAME if os.access(there, os.W_OK) else None

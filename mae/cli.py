@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any, ClassVar
 
 import click
 
-from common.command import CONTEXT, PATH, command
+from common.command import CONTEXT, PATH, TIMED_STEPS, command, dry_run
 from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
-from common.options import OptionGroup, option, option_facts
+from common.environment import world_size
+from common.options import OptionGroup, option
+from common.terminal import aligned
 from engine.config import PluginConfig
-from mae.config import GROUPS, PretrainConfig
-from mae.download import OFFICIAL_FILES
+from engine.vit import IMAGE_CHANNELS
+from mae.config import GROUPS, OFFICIAL_FILES, PretrainConfig
 from mae.masking import METHODS
 
 
@@ -24,7 +27,7 @@ class _Commands(click.Group):
     """Loads `masks` when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "masks"])
+        return sorted([*super().list_commands(ctx), "masks"])  # an alias of `python -m segments`
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "masks":
@@ -43,34 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @command(cli, **GROUPS)
-@click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
-@click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
-@click.option(
-    "--will-make", is_flag=True,
-    help="With --check or --time-steps: segments are packed or made before the run.",
-)  # fmt: skip
-@click.option(
-    "--time-steps", type=click.IntRange(1), metavar="N",
-    help="Time N steps, print seconds as JSON; writes nothing.",
-)  # fmt: skip
-def pretrain(
-    check: bool, as_json: bool, will_make: bool, time_steps: int | None, **groups: Any
-) -> int:
+@dry_run("check", "time")
+def pretrain(dry_run: str | None, **groups: Any) -> int:
     """Pretrain a masked autoencoder, or continue: the same command goes on where it stopped."""
     config = PretrainConfig(**groups)
-    if check:
-        from mae.check import check_pretraining
+    if dry_run == "check":
+        from mae.check import check_pretraining, look_inside
 
-        facts = check_pretraining(config, will_make=will_make)
-        if as_json:
-            say(json.dumps(facts))
+        known: dict[Any, Any] = {}  # the images are listed once
+        check_pretraining(config, processes=world_size(), known=known)
+        look_inside(config, known)
         return 0
-    log_to_stderr()
-    if time_steps is not None:
+    log_to_stderr()  # stdout is for the seconds
+    if dry_run == "time":
         from mae.pretrain import time_pretraining
 
-        seconds = time_pretraining(config, time_steps)
-        if seconds is not None:
+        seconds = time_pretraining(config, TIMED_STEPS)
+        if seconds is not None:  # it is the first process
             say(json.dumps(seconds))
         return 0
     from mae.pretrain import pretrain as train
@@ -78,48 +70,22 @@ def pretrain(
     return 0 if train(config) else EXIT_STOPPED
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Folders(PluginConfig):
-    in1k_dir: Path | None = option("Also say in which form its masks/ are.", None)
-    masks_dir: Path | None = option("The same for segments elsewhere.", None)
-
-
-@command(cli, folders=_Folders)
-def methods(folders: _Folders) -> None:
-    """Print, as JSON, the masking methods and the options of `pretrain`; for benchmark.py."""
-    from segments.cli import generators
-    from segments.config import STORE_NAME
-    from segments.forms import form_of
-
-    masks = folders.masks_dir or (folders.in1k_dir and folders.in1k_dir / "masks")
-    segments = None
-    if masks:
-        form = form_of(masks)
-        segments = {
-            "path": str(masks),
-            "form": form,
-            "needs_packing": form not in ("packed store", "none"),
-            "needs_making": form == "none",
-            "store": str(masks / STORE_NAME),  # where training looks for it by itself
-        }
-    facts = {
-        "methods": {
-            name: {
-                "uses_segments": method.uses_segments,
-                "all_segments": method.all_segments,
-                "settings": list(method.settings),
-            }
-            for name, method in METHODS.items()
-        },
-        "generators": {
-            name: [parameter.name for parameter in generator.params]
-            for name, generator in generators.commands.items()
-        },
-        "options": option_facts(GROUPS.values()),
-        "official_checkpoints": list(OFFICIAL_FILES),
-        "segments": segments,
-    }
-    say(json.dumps(facts))
+@command(cli, plugin=PluginConfig)
+def methods(plugin: PluginConfig) -> None:
+    """Show the masking methods, those of --plugin included, and the options of each."""
+    rows = [("method", "segments", "tokens", "channels", "options of pretrain")]
+    for name, method in METHODS.items():
+        segments = "all" if method.all_segments else "one" if method.uses_segments else "-"
+        tokens = "some" if method.removes_tokens else "all"
+        channels = str(IMAGE_CHANNELS + method.extra_channels)
+        options = " ".join(f"--{option.replace('_', '-')}" for option in method.settings)
+        rows.append((name, segments, tokens, channels, options))
+    say(aligned(rows))
+    say("\nsegments: of an image that a pattern is drawn from; tokens, channels: the encoder's")
+    for name, method in METHODS.items():
+        # A plugin's class need not have a docstring.
+        said = (method.__doc__ or "").partition("\n")[0]
+        say(textwrap.fill(f"{name}: {said}", 100, subsequent_indent="  "))
 
 
 @dataclass(frozen=True, kw_only=True)

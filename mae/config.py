@@ -15,6 +15,7 @@ from common.options import (
     Group,
     Layer,
     OptionGroup,
+    as_arguments,
     groups_of,
     make,
     merge,
@@ -27,6 +28,10 @@ from engine.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameter
 from mae.masking import METHODS, MaskingMethod
 
 AT_ONCE = 64  # images on a device
+# Whose segments are hidden: the image's, or those of a control; the first is the default.
+SegmentsFrom = Literal["own", "borrowed", "blob", "block"]
+# The published checkpoints, and their digests, of which the release tells the first digits.
+OFFICIAL_FILES = {"vit_base": "md5:8cad7c", "vit_large": "md5:b8b06e", "vit_huge": "md5:9bdbb0"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ class MethodConfig(OptionGroup):
         "Wanted coverage of the segment, percent of the image.", 15.0, at_least=0, at_most=100
     )
     hide: Literal["segment", "background"] = option("Which side of the segment.", "segment")
-    segments_from: Literal["own", "borrowed", "blob", "block"] = option(
+    segments_from: SegmentsFrom = option(
         "Whose: the image's, another's like it, or a shape as large.", "own"
     )
     mask_ratio: float = option(
@@ -91,8 +96,6 @@ class ModelConfig(OptionGroup):
     norm_pix_loss: bool = option("Normalise each patch of the target by itself.", False)
 
     def __post_init__(self) -> None:
-        if self.patch_size is None:
-            object.__setattr__(self, "patch_size", self.encoder.patch_size)
         if self.image_size % self.patch_pixels:
             raise ValueError(
                 f"--image-size {self.image_size} is not a multiple of the patch size "
@@ -116,8 +119,7 @@ class ModelConfig(OptionGroup):
     @property
     def patch_pixels(self) -> int:
         """Side of a patch in pixels."""
-        assert self.patch_size is not None
-        return self.patch_size
+        return self.patch_size or self.encoder.patch_size
 
     @property
     def num_patches(self) -> int:
@@ -224,6 +226,7 @@ class PretrainConfig:
         return {
             **dataclasses.asdict(self.method),
             **dataclasses.asdict(self.model),
+            "patch_size": self.model.patch_pixels,
             "in_channels": IMAGE_CHANNELS + METHODS[self.method.mask_method].extra_channels,
             **dataclasses.asdict(self.optimisation),
             "use_unmasked_images": self.data.use_unmasked_images,
@@ -237,13 +240,24 @@ class PretrainConfig:
 
         Settings of other masking methods do not count: `patches` is the same at any coverage ratio.
         """
-        idle = {name for method in METHODS.values() for name in method.settings}
-        idle -= set(METHODS[self.method.mask_method].settings)
+        idle = idle_settings(self.method.mask_method)
         wanted = {name: value for name, value in self.settings().items() if name not in idle}
         check_same(stored, wanted, older_values(*GROUPS.values()), what=str(path))
 
+    def arguments(self) -> list[str]:
+        """The words after `python -m mae pretrain` that make this again."""
+        return as_arguments(self.data, self.method, self.model, self.optimisation, self.run)
+
 
 GROUPS = groups_of(PretrainConfig)
+
+
+def idle_settings(mask_method: str | None) -> set[str]:
+    """Settings that matter to other masking methods only; none for a method that is not known."""
+    if mask_method not in METHODS:
+        return set()
+    every = {name for method in METHODS.values() for name in method.settings}
+    return every - set(METHODS[mask_method].settings)
 
 
 def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:

@@ -90,22 +90,6 @@ class SegmentSource:
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Standins:
-    """Blocks in the place of segments that are still to be made, so that steps can be timed."""
-
-    options: MethodConfig
-
-    def cut(
-        self, method: MaskingMethod, key: str, image: CroppedImage, rng: np.random.Generator
-    ) -> np.ndarray:
-        """As `SegmentSource.cut`."""
-        side = method.segment_side
-        count = round(self.options.coverage_ratio / 100 * side**2)
-        blocks = [block(count, side, rng) for _ in range(USUAL_SEGMENTS)]
-        return np.stack(blocks) if method.all_segments else blocks[0]
-
-
 def blob(count: int, side: int, rng: np.random.Generator) -> np.ndarray:
     """[side, side] uint8 with exactly `count` pixels inside: the highest places of smooth noise.
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from common.samples import next_usable
 from engine.schedule import FIXED, SAMPLE, sample_rng
-from mae.controls import SegmentSource, Standins
+from mae.controls import SegmentSource
 from mae.decode import read_crop
 from mae.masking import MaskingMethod
 from mae.transforms import Crop, centre_crop, random_crop
@@ -69,7 +69,7 @@ class MaskedImages(Dataset[Sample]):
 
     folder: Path
     paths: np.ndarray
-    segments: SegmentSource | Standins | None
+    segments: SegmentSource | None
     method: MaskingMethod
     seed: int
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from common.download import download, has_digest
 from common.files import check_output_file
+from mae.config import OFFICIAL_FILES
 
 logger = logging.getLogger(__name__)
 
 
 RELEASE = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_{}.pth"
-# The published files, and their digests, of which the release tells the first digits.
-OFFICIAL_FILES = {"vit_base": "md5:8cad7c", "vit_large": "md5:b8b06e", "vit_huge": "md5:9bdbb0"}
 
 
 def fetch_official(model: str, out: Path, *, url: str | None = None) -> None:

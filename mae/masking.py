@@ -2,7 +2,7 @@
 
 A method is one class, here or in a file given by --plugin: defining it registers its name, which is
 all that command lines, the plan and the report know. Importing this file does not import torch, so
-that `--help` and `--check` stay fast; only what runs on the device does.
+that `--help` and the planner stay fast; only what runs on the device does.
 
 Shapes: B images, C image channels, H x W pixels, P patch size, N = (H / P) * (W / P) patches.
 A *pattern* is what is drawn for one sample on the CPU and decides what is hidden: the visible map

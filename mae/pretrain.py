@@ -16,6 +16,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from common.environment import world_size
 from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.samples import evenly_spread
 from common.step_files import LAST, checkpoint_path, find_resumable, reconstructions_path
@@ -25,7 +26,7 @@ from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
 from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
-from mae.check import check_pretraining, plan_batches
+from mae.check import check_pretraining, look_inside, plan_batches
 from mae.checkpoint import open_own_checkpoint
 from mae.config import OptimisationConfig, PretrainConfig, make_method
 from mae.controls import SegmentSource
@@ -49,8 +50,10 @@ FEW_IMAGES = 64  # not worth starting loader processes for
 def pretrain(config: PretrainConfig) -> bool:
     """Run one round of pretraining, or what is left of it; see `engine.trainer.train`."""
     with Interruption() as interruption:  # from now on: listing a million images takes a while
-        check_pretraining(config)  # before anything is written
-        return train(Pretraining(config), interruption)
+        known: dict[Any, Any] = {}  # the images are listed once
+        check_pretraining(config, processes=world_size(), known=known)  # before anything is written
+        look_inside(config, known)
+        return train(Pretraining(config, known), interruption)
 
 
 def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | None:
@@ -64,7 +67,7 @@ class Pretraining(Task):
     remedy = "the last checkpoint is from before. A lower --base-lr or --clip-grad 1 may help"
     counts: ClassVar[tuple[str, ...]] = ("coverage", "coverage_square")
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, known: dict[Any, Any] | None = None) -> None:
         optimisation = config.optimisation
         self.config, self.run, self.settings = config, config.run, config.settings()
         self.seed, self.clip_grad = optimisation.seed, optimisation.clip_grad
@@ -72,7 +75,7 @@ class Pretraining(Task):
         self.epochs, self.total_epochs = config.epochs_this_round, optimisation.epochs
         self.values_per_image = config.model.image_size**2 * IMAGE_CHANNELS
         self.auto_batch = config.run.batch_size == "auto"
-        self.listing = listing = make_listing(config.data, config.method)
+        self.listing = listing = make_listing(config.data, config.method, known=known)
         segments = None
         if listing.source is not None:
             segments = SegmentSource(

@@ -26,7 +26,7 @@ from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.data import Batch as MaskedBatch
 from mae.pretrain import Pretraining
-from segmenter.check import check_training
+from segmenter.check import read_task
 from segmenter.config import TrainConfig
 from segmenter.finetune import Finetuning
 
@@ -50,7 +50,7 @@ def build(config: PretrainConfig | TrainConfig) -> Run:
     if isinstance(config, PretrainConfig):
         task: Task = Pretraining(config)
     else:
-        task = Finetuning(config, check_training(config))
+        task = Finetuning(config, read_task(config.run.dataset))
     return engine.trainer.build(task, make_accelerator(config.run), Interruption())[0]
 
 

@@ -1,6 +1,7 @@
-"""`train --check`: everything that can be known before the work starts. Writes nothing.
+"""`train --dry-run check`: all that can be known before the work starts. Writes nothing.
 
-torch is loaded only to look into checkpoints.
+`benchmark.py` calls `check_training` and `check_probe` in its own process, which never loads torch:
+what takes torch to look into is judged apart, by `look_inside`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.environment import world_size
 from common.files import check_output_folder
 from common.images import find_images
 from common.made_alike import check_same
 from common.options import older_values
 from common.parsed import ProbeResult, Result, read_json
 from common.step_files import CHECKPOINT, RESULT
-from engine.schedule import BatchPlan, named_epochs
+from engine.schedule import BatchPlan
 from engine.trackers import check_trackers
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import (
@@ -42,41 +42,50 @@ class Task:
     val: Sequence[Pair]
 
 
-def check_training(config: TrainConfig) -> Task:
-    """The task, looked over. Raises ValueError for what would stop `train` from starting."""
-    task = check_start(config)
-    _refuse_lone_images(config, plan_batches(config, task, world_size()))
-    check_trackers(config.run.log_with)
-    return task
+@dataclass(frozen=True, kw_only=True)
+class ScoringFacts:
+    """What a run will be. train, val: images; checkpoint_bytes: about, 0 where none is kept."""
+
+    train: int
+    val: int
+    checkpoint_bytes: int = 0
 
 
-def check_start(config: TrainConfig | ProbeConfig) -> Task:
-    """The same for what `train` and `probe` both start from."""
-    description, init = read_description(config.run.dataset), config.init
-    task = Task(
+def read_task(dataset: Path) -> Task:
+    """What there is to train on and to score. Raises ValueError for a dataset that is not whole."""
+    description = read_description(dataset)
+    return Task(
         description=description,
         num_classes=count_classes(description),
         train=description.pairs(TRAIN),
         val=description.pairs(VAL),
     )
-    check_output_folder(config.run.output_dir, reads=description.reads)
-    if init != RANDOM:
-        if not init.is_file():
-            flag = "--init" if isinstance(config, TrainConfig) else "CHECKPOINT"
-            raise ValueError(f"{flag} {init} does not exist; give a checkpoint, or {RANDOM}")
-        from segmenter.encoder import check_encoder_file
-
-        check_encoder_file(init, config.model)
-    return task
 
 
-def check_probe(config: ProbeConfig) -> Task:
+def check_training(config: TrainConfig, task: Task, *, processes: int) -> ScoringFacts:
+    """What the run will be. Raises ValueError for what would stop it at once."""
+    plan = plan_batches(config, task, processes)
+    _check_start(config, task)
+    _refuse_lone_images(config, plan)
+    size = _checkpoint_bytes(config, task.num_classes)  # for the disk, before there is a model
+    return ScoringFacts(train=len(task.train), val=len(task.val), checkpoint_bytes=size)
+
+
+def check_probe(config: ProbeConfig, task: Task) -> ScoringFacts:
     """The same for `probe`."""
     folder = config.run.image_folder
     if folder is not None:
         find_images(folder)
         check_output_folder(config.run.output_dir, reads=[folder])
-    return check_start(config)
+    _check_start(config, task)
+    return ScoringFacts(train=len(task.train), val=len(task.val))
+
+
+def _check_start(config: TrainConfig | ProbeConfig, task: Task) -> None:
+    check_output_folder(config.run.output_dir, reads=task.description.reads)
+    if config.init != RANDOM and not config.init.is_file():
+        flag = "--init" if isinstance(config, TrainConfig) else "CHECKPOINT"
+        raise ValueError(f"{flag} {config.init} does not exist; give a checkpoint, or {RANDOM}")
 
 
 def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
@@ -90,7 +99,7 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
             f"a batch of {effective} images cannot be spread over {processes} processes; raise "
             "--batch-size or use fewer processes"
         )
-    share = -(-effective // processes)
+    share = -(-effective // processes)  # rounded up: of the process that has most
     return BatchPlan(
         num_images=len(task.train),
         effective_batch_size=effective,
@@ -102,18 +111,36 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
 
 def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
     """UPerNet's norms take the mean over a part of a batch, pooled to a pixel per image."""
-    if config.model.decoder == "upernet" and config.run.device_batch_size == "auto":
+    if config.model.decoder != "upernet":
+        return  # the other decoders normalise each token by itself
+    if config.run.device_batch_size == "auto":
         raise ValueError(
             "--device-batch-size auto would let the GPU decide what --decoder upernet learns: its "
             "norms are over the images at once; give a number"
         )
     most = plan.micro_batch_size
-    alone = plan.processes == 1 and 1 in (most, plan.effective_batch_size % most)
-    if config.model.decoder == "upernet" and alone:
+    if plan.processes == 1 and 1 in (most, plan.effective_batch_size % most):
         raise ValueError(
             f"a batch of {plan.effective_batch_size} in parts of {most} leaves an image alone, "
             "which --decoder upernet cannot train on: change --batch-size or --device-batch-size"
         )
+
+
+def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
+    """Whether there is something that only `look_inside`, or reading a checkpoint, can judge."""
+    unusual = isinstance(config, TrainConfig) and config.run.unusual_trackers
+    # result.json, where it is there, is read first and takes no torch.
+    return config.init != RANDOM or unusual or _found(config, CHECKPOINT) is not None
+
+
+def look_inside(config: TrainConfig | ProbeConfig) -> None:
+    """Raise ValueError unless checkpoint and trackers are what the run needs; loads torch."""
+    if config.init != RANDOM:
+        from segmenter.encoder import check_encoder_file
+
+        check_encoder_file(config.init, config.model)
+    if isinstance(config, TrainConfig):
+        check_trackers(config.run.log_with)
 
 
 def all_settings(config: TrainConfig | ProbeConfig, task: Task) -> dict[str, Any]:
@@ -132,55 +159,28 @@ def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None
 
     Raises ValueError if it was made with other settings, or is not what --resume asks for.
     """
-    folder = config.run.output_dir
-    there = (folder / name for name in (RESULT, CHECKPOINT) if os.path.lexists(folder / name))
-    found = next(there, None)  # a link to nothing is not nothing
+    # The result comes last: where it is there, all is done.
+    found = _found(config, RESULT) or _found(config, CHECKPOINT)
     config.run.check_folder(config.leaves, is_run=found is not None)
+    is_training = isinstance(config, TrainConfig)
     if isinstance(config, TrainConfig):
         config.run.check_resume(found)
     if found is None:
         return None
-    is_training = isinstance(config, TrainConfig)
     if found.name == RESULT:
         stored = read_json(found, Result if is_training else ProbeResult)["settings"]
     else:
         from segmenter.loading import load_checkpoint
 
         stored = load_checkpoint(found, lazily=True)["config"]
-    groups = GROUPS if is_training else PROBE_GROUPS
-    older = older_values(*groups.values())
+    older = older_values(*(GROUPS if is_training else PROBE_GROUPS).values())
     check_same(stored, all_settings(config, task), older, what=str(found))
     return found
 
 
-def facts(config: TrainConfig | ProbeConfig, task: Task) -> dict[str, Any]:
-    """What the run amounts to, in plain values, for `--check --json`."""
-    known = {
-        "images": {TRAIN: len(task.train), VAL: len(task.val)},
-        "classes": task.num_classes,
-        "settings": all_settings(config, task),
-    }
-    return {**known, **_training_facts(config, task)} if isinstance(config, TrainConfig) else known
-
-
-def _training_facts(config: TrainConfig, task: Task) -> dict[str, Any]:
-    optimisation, plan = config.optimisation, plan_batches(config, task, world_size())
-    named = named_epochs(optimisation.epochs, optimisation.warmup_fraction)
-    rates = [(e, optimisation.rate_at(e / optimisation.epochs), name) for e, name in named.items()]
-    is_open = config.run.device_batch_size == "auto"  # until a GPU is measured
-    return {
-        "batch": {
-            "effective": plan.effective_batch_size,
-            "per_process": "auto" if is_open else plan.micro_batch_size,
-            "processes": plan.processes,
-            "accumulation_steps": "auto" if is_open else plan.accumulation_steps,
-            "steps_per_epoch": plan.steps_per_epoch,
-        },
-        "learning_rate": {"peak": optimisation.lr, "points": rates},
-        "epochs": optimisation.epochs,
-        "evaluations": optimisation.evaluations,
-        "checkpoint_bytes": _checkpoint_bytes(config, task.num_classes),
-    }
+def _found(config: TrainConfig | ProbeConfig, name: str) -> Path | None:
+    path = config.run.output_dir / name
+    return path if os.path.lexists(path) else None  # a link to nothing is not nothing
 
 
 def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
@@ -194,6 +194,7 @@ def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
     )  # fmt: skip
     if model.decoder == "mask_transformer":
         parameters += transformer_parameters(size.width, model.decoder_layers) + 3 * size.width**2
+    # SGD keeps a momentum of each weight, AdamW two means.
     moments = 1 if config.optimisation.optimizer == "sgd" else 2
     if model.decoder == "upernet":  # UPerHead 115 and pyramid 12 times the width's square
         parameters += 127 * size.width**2 + 9 * size.width * AUXILIARY_WIDTH

@@ -10,14 +10,11 @@ from typing import Any
 
 import click
 
-from common.command import CONTEXT, PATH, command
+from common.command import CONTEXT, PATH, TIMED_STEPS, command, dry_run
 from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
-from common.environment import rank
+from common.environment import rank, world_size
 from common.files import check_output_file, write_json
-from common.options import option_facts
 from common.step_files import RESULT
-from common.yamlfile import plain
-from engine.config import PluginConfig
 from segmenter.config import (
     GROUPS,
     PROBE_GROUPS,
@@ -29,8 +26,6 @@ from segmenter.config import (
     ProtocolChanges,
     ScoringConfig,
     TrainConfig,
-    recipe_names,
-    recipe_values,
 )
 
 
@@ -45,32 +40,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @command(cli, **GROUPS)
-@click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
-@click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
-@click.option(
-    "--time-steps", type=click.IntRange(1), metavar="N",
-    help="Time N steps, print seconds as JSON; writes nothing.",
-)  # fmt: skip
-def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> int:
+@dry_run("check", "time")
+def train(dry_run: str | None, **groups: Any) -> int:
     """Finetune, or continue: the same command goes on where it stopped."""
-    from segmenter.check import check_training, earlier_output, facts
+    from segmenter.check import check_training, earlier_output, look_inside, read_task
 
     config = TrainConfig(**groups)
-    task = check_training(config)
-    if time_steps is not None and not check:
+    task = read_task(config.run.dataset)
+    check_training(config, task, processes=world_size())
+    look_inside(config)  # loads torch, if there is something to look into
+    if dry_run == "time":  # it begins anew, whatever is there
         from segmenter.finetune import time_finetuning
 
         log_to_stderr()
-        seconds = time_finetuning(config, task, time_steps)
+        seconds = time_finetuning(config, task, TIMED_STEPS)
         if seconds is not None:
             say(json.dumps(seconds))
         return 0
     found = earlier_output(config, task)
-    if check:
-        if as_json:
-            say(json.dumps(facts(config, task)))
-        return 0
-    if found is not None and found.name == RESULT:
+    # What is finished is finished: the same command again does nothing.
+    if dry_run == "check" or (found is not None and found.name == RESULT):
         return 0
     from segmenter.finetune import finetune
 
@@ -80,32 +69,23 @@ def train(check: bool, as_json: bool, time_steps: int | None, **groups: Any) -> 
 
 @command(cli, **PROBE_GROUPS)
 @click.argument("checkpoint", type=PATH, metavar="CHECKPOINT|random")
-@click.option("--check", is_flag=True, help="Only check options, paths and checkpoints.")
-@click.option("--json", "as_json", is_flag=True, help="With --check: print what was found.")
-def probe(checkpoint: Path, check: bool, as_json: bool, **groups: Any) -> int:
+@dry_run("check")
+def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
     """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
-    from segmenter.check import check_probe, earlier_output, facts
+    from segmenter.check import check_probe, earlier_output, look_inside, read_task
 
+    # An argument, since there is no probe without something to probe.
     init: Any = RANDOM if str(checkpoint) == RANDOM else checkpoint.absolute()
     config = ProbeConfig(init=init, **groups)
-    task = check_probe(config)
-    found = earlier_output(config, task)
-    if check and as_json:
-        say(json.dumps(facts(config, task)))
-    if check or found is not None:
+    task = read_task(config.run.dataset)
+    check_probe(config, task)
+    look_inside(config)
+    if earlier_output(config, task) is not None or dry_run:
         return 0
     from segmenter.probe import probe as run_probes
 
     log_to_stderr()
     return 0 if run_probes(config, task) else EXIT_STOPPED
-
-
-@command(cli, plugin=PluginConfig)
-def recipes(plugin: PluginConfig) -> None:
-    """Print, as JSON, the recipes and the options of `train` and `probe`; for benchmark.py."""
-    values = {name: plain(recipe_values(name)) for name in recipe_names()}
-    options, of_probe = (option_facts(groups.values()) for groups in (GROUPS, PROBE_GROUPS))
-    say(json.dumps({"recipes": values, "options": options, "probe": of_probe}))
 
 
 @command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
@@ -130,7 +110,7 @@ def evaluate(
     else:
         assert checkpoint is not None
         result = evaluate_checkpoint(checkpoint, evaluation, changes, devices)
-    if rank() == 0:
+    if rank() == 0:  # all processes have the same scores
         if evaluation.out is not None:
             write_json(evaluation.out, result)
         _show(result)
@@ -189,6 +169,7 @@ def ade20k(folder: Path, url: tuple[str, ...], digest: str | None) -> None:
     if digest is not None and digest != "none" and not re.fullmatch(r"(md5|sha256):\w+", digest):
         raise click.UsageError(f"--digest is {digest!r}; give md5:<hex>, sha256:<hex> or none")
     log_to_stderr()
+    # A mirror's zip may be packed otherwise: then --digest none, and the files are checked.
     wanted = ADE20K_DIGEST if digest is None else digest
     ready = prepare_ade20k(
         folder, urls=(*url, *ADE20K_URLS), digest=None if wanted == "none" else wanted

@@ -18,6 +18,7 @@ from common.options import (
     MOST_SEED,
     Layer,
     OptionGroup,
+    as_arguments,
     fields_of,
     groups_of,
     make,
@@ -288,6 +289,11 @@ class TrainConfig:
         """Plain values of all that decides the result, as checkpoints and result.json hold it."""
         return {**_shared_settings(self), **dataclasses.asdict(self.optimisation)}
 
+    def arguments(self) -> list[str]:
+        """The words after `python -m segmenter train` that make this again."""
+        groups = (self.run, self.model, self.optimisation, self.protocol)
+        return as_arguments(*groups, below=recipe_values(self.run.recipe))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
@@ -304,6 +310,11 @@ class ProbeConfig:
         """The same as result.json holds it."""
         own = {name: getattr(self.run, name) for name in ("probes", "seed", "image_folder")}
         return {**_shared_settings(self), **plain(own)}
+
+    def arguments(self) -> list[str]:
+        """The words after `python -m segmenter probe` that make this again."""
+        below = recipe_values(self.run.recipe)
+        return [str(self.init), *as_arguments(self.run, self.model, self.protocol, below=below)]
 
 
 GROUPS = groups_of(TrainConfig)

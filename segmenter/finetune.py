@@ -1,6 +1,6 @@
 """Finetuning: what a segmentation model gives the trainer. Read engine/trainer.py first.
 
-task = check_training(config)    # dataset and paths, looked over
+task = read_task(config.run.dataset)
 finetune(config, task)           # all of it, or what is left
 """
 
@@ -61,7 +61,7 @@ ADAM_BETA2 = 0.999
 def finetune(config: TrainConfig, dataset: Dataset) -> bool:
     """Run a finetuning, or what is left of it; see `engine.trainer.train`.
 
-    dataset: what `check_training` made of the config.
+    dataset: what `read_task` found.
     """
     with Interruption() as interruption:
         check_some_labels(dataset)

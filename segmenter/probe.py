@@ -67,7 +67,7 @@ class _Run:
 
 
 def probe(config: ProbeConfig, task: Task) -> bool:
-    """Leave areas and, last, result.json. task: what `check_probe` made of the config.
+    """Leave areas and, last, result.json. task: what `read_task` found.
 
     Returns False if stopped by a signal. Raises ValueError for what the user can fix, and
     RuntimeError when it fails.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,7 +252,9 @@ def test_segments_that_cannot_be_written_beside_go_into_the_output_directory(
     told = capsys.readouterr()
     assert end.value.code == 0, told.err
     assert told.out.count(f"--masks-dir {out / 'segments.sqlite'}") == 2
-    assert f"masks pack {config.parent / 'in1k/masks'} --out {out / 'segments.sqlite'}" in told.out
+    assert (
+        f"segments pack {config.parent / 'in1k/masks'} --out {out / 'segments.sqlite'}" in told.out
+    )
 
 
 def test_a_finished_run_packs_nothing(reference: Path, config: Path, tmp_path: Path) -> None:
@@ -314,17 +317,32 @@ def test_sample_data_that_are_not_used_are_not_made(config: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_estimate_times_the_parts_and_leaves_nothing(config: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = run_benchmark("--config", config, "--output-dir", out, *ROUNDS, "--estimate")
+@pytest.mark.parametrize("segments", ["loose", "none"])
+def test_estimate_times_the_parts_and_leaves_nothing(tmp_path: Path, segments: str) -> None:
+    config, out = write_inputs(tmp_path / "data"), tmp_path / "out"
+    if segments == "none":
+        shutil.rmtree(tmp_path / "data/in1k/masks")
+    call = ("--config", config, "--output-dir", out, *ROUNDS, "--make-segments", "felzenszwalb")
+    before = files_below(tmp_path)
+    done = run_benchmark(*call, "--estimate")
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[:2] for row in rows if "four_channels" in row] == [
-        *(["pretrain", "four_channels"], ["evaluate", "four_channels"])
+    assert files_below(tmp_path) == before
+    rows = [line.split() for line in done.stdout.splitlines() if "four_channels" in line]
+    assert [row[1] for row in rows] == [
+        *("pretrain_four_channels_1", "evaluate_four_channels_1"),
+        *("pretrain_four_channels_2", "evaluate_four_channels_2"),
     ]
     assert "wall time: " in done.stdout
     assert "will be kept" in done.stdout
-    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_estimate_makes_no_sample_data(tmp_path: Path) -> None:
+    call = ("--config", REPO_ROOT / "configs/sample.yml", "--eval", "scratch", "--probe-freq", "0")
+    done = run_benchmark(*call, "--estimate", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "evaluate_scratch_0" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor_looks_at_the_data_through_the_parts(config: Path, tmp_path: Path) -> None:
@@ -333,9 +351,9 @@ def test_doctor_looks_at_the_data_through_the_parts(config: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     assert "11 train, 1 left out, 4 val" in done.stdout
     assert done.stdout.splitlines()[-1] == "ready"
-    wrong = run_benchmark(*call, "pathces")
+    wrong = run_benchmark(*call, "patches", "--pretrain", "patch_size=5")
     assert wrong.returncode == 1
-    assert "choose one of patches, segments" in wrong.stdout
+    assert "--image-size 32 is not a multiple of the patch size 5" in wrong.stdout
     assert wrong.stdout.splitlines()[-1] == "1 to fix"
 
 

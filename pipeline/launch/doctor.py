@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,14 +14,14 @@ import psutil
 
 from common import cards
 from common.terminal import aligned
+from mae.check import PretrainFacts
 from pipeline.launch.estimate import kept_bytes
-from pipeline.launch.preview import checked_plan, what_it_does
+from pipeline.launch.view import what_it_does
 from pipeline.plan import machine
+from pipeline.plan.check import ask, checked_plan
 from pipeline.plan.machine import GIB
-from pipeline.plan.parts import ask, part_command
 from pipeline.plan.segments import MAKING
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
 
 _LITTLE_MEMORY_GIB = 2.0
 _SET_UP = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
@@ -92,7 +94,7 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
 def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
     """What the installed torch makes of the GPUs that the driver has."""
     try:  # in a process of its own: no torch here
-        torch = ask([part_command(["engine.gpus"], {})])[0]
+        torch = json.loads(ask([[sys.executable, "-m", "engine.gpus"]])[0])
     except ValueError as error:
         yield Finding("torch on GPUs", "it cannot be asked", str(error).replace("\n", "; "))
         return
@@ -151,11 +153,12 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
     making = [step for step in steps if step.kind in MAKING]
     if making:  # packing or generating them comes first
         yield Finding("segments", f"{what_it_does(making[0])} ({len(making)} steps)")
-    for subject, kind in (("images", "pretrain"), ("dataset", "evaluate")):
-        step: Step | None = next((s for s in steps if s.kind == kind and s.answer), None)
-        if step is not None:
-            counts = ", ".join(f"{count} {name}" for name, count in step.answer["images"].items())
-            yield Finding(subject, counts.replace("_", " "))
+    facts = {step.kind: step.facts for step in reversed(steps) if step.facts}
+    if isinstance(images := facts.get("pretrain"), PretrainFacts):
+        counts = f"{images.train} train, {images.left_out} left out, {images.val} val"
+        yield Finding("images", f"{counts}, {images.val_left_out} val left out")
+    if (dataset := facts.get("evaluate")) is not None:
+        yield Finding("dataset", f"{dataset.train} train, {dataset.val} val")
     kept, free = kept_bytes(steps), machine.free_bytes(settings.data.output_dir)
     text = f"{free / GIB:.0f} GiB free, the run keeps about {kept / GIB:.1f} GiB"
     fix = "free some, or use another --output-dir" if free < kept else ""

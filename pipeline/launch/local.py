@@ -24,7 +24,7 @@ from pipeline.launch import process
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import GIB
-from pipeline.plan.records import Record, State, output_sizes, read_record, write_record
+from pipeline.plan.records import Record, StepState, output_sizes, read_record, write_record
 from pipeline.plan.steps import Step
 
 _TAIL_LINES, _SEARCHED_LINES = 12, 200  # of console.log, for the message of a failure
@@ -116,7 +116,7 @@ class LocalLauncher:
     def _judge(self, running: _Running, exit_code: int) -> Record:
         """By exit code and by the files it had to leave."""
         step, what, outputs = running.step, "", dict[str, int]()
-        state: State = "done"
+        state: StepState = "done"
         # torchrun makes 1 of a worker's 75; then progress.json tells that it was stopped.
         if exit_code == EXIT_STOPPED or was_stopped(step.folder):
             state = "stopped"
@@ -162,7 +162,7 @@ def step_bytes(step: Step) -> int:
     Where an earlier checkpoint is there, its real size counts.
     """
     sizes = [path.stat().st_size for path in step.folder.glob("*.pth")]
-    one = max(sizes) if sizes else step.answer.get("checkpoint_bytes", 0)
+    one = max(sizes) if sizes else (step.facts.checkpoint_bytes if step.facts else 0)
     # Pretraining: last.pth, the round's checkpoint and one aside. Evaluation: last, best, aside.
     return 3 * one + _LOGS_BYTES
 
@@ -188,7 +188,7 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
         # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}",
     }
-    if step.options.get("device") == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
+    if step.config.run.device == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait by spinning take the cores from those that work: on two busy cores
         # ten times slower than threads that sleep (measured with vit_tiny).
         added["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -21,13 +21,20 @@ import click
 from common.console import EXIT_STOPPED
 from common.interruption import Interruption
 from common.lock import hold
-from pipeline.launch import preview, slurm_queue
+from pipeline.launch import slurm_queue
 from pipeline.launch.local import LocalLauncher, environment, was_stopped
 from pipeline.launch.process import Child, end_marked
 from pipeline.launch.status import read_status, status_text
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import REPO_ROOT
-from pipeline.plan.records import Record, is_done, other_settings, read_record, write_record
+from pipeline.plan.records import (
+    Record,
+    is_done,
+    other_settings,
+    read_record,
+    write_record,
+    write_run_files,
+)
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, nodes_of
 from pipeline.report.page import write_all
@@ -50,7 +57,7 @@ def run(settings: Settings, steps: list[Step], paths: Layout) -> int:
     if shutil.which("sbatch") is None:
         raise ValueError("--launcher slurm needs Slurm's sbatch, which is not on the PATH here")
     with hold(paths.lock, paths.root):
-        preview.write_run_files(settings, steps, paths)
+        write_run_files(settings, steps, paths)
         submitted = submit(settings, steps, paths)
     click.echo(f"{submitted} jobs submitted\n{status_text(paths)}")
     if not settings.cluster.wait:
@@ -147,9 +154,9 @@ def cpus_per_task(settings: Settings, step: Step) -> int | None:
     if not gpus and step.processes == 1:
         return None
     per_process = _CPUS_PER_PROCESS if gpus else 1
-    workers = step.options.get("workers")
+    workers = step.config.run.workers
     if workers is not None:
-        per_process = 1 + int(str(workers))
+        per_process = 1 + workers
     wanted = step.processes * per_process
     partition = cluster.sbatch.get("partition", cluster.partition)
     most = slurm_queue.most_cpus(None if partition is None else str(partition), gpus=gpus)

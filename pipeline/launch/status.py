@@ -7,10 +7,11 @@ from collections import Counter
 from contextlib import suppress
 from typing import NamedTuple
 
-from common.terminal import aligned, duration
+from common.terminal import duration
 from pipeline.launch import slurm_queue
 from pipeline.launch.local import progress_text
 from pipeline.launch.process import marked
+from pipeline.launch.view import step_table
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import PlannedStep, Record, read_plan, read_record
 
@@ -86,7 +87,9 @@ def _state(paths: Layout, record: Record, job: str, queue: dict[str, str] | None
 
 
 def status_text(paths: Layout) -> str:
-    """All steps as aligned text, with the count of each state at the end."""
+    """All steps as a table, with the count of each state at the end."""
     found = read_status(paths)
-    counts = Counter(step.state for step in found)
-    return f"{aligned(found)}\n{', '.join(f'{count} {state}' for state, count in counts.items())}"
+    columns = {"state": [step.state for step in found], "": [step.detail for step in found]}
+    counts = Counter(columns["state"])
+    table = step_table([step.name for step in found], columns)
+    return f"{table}\n{', '.join(f'{count} {state}' for state, count in counts.items())}"

@@ -1,22 +1,29 @@
 """Every path and name of an output directory: one function builds each, one parses it.
 
+    paths, run = Layout(Path("/runs/a")), RunId(method="four_channels", coverage_ratio=25.0)
+    paths.checkpoint(run.name, 5)  # /runs/a/pretrain_output/four_channels-cov25/checkpoint-5.pth
+
 The names of the files inside a step's folder are in common.step_files, where the parts find them.
 """
 
 from __future__ import annotations
 
 import re
+import typing
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from common import step_files as layout
+from common.options import fields_of
+from common.step_files import checkpoint_path
+from mae.config import MethodConfig, OptimisationConfig, SegmentsFrom
 
 BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking methods
-# What a run's name leaves out.
-DEFAULT_RATIO, DEFAULT_SEED, OWN = 15.0, 0, "own"
-# Controls of a method are known by name, so that a folder that somebody copied aside is no run.
-CONTROLS = ("borrowed", "blob", "block")
+OWN, *CONTROLS = typing.get_args(SegmentsFrom)  # whose segments are hidden
+# What a run's name leaves out: pretraining's own defaults.
+DEFAULT_RATIO: float = fields_of(MethodConfig)["coverage_ratio"].default
+DEFAULT_SEED: int = fields_of(OptimisationConfig)["seed"].default
+# The controls are known by name, so that a folder that somebody copied aside is no run.
 _RUN_NAME = re.compile(
     r"(?P<method>[A-Za-z]\w*)(-cov(?P<coverage>\d+(\.\d+)?))?"
     rf"(-(?P<segments_from>{'|'.join(CONTROLS)}))?(-seed(?P<seed>\d+))?"
@@ -25,7 +32,7 @@ _EVAL_NAME = re.compile(r"(?P<run>.+)_(?P<epochs>\d+)(-evalseed(?P<eval_seed>\d+
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunId:
     """What tells one pretraining from another in an output directory.
 
     A method without segments, and a baseline, count as having the default ones.
@@ -37,29 +44,19 @@ class Run:
     seed: int = DEFAULT_SEED
 
     @property
-    def full_name(self) -> str:
-        """All of it, for a run whose name an earlier version gave to another."""
-        ratio = ratio_text(self.coverage_ratio)
-        return f"{self.method}-cov{ratio}{self._source}-seed{self.seed}"
-
-    @property
-    def _source(self) -> str:
-        return "" if self.segments_from == OWN else f"-{self.segments_from}"
-
-    @property
     def name(self) -> str:
         """The method, and what is not the default."""
-        ratio = self.coverage_ratio
-        coverage = "" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}"
-        seed = "" if self.seed == DEFAULT_SEED else f"-seed{self.seed}"
-        return f"{self.method}{coverage}{self._source}{seed}"
+        ratio, source, seed = self.coverage_ratio, self.segments_from, self.seed
+        return (
+            self.method
+            + ("" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}")
+            + ("" if source == OWN else f"-{source}")
+            + ("" if seed == DEFAULT_SEED else f"-seed{seed}")
+        )
 
     @classmethod
-    def parse(cls, name: str) -> Run:
-        """The inverse of `name`, which reads an earlier version's `four_channels-cov15-seed0` too.
-
-        Raises ValueError for a name that is not a run's.
-        """
+    def parse(cls, name: str) -> RunId:
+        """The inverse of `name`. Raises ValueError for a name that is not a run's."""
         match = _RUN_NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{name!r} is not a run name such as four_channels-cov25-seed1")
@@ -86,7 +83,7 @@ def parse_eval_name(name: str) -> tuple[str, int, int]:
     match = _EVAL_NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is not an evaluation such as four_channels_5")
-    Run.parse(match["run"])
+    RunId.parse(match["run"])
     return match["run"], int(match["epochs"]), int(match["eval_seed"] or 0)
 
 
@@ -116,7 +113,7 @@ class Layout:
 
     def checkpoint(self, run: str, epochs: int) -> Path:
         """The checkpoint that a round leaves; `epochs` are the epochs completed."""
-        return layout.checkpoint_path(self.pretrain_dir(run), epochs)
+        return checkpoint_path(self.pretrain_dir(run), epochs)
 
     def official_checkpoint(self, model: str) -> Path:
         """The official MAE release checkpoint that `--stack` starts from."""
@@ -133,3 +130,13 @@ class Layout:
     def record(self, step_name: str) -> Path:
         """One step's record."""
         return self.records / f"{step_name}.json"
+
+
+def is_results_csv(head: bytes) -> bool:
+    """Whether a file that begins so is a results.csv, of any version."""
+    return head.startswith(b"method,")
+
+
+def is_report(head: bytes) -> bool:
+    """Whether a file that begins so is a page of the report."""
+    return b"<title>SegMAE: " in head

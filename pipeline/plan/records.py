@@ -1,34 +1,43 @@
-"""What is known of each step: one small JSON file per step, and the plan of the latest call.
+"""What is known of each step, and which settings it binds later calls to.
 
-A step counts as done when its record says so, its outputs are there with the recorded sizes, and
-it was made with the settings that are asked for now.
+A step's record is a small JSON file; the plan of the latest call, and run.yml, are kept beside. A
+step counts as done when its record says so, its outputs are there with the recorded sizes, and it
+was made with the settings that are asked for now (`is_done`).
+
+What binds what: everything in an output directory is made alike (`differences`), so that one report
+may compare it. A new step has to agree with every finished step of its kind in all settings but
+those that tell runs and checkpoints apart (`MAY_DIFFER`); with its own earlier attempt, and with
+the rounds of its own pretraining, in those too.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from common import made_alike as settings
-from common.files import write_json
-from common.parsed import read_json
-from pipeline.plan.layout import (
-    BASELINES,
-    DEFAULT_RATIO,
-    DEFAULT_SEED,
-    OWN,
-    Layout,
-    Run,
-    parse_eval_name,
-)
-from pipeline.plan.parts import Facts
+from common.files import write_json, write_text
+from common.options import REQUIRED, fields_of
+from common.parsed import StepProgress, read_json
+from common.step_files import PROGRESS
+from mae.config import GROUPS as PRETRAIN_GROUPS
+from mae.config import idle_settings
+from pipeline.plan.layout import Layout
+from pipeline.plan.machine import hardware, versions
+from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step
+from segmenter.config import GROUPS as FINETUNE_GROUPS
+from segmenter.config import PROBE_GROUPS, recipe_names, recipe_values
 
 # Settings in which the steps of a kind may differ within one output directory, or one report.
 MAY_DIFFER = {
@@ -36,8 +45,9 @@ MAY_DIFFER = {
     "probe": frozenset({"init", "patch_size", "seed"}),
     "evaluate": frozenset({"init", "patch_size", "seed"}),
 }
+_GROUPS = {"pretrain": PRETRAIN_GROUPS, "probe": PROBE_GROUPS, "evaluate": FINETUNE_GROUPS}
 
-State = Literal["submitted", "running", "done", "failed", "stopped"]
+StepState = Literal["submitted", "running", "done", "failed", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,32 +55,26 @@ class Record:
     """One step's state, kept in .segmae/steps/<name>.json."""
 
     name: str
-    state: State
-    run: str
-    """Name of the run that the step belongs to."""
+    state: StepState
+    run: str  # the name of the run that the step belongs to
     kind: str
+    # The step's settings; in an earlier version's records, what of them was given, as text.
     fingerprint: Mapping[str, Any]
-    """The step's settings; in an earlier version's records, what of them was given, as text."""
+    # Path relative to the output directory -> bytes; filled in when done.
     outputs: Mapping[str, int] = field(default_factory=dict)
-    """Path relative to the output directory -> bytes; filled in when done."""
     exit_code: int | None = None
-    started: float = 0.0
-    """Unix seconds at which the latest attempt began."""
-    seconds: Annotated[FiniteFloat, Field(le=1e12)] = 0.0
-    """Wall seconds over all finished attempts."""
+    started: float = 0.0  # Unix seconds at which the latest attempt began
+    seconds: Annotated[FiniteFloat, Field(le=1e12)] = 0.0  # wall, over all finished attempts
+    # GPUs, or 1 for the CPU: seconds x devices are the GPU-hours.
     devices: Annotated[int, Field(ge=0, le=10**6)] = 1
-    """GPUs, or 1 for the CPU: seconds x devices are the GPU-hours."""
     attempts: int = 0
     host: str = ""
-    pid: int = 0
-    """Of the latest attempt's child process."""
-    job_id: str = ""
-    """Slurm job, where there is one."""
-    message: str = ""
-    """For a failed step: what happened, with the last lines of its log."""
+    pid: int = 0  # of the latest attempt's child process
+    job_id: str = ""  # Slurm's, where there is one
+    message: str = ""  # of a failed step: what happened, with the last lines of its log
 
     @classmethod
-    def of(cls, step: Step, state: State, earlier: Record | None, **more: Any) -> Record:
+    def of(cls, step: Step, state: StepState, earlier: Record | None, **more: Any) -> Record:
         """A new attempt at a step; earlier: what is known of those before."""
         return cls(
             name=step.name, state=state, run=step.run, kind=step.kind, fingerprint=step.settings,
@@ -80,36 +84,29 @@ class Record:
         )  # fmt: skip
 
     @property
-    def pretraining(self) -> Run:
-        """What tells its run from others, by its settings: names may be an earlier version's."""
-        eval_seed = 0  # an evaluation's seed is its pretraining's and the number of the finetuning
-        if self.kind == "evaluate":
-            eval_seed = parse_eval_name(self.name.removeprefix("evaluate_"))[2]
-        method = self.fingerprint.get("mask_method", Run.parse(self.run).method)
-        if not isinstance(method, str):
-            raise ValueError(f"mask_method is {method!r}")
-        return Run(
-            method=method,
-            coverage_ratio=float(self.fingerprint.get("coverage_ratio", DEFAULT_RATIO)),
-            segments_from=str(self.fingerprint.get("segments_from", OWN)),
-            seed=int(self.fingerprint.get("seed", DEFAULT_SEED)) - eval_seed,
-        )
+    def method(self) -> str | None:
+        """The masking method of a pretraining; other steps have none."""
+        method = self.fingerprint.get("mask_method")
+        return None if method is None else str(method)  # what a file holds may be anything
+
+
+class PlannedStep(TypedDict):
+    """What plan.json keeps of a step. folder: relative to the output directory."""
+
+    name: str
+    needs: list[str]
+    folder: str
 
 
 def read_record(paths: Layout, step_name: str) -> Record | None:
     """The step's record, or None if it never started; ValueError if the file is damaged."""
-    path = paths.record(step_name)
     try:
-        record = read_json(path, Record)
-        try:
-            _ = record.pretraining
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        return record
+        record: Record = read_json(paths.record(step_name), Record)
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"{error}; remove it to go on") from None
+    return record
 
 
 def read_all_records(paths: Layout) -> list[Record]:
@@ -124,21 +121,20 @@ def write_record(paths: Layout, record: Record) -> None:
     write_json(paths.record(record.name), asdict(record))
 
 
-def write_plan(paths: Layout, steps: Iterable[Step]) -> None:
-    """Keeps the plan, for `status` and the report."""
-    kept = [
+def write_run_files(chosen: Settings, steps: Iterable[Step], paths: Layout) -> None:
+    """run.yml for people, plan.json for `status` and the report."""
+    content = {
+        "settings": chosen.flat(),
+        "command": shlex.join(sys.argv),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_text(paths.run_yml, yaml.safe_dump(content, sort_keys=False))
+    planned = [
         PlannedStep(name=s.name, needs=list(s.needs), folder=os.path.relpath(s.folder, paths.root))
         for s in steps
     ]
-    write_json(paths.plan, kept)
-
-
-class PlannedStep(TypedDict):
-    """What plan.json keeps of a step. folder: relative to the output directory."""
-
-    name: str
-    needs: list[str]
-    folder: str
+    write_json(paths.plan, planned)
 
 
 def read_plan(paths: Layout) -> list[PlannedStep]:
@@ -149,6 +145,14 @@ def read_plan(paths: Layout) -> list[PlannedStep]:
         raise ValueError(f"{paths.root} is not the output directory of a run") from None
     except ValueError as error:
         raise ValueError(f"{error}; call benchmark.py again") from None
+
+
+def epochs_reached(step: Step) -> float:
+    """How far its run is, in epochs, by the progress file. Raises ValueError for a damaged one."""
+    try:
+        return float(read_json(step.folder / PROGRESS, StepProgress).get("epoch", 0))
+    except FileNotFoundError:
+        return 0.0
 
 
 def output_sizes(step: Step, paths: Layout) -> dict[str, int]:
@@ -162,6 +166,7 @@ def output_sizes(step: Step, paths: Layout) -> dict[str, int]:
 def is_done(step: Step, paths: Layout) -> bool:
     """Whether the step needs no more work: recorded as done, outputs whole, settings equal."""
     record = read_record(paths, step.name)
+    # A step of an earlier call may bear the name: then it was made otherwise, and is done again.
     if record is None or record.state != "done" or other_settings(step, record):
         return False
     try:
@@ -172,66 +177,79 @@ def is_done(step: Step, paths: Layout) -> bool:
 
 def other_settings(step: Step, record: Record, leave_out: Collection[str] = ()) -> list[str]:
     """`name: stored -> wanted` for what the step would make otherwise than the record's did."""
-    wanted = {name: v for name, v in step.settings.items() if name not in leave_out}
-    return settings.differences(record.fingerprint, wanted, step.older)
+    wanted = {name: value for name, value in step.settings.items() if name not in leave_out}
+    return settings.differences(record.fingerprint, wanted, _older(record))
 
 
-def differences(steps: Iterable[Step], paths: Layout, facts: Facts) -> list[str]:
-    """How the settings differ from those the output directory's steps were made with.
-
-    What is compared in one report has to be made alike, so a step is compared with all of its kind;
-    only what tells runs and checkpoints apart may differ between them.
-    """
-    records = [(record, _shared(record.kind, record.fingerprint)) for record in _binding(paths)]
-    found, compared = [], set()
+def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
+    """How the settings differ from those the output directory's steps were made with."""
+    records, found = list(_binding(paths)), []
+    # Hundreds of steps share all but MAY_DIFFER: one of each such kind is compared with one.
+    several = {(record.kind, record.method, _shared(record)): record for record in records}
+    compared = {(step.kind, _shared(step)): step for step in reversed(steps)}
     for step in steps:
-        mine = _shared(step.kind, step.settings)
-        for record, theirs in records:
-            if record.kind != step.kind:
-                continue
-            own_run, leave_out = record.run == step.run, frozenset[str]()
-            if record.name != step.name and not (own_run and step.kind == "pretrain"):
-                leave_out = MAY_DIFFER[record.kind] | facts.idle(_method(record))
-            pair = (step.kind, mine, theirs, _method(record))  # hundreds of steps are alike
-            if leave_out and pair in compared:
-                continue
-            compared.add(pair)
-            whose = "" if own_run else f" (of {record.run})"
-            found += [f"{step.run}: {d}{whose}" for d in other_settings(step, record, leave_out)]
+        for record in records:
+            is_round = step.kind == "pretrain" == record.kind and step.run == record.run
+            if is_round or step.name == record.name:
+                found += [f"{step.run}: {text}" for text in other_settings(step, record)]
+    for step in reversed(compared.values()):
+        for record in several.values():
+            if record.kind == step.kind:
+                leave_out = MAY_DIFFER[step.kind] | idle_settings(record.method)
+                whose = "" if record.run == step.run else f" (of {record.run})"
+                other = other_settings(step, record, leave_out)
+                found += [f"{step.run}: {text}{whose}" for text in other]
     return list(dict.fromkeys(found))
 
 
-def made_alike(all_paths: Sequence[Layout], facts: Facts) -> bool:
+def made_alike(all_paths: Sequence[Layout]) -> bool:
     """Whether what these directories hold may stand on one line of a report."""
-    kept: dict[str, Record] = {}
+    first: dict[str, Record] = {}  # of each kind: being alike is transitive
     for record in (record for paths in all_paths for record in _binding(paths)):
-        first = kept.setdefault(record.kind, record)
-        _, older = facts.resolve(record.kind, record.fingerprint)
-        leave_out = MAY_DIFFER[record.kind].union(
-            *(facts.idle(_method(r)) for r in (first, record))
-        )
-        wanted = {n: record.fingerprint.get(n, older[n]) for n in older.keys() - leave_out}
-        if settings.differences(first.fingerprint, wanted, older):
+        other, older = first.setdefault(record.kind, record), _older(record)
+        leave_out = {
+            *MAY_DIFFER[record.kind], *idle_settings(record.method), *idle_settings(other.method)
+        }  # fmt: skip
+        known = {name: record.fingerprint.get(name, older[name]) for name in older}
+        wanted = {name: value for name, value in known.items() if name not in leave_out}
+        if settings.differences(other.fingerprint, wanted, _older(other)):
             return False
     return True
 
 
-def _shared(kind: str, values: Mapping[str, Any]) -> str:
-    """What all steps of a kind have in common, to be compared at once."""
-    left_out = MAY_DIFFER.get(kind, frozenset())
-    return json.dumps({n: values[n] for n in sorted(values.keys() - left_out)})
+def _older(record: Record) -> dict[str, Any]:
+    """What each setting counts as where an earlier version's record does not have it.
+
+    Such a record holds what was given only. The rest was the recipe's, or the option's default,
+    unless the option says (`older`) that it came later and what the behaviour before it was.
+    """
+    recipe = _recipe(str(record.fingerprint.get("recipe")))
+    older = {}
+    for name, known in fields_of(*_GROUPS.get(record.kind, {}).values()).items():
+        is_new = known.spec.older != known.default
+        value = known.spec.older if is_new else recipe.get(name, known.default)
+        older[name] = None if value is REQUIRED else value
+    return older
 
 
-def _method(record: Record) -> str | None:
-    return record.fingerprint.get("mask_method")
+@cache  # those of the project do not change while it runs
+def _recipe(name: str) -> dict[str, Any]:
+    return recipe_values(name) if name in recipe_names() else {}
 
 
-def _binding(paths: Layout) -> list[Record]:
-    return [r for r in read_all_records(paths) if r.kind in MAY_DIFFER and _binds(r, paths)]
+def _shared(made: Step | Record) -> str:
+    """What steps of a kind have in common, as text that can be looked up."""
+    values = made.settings if isinstance(made, Step) else made.fingerprint
+    kept = values.keys() - MAY_DIFFER.get(made.kind, frozenset())
+    return json.dumps({name: values[name] for name in sorted(kept)})
+
+
+def _binding(paths: Layout) -> Iterator[Record]:
+    return (record for record in read_all_records(paths) if _binds(record, paths))
 
 
 def _binds(record: Record, paths: Layout) -> bool:
-    """Whether later calls have to keep to a pretraining's, a probe's or an evaluation's settings.
+    """Whether later calls have to keep to its settings.
 
     Not when what it made was removed, a pretraining's scores included, and not when it is a score
     that came to nothing: that one's own part judges whether it can go on with others.
@@ -239,19 +257,10 @@ def _binds(record: Record, paths: Layout) -> bool:
     scores = {"evaluate": paths.eval_output, "probe": paths.probe_output}
     if record.kind == "pretrain":
         of_run = f"{record.run}_[0-9]*"
+        # Scores outlive the pretraining that may be removed to make room.
         scored = any(any(folder.glob(of_run)) for folder in scores.values())
         return paths.pretrain_dir(record.run).exists() or scored
+    if record.kind not in scores:  # segments and downloads
+        return False
     folder = scores[record.kind] / record.name.removeprefix(f"{record.kind}_")
     return folder.exists() and record.state not in ("failed", "stopped")
-
-
-def made_runs(paths: Layout) -> dict[Run, str]:
-    """The names of the runs that are there: an earlier version named what varied within a call."""
-    found: dict[Run, str] = {}
-    for record in read_all_records(paths):
-        is_baseline = Run.parse(record.run).method in BASELINES
-        if record.kind != ("evaluate" if is_baseline else "pretrain"):
-            continue
-        if _binds(record, paths) or record.state == "submitted":
-            found.setdefault(record.pretraining, record.run)
-    return found

@@ -1,6 +1,6 @@
 """The steps that come before a pretraining which reads segments: to make them, or to pack them.
 
-Pure as pipeline/plan.py, but for a look whether the model that was named is there.
+Which of the two, if any, is seen by looking where the segments should be.
 """
 
 from __future__ import annotations
@@ -11,19 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.options import fields_of
 from common.step_files import shard_path
+from engine.config import DeviceConfig
+from mae.check import segments_at, store_in
+from mae.config import PretrainConfig
+from mae.masking import METHODS
 from pipeline.plan.layout import Layout
-from pipeline.plan.parts import Facts
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
+from pipeline.plan.steps import Arguments, Kind, Step
+from segments.config import GENERATORS
 
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store
 _ANY_MODEL = "sam"  # the generator that takes a model's name or folder
+# owner/name; a path that is not there looks alike, and is taken for one.
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def with_segments(
-    steps: Sequence[Step], settings: Settings, facts: Facts, done: Collection[str] = ()
+    steps: Sequence[Step], settings: Settings, done: Collection[str] = ()
 ) -> list[Step]:
     """The plan, begun by what leaves the segments that its pretrainings read.
 
@@ -31,22 +37,26 @@ def with_segments(
     not, whether it is needed or not.
     """
     data, paths = settings.data, Layout(settings.data.output_dir)
-    generator = _generator(data.make_segments, facts) if data.make_segments else None
+    generator = _find_generator(data.make_segments) if data.make_segments else None
     reading = [step for step in steps if reads_segments(step)]
+    # Of a run only the first step that is left waits; those after it wait for that one.
     first = {step.run: step.name for step in reversed(reading) if step.name not in done}
-    if first and facts.packing is not None:
-        source, store = facts.packing
-        made = [_pack(source, store, paths)]
-    elif first and facts.making is not None and generator is not None:
-        store = facts.making
-        made = _generate(generator, store, _wanted_ratios(reading, facts), settings, facts)
+    if not first or data.in1k_dir is None:
+        return list(steps)
+    source = data.masks_dir or data.in1k_dir / "masks"
+    form, store = segments_at(source), store_in(source) or paths.segments
+    if form == "loose":  # as Segment Anything's tools leave them
+        words, what = [str(source), "--out", str(store)], "pack the segments into one file"
+        made = [_step("pack", "pack_segments", words, what, paths.bookkeeping / "pack", store)]
+    elif form == "none" and generator is not None:
+        made = _generate(generator, store, _wanted_ratios(reading), settings)
     else:
         return list(steps)
     planned = []
     for step in steps:
-        if reads_segments(step) and store == paths.segments:
+        if store == paths.segments and reads_segments(step):
             # Its settings stay: they are the same segments in another place.
-            step = replace(step, options={**step.options, "masks_dir": store})
+            step = with_store(step, store)
         if first.get(step.run) == step.name:
             step = replace(step, needs=(*step.needs, made[-1].name))
         planned.append(step)
@@ -55,88 +65,91 @@ def with_segments(
 
 def reads_segments(step: Step) -> bool:
     """Whether it is a pretraining that hides segments, or leaves images out that have none."""
-    return step.kind == "pretrain" and not step.options.get("use_unmasked_images")
+    config = step.config
+    return isinstance(config, PretrainConfig) and not config.data.use_unmasked_images
 
 
-def before_segments(step: Step, waiting: Sequence[Step], settings: Settings) -> Step:
-    """The step as it can be checked before those that wait have made the segments."""
-    if not reads_segments(step) or all(other.kind not in MAKING for other in waiting):
-        return step
-    place = settings.data.masks_dir
-    return replace(step, options={**step.options, "masks_dir": place, "will_make": True})
+def with_store(step: Step, masks_dir: Path | None) -> Step:
+    """A pretraining that reads its segments there."""
+    assert isinstance(step.config, PretrainConfig)
+    data = replace(step.config.data, masks_dir=masks_dir)
+    return replace(step, config=replace(step.config, data=data))
 
 
-def _pack(source: Path, store: Path, paths: Layout) -> Step:
+def _step(
+    kind: Kind, name: str, words: Sequence[str], what: str, folder: Path, out: Path, **more: Any
+) -> Step:
+    config = Arguments(words=tuple(words), what=what, run=more.pop("run", DeviceConfig()))
     return Step(
-        name="pack_segments", kind="pack", run="segments", epochs=0,
-        program=("mae", "masks", "pack", str(source)), options={"out": store},
-        processes=1, needs=(), folder=paths.bookkeeping / "pack", outputs=(store,),
+        name=name, kind=kind, run="segments", program=("segments", kind), config=config,
+        folder=folder, outputs=(out,), **more,
     )  # fmt: skip
 
 
 def _generate(
-    generator: tuple[str, str | None],
-    store: Path,
-    ratios: Sequence[float],
-    settings: Settings,
-    facts: Facts,
+    generator: tuple[str, str | None], store: Path, ratios: Sequence[float], settings: Settings
 ) -> list[Step]:
     """One step, or as many as there are shards and one that joins what they leave."""
     (name, model), data, compute = generator, settings.data, settings.compute
     assert data.in1k_dir is not None
-    paths, count = Layout(data.output_dir), data.segment_shards
-    decided: dict[str, Any] = {"generator": name, "model": model, "for_coverage": [*ratios]}
-    known = facts.generators[name]
-    own = {"model": model, "for_coverage": ratios, "device": "cuda" if compute.num_gpus else "cpu"}
-    on_gpus = "device" in known and settings.cluster.launcher == "local"
-    parts = paths.bookkeeping / "segments" / store.name if count > 1 else store
-    shards = [
-        Step(
-            name="generate_segments" + (f"_{index}-of-{count}" if count > 1 else ""),
-            kind="generate", run="segments", epochs=0, program=("mae", "masks", "generate", name),
-            options={
-                "images": data.in1k_dir / "train", "val_dir": facts.val_dir, "out": parts,
-                "shard": f"{index}/{count}",
-                **{option: value for option, value in own.items() if option in known},
-            },
-            processes=1, gpus=compute.pretrain_gpus or None if on_gpus else None, needs=(),
-            folder=paths.bookkeeping / f"generate-{index}",
-            outputs=(shard_path(parts, index, count),), settings=decided,
+    here, count = Layout(data.output_dir).bookkeeping, data.segment_shards
+    images, val = data.in1k_dir / "train", data.in1k_dir / "val"
+    takes_device = "device" in fields_of(GENERATORS[name])  # Felzenszwalb runs on cores
+    run = DeviceConfig(device="cuda" if compute.num_gpus else "cpu")
+    told = {
+        "images": images,
+        "val-dir": val if val.is_dir() else None,
+        "model": model,
+        "for-coverage": ",".join(map(str, ratios)),
+        "device": run.device if takes_device else None,
+    }
+    words = [name, *(w for flag, v in told.items() if v for w in (f"--{flag}", str(v)))]
+    more: dict[str, Any] = {
+        # What another call has to ask for in the same way, to be done with what is made.
+        "settings": {"generator": name, "model": model, "for_coverage": [*ratios]}
+    }
+    is_local = settings.cluster.launcher == "local"
+    if takes_device:
+        more |= {"run": run, "gpus": compute.pretrain_gpus or None if is_local else None}
+    parts = here / "segments" / store.name if count > 1 else store
+    shards = []
+    for index in range(count):
+        which = f"_{index}-of-{count}" if count > 1 else ""
+        own = [*words, "--out", str(parts), "--shard", f"{index}/{count}"]
+        what, out = f"make segments by {model or name}", shard_path(parts, index, count)
+        folder = here / f"generate-{index}"
+        shards.append(
+            _step("generate", f"generate_segments{which}", own, what, folder, out, **more)
         )
-        for index in range(count)
-    ]  # fmt: skip
     if count == 1:
         return shards
-    left = [str(path) for step in shards for path in step.outputs]
-    merge = Step(
-        name="merge_segments", kind="merge", run="segments", epochs=0,
-        program=("mae", "masks", "merge", *left), options={"out": store, "overwrite": True},
-        processes=1, needs=tuple(step.name for step in shards),
-        folder=paths.bookkeeping / "merge", outputs=(store,), settings=decided,
-    )  # fmt: skip
-    return [*shards, merge]
+    words = [*(str(step.outputs[0]) for step in shards), "--out", str(store), "--overwrite"]
+    more = {"settings": more["settings"], "needs": tuple(step.name for step in shards)}
+    what, folder = f"join the {count} parts of the segments", here / "merge"
+    return [*shards, _step("merge", "merge_segments", words, what, folder, store, **more)]
 
 
-def _wanted_ratios(reading: Sequence[Step], facts: Facts) -> list[float]:
+def _wanted_ratios(reading: Sequence[Step]) -> list[float]:
     """The coverages to which every method needs the nearest segment; none: all segments."""
-    if any(facts.methods[step.options["mask_method"]]["all_segments"] for step in reading):
-        return []
-    ratios = {step.options.get("coverage_ratio") for step in reading}
-    return sorted(ratio for ratio in ratios if ratio is not None)
+    methods = [s.config.method for s in reading if isinstance(s.config, PretrainConfig)]
+    known = [METHODS[method.mask_method] for method in methods]
+    if any(method.all_segments for method in known):
+        return []  # the store that serves all serves the others, too
+    pairs = zip(methods, known, strict=True)
+    return sorted({m.coverage_ratio for m, k in pairs if "coverage_ratio" in k.settings})
 
 
-def _generator(wanted: str, facts: Facts) -> tuple[str, str | None]:
+def _find_generator(wanted: str) -> tuple[str, str | None]:
     """Which one, and the model where it takes any. Raises ValueError if it is not there."""
-    if wanted in facts.generators:
+    if wanted in GENERATORS:
         return wanted, None
     folder = Path(wanted).expanduser().absolute()
     if (folder / "config.json").is_file():
         return _ANY_MODEL, str(folder)
     if _HUB_NAME.fullmatch(wanted) and not folder.exists():
         return _ANY_MODEL, wanted
-    known = ", ".join(facts.generators)
     what = "is a folder without a config.json" if folder.is_dir() else "is unknown"
     raise ValueError(
-        f"--make-segments {wanted} {what}; choose one of {known}, or give the folder of a model "
-        "that transformers saved, or its name on the hub (owner/name)"
+        f"--make-segments {wanted} {what}; choose one of {', '.join(GENERATORS)}, or give the "
+        "folder of a model that transformers saved, or its name on the hub (owner/name)"
     )

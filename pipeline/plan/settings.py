@@ -1,6 +1,6 @@
 """The settings of a benchmark, one frozen group per concern: a field is the flag and YAML's key.
 
-What can be judged without the parts is judged here; what belongs to a part, by its own `--check`.
+What belongs to a part is an option of that part, judged when the plan makes its configs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import MOST_EPOCHS, MOST_PROCESSES, MOST_SEED, OptionGroup, groups_of, option
+from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
 from common.yamlfile import plain
-from pipeline.plan.layout import BASELINES, CONTROLS, DEFAULT_RATIO, DEFAULT_SEED, OWN
+from engine.config import PluginConfig, TrainingConfig
+from mae.config import MethodConfig, ModelConfig, OptimisationConfig, SegmentsFrom
+from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN
+from segmenter.config import DEFAULT_RECIPE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +30,17 @@ class Data(OptionGroup):
         "segments generate --help), in a folder or on the Hugging Face hub.", None,
     )  # fmt: skip
     segment_shards: int = option(
-        "Steps, or jobs, that share making them.", 1, at_least=1, at_most=MOST_PROCESSES,
-        neutral=True,
-    )  # fmt: skip
+        "Steps, or jobs, that share making them.", 1, at_least=1, at_most=MOST_PROCESSES
+    )
     ade20k_dir: Path | None = option("ADEChallengeData2016, to evaluate on.", None)
     eval_dataset: Path | None = option("YAML file of another dataset.", None)
-    output_dir: Path = option("Where everything goes.", Path(), neutral=True)
+    output_dir: Path = option("Where everything goes.", Path())
     make_sample: Path | None = option(
-        "Generate the sample data into this folder if they are missing and used.", None,
-        neutral=True,
-    )  # fmt: skip
+        "Generate the sample data into this folder if they are missing and used.", None
+    )
 
     def __post_init__(self) -> None:
+        # By its own name: records and processes of one directory are told by the path.
         object.__setattr__(self, "output_dir", self.output_dir.resolve())
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ValueError(f"--output-dir {self.output_dir} is a file")
@@ -65,27 +67,13 @@ class Experiment(OptionGroup):
     """What is compared."""
 
     title: ClassVar[str] = "Experiment"
-    mask_method: tuple[str, ...] = option(
-        "What is hidden, by name (python -m mae methods); one or several.", ("four_channels",)
-    )
-    coverage_ratio: tuple[float, ...] = option(
-        "Wanted share of the image to hide, in percent; one or several.", (DEFAULT_RATIO,),
-        at_least=0, at_most=100,
-    )  # fmt: skip
-    segments_from: tuple[str, ...] = option(
-        "Whose segments are hidden: own, or the controls borrowed, blob, block; one or several.",
-        (OWN,), choices=lambda: (OWN, *CONTROLS),
-    )  # fmt: skip
-    seed: tuple[int, ...] = option(
-        "Of pretraining and finetuning; one or several.",
-        (DEFAULT_SEED,),
-        at_least=0,
-        at_most=MOST_SEED,
-    )
-    model: str = option("Encoder.", "vit_large")
-    pretrain_epochs: int = option(
-        "Epochs of the whole pretraining.", 50, at_least=1, at_most=MOST_EPOCHS
-    )
+    # The parts' own options, of which several values make several runs.
+    mask_method: tuple[str, ...] = option_of(MethodConfig, "mask_method", ("four_channels",))
+    coverage_ratio: tuple[float, ...] = option_of(MethodConfig, "coverage_ratio", (DEFAULT_RATIO,))
+    segments_from: tuple[SegmentsFrom, ...] = option_of(MethodConfig, "segments_from", (OWN,))
+    seed: tuple[int, ...] = option_of(OptimisationConfig, "seed", (DEFAULT_SEED,))
+    model: str = option_of(ModelConfig, "model", ModelConfig.model)
+    pretrain_epochs: int = option_of(OptimisationConfig, "epochs", OptimisationConfig.epochs)
     eval_freq: int = option("Evaluate every so many epochs, and at the end.", 5, at_least=1)
     eval_epochs: tuple[int, ...] | None = option(
         "Evaluate at these instead; 0 = before pretraining.", None, at_least=0
@@ -97,7 +85,7 @@ class Experiment(OptionGroup):
     eval_seeds: int = option(
         "Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, at_least=1, at_most=1000
     )
-    recipe: str = option("Finetuning recipe: a name or a YAML file.", "segmenter")
+    recipe: str = option("Finetuning recipe: a name or a YAML file.", DEFAULT_RECIPE)
     stack: bool = option("Start from the official MAE checkpoint.", False)
     mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
     baselines: tuple[str, ...] | None = option(
@@ -110,14 +98,10 @@ class Experiment(OptionGroup):
     )
 
     def __post_init__(self) -> None:
-        # They name folders: one spelling each.
-        methods = tuple(method.replace("-", "_") for method in self.mask_method)
-        object.__setattr__(self, "mask_method", methods)
-        object.__setattr__(self, "model", self.model.replace("-", "_"))
         for name in (
             "mask_method", "coverage_ratio", "segments_from", "seed", "eval_epochs", "baselines"
         ):  # fmt: skip
-            values = getattr(self, name) or ()
+            values = getattr(self, name) or ()  # of which each makes a step, with that name
             if len(set(values)) != len(values):
                 raise ValueError(f"--{name.replace('_', '-')} names one twice")
         if any(epochs > self.pretrain_epochs for epochs in self.eval_epochs or ()):
@@ -135,14 +119,14 @@ class Experiment(OptionGroup):
         if self.eval_epochs is not None:
             return tuple(sorted(self.eval_epochs))
         every = range(self.eval_freq, self.pretrain_epochs, self.eval_freq)
-        return (*every, self.pretrain_epochs)
+        return (*every, self.pretrain_epochs)  # the last round may be shorter
 
     @property
     def probe_points(self) -> tuple[int, ...]:
         """Epochs completed at which to probe, ascending."""
         if self.probe_freq == 0:
             return ()
-        freq = self.probe_freq or self.pretrain_epochs + 1
+        freq = self.probe_freq or self.pretrain_epochs + 1  # beyond the end: none of its own
         return tuple(sorted({*range(freq, self.pretrain_epochs + 1, freq), *self.eval_points}))
 
 
@@ -152,28 +136,23 @@ class Compute(OptionGroup):
 
     title: ClassVar[str] = "Devices"
     num_gpus: int | None = option(
-        "GPUs per machine, 0 = CPU. Default: all.",
-        None,
-        at_least=0,
-        at_most=MOST_PROCESSES,
-        neutral=True,
+        "GPUs per machine, 0 = CPU. Default: all.", None, at_least=0, at_most=MOST_PROCESSES
     )
     num_processes: int | None = option(
-        "With --num-gpus 0. Default: 1.", None, at_least=1, at_most=MOST_PROCESSES, neutral=True
+        "With --num-gpus 0. Default: 1.", None, at_least=1, at_most=MOST_PROCESSES
     )
     eval_gpus: tuple[int, ...] = option(
-        "Evaluate on these, such as 6,7, beside pretraining on the others.", (),
-        at_least=0, neutral=True,
-    )  # fmt: skip
+        "Evaluate on these, such as 6,7, beside pretraining on the others.", (), at_least=0
+    )
     gpus_per_eval: int = option(
         "GPUs of one finetuning or probe; several run side by side.", 1,
-        at_least=1, at_most=MOST_PROCESSES, neutral=True,
+        at_least=1, at_most=MOST_PROCESSES,
     )  # fmt: skip
-    overlap: bool = option("Evaluate beside pretraining on the CPU too.", False, neutral=True)
+    overlap: bool = option("Evaluate beside pretraining on the CPU too.", False)
 
     def resolved(self, cluster: Cluster, gpus_here: int) -> Compute:
         """With every number filled in; the GPUs of a machine that submits jobs do not count."""
-        total = self.num_gpus
+        total = self.num_gpus  # from here on a number
         if cluster.launcher == "slurm":
             total = total if cluster.gpus_per_node is None else cluster.gpus_per_node
             if total is None:
@@ -191,7 +170,7 @@ class Compute(OptionGroup):
         gpus = total - len(self.eval_gpus)
         if self.eval_gpus and not gpus:
             raise ValueError("--eval-gpus leaves no GPU for pretraining")
-        to_score_on = len(self.eval_gpus) or total
+        to_score_on = len(self.eval_gpus) or total  # as `scoring_gpus`, which needs the total
         if self.gpus_per_eval > max(to_score_on, 1):
             raise ValueError(
                 f"--gpus-per-eval {self.gpus_per_eval}: the GPUs to evaluate on are {to_score_on}"
@@ -234,24 +213,22 @@ class Cluster(OptionGroup):
     """How steps reach a Slurm cluster."""
 
     title: ClassVar[str] = "Slurm"
-    launcher: Literal["local", "slurm"] = option("Where steps run.", "local", neutral=True)
-    nodes: int = option(
-        "Machines of a pretraining.", 1, at_least=1, at_most=MOST_PROCESSES, neutral=True
-    )
+    launcher: Literal["local", "slurm"] = option("Where steps run.", "local")
+    nodes: int = option("Machines of a pretraining.", 1, at_least=1, at_most=MOST_PROCESSES)
     gpus_per_node: int | None = option(
-        "0 = CPU. Default: --num-gpus.", None, at_least=0, at_most=MOST_PROCESSES, neutral=True
+        "0 = CPU. Default: --num-gpus.", None, at_least=0, at_most=MOST_PROCESSES
     )
-    partition: str | None = option("Where jobs are queued.", None, neutral=True)
+    partition: str | None = option("Where jobs are queued.", None)
     time: str | None = option(
         "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.",
-        None, neutral=True,
+        None
     )  # fmt: skip
-    qos: str | None = option("Quality of service.", None, neutral=True)
-    sbatch: Mapping[str, Any] = option("A further sbatch parameter.", {}, neutral=True)
-    wait: bool = option("Follow the jobs to their end.", False, neutral=True)
+    qos: str | None = option("Quality of service.", None)
+    sbatch: Mapping[str, Any] = option("A further sbatch parameter.", {})
+    wait: bool = option("Follow the jobs to their end.", False)
 
     def __post_init__(self) -> None:
-        _ = self.minutes
+        _ = self.minutes  # judged now, and not when the first job is submitted
 
     @property
     def minutes(self) -> int:
@@ -260,19 +237,20 @@ class Cluster(OptionGroup):
         Slurm's forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
         """
         text = self.time or "1-0"
-        days, dash, rest = text.rpartition("-")
+        days, dash, rest = text.rpartition("-")  # without a dash all of it is the rest
         try:
             parts = [int(part) for part in rest.split(":")]
             seconds_per_part = [3600, 60, 1] if dash or len(parts) == 3 else [60, 1]
             if len(parts) > len(seconds_per_part) or min(parts) < 0:
                 raise ValueError
+            # D-H and D-H:M leave the last parts out.
             seconds = sum(p * s for p, s in zip(parts, seconds_per_part, strict=False))
             seconds += int(days) * 86400 if dash else 0
         except ValueError:
             raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS") from None
         if seconds < 60:
             raise ValueError(f"--time {text} is less than a minute")
-        return -(-seconds // 60)
+        return -(-seconds // 60)  # rounded up: sbatch takes whole minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,16 +261,9 @@ class Parts(OptionGroup):
     pretrain: Mapping[str, Any] = option("An option of python -m mae pretrain.", {})
     finetune: Mapping[str, Any] = option("An option of python -m segmenter train.", {})
     probe: Mapping[str, Any] = option("An option of python -m segmenter probe.", {})
-    log_with: tuple[str, ...] | None = option(
-        "Trackers of both: tensorboard, wandb, ...; or none. Default: the parts'.", None,
-        neutral=True,
-    )  # fmt: skip
-    plugin: Path | None = option(
-        "Python file with masking methods or models of your own.", None, neutral=True
-    )
-    keep_going: bool = option(
-        "After a failed step, go on with those that do not need it.", True, neutral=True
-    )
+    log_with: tuple[str, ...] | None = option_of(TrainingConfig, "log_with", None)
+    plugin: Path | None = option_of(PluginConfig, "plugin", None)
+    keep_going: bool = option("After a failed step, go on with those that do not need it.", True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,8 +272,7 @@ class Settings:
 
     data: Data
     experiment: Experiment
-    compute: Compute
-    """Resolved: its numbers are known."""
+    compute: Compute  # resolved: its numbers are known
     cluster: Cluster
     parts: Parts
 
@@ -326,6 +296,7 @@ class Settings:
                 f"{experiment.pretrain_epochs} epochs are not a multiple of --eval-freq "
                 f"{experiment.eval_freq}: a shorter last round ends at {experiment.pretrain_epochs}"
             )
+        # Only what was changed can have been meant.
         unused = [name for name, value in vars(cluster).items() if value != vars(Cluster())[name]]
         if cluster.launcher == "local" and unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from common.step_files import PREDICTIONS, epochs_of
-from pipeline.plan.layout import Layout, Run, parse_eval_name
+from pipeline.plan.layout import Layout, RunId, parse_eval_name
 from pipeline.report.scores import method_rank
 from pipeline.report.statistics import Interval
 
@@ -266,17 +266,17 @@ def picture_sections(all_paths: Sequence[Layout]) -> list[Section]:
     ]
 
 
-def _pictures(paths: Layout) -> Iterator[tuple[str, Run, int, Path]]:
+def _pictures(paths: Layout) -> Iterator[tuple[str, RunId, int, Path]]:
     """Their kind, run and epochs completed; of a checkpoint's finetunings, the first one's."""
     for image in paths.pretrain_output.glob("*/*.png"):
         with contextlib.suppress(ValueError):  # a folder that is no run's
             if (count := epochs_of(image)) is not None:
-                yield "Reconstructions", Run.parse(image.parent.name), count, image
+                yield "Reconstructions", RunId.parse(image.parent.name), count, image
     for image in paths.eval_output.glob(f"*/{PREDICTIONS}"):
         with contextlib.suppress(ValueError):
             run, epochs, number = parse_eval_name(image.parent.name)
             if not number:
-                yield "Predictions", Run.parse(run), epochs, image
+                yield "Predictions", RunId.parse(run), epochs, image
 
 
 def _data_uri(path: Path) -> str:

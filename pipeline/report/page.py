@@ -15,7 +15,7 @@ from pathlib import Path
 from common.files import check_output_file, check_replaceable, write_text
 from common.parsed import read_log
 from common.step_files import LOG
-from pipeline.plan.layout import Layout
+from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
 from pipeline.report.answer import Answer, answer
 from pipeline.report.figures import Chart, Point, Series, line_chart, picture_sections
@@ -23,7 +23,6 @@ from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines
 from pipeline.report.tables import (
     class_tables,
     flatten,
-    is_results_csv,
     joined,
     provenance,
     score_table,
@@ -39,11 +38,6 @@ def write_all(paths: Layout) -> str:
     if not evaluations:
         return f"no evaluation has finished; {paths.report_html}"
     return f"\n{terminal_table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
-
-
-def is_report(head: bytes) -> bool:
-    """Whether a file that begins so is a page of `write_report`."""
-    return b"<title>SegMAE: " in head
 
 
 def write_report(folders: Sequence[Path], page: Path) -> None:

@@ -24,8 +24,7 @@ from common.parsed import ProbeResult, Result, parsed, read_json, read_log
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
 from common.yamlfile import read_yaml
 from pipeline.plan import layout
-from pipeline.plan.layout import BASELINES, OWN, Layout, Run, parse_eval_name
-from pipeline.plan.parts import ask_facts
+from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, made_alike, read_all_records
 from pipeline.report.statistics import Interval, draw_images, interval
 
@@ -122,7 +121,7 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
             continue  # not an evaluation
         if not (folder / RESULT).exists():
             continue  # not finished
-        run, result = Run.parse(name), read_json(folder / RESULT, shape)
+        run, result = RunId.parse(name), read_json(folder / RESULT, shape)
         if name not in costs:
             costs[name] = _costs(paths, name, records)
         # Of several finetunings of a checkpoint, the first bears its pretraining.
@@ -162,7 +161,7 @@ def _costs(paths: Layout, run: str, records: Iterable[Record]) -> dict[str, dict
     return {"device_hours": dict(hours), "train_flops": flops}
 
 
-def variant_of(run: Run, records: Iterable[Record]) -> Variant:
+def variant_of(run: RunId, records: Iterable[Record]) -> Variant:
     """What a run's name says, and whether its method uses a ratio, which its records tell.
 
     The name leaves the default out, and run.yml is of the latest call, perhaps of other methods.
@@ -277,7 +276,7 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
 
     Directories whose settings differ have lines of their own, which bear the directory's name.
     """
-    apart = len(all_paths) > 1 and not made_alike(all_paths, ask_facts())
+    apart = len(all_paths) > 1 and not made_alike(all_paths)
     lines: dict[str, Line] = {}
 
     def line_of(variant: Variant, paths: Layout) -> Line:
@@ -292,7 +291,7 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name
-                variant = variant_of(Run.parse(folder.name), records)
+                variant = variant_of(RunId.parse(folder.name), records)
                 line_of(variant, paths).pretrainings.append(folder)
     rank = method_rank(all_paths)
     ordered = sorted(lines.values(), key=lambda line: rank(line.method))

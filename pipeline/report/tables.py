@@ -45,11 +45,6 @@ class Table:
     looks: Mapping[int, str] = field(default_factory=dict)  # number of a row -> its class in CSS
 
 
-def is_results_csv(head: bytes) -> bool:
-    """Whether a file that begins so was written by `write_results_csv`, of any version."""
-    return head.startswith(COLUMNS[0].encode() + b",")
-
-
 def write_results_csv(paths: Layout) -> list[Evaluation]:
     """Writes results.csv anew from the evaluations there are, and returns them."""
     evaluations = read_evaluations(paths)

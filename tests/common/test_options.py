@@ -13,12 +13,13 @@ from common.console import run_program
 from common.options import (
     Layer,
     OptionGroup,
+    as_arguments,
+    decisive_values,
     make,
     make_all,
     merge,
     older_values,
     option,
-    option_facts,
     option_of,
 )
 
@@ -204,14 +205,23 @@ def test_an_option_of_another_group_keeps_its_range_and_may_be_left_out():
         merge([Dear], [Layer({"epochs": 0})])
 
 
-def test_facts_tell_what_an_older_file_counts_as():
+def test_an_older_file_counts_as_what_the_option_says():
     assert older_values(Small)["later"] == 7
     assert "folder" not in older_values(Small)  # every file has it
-    facts = option_facts([Small])
-    assert facts["later"] == {"default": 3, "neutral": False, "several": False, "older": 7}
-    assert facts["ratios"]["several"]
-    assert facts["kind"]["neutral"]
-    assert facts["folder"]["default"] is None
+
+
+def test_a_command_line_holds_what_a_process_would_not_have_by_itself():
+    group = Small(folder=Path("/a"), stack=True, wide=False, ratios=(1.0, 2.0), share=None)
+    words = ["--folder", "/a", "--ratios", "1.0,2.0", "--stack", "--no-wide"]
+    assert as_arguments(group) == words
+    below = {"stack": True, "wide": True, "ratios": (1.0, 2.0), "rate": 0.2}
+    assert as_arguments(group, below=below) == ["--folder", "/a", "--rate", "0.1", "--no-wide"]
+
+
+def test_what_decides_leaves_out_speed_and_place():
+    decisive = decisive_values(Small(folder=Path("/a"), kind="four_channels"))
+    assert (decisive["folder"], decisive["ratios"]) == ("/a", [15.0])
+    assert "kind" not in decisive
 
 
 @dataclass(frozen=True, kw_only=True)

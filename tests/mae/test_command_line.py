@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
+from common.command import command
 from common.console import EXIT_STOPPED
+from mae.check import check_pretraining
 from mae.cli import cli, main
+from mae.config import GROUPS, PretrainConfig
 from tests.mae.conftest import SMALL_RUN, make_config, read_epochs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -87,7 +91,7 @@ def test_check_says_and_writes_nothing_and_imports_no_torch(settings, tmp_path):
     code = (
         "import sys\n"
         "from mae.cli import main\n"
-        f"sys.argv[1:] = ['pretrain', '--check', '--config', {str(settings)!r}, "
+        f"sys.argv[1:] = ['pretrain', '--dry-run', 'check', '--config', {str(settings)!r}, "
         f"'--output-dir', {str(tmp_path / 'new/out')!r}]\n"
         "try:\n    main()\n"
         "except SystemExit as end:\n    assert end.code == 0, end.code\n"
@@ -130,7 +134,7 @@ def test_exit_codes_are_those_of_the_contract():
         (["--no-such-option"], "No such option"),
     ],
 )
-@pytest.mark.parametrize("check", [[], ["--check"]])
+@pytest.mark.parametrize("check", [[], ["--dry-run", "check"]])
 def test_bad_input_is_one_line_and_exit_code_2_and_nothing_written(
     capsys, settings, tmp_path, arguments, message, check
 ):
@@ -149,7 +153,7 @@ def test_images_of_a_missing_or_empty_folder(capsys, settings, tmp_path):
     (tmp_path / "in1k/train").mkdir(parents=True)
     code, lines = exit_code(
         capsys, "pretrain", "--config", settings, "--in1k-dir", tmp_path / "in1k",
-        "--output-dir", tmp_path / "out", "--check",
+        "--output-dir", tmp_path / "out", "--dry-run", "check",
     )  # fmt: skip
     assert code == 2
     assert "no image below" in lines[-1]
@@ -158,49 +162,62 @@ def test_images_of_a_missing_or_empty_folder(capsys, settings, tmp_path):
 def test_an_output_directory_that_is_a_file(capsys, settings, tmp_path):
     (tmp_path / "out").write_text("a file")
     code, lines = exit_code(
-        capsys, "pretrain", "--config", settings, "--output-dir", tmp_path / "out", "--check"
+        capsys,
+        "pretrain",
+        "--config",
+        settings,
+        "--output-dir",
+        tmp_path / "out",
+        "--dry-run",
+        "check",
     )
     assert code == 2
     assert "is not a folder" in lines[-1]
 
 
-def checked(*arguments):
-    """What --check --json tells of a command, in a process of its own."""
-    done = run("pretrain", "--check", "--json", *arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_dashes_and_underscores_are_equal(settings, tmp_path):
+def test_dashes_and_underscores_are_equal(capsys, settings, tmp_path):
     for option, value in (("--mask_method", "four-channels"), ("--mask-method", "four_channels")):
-        facts = checked("--config", settings, "--output_dir", tmp_path / "out", option, value)
-        assert facts["settings"]["mask_method"] == "four_channels"
+        code, lines = exit_code(
+            capsys, "pretrain", "--config", settings, "--output_dir", tmp_path / "out",
+            option, value, "--dry-run", "check",
+        )  # fmt: skip
+        assert (code, lines) == (0, [])
 
 
-def test_check_tells_batch_rates_and_images(settings, tmp_path):
-    facts = checked("--config", settings, "--output-dir", tmp_path / "out", "--epochs", 7)
-    assert facts["images"] == {"train": 24, "left_out": 2, "val": 5, "val_left_out": 0}
-    assert facts["batch"] == {
-        "effective": 8, "per_process": 8, "processes": 1, "accumulation_steps": 1,
-        "steps_per_epoch": 3,
-    }  # fmt: skip
-    of_a_gpu = checked("--config", settings, "--output-dir", tmp_path, "--batch-size", "auto")
-    assert of_a_gpu["batch"]["per_process"] == of_a_gpu["batch"]["accumulation_steps"] == "auto"
-    assert facts["epochs"] == facts["settings"]["epochs"] == 7  # the command line wins
-    assert facts["settings"]["patch_size"] == 16
+def test_what_a_run_will_be_is_known_before(in1k_dir, tmp_path):
+    config = make_config(in1k_dir, tmp_path / "out", epochs=7)
+    facts = check_pretraining(config, processes=1)
+    assert (facts.train, facts.left_out, facts.val, facts.val_left_out) == (24, 2, 5, 0)
+    plan = facts.plan
+    assert (plan.effective_batch_size, plan.micro_batch_size, plan.processes) == (8, 8, 1)
+    assert (plan.accumulation_steps, plan.steps_per_epoch) == (1, 3)
     peak = SMALL_RUN["base_lr"] * 8 / 256
-    assert facts["learning_rate"]["peak"] == pytest.approx(peak)
-    assert facts["learning_rate"]["points"] == [
-        [0.0, 0.0, "start"], [1.75, pytest.approx(peak), "end of warm-up"],
-        [3.5, pytest.approx(peak * 0.75), "middle"], [7.0, pytest.approx(0, abs=1e-9), "end"],
-    ]  # fmt: skip
-    assert 60e6 < facts["checkpoint_bytes"] < 80e6
+    assert facts.learning_rates == (
+        (0.0, 0.0, "start"), (1.75, pytest.approx(peak), "end of warm-up"),
+        (3.5, pytest.approx(peak * 0.75), "middle"), (7.0, pytest.approx(0, abs=1e-9), "end"),
+    )  # fmt: skip
+    assert 60e6 < facts.checkpoint_bytes < 80e6
+    assert config.settings()["patch_size"] == 16
+
+
+def test_a_config_prints_the_command_line_that_makes_it(in1k_dir, tmp_path):
+    config = make_config(in1k_dir, tmp_path / "out", norm_pix_loss=True, clip_grad=0.5)
+    words = config.arguments()
+    made = []
+
+    @command(group := click.Group(), "pretrain", **GROUPS)
+    def pretrain(**groups):
+        made.append(PretrainConfig(**groups))
+
+    group.main(["pretrain", *words], standalone_mode=False)
+    assert made == [config]
+    assert "--weight-decay" not in words, "it is the default"
 
 
 def test_timing_gives_seconds_and_writes_nothing(settings, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     done = run(
-        "pretrain", "--time-steps", 2, "--config", settings, "--output-dir", tmp_path / "out"
+        "pretrain", "--dry-run", "time", "--config", settings, "--output-dir", tmp_path / "out"
     )
     assert done.returncode == 0, done.stderr
     seconds = json.loads(done.stdout)
@@ -209,40 +226,26 @@ def test_timing_gives_seconds_and_writes_nothing(settings, tmp_path):
     assert seconds["epoch_seconds"] == pytest.approx(24 / seconds["images_per_second"])
     assert seconds["evaluation_seconds"] > 0
     assert seconds["evaluations"] == seconds["epochs"]
-    assert (seconds["evaluations"], seconds["evaluation_seconds"]) == (0, 0)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_methods_and_options_are_told_as_json_without_torch(in1k_dir):
-    code = (
-        "import sys\nfrom mae.cli import main\n"
-        f"sys.argv[1:] = ['methods', '--in1k-dir', {str(in1k_dir)!r}]\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "assert 'torch' not in sys.modules\n"
+def test_methods_are_shown_to_people_with_those_of_a_plugin(tmp_path):
+    plugin = tmp_path / "stripes.py"
+    plugin.write_text(
+        "import sys\nfrom mae.masking import MaskingMethod\nassert 'torch' not in sys.modules\n"
+        "class Stripes(MaskingMethod):\n    'Every other column.'\n    name = 'stripes'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
-    facts = json.loads(done.stdout)
-    assert list(facts["methods"]) == [
-        "patches", "segments", "four_channels", "preencoder", "segment_patches",
+    done = run("methods", "--plugin", plugin)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:7]] == [
+        "method", "patches", "segments", "four_channels", "preencoder", "segment_patches",
+        "stripes",
     ]  # fmt: skip
-    assert facts["methods"]["patches"] == {
-        "uses_segments": False, "all_segments": False,
-        "settings": ["mask_ratio", "use_unmasked_images"],
-    }  # fmt: skip
-    assert [name for name, fact in facts["methods"].items() if fact["all_segments"]] == [
-        "segment_patches"
-    ]
-    assert facts["options"]["base_lr"] == {
-        "default": 1.5e-4, "neutral": False, "several": False, "older": 1.5e-4,
-    }  # fmt: skip
-    assert facts["options"]["workers"]["neutral"]
-    assert facts["segments"]["form"] == "packed store"
-    assert not facts["segments"]["needs_packing"]
-    assert not facts["segments"]["needs_making"]
-    for options in facts["generators"].values():
-        assert {"images", "val_dir", "out", "shard"} <= set(options)
-    assert "device" in facts["generators"]["sam"]
-    assert "device" not in facts["generators"]["felzenszwalb"]
+    assert lines[3].split()[1:] == ["one", "all", "4", "--coverage-ratio", "--hide",
+                                    "--segments-from"]  # fmt: skip
+    assert lines[-1] == "stripes: Every other column."
+    assert max(map(len, lines)) <= 100
 
 
 def test_processes_that_srun_started_without_torchrun_are_refused(capsys, settings, monkeypatch):

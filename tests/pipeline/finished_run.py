@@ -15,9 +15,9 @@ import yaml
 from PIL import Image, ImageDraw
 
 from common.step_files import AREAS, LOG, PREDICTIONS, RESULT, reconstructions_path
-from pipeline.plan.layout import Layout, Run, eval_name
+from mae.masking import METHODS
+from pipeline.plan.layout import Layout, RunId, eval_name
 from pipeline.plan.records import Record, write_record
-from tests.pipeline.programs import FACTS
 
 CLASSES = ("grass", "sand", "water", "disc", "square", "triangle", "flower")
 OFFSETS = (-3, None, -1, 0, 1, 2, 1)  # of the classes' IoU from their mean; sand does not occur
@@ -70,8 +70,8 @@ def write_run(
         "hardware": {"host": "here", "gpus": []},
     }
     paths.run_yml.write_text(yaml.safe_dump(run_yml))
-    for run in [Run(method="scratch", seed=seed) for seed in seeds] + [
-        Run(method=method, segments_from=source, seed=seed)
+    for run in [RunId(method="scratch", seed=seed) for seed in seeds] + [
+        RunId(method=method, segments_from=source, seed=seed)
         for method in methods
         for source in (sources if method != "patches" else ("own",))
         for seed in seeds
@@ -93,11 +93,11 @@ def _rng(*seed: object) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(repr(seed).encode()))
 
 
-def write_pretraining(paths: Layout, run: Run, epochs: tuple[int, ...]) -> None:
+def write_pretraining(paths: Layout, run: RunId, epochs: tuple[int, ...]) -> None:
     folder = paths.pretrain_dir(run.name)
     folder.mkdir(parents=True)
     made_with: dict[str, object] = {"mask_method": run.method, "seed": run.seed}
-    if run.method in FACTS.methods and FACTS.uses("coverage_ratio", run.method):
+    if run.method in METHODS and "coverage_ratio" in METHODS[run.method].settings:
         made_with["coverage_ratio"] = run.coverage_ratio
     cost = 1.0 if run.method in ("patches", "segment_patches") else 2.4
     for count in epochs:
@@ -114,7 +114,7 @@ def write_pretraining(paths: Layout, run: Run, epochs: tuple[int, ...]) -> None:
 
 
 def _record(
-    paths: Layout, name: str, kind: str, run: Run, made_with: dict[str, object], seconds: int = 90
+    paths: Layout, name: str, kind: str, run: RunId, made_with: dict[str, object], seconds: int = 90
 ) -> None:
     record = Record(
         name=name, state="done", run=run.name, kind=kind, fingerprint=made_with, seconds=seconds
@@ -123,7 +123,7 @@ def _record(
 
 
 def write_evaluation(
-    paths: Layout, run: Run, epochs: int, score: float, eval_seed: int = 0, batch_size: int = 8
+    paths: Layout, run: RunId, epochs: int, score: float, eval_seed: int = 0, batch_size: int = 8
 ) -> None:
     folder = paths.eval_dir(run.name, epochs, eval_seed)
     folder.mkdir(parents=True)
@@ -155,7 +155,7 @@ def write_evaluation(
     _picture(folder / PREDICTIONS, f"{run.name} {epochs}")
 
 
-def write_probe(paths: Layout, run: Run, epochs: int, score: float) -> None:
+def write_probe(paths: Layout, run: RunId, epochs: int, score: float) -> None:
     """linear scores `score`, knn 3 points less."""
     folder = paths.probe_dir(run.name, epochs)
     folder.mkdir(parents=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.step_files import AREAS, LOG, RESULT
-from pipeline.plan.layout import Layout, Run
+from pipeline.plan.layout import Layout, RunId
 from pipeline.report.answer import Answer, answer
 from pipeline.report.figures import Chart, Point, Series, line_chart
 from pipeline.report.page import write_all, write_report
@@ -77,9 +77,9 @@ def test_one_seed_is_warned_of_and_never_called_a_difference(tmp_path: Path) -> 
 def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",), seeds=THREE, chance=0.1)
     for seed in (1, 2, 7):
-        write_evaluation(paths, Run(method="segments", seed=seed), 10, 35.0 + seed)
+        write_evaluation(paths, RunId(method="segments", seed=seed), 10, 35.0 + seed)
     for seed in (5, 6):
-        write_evaluation(paths, Run(method="preencoder", seed=seed), 10, 50.0)
+        write_evaluation(paths, RunId(method="preencoder", seed=seed), 10, 50.0)
     by_label = {c.first.label: c for c in answered(paths).comparisons if c.first.method != "x"}
     assert (by_label["segments"].seeds, by_label["segments"].state) == (2, "better")
     assert (by_label["preencoder"].seeds, by_label["preencoder"].state) == (0, "unknown")
@@ -222,7 +222,7 @@ def test_lines_of_one_method_share_a_colour_and_no_two_lines_look_alike(tmp_path
 
 def test_methods_without_a_common_epoch_get_no_verdict(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", ("patches",), epochs=(5,))
-    write_evaluation(paths, Run(method="segments"), 7, 30.0)
+    write_evaluation(paths, RunId(method="segments"), 7, 30.0)
     found = answered(paths)
     assert found.sentences == ["The methods have not been evaluated at a common epoch yet."]
     assert FINETUNING is found.measure

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,7 +17,8 @@ from pipeline.launch.doctor import Finding, examine, findings_text
 from pipeline.plan.machine import Gpu
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import GROUPS, Compute, Parts, Settings
-from tests.pipeline.programs import FACTS, plan_of, run_benchmark
+from pipeline.plan.steps import make_plan
+from tests.pipeline.programs import run_benchmark
 
 LOCKED = {
     "torch": "2.14.1+cu130", "cuda": "13.0", "lacks_to_compile": "", "error": "no GPU", "gpus": [],
@@ -49,11 +52,11 @@ def test_flags_of_a_run_that_would_be_refused_are_found(tmp_path: Any) -> None:
 
 
 def test_segments_that_the_plan_will_make_are_named(
-    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, data: Path
 ) -> None:
+    shutil.rmtree(data / "in1k/masks")
     chosen = settings("--make-segments felzenszwalb --segment-shards 2 --pretrain-epochs 1")
-    facts = replace(FACTS, making=tmp_path / "x.sqlite", generators={"felzenszwalb": []})
-    steps = with_segments(plan_of(chosen), chosen, facts)
+    steps = with_segments(make_plan(chosen), chosen)
     monkeypatch.setattr(doctor, "checked_plan", lambda settings: steps)
     groups = {name: getattr(chosen, name) for name in GROUPS}
     found = {finding.subject: finding.text for finding in examine(lambda: chosen, groups)}
@@ -93,7 +96,7 @@ def on(
 
     def find(card: Gpu, **torch: object) -> dict[str, Finding]:
         cards_here(card)
-        monkeypatch.setattr(doctor, "ask", lambda commands: [LOCKED | torch])
+        monkeypatch.setattr(doctor, "ask", lambda commands: [json.dumps(LOCKED | torch)])
         given = {name: group() for name, group in GROUPS.items()}
         return {f.subject: f for f in examine(lambda: pytest.fail("no run was asked for"), given)}
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +14,14 @@ from pipeline.launch.estimate import kept_bytes, step_seconds, wall_seconds
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
-from tests.pipeline.programs import FACTS, plan_of
+from segmenter.check import ScoringFacts
 
 Make = Callable[..., Settings]
 COST = {
-    "pretrain": {"setup_seconds": 5, "epoch_seconds": 10, "epochs": 4},
+    "pretrain": {
+        "setup_seconds": 5, "epoch_seconds": 9, "evaluation_seconds": 1, "evaluations": 4,
+        "epochs": 4,
+    },
     "evaluate": {
         "setup_seconds": 1, "epoch_seconds": 2, "evaluation_seconds": 30, "evaluations": 3,
         "epochs": 6,
@@ -38,8 +43,8 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_costs_are_set_up_epochs_and_evaluations(settings: Make, timed: list[str]) -> None:
-    steps = plan_of(settings("--pretrain-epochs 4 --eval-epochs 1,4"))
-    assert step_seconds(steps) == {
+    steps = make_plan(settings("--pretrain-epochs 4 --eval-epochs 1,4"))
+    assert step_seconds(steps, Path()) == {
         "pretrain_four_channels_1": 5 + 10,
         "evaluate_four_channels_1": 1 + 6 * 2 + 3 * 30,
         "pretrain_four_channels_4": 5 + 3 * 10,
@@ -50,70 +55,65 @@ def test_costs_are_set_up_epochs_and_evaluations(settings: Make, timed: list[str
 def test_a_probe_looks_once_at_the_training_images_and_at_the_others(
     settings: Make, timed: list[str]
 ) -> None:
-    steps = plan_of(settings("--pretrain-epochs 4 --eval-freq 4 --probe-freq 2"))
-    steps = [replace(step, answer={"images": {"train": 40, "val": 10}}) for step in steps]
-    found = step_seconds(steps)
+    steps = make_plan(settings("--pretrain-epochs 4 --eval-freq 4 --probe-freq 2"))
+    steps = [replace(step, facts=ScoringFacts(train=40, val=10)) for step in steps]
+    found = step_seconds(steps, Path())
     assert found["probe_four_channels_2"] == found["probe_four_channels_4"] == 1 + (1 + 4) * 30
 
 
-def test_making_segments_is_priced_and_what_reads_them_timed_without(
-    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_making_segments_is_priced_and_what_reads_them_timed_aside(
+    settings: Make, data: Path, timed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.rmtree(data / "in1k/masks")
     words = "--make-segments sam --segment-shards 4 --pretrain-epochs 4 --eval-freq 4"
     chosen = settings(f"{words} --mask-method patches,segments")
-    store, asked = tmp_path / "in1k/masks/masks.sqlite", []
-    facts = replace(FACTS, making=store, generators={"sam": ["shard", "model", "for_coverage"]})
-    steps = with_segments(make_plan(chosen, facts), chosen, facts)
+    steps, aside = with_segments(make_plan(chosen), chosen), []
     monkeypatch.setattr(estimate, "checked_plan", lambda settings: steps)
 
-    def answer(commands: list[list[str]], environments: object) -> list[dict[str, float]]:
+    def answer(commands: list[list[str]], environments: object) -> list[str]:
         [command] = commands
-        asked.append(" ".join(command[2:]))
-        price = {"seconds": 40 * 3600, "images": 9, "bytes": 3 * 2**30}
-        return [price if "generate" in command else COST[part[command[3]]]]
+        assert command[-2:] == ["--estimate", "--json"]
+        assert command[command.index("--shard", -6) + 1] == "0/1"
+        return [json.dumps({"seconds": 40 * 3600, "images": 9, "bytes": 3 * 2**30})]
 
-    part = {"pretrain": "pretrain", "train": "evaluate"}
     monkeypatch.setattr(estimate, "ask", answer)
+    monkeypatch.setattr(
+        estimate, "_time_on_some", lambda step, _: aside.append(step.name) or COST["pretrain"]
+    )
     text = estimate.estimate_run(chosen)
-    [generate] = [command for command in asked if "generate" in command]
-    assert generate.endswith("--estimate --json")
-    assert "--shard 0/1" in generate
-    assert [" --will-make " in command for command in asked if " pretrain " in command] == [
-        *(False, True)
-    ]
-    assert "generate segments" in text
-    assert "40.00" in text
+    assert timed == ["pretrain_patches_4", "evaluate_patches_4"]
+    assert aside == ["pretrain_segments_4"]
+    assert "generate_segments_3-of-4" in text
+    assert "10.00" in text
     assert "about 6.0 GiB will be kept" in text
 
 
 def test_the_price_is_what_the_generator_itself_says_and_nothing_is_written(
-    settings: Make,
+    settings: Make, data: Path
 ) -> None:
+    shutil.rmtree(data / "in1k/masks")
     chosen = settings("--make-segments felzenszwalb --pretrain-epochs 1 --mask-method segments")
-    folder = chosen.data.in1k_dir
-    store = folder / "new/masks.sqlite"
-    facts = replace(FACTS, making=store, generators={"felzenszwalb": ["shard", "for_coverage"]})
-    steps = with_segments(make_plan(chosen, facts), chosen, facts)
-    [making] = [step for step in steps if step.kind == "generate"]
-    for path in (folder / "train").rglob("*.*"):
+    making = with_segments(make_plan(chosen), chosen)[0]
+    for path in (data / "in1k/train").rglob("*.*"):
         path.unlink()
     for number in range(3):
         picture = Image.effect_noise((40, 30), 60).convert("RGB")
-        picture.save(folder / f"train/added_{number}.png")
+        picture.save(data / f"in1k/train/added_{number}.png")
     price = estimate._price_of_segments(making)
     assert price["images"] == 3
     assert price["seconds"] > 0
     assert price["bytes"] > 0
-    assert not store.parent.exists()
+    assert not (data / "in1k/masks").exists()
 
 
 def test_each_method_is_timed_once(settings: Make, timed: list[str]) -> None:
-    step_seconds(plan_of(settings("--mask-method patches,segments --seed 0,1 --pretrain-epochs 2")))
+    call = "--mask-method patches,segments --seed 0,1 --pretrain-epochs 2"
+    step_seconds(make_plan(settings(call)), Path())
     assert timed == ["pretrain_patches_2", "evaluate_patches_2", "pretrain_segments_2"]
 
 
 def test_evaluations_beside_pretraining_take_no_time_of_their_own(settings: Make) -> None:
-    steps = plan_of(settings("--pretrain-epochs 2 --eval-freq 1"))
+    steps = make_plan(settings("--pretrain-epochs 2 --eval-freq 1"))
     seconds = {step.name: 10.0 for step in steps}
     assert wall_seconds(steps, seconds, overlaps=False) == 40
     assert wall_seconds(steps, seconds, overlaps=True) == 30
@@ -121,29 +121,30 @@ def test_evaluations_beside_pretraining_take_no_time_of_their_own(settings: Make
 
 def test_ten_finetunings_on_eight_gpus_are_two_waves_after_pretraining(settings: Make) -> None:
     call = "--pretrain-epochs 10 --eval-freq 1"
-    shared = plan_of(settings(f"{call} --num-gpus 8"))
+    shared = make_plan(settings(f"{call} --num-gpus 8"))
     hours = {"pretrain": 0.25, "evaluate": 2.0}
     seconds = {step.name: hours[step.kind] for step in shared}
     assert wall_seconds(shared, seconds, overlaps=True) == 10 * 0.25 + 2 * 2.0
-    kept = plan_of(settings(f"{call} --num-gpus 8 --eval-gpus 6,7"))
+    kept = make_plan(settings(f"{call} --num-gpus 8 --eval-gpus 6,7"))
     # Two lanes of five: the first starts with the first checkpoint, the second with the next.
     assert wall_seconds(kept, seconds, overlaps=True) == 0.25 + 0.25 + 5 * 2.0
-    pairs = plan_of(settings(f"{call} --num-gpus 8 --gpus-per-eval 2"))
+    pairs = make_plan(settings(f"{call} --num-gpus 8 --gpus-per-eval 2"))
     assert wall_seconds(pairs, seconds, overlaps=True) == 10 * 0.25 + 3 * 2.0  # 4, 4, 2
 
 
 def test_the_estimate_says_what_running_beside_each_other_gains(
     settings: Make, timed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "checked_plan", plan_of)
+    monkeypatch.setattr(estimate, "checked_plan", make_plan)
     said = estimate.estimate_run(settings("--pretrain-epochs 4 --eval-freq 2 --num-gpus 2"))
     # two rounds of 5 + 2 x 10 seconds; two finetunings of 1 + 6 x 2 + 3 x 30 at once
     assert "wall time: 2 min 33 s (0.04 h); one step after another it would be 4 min 16 s" in said
-    everything = next(line for line in said.splitlines() if line.startswith("all"))
-    assert everything.split()[-1] == f"{(2 * 50 + 2 * 103) / 3600:.2f}"
+    assert f"device-hours: {(2 * 50 + 2 * 103) / 3600:.2f}" in said
 
 
 def test_what_is_kept_is_counted_by_the_sizes_that_the_parts_give(settings: Make) -> None:
-    steps = plan_of(settings("--pretrain-epochs 2 --eval-freq 1"))
-    steps = [replace(step, answer={"checkpoint_bytes": 100}) for step in steps]
+    steps = make_plan(settings("--pretrain-epochs 2 --eval-freq 1"))
+    steps = [
+        replace(step, facts=ScoringFacts(train=1, val=1, checkpoint_bytes=100)) for step in steps
+    ]
     assert kept_bytes(steps) == 2 * 100 + 2 * 2 * 100

@@ -20,8 +20,8 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.machine import Gpu
 from pipeline.plan.records import Record, is_done, read_record
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
-from tests.pipeline.programs import plan_of, standin
+from pipeline.plan.steps import Step, make_plan
+from tests.pipeline.programs import standin
 
 Make = Callable[..., Settings]
 
@@ -49,7 +49,7 @@ def locks(tmp_path: Path) -> Path:
 
 def plan(settings: Settings, locks: Path, **behaviour: object) -> list[Step]:
     """The plan, of steps that fail where another has their GPU, and say which they have."""
-    made = (OneProcess(**vars(step)) for step in plan_of(settings))
+    made = (OneProcess(**vars(step)) for step in make_plan(settings))
     return [standin(step, gpus=locks, **behaviour) for step in made]
 
 
@@ -134,7 +134,7 @@ def test_a_score_may_take_several_gpus(
     assert code == 0
     assert at_once(records, *records) == 2
     assert [record.devices for record in records.values()] == [2] * 4
-    step = plan_of(chosen)[0]
+    step = make_plan(chosen)[0]
     assert "--nproc-per-node=2" in step.command
     assert environment(step)["CUDA_VISIBLE_DEVICES"] == "0,1"
 
@@ -213,7 +213,7 @@ def test_steps_beside_each_other_share_the_cores(
     settings: Make, machine_with: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine_with(8)
-    step = plan_of(settings("--eval scratch --num-gpus 8"))[0]
+    step = make_plan(settings("--eval scratch --num-gpus 8"))[0]
     for name, value in environment(step).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
@@ -228,7 +228,7 @@ def test_what_is_made_on_other_numbers_of_gpus_is_done(
     assert run(plan(chosen, locks), chosen)[0] == 0
     paths = Layout(chosen.data.output_dir)
     for words in ("--num-gpus 8", "--num-gpus 2", "--num-gpus 0"):
-        assert all(is_done(step, paths) for step in plan_of(settings(f"--eval scratch {words}")))
+        assert all(is_done(step, paths) for step in make_plan(settings(f"--eval scratch {words}")))
 
 
 def test_what_steps_beside_each_other_print_is_headed_by_their_names(

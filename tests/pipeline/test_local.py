@@ -23,8 +23,8 @@ from pipeline.launch.local import LocalLauncher, failure_message, progress_text
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import is_done, read_record, write_record
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
-from tests.pipeline.programs import REPO_ROOT, plan_of, standin
+from pipeline.plan.steps import Step, make_plan
+from tests.pipeline.programs import REPO_ROOT, standin
 
 Make = Callable[..., Settings]
 
@@ -35,7 +35,7 @@ def alternate(steps: list[Step], paths: Layout, *, overlaps: bool = False, **how
 
 
 def plan(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]:
-    steps = [standin(step, **behaviour) for step in plan_of(settings)]
+    steps = [standin(step, **behaviour) for step in make_plan(settings)]
     return steps, Layout(settings.data.output_dir)
 
 
@@ -64,16 +64,17 @@ def test_the_official_checkpoint_is_fetched_into_an_empty_output_directory(
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         chosen = settings("--stack --model vit_base --pretrain-epochs 1")
-        fetch, paths = plan_of(chosen)[0], Layout(chosen.data.output_dir)
+        fetch, paths = make_plan(chosen)[0], Layout(chosen.data.output_dir)
         url = f"http://127.0.0.1:{server.server_port}/release.pth"
-        assert alternate([replace(fetch, options={**fetch.options, "url": url})], paths) == 0
+        words = (*fetch.config.arguments(), "--url", url)
+        assert alternate([replace(fetch, config=replace(fetch.config, words=words))], paths) == 0
         server.shutdown()
         thread.join()
     assert fetch.outputs[0].read_bytes() == b"9747179"
 
 
 def test_the_reason_is_found_above_torchruns_own_lines(settings: Make) -> None:
-    step = plan_of(settings("--pretrain-epochs 1"))[0]
+    step = make_plan(settings("--pretrain-epochs 1"))[0]
     step.folder.mkdir(parents=True)
     step.console_log.write_text("process 1: Error: the reason\n" + "torchrun's frame\n" * 30)
     assert "reason: process 1: Error: the reason\n" in failure_message(step, "ended")
@@ -141,8 +142,9 @@ from pipeline.plan import steps as plan
 from pipeline.plan.layout import Layout
 root = Path({str(root)!r})
 step = plan.Step(name={name!r}, kind="pretrain", run="patches", epochs=100,
-    program=("tests.pipeline.standin",), processes=1, needs=(), folder=root / "x",
-    options=dict(output_dir=root / "x", stop_after=100, seconds={seconds}, behaviour={behaviour!r}),
+    program=("tests.pipeline.standin",), processes=1, needs=(), folder=root / "x", settings={{}},
+    config=plan.Arguments(what="nothing", words=("--output-dir", str(root / "x"), "--stop-after",
+        "100", "--seconds", "{seconds}", "--behaviour", {behaviour!r})),
     outputs=(root / "x/checkpoint-100.pth",))
 launcher = local.LocalLauncher(Layout(root), overlaps=False, output=io.BytesIO())
 sys.exit(benchmark.alternate([step], launcher, keep_going=True))

@@ -13,7 +13,8 @@ from pipeline.launch import process
 from pipeline.launch.local import LocalLauncher
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Settings
-from tests.pipeline.programs import plan_of, standin
+from pipeline.plan.steps import make_plan
+from tests.pipeline.programs import standin
 
 Make = Callable[..., Settings]
 
@@ -28,7 +29,7 @@ def test_the_workers_of_torchrun_have_the_whole_grace_to_save(
 ) -> None:
     """torchrun alone would end them after 30 s."""
     chosen = settings("--pretrain-epochs 100 --eval-freq 100 --num-processes 2")
-    step = standin(plan_of(chosen)[0], seconds=save_seconds)
+    step = standin(make_plan(chosen)[0], seconds=save_seconds)
     paths = Layout(chosen.data.output_dir)
     launcher = LocalLauncher(paths, overlaps=False, output=io.BytesIO())
     launcher.start(step)

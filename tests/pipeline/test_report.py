@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from common.step_files import LOG, PREDICTIONS, RESULT
-from pipeline.plan.layout import Layout, Run
+from pipeline.plan.layout import Layout, RunId, is_results_csv
 from pipeline.plan.records import read_record, write_record
 from pipeline.report.figures import Point, Series, line_chart, ticks
 from pipeline.report.page import write_all, write_report
 from pipeline.report.scores import read_evaluations
-from pipeline.report.tables import COLUMNS, is_results_csv, terminal_table, write_results_csv
+from pipeline.report.tables import COLUMNS, terminal_table, write_results_csv
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
@@ -146,7 +146,7 @@ def test_a_later_call_about_something_else_does_not_rename_results(tmp_path: Pat
 def test_methods_stand_in_the_order_of_the_call_then_by_the_alphabet(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("segments", "patches"), epochs=(5,))
     for method in ("zebra", "ant"):
-        write_evaluation(paths, Run(method=method), 5, 1.0)
+        write_evaluation(paths, RunId(method=method), 5, 1.0)
     order = [evaluation.variant.method for evaluation in read_evaluations(paths)]
     assert order == ["scratch", "segments", "patches", "ant", "zebra"]
     write_all(paths)
@@ -169,7 +169,7 @@ def test_settings_of_the_version_before_are_shown(tmp_path: Path) -> None:
 def test_finetunings_of_one_checkpoint_are_averaged_and_told_apart(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",), epochs=(10,), seeds=(0, 1))
     for seed, score in ((0, 40), (1, 41)):
-        write_evaluation(paths, Run(method="patches", seed=seed), 10, score, eval_seed=1)
+        write_evaluation(paths, RunId(method="patches", seed=seed), 10, score, eval_seed=1)
     with write_csv(paths).open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["method"] == "patches"]
     assert [(row["seed"], row["eval_seed"]) for row in rows] == [
@@ -230,7 +230,7 @@ def test_other_folders_and_unfinished_evaluations_are_passed_over(tmp_path: Path
     paths = write_run(tmp_path / "run", methods=("patches",))
     (paths.eval_output / "notes").mkdir()
     (paths.eval_output / "patches_20").mkdir()
-    write_evaluation(paths, Run(method="fifth"), 3, 1.0)
+    write_evaluation(paths, RunId(method="fifth"), 3, 1.0)
     assert [e.variant.method for e in read_evaluations(paths)][-1] == "fifth"
     write_all(paths)
 

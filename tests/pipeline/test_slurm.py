@@ -16,17 +16,15 @@ import pytest
 from PIL import Image
 
 from pipeline.launch import slurm
-from pipeline.launch.preview import write_run_files
 from pipeline.launch.status import read_status
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import REPO_ROOT
-from pipeline.plan.parts import ask_facts
-from pipeline.plan.records import read_record, write_record
+from pipeline.plan.records import read_record, write_record, write_run_files
 from pipeline.plan.segments import MAKING, with_segments
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
 from segments.store import PackedStore
-from tests.pipeline.programs import plan_of, standin
+from tests.pipeline.programs import standin
 from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
 
 Make = Callable[..., Settings]
@@ -39,7 +37,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 
 def submit(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]:
-    steps = [standin(step, **behaviour) for step in plan_of(settings)]
+    steps = [standin(step, **behaviour) for step in make_plan(settings)]
     paths = Layout(settings.data.output_dir)
     write_run_files(settings, steps, paths)
     assert slurm.submit(settings, steps, paths) == len(steps)
@@ -80,7 +78,7 @@ def test_what_needs_a_failed_job_is_not_run_and_can_be_submitted_again(
     assert first.state == "failed"
     assert second.state == "cancelled"
     assert slurm.follow(paths) == 1  # with --wait; it ends
-    again = [standin(step) for step in plan_of(chosen)]
+    again = [standin(step) for step in make_plan(chosen)]
     for step in again:  # the same settings, mended
         record = read_record(paths, step.name)
         assert record.state != "done"
@@ -140,11 +138,12 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     shutil.rmtree(data / "in1k/masks")
     words = "--launcher slurm --pretrain-epochs 1 --make-segments felzenszwalb --segment-shards 3"
     chosen = settings(words + " --mask-method patches,segments --sbatch cpus-per-task=1")
-    paths, facts = Layout(chosen.data.output_dir), ask_facts(chosen)
+    paths, store = Layout(chosen.data.output_dir), data / "in1k/masks/masks.sqlite"
     steps = [
         step if step.kind in MAKING else standin(step)
-        for step in with_segments(make_plan(chosen, facts), chosen, facts)
+        for step in with_segments(make_plan(chosen), chosen)
     ]
+    whole = with_segments(steps[4:], settings("--make-segments felzenszwalb"))[0]
     write_run_files(chosen, steps, paths)
     assert slurm.submit(chosen, steps, paths) == len(steps) == 8
     victim, merge = steps[1], steps[3]
@@ -161,12 +160,9 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     until(lambda: {step.state for step in read_status(paths)} == {"done"}, seconds=120)
     assert read_record(paths, victim.name).attempts == 2
 
-    whole = with_segments(steps[4:], settings("--make-segments felzenszwalb"), facts)[0]
-    command = [
-        word.replace(str(facts.making), str(tmp_path / "one.sqlite")) for word in whole.command
-    ]
+    command = [word.replace(str(store), str(tmp_path / "one.sqlite")) for word in whole.command]
     subprocess.run(command, cwd=REPO_ROOT, check=True, capture_output=True)
-    merged, one = (PackedStore(path) for path in (facts.making, tmp_path / "one.sqlite"))
+    merged, one = (PackedStore(path) for path in (store, tmp_path / "one.sqlite"))
     keys = merged.images() | merged.listed_empty()
     assert keys == one.images() | one.listed_empty()
     assert len([key for key in keys if key.startswith("val/disc/")]) == 3

@@ -20,8 +20,8 @@ from pipeline.launch.slurm import job_parameters, on_this_cluster
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import Record, read_record, write_record
 from pipeline.plan.settings import Cluster, Compute, Settings
-from pipeline.plan.steps import Step
-from tests.pipeline.programs import REPO_ROOT, fake_program, plan_of, standin
+from pipeline.plan.steps import Step, make_plan
+from tests.pipeline.programs import REPO_ROOT, fake_program, standin
 
 Make = Callable[..., Settings]
 
@@ -48,7 +48,7 @@ def record_job(paths: Layout, step: Step, job: str, state: str = "submitted") ->
 def test_a_job_asks_for_what_was_given(settings: Make) -> None:
     call = "--launcher slurm --gpus-per-node 8 --nodes 2 --partition gpu --qos high --time 2:00:00"
     chosen = settings(call + " --sbatch account=vision --sbatch mem_per_gpu=80G")
-    step = plan_of(chosen)[0]
+    step = make_plan(chosen)[0]
     found = job_parameters(chosen, step, ["11", "12"])
     expected = {"nodes": 2, "gpus_per_node": 8, "partition": "gpu", "qos": "high", "time": 120}
     assert expected.items() <= found.items()
@@ -91,7 +91,7 @@ def on_node(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
     settings: Make, monkeypatch: pytest.MonkeyPatch, on_node: Callable[[str], None]
 ) -> None:
-    step = replace(plan_of(settings("--pretrain-epochs 1"))[0], processes=4)
+    step = replace(make_plan(settings("--pretrain-epochs 1"))[0], processes=4)
     on_node("1")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
     monkeypatch.setenv("MASTER_PORT", "29511")
@@ -106,7 +106,7 @@ def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
 def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
     settings: Make, on_node: Callable[[str], None]
 ) -> None:
-    step = replace(plan_of(settings("--pretrain-epochs 1"))[0], processes=4)
+    step = replace(make_plan(settings("--pretrain-epochs 1"))[0], processes=4)
     met = []
     for node in ("0", "1"):
         on_node(node)
@@ -125,7 +125,7 @@ def test_nothing_is_submitted_while_squeue_fails(settings: Make, programs: Path)
     fake_program(programs, "squeue", "echo 'error: Socket timed out' >&2; exit 1")
     fake_program(programs, "sbatch", f"touch {programs}/was-called; exit 1")
     chosen = settings("--launcher slurm --pretrain-epochs 1")
-    steps, paths = plan_of(chosen), Layout(chosen.data.output_dir)
+    steps, paths = make_plan(chosen), Layout(chosen.data.output_dir)
     record_job(paths, steps[0], "11")
     with pytest.raises(ValueError, match=r"Socket timed out.*nothing was submitted"):
         slurm.submit(chosen, steps, paths)
@@ -141,9 +141,9 @@ def test_a_job_that_waits_with_other_settings_is_not_taken_for_the_new_ones(
     before = settings("--launcher slurm --pretrain-epochs 1 --finetune epochs=3")
     now = settings("--launcher slurm --pretrain-epochs 1 --finetune epochs=4")
     paths = Layout(before.data.output_dir)
-    record_job(paths, plan_of(before)[1], "12")
+    record_job(paths, make_plan(before)[1], "12")
     with pytest.raises(ValueError, match=r"in the queue with other settings as job 12: scancel"):
-        slurm.submit(now, plan_of(now), paths)
+        slurm.submit(now, make_plan(now), paths)
     assert not (programs / "was-called").exists()
 
 
@@ -158,7 +158,7 @@ def test_a_refused_job_is_told_in_one_line(settings: Make, programs: Path) -> No
         fake_program(programs, name, "")
     fake_program(programs, "sbatch", "echo 'error: Invalid account' >&2; exit 1")
     chosen = settings("--launcher slurm --pretrain-epochs 1")
-    steps = plan_of(chosen)
+    steps = make_plan(chosen)
     with pytest.raises(ValueError, match=f"^{steps[0].name} was refused: .*Invalid account.*$"):
         slurm.submit(chosen, steps, Layout(chosen.data.output_dir))
 
@@ -178,7 +178,7 @@ def test_a_job_asks_for_cores_for_its_processes_and_their_loaders(
     settings: Make, programs: Path, words: str, cpus: int | None
 ) -> None:
     chosen = settings(f"--launcher slurm --pretrain-epochs 1 {words}")
-    parameters = job_parameters(chosen, plan_of(chosen)[0], [])
+    parameters = job_parameters(chosen, make_plan(chosen)[0], [])
     assert parameters.get("cpus_per_task") == cpus
     # srun does not take the number over from sbatch
     given = 20 if "cpus-per-task" in words else cpus
@@ -189,7 +189,7 @@ def test_a_score_asks_for_one_gpu_and_its_cores(settings: Make, programs: Path) 
     call = "--launcher slurm --pretrain-epochs 1 --gpus-per-node 8 --probe-freq 1"
     for words, gpus in (("", 1), (" --gpus-per-eval 4", 4)):
         chosen = settings(call + words)
-        pretrain, *scores = plan_of(chosen)
+        pretrain, *scores = make_plan(chosen)
         assert [pretrain.kind, *(step.kind for step in scores)] == ["pretrain", "probe", "evaluate"]
         for step in scores:
             found = job_parameters(chosen, step, [])
@@ -203,13 +203,13 @@ def test_no_more_cores_are_asked_for_than_a_node_has(settings: Make, programs: P
     fake_program(programs, "sinfo", "; ".join(f"echo '{node}'" for node in nodes))
     call = "--launcher slurm --pretrain-epochs 1 --gpus-per-node 8"
     named, default = settings(call + " --partition gpu"), settings(call)
-    assert job_parameters(named, plan_of(named)[0], [])["cpus_per_task"] == 48
-    assert job_parameters(default, plan_of(default)[0], [])["cpus_per_task"] == 8
+    assert job_parameters(named, make_plan(named)[0], [])["cpus_per_task"] == 48
+    assert job_parameters(default, make_plan(default)[0], [])["cpus_per_task"] == 8
 
 
 def test_fetching_takes_one_node_and_no_gpu(settings: Make, programs: Path) -> None:
     chosen = settings("--launcher slurm --nodes 2 --gpus-per-node 8 --stack")
-    fetch, pretrain = plan_of(chosen)[0], plan_of(chosen)[1]
+    fetch, pretrain = make_plan(chosen)[0], make_plan(chosen)[1]
     assert fetch.kind == "fetch"
     parameters = job_parameters(chosen, fetch, [])
     assert parameters["nodes"] == 1
@@ -239,7 +239,7 @@ def test_a_job_that_its_record_does_not_name_does_nothing(
     settings: Make, monkeypatch: pytest.MonkeyPatch, owner: str
 ) -> None:
     chosen = settings("--launcher slurm --pretrain-epochs 1")
-    step, paths = standin(plan_of(chosen)[0]), Layout(chosen.data.output_dir)
+    step, paths = standin(make_plan(chosen)[0]), Layout(chosen.data.output_dir)
     record_job(paths, step, owner, state="running")
     monkeypatch.setenv("SLURM_JOB_ID", "11")
     monkeypatch.setattr(slurm, "_RECORD_SECONDS", 0.3)
@@ -284,7 +284,7 @@ def test_on_the_other_nodes_a_stop_that_was_asked_for_is_no_error(
     settings: Make, number: signal.Signals
 ) -> None:
     chosen = settings("--pretrain-epochs 100 --num-processes 2 --eval-freq 100")
-    step, paths = standin(plan_of(chosen)[0], seconds=0.2), Layout(chosen.data.output_dir)
+    step, paths = standin(make_plan(chosen)[0], seconds=0.2), Layout(chosen.data.output_dir)
     record_job(paths, step, "11", state="running")
     node = assisting_node(paths, step)
     if number == signal.SIGUSR2:  # Slurm sends it to every process
@@ -298,7 +298,7 @@ def test_on_the_other_nodes_a_stop_that_was_asked_for_is_no_error(
 
 def test_on_the_other_nodes_a_failure_is_one(settings: Make) -> None:
     chosen = settings("--pretrain-epochs 1")
-    step, paths = standin(plan_of(chosen)[0], behaviour="fail"), Layout(chosen.data.output_dir)
+    step, paths = standin(make_plan(chosen)[0], behaviour="fail"), Layout(chosen.data.output_dir)
     record_job(paths, step, "11", state="running")
     node = assisting_node(paths, step)
     errors = node.communicate(timeout=60)[1]

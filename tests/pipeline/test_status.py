@@ -15,24 +15,23 @@ from common.step_files import PROGRESS
 from common.terminal import duration
 from pipeline.launch import slurm_queue
 from pipeline.launch.local import LocalLauncher, progress_text, step_bytes
-from pipeline.launch.preview import write_run_files
 from pipeline.launch.process import MARK, marked
 from pipeline.launch.slurm import follow
 from pipeline.launch.status import read_status
 from pipeline.plan import machine
-from pipeline.plan.layout import Layout, Run
+from pipeline.plan.layout import Layout
 from pipeline.plan.records import (
     Record,
     differences,
-    is_done,
-    made_runs,
     read_plan,
     read_record,
     write_record,
+    write_run_files,
 )
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
-from tests.pipeline.programs import FACTS, fake_program, plan_of, run_benchmark
+from segmenter.check import ScoringFacts
+from tests.pipeline.programs import fake_program, run_benchmark
 
 Make = Callable[..., Settings]
 
@@ -42,7 +41,7 @@ def started(settings: Make) -> Layout:
     """A plan of two rounds, of which nothing has run yet."""
     chosen = settings("--pretrain-epochs 2 --eval-freq 1")
     paths = Layout(chosen.data.output_dir)
-    write_run_files(chosen, plan_of(chosen), paths)
+    write_run_files(chosen, make_plan(chosen), paths)
     return paths
 
 
@@ -63,7 +62,7 @@ def made(step: Step, paths: Layout, state: str = "done") -> None:
 def all_made(chosen: Settings) -> Layout:
     """Every step's record and folder."""
     paths = Layout(chosen.data.output_dir)
-    for step in plan_of(chosen):
+    for step in make_plan(chosen):
         made(step, paths)
     return paths
 
@@ -233,8 +232,8 @@ def test_durations_in_words(seconds: float, text: str) -> None:
 def test_other_settings_are_named_with_both_values(settings: Make) -> None:
     before, now = settings("--pretrain-epochs 2 --seed 0"), settings("--pretrain-epochs 3 --seed 1")
     paths = all_made(before)
-    assert differences(plan_of(before), paths, FACTS) == []
-    assert differences(plan_of(now), paths, FACTS) == [
+    assert differences(make_plan(before), paths) == []
+    assert differences(make_plan(now), paths) == [
         "four_channels-seed1: epochs: 2 -> 3 (of four_channels)"
     ]
 
@@ -243,13 +242,11 @@ def test_methods_of_one_directory_have_to_be_made_alike(settings: Make) -> None:
     first = settings("--pretrain-epochs 2 --pretrain base_lr=0.1 --finetune epochs=3")
     paths = all_made(first)
     other = "--mask-method patches --pretrain-epochs 2 --pretrain base_lr=0.1"
-    assert differences(plan_of(settings(f"{other} --finetune epochs=3")), paths, FACTS) == []
-    assert differences(plan_of(settings(f"{other} --finetune epochs=4")), paths, FACTS) == [
+    assert differences(make_plan(settings(f"{other} --finetune epochs=3")), paths) == []
+    assert differences(make_plan(settings(f"{other} --finetune epochs=4")), paths) == [
         "patches: epochs: 3 -> 4 (of four_channels)"
     ]
-    assert differences(
-        plan_of(settings("--mask-method patches --pretrain-epochs 2")), paths, FACTS
-    ) == [
+    assert differences(make_plan(settings("--mask-method patches --pretrain-epochs 2")), paths) == [
         "patches: base_lr: 0.1 -> 0.00015 (of four_channels)",
         "patches: epochs: 3 -> 64 (of four_channels)",
     ]
@@ -258,131 +255,93 @@ def test_methods_of_one_directory_have_to_be_made_alike(settings: Make) -> None:
 def test_what_came_to_nothing_or_was_removed_binds_nobody(settings: Make) -> None:
     first = settings("--pretrain-epochs 1 --finetune epochs=3")
     paths = Layout(first.data.output_dir)
-    pretrain, evaluate = plan_of(first)
+    pretrain, evaluate = make_plan(first)
     made(pretrain, paths)
     made(evaluate, paths, state="failed")
-    clipped = plan_of(settings("--pretrain-epochs 1 --finetune epochs=3 --finetune clip_grad=1"))
-    assert differences(clipped, paths, FACTS) == []
+    clipped = make_plan(settings("--pretrain-epochs 1 --finetune epochs=3 --finetune clip_grad=1"))
+    assert differences(clipped, paths) == []
     made(evaluate, paths)
-    assert differences(clipped, paths, FACTS) == ["four_channels: clip_grad: None -> 1"]
+    assert differences(clipped, paths) == ["four_channels: clip_grad: None -> 1.0"]
     shutil.rmtree(paths.eval_output)
-    assert differences(clipped, paths, FACTS) == []
+    assert differences(clipped, paths) == []
 
 
 def test_a_removed_pretraining_binds_while_its_scores_are_there(settings: Make) -> None:
     first = settings("--pretrain-epochs 1 --pretrain base_lr=0.1")
     paths = all_made(first)
-    other = plan_of(settings("--pretrain-epochs 1 --pretrain base_lr=0.9"))
+    other = make_plan(settings("--pretrain-epochs 1 --pretrain base_lr=0.9"))
     shutil.rmtree(paths.pretrain_output)
-    assert differences(other, paths, FACTS) == ["four_channels: base_lr: 0.1 -> 0.9"]
+    assert differences(other, paths) == ["four_channels: base_lr: 0.1 -> 0.9"]
     shutil.rmtree(paths.eval_output)
-    assert differences(other, paths, FACTS) == []
-
-
-def test_a_run_that_waits_in_the_queue_keeps_its_name(settings: Make) -> None:
-    first = settings("--pretrain-epochs 1")
-    paths = Layout(first.data.output_dir)
-    pretrain = plan_of(first)[0]
-    old = {"mask_method": "four_channels", "coverage_ratio": "25", "seed": "0"}
-    record(paths, pretrain.name, "submitted", run="four_channels", fingerprint=old)
-    more = settings("--pretrain-epochs 1 --seed 0,1 --coverage-ratio 25")
-    runs = [step.run for step in plan_of(more, made_runs(paths)) if step.kind == "pretrain"]
-    assert runs == ["four_channels", "four_channels-cov25-seed1"]
+    assert differences(other, paths) == []
 
 
 def test_smaller_device_batches_are_no_other_settings(settings: Make) -> None:
     first = settings("--pretrain-epochs 1")
     paths = all_made(first)
     words = "--pretrain-epochs 1 --finetune device_batch_size=2 --finetune eval_batch_size=1"
-    steps = plan_of(settings(f"{words} --pretrain batch_size=8"))
-    assert differences(steps, paths, FACTS) == []
+    steps = make_plan(settings(f"{words} --pretrain batch_size=8"))
+    assert differences(steps, paths) == []
 
 
 def test_a_run_that_is_there_is_gone_on_with_when_seeds_or_ratios_are_added(settings: Make) -> None:
-    first = settings("--pretrain-epochs 1 --eval-epochs 0,1")
-    paths = all_made(first)
+    paths = all_made(settings("--pretrain-epochs 1 --eval-epochs 0,1"))
     more = settings("--pretrain-epochs 1 --eval-epochs 0,1 --seed 0,1 --coverage-ratio 15,30")
-    runs = {step.run for step in plan_of(more, made_runs(paths))}
+    assert differences(make_plan(more), paths) == []
+    runs = {step.run for step in make_plan(more)}
     assert runs == {
         "scratch", "scratch-seed1", "four_channels", "four_channels-seed1",
         "four_channels-cov30", "four_channels-cov30-seed1",
     }  # fmt: skip
 
 
-def test_runs_that_an_earlier_version_named_go_on_under_their_names(settings: Make) -> None:
-    chosen = settings("--pretrain-epochs 1 --eval-epochs 0,1 --seed 0,1 --coverage-ratio 15,30")
+def test_what_an_earlier_version_recorded_of_it_counts(settings: Make) -> None:
+    """It wrote what was given, as text; the rest is the recipe's and the options'."""
+    call = "--pretrain-epochs 1 --eval-epochs 0,1 --recipe fast --finetune lr="
+    chosen, later = settings(f"{call}0.1"), settings(f"{call}0.2")
     paths = Layout(chosen.data.output_dir)
-    names = {}
-    for step in plan_of(chosen):
-        run = Run.parse(step.run)
-        coverage = "" if run.method == "scratch" else f"-cov{run.coverage_ratio:g}"
-        names[run] = f"{run.method}{coverage}-seed{run.seed}"
-    old = plan_of(chosen, names)
-    for step in old:  # it wrote what was given, as text
-        given = {k: str(v) for k, v in step.settings.items() if v not in (None, 64, 8, 4096)}
-        folder = {"run": step.run, "kind": step.kind, "fingerprint": given}
-        outputs = {str(path.relative_to(paths.root)): 1 for path in step.outputs}
-        record(paths, step.name, "done", outputs=outputs, **folder)
-        step.folder.mkdir(parents=True, exist_ok=True)
-        for path in step.outputs:
-            path.write_text("x")
-    assert made_runs(paths) == names
-    again = plan_of(chosen, made_runs(paths))
-    assert again == old
-    assert all(is_done(step, paths) for step in again)
-    assert differences(again, paths, FACTS) == []
+    known = {"mask_method", "coverage_ratio", "seed", "model", "in1k_dir", "epochs", "lr", "init"}
+    for step in make_plan(chosen):
+        given = {n: str(v) for n, v in step.settings.items() if n in {*known, "recipe", "dataset"}}
+        made(replace(step, settings=given), paths)
+    assert differences(make_plan(chosen), paths) == []
+    assert differences(make_plan(later), paths) == [
+        "scratch: lr: 0.1 -> 0.2", "four_channels: lr: 0.1 -> 0.2",
+    ]  # fmt: skip
 
 
-def test_a_ratio_that_an_earlier_version_left_out_of_the_name_is_not_taken_for_another(
-    settings: Make,
-) -> None:
-    first = settings("--pretrain-epochs 1 --coverage-ratio 25")
-    paths = Layout(first.data.output_dir)
-    run = Run(method="four_channels", coverage_ratio=25.0)
-    for step in plan_of(first, {run: "four_channels"}):
-        made(step, paths)
-    assert differences(plan_of(first, made_runs(paths)), paths, FACTS) == []
-    other = plan_of(settings("--pretrain-epochs 1 --coverage-ratio 15"), made_runs(paths))
-    assert {step.run for step in other} == {"four_channels-cov15-seed0"}  # the short name is taken
-    assert differences(other, paths, FACTS) == []
-
-
-def test_an_option_that_a_later_version_adds_orphans_nothing(settings: Make) -> None:
+def test_a_name_stands_for_one_ratio(settings: Make) -> None:
     chosen = settings("--pretrain-epochs 1")
-    paths = all_made(chosen)
-    added = {"default": "new", "neutral": False, "older": "as before"}
-    options = {kind: {**facts, "added": added} for kind, facts in FACTS.options.items()}
-    later = replace(FACTS, options=options)
-    given = {"added": "as before"}
-    kept = replace(chosen, parts=replace(chosen.parts, pretrain=given, finetune=given))
-    assert differences(make_plan(kept, later), paths, later) == []
-    found = differences(make_plan(chosen, later), paths, later)
-    assert found == ["four_channels: added: as before -> new"]
+    paths = Layout(chosen.data.output_dir)
+    step = make_plan(chosen)[0]
+    made(replace(step, settings={**step.settings, "coverage_ratio": 25.0}), paths)
+    assert differences([step], paths) == ["four_channels: coverage_ratio: 25.0 -> 15.0"]
 
 
 def test_finetuning_seeds_added_later_disturb_no_pretraining(settings: Make) -> None:
     first = settings("--pretrain-epochs 1 --eval-epochs 0,1")
     paths = Layout(first.data.output_dir)
     more = settings("--pretrain-epochs 1 --eval-epochs 0,1 --eval-seeds 2 --seed 0,1")
-    for step in plan_of(more):
+    for step in make_plan(more):
         made(step, paths)
-    assert all(name == run.name for run, name in made_runs(paths).items())
-    assert differences(plan_of(first), paths, FACTS) == []
+    assert differences(make_plan(first), paths) == []
 
 
 def test_more_evaluation_points_are_no_other_settings(settings: Make) -> None:
     before = settings("--pretrain-epochs 4 --eval-freq 4")
     paths = Layout(before.data.output_dir)
-    step = plan_of(before)[0]
+    step = make_plan(before)[0]
     made(step, paths)
-    assert differences(plan_of(settings("--pretrain-epochs 4 --eval-freq 2")), paths, FACTS) == []
+    assert differences(make_plan(settings("--pretrain-epochs 4 --eval-freq 2")), paths) == []
 
 
 def test_a_nearly_full_disk_stops_a_step_before_it_starts(
     settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings("--pretrain-epochs 1 --model vit_huge")
-    step = replace(plan_of(chosen)[0], answer={"checkpoint_bytes": 8 * 10**9})
+    step = replace(
+        make_plan(chosen)[0], facts=ScoringFacts(train=1, val=1, checkpoint_bytes=8 * 10**9)
+    )
     paths = Layout(chosen.data.output_dir)
     monkeypatch.setattr(machine, "free_bytes", lambda folder: 10**9)
     refused = LocalLauncher(paths, overlaps=False).start(step)
@@ -392,7 +351,10 @@ def test_a_nearly_full_disk_stops_a_step_before_it_starts(
 
 
 def test_a_step_needs_room_for_the_checkpoint_it_has_and_its_successors(settings: Make) -> None:
-    step = replace(plan_of(settings("--pretrain-epochs 1"))[0], answer={"checkpoint_bytes": 10**9})
+    step = replace(
+        make_plan(settings("--pretrain-epochs 1"))[0],
+        facts=ScoringFacts(train=1, val=1, checkpoint_bytes=10**9),
+    )
     guessed = step_bytes(step)
     assert guessed > 3 * 10**9
     step.folder.mkdir(parents=True)

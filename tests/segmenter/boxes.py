@@ -12,6 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from common.options import Layer, make_all
+from segmenter.config import GROUPS, TrainConfig
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLASSES = ["ground", "box", "sky"]
 IGNORE = 3
@@ -108,6 +111,13 @@ def train_arguments(dataset: Path, output_dir: Path, /, **changes: object) -> li
         if value is not None:
             arguments += [f"--{name}", str(value)]
     return arguments
+
+
+def config_of(arguments: list[str]) -> TrainConfig:
+    """What the command makes of them."""
+    names = [name.lstrip("-").replace("-", "_") for name in arguments[1::2]]
+    given = dict(zip(names, arguments[2::2], strict=True))
+    return TrainConfig(**make_all(GROUPS, [Layer(given)]))
 
 
 def start(arguments: list[str], processes: int = 1, **more: object) -> subprocess.Popen[str]:

@@ -1,7 +1,5 @@
 """What users type, and what they are told when it cannot work."""
 
-import json
-import re
 import subprocess
 import sys
 
@@ -11,8 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
+from segmenter.check import check_training, plan_batches, read_task
 from segmenter.config import RECIPES, recipe_names, recipe_values
-from tests.segmenter.boxes import REPOSITORY, train_arguments
+from tests.segmenter.boxes import REPOSITORY, config_of, train_arguments
 
 
 def assert_refused(outcome, *messages):
@@ -37,88 +36,45 @@ for arguments in (["train", "--help"], ["probe", "--help"], probe, sys.argv[2:])
 loaded = {"torch", "mmseg", "mmcv", "timm", "accelerate"} & set(sys.modules)
 assert not loaded, loaded
 """
-    arguments = [*train_arguments(dataset, tmp_path / "run"), "--check"]
-    of_probe = f"dataset={dataset}|output-dir={tmp_path / 'run'}|check"
+    arguments = [*train_arguments(dataset, tmp_path / "run"), "--dry-run", "check"]
+    of_probe = f"dataset={dataset}|output-dir={tmp_path / 'run'}|dry-run=check"
     subprocess.run([sys.executable, "-c", script, of_probe, *arguments], cwd=REPOSITORY, check=True)
     assert not (tmp_path / "run").exists()
 
 
 def test_check_prints_nothing_and_writes_nothing(dataset, tmp_path, command):
-    outcome = command(*train_arguments(dataset, tmp_path / "run"), "--check")
+    outcome = command(*train_arguments(dataset, tmp_path / "run"), "--dry-run", "check")
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert not (tmp_path / "run").exists()
 
 
-def test_check_tells_what_the_run_amounts_to(dataset, tmp_path, command):
-    arguments = train_arguments(dataset, tmp_path / "run", warmup_fraction=0.25, min_lr=1e-4)
-    outcome = command(*arguments, "--check", "--json")
-    assert (outcome.code, outcome.err) == (0, "")
-    facts = json.loads(outcome.out)
-    assert facts["images"] == {"train": 7, "val": 3}
-    assert (facts["classes"], facts["epochs"], facts["evaluations"]) == (3, 2, 2)
-    assert facts["batch"] == {
-        "effective": 3, "per_process": 3, "processes": 1, "accumulation_steps": 1,
-        "steps_per_epoch": 2,
-    }  # fmt: skip
-    assert facts["learning_rate"]["peak"] == 1e-3
-    assert facts["learning_rate"]["points"] == [
-        [0, 0, "start"], [0.5, 1e-3, "end of warm-up"],
-        [1, pytest.approx(1e-4 + 9e-4 * 0.75), "middle"], [2, pytest.approx(1e-4), "end"],
-    ]  # fmt: skip
-    assert facts["settings"]["num_classes"] == 3
-    assert facts["settings"]["decoder"] == "mask_transformer"
+def test_what_a_run_will_be_is_known_before(dataset, finished, tmp_path):
+    config, task = config_of(train_arguments(dataset, tmp_path / "run")), read_task(dataset)
+    facts = check_training(config, task, processes=1)
+    assert (facts.train, facts.val) == (7, 3)
+    size = (finished / "checkpoint.pth").stat().st_size
+    assert facts.checkpoint_bytes == pytest.approx(size, rel=0.05)
     assert not (tmp_path / "run").exists()
 
 
-def test_check_says_how_a_batch_is_split(dataset, tmp_path, command, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_config_prints_the_command_line_that_makes_it(dataset, tmp_path):
+    arguments = train_arguments(dataset, tmp_path / "run", clip_grad=1.5, multi_scale=None)
+    config = config_of(arguments)
+    words = config.arguments()
+    assert config_of(["train", *words]) == config
+    assert "--epochs" in words
+    assert "--schedule" not in words, "it is the recipe's"
+
+
+def test_a_batch_is_split_over_as_many_processes_as_there_will_be(
+    dataset, tmp_path, command, monkeypatch
+):
     arguments = train_arguments(dataset, tmp_path / "run", batch_size=5, device_batch_size=2)
-    batch = json.loads(command(*arguments, "--check", "--json").out)["batch"]
-    assert batch == {
-        "effective": 5, "per_process": 2, "processes": 2, "accumulation_steps": 2,
-        "steps_per_epoch": 1,
-    }  # fmt: skip
-    arguments += ["--device-batch-size", "auto"]  # a GPU will tell
-    batch = json.loads(command(*arguments, "--check", "--json").out)["batch"]
-    assert (batch["per_process"], batch["accumulation_steps"]) == ("auto", "auto")
-
-
-def test_the_size_of_a_checkpoint_is_known_before(dataset, finished, tmp_path, command):
-    outcome = command(*train_arguments(dataset, tmp_path / "run"), "--check", "--json")
-    size = (finished / "checkpoint.pth").stat().st_size
-    assert json.loads(outcome.out)["checkpoint_bytes"] == pytest.approx(size, rel=0.05)
-
-
-def test_recipes_and_options_are_told_as_json_without_torch(tmp_path):
-    plugin = tmp_path / "nano.py"
-    plugin.write_text("import sys\nassert 'torch' not in sys.modules\n")
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "segmenter", "recipes", "--plugin", plugin],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert not re.search(r"\| +(torch|mmseg|timm|accelerate)$", done.stderr, re.M)
-    told = json.loads(done.stdout)
-    assert list(told["recipes"]) == ["fast", "mae", "segmenter", "upernet"]
-    assert {"probes", "seed", "model", "window_stride", "precision"} <= set(told["probe"])
-    assert not {"init", "epochs", "decoder", "compile"} & set(told["probe"])
-    assert told["recipes"]["fast"]["lr"] == 5e-4
-    assert told["options"]["model"] == {
-        "default": "vit_large",
-        "neutral": False,
-        "several": False,
-        "older": "vit_large",
-    }
-    assert told["options"]["lr"] == {
-        "default": None, "neutral": False, "several": False, "older": None,
-    }  # fmt: skip
-    assert told["options"]["workers"]["neutral"]
-    assert set(told["recipes"]["mae"]) <= set(told["options"])
-
-
-def test_check_knows_how_many_processes_there_will_be(dataset, tmp_path, command, monkeypatch):
+    plan = plan_batches(config_of(arguments), read_task(dataset), processes=2)
+    assert (plan.micro_batch_size, plan.accumulation_steps, plan.steps_per_epoch) == (2, 2, 1)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    arguments = [*train_arguments(dataset, tmp_path / "run"), "--check"]
-    assert_refused(command(*arguments), "cannot be spread over 16 processes")
+    outcome = command(*arguments, "--dry-run", "check")
+    assert_refused(outcome, "cannot be spread over 16 processes")
 
 
 def test_recipes_are_complete_and_segmenter_is_the_papers():
@@ -136,16 +92,17 @@ def test_config_files_take_either_spelling_and_the_command_line_wins(dataset, tm
     config = tmp_path / "config.yml"
     config.write_text("crop-size: 0\nwindow_size: 32\ndecoder: mask-transformer\n")
     arguments = [*train_arguments(dataset, tmp_path / "run", crop_size=None), "--config", config]
-    assert_refused(command(*arguments, "--check"), "--crop-size is 0")
+    check = ("--dry-run", "check")
+    assert_refused(command(*arguments, *check), "--crop-size is 0")
     config.write_text("crop-size: 48\nwindow_size: 32\ndecoder: mask-transformer\n")
-    for more, crop_size in (([], 48), (["--crop-size", "32"], 32)):
-        told = json.loads(command(*arguments, "--check", "--json", *more).out)
-        assert told["settings"]["crop_size"] == crop_size
+    assert command(*arguments, *check).code == 0
+    too_small = (*arguments, *check, "--crop-size", "0")
+    assert_refused(command(*too_small), "--crop-size is 0")
     config.write_text("window_size: 32\ncompile: off\n")  # no word is taken for false
-    assert command(*arguments, "--check", "--crop-size", "32").code == 0
+    assert command(*arguments, *check, "--crop-size", "32").code == 0
     config.write_text("crop_sise: 3\n")
     assert_refused(
-        command(*arguments, "--check"),
+        command(*arguments, *check),
         "config.yml: there is no 'crop_sise'; did you mean crop_size",
     )
 
@@ -164,7 +121,9 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"lr": None}, ["own.yml lacks lr"]),
     ):
         recipe.write_text(yaml.safe_dump({**values, **change}))
-        outcome = command(*train_arguments(dataset, tmp_path / "run", recipe=recipe), "--check")
+        outcome = command(
+            *train_arguments(dataset, tmp_path / "run", recipe=recipe), "--dry-run", "check"
+        )
         if messages is None:
             assert (outcome.code, outcome.err) == (0, "")
         else:
@@ -247,7 +206,7 @@ def test_bad_checkpoints_are_refused(dataset, tmp_path, command):
     path = tmp_path / "init.pth"
     path.write_bytes(b"")
     arguments = train_arguments(dataset, tmp_path / "run", init=path)
-    assert_refused(command(*arguments, "--check"), "cannot be read as a checkpoint")
+    assert_refused(command(*arguments, "--dry-run", "check"), "cannot be read as a checkpoint")
     torch.save({"model": {"surprise": torch.zeros(1)}}, path)
     assert_refused(command(*arguments), "is not a checkpoint of a ViT encoder")
     evaluate = ["evaluate", path, "--dataset", dataset]

@@ -41,7 +41,7 @@ def test_a_run_without_a_later_setting_counts_as_its_older_value(dataset, finish
     assert_same_run(run, finished)
     forget(run / "result.json", "seed")
     assert call(*train_arguments(dataset, run)).code == 0
-    assert call(*train_arguments(dataset, run), "--check").code == 0
+    assert call(*train_arguments(dataset, run), "--dry-run", "check").code == 0
     assert "seed" not in result_of(run)["settings"]  # nothing was written anew
 
 
@@ -52,7 +52,7 @@ def test_another_value_of_a_later_setting_is_refused_by_name(
     (tmp_path / "run").mkdir()
     shutil.copy(finished / name, tmp_path / "run")
     forget(tmp_path / "run" / name, "seed")
-    for check in ([], ["--check"]):
+    for check in ([], ["--dry-run", "check"]):
         outcome = command(*train_arguments(dataset, tmp_path / "run", seed=1), *check)
         assert outcome.code == 2
         assert f"{name} was made with other settings (seed: 0 -> 1)" in outcome.err

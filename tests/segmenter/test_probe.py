@@ -291,7 +291,7 @@ def test_no_more_tokens_are_kept_than_the_bound_allows(dataset, tmp_path, monkey
 def test_done_is_done_and_other_settings_are_refused(dataset, probed, command):
     before = {path: path.stat().st_mtime_ns for path in probed.iterdir()}
     assert command(*probe_arguments(dataset, probed)).code == 0
-    for check in ([], ["--check"]):
+    for check in ([], ["--dry-run", "check"]):
         outcome = command(*probe_arguments(dataset, probed, seed=3), *check)
         assert outcome.code == 2
         assert "seed: 0 -> 3" in outcome.err
@@ -305,12 +305,11 @@ def test_a_folder_of_another_run_is_refused(dataset, finished, probed, command):
     assert (outcome.code, "is of a run of another kind" in outcome.err) == (2, True)
 
 
-def test_check_tells_what_is_known_and_writes_nothing(dataset, tmp_path, command):
-    outcome = command(*probe_arguments(dataset, tmp_path / "out"), "--check", "--json")
-    facts = json.loads(outcome.out)
-    assert facts["images"] == {"train": 7, "val": 3}
-    assert facts["settings"]["probes"] == ["linear", "knn", "rankme"]
-    outcome = command(*probe_arguments(dataset, tmp_path / "out", tmp_path / "no.pth"), "--check")
+def test_check_says_what_is_wrong_and_writes_nothing(dataset, tmp_path, command):
+    check = ("--dry-run", "check")
+    outcome = command(*probe_arguments(dataset, tmp_path / "out"), *check)
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    outcome = command(*probe_arguments(dataset, tmp_path / "out", tmp_path / "no.pth"), *check)
     assert (outcome.code, "CHECKPOINT" in outcome.err) == (2, True)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""--time-steps: real steps are timed, nothing is written."""
+"""--dry-run time: real steps are timed, nothing is written."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_seconds_are_told_and_nothing_is_written(dataset, tmp_path, command, epo
     arguments = train_arguments(
         dataset, tmp_path / "run", epochs=epochs, eval_every=2, schedule=schedule
     )
-    outcome = command(*arguments, "--time-steps", 20)
+    outcome = command(*arguments, "--dry-run", "time")
     assert outcome.code == 0, outcome.err
     told = json.loads(outcome.out)
     assert set(told) == KEYS
@@ -29,5 +29,5 @@ def test_seconds_are_told_and_nothing_is_written(dataset, tmp_path, command, epo
 
 def test_a_run_that_is_there_is_left_alone(dataset, finished, command):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert command(*train_arguments(dataset, finished), "--time-steps", 1).code == 0
+    assert command(*train_arguments(dataset, finished), "--dry-run", "time").code == 0
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}

@@ -111,7 +111,7 @@ def test_the_same_command_again_does_nothing(dataset, finished, command):
 
 
 def test_other_settings_are_refused_by_name(dataset, finished, command):
-    for check in ([], ["--check"]):
+    for check in ([], ["--dry-run", "check"]):
         outcome = command(*train_arguments(dataset, finished, lr=0.5), *check)
         assert outcome.code == 2
         assert "lr: 0.001 -> 0.5" in outcome.err
@@ -209,7 +209,7 @@ def test_resume_never_refuses_an_existing_run(dataset, finished, tmp_path, comma
     assert command(*arguments).code == 0
     for name in ("result.json", "checkpoint.pth"):
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-        for check in ([], ["--check"]):
+        for check in ([], ["--dry-run", "check"]):
             outcome = command(*arguments, *check)
             assert outcome.code == 2
             assert outcome.err == (

@@ -7,7 +7,8 @@ import torch
 
 from engine import trainer
 from engine.vit import VIT_SIZES, VitSize
-from tests.segmenter.boxes import call, start, train_arguments
+from segmenter.check import check_training, read_task
+from tests.segmenter.boxes import call, config_of, start, train_arguments
 
 NANO = VitSize(width=8, depth=4, heads=2, patch_size=8)
 
@@ -45,10 +46,11 @@ def test_a_run_is_trained_scored_and_drawn_from_its_file(dataset, run, tmp_path,
     assert (tmp_path / "pictures/100.png").exists()
 
 
-def test_the_size_of_a_checkpoint_counts_the_decoder(dataset, run, tmp_path, command):
-    outcome = command(*train_arguments(dataset, tmp_path / "other", **RUN), "--check", "--json")
+def test_the_size_of_a_checkpoint_counts_the_decoder(dataset, run, tmp_path):
+    config = config_of(train_arguments(dataset, tmp_path / "other", **RUN))
+    facts = check_training(config, read_task(dataset), processes=1)
     size = sum(w.numel() for w in torch.load(run / "best.pth", weights_only=True)["model"].values())
-    assert json.loads(outcome.out)["checkpoint_bytes"] == pytest.approx(3 * 4 * size, rel=0.1)
+    assert facts.checkpoint_bytes == pytest.approx(3 * 4 * size, rel=0.1)
 
 
 def test_a_run_that_stopped_goes_on_with_its_running_means(dataset, run, tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def test_pretraining_refuses_other_ratios_and_says_what_adds_them(
     (data / "train").symlink_to(photographs)
 
     def check(*options):
-        arguments = ["--in1k-dir", data, "--masks-dir", made["15"][0], "--check"]
+        arguments = ["--in1k-dir", data, "--masks-dir", made["15"][0], "--dry-run", "check"]
         arguments += ["--output-dir", tmp_path / "out", "--effective-batch-size", 4]
         with pytest.raises(SystemExit) as ended:
             main(["pretrain", *map(str, [*arguments, *options])])

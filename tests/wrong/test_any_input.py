@@ -15,7 +15,7 @@ from common.options import Layer, fields_of, make, merge
 from common.parsed import ProbeResult, Result, StepProgress, read_json, read_log
 from common.yamlfile import parse_value, read_yaml
 from mae.config import GROUPS as PRETRAIN_GROUPS
-from pipeline.plan.layout import Run, parse_eval_name
+from pipeline.plan.layout import RunId, parse_eval_name
 from pipeline.plan.records import Record
 from pipeline.plan.settings import GROUPS as PLAN_GROUPS
 from segmenter.config import GROUPS as TRAIN_GROUPS
@@ -197,5 +197,5 @@ def test_pictures(content, start):
 @ANY
 @given(name=st.text(max_size=30))
 def test_names_of_runs(name):
-    for parse in (Run.parse, parse_eval_name):
+    for parse in (RunId.parse, parse_eval_name):
         value_or_named(lambda parse=parse: parse(name), repr(name), "run name", "evaluation")

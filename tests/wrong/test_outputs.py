@@ -150,7 +150,7 @@ def test_refused_before_any_work(case, world, capsys):
 
 
 @pytest.mark.parametrize("place", ["in1k/train", "in1k/train/class0", "in1k/val/x", "in1k/masks/y"])
-@pytest.mark.parametrize("check_only", [[], ["--check"]])
+@pytest.mark.parametrize("check_only", [[], ["--dry-run", "check"]])
 def test_a_run_inside_its_input_is_refused(world, capsys, place, check_only):
     words = [*pretrain_words(world, place), *check_only]
     check(Case(place, words, ("which is read", "nothing was written")), world, capsys)
