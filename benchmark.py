@@ -5,8 +5,6 @@ they and this file meet in the files of the output directory (pipeline/plan/layo
 comes when is decided in pipeline/plan/steps.py. No torch is imported here.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What NVIDIA says of its GPUs: peak speed, and the driver that CUDA needs."""
 
-from __future__ import annotations
-
 import re
 
 # Dense TFLOP/s by the name that CUDA gives, less the brand: fp16, bf16 (None: not in hardware), and

@@ -1,7 +1,5 @@
 """COCO's RLE JSON as Segment Anything's `amg.py` writes it; https://cocodataset.org/#format-data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -1,7 +1,5 @@
 """Commands made of options: --config, --help by groups, and the groups as arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How a program ends, and where its messages go."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

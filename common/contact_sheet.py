@@ -4,8 +4,6 @@ rows = [[Tile(photo, "photo.jpg"), Tile(hidden, "15 % hidden")] for photo, hidde
 save_png(contact_sheet(rows, titles=("image", "seen"), tile_width=240), path, "segments")
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass

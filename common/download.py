@@ -1,7 +1,5 @@
 """Download a large file: several addresses, resumed where it broke off, digest checked."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import logging

@@ -1,7 +1,5 @@
 """What a process runs in: its place among others, and the versions of what it stands on."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -4,8 +4,6 @@ An output never replaces an input: what is there already is only replaced by the
 it, which is told by the first bytes of the file (see `mark`).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What lies below a folder: one walk, for everybody who lists."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import deque

@@ -1,7 +1,5 @@
 """One process at a time in an output directory."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Made with the same settings? Asked here, whoever asks and wherever the settings are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A shape is a dataclass or TypedDict of the values; pydantic compares. Also here 
 the files by which a step's own part and the plan meet.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Which of many images are looked at; and those that cannot be used: skipped, named, counted."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """The files of a step's folder: the names by which the parts and the plan meet."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

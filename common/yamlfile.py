@@ -1,7 +1,5 @@
 """The one reader of YAML files: values as they are written, errors in one line."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """How a call runs, whatever it trains: the options that both parts have, and what it runs on."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Device, processes and precision, all by accelerate; and what a device can do."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

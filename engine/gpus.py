@@ -1,7 +1,5 @@
 """`python -m engine.gpus`: the GPUs here as torch sees them, in JSON for who imports no torch."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

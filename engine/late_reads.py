@@ -1,7 +1,5 @@
 """Reading a device's values without waiting for it."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """What the ViTs of both parts are built with, beyond timm's layers."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

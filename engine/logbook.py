@@ -1,7 +1,5 @@
 """What a run tells while it goes: log.txt, the trackers of --log-with, progress.json."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

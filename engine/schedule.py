@@ -4,8 +4,6 @@ Pure functions of (seed, epoch, step, index), so that neither a kill, nor the nu
 processes, nor rounds change what a training sees. No torch here: the planner asks, too.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Trackers cannot take back what they got, so what they got is written down: .trac
 last epoch sent and the names by which a run is found again.
 """
 
-from __future__ import annotations
-
 import logging
 import uuid
 from collections.abc import Mapping, Sequence

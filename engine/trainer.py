@@ -12,8 +12,6 @@ it. That number is known when the last micro-batch has come: gradients of the su
 meanwhile, and the optimizer divides them.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ the gradients are divided by it after (Micikevicius et al. 2018, arXiv:1710.0374
 when they overflow, and doubled after many steps without that.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The encoders, in numbers: sizes of the ViTs, and the pixels that they expect. No torch here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 IMAGE_CHANNELS = 3

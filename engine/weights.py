@@ -7,8 +7,6 @@ N patches.
     model.load_state_dict(resample_positions(weights, grid=14))
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

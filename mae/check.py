@@ -4,8 +4,6 @@
 torch to look into is judged apart, by `look_inside`.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass

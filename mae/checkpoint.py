@@ -1,7 +1,5 @@
 """The checkpoints of a run: which one it goes on from, and whether it may."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line of `python -m mae`. Heavy libraries are imported when a command runs."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import textwrap

@@ -1,7 +1,5 @@
 """What a pretraining run is made of: its options, one frozen group per concern. No torch here."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A difference between a method's own segments and `borrowed` ones is what the con
 have the shapes of objects, too; `blob` and `block` have the area alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

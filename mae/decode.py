@@ -4,8 +4,6 @@ Everything else, and whatever looks damaged, goes through the reader of the whol
 (common/images.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Official MAE checkpoints: where they are, and bringing one here. No torch."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -4,8 +4,6 @@ print(export_encoder(Path("OUT/checkpoint-50.pth"), Path("encoder.safetensors"))
 encoder = load_encoder(Path("OUT/checkpoint-50.pth"))
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

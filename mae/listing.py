@@ -1,7 +1,5 @@
 """Which images a run trains on. No torch here: the planner lists, too."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Iterable

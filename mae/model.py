@@ -5,8 +5,6 @@ and ours load there. B images, C channels, H x W pixels, P patch size, N patches
 E decoder width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

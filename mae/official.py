@@ -1,7 +1,5 @@
 """Start from an official MAE checkpoint (`--init`), with or without its decoder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 pretrain(config)    # a round, or what is left of it
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 reconstruct_files(Path("OUT/checkpoint-50.pth"), [photo], out=Path("a.png"), masks_dir=None)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Crop, flip and resize of an image together with its segment. Images are uint8 [C, H, W]."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

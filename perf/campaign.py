@@ -3,8 +3,6 @@
 A row runs the project's own code: its configurations, `build_run`, `EpochTrainer`.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import time

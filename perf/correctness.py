@@ -3,8 +3,6 @@
 Each row says whether it passes; `pytest -m gpu` asks the same.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

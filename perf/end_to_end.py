@@ -1,7 +1,5 @@
 """Part C of the campaign: what a whole run does beside computing steps of pretraining."""
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

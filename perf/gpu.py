@@ -5,8 +5,6 @@ are measured, and the same command measures what is missing there; OUT/a.md is t
 perf/RESULTS.md. `--device cpu --tiny` runs the same code on a tiny model.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

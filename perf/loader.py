@@ -6,8 +6,6 @@ over the samples; beside them stand the same of each sample's best time, which a
 disturbs less.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

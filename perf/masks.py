@@ -9,8 +9,6 @@ take turns on the same images in one process. Without --masks, `benchmark.py sam
 With --images, generators are timed: Felzenszwalb on one core, and each --model by its parts.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -5,8 +5,6 @@ in turn, the same sizes, batch, precision and fused AdamW, medians over the roun
 images are normalised floats on the device, as its loaders make them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -1,7 +1,5 @@
 """Steps of the real trainer, looked at from outside: their time, losses, graphs and waits."""
 
-from __future__ import annotations
-
 import gc
 import time
 import warnings

@@ -10,8 +10,6 @@ medians over the rounds.
 - Peak memory of evaluating 10 and 100 images, each in a process of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -6,8 +6,6 @@ CPU, and the host runs ahead of it until it reads. Micro-batches streamed and re
 as it was before.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

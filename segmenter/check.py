@@ -4,8 +4,6 @@
 what takes torch to look into is judged apart, by `look_inside`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

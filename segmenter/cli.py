@@ -1,7 +1,5 @@
 """The command line of `python -m segmenter`. Heavy libraries are imported when a command runs."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

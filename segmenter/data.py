@@ -4,8 +4,6 @@ A training sample is a pure function of (seed, epoch, index): neither worker nor
 matters. Pixels stay uint8 RGB until they are on the device.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are re
     pairs, classes = description.pairs("train"), read_classes(description)
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import warnings

@@ -5,8 +5,6 @@ The names of the weights are those of their releases. Shapes: B images, N = h * 
 features, K classes.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

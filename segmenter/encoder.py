@@ -8,8 +8,6 @@ out is the result of four blocks, without a final norm.
 Shapes: B images, C channels, H x W pixels, h x w patches, N = h * w tokens, D features, A heads.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ areas = evaluate_model(accelerator, model, WholeImages(description, pairs, proto
 print(areas.scores(classes.names)["mean_iou"])
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import shutil

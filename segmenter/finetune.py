@@ -4,8 +4,6 @@ task = read_task(config.run.dataset)
 finetune(config, task)           # all of it, or what is left
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence

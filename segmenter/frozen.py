@@ -3,8 +3,6 @@
 Shapes: T training tokens, B x N tokens of windows, D features, K classes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 Shapes: K classes, H x W original pixels, h x w pixels at a scale of the protocol.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

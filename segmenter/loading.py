@@ -4,8 +4,6 @@ those of mmsegmentation's UPerNet on MAE.
     loaded = load_segmenter(Path("eval_output/patches_50/best.pth"))
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import re

@@ -4,8 +4,6 @@ Areas are a few integers per image and class, so that sums over processes are ex
 can be drawn anew afterwards, as the report does for its intervals.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

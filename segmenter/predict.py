@@ -3,8 +3,6 @@
 labels = predict_image(load_segmenter(checkpoint), read_rgb(photo))
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Sequence

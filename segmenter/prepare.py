@@ -1,7 +1,5 @@
 """`prepare`: get ADE20K, and check datasets down to every label. No torch here."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,7 +1,5 @@
 """`probe`: tokens of the training images once, then what a frozen encoder knows of the others."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import time

@@ -3,8 +3,6 @@
 Shapes: N tokens of an image, T kept ones of all, D features, P pixels per patch side.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

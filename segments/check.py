@@ -3,8 +3,6 @@
 Free of torch, and with `form_of` what `benchmark.py` asks of the segments that are there.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 `python -m mae masks` is another name of the same commands.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Free of torch, so that `benchmark.py` plans with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Felzenszwalb and Huttenlocher, Efficient Graph-Based Image Segmentation, IJCV 20
 gives larger regions; the regions of all scales together stand in for Segment Anything's.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations

@@ -1,7 +1,5 @@
 """Looking at the segments of a dataset: numbers, and one picture."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """From files to a packed store and back, and several stores into one."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

@@ -6,8 +6,6 @@
 Making, packing, checking and inspecting segments are such passes.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

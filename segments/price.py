@@ -1,7 +1,5 @@
 """What segments of a dataset will cost, known from a few real batches."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -9,8 +9,6 @@ Shapes: B images, P points of each, K candidates, h x w pixels of the decoder's 
 image.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ encoded, column by column, as COCO does: https://cocodataset.org/#format-data. A
 segment then takes some hundred bytes, and decodes in microseconds.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ segment = store.nearest("n01440764/n01440764_18", 15.0)  # percent; None: the im
 inside = segment.decode()  # [H, W] uint8
 """
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import zlib

@@ -1,7 +1,5 @@
 """Is this machine, and are these folders, ready for a run? What is not, and what to do about it."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

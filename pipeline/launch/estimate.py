@@ -2,8 +2,6 @@
 added up. Nothing is written but into a temporary folder.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Runs steps on this machine: starts them, shows their output, records how they end."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -5,8 +5,6 @@ goes straight into console.log and is shown by reading that file: it neither blo
 this process dies. On Linux the kernel then sends the child SIGTERM, so it saves and ends.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -6,8 +6,6 @@ the queue (submitit); the same job then continues. The queue is read through squ
 belongs to the job that its record names: any other job for it ends without touching anything.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

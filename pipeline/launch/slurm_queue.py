@@ -1,7 +1,5 @@
 """What Slurm says, through squeue and sinfo alone: accounting (sacct) is not set up everywhere."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

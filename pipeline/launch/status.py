@@ -1,7 +1,5 @@
 """Where a run stands: readable while it works, from any machine that sees the folder, and after."""
 
-from __future__ import annotations
-
 import socket
 from collections import Counter
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Steps as people see them: one table, of which each question chooses the columns."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ is listed once, however many steps look at it. Only what takes torch to look int
 exists, is asked of the part, in a process of its own.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

@@ -1,7 +1,5 @@
 """This machine: versions, processor, memory, GPUs, disk space. No torch here."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

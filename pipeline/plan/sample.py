@@ -6,8 +6,6 @@ greyscale JPEG); `segmentation/` has the same kind of scenes with a class for ev
 seed gives the same files.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

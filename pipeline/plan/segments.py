@@ -3,8 +3,6 @@
 Which of the two, if any, is seen by looking where the segments should be.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace

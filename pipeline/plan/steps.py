@@ -5,8 +5,6 @@ pretrain up to the end of a round, probe a checkpoint's frozen encoder, or finet
 Steps meet in files only; `needs` names the steps that make them. Read `make_plan` first.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator, Mapping

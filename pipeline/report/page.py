@@ -4,8 +4,6 @@
 same method in directories of equal settings is one line, with the spread over their seeds.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

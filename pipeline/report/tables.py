@@ -1,7 +1,5 @@
 """The tables: results.csv, the scores on a terminal, and those of the page in words and numbers."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
