@@ -79,7 +79,7 @@ class OptionCommand(click.Command):
 
     def _less_memory(self) -> str:
         """What needs less of a device's memory."""
-        fields = [f for f in fields_of(*self.groups.values()).values() if f.spec.memory]
+        fields = [f for f in fields_of(*self.groups.values()).values() if f.memory]
         fields.sort(key=lambda field: field.kind is bool)  # what costs no time comes first
         advice = " or ".join(("give " if f.kind is bool else "lower ") + f.flag for f in fields)
         return f"{advice}; the result stays the same" if advice else "use a GPU that has more"
@@ -148,7 +148,7 @@ def _click_option(field: Field, no_default: str) -> click.Option:
         kinds = "|".join([_METAVARS.get(field.kind, "TEXT"), *field.instead])
         metavar = f"[{'|'.join(words)}]" if words else kinds
         more = {"metavar": metavar + (",..." if field.several else "")}
-    help_text = field.spec.help + (f"  [{note}]" if note else "")
+    help_text = field.help + (f"  [{note}]" if note else "")
     # No default for click: what is not given must not hide what a recipe or --config says.
     return click.Option([flag, field.name], default=None, help=help_text, **more)
 

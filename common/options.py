@@ -28,6 +28,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field as Limits
+
 from common.files import shortened
 from common.yamlfile import check_names, parse_value, plain, read_yaml
 
@@ -38,45 +41,10 @@ MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms d
 Group = TypeVar("Group", bound="OptionGroup")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """What the author of an option says beyond its type and default.
-
-    choices: the allowed words, where the type is not a Literal; asked when a value is judged, since
-        plugins add some.
-    at_least, above, at_most, below: the range of a number, or of each of several.
-    neutral: it decides speed or place, not what comes out.
-    older: what a file counts as that was written before this option existed.
-    memory: a lower number of it, or the switch, needs less of a device's memory.
-    early: called with the value before any other option is judged: it may load what brings
-        choices, or give a layer, such as a recipe, that lies below all that the user wrote.
-    """
-
-    help: str
-    choices: Callable[[], Iterable[str]] | None = None
-    at_least: float | None = None
-    above: float = -LARGEST
-    at_most: float | None = None
-    below: float = LARGEST
-    neutral: bool = False
-    older: Any = REQUIRED
-    memory: bool = False
-    early: Callable[[Any], Layer | None] | None = None
-
-    def range_text(self, problem: str) -> str:
-        """The allowed numbers, in words; `LARGEST` only where it is the problem."""
-        low = f"{self.at_least:g}" if self.at_least is not None else f"more than {self.above:g}"
-        if self.at_most is not None:
-            return f"{low} to {self.at_most:g}"
-        if self.below < LARGEST or problem == "less_than":
-            return f"{low} to below {self.below:g}"
-        return low if self.at_least is None else f"{low} or more"
-
-
 def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
-    """A field of an `OptionGroup`; without `default` it has to be given. more: see `Spec`."""
+    """A field of an `OptionGroup`; without `default` it has to be given. more: see `Field`."""
     # A new option whose default keeps the older behaviour says nothing about older files.
-    metadata = {"option": Spec(help=help, **{"older": default, **more})}
+    metadata = {"older": default, **more, "help": help, "default": default}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -84,8 +52,7 @@ def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
 
 def option_of(group: type[OptionGroup], name: str, default: Any) -> Any:
     """A field that is the option `name` of another group, with a default of its own."""
-    metadata = group.__dataclass_fields__[name].metadata
-    return dataclasses.field(default=default, metadata=metadata)
+    return option(**{**group.__dataclass_fields__[name].metadata, "default": default})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +95,10 @@ def make_all(groups: Mapping[str, type[OptionGroup]], layers: Iterable[Layer]) -
     layers = list(layers)
     # Early ones first, by what was written of them alone: all others may depend on what they bring.
     for name, field in fields_of(*groups.values()).items():
-        if field.spec.early is not None:
+        if field.early is not None:
             given = [layer.judged(field) for layer in layers if layer.values.get(name) is not None]
             value = [field.default, *given][-1]
-            below = None if value is None else field.spec.early(value)
+            below = None if value is None else field.early(value)
             layers = layers if below is None else [below, *layers]
     values = merge(groups.values(), layers)
     return {name: make(group, values) for name, group in groups.items()}
@@ -147,9 +114,7 @@ def merge(groups: Iterable[type[OptionGroup]], layers: Iterable[Layer]) -> dict[
             if name not in fields or (value is None and not fields[name].optional):
                 continue
             judged = layer.judged(fields[name])
-            if fields[name].is_mapping:
-                judged = {**merged.get(name, {}), **judged}
-            merged[name] = judged
+            merged[name] = merged.get(name, {}) | judged if fields[name].is_mapping else judged
     return merged
 
 
@@ -158,7 +123,7 @@ def make(group: type[Group], values: Mapping[str, Any]) -> Group:
     fields = fields_of(group)
     for name, field in fields.items():
         if name not in values and field.default is REQUIRED:
-            raise ValueError(f"{field.flag} is missing: {field.spec.help}")
+            raise ValueError(f"{field.flag} is missing: {field.help}")
     return group(**{name: values[name] for name in fields if name in values})
 
 
@@ -169,8 +134,8 @@ def groups_of(config: type) -> dict[str, Any]:
 
 def older_values(*groups: type[OptionGroup]) -> dict[str, Any]:
     """What each option counts as in a file that was written before it existed."""
-    olders = {name: field.spec.older for name, field in fields_of(*groups).items()}
-    return {name: older for name, older in olders.items() if older is not REQUIRED}
+    fields = fields_of(*groups).items()
+    return {name: field.older for name, field in fields if field.older is not REQUIRED}
 
 
 def decisive_values(*groups: OptionGroup) -> dict[str, Any]:
@@ -179,8 +144,47 @@ def decisive_values(*groups: OptionGroup) -> dict[str, Any]:
         name: plain(getattr(group, name))
         for group in groups
         for name, field in fields_of(type(group)).items()
-        if not field.spec.neutral
+        if not field.neutral
     }
+
+
+def differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], older: Mapping[str, Any]
+) -> list[str]:
+    """`name: stored -> wanted` for every setting in which what is wanted is not what is stored.
+
+    older: what a setting counts as where the file does not have it, because an earlier version
+    wrote it; a setting that `older` does not have either counts as None.
+    """
+    known = {name: stored.get(name, older.get(name)) for name in wanted}
+    return [
+        f"{name}: {known[name]} -> {value}"
+        for name, value in wanted.items()
+        if _normal(known[name]) != _normal(value)
+    ]
+
+
+def check_same(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], older: Mapping[str, Any], *, what: str,
+    remedy: str = "use those, or another --output-dir",
+) -> None:  # fmt: skip
+    """Raise ValueError naming the settings in which `what` differs from what is wanted."""
+    if found := differences(stored, wanted, older):
+        shown = f"{'; '.join(found[:5])}{' ...' if len(found) > 5 else ''}"
+        raise ValueError(f"{what} was made with other settings ({shown}); {remedy}")
+
+
+def _normal(value: Any) -> Any:
+    """Comparable: 15, 15.0 and "15" are one number, as records and command lines write them."""
+    value = plain(value)
+    if isinstance(value, list):
+        return [_normal(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _normal(item) for key, item in value.items()}
+    try:
+        return str(value) if isinstance(value, bool) else float(value)  # True is not 1
+    except (TypeError, ValueError):  # None, or a word
+        return str(value)
 
 
 def as_arguments(*groups: OptionGroup, below: Mapping[str, Any] | None = None) -> list[str]:
@@ -206,35 +210,46 @@ def as_arguments(*groups: OptionGroup, below: Mapping[str, Any] | None = None) -
 
 def fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
     """The options of groups by name, in their order."""
-    return {field.name: field for group in groups for field in _fields_of(group)}  # type: ignore[arg-type]
+    return _fields_of(*groups)  # type: ignore[arg-type]
 
 
 @cache
-def _fields_of(group: type[OptionGroup]) -> list[Field]:
-    hints, found = typing.get_type_hints(group), []
-    for field in dataclasses.fields(group):
-        hint = hints[field.name]
-        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        parts = typing.get_args(hint) if is_union else (hint,)
-        # The first is what a value is; behind it stand None and words, as in `Path | Literal["x"]`.
-        kind, *others = (part for part in parts if part is not type(None))
-        instead = tuple(word for literal in others for word in typing.get_args(literal))
-        several = typing.get_origin(kind) is tuple
-        kind = typing.get_args(kind)[0] if several else kind
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        spec, optional = field.metadata["option"], type(None) in parts
-        found.append(Field(field.name, kind, several, optional, instead, default, spec))
+def _fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
+    found = {}
+    for group in groups:
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            hint = hints[field.name]
+            is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+            parts = typing.get_args(hint) if is_union else (hint,)
+            # The first is what a value is; then come None and words, as in `Path | Literal["x"]`.
+            kind, *others = (part for part in parts if part is not types.NoneType)
+            several = typing.get_origin(kind) is tuple
+            found[field.name] = Field(
+                name=field.name,
+                kind=typing.get_args(kind)[0] if several else kind,
+                several=several,
+                optional=types.NoneType in parts,
+                instead=tuple(word for literal in others for word in typing.get_args(literal)),
+                **field.metadata,
+            )
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Field:
-    """One option as its dataclass field declares it, and the judge of its values.
+    """One option, as its dataclass field declares it, and the judge of its values.
 
     kind: its type; of a tuple, which is written with commas (`several`), the type of the items.
     instead: words that may stand in the place of a value, as in `Path | Literal["random"]`.
+    choices: the allowed words, where the type is not a Literal; asked when a value is judged, since
+        plugins add some.
+    at_least, above, at_most, below: the range of a number, or of each of several.
+    neutral: it decides speed or place, not what comes out.
+    older: what a file counts as that was written before this option existed.
+    memory: a lower number of it, or the switch, needs less of a device's memory.
+    early: called with the value before any other option is judged: it may load what brings
+        choices, or give a layer, such as a recipe, that lies below all that the user wrote.
     """
 
     name: str
@@ -242,8 +257,17 @@ class Field:
     several: bool
     optional: bool
     instead: tuple[str, ...]
+    help: str
     default: Any
-    spec: Spec
+    older: Any
+    choices: Callable[[], Iterable[str]] | None = None
+    at_least: float | None = None
+    above: float = -LARGEST
+    at_most: float | None = None
+    below: float = LARGEST
+    neutral: bool = False
+    memory: bool = False
+    early: Callable[[Any], Layer | None] | None = None
 
     @property
     def flag(self) -> str:
@@ -259,90 +283,67 @@ class Field:
         """The allowed words, none if any will do."""
         if typing.get_origin(self.kind) is Literal:
             return typing.get_args(self.kind)
-        return tuple(self.spec.choices()) if self.spec.choices else ()
+        return tuple(self.choices()) if self.choices else ()
 
     def judge(self, value: Any) -> Any:
         """What was written, as text or as YAML has it, in the field's type; ValueError if not."""
         if (value is None and self.optional) or value in self.instead:
             return value
         if self.is_mapping:
-            return _pairs(value, self.flag)
-        if self.several:
-            # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
-            is_list = isinstance(value, list | tuple)
-            parts = value if is_list else [part.strip() for part in str(value).split(",")]
-            return tuple(self._item(part) for part in parts)
-        return self._item(value)
+            return self._pairs(value)
+        if not self.several:
+            return self._item(value)
+        # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
+        is_list = isinstance(value, list | tuple)
+        parts = value if is_list else [part.strip() for part in str(value).split(",")]
+        return tuple(self._item(part) for part in parts)
 
     def _item(self, value: Any) -> Any:
         if words := self.words():
-            return _word(value, words, self.flag)
+            return self._word(value, words)
         if self.kind is Path:
             return absolute_path(value, self.flag)
-        from pydantic import ValidationError  # as late as `_adapter`, for the same reason
-
+        # pydantic takes Python's 1_000, and true for 1; nobody who writes them means a number.
+        if self.kind in (int, float) and (isinstance(value, bool) or "_" in str(value)):
+            raise _refusal(self.flag, value, "give a number")
         try:
             return self._adapter.validate_python(value)
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]["type"]
-        if not problem.startswith(("greater", "less", "finite")):
-            raise _refusal(self.flag, value, f"give {_EXPECTED[self.kind]}")
-        # It is a number, so it is shown as one, also where it was written as text.
-        raise _refusal(self.flag, value, f"give {self.spec.range_text(problem)}", show=str)
+            said = error.errors(include_url=False)[0]["msg"].replace("Input", "it")
+            raise _refusal(self.flag, value, said) from None
 
     @cached_property
-    def _adapter(self) -> Any:
-        """pydantic's judge of a number, a text or a switch.
-
-        Made when there is a value to judge: importing pydantic takes longer than all of --help.
-        """
-        from pydantic import BeforeValidator, ConfigDict, TypeAdapter
-        from pydantic import Field as Limits
-
-        config = ConfigDict(
-            strict=self.kind is bool, coerce_numbers_to_str=True, allow_inf_nan=False
-        )
-        if self.kind not in (int, float):
-            return TypeAdapter(self.kind, config=config)
-        at = self.spec
-        limits = Limits(ge=at.at_least, gt=at.above, le=at.at_most, lt=at.below)
-        kind: Any = Annotated[self.kind, limits, BeforeValidator(_plain_number)]
+    def _adapter(self) -> TypeAdapter[Any]:
+        """pydantic's judge of a number, a text or a switch."""
+        kind = self.kind
+        if kind in (int, float):
+            limits = Limits(ge=self.at_least, gt=self.above, le=self.at_most, lt=self.below)
+            kind = Annotated[kind, limits]
+        strict = kind is bool  # else 1 and "yes" are true
+        config = ConfigDict(strict=strict, coerce_numbers_to_str=True, allow_inf_nan=False)
         return TypeAdapter(kind, config=config)
 
+    def _word(self, value: Any, words: Iterable[str]) -> str:
+        if isinstance(value, bool):  # what YAML's readers often make of on and off
+            value = "on" if value else "off"
+        for word in words:  # four-channels is four_channels
+            if word.replace("-", "_") == str(value).replace("-", "_"):
+                return word
+        raise _refusal(self.flag, value, f"choose one of {', '.join(words)}")
 
-_EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-
-
-def _plain_number(value: Any) -> Any:
-    # pydantic takes Python's 1_000, and true for 1; nobody who writes them means a number.
-    if isinstance(value, bool) or "_" in str(value):
-        raise ValueError
-    return value
-
-
-def _word(value: Any, words: Iterable[str], flag: str) -> str:
-    if isinstance(value, bool):  # what YAML's readers often make of on and off
-        value = "on" if value else "off"
-    for word in words:  # four-channels is four_channels
-        if word.replace("-", "_") == str(value).replace("-", "_"):
-            return word
-    raise _refusal(flag, value, f"choose one of {', '.join(words)}")
-
-
-def _pairs(value: Any, flag: str) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {str(key).replace("-", "_"): item for key, item in value.items()}
-    if not isinstance(value, list | tuple):
-        raise _refusal(flag, value, "give `option: value` lines")
-    pairs = {}
-    for text in value:
-        key, equals, given = str(text).partition("=")
-        if not equals or not key.strip():
-            raise _refusal(flag, text, "give KEY=VALUE")
-        # `--pretrain=--base-lr=1`, too: so it stands in the other command.
-        name = key.strip().lstrip("-").replace("-", "_")
-        pairs[name] = parse_value(given, f"{flag} {text}")
-    return pairs
+    def _pairs(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {str(key).replace("-", "_"): item for key, item in value.items()}
+        if not isinstance(value, list | tuple):
+            raise _refusal(self.flag, value, "give `option: value` lines")
+        pairs = {}
+        for text in map(str, value):
+            # `--pretrain=--base-lr=1`, too: so it stands in the other command.
+            name, equals, given = text.strip().lstrip("-").partition("=")
+            if not equals or not name.strip():
+                raise _refusal(self.flag, text, "give KEY=VALUE")
+            pairs[name.strip().replace("-", "_")] = parse_value(given, f"{self.flag} {text}")
+        return pairs
 
 
 def absolute_path(value: Any, flag: str) -> Path:
@@ -352,20 +353,14 @@ def absolute_path(value: Any, flag: str) -> Path:
     try:
         path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
         path.exists()  # raises OSError for a name that no disk takes
-    except RuntimeError:
-        raise _refusal(flag, value, "give a path; there is no such user") from None
-    except OSError as error:
-        raise _refusal(flag, value, f"give a path: {error.strerror}") from None
+    except (RuntimeError, OSError) as error:  # the former: ~ of nobody
+        raise _refusal(flag, value, f"give a path: {getattr(error, 'strerror', error)}") from None
     return path
 
 
-def _refusal(flag: str, value: Any, advice: str, show: Callable[[Any], str] = repr) -> ValueError:
+def _refusal(flag: str, value: Any, allowed: str) -> ValueError:
     """The one form of an error: what was given, what is allowed."""
-    try:
-        shown = shortened(show(value), 80)
-    except ValueError:  # Python does not print integers of thousands of digits
-        shown = "a number of thousands of digits"
-    return ValueError(f"{flag} is {shown}; {advice}")
+    return ValueError(f"{flag} is {shortened(repr(value), 80)}; {allowed}")
 
 
 def load_plugin(path: Path) -> None:

@@ -90,7 +90,7 @@ PLAN = [
       for text in ("output_dir=/tmp/x", "seed=1")],
     *[(f"--pretrain {text}", ["--pretrain", text], "base-lr")
       for text in ("base_lr=nan", "base_lr=[1]")],
-    ("no processes", ["--num-processes", "0"], "--num-processes is 0; give 1"),
+    ("no processes", ["--num-processes", "0"], "--num-processes is '0'; it should be greater"),
     ("a stack without a file", ["--stack"], "no official checkpoint of vit_speck"),
     ("mae without a file", ["--eval", "mae"], "no official checkpoint of vit_speck"),
     ("a line without a file", ["--baselines", "mae"], "no official checkpoint of vit_speck"),
