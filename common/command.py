@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from common.formats import plain
 from common.options import (
     REQUIRED,
     Field,
@@ -16,7 +17,6 @@ from common.options import (
     make_all,
     read_layer,
 )
-from common.yamlfile import plain
 
 # Dashes and underscores are the same.
 CONTEXT: dict[str, Any] = {

@@ -32,7 +32,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic import Field as Limits
 
 from common.files import shortened
-from common.yamlfile import check_names, parse_value, plain, read_yaml
+from common.formats import check_names, parse_value, plain, read_yaml
 
 REQUIRED = dataclasses.MISSING
 LARGEST = 10**15  # larger numbers are slips, and overflow somewhere

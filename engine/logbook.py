@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_text
-from common.parsed import read_log
+from common.formats import read_log
 from common.progress import Display, ProgressFile, clock
 from common.step_files import LOG, PROGRESS
 from engine.config import TrainingConfig

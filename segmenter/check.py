@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from common.files import check_output_folder
+from common.formats import ProbeResult, Result, read_json
 from common.images import find_images
 from common.options import check_same, older_values
-from common.parsed import ProbeResult, Result, read_json
 from common.step_files import CHECKPOINT, RESULT
 from engine.schedule import BatchPlan
 from engine.trackers import check_trackers

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from common.formats import plain
 from common.options import OptionGroup, check_same, fields_of, older_values, option
-from common.yamlfile import plain
 
 STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
 VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with

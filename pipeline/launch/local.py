@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
-from common.parsed import StepProgress, read_json
+from common.formats import StepProgress, read_json
 from common.progress import count_text
 from common.step_files import PROGRESS
 from common.terminal import duration

@@ -26,9 +26,9 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from common.files import write_json, write_text
+from common.formats import StepProgress, read_json
 from common.options import REQUIRED, fields_of
 from common.options import differences as differing_settings
-from common.parsed import StepProgress, read_json
 from common.step_files import PROGRESS
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import idle_settings

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.files import check_output_file, check_replaceable, write_text
-from common.parsed import read_log
+from common.formats import read_log
 from common.step_files import LOG
 from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan

@@ -12,8 +12,8 @@ import pytest
 
 from common import files
 from common.files import also_save_as, beside, replacing, write_json, write_text
+from common.formats import read_log
 from common.lock import LockedError, hold
-from common.parsed import read_log
 from common.step_files import checkpoint_path, epochs_of, find_resumable, reconstructions_path
 
 ROOT = Path(__file__).resolve().parents[2]
