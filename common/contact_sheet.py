@@ -1,12 +1,11 @@
 """Contact sheets: rows of captioned pictures on one PNG, readable on a phone, where it is opened.
 
-rows = [[Tile(photo, "photo.jpg"), Tile(hidden, "15 % hidden")] for photo, hidden in pairs]
+rows = [[(photo, "photo.jpg"), (hidden, "15 % hidden")] for photo, hidden in pairs]
 save_png(contact_sheet(rows, titles=("image", "seen"), tile_width=240), path, "segments")
 """
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,7 @@ PHONE_SHARE = 30
 CAPTION_LINES = 3  # of a tile; of what is longer, the middle is left out
 BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
 
-
-@dataclass(frozen=True)
-class Tile:
-    """A picture, [H, W, 3] uint8 RGB of any size, and what stands above it."""
-
-    image: np.ndarray
-    caption: str = ""
+Tile = tuple[np.ndarray, str]  # [H, W, 3] uint8 RGB of any size, and what stands above it
 
 
 def contact_sheet(
@@ -42,9 +35,10 @@ def contact_sheet(
     # Every strip is made first, since its height follows from its captions and pictures.
     strips = [_text_strip(titles, tile_width, width)] if titles else []
     for row in rows:
-        if any(tile.caption for tile in row):
-            strips.append(_text_strip([tile.caption for tile in row], tile_width, width))
-        strips.append(_picture_strip([tile.image for tile in row], tile_width, width))
+        pictures, captions = zip(*row, strict=True)
+        if any(captions):
+            strips.append(_text_strip(captions, tile_width, width))
+        strips.append(_picture_strip(pictures, tile_width, width))
     return stacked(strips)
 
 

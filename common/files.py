@@ -1,18 +1,22 @@
 """Files: reading regular ones; writing beside, flushed, renamed, so that what exists is complete.
 
 An output never replaces an input: what is there already is only replaced by the command that made
-it, which is told by the first bytes of the file (see `mark`).
+it, which is told by the first bytes of the file (see `mark`). And one walk, for all who list.
 """
 
 import json
+import logging
 import os
 import shutil
 import socket
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
+
+logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 4096  # of a file, in which its mark stands
 UNFINISHED = ".segmae-part"  # whatever bears it is ours, and may be replaced
@@ -57,14 +61,10 @@ def path_below(folder: Path, name: str, source: str) -> Path:
     return folder / pure
 
 
-def beside(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return path.with_name(f"{path.name}{UNFINISHED}")
-
-
-def _own_beside(path: Path) -> Path:
-    """The same for a file that several processes may write at once."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
+def beside(path: Path, *, shared: bool = False) -> Path:
+    """Where a file is written before it gets its name; shared: several processes may do so."""
+    own = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
+    return path.with_name(f"{path.name}{own}{UNFINISHED}")
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     A kill at any moment leaves the old file or the new one. shared: several processes may do this
     at once. Raises RuntimeError if the disk does not take it; then nothing is left.
     """
-    unfinished = _own_beside(path) if shared else beside(path)
+    unfinished = beside(path, shared=shared)
     try:
         unfinished.unlink(missing_ok=True)  # it may be a second name of a file that is whole
         yield unfinished
@@ -136,35 +136,21 @@ def check_output_folder(
 
 
 def check_output_file(
-    path: Path,
-    flag: str = "--out",
-    *,
-    reads: Iterable[Path] = (),
-    is_own: Callable[[bytes], bool] | None = None,
-) -> None:
+    path: Path, flag: str = "--out", *, reads: Iterable[Path] = (),
+    is_own: Callable[[bytes], bool] | None = None, makes_folder: bool = False,
+) -> None:  # fmt: skip
     """Raise ValueError unless the file can be made, or replaced. Makes nothing.
 
     reads: files that the command reads: none is replaced, under whatever name. is_own: whether a
     file that is there, of which it gets the first bytes, was made by the same command; None: the
-    command judges that by itself.
+    command judges that by itself. makes_folder: the command makes it, and checks it by itself.
     """
     with _refusing(flag, path):
-        _check_writable(path.absolute().parent)
-    check_replaceable(path, flag, reads=reads, is_own=is_own)
-
-
-def check_replaceable(
-    path: Path,
-    flag: str,
-    *,
-    reads: Iterable[Path] = (),
-    is_own: Callable[[bytes], bool] | None = None,
-) -> None:
-    """The same, of a file in a folder that is checked by itself."""
-    with _refusing(flag, path):
+        if not makes_folder:
+            _check_writable(path.absolute().parent)
         if path.is_dir():
             raise OSError("it is a folder; name a file")
-        for aside in (beside(path), _own_beside(path)):
+        for aside in (beside(path), beside(path, shared=True)):
             if aside.is_dir():
                 raise OSError(f"{aside} is in the way")
         if not path.exists():
@@ -173,9 +159,8 @@ def check_replaceable(
             raise OSError("it is no regular file")
         if not os.access(path, os.W_OK):
             raise OSError("it is read-only")
-        for read in reads:
-            if read.exists() and path.samefile(read):
-                raise OSError("this command reads it; name another file")
+        if any(read.exists() and path.samefile(read) for read in reads):
+            raise OSError("this command reads it; name another file")
         if is_own is not None:
             with open_regular(path) as file:
                 if not is_own(file.read(HEAD_BYTES)):
@@ -214,3 +199,68 @@ def shortened(value: object, most: int = 200) -> str:
     text = str(value).encode("utf-8", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+def walk(
+    folder: Path, enter: Callable[[str], bool] = lambda below: True
+) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """Yields what each folder holds, by name, and where it is: "" or "below/folder/".
+
+    Every real folder is visited once: links to folders come last, and lead nowhere if what they
+    name was visited by its own name. enter: asked about each folder before it is listed. Names
+    that are not UTF-8, pipes, sockets and devices are left out with a warning. Raises ValueError
+    for a folder that cannot be listed.
+    """
+    visited: set[tuple[int, int]] = set()
+    left_out: list[str] = []
+    waiting = deque([""])
+    while waiting:
+        below = waiting.popleft()
+        path = f"{folder}/{below}"
+        try:
+            here = os.stat(path)  # noqa: PTH116
+            if (here.st_dev, here.st_ino) in visited or (below and not enter(below)):
+                continue
+            visited.add((here.st_dev, here.st_ino))
+            with os.scandir(path) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be listed: {error.strerror}") from None
+        left_out += [below + entry.name for entry in entries if not _is_usable(entry)]
+        entries = [entry for entry in entries if _is_usable(entry)]
+        yield below, entries
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                waiting.appendleft(f"{below}{entry.name}/")
+            elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
+                waiting.append(f"{below}{entry.name}/")
+    if left_out:
+        text = "%s: %d names are no regular files, or not UTF-8, and left out: %s"
+        logger.warning(text, folder, len(left_out), ", ".join(map(shortened, left_out[:3])))
+
+
+def relative_files(folder: Path) -> set[str]:
+    """Regular files below a folder, at any depth, as relative posix paths; see `walk`.
+
+    A link to nothing is among them: whoever wants to read it will name it.
+    """
+    return {
+        below + entry.name
+        for below, entries in walk(folder)
+        for entry in entries
+        if entry.is_file(follow_symlinks=False)
+        or (entry.is_symlink() and not os.path.isdir(entry.path))  # noqa: PTH112
+    }
+
+
+def _is_usable(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file or a folder, or a link to one or to nothing, with a name in UTF-8."""
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError:
+        return False
+    if not entry.is_symlink():
+        return entry.is_file() or entry.is_dir()
+    # Not by the entry, nor as a Path: both raise for what may not be looked at.
+    there = os.path.exists(entry.path)  # noqa: PTH110
+    return not there or os.path.isfile(entry.path) or os.path.isdir(entry.path)  # noqa: PTH112, PTH113

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import yaml
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
@@ -65,8 +65,6 @@ def _values_in(node: yaml.Node | None, known: dict[int, float]) -> float:
 class _PlainLoader(yaml.SafeLoader):
     """YAML 1.2 as far as it matters: `off` and `24:00:00` stay words, `1e-3` is a number."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML does, but a key that stands twice is an error and not the last one's value."""
         seen: set[str] = set()
@@ -79,6 +77,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_PlainLoader.yaml_implicit_resolvers = {}
 # What is left out of YAML 1.1, such as times, dates and `yes`, stays a word. PyYAML looks a form up
 # by its first letter.
 for _tag, _letters, _form in (

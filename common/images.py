@@ -1,27 +1,36 @@
 """Image files: which there are, and the one reader of them. Arrays are [H, W, 3] uint8 RGB.
 
-H x W are pixels of the image as people see it: turned as EXIF or XMP says.
+H x W are pixels of the image as people see it: turned as EXIF or XMP says. Also here: which of many
+images are looked at; and those that cannot be used, which are skipped, named and counted.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from common.files import read_bytes, shortened
-from common.folders import relative_files
+from common.files import read_bytes, relative_files, shortened
 
 if TYPE_CHECKING:  # not every command that lists images opens some
     from PIL import Image
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+Item = TypeVar("Item")
+Sample = TypeVar("Sample")
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MOST_UNREADABLE = 0.01  # share of the images; one image is forgiven in any case
+MOST_IN_A_ROW = 100
 MOST_PIXELS = 178_956_970  # as many as Pillow takes by itself
 MOST_PIXELS_VARIABLE = "SEGMAE_MAX_IMAGE_PIXELS"
 
@@ -43,16 +52,14 @@ def find_images(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; images are expected there")
-    found = sorted(path for path in relative_files(folder) if _is_image(path))
+    found = sorted(
+        path
+        for path in relative_files(folder)
+        if path.lower().endswith(IMAGE_SUFFIXES) and not path.rpartition("/")[2].startswith(".")
+    )
     if not found:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"no image below {folder} (looked for {known})")
+        raise ValueError(f"no image below {folder} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return found
-
-
-def _is_image(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -71,13 +78,21 @@ def decode_rgb(content: bytes | bytearray) -> np.ndarray:
     counts; 16 bits become 8, and grey of no fixed range is stretched to 0-255. Raises ValueError
     if it is damaged, no image, or of more than $SEGMAE_MAX_IMAGE_PIXELS.
     """
-    header = jpeg_header(content)
+    header, pixels = jpeg_header(content), None
     if header is not None:
         refuse_huge(header.height, header.width)
         pixels = _decode_jpeg(content)
-        if pixels is not None:
-            return pixels if header.is_upright else _turned(pixels, content)
-    return np.array(_to_rgb(upright(load_image(content))))
+        if pixels is not None and header.is_upright:
+            return pixels
+    from PIL import Image, ImageOps
+
+    image = opened = load_image(content, decode=pixels is None)
+    if pixels is not None:
+        image = Image.fromarray(pixels)
+        image.info = opened.info  # EXIF and XMP, by which it is turned
+    with suppress(Exception):  # of a damaged block
+        image = ImageOps.exif_transpose(image)
+    return np.array(_to_rgb(image))
 
 
 def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -98,15 +113,6 @@ def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
             return pixels, (header.height, header.width)
     pixels = read_rgb(path)
     return pixels, (pixels.shape[0], pixels.shape[1])
-
-
-def _turned(pixels: np.ndarray, content: bytes | bytearray) -> np.ndarray:
-    """The decoded pixels of a file, turned as it says."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    image.info = load_image(content, decode=False).info  # EXIF and XMP
-    return np.array(upright(image))
 
 
 def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
@@ -182,16 +188,6 @@ def _most_pixels() -> int:
     return int(given or MOST_PIXELS)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF or XMP says, where they say something sensible."""
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # of a damaged block
-        return image
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of Pillow to RGB; Pillow itself would clip what has more than 8 bits."""
     from PIL import Image
@@ -255,3 +251,53 @@ def _is_upright(block: bytes) -> bool:
         return exif.get(ORIENTATION, UPRIGHT) == UPRIGHT
     except Exception:  # a damaged block: whatever Pillow makes of it
         return False
+
+
+def evenly_spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them, evenly spread."""
+    count = min(len(items), most)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def next_usable(
+    load: Callable[[int], Sample], index: int, images: int
+) -> tuple[Sample, tuple[str, ...]]:
+    """What `load` makes of the image, or of the next one that can be used; and what was skipped.
+
+    load: raises ValueError, which names the image. Raises RuntimeError after MOST_IN_A_ROW.
+    """
+    skipped: list[str] = []
+    for offset in range(min(images, MOST_IN_A_ROW)):
+        try:
+            return load((index + offset) % images), tuple(skipped)
+        except ValueError as error:
+            skipped.append(str(error))
+    raise RuntimeError(f"{len(skipped)} images in a row cannot be used: {skipped[0]} ...")
+
+
+def too_many(unreadable: float, images: int) -> bool:
+    """Whether so many of the images are more than accidents."""
+    return unreadable > max(1.0, MOST_UNREADABLE * images)
+
+
+class Unreadable:
+    """What one process has met of them."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, None] = {}  # in order
+
+    def note(self, texts: Iterable[str]) -> None:
+        """Name each image once. texts: path and reason."""
+        for text in texts:
+            if text not in self.texts:
+                self.texts[text] = None
+                logger.warning("skipped an unreadable image: %s", text)
+
+    def check(self, unreadable: float, images: int) -> None:
+        """Raise RuntimeError if too many are unreadable, over all processes."""
+        if too_many(unreadable, images):
+            names = ", ".join(list(self.texts)[:5]) or "named by another process"
+            raise RuntimeError(
+                f"{unreadable:.0f} of {images} images are unreadable "
+                f"(more than {MOST_UNREADABLE:.0%}): {names}"
+            )

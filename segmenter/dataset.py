@@ -17,8 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from common.files import read_text, shortened
-from common.folders import relative_files
+from common.files import read_text, relative_files, shortened
 from common.formats import check_names, parsed_plain, read_yaml
 
 TRAIN, VAL = "train", "val"

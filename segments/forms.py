@@ -22,8 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from common.files import open_regular, path_below, read_bytes
-from common.folders import relative_files, walk
+from common.files import open_regular, path_below, read_bytes, relative_files, walk
 from common.images import load_image
 from segments.config import STORE_NAME
 from segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle

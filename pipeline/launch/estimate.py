@@ -12,8 +12,7 @@ from typing import Any
 
 import click
 
-from common.images import find_images
-from common.samples import evenly_spread
+from common.images import evenly_spread, find_images
 from common.terminal import duration
 from mae.check import PretrainFacts
 from mae.config import PretrainConfig
