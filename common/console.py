@@ -1,4 +1,4 @@
-"""How a program ends, and where its messages go."""
+"""How a program ends, where its messages go, and what a table looks like there."""
 
 import io
 import logging
@@ -69,6 +69,18 @@ def say(message: str, *, err: bool = False) -> None:
         click.echo(message, err=err)
     except BrokenPipeError:
         _turn_away(sys.stderr if err else sys.stdout)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Lines with columns of equal width; `right` are those that end alike."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def _open_standard_streams() -> None:

@@ -1,14 +1,12 @@
 """How far long work is: a bar on a terminal, plain lines now and then in a file."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from common.environment import PROGRESS_FILE, rank
 from common.files import write_json
@@ -20,29 +18,44 @@ SECONDS_PER_DRAWING, SECONDS_PER_LINE, SECONDS_PER_FILE = 0.1, 30.0, 2.0
 
 
 class Display:
-    """One line about one piece of work, drawn by whoever calls: forks and threads do not mix."""
+    """One line about one piece of work, and progress.json for whoever watches a step.
 
-    def __init__(self, total: float, *, seconds_per_line: float = SECONDS_PER_LINE) -> None:
+    Both are written by whoever calls: forks and threads do not mix.
+    """
+
+    def __init__(
+        self, total: float, path: Path | None, *, seconds_per_line: float = SECONDS_PER_LINE
+    ) -> None:
+        self.path = path
         self.seconds_per_line = seconds_per_line
-        self.shown = time.monotonic()
+        self._shown, self._written, self._stage = time.monotonic(), float("-inf"), ""
         # A total that is not known yet (0) has no bar.
-        self.bar = _make_bar(total) if sys.stderr.isatty() and total else None
+        self._bar = _make_bar(total) if sys.stderr.isatty() and total else None
 
-    def show(self, completed: float, text: str) -> None:
-        """Say it if it is time to."""
+    def show(self, completed: float, text: str, stage: str, **numbers: Any) -> None:
+        """Say where the work is, if it is time to; a new stage is written at once."""
         now = time.monotonic()
-        if now - self.shown < (SECONDS_PER_DRAWING if self.bar else self.seconds_per_line):
+        if stage != self._stage or now - self._written >= SECONDS_PER_FILE:
+            self._stage, self._written = stage, now
+            self.write("running", stage, **numbers)
+        if now - self._shown < (SECONDS_PER_DRAWING if self._bar else self.seconds_per_line):
             return
-        self.shown = now
-        if self.bar is None:
+        self._shown = now
+        if self._bar is None:
             logger.info("%s", text)
         else:
-            self.bar.update(self.bar.task_ids[0], completed=completed, text=text, refresh=True)
+            self._bar.update(self._bar.task_ids[0], completed=completed, text=text, refresh=True)
+
+    def write(self, state: str, stage: str, **numbers: Any) -> None:
+        """Say it in the file, now. state: running, done, stopped or failed."""
+        if self.path is not None:  # replaced whole, never half written
+            told = {"state": state, "pid": os.getpid(), "stage": stage, **numbers}
+            write_json(self.path, {**told, "updated": time.time()})
 
     def close(self) -> None:
         """Leave the last state on the screen."""
-        if self.bar is not None:
-            self.bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
 
 class Counter:
@@ -52,12 +65,12 @@ class Counter:
         self.what, self.total, self.unit = what, total, unit
         self.done = self.begun_with = done
         self.started = time.monotonic()
-        self.display = Display(total, seconds_per_line=10.0)
         # Set by the launcher of a plan. Processes beside the first do the same kind of work.
         path = os.environ.get(PROGRESS_FILE)
-        self.file = ProgressFile(Path(path)) if path and not rank() else None
+        file = Path(path) if path and not rank() else None
+        self.display = Display(total, file, seconds_per_line=10.0)
 
-    def __enter__(self) -> Counter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,9 +90,7 @@ class Counter:
             "stage": self.what, "done": self.done, "total": self.total, "unit": self.unit,
             "per_second": rate, "seconds_left": left,
         }  # fmt: skip
-        if self.file is not None:
-            self.file.update(**now)
-        self.display.show(self.done, count_text(now))
+        self.display.show(self.done, count_text(now), **now)
 
 
 def count_text(now: Mapping[str, Any]) -> str:
@@ -90,30 +101,26 @@ def count_text(now: Mapping[str, Any]) -> str:
     )
 
 
-class ProgressFile:
-    """progress.json of a step, for whoever watches it: replaced whole, never half written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stage, self._written = "", float("-inf")
-
-    def update(self, stage: str, **numbers: Any) -> None:
-        """Say where the work is, if it is time to; a new stage is said at once."""
-        now = time.monotonic()
-        if stage != self._stage or now - self._written >= SECONDS_PER_FILE:
-            self._stage, self._written = stage, now
-            self.write("running", stage, **numbers)
-
-    def write(self, state: str, stage: str, **numbers: Any) -> None:
-        """Say it now. state: running, done, stopped or failed."""
-        told = {"state": state, "pid": os.getpid(), "stage": stage, **numbers}
-        write_json(self.path, {**told, "updated": time.time()})
-
-
 def clock(seconds: float) -> str:
     """h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 48 s, 2 min 5 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    # Two digits say enough: nobody plans by the seconds of an hour.
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def _make_bar(total: float) -> Any:

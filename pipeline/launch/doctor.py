@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from common import cards
-from common.terminal import aligned
+from common.console import aligned
 from mae.check import PretrainFacts
 from pipeline.launch.estimate import kept_bytes
 from pipeline.launch.view import what_it_does

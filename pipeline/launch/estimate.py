@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from common.images import evenly_spread, find_images
-from common.terminal import duration
+from common.progress import duration
 from mae.check import PretrainFacts
 from mae.config import PretrainConfig
 from pipeline.launch.local import environment
