@@ -54,15 +54,12 @@ def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def text_size(sheet_width: int) -> int:
-    """How high text has to be, in pixels, on a sheet of this width."""
+    """The height of text in pixels."""
     return max(13, sheet_width // PHONE_SHARE)
 
 
 def save_png(image: Image.Image, path: Path, kind: str) -> None:
-    """Write a PNG that is there as a whole or not at all.
-
-    kind: the mark by which the command that made it may replace it (`common.files.is_marked`).
-    """
+    """Write a PNG whole or not at all. kind: the mark by which its command may replace it."""
     about = PngImagePlugin.PngInfo()
     about.add_text("Software", mark(kind))
     with replacing(path) as unfinished:
@@ -70,14 +67,14 @@ def save_png(image: Image.Image, path: Path, kind: str) -> None:
 
 
 def _text_strip(texts: Sequence[str], tile_width: int, width: int) -> Image.Image:
-    """One text above each tile, wrapped to its width."""
+    # One text above each tile, wrapped to its width.
     font = ImageFont.load_default(text_size(width))
     alphabet = "abcdefghijklmnopqrstuvwxyz 15 %"
     letters = max(4, int(0.9 * tile_width * len(alphabet) / font.getlength(alphabet)))  # of a line
-    wrapped = []
-    for text in texts:
-        lines = textwrap.wrap(shortened(text, 2 * letters), letters, max_lines=CAPTION_LINES)
-        wrapped.append("\n".join(lines))
+    wrapped = [
+        "\n".join(textwrap.wrap(shortened(text, 2 * letters), letters, max_lines=CAPTION_LINES))
+        for text in texts
+    ]
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     height = max(draw.multiline_textbbox((0, 0), text or " ", font=font)[3] for text in wrapped)
     strip = Image.new("RGB", (width, int(height) + 2 * GAP), BACKGROUND)

@@ -41,7 +41,8 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def lacks_to_compile() -> str:
-    """What is missing: torch.compile and Triton build pieces of C at run time, on a GPU too."""
+    """What is missing; empty: nothing."""
+    # torch.compile and Triton build pieces of C at run time, on a GPU, too.
     if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
         return "C compiler (gcc or clang)"
     header = Path(sysconfig.get_path("include")) / "Python.h"

@@ -25,10 +25,8 @@ NOTHING_WRITTEN = "nothing was written"
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Open a file to read it. Raises OSError, also for a pipe, a socket or a device.
-
-    Opening a pipe would otherwise wait for someone to write into it.
-    """
+    """Open a file to read it. Raises OSError, also for a pipe, a socket or a device."""
+    # Opening a pipe would otherwise wait for someone to write into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -88,9 +86,9 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         said = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(said, OSError):
             raise
+        remedy = "Make room and run the same command again"
         raise RuntimeError(
-            f"{path} cannot be written: {said.strerror or said}. Make room and run the same "
-            "command again"
+            f"{path} cannot be written: {said.strerror or said}. {remedy}"
         ) from error
 
 
@@ -107,10 +105,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def also_save_as(existing: Path, path: Path) -> None:
-    """Give a complete file a second name, without writing gigabytes twice where links work.
-
-    Files are only ever replaced, never changed, so that the two names do not disturb each other.
-    """
+    """Give a complete file a second name, without writing gigabytes twice where links work."""
+    # Files are only ever replaced, never changed: the two names do not disturb each other.
     with replacing(path) as second:
         try:
             second.hardlink_to(existing)

@@ -18,8 +18,6 @@ from typing_extensions import TypedDict  # typing's is not enough before Python 
 
 from common.files import read_text, shortened
 
-MOST_VALUES = 100_000  # aliases of lists of aliases would fill the memory
-
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file of `key: value` lines. Raises ValueError, in one line, for anything else."""
@@ -34,12 +32,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_value(text: str, what: str) -> Any:
     """What a text stands for as YAML. Raises ValueError that begins with `what`."""
     try:
-        # Two steps, of nodes and of values: nodes still tell an alias from what it stands for.
-        loader = _PlainLoader(text)
-        node = loader.get_single_node()
-        if _values_in(node, {}) > MOST_VALUES:
-            raise ValueError(f"it stands for more than {MOST_VALUES} values, by its aliases")
-        return None if node is None else loader.construct_document(node)
+        return yaml.load(text, _PlainLoader)
     except RecursionError:
         raise ValueError(f"{what}: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: an integer of a million digits
@@ -49,21 +42,15 @@ def parse_value(text: str, what: str) -> Any:
         raise ValueError(f"{what} is not YAML: {where}{reason}") from None
 
 
-def _values_in(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """How many values there are when every alias is written out; infinite for one of itself."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = float("inf")  # while its parts are counted: it may be one of them
-        parts = node.value
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
-    return known[id(node)]
-
-
 class _PlainLoader(yaml.SafeLoader):
     """YAML 1.2 as far as it matters: `off` and `24:00:00` stay words, `1e-3` is a number."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As PyYAML does, but without aliases: those of lists of aliases would fill the memory."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "write the value instead of *alias", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML does, but a key that stands twice is an error and not the last one's value."""
@@ -86,7 +73,6 @@ for _tag, _letters, _form in (
     ("int", list("-+0123456789"), r"[-+]?(?:0|[1-9][0-9]*)"),
     ("float", list("-+.0123456789"), r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))"
                                      r"(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
-    ("merge", ["<"], "<<"),
 ):  # fmt: skip
     _form_alone = re.compile(f"^(?:{_form})$")
     _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _form_alone, _letters)

@@ -33,10 +33,7 @@ MOST_UNREADABLE = 0.01  # share of the images; one image is forgiven in any case
 MOST_IN_A_ROW = 100
 MOST_PIXELS = 178_956_970  # as many as Pillow takes by itself
 MOST_PIXELS_VARIABLE = "SEGMAE_MAX_IMAGE_PIXELS"
-
-JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # markers before the size: baseline, extended, progressive
-JPEG_APP1, EXIF_START = 0xE1, b"Exif\0\0"
 ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)(\d)")
 GREY_OR_COLOUR = (1, 3)  # channels of a JPEG; four are CMYK
@@ -140,13 +137,13 @@ def load_image(
     """An image file by Pillow, first picture, as it lies in the file.
 
     draft: width and height; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if it stays
-    larger. decode: False for a look at size and mode only. Raises ValueError, which names the file
-    if `source` is its path.
+    larger. decode: False for a look at size and mode. Raises ValueError, which names a path.
     """
     from PIL import Image
 
-    name = f"{source} cannot be read as an image: " if isinstance(source, Path) else ""
-    content = read_bytes(source) if isinstance(source, Path) else source
+    name, content = "", source
+    if isinstance(source, Path):
+        name, content = f"{source} cannot be read as an image: ", read_bytes(source)
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     _most_pixels()  # a wrong limit is no damage of the image
     try:
@@ -175,10 +172,8 @@ def refuse_huge(height: int, width: int) -> None:
     """
     most = _most_pixels()
     if height * width > most:
-        raise ValueError(
-            f"it has {width} x {height} pixels, more than {most}; {MOST_PIXELS_VARIABLE}=N allows "
-            "more"
-        )
+        remedy = f"{MOST_PIXELS_VARIABLE}=N allows more"
+        raise ValueError(f"it has {width} x {height} pixels, more than {most}; {remedy}")
 
 
 def _most_pixels() -> int:
@@ -203,7 +198,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class JpegHeader:
     """Of a JPEG as it lies in the file: pixels, channels, and where its height stands, 2 bytes."""
 
@@ -215,24 +210,19 @@ class JpegHeader:
 
 
 def jpeg_header(content: bytes | bytearray) -> JpegHeader | None:
-    """What a JPEG states; None for any other file, and for one that does not end as it should.
-
-    Walks from marker to marker, much faster than Pillow.
-    """
-    if not content.startswith(JPEG_START) or JPEG_END not in content[-64:]:
+    """What a JPEG states; None for any other file, and for one that does not end as it should."""
+    # From marker to marker: much faster than Pillow.
+    if not content.startswith(b"\xff\xd8\xff") or b"\xff\xd9" not in content[-64:]:
         return None
-    at, upright = len(JPEG_START) - 1, True
+    at, upright = 2, True
     while at + 10 <= len(content) and content[at] == 0xFF:
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
         if marker in JPEG_FRAMES:
             height, width = (int.from_bytes(content[n : n + 2]) for n in (at + 5, at + 7))
             if height * width == 0:
                 return None
-            return JpegHeader(
-                height=height, width=width, channels=content[at + 9], height_at=at + 5,
-                is_upright=upright,
-            )  # fmt: skip
-        if marker == JPEG_APP1:
+            return JpegHeader(height, width, content[at + 9], at + 5, upright)
+        if marker == 0xE1:  # APP1: EXIF or XMP
             upright = upright and _is_upright(bytes(content[at + 4 : at + 2 + length]))
         at += 2 + length
     return None
@@ -240,7 +230,7 @@ def jpeg_header(content: bytes | bytearray) -> JpegHeader | None:
 
 def _is_upright(block: bytes) -> bool:
     """Whether an APP1 block does not turn the image: Pillow judges those that may."""
-    if not block.startswith(EXIF_START):
+    if not block.startswith(b"Exif\0\0"):
         turned = XMP_ORIENTATION.search(block)
         return turned is None or int(turned[1]) == UPRIGHT
     from PIL import Image
@@ -297,7 +287,5 @@ class Unreadable:
         """Raise RuntimeError if too many are unreadable, over all processes."""
         if too_many(unreadable, images):
             names = ", ".join(list(self.texts)[:5]) or "named by another process"
-            raise RuntimeError(
-                f"{unreadable:.0f} of {images} images are unreadable "
-                f"(more than {MOST_UNREADABLE:.0%}): {names}"
-            )
+            count = f"{unreadable:.0f} of {images} images"
+            raise RuntimeError(f"{count} are unreadable (more than {MOST_UNREADABLE:.0%}): {names}")

@@ -42,7 +42,7 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    """Who holds it, as far as the file tells; its holder may be about to write it."""
+    # As far as the file tells: its holder may be about to write it.
     try:
         holder = json.loads(path.read_text())
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']},"

@@ -127,9 +127,7 @@ def make(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: values[name] for name in fields if name in values})
 
 
-def groups_of(config: type) -> dict[str, Any]:
-    """The groups that a dataclass of groups is made of, by the names of its fields."""
-    return typing.get_type_hints(config)
+groups_of = typing.get_type_hints  # of a dataclass of groups: them by the names of its fields
 
 
 def older_values(*groups: type[OptionGroup]) -> dict[str, Any]:
@@ -368,7 +366,7 @@ def load_plugin(path: Path) -> None:
     name = f"segmae_plugin_{path.resolve()}"
     if name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(name, path) if path.suffix == ".py" else None
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"--plugin {path}: give a Python file")
     # Known before it runs, as any module is: pickle finds its classes by this name.
@@ -379,5 +377,4 @@ def load_plugin(path: Path) -> None:
     # It is the user's code: whatever it raises, the user can mend; an exit would look like success.
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--plugin {path}: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"--plugin {path}: {type(error).__name__}: {error}") from error
