@@ -1,15 +1,18 @@
 """Files: reading regular ones; writing beside, flushed, renamed, so that what exists is complete.
 
 An output never replaces an input: what is there already is only replaced by the command that made
-it, which is told by the first bytes of the file (see `mark`). And one walk, for all who list.
+it, which is told by the first bytes of the file (see `mark`). And one walk, for all who list; one
+lock, for one process at a time in an output directory.
 """
 
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 4096  # of a file, in which its mark stands
 UNFINISHED = ".segmae-part"  # whatever bears it is ours, and may be replaced
-LONGEST_NAME = 64  # about, of what is written into a folder
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # as Python has such bytes in a name
 NOTHING_WRITTEN = "nothing was written"
 
 
@@ -86,10 +89,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         said = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(said, OSError):
             raise
-        remedy = "Make room and run the same command again"
-        raise RuntimeError(
-            f"{path} cannot be written: {said.strerror or said}. {remedy}"
-        ) from error
+        text = f"{path} cannot be written: {said.strerror or said}. "
+        raise RuntimeError(text + "Make room and run the same command again") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -117,12 +118,9 @@ def also_save_as(existing: Path, path: Path) -> None:
 def check_output_folder(
     folder: Path, flag: str = "--output-dir", *, reads: Iterable[Path] = ()
 ) -> None:
-    """Raise ValueError unless the folder can be written to, or made. Makes nothing.
-
-    reads: folders of input; what is written must not become part of it.
-    """
+    """Raise ValueError unless the folder can be written to, or made, outside `reads`, the input."""
     with _refusing(flag, folder):
-        nearest = folder.absolute() / ("x" * LONGEST_NAME)
+        nearest = folder.absolute() / ("x" * 64)  # about what is written into it
         while not nearest.exists():
             nearest = nearest.parent
         _check_writable(nearest)
@@ -135,7 +133,7 @@ def check_output_file(
     path: Path, flag: str = "--out", *, reads: Iterable[Path] = (),
     is_own: Callable[[bytes], bool] | None = None, makes_folder: bool = False,
 ) -> None:  # fmt: skip
-    """Raise ValueError unless the file can be made, or replaced. Makes nothing.
+    """Raise ValueError unless the file can be made, or replaced.
 
     reads: files that the command reads: none is replaced, under whatever name. is_own: whether a
     file that is there, of which it gets the first bytes, was made by the same command; None: the
@@ -146,9 +144,7 @@ def check_output_file(
             _check_writable(path.absolute().parent)
         if path.is_dir():
             raise OSError("it is a folder; name a file")
-        for aside in (beside(path), beside(path, shared=True)):
-            if aside.is_dir():
-                raise OSError(f"{aside} is in the way")
+        beside(path, shared=True).exists()  # raises OSError for a name that is too long
         if not path.exists():
             return
         if not path.is_file():
@@ -197,15 +193,21 @@ def shortened(value: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
+def relative_files(folder: Path) -> set[str]:
+    """Regular files below a folder, at any depth, as relative posix paths; see `walk`."""
+    return {below + name for below, names in walk(folder) for name in names}
+
+
 def walk(
     folder: Path, enter: Callable[[str], bool] = lambda below: True
-) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Yields what each folder holds, by name, and where it is: "" or "below/folder/".
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields where each folder is, "" or "below/folder/", and the names of its files, sorted.
 
     Every real folder is visited once: links to folders come last, and lead nowhere if what they
-    name was visited by its own name. enter: asked about each folder before it is listed. Names
-    that are not UTF-8, pipes, sockets and devices are left out with a warning. Raises ValueError
-    for a folder that cannot be listed.
+    name was visited by its own name. A link to nothing is a file: whoever wants to read it will
+    name it. enter: asked about each folder before it is listed. Names that are not UTF-8, pipes,
+    sockets and devices are left out with a warning. Raises ValueError for a folder that cannot be
+    listed.
     """
     visited: set[tuple[int, int]] = set()
     left_out: list[str] = []
@@ -222,41 +224,61 @@ def walk(
                 entries = sorted(listed, key=lambda entry: entry.name)
         except OSError as error:
             raise ValueError(f"{path} cannot be listed: {error.strerror}") from None
-        left_out += [below + entry.name for entry in entries if not _is_usable(entry)]
-        entries = [entry for entry in entries if _is_usable(entry)]
-        yield below, entries
+        files = []
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                waiting.appendleft(f"{below}{entry.name}/")
-            elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112
+            is_file = entry.is_file(follow_symlinks=False)
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if is_link := entry.is_symlink():  # not by `entry`, which raises for one to itself
+                is_folder = os.path.isdir(entry.path)  # noqa: PTH112
+                is_file = os.path.isfile(entry.path) or not os.path.exists(entry.path)  # noqa: PTH110, PTH113
+            if not (is_file or is_folder) or NOT_UTF8.search(entry.name):
+                left_out.append(below + entry.name)
+            elif is_file:
+                files.append(entry.name)
+            elif is_link:
                 waiting.append(f"{below}{entry.name}/")
+            else:
+                waiting.appendleft(f"{below}{entry.name}/")
+        yield below, files
     if left_out:
         text = "%s: %d names are no regular files, or not UTF-8, and left out: %s"
         logger.warning(text, folder, len(left_out), ", ".join(map(shortened, left_out[:3])))
 
 
-def relative_files(folder: Path) -> set[str]:
-    """Regular files below a folder, at any depth, as relative posix paths; see `walk`.
+class LockedError(ValueError):
+    """Another process works in this output directory."""
 
-    A link to nothing is among them: whoever wants to read it will name it.
+
+@contextmanager
+def hold(path: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which stays, while the block runs; a killed process lets go of it.
+
+    Raises LockedError, which names the holder, if another process works in `folder`.
     """
-    return {
-        below + entry.name
-        for below, entries in walk(folder)
-        for entry in entries
-        if entry.is_file(follow_symlinks=False)
-        or (entry.is_symlink() and not os.path.isdir(entry.path))  # noqa: PTH112
-    }
+    from filelock import FileLock, Timeout  # slow to import, and needed by runs only
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The file is written to below: not through a link, and not over a file of somebody else's.
+    if os.path.lexists(path):
+        is_plain = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+        if not is_plain or path.read_bytes()[:1] not in (b"", b"{"):
+            raise ValueError(f"{path} is in the way: it is no lock of a run here; remove it")
+    try:  # What a killed process has just forked holds its lock until it has begun.
+        held = FileLock(path).acquire(timeout=1.0)
+    except Timeout:
+        raise LockedError(
+            f"{_holder(path)} already works in {folder}; wait for it, or use another --output-dir"
+        ) from None
+    with held:  # then the file is left: who waits for it would hold one that has no name
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
+        path.write_text(json.dumps(here))
+        yield
 
 
-def _is_usable(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a file or a folder, or a link to one or to nothing, with a name in UTF-8."""
+def _holder(path: Path) -> str:
+    # As far as the file tells: its holder may be about to write it.
     try:
-        entry.name.encode()
-    except UnicodeEncodeError:
-        return False
-    if not entry.is_symlink():
-        return entry.is_file() or entry.is_dir()
-    # Not by the entry, nor as a Path: both raise for what may not be looked at.
-    there = os.path.exists(entry.path)  # noqa: PTH110
-    return not there or os.path.isfile(entry.path) or os.path.isdir(entry.path)  # noqa: PTH112, PTH113
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

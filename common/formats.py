@@ -203,19 +203,13 @@ class Result(Scores):
     settings: dict[str, Any]
 
 
-class ImageScore(_Shape):
-    """The share of images whose class is told by their neighbours, in percent."""
-
-    accuracy: Percent
-
-
 class ProbeResult(_Shape):
     """result.json of `segmenter probe`: what was asked for, and what it depends on."""
 
     format_version: int
     linear: NotRequired[Scores]
     knn: NotRequired[Scores]
-    image_knn: NotRequired[ImageScore]
+    image_knn: NotRequired[dict[str, Positive]]  # "accuracy", in percent
     rankme: NotRequired[Positive]
     seed: Count
     seconds: dict[str, FiniteFloat]

@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # not every command that lists images opens some
     from PIL import Image
 
 Item = TypeVar("Item")
-Sample = TypeVar("Sample")
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +68,10 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def decode_rgb(content: bytes | bytearray) -> np.ndarray:
-    """All pixels of an image file's content.
+    """All pixels of an image file's content, without transparency; of several pictures the first.
 
-    Grey, palette and CMYK become RGB, transparency is dropped, of several pictures the first
-    counts; 16 bits become 8, and grey of no fixed range is stretched to 0-255. Raises ValueError
-    if it is damaged, no image, or of more than $SEGMAE_MAX_IMAGE_PIXELS.
+    16 bits become 8, and grey of no fixed range is stretched to 0-255. Raises ValueError if it is
+    damaged, no image, or of more than $SEGMAE_MAX_IMAGE_PIXELS.
     """
     header, pixels = jpeg_header(content), None
     if header is not None:
@@ -93,9 +91,9 @@ def decode_rgb(content: bytes | bytearray) -> np.ndarray:
 
 
 def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Pixels of an image, fewer of a large upright JPEG, and its own (height, width).
+    """Pixels of an image, and its own (height, width). Raises ValueError as `read_rgb`.
 
-    By that, neither side becomes shorter than `side` pixels. Raises ValueError as `read_rgb`.
+    A large upright JPEG has fewer pixels, but no side is shorter than `side`.
     """
     import simplejpeg
 
@@ -104,10 +102,8 @@ def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
     if header is not None and header.is_upright and min(header.height, header.width) >= 2 * side:
         with suppress(ValueError):  # `read_rgb` judges what is huge, damaged or of another kind
             refuse_huge(header.height, header.width)
-            pixels = simplejpeg.decode_jpeg(
-                content, "RGB", min_height=side, min_width=side, min_factor=2
-            )
-            return pixels, (header.height, header.width)
+            least = {"min_height": side, "min_width": side, "min_factor": 2}
+            return simplejpeg.decode_jpeg(content, "RGB", **least), (header.height, header.width)
     pixels = read_rgb(path)
     return pixels, (pixels.shape[0], pixels.shape[1])
 
@@ -141,11 +137,10 @@ def load_image(
     """
     from PIL import Image
 
-    name, content = "", source
-    if isinstance(source, Path):
-        name, content = f"{source} cannot be read as an image: ", read_bytes(source)
+    name = f"{source} cannot be read as an image: " if isinstance(source, Path) else ""
+    content = read_bytes(source) if isinstance(source, Path) else source
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
-    _most_pixels()  # a wrong limit is no damage of the image
+    refuse_huge(0, 0)  # a wrong limit is no damage of the image
     try:
         image = Image.open(io.BytesIO(content))
         refuse_huge(image.height, image.width)
@@ -170,17 +165,12 @@ def refuse_huge(height: int, width: int) -> None:
 
     Raises RuntimeError if the limit is no number.
     """
-    most = _most_pixels()
-    if height * width > most:
+    most = os.environ.get(MOST_PIXELS_VARIABLE) or str(MOST_PIXELS)
+    if not re.fullmatch("[0-9]{1,19}", most):
+        raise RuntimeError(f"{MOST_PIXELS_VARIABLE} is {shortened(most)}; give a whole number")
+    if height * width > int(most):
         remedy = f"{MOST_PIXELS_VARIABLE}=N allows more"
         raise ValueError(f"it has {width} x {height} pixels, more than {most}; {remedy}")
-
-
-def _most_pixels() -> int:
-    given = os.environ.get(MOST_PIXELS_VARIABLE, "")
-    if given and not (given.isascii() and given.isdecimal() and len(given) < 20):
-        raise RuntimeError(f"{MOST_PIXELS_VARIABLE} is {shortened(given)}; give a whole number")
-    return int(given or MOST_PIXELS)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -219,9 +209,8 @@ def jpeg_header(content: bytes | bytearray) -> JpegHeader | None:
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
         if marker in JPEG_FRAMES:
             height, width = (int.from_bytes(content[n : n + 2]) for n in (at + 5, at + 7))
-            if height * width == 0:
-                return None
-            return JpegHeader(height, width, content[at + 9], at + 5, upright)
+            header = JpegHeader(height, width, content[at + 9], at + 5, upright)
+            return header if height * width else None
         if marker == 0xE1:  # APP1: EXIF or XMP
             upright = upright and _is_upright(bytes(content[at + 4 : at + 2 + length]))
         at += 2 + length
@@ -250,8 +239,8 @@ def evenly_spread(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def next_usable(
-    load: Callable[[int], Sample], index: int, images: int
-) -> tuple[Sample, tuple[str, ...]]:
+    load: Callable[[int], Item], index: int, images: int
+) -> tuple[Item, tuple[str, ...]]:
     """What `load` makes of the image, or of the next one that can be used; and what was skipped.
 
     load: raises ValueError, which names the image. Raises RuntimeError after MOST_IN_A_ROW.
@@ -271,7 +260,7 @@ def too_many(unreadable: float, images: int) -> bool:
 
 
 class Unreadable:
-    """What one process has met of them."""
+    """The images that one process could not use."""
 
     def __init__(self) -> None:
         self.texts: dict[str, None] = {}  # in order

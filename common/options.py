@@ -40,6 +40,8 @@ MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
 MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms draw from
 Group = TypeVar("Group", bound="OptionGroup")
 
+groups_of = typing.get_type_hints  # of a dataclass of groups: they, by the names of its fields
+
 
 def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
     """A field of an `OptionGroup`; without `default` it has to be given. more: see `Field`."""
@@ -127,9 +129,6 @@ def make(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: values[name] for name in fields if name in values})
 
 
-groups_of = typing.get_type_hints  # of a dataclass of groups: them by the names of its fields
-
-
 def older_values(*groups: type[OptionGroup]) -> dict[str, Any]:
     """What each option counts as in a file that was written before it existed."""
     fields = fields_of(*groups).items()
@@ -154,12 +153,9 @@ def differences(
     older: what a setting counts as where the file does not have it, because an earlier version
     wrote it; a setting that `older` does not have either counts as None.
     """
-    known = {name: stored.get(name, older.get(name)) for name in wanted}
-    return [
-        f"{name}: {known[name]} -> {value}"
-        for name, value in wanted.items()
-        if _normal(known[name]) != _normal(value)
-    ]
+    pairs = {name: (stored.get(name, older.get(name)), wanted[name]) for name in wanted}
+    unlike = {name: (a, b) for name, (a, b) in pairs.items() if _normal(a) != _normal(b)}
+    return [f"{name}: {a} -> {b}" for name, (a, b) in unlike.items()]
 
 
 def check_same(
@@ -168,17 +164,16 @@ def check_same(
 ) -> None:  # fmt: skip
     """Raise ValueError naming the settings in which `what` differs from what is wanted."""
     if found := differences(stored, wanted, older):
-        shown = f"{'; '.join(found[:5])}{' ...' if len(found) > 5 else ''}"
+        shown = "; ".join(found[:5]) + " ..." * (len(found) > 5)
         raise ValueError(f"{what} was made with other settings ({shown}); {remedy}")
 
 
 def _normal(value: Any) -> Any:
     """Comparable: 15, 15.0 and "15" are one number, as records and command lines write them."""
-    value = plain(value)
-    if isinstance(value, list):
-        return [_normal(item) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _normal(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_normal(item) for item in value]
     try:
         return str(value) if isinstance(value, bool) else float(value)  # True is not 1
     except (TypeError, ValueError):  # None, or a word
@@ -188,8 +183,7 @@ def _normal(value: Any) -> Any:
 def as_arguments(*groups: OptionGroup, below: Mapping[str, Any] | None = None) -> list[str]:
     """The words of a command line that make these groups again.
 
-    Left out is what a process has by itself: the defaults, and what lies `below` the command line,
-    such as a recipe.
+    below: what lies below the command line, such as a recipe; it and the defaults are left out.
     """
     words: list[str] = []
     for group in groups:
@@ -201,8 +195,7 @@ def as_arguments(*groups: OptionGroup, below: Mapping[str, Any] | None = None) -
             if isinstance(value, bool):
                 words.append(field.flag if value else f"--no-{field.flag[2:]}")
             else:
-                several = value if isinstance(value, tuple) else (value,)
-                words += [field.flag, ",".join(map(str, several))]
+                words += [field.flag, ",".join(map(str, value)) if field.several else str(value)]
     return words
 
 
@@ -223,14 +216,12 @@ def _fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
             # The first is what a value is; then come None and words, as in `Path | Literal["x"]`.
             kind, *others = (part for part in parts if part is not types.NoneType)
             several = typing.get_origin(kind) is tuple
+            kind = typing.get_args(kind)[0] if several else kind
+            instead = tuple(word for literal in others for word in typing.get_args(literal))
             found[field.name] = Field(
-                name=field.name,
-                kind=typing.get_args(kind)[0] if several else kind,
-                several=several,
-                optional=types.NoneType in parts,
-                instead=tuple(word for literal in others for word in typing.get_args(literal)),
-                **field.metadata,
-            )
+                name=field.name, kind=kind, several=several, optional=types.NoneType in parts,
+                instead=instead, **field.metadata,
+            )  # fmt: skip
     return found
 
 
@@ -238,33 +229,28 @@ def _fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
 class Field:
     """One option, as its dataclass field declares it, and the judge of its values.
 
-    kind: its type; of a tuple, which is written with commas (`several`), the type of the items.
-    instead: words that may stand in the place of a value, as in `Path | Literal["random"]`.
     choices: the allowed words, where the type is not a Literal; asked when a value is judged, since
         plugins add some.
     at_least, above, at_most, below: the range of a number, or of each of several.
-    neutral: it decides speed or place, not what comes out.
-    older: what a file counts as that was written before this option existed.
-    memory: a lower number of it, or the switch, needs less of a device's memory.
     early: called with the value before any other option is judged: it may load what brings
         choices, or give a layer, such as a recipe, that lies below all that the user wrote.
     """
 
     name: str
-    kind: Any
+    kind: Any  # its type; of a tuple, which is written with commas (`several`), that of the items
     several: bool
     optional: bool
-    instead: tuple[str, ...]
+    instead: tuple[str, ...]  # of a value, as in `Path | Literal["random"]`
     help: str
     default: Any
-    older: Any
+    older: Any  # what a file counts as that was written before this option existed
     choices: Callable[[], Iterable[str]] | None = None
     at_least: float | None = None
     above: float = -LARGEST
     at_most: float | None = None
     below: float = LARGEST
-    neutral: bool = False
-    memory: bool = False
+    neutral: bool = False  # it decides speed or place, not what comes out
+    memory: bool = False  # a lower number of it, or the switch, needs less of a device's memory
     early: Callable[[Any], Layer | None] | None = None
 
     @property
@@ -293,8 +279,8 @@ class Field:
             return self._item(value)
         # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
         is_list = isinstance(value, list | tuple)
-        parts = value if is_list else [part.strip() for part in str(value).split(",")]
-        return tuple(self._item(part) for part in parts)
+        parts = value if is_list else map(str.strip, str(value).split(","))
+        return tuple(map(self._item, parts))
 
     def _item(self, value: Any) -> Any:
         if words := self.words():

@@ -23,11 +23,8 @@ class Display:
     Both are written by whoever calls: forks and threads do not mix.
     """
 
-    def __init__(
-        self, total: float, path: Path | None, *, seconds_per_line: float = SECONDS_PER_LINE
-    ) -> None:
-        self.path = path
-        self.seconds_per_line = seconds_per_line
+    def __init__(self, total: float, path: Path | None) -> None:
+        self.path, self.seconds_per_line = path, SECONDS_PER_LINE
         self._shown, self._written, self._stage = time.monotonic(), float("-inf"), ""
         # A total that is not known yet (0) has no bar.
         self._bar = _make_bar(total) if sys.stderr.isatty() and total else None
@@ -67,8 +64,8 @@ class Counter:
         self.started = time.monotonic()
         # Set by the launcher of a plan. Processes beside the first do the same kind of work.
         path = os.environ.get(PROGRESS_FILE)
-        file = Path(path) if path and not rank() else None
-        self.display = Display(total, file, seconds_per_line=10.0)
+        self.display = Display(total, Path(path) if path and not rank() else None)
+        self.display.seconds_per_line = 10.0
 
     def __enter__(self) -> Self:
         return self
@@ -86,19 +83,15 @@ class Counter:
         # What an earlier call did took no time of this one.
         rate = (self.done - self.begun_with) / max(time.monotonic() - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
-        now: dict[str, Any] = {
-            "stage": self.what, "done": self.done, "total": self.total, "unit": self.unit,
-            "per_second": rate, "seconds_left": left,
-        }  # fmt: skip
+        now: dict[str, Any] = {"stage": self.what, "done": self.done, "total": self.total}
+        now |= {"unit": self.unit, "per_second": rate, "seconds_left": left}
         self.display.show(self.done, count_text(now), **now)
 
 
 def count_text(now: Mapping[str, Any]) -> str:
     """A count as progress.json has it, in words."""
-    return (
-        f"{now['stage']}: {now['done']} of {now['total']} {now['unit']}, "
-        f"{now['per_second']:.1f}/s, {clock(now['seconds_left'])} left"
-    )
+    rate, left = f"{now['per_second']:.1f}/s", clock(now["seconds_left"])
+    return f"{now['stage']}: {now['done']} of {now['total']} {now['unit']}, {rate}, {left} left"
 
 
 def clock(seconds: float) -> str:
@@ -110,17 +103,14 @@ def clock(seconds: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds in words: 48 s, 2 min 5 s, 12 min, 3 h 20 min, 2 d 4 h."""
     # Two digits say enough: nobody plans by the seconds of an hour.
+    minutes, hours = round(seconds / 60), round(seconds / 60) // 60
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 600:
         return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-    minutes = round(seconds / 60)
     if minutes < 90:
         return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _make_bar(total: float) -> Any:

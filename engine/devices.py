@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from common import cards
 from common.environment import lacks_to_compile, number_of
-from common.lock import hold
+from common.files import hold
 from common.step_files import LOCK
 from engine.config import DeviceConfig, OutputConfig, TrainingConfig
 

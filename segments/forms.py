@@ -86,8 +86,7 @@ def _folder_form(root: Path) -> type[SegmentFolder] | None:
     if not os.path.isdir(root):  # noqa: PTH112
         return None
     # The first file that tells decides; a whole walk could take minutes.
-    for _, entries in walk(root):
-        names = [entry.name for entry in entries]
+    for _, names in walk(root):
         for form in (PngTableFolder, PngMetadataFolder):
             if form.table in names:
                 return form

@@ -135,4 +135,4 @@ def test_ranks_that_are_no_numbers_do_not_hide_the_error(world, capsys, monkeypa
     monkeypatch.setenv("RANK", "first")
     monkeypatch.setenv("WORLD_SIZE", "all")
     words = [*train_words(world), "--epochs", "0"]
-    check(Case("ranks", words, "--epochs is 0"), world, capsys)
+    check(Case("ranks", words, "--epochs is .0"), world, capsys)
