@@ -48,21 +48,14 @@ def command(
     own: Mapping[str, Any] | None = None,
     **groups: type[OptionGroup],
 ) -> Callable[[Callable[..., Any]], click.Command]:
-    """Decorator: a command of `parent` with these groups; click's own decorators may follow it.
-
-    own: values that lie below all others, of a command that is another with other defaults.
-    """
+    """Decorator: a command of `parent` with these groups. own: other defaults than theirs."""
     return parent.command(
         name, cls=OptionCommand, groups=groups, own=own or {}, context_settings=CONTEXT
     )
 
 
 def dry_run(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: --dry-run, which answers a question in place of the work; `kinds`: which ones.
-
-    check: whether the work could begin, options, paths and checkpoints included. time: seconds of
-    some real steps, as JSON. Neither writes anything.
-    """
+    """Decorator: --dry-run, which answers a question in place of the work; `kinds`: which ones."""
     text = "check: judge everything, write nothing."
     text += " time: time some steps, too, and print seconds as JSON." if "time" in kinds else ""
     metavar = f"[{'|'.join(kinds)}]"
@@ -70,10 +63,9 @@ def dry_run(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class OptionCommand(click.Command):
-    """A command whose options are groups; its function gets them, made, as keyword arguments.
+    """A command whose options are groups; its function gets them, made, as keyword arguments."""
 
-    Click only collects the words: `make_all` judges them, with those of --config, in one way.
-    """
+    # Click only collects the words: `make_all` judges them, with those of --config, in one way.
 
     def __init__(
         self, *, groups: Mapping[str, type[OptionGroup]], own: Mapping[str, Any], **more: Any

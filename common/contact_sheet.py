@@ -6,6 +6,7 @@ save_png(contact_sheet(rows, titles=("image", "seen"), tile_width=240), path, "s
 
 import textwrap
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +45,10 @@ def contact_sheet(
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures one below the other, from the left, as wide as the widest."""
-    size = max(picture.width for picture in pictures), sum(picture.height for picture in pictures)
-    sheet = Image.new("RGB", size, BACKGROUND)
-    top = 0
-    for picture in pictures:
+    heights = [0, *accumulate(picture.height for picture in pictures)]
+    sheet = Image.new("RGB", (max(picture.width for picture in pictures), heights[-1]), BACKGROUND)
+    for picture, top in zip(pictures, heights, strict=False):
         sheet.paste(picture, (0, top))
-        top += picture.height
     return sheet
 
 

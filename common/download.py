@@ -15,8 +15,7 @@ from common.progress import Counter
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 2**20
-TIMEOUT_SECONDS = 60
+CHUNK, TIMEOUT_SECONDS = 2**20, 60
 ATTEMPTS_WITHOUT_PROGRESS = 4  # per address
 FIRST_PAUSE_SECONDS = 0.2
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416

@@ -203,11 +203,9 @@ def walk(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yields where each folder is, "" or "below/folder/", and the names of its files, sorted.
 
-    Every real folder is visited once: links to folders come last, and lead nowhere if what they
-    name was visited by its own name. A link to nothing is a file: whoever wants to read it will
-    name it. enter: asked about each folder before it is listed. Names that are not UTF-8, pipes,
-    sockets and devices are left out with a warning. Raises ValueError for a folder that cannot be
-    listed.
+    Links to folders come last, and lead nowhere if what they name was visited by its own name. A
+    link to nothing is a file: whoever wants to read it will name it. enter: asked about each folder
+    before it is listed. Raises ValueError for a folder that cannot be listed.
     """
     visited: set[tuple[int, int]] = set()
     left_out: list[str] = []
@@ -251,10 +249,7 @@ class LockedError(ValueError):
 
 @contextmanager
 def hold(path: Path, folder: Path) -> Iterator[None]:
-    """Hold the lock file `path`, which stays, while the block runs; a killed process lets go of it.
-
-    Raises LockedError, which names the holder, if another process works in `folder`.
-    """
+    """Hold the lock file `path`, which stays, while the block runs; or LockedError, at once."""
     from filelock import FileLock, Timeout  # slow to import, and needed by runs only
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,9 +261,8 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
     try:  # What a killed process has just forked holds its lock until it has begun.
         held = FileLock(path).acquire(timeout=1.0)
     except Timeout:
-        raise LockedError(
-            f"{_holder(path)} already works in {folder}; wait for it, or use another --output-dir"
-        ) from None
+        remedy = "wait for it, or use another --output-dir"
+        raise LockedError(f"{_holder(path)} already works in {folder}; {remedy}") from None
     with held:  # then the file is left: who waits for it would hold one that has no name
         here = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         path.write_text(json.dumps(here))

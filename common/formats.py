@@ -7,7 +7,7 @@ are the shapes of the files by which a step's own part and the plan meet.
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -90,28 +90,18 @@ def check_names(given: Collection[str], known: Collection[str], what: str) -> No
 
 def plain(value: Any) -> Any:
     """A value as YAML and JSON know it: paths as text, tuples as lists."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return json.loads(json.dumps(value, default=str))
 
 
 def read_json(path: Path, shape: Any) -> Any:
-    """A JSON file's content as `shape` has it. Raises ValueError that names the file.
-
-    A missing file raises FileNotFoundError.
-    """
+    """A JSON file's content as `shape` has it. Raises FileNotFoundError, or a ValueError."""
     if not path.exists():  # often no error: it is not written yet
         raise FileNotFoundError(2, "No such file or directory", str(path))
     return parsed_text(read_text(path), shape, str(path))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a log.txt; none if there is no file. A last line cut by a kill is dropped.
-
-    Raises ValueError that names file and line for anything else.
-    """
+    """The epochs of a log.txt; none if there is no file. Raises ValueError for a damaged one."""
     records = list(read_json_lines(path, LogRecord)) if path.exists() else []
     for number, record in enumerate(records, start=1):
         if not isinstance(record.get("epoch"), int):
@@ -120,11 +110,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json_lines(path: Path, shape: Any) -> Iterator[Any]:
-    """The lines of a file that is appended to; a last line that a kill has cut is left out.
-
-    Raises ValueError that names file and line.
-    """
-    # What stands behind the last line break is not whole, or nothing.
+    """The lines of a file that is appended to. Raises ValueError that names file and line."""
+    # What stands behind the last line break is nothing, or what a kill has cut.
     *lines, _ = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
         yield parsed_text(line, shape, f"{path}:{number}")
@@ -154,9 +141,7 @@ def parsed_text(text: str | bytes, shape: Any, source: str) -> Any:
         raise ValueError(f"{source} is damaged: {_said(error)}") from None
 
 
-@lru_cache
-def _adapter(shape: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(shape)
+_adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(TypeAdapter)
 
 
 def _said(error: ValidationError) -> str:
@@ -232,10 +217,9 @@ class StepProgress(_Shape, total=False):
 
 
 def rle_annotation(height: int, width: int, counts: bytes) -> dict[str, Any]:
-    """One segment of an image of height x width pixels, from COCO's compressed run lengths.
+    """One segment, from COCO's compressed run lengths, as Segment Anything's `amg.py` writes it.
 
-    As Segment Anything's `amg.py` writes it (https://cocodataset.org/#format-data). area: in
-    pixels. bbox: x, y, width, height. The code has to be sound, which nothing checks here.
+    area: in pixels. bbox: x, y, width, height (https://cocodataset.org/#format-data).
     """
     from pycocotools import mask as coco_rle  # whoever plans with this need not load it
 

@@ -42,10 +42,7 @@ EXTRANEOUS, FEW_BYTES = re.compile(r"(\d+) extraneous bytes before marker"), 64
 
 
 def find_images(folder: Path) -> list[str]:
-    """Image files below a folder, at any depth, as sorted posix paths relative to it.
-
-    Links to folders are followed. Raises ValueError if the folder is missing or holds no image.
-    """
+    """Image files below a folder, at any depth, as sorted posix paths; ValueError if none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; images are expected there")
     found = sorted(
@@ -109,12 +106,9 @@ def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
-    """The pixels as they lie in the file; None if only Pillow knows this kind.
-
-    Raises ValueError for damage, which Pillow passes over: it fills what is missing with grey.
-    """
     import simplejpeg
 
+    # Damage, which Pillow passes over (it fills what is missing with grey), is a ValueError.
     try:
         return simplejpeg.decode_jpeg(content, "RGB", strict=True)
     except ValueError as error:
@@ -124,7 +118,7 @@ def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
         return simplejpeg.decode_jpeg(content, "RGB", strict=False)
     if said.startswith(("Corrupt JPEG", "Premature end")):
         raise ValueError(said)
-    return None
+    return None  # only Pillow may know this kind
 
 
 def load_image(
@@ -161,10 +155,7 @@ def load_image(
 
 
 def refuse_huge(height: int, width: int) -> None:
-    """Raise ValueError for an image of more pixels than allowed: decoding it may take all memory.
-
-    Raises RuntimeError if the limit is no number.
-    """
+    """Raise ValueError for an image of more pixels than allowed; RuntimeError for a wrong limit."""
     most = os.environ.get(MOST_PIXELS_VARIABLE) or str(MOST_PIXELS)
     if not re.fullmatch("[0-9]{1,19}", most):
         raise RuntimeError(f"{MOST_PIXELS_VARIABLE} is {shortened(most)}; give a whole number")

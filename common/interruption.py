@@ -84,10 +84,8 @@ def _write(stream: int, message: str) -> None:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """For loader processes: a signal to the whole group must not end them before the step is done.
-
-    They end with their parent, even one that is killed. See also `end_children`.
-    """
+    """For loader processes: they end with their parent only, even one that is killed."""
+    # A signal to the whole group must not end them before the step is done.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -72,13 +72,6 @@ class Layer:
     values: Mapping[str, Any]
     source: str = ""
 
-    def judged(self, field: Field) -> Any:
-        """The value of a field. Raises ValueError that names the file."""
-        try:
-            return field.judge(self.values[field.name])
-        except ValueError as error:
-            raise ValueError(f"{self.source}: {error}" if self.source else error) from None
-
 
 def read_layer(path: Path, groups: Iterable[type[OptionGroup]]) -> Layer:
     """A YAML file of options, in either spelling. Raises ValueError for a name that is none."""
@@ -98,8 +91,10 @@ def make_all(groups: Mapping[str, type[OptionGroup]], layers: Iterable[Layer]) -
     # Early ones first, by what was written of them alone: all others may depend on what they bring.
     for name, field in fields_of(*groups.values()).items():
         if field.early is not None:
-            given = [layer.judged(field) for layer in layers if layer.values.get(name) is not None]
-            value = [field.default, *given][-1]
+            alone = [
+                Layer({name: la.values[name]}, la.source) for la in layers if name in la.values
+            ]
+            value = merge(groups.values(), alone).get(name, field.default)
             below = None if value is None else field.early(value)
             layers = layers if below is None else [below, *layers]
     values = merge(groups.values(), layers)
@@ -115,7 +110,10 @@ def merge(groups: Iterable[type[OptionGroup]], layers: Iterable[Layer]) -> dict[
             # A recipe holds more than a probe asks for; an empty line of YAML says nothing.
             if name not in fields or (value is None and not fields[name].optional):
                 continue
-            judged = layer.judged(fields[name])
+            try:
+                judged = fields[name].judge(value)
+            except ValueError as error:
+                raise ValueError(f"{layer.source}: {error}" if layer.source else error) from None
             merged[name] = merged.get(name, {}) | judged if fields[name].is_mapping else judged
     return merged
 

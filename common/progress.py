@@ -5,8 +5,9 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from common.environment import PROGRESS_FILE, rank
 from common.files import write_json
@@ -18,11 +19,9 @@ SECONDS_PER_DRAWING, SECONDS_PER_LINE, SECONDS_PER_FILE = 0.1, 30.0, 2.0
 
 
 class Display:
-    """One line about one piece of work, and progress.json for whoever watches a step.
+    """One line about one piece of work, and progress.json for whoever watches a step."""
 
-    Both are written by whoever calls: forks and threads do not mix.
-    """
-
+    # Written by whoever calls, not by a thread: forks and threads do not mix.
     def __init__(self, total: float, path: Path | None) -> None:
         self.path, self.seconds_per_line = path, SECONDS_PER_LINE
         self._shown, self._written, self._stage = time.monotonic(), float("-inf"), ""
@@ -55,7 +54,7 @@ class Display:
             self._bar.stop()
 
 
-class Counter:
+class Counter(AbstractContextManager["Counter"]):
     """Counts `unit`s of work that come one after the other. Use as a context manager."""
 
     def __init__(self, what: str, *, total: int, done: int = 0, unit: str = "images") -> None:
@@ -66,9 +65,6 @@ class Counter:
         path = os.environ.get(PROGRESS_FILE)
         self.display = Display(total, Path(path) if path and not rank() else None)
         self.display.seconds_per_line = 10.0
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.display.close()
