@@ -42,16 +42,11 @@ PATH = PathArgument()
 
 
 def command(
-    parent: click.Group,
-    name: str | None = None,
-    *,
-    own: Mapping[str, Any] | None = None,
+    parent: click.Group, name: str | None = None, *, own: Mapping[str, Any] | None = None,
     **groups: type[OptionGroup],
-) -> Callable[[Callable[..., Any]], click.Command]:
+) -> Callable[[Callable[..., Any]], click.Command]:  # fmt: skip
     """Decorator: a command of `parent` with these groups. own: other defaults than theirs."""
-    return parent.command(
-        name, cls=OptionCommand, groups=groups, own=own or {}, context_settings=CONTEXT
-    )
+    return parent.command(name, cls=OptionCommand, groups=groups, own=own or {})
 
 
 def dry_run(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -70,7 +65,7 @@ class OptionCommand(click.Command):
     def __init__(
         self, *, groups: Mapping[str, type[OptionGroup]], own: Mapping[str, Any], **more: Any
     ) -> None:
-        super().__init__(**more)
+        super().__init__(context_settings=CONTEXT, **more)
         self.groups, self.own = groups, own
         self.titles = {f: group.title for group in groups.values() for f in fields_of(group)}
         text = "YAML file of `option: value` lines; the command line wins."

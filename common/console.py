@@ -50,11 +50,10 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
 
 
 def _report(message: str, code: int) -> int:
-    if message.startswith("Caught "):  # torch: an error of a loader process, with its traceback
-        message = message.strip().splitlines()[-1].partition(": ")[2]
     lines = message.strip().splitlines()
-    if len(lines) > MOST_LINES:
-        message = "\n".join([*lines[: MOST_LINES - 1], "..."])
+    if message.startswith("Caught "):  # torch: an error of a loader process, with its traceback
+        lines = [lines[-1].partition(": ")[2]]
+    message = "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."])
     with suppress(OSError, ValueError):  # nobody may be listening; the exit code says it, too
         click.echo(f"{f'process {rank()}: ' if rank() else ''}Error: {message}", err=True)
     return code
@@ -70,14 +69,9 @@ def say(message: str, *, err: bool = False) -> None:
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Lines with columns of equal width; `right` are those that end alike."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{'>' if i in right else '<'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 def _open_standard_streams() -> None:

@@ -70,10 +70,8 @@ def _text_strip(texts: Sequence[str], tile_width: int, width: int) -> Image.Imag
     font = ImageFont.load_default(text_size(width))
     alphabet = "abcdefghijklmnopqrstuvwxyz 15 %"
     letters = max(4, int(0.9 * tile_width * len(alphabet) / font.getlength(alphabet)))  # of a line
-    wrapped = [
-        "\n".join(textwrap.wrap(shortened(text, 2 * letters), letters, max_lines=CAPTION_LINES))
-        for text in texts
-    ]
+    texts = [shortened(text, 2 * letters) for text in texts]
+    wrapped = ["\n".join(textwrap.wrap(t, letters, max_lines=CAPTION_LINES)) for t in texts]
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     height = max(draw.multiline_textbbox((0, 0), text or " ", font=font)[3] for text in wrapped)
     strip = Image.new("RGB", (width, int(height) + 2 * GAP), BACKGROUND)

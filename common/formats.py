@@ -57,9 +57,8 @@ class _PlainLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is given twice", key.start_mark
-                )
+                text, mark = f"{key.value} is given twice", key.start_mark
+                raise yaml.constructor.ConstructorError(None, None, text, mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 

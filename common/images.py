@@ -45,11 +45,8 @@ def find_images(folder: Path) -> list[str]:
     """Image files below a folder, at any depth, as sorted posix paths; ValueError if none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; images are expected there")
-    found = sorted(
-        path
-        for path in relative_files(folder)
-        if path.lower().endswith(IMAGE_SUFFIXES) and not path.rpartition("/")[2].startswith(".")
-    )
+    images = (path for path in relative_files(folder) if path.lower().endswith(IMAGE_SUFFIXES))
+    found = sorted(path for path in images if not path.rpartition("/")[2].startswith("."))
     if not found:
         raise ValueError(f"no image below {folder} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return found

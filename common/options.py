@@ -91,9 +91,7 @@ def make_all(groups: Mapping[str, type[OptionGroup]], layers: Iterable[Layer]) -
     # Early ones first, by what was written of them alone: all others may depend on what they bring.
     for name, field in fields_of(*groups.values()).items():
         if field.early is not None:
-            alone = [
-                Layer({name: la.values[name]}, la.source) for la in layers if name in la.values
-            ]
+            alone = [Layer({name: x.values[name]}, x.source) for x in layers if name in x.values]
             value = merge(groups.values(), alone).get(name, field.default)
             below = None if value is None else field.early(value)
             layers = layers if below is None else [below, *layers]
@@ -135,12 +133,8 @@ def older_values(*groups: type[OptionGroup]) -> dict[str, Any]:
 
 def decisive_values(*groups: OptionGroup) -> dict[str, Any]:
     """The options that decide what comes out, in plain values; those of speed and place are not."""
-    return {
-        name: plain(getattr(group, name))
-        for group in groups
-        for name, field in fields_of(type(group)).items()
-        if not field.neutral
-    }
+    decide = [(g, f.name) for g in groups for f in fields_of(type(g)).values() if not f.neutral]
+    return {name: plain(getattr(group, name)) for group, name in decide}
 
 
 def differences(
