@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # torchrun, Slurm and a terminal pass one request on twice; a person takes longer.
@@ -28,13 +28,11 @@ class Interruption:
         self._signals, self._notice, self._ends_process = signals, notice, ends_process
 
     def __enter__(self) -> Self:
-        self._previous: list[tuple[int, Any]] = [
-            (n, signal.signal(n, self._note)) for n in self._signals
-        ]
+        self._previous = {n: signal.signal(n, self._note) for n in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
