@@ -17,20 +17,11 @@ from common.files import check_output_file, check_output_folder, is_marked
 from common.images import IMAGE_SUFFIXES, find_images
 from common.options import MOST_PROCESSES, OptionGroup, option
 from segments.check import check
-from segments.config import (
-    GENERATORS,
-    PERCENT,
-    PRESETS,
-    FelzenszwalbSettings,
-    SamSettings,
-    made_for,
-)  # fmt: skip
+from segments.config import GENERATORS, PERCENT, PRESETS, SamSettings, made_for
 from segments.forms import open_any_form
-from segments.generate import Generator, Shard, generate, images_by_key
+from segments.generate import Generator, Shard, estimate_price, generate, images_by_key
 from segments.pack import merge, pack, unpack
-from segments.price import estimate_price
-from segments.store import segment_key
-from segments.writing import Summary
+from segments.store import Summary, segment_key
 
 PICTURE = "segments"  # the kind that `inspect` draws
 
@@ -62,9 +53,7 @@ class _PackOptions(OptionGroup):
 class _GenerateOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path = option("Folder of images, at any depth.")
-    val_dir: Path | None = option(
-        "Folder of held-out images, into the same store: their keys begin with val/.", None
-    )
+    val_dir: Path | None = option("The same of held-out images: their keys begin with val/.", None)
     out: Path = option("The packed store to write, such as masks.sqlite.")
     shard: str | None = option(
         "Part I, from 0, of N, written I/N. Default: what torchrun or Slurm says.", None
@@ -78,10 +67,9 @@ class _InspectOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
     coverage_ratio: tuple[float, ...] | None = option(
-        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.",
-        None,
+        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.", None,
         **PERCENT,
-    )
+    )  # fmt: skip
     against: Path | None = option("Also compare what is chosen with that of these segments.", None)
     out: Path = option("Writes OUT.png.", Path("segments"))
 
@@ -126,33 +114,20 @@ def merge_command(shards: tuple[Path, ...], options: _MergeOptions) -> int:
     return _report(merge(shards, **vars(options)))
 
 
+def _report(summary: Summary) -> int:
+    say(
+        f"{summary.out}: {summary.images} images with segments, {summary.without} known to have "
+        f"none, {summary.left_out} damaged and left out; {summary.already_there} were done before"
+    )
+    return EXIT_STOPPED if summary.interrupted else 0
+
+
 @masks.group("generate", context_settings=CONTEXT)
 def generators() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-def _add_generator(name: str, group: type[SamSettings] | type[FelzenszwalbSettings]) -> None:
-    """A command of its own, so that --help shows the options that it has."""
-    text = "Without weights or a GPU: regions of similar colour, at several scales."
-    own: dict[str, str] = {}
-    groups: dict[str, Any] = {"options": _GenerateOptions, "settings": group}
-    if group is FelzenszwalbSettings:
-        groups["speed"] = _Speed  # a GPU has one process
-    elif preset := PRESETS.get(name):
-        # `sam` with another default, below --config and the command line.
-        own = {"model": preset.model}
-        text = f"{preset.model}, {preset.parameters}M parameters, {preset.licence}."
-    else:
-        text = "Any checkpoint that `transformers` can load for mask generation."
-    made = command(generators, name, own=own, **groups)
-    made(_generate).help = text
-
-
-def _generate(
-    options: _GenerateOptions,
-    settings: SamSettings | FelzenszwalbSettings,
-    speed: _Speed | None = None,
-) -> int:
+def _generate(options: _GenerateOptions, settings: Any, speed: _Speed | None = None) -> int:
     # What is cheap to refuse comes before a model is loaded.
     check_output_file(options.out)
     if options.out.suffix.lower() in IMAGE_SUFFIXES:
@@ -171,13 +146,24 @@ def _generate(
     processes = speed.processes if speed else None
     if options.estimate:
         price = estimate_price(images, generator, processes=processes)
-        say(json.dumps(vars(price)) if options.json else price.text())
+        say(json.dumps(vars(price)) if options.json else str(price))
         return 0
     return _report(generate(images, options.out, generator, shard=shard, processes=processes))
 
 
+# Each generator is a command of its own, so that --help shows the options that it has.
 for _name, _group in GENERATORS.items():
-    _add_generator(_name, _group)
+    _text = "Any checkpoint that `transformers` can load for mask generation."
+    _groups: dict[str, Any] = {"options": _GenerateOptions, "settings": _group}
+    _own: dict[str, str] = {}
+    if _group is not SamSettings:
+        _text = "Without weights or a GPU: regions of similar colour, at several scales."
+        _groups["speed"] = _Speed  # a GPU has one process
+    elif _preset := PRESETS.get(_name):
+        # `sam` with another default, below --config and the command line.
+        _own = {"model": _preset.model}
+        _text = f"{_preset.model}, {_preset.parameters}M parameters, Apache-2.0."
+    command(generators, _name, own=_own, **_groups)(_generate).help = _text
 
 
 @command(masks, "inspect", options=_InspectOptions, speed=_Speed)
@@ -205,8 +191,7 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     compared = compare(source, other, ratios, processes=speed.processes) if other else {}
     for what, value in (describe(statistics, ratios) | compared).items():
         say(f"{what + ':':28}{value}")
-    missing = found.keys() - source.images() - source.listed_empty()
-    if missing:
+    if missing := found.keys() - source.images() - source.listed_empty():
         say(f"{len(missing)} images have no segments and no list says so: {min(missing)} ...")
     title = f"Segments in {masks_dir.resolve().name} ({source.name})"
     save_png(draw(statistics, source, found, ratios, title), picture, PICTURE)
@@ -228,11 +213,3 @@ def check_command(in1k_dir: Path, options: _CheckOptions, speed: _Speed) -> int:
     for line in sorted(offenders)[:5]:
         say(line)
     return EXIT_FAILED if offenders else 0
-
-
-def _report(summary: Summary) -> int:
-    say(
-        f"{summary.out}: {summary.images} images with segments, {summary.without} known to have "
-        f"none, {summary.left_out} damaged and left out; {summary.already_there} were done before"
-    )
-    return EXIT_STOPPED if summary.interrupted else 0

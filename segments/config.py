@@ -4,13 +4,18 @@ Free of torch, so that `benchmark.py` plans with it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from common.made_alike import check_same
-from common.options import OptionGroup, fields_of, older_values, option
-from common.yamlfile import plain
+from common.options import (  # fmt: skip
+    OptionGroup,
+    as_arguments,
+    decisive_values,
+    older_values,
+    option,
+)
 
 STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
 VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
@@ -23,10 +28,9 @@ class Preset(NamedTuple):
 
     model: str
     parameters: int
-    licence: str = "Apache-2.0"
 
 
-# With licences that allow any use; SAM 3, which has one of its own, goes by `sam --model`.
+# All under Apache-2.0; SAM 3, which has a licence of its own, goes by `sam --model`.
 PRESETS = {
     "sam-base": Preset("facebook/sam-vit-base", 94),
     "sam-large": Preset("facebook/sam-vit-large", 312),
@@ -44,10 +48,9 @@ class _CoverageSettings(OptionGroup):
     """For which coverage ratios segments are made."""
 
     for_coverage: tuple[float, ...] = option(
-        "Make only the segments nearest to these coverages, percent. Default: all segments.",
-        (),
+        "Make only the segments nearest to these coverages, percent. Default: all segments.", (),
         **PERCENT,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,7 @@ class SamSettings(_CoverageSettings):
     stability_score_thresh: float = option(
         "Least overlap of a mask cut above and below the cutoff.", 0.95, **SHARE
     )
-    stability_score_offset: float = option(
-        "How far above and below it is cut, in logits.", 1.0, at_least=0
-    )
+    stability_score_offset: float = option("How far off it is cut, in logits.", 1.0, at_least=0)
     box_nms_thresh: float = option(
         "Of two boxes that overlap more, the one of lower quality is dropped.", 0.7, **SHARE
     )
@@ -80,9 +81,7 @@ class SamSettings(_CoverageSettings):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto: bf16 on GPUs that have it, fp16 on others, fp32 on a CPU.", "auto"
     )
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto: a GPU if there is one.", "auto", neutral=True
-    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto: a GPU if any.", "auto", neutral=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,22 +102,16 @@ class FelzenszwalbSettings(_CoverageSettings):
         "Images are shrunk to it first, in pixels; the time grows with its square.", 144,
         at_least=16, older=256,
     )  # fmt: skip
-    min_coverage: float = option(
-        "Smaller segments are dropped, in percent of the image.", 0.5, **PERCENT
-    )
-    max_coverage: float = option(
-        "Larger segments are dropped, in percent of the image.", 90.0, **PERCENT
-    )
+    min_coverage: float = option("Drop segments that cover less, percent.", 0.5, **PERCENT)
+    max_coverage: float = option("Drop segments that cover more, percent.", 90.0, **PERCENT)
     duplicate_iou: float = option(
         "Of two segments that overlap more, the later is dropped.", 0.85, **SHARE
     )
 
     def __post_init__(self) -> None:
         if self.min_coverage >= self.max_coverage:
-            raise ValueError(
-                f"--min-coverage {self.min_coverage:g} has to be below --max-coverage "
-                f"{self.max_coverage:g}"
-            )
+            low, high = self.min_coverage, self.max_coverage
+            raise ValueError(f"--min-coverage {low:g} has to be below --max-coverage {high:g}")
 
 
 # By the names of their commands; a store keeps "sam" or "felzenszwalb".
@@ -131,12 +124,7 @@ GENERATORS: dict[str, type[SamSettings] | type[FelzenszwalbSettings]] = {
 
 def as_stored(generator: str, settings: OptionGroup, **resolved: Any) -> dict[str, Any]:
     """What a store keeps of its making: each option that decides what comes out."""
-    # What is neutral, such as the device, changes no segment by more than rounding.
-    decisive = {
-        name: plain(getattr(settings, name))
-        for name, field in fields_of(type(settings)).items()
-        if not field.spec.neutral
-    }
+    decisive = decisive_values(settings)
     ratios = union(decisive["for_coverage"])
     return {"generator": generator, **decisive, "for_coverage": ratios, **resolved}
 
@@ -155,16 +143,13 @@ def command_of(
     settings: Mapping[str, Any], images: Path, out: Path, val_dir: Path | None = None
 ) -> str:
     """The command that makes a store of folders of images with these settings."""
-    generator = str(settings["generator"])
-    parts = [f"python -m segments generate {generator} --images {images} --out {out}"]
-    parts += [f"--val-dir {val_dir}"] if val_dir else []
+    name = str(settings["generator"])
+    words = [name, "--images", images, "--out", out, *(["--val-dir", val_dir] if val_dir else [])]
+    group: Any = GENERATORS[name]
+    kept = {f.name: settings[f.name] for f in fields(group) if f.name in settings}
+    made = group(**{n: tuple(v) if isinstance(v, list) else v for n, v in kept.items()})
     # Defaults are left out, so that people read what is special.
-    for name, field in fields_of(GENERATORS[generator]).items():
-        value = settings.get(name, plain(field.default))
-        if value != plain(field.default):
-            shown = ",".join(f"{item:g}" for item in value) if isinstance(value, list) else value
-            parts.append(f"{field.flag} {shown}")
-    return " ".join(parts)
+    return " ".join(map(str, ["python -m segments generate", *words, *as_arguments(made)]))
 
 
 def check_made_alike(
@@ -179,7 +164,7 @@ def check_made_alike(
         stored = {**stored, "for_coverage": wanted["for_coverage"]}
     # Stores that were packed from files have no generator, and no settings.
     group = GENERATORS.get(str(wanted.get("generator")))
-    older = older_values(group or OptionGroup)
+    older = older_values(group) if group else {}
     every = {**dict.fromkeys(stored), **older, **wanted}
     remedy = "use those, remove it, or name another --out"
     check_same(stored, every, older, what=str(path), remedy=remedy)

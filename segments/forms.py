@@ -10,7 +10,6 @@ the pixels; a file that states another is reported. Training reads the packed st
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import re
@@ -18,13 +17,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NotRequired
 
 import numpy as np
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
 
-from common.files import open_regular, path_below, read_bytes
+from common.files import path_below, read_bytes
 from common.folders import relative_files, walk
 from common.images import load_image
+from common.parsed import read_json
 from segments.config import STORE_NAME
 from segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle
 from segments.store import PackedStore
@@ -33,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 EMPTY_LIST = "emptyfiles.txt"
 IMAGENET_NAME = re.compile(r"^(n\d{8})_\d+$")
-MOST_AREA = 1e15  # pixels; what states more states nothing
 # A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
 COVERAGE_TOLERANCE = 0.01
 
@@ -84,25 +85,26 @@ def _store_path(path: Path) -> Path:
 
 
 def _folder_form(root: Path) -> type[SegmentFolder] | None:
-    if not os.path.isdir(root):  # noqa: PTH112
-        return None
-    # The first file that tells decides; a whole walk could take minutes.
-    for _, entries in walk(root):
-        names = [entry.name for entry in entries]
-        for form in (PngTableFolder, PngMetadataFolder):
-            if form.table in names:
-                return form
-        if any(name.endswith(JsonFolder.suffix) and name[0] != "." for name in names):
-            return JsonFolder
+    if os.path.isdir(root):  # noqa: PTH112
+        # The first file that tells decides; a whole walk could take minutes.
+        for _, entries in walk(root):
+            names = [entry.name for entry in entries]
+            for form in (PngTableFolder, PngMetadataFolder):
+                if form.table in names:
+                    return form
+            if any(map(_is_json, names)):
+                return JsonFolder
     return None
 
 
 class SegmentFolder:
-    """What the forms share."""
+    """What the forms share: each image has one file that lists its segments."""
 
     name: str
+    ending: str  # of that file's path, behind the image's key
+    bytes_of_none: int  # a file that lists no segment is not longer
+    states_pixels = True  # it states coverages in pixels, not in percent
     settings: ClassVar[Mapping[str, Any]] = {}  # how they were made is not known
-    states_pixels = True  # a file states coverages in pixels, not in percent
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -122,9 +124,11 @@ class SegmentFolder:
 
         report: told about stated coverages that are not those of the pixels.
         """
-        found = []
+        file, found = self.root / f"{key}{self.ending}", []
         try:
-            for segment, what, stated in self._read(key):
+            if not file.exists():
+                return []
+            for segment, what, stated in self._read(file):
                 found.append(segment)
                 counted, pixels = segment.coverage_percent, segment.height * segment.width
                 percent = 100 * stated / pixels if stated and self.states_pixels else stated
@@ -134,104 +138,89 @@ class SegmentFolder:
                         f"{counted:.3f} %; the pixels count"
                     )
             return ordered(found)
-        except FileNotFoundError:
-            return []
         except (OSError, ValueError) as error:
             inside = str(error).startswith(str(self.root))
-            raise ValueError(f"{'' if inside else f'{self.root / key}: '}{error}") from None
+            raise ValueError(f"{'' if inside else f'{file}: '}{error}") from None
 
     @cached_property
     def _scanned(self) -> dict[str, bool]:
         """For every image that has a file: whether it holds no segment."""
-        return dict(self._scan())
+        return {key: self._is_empty(self.root / f"{key}{self.ending}") for key in self._keys()}
 
-    def _scan(self) -> Iterable[tuple[str, bool]]:
-        # A million files: by listing, and only what is small enough to be empty is opened.
+    def _is_empty(self, file: Path) -> bool:
+        try:  # of a million files only what is small enough is opened
+            return file.stat().st_size <= self.bytes_of_none and not any(self._read(file))
+        except (OSError, ValueError):
+            return False  # damaged: it is named when it is read
+
+    def _keys(self) -> Iterable[str]:
+        """Of the images that have a file, by listing: there may be a million."""
         raise NotImplementedError
 
-    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
-        """Segments, where each comes from, and the coverage that is stated there.
-
-        Raises FileNotFoundError if the image has no file.
-        """
+    def _read(self, file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+        """Segments, where each comes from, and the coverage that is stated there."""
         raise NotImplementedError
+
+
+class _Annotation(TypedDict):
+    segmentation: Any  # see `segment_from_rle`
+    area: NotRequired[FiniteFloat]  # in pixels
+
+
+class _Annotations(TypedDict):  # of SA-1B
+    annotations: list[_Annotation]
 
 
 class JsonFolder(SegmentFolder):
     """One JSON file per image: `amg.py --convert-to-rle` or SA-1B."""
 
-    name = "RLE JSON"
-    suffix = ".json"
-    bytes_of_one_segment = 400  # a shorter file may be SA-1B's header without a segment
+    name, ending = "RLE JSON", ".json"
+    bytes_of_none = 400  # SA-1B's header; a segment takes more
 
-    def _scan(self) -> Iterable[tuple[str, bool]]:
-        for path in relative_files(self.root):
-            if path.endswith(self.suffix) and not path.rpartition("/")[2].startswith("."):
-                yield path.removesuffix(self.suffix), self._is_empty(self.root / path)
+    def _keys(self) -> Iterable[str]:
+        paths = relative_files(self.root)
+        return [p.removesuffix(self.ending) for p in paths if _is_json(p.rpartition("/")[2])]
 
-    def _is_empty(self, path: Path) -> bool:
-        try:
-            return path.stat().st_size < self.bytes_of_one_segment and not _annotations(path)
-        except (OSError, ValueError):
-            return False  # damaged: it is named when it is read
-
-    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
-        path = self.root / f"{key}{self.suffix}"
-        for number, entry in enumerate(_annotations(path)):
+    def _read(self, file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+        content = read_json(file, list[_Annotation] | _Annotations)
+        entries = content["annotations"] if isinstance(content, dict) else content
+        for number, entry in enumerate(entries):
+            what = f"{file}: entry {number}"
             try:
                 segment = segment_from_rle(entry["segmentation"])
-            except (TypeError, KeyError):
-                raise ValueError(f"{path}: entry {number} has no segmentation") from None
             except ValueError as error:
-                raise ValueError(f"{path}: entry {number} is damaged: {error}") from None
-            area = entry.get("area")
-            stated = area if isinstance(area, int | float) and abs(area) < MOST_AREA else None
-            yield segment, f"{path}: entry {number}", stated
+                raise ValueError(f"{what} is damaged: {error}") from None
+            yield segment, what, entry.get("area")
 
 
-def _annotations(path: Path) -> list[Any]:
-    """The entries of a file. Raises ValueError if it is damaged."""
-    try:
-        with open_regular(path) as file:
-            content = json.loads(file.read())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one, too
-        raise ValueError(f"{path}: not JSON, or cut short: {error}") from None
-    annotations = content.get("annotations") if isinstance(content, dict) else content
-    if not isinstance(annotations, list):
-        raise ValueError(f"{path}: neither a list of segments nor SA-1B's annotations")
-    return annotations
+def _is_json(name: str) -> bool:
+    return name.endswith(JsonFolder.ending) and not name.startswith(".")
 
 
 class PngFolder(SegmentFolder):
     """One folder per image: a PNG per segment, and a table that lists them."""
 
     table: str  # its file name
-    bytes_of_header: int  # a table that is not longer lists nothing
 
-    def _scan(self) -> Iterable[tuple[str, bool]]:
-        found: dict[str, bool] = {}
+    def _keys(self) -> Iterable[str]:
+        found: list[str] = []
 
         def enter(below: str) -> bool:
-            try:
-                size = (self.root / below / self.table).stat().st_size
-            except OSError:
-                return True
-            found[below.removesuffix("/")] = size <= self.bytes_of_header
-            return False  # the hundred PNGs beside a table are not listed
+            if os.path.exists(self.root / below / self.table):  # noqa: PTH110  (as above)
+                found.append(below.removesuffix("/"))
+                return False  # the hundred PNGs beside a table are not listed
+            return True
 
         for _ in walk(self.root, enter):
             pass
-        return found.items()
+        return found
 
-    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
-        table = self.root / key / self.table
-        with open_regular(table) as file:
-            lines = file.read().decode(errors="replace").splitlines()
-        for path, stated in self._listed(table, lines):
+    def _read(self, file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+        for path, stated in self._listed(file, read_bytes(file).decode(errors="replace")):
             pixels = np.asarray(load_image(path).convert("L"))  # anything but 0 = inside
             yield segment_from_pixels(pixels), str(path), stated
 
-    def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float]]:
+    def _listed(self, table: Path, text: str) -> Iterable[tuple[Path, float]]:
         """The PNGs of an image, each with the coverage that is stated."""
         raise NotImplementedError
 
@@ -239,13 +228,12 @@ class PngFolder(SegmentFolder):
 class PngTableFolder(PngFolder):
     """PNGs and a `table.txt`: a line `<coverage percent> <file>` per segment."""
 
-    name = "PNGs with table.txt"
-    table = "table.txt"
+    name, table, ending = "PNGs with table.txt", "table.txt", "/table.txt"
     states_pixels = False
-    bytes_of_header = 2
+    bytes_of_none = 2
 
-    def _listed(self, table: Path, lines: list[str]) -> Iterator[tuple[Path, float]]:
-        for number, line in enumerate(lines, 1):
+    def _listed(self, table: Path, text: str) -> Iterator[tuple[Path, float]]:
+        for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
                 try:
                     percent, name = line.split(maxsplit=1)
@@ -260,23 +248,21 @@ class PngTableFolder(PngFolder):
 class PngMetadataFolder(PngFolder):
     """PNGs and a `metadata.csv`, as `amg.py` writes them."""
 
-    name = "SAM PNGs with metadata.csv"
-    table = "metadata.csv"
-    bytes_of_header = 150  # amg.py's has 142 characters, and a row at least 26
+    name, table, ending = "SAM PNGs with metadata.csv", "metadata.csv", "/metadata.csv"
+    bytes_of_none = 150  # amg.py's header has 142 characters, and a row at least 26
 
-    def _listed(self, table: Path, lines: list[str]) -> list[tuple[Path, float]]:
+    def _listed(self, table: Path, text: str) -> list[tuple[Path, float]]:
         try:
-            rows = list(csv.DictReader(lines))
+            rows = list(csv.DictReader(text.splitlines()))
             if any(None in row.values() for row in rows):
                 raise ValueError
             listed = [(table.parent / f"{int(row['id'])}.png", float(row["area"])) for row in rows]
         except (ValueError, KeyError, TypeError, csv.Error):
             raise ValueError(f"{table}: not the metadata.csv of amg.py, or cut short") from None
         # amg.py lists every PNG it writes, so one that is not listed tells of a lost line.
-        names = {path.name for path, _ in listed}
-        there = {name for name in os.listdir(table.parent) if name.endswith(".png")}  # noqa: PTH208
-        if names and there - names:
-            raise ValueError(f"{table}: does not list {min(there - names)}; it was cut short")
+        there = {path for path in table.parent.iterdir() if path.suffix == ".png"}
+        if unlisted := listed and there - {path for path, _ in listed}:
+            raise ValueError(f"{table}: does not list {min(unlisted).name}; it was cut short")
         return listed
 
 

@@ -50,7 +50,6 @@ class _Image:
     fills: tuple[float, float]
     points: Tensor
     searches: list[Search]
-    weights: Tensor | None = None  # see `pixel_weights`
 
     @property
     def finished(self) -> bool:
@@ -69,6 +68,8 @@ class Sam:
         self.batch_size = options.batch_size
         self.device = _choose_device(options.device)
         self.precision = _choose_precision(options.precision, self.device)
+        dtype = LOW_PRECISION.get(self.precision)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
         self.settings = as_stored(self.name, options, precision=self.precision)
         self.processor, model = _load(options.model)
         self.model = model.eval().to(self.device)
@@ -78,16 +79,10 @@ class Sam:
         self.read_side = max(dict(self.processor.size).values())
         self.tally: Counter[str] = Counter()
 
+    @torch.inference_mode()
     def segments(self, given: Sequence[InputImage]) -> list[list[Segment]]:
         """Segments of each image, the smallest first."""
-        with torch.inference_mode():
-            images, features = self.encode(given)
-            self._search(images, features)
-            self.tally["images"] += len(images)
-            return [self.run_lengths(image) for image in images]
-
-    def _search(self, images: list[_Image], features: dict[str, Any]) -> None:
-        """Show the decoder points of all images together, until each image is finished."""
+        images, features = self.encode(given)
         # An image is judged after every `size` points. Where others are finished it takes their
         # places in the decoder's batch, too, but is judged in the same steps: it ends as if alone.
         size = max(1, self.options.points_per_batch // self.batch_size)
@@ -103,13 +98,15 @@ class Sam:
             self.tally["points"] += points.shape[0] * points.shape[1]
             # Most images are finished by a few points: the others get their places.
             active, visited = [n for n in active if not images[n].finished], until
+        self.tally["images"] += len(images)
+        return [self.run_lengths(image) for image in images]
 
     def encode(self, given: Sequence[InputImage]) -> tuple[list[_Image], dict[str, Any]]:
         """The images, and what the decoder needs of them: tensors [B, ...], or lists of those."""
         arrays = [image.pixels for image in given]
         inputs = self.processor(images=arrays, return_tensors="pt", device=self.device)
         pixels = inputs["pixel_values"].to(self.device)  # [B, 3, side, side]
-        with self._autocast():
+        with self.autocast:
             features = self.model.get_image_embeddings(pixels)
         names = ("image_embeddings", "intermediate_embeddings")  # SAM-HQ has both
         named = zip(names, features if isinstance(features, tuple) else (features,), strict=False)
@@ -139,7 +136,7 @@ class Sam:
     def decode(self, features: dict[str, Any], points: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, 3P, h, w] and predicted quality [B, 3P] at points [B, P, 2]."""
         labels = torch.ones(*points.shape[:2], 1, dtype=torch.int64, device=self.device)
-        with self._autocast():
+        with self.autocast:
             output = self.model(
                 input_points=points[:, :, None].to(self.device),
                 input_labels=labels,
@@ -170,10 +167,8 @@ class Sam:
         ratios = [search.ratio for search in searches]
         if None in ratios or not len(logits):
             return torch.ones(len(ratios), len(logits), dtype=torch.bool, device=self.device)
-        if image.weights is None:
-            low = logits.shape[1], logits.shape[2]
-            image.weights = pixel_weights(image.size, low, image.fills).to(self.device)
-        bounds = coverage_bounds(logits, image.weights)
+        weights = pixel_weights(image.size, (logits.shape[1], logits.shape[2]), image.fills)
+        bounds = coverage_bounds(logits, weights.to(self.device))
         return torch.stack([search.possible(*bounds) for search in searches])
 
     def _measured(
@@ -219,10 +214,6 @@ class Sam:
         )
         return full[0][:, 0]
 
-    def _autocast(self) -> torch.autocast:
-        dtype = LOW_PRECISION.get(self.precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
 
 def _count(inside: Tensor) -> Tensor:
     """Pixels inside each of [K, H, W] bool, [K]."""
@@ -267,16 +258,14 @@ def _load(name: str) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise ValueError(
-            "`generate sam` needs the optional package transformers: pip install transformers, "
-            "or use `generate felzenszwalb`"
+            "`generate sam` needs this: pip install transformers; `generate felzenszwalb` does not"
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--model {name} cannot be loaded (a folder, or a name on the hub): {reason}"
-        ) from None
+        what = "cannot be loaded (a folder, or a name on the hub)"
+        raise ValueError(f"--model {name} {what}: {reason}") from None
     # Judged before gigabytes of weights are downloaded.
     if type(config) not in transformers.MODEL_FOR_MASK_GENERATION_MAPPING:
         known = transformers.models.auto.modeling_auto.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
@@ -287,8 +276,7 @@ def _load(name: str) -> tuple[Any, Any]:
     model, loaded = transformers.AutoModelForMaskGeneration.from_pretrained(
         name, key_mapping=NAMES_OF_WEIGHTS.get(config.model_type), output_loading_info=True
     )
-    missing = loaded["missing_keys"]
-    if missing:  # transformers would go on with random weights
+    if missing := loaded["missing_keys"]:  # transformers would go on with random weights
         raise ValueError(
             f"--model {name} lacks {len(missing)} weights for mask generation: {min(missing)} ..."
         )

@@ -8,10 +8,9 @@ Each ratio searches by itself, so that adding one later chooses what both at onc
 Shapes: K candidates, h x w pixels of the decoder's masks, H x W of the image.
 """
 
-from __future__ import annotations
-
 import zlib
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ class Candidates(NamedTuple):
     quality: Tensor  # [K] as the model predicts it
     coverage: Tensor  # [K] float64, percent of the image, counted from its pixels
 
-    def take(self, chosen: Tensor) -> Candidates:
+    def take(self, chosen: Tensor) -> Self:
         """Some of them, by number or as a [K] bool."""
-        return Candidates(*(values[chosen] for values in self))
+        return type(self)(*(values[chosen] for values in self))
 
 
 def join(parts: list[Candidates]) -> Candidates:
@@ -61,33 +60,31 @@ class Search:
 
     def add(self, candidates: Candidates) -> None:
         """Take those that were possible."""
-        if len(candidates.quality):
-            self.parts.append(candidates)
-            if self.ratio is not None:
-                self._choose(self.ratio)
+        if not len(candidates.quality):
+            return
+        self.parts.append(candidates)
+        if self.ratio is None:
+            return
+        # The nearest that is no duplicate, the smaller on a tie: every candidate so far competes.
+        self.parts = [found := join(self.parts)]
+        kept = nms(found.boxes, found.quality, self.overlap).tolist()
+        # Numbers of Python: one copy from the device, and exact comparisons.
+        percent = found.coverage.tolist()
+        order = [(abs(each - self.ratio), each, number) for number, each in enumerate(percent)]
+        nearest = min(order[number] for number in kept)
+        self.changed = nearest != min(order)
+        self.distance = nearest[0]
+        self.chosen = torch.tensor(nearest[2:], device=found.quality.device)
+        self.finished = self.distance <= self.tolerance
 
     def result(self) -> Candidates | None:
         """All distinct segments, or the nearest one; None: there is none."""
         if not self.parts:
             return None
         found = join(self.parts)
-        if self.ratio is None:
-            self.chosen = nms(found.boxes, found.quality, self.overlap)
-        assert self.chosen is not None
+        if self.chosen is None:
+            return found.take(nms(found.boxes, found.quality, self.overlap))
         return found.take(self.chosen)
-
-    def _choose(self, ratio: float) -> None:
-        """Find the nearest one that is no duplicate; the smaller on a tie."""
-        self.parts = [found := join(self.parts)]  # every candidate so far competes
-        kept = nms(found.boxes, found.quality, self.overlap).tolist()
-        # Numbers of Python: one copy from the device, and exact comparisons.
-        percent = found.coverage.tolist()
-        order = [(abs(each - ratio), each, number) for number, each in enumerate(percent)]
-        nearest = min(order[number] for number in kept)
-        self.changed = nearest != min(order)
-        self.distance = nearest[0]
-        self.chosen = torch.tensor(nearest[2:], device=found.quality.device)
-        self.finished = self.distance <= self.tolerance
 
 
 def visiting_order(side: int, key: str) -> Tensor:
@@ -115,16 +112,14 @@ def coverage_bounds(logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return 100 * (least * weights).sum((1, 2)), 100 * (most * weights).sum((1, 2))
 
 
+@lru_cache(64)  # images of one size are many
 def pixel_weights(size: tuple[int, int], low: tuple[int, int], fills: tuple[float, ...]) -> Tensor:
     """[h, w] float: the share of the image's H x W pixels above each pixel of the decoder's.
 
     fills: how much of the decoder's rows and columns the image takes up; the rest is padding.
     """
-    rows, columns = (
-        torch.bincount(
-            ((torch.arange(pixels) + 0.5) / pixels * (few * share)).long(), minlength=few
-        )
-        / pixels
-        for pixels, few, share in zip(size, low, fills, strict=True)
-    )
-    return rows[:, None] * columns
+    shares = []  # of the rows, and of the columns
+    for pixels, few, share in zip(size, low, fills, strict=True):
+        below = ((torch.arange(pixels) + 0.5) / pixels * (few * share)).long()
+        shares.append(torch.bincount(below, minlength=few) / pixels)
+    return shares[0][:, None] * shares[1]

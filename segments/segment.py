@@ -9,10 +9,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pycocotools import mask as coco_rle
+from pydantic import Field
+from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
+
+from common.parsed import parsed
 
 # Characters of COCO's code, the last one not announcing another. pycocotools reads past the end of
 # anything else.
@@ -46,10 +50,9 @@ class Segment:
 
 def segment_from_pixels(inside: np.ndarray) -> Segment:
     """Encode [H, W]; anything but 0 is inside."""
-    height, width = inside.shape
     rle = coco_rle.encode(np.asfortranarray(inside != 0, dtype=np.uint8))
-    percent = 100 * int(np.count_nonzero(inside)) / (height * width)
-    return Segment(height=height, width=width, coverage_percent=percent, counts=rle["counts"])
+    height, width = inside.shape
+    return segment_from_counts(height, width, rle["counts"])
 
 
 def segment_from_flips(flips: np.ndarray, height: int, width: int) -> Segment:
@@ -60,36 +63,31 @@ def segment_from_flips(flips: np.ndarray, height: int, width: int) -> Segment:
     flips = flips[: np.searchsorted(flips, height * width)]  # the end of the image is none
     # Runs outside and inside in turn; the first is outside, if need be 0 long.
     runs = np.diff(flips, prepend=0, append=height * width)
-    percent = 100 * int(runs[1::2].sum()) / (height * width)
-    counts = _compressed(runs.tolist(), height, width)
-    return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
+    return segment_from_rle({"size": [height, width], "counts": runs.tolist()})
 
 
-def _compressed(runs: list[int], height: int, width: int) -> bytes:
-    rle = {"size": [height, width], "counts": runs}
-    return bytes(coco_rle.frPyObjects(rle, height, width)["counts"])
+# COCO's C code would wrap others.
+_Side = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Run = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class Rle(TypedDict):
+    """COCO's code of an image's segment: height and width; compressed text or run lengths."""
+
+    size: Annotated[list[_Side], Field(min_length=2, max_length=2)]
+    counts: str | list[_Run]
 
 
 def segment_from_rle(segmentation: Any) -> Segment:
-    """Read COCO's `{"size": [height, width], "counts": ...}`, compressed text or run lengths.
-
-    Raises ValueError if it is anything else, or its runs do not fill the image.
-    """
-    try:
-        height, width = segmentation["size"]
-        counts = segmentation["counts"]
-    except (TypeError, KeyError, ValueError):
-        raise ValueError('it is no run-length code: {"size": [h, w], "counts": ...}') from None
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
-        raise ValueError(f"its size is {segmentation['size']}")
+    """Read an `Rle`. Raises ValueError if it is none, or its runs do not fill the image."""
+    rle = parsed(Rle, segmentation, "its run-length code")
+    (height, width), counts = rle["size"], rle["counts"]
     if isinstance(counts, str):
         return segment_from_counts(height, width, counts.encode("utf-8", "replace"))
-    # Judged before pycocotools' C code sees them: it would wrap what is negative or too large.
-    if isinstance(counts, list) and all(
-        isinstance(run, int) and 0 <= run <= height * width for run in counts
-    ):
-        return segment_from_counts(height, width, _compressed(counts, height, width))
-    raise ValueError("its counts are neither text nor a list of run lengths")
+    if sum(counts) != height * width:
+        raise ValueError(f"its runs cover {sum(counts)} pixels, its size is {height} x {width}")
+    compressed = coco_rle.frPyObjects(rle, height, width)["counts"]
+    return segment_from_counts(height, width, compressed)
 
 
 def segment_from_counts(height: int, width: int, counts: bytes) -> Segment:

@@ -117,7 +117,7 @@ def test_adding_a_ratio_can_be_killed_and_leaves_the_store_to_its_readers(
 
     with monkeypatch.context() as patch:
         patch.setattr(Sam, "segments", fail_later)
-        patch.setattr("segments.writing.SECONDS_PER_COMMIT", 0)
+        patch.setattr("segments.store.SECONDS_PER_COMMIT", 0)
         with pytest.raises(KeyboardInterrupt):
             make(out, 40.0)
     assert dump(out) == dump(made["15"][0])

@@ -15,8 +15,7 @@ from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
 from segments.generate import Shard, generate, images_by_key
 from segments.pack import merge, pack
-from segments.store import PackedStore
-from segments.writing import StoreWriter
+from segments.store import PackedStore, StoreWriter
 
 
 def felzenszwalb(**settings):

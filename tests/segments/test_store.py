@@ -16,8 +16,7 @@ from common.files import beside
 from segments.forms import open_any_form, open_segments
 from segments.pack import merge, pack, unpack
 from segments.segment import nearest
-from segments.store import PackedStore
-from segments.writing import StoreWriter
+from segments.store import PackedStore, StoreWriter
 
 RATIOS = [0, 2, 5, 15, 40, 100]
 WHOLE = {"overwrite": False, "allow_damaged": False, "processes": 1}
@@ -85,9 +84,9 @@ def test_equal_distances_choose_the_smaller(tmp_path, read_json):
 
 
 def kill_after(images, folder, out, seconds_per_commit):
-    from segments import writing
+    from segments import store
 
-    writing.SECONDS_PER_COMMIT = seconds_per_commit
+    store.SECONDS_PER_COMMIT = seconds_per_commit
     add, added = StoreWriter.add, []
 
     def add_or_die(self, image):
