@@ -19,7 +19,7 @@ from common.options import MOST_PROCESSES, OptionGroup, option
 from segments.check import check
 from segments.config import GENERATORS, PERCENT, PRESETS, SamSettings, made_for
 from segments.forms import open_any_form
-from segments.generate import Generator, Shard, estimate_price, generate, images_by_key
+from segments.generate import Generator, Shard, estimate_price, generate, images_by_key, price_text
 from segments.pack import merge, pack, unpack
 from segments.store import Summary, segment_key
 
@@ -146,7 +146,7 @@ def _generate(options: _GenerateOptions, settings: Any, speed: _Speed | None = N
     processes = speed.processes if speed else None
     if options.estimate:
         price = estimate_price(images, generator, processes=processes)
-        say(json.dumps(vars(price)) if options.json else str(price))
+        say(json.dumps(price) if options.json else price_text(price))
         return 0
     return _report(generate(images, options.out, generator, shard=shard, processes=processes))
 

@@ -13,18 +13,18 @@ import csv
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, NotRequired
+from typing import Any, ClassVar, NamedTuple, NotRequired
 
 import numpy as np
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
 
 from common.files import path_below, read_bytes
-from common.folders import relative_files, walk
+from common.folders import walk
 from common.images import load_image
 from common.parsed import read_json
 from segments.config import STORE_NAME
@@ -44,7 +44,7 @@ def form_of(path: Path) -> str:
     if os.path.isfile(_store_path(path)):  # noqa: PTH113  (Path's raises where it may not look)
         return PackedStore.name
     with suppress(ValueError):  # whoever opens them will say why
-        form = _folder_form(path)
+        form = _form_of_files(path)
         return form.name if form else "none"
     return "none"
 
@@ -71,43 +71,51 @@ def open_any_form(path: Path) -> AnyForm:
 
 def open_folder(root: Path) -> SegmentFolder:
     """Open segments that are kept as files, to pack them. Raises ValueError if there are none."""
-    form = _folder_form(root)
+    form = _form_of_files(root)
     if form is None:
         raise ValueError(
             f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, "
-            f"a folder with {PngMetadataFolder.table} or a folder with {PngTableFolder.table}"
+            "a folder with metadata.csv or a folder with table.txt"
         )
-    return form(root)
+    return SegmentFolder(root, form)
 
 
 def _store_path(path: Path) -> Path:
     return path / STORE_NAME if os.path.isdir(path) else path  # noqa: PTH112  (as above)
 
 
-def _folder_form(root: Path) -> type[SegmentFolder] | None:
+def _form_of_files(root: Path) -> Form | None:
     if os.path.isdir(root):  # noqa: PTH112
         # The first file that tells decides; a whole walk could take minutes.
         for _, entries in walk(root):
-            names = [entry.name for entry in entries]
-            for form in (PngTableFolder, PngMetadataFolder):
-                if form.table in names:
+            names = [f"/{entry.name}" for entry in entries if not entry.name.startswith(".")]
+            for form in FORMS:
+                if any(name.endswith(form.ending) for name in names):
                     return form
-            if any(map(_is_json, names)):
-                return JsonFolder
     return None
 
 
-class SegmentFolder:
-    """What the forms share: each image has one file that lists its segments."""
+class Form(NamedTuple):
+    """Files of segments, one for each image.
+
+    ending: of the file's path, behind the image's key. bytes_of_none: a file without segments is
+    not longer. read: yields a file's segments, where each comes from, and its stated coverage in
+    percent.
+    """
 
     name: str
-    ending: str  # of that file's path, behind the image's key
-    bytes_of_none: int  # a file that lists no segment is not longer
-    states_pixels = True  # it states coverages in pixels, not in percent
+    ending: str
+    bytes_of_none: int
+    read: Callable[[Path], Iterator[tuple[Segment, str, float | None]]]
+
+
+class SegmentFolder:
+    """A folder of such files."""
+
     settings: ClassVar[Mapping[str, Any]] = {}  # how they were made is not known
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, form: Form) -> None:
+        self.root, self.form, self.name = root, form, form.name
 
     def images(self) -> set[str]:
         """The keys of the images that have a segment, or a damaged file that should hold some."""
@@ -124,14 +132,13 @@ class SegmentFolder:
 
         report: told about stated coverages that are not those of the pixels.
         """
-        file, found = self.root / f"{key}{self.ending}", []
+        file, found = self.root / f"{key}{self.form.ending}", []
         try:
             if not file.exists():
                 return []
-            for segment, what, stated in self._read(file):
+            for segment, what, percent in self.form.read(file):
                 found.append(segment)
-                counted, pixels = segment.coverage_percent, segment.height * segment.width
-                percent = 100 * stated / pixels if stated and self.states_pixels else stated
+                counted = segment.coverage_percent
                 if percent is not None and abs(percent - counted) > COVERAGE_TOLERANCE:
                     report(
                         f"{what} is said to cover {percent:.3f} % of the image, its pixels are "
@@ -145,21 +152,26 @@ class SegmentFolder:
     @cached_property
     def _scanned(self) -> dict[str, bool]:
         """For every image that has a file: whether it holds no segment."""
-        return {key: self._is_empty(self.root / f"{key}{self.ending}") for key in self._keys()}
+        ending, keys = self.form.ending, []
+
+        def enter(below: str) -> bool:
+            key = below.removesuffix("/")
+            if ending.startswith("/") and os.path.exists(f"{self.root}/{key}{ending}"):  # noqa: PTH110
+                keys.append(key)
+                return False  # the hundred PNGs beside a table are not listed
+            return True
+
+        for below, entries in walk(self.root, enter):
+            names = [entry.name for entry in entries if not entry.name.startswith(".")]
+            keys += [below + name.removesuffix(ending) for name in names if name.endswith(ending)]
+        return {key: self._is_empty(self.root / f"{key}{ending}") for key in keys}
 
     def _is_empty(self, file: Path) -> bool:
         try:  # of a million files only what is small enough is opened
-            return file.stat().st_size <= self.bytes_of_none and not any(self._read(file))
+            is_small = file.stat().st_size <= self.form.bytes_of_none
+            return is_small and not any(self.form.read(file))
         except (OSError, ValueError):
             return False  # damaged: it is named when it is read
-
-    def _keys(self) -> Iterable[str]:
-        """Of the images that have a file, by listing: there may be a million."""
-        raise NotImplementedError
-
-    def _read(self, file: Path) -> Iterator[tuple[Segment, str, float | None]]:
-        """Segments, where each comes from, and the coverage that is stated there."""
-        raise NotImplementedError
 
 
 class _Annotation(TypedDict):
@@ -171,109 +183,76 @@ class _Annotations(TypedDict):  # of SA-1B
     annotations: list[_Annotation]
 
 
-class JsonFolder(SegmentFolder):
-    """One JSON file per image: `amg.py --convert-to-rle` or SA-1B."""
-
-    name, ending = "RLE JSON", ".json"
-    bytes_of_none = 400  # SA-1B's header; a segment takes more
-
-    def _keys(self) -> Iterable[str]:
-        paths = relative_files(self.root)
-        return [p.removesuffix(self.ending) for p in paths if _is_json(p.rpartition("/")[2])]
-
-    def _read(self, file: Path) -> Iterator[tuple[Segment, str, float | None]]:
-        content = read_json(file, list[_Annotation] | _Annotations)
-        entries = content["annotations"] if isinstance(content, dict) else content
-        for number, entry in enumerate(entries):
-            what = f"{file}: entry {number}"
-            try:
-                segment = segment_from_rle(entry["segmentation"])
-            except ValueError as error:
-                raise ValueError(f"{what} is damaged: {error}") from None
-            yield segment, what, entry.get("area")
-
-
-def _is_json(name: str) -> bool:
-    return name.endswith(JsonFolder.ending) and not name.startswith(".")
-
-
-class PngFolder(SegmentFolder):
-    """One folder per image: a PNG per segment, and a table that lists them."""
-
-    table: str  # its file name
-
-    def _keys(self) -> Iterable[str]:
-        found: list[str] = []
-
-        def enter(below: str) -> bool:
-            if os.path.exists(self.root / below / self.table):  # noqa: PTH110  (as above)
-                found.append(below.removesuffix("/"))
-                return False  # the hundred PNGs beside a table are not listed
-            return True
-
-        for _ in walk(self.root, enter):
-            pass
-        return found
-
-    def _read(self, file: Path) -> Iterator[tuple[Segment, str, float | None]]:
-        for path, stated in self._listed(file, read_bytes(file).decode(errors="replace")):
-            pixels = np.asarray(load_image(path).convert("L"))  # anything but 0 = inside
-            yield segment_from_pixels(pixels), str(path), stated
-
-    def _listed(self, table: Path, text: str) -> Iterable[tuple[Path, float]]:
-        """The PNGs of an image, each with the coverage that is stated."""
-        raise NotImplementedError
-
-
-class PngTableFolder(PngFolder):
-    """PNGs and a `table.txt`: a line `<coverage percent> <file>` per segment."""
-
-    name, table, ending = "PNGs with table.txt", "table.txt", "/table.txt"
-    states_pixels = False
-    bytes_of_none = 2
-
-    def _listed(self, table: Path, text: str) -> Iterator[tuple[Path, float]]:
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    percent, name = line.split(maxsplit=1)
-                    stated = float(percent)
-                except ValueError:
-                    raise ValueError(f"{table}:{number}: not '<coverage percent> <file>'") from None
-                if not 0 <= stated <= 100:  # NaN, too
-                    raise ValueError(f"{table}:{number}: a coverage of {percent} percent")
-                yield path_below(table.parent, name.strip(), f"{table}:{number}"), stated
-
-
-class PngMetadataFolder(PngFolder):
-    """PNGs and a `metadata.csv`, as `amg.py` writes them."""
-
-    name, table, ending = "SAM PNGs with metadata.csv", "metadata.csv", "/metadata.csv"
-    bytes_of_none = 150  # amg.py's header has 142 characters, and a row at least 26
-
-    def _listed(self, table: Path, text: str) -> list[tuple[Path, float]]:
+def _read_json(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+    content = read_json(file, list[_Annotation] | _Annotations)
+    entries = content["annotations"] if isinstance(content, dict) else content
+    for number, entry in enumerate(entries):
+        what = f"{file}: entry {number}"
         try:
-            rows = list(csv.DictReader(text.splitlines()))
-            if any(None in row.values() for row in rows):
-                raise ValueError
-            listed = [(table.parent / f"{int(row['id'])}.png", float(row["area"])) for row in rows]
-        except (ValueError, KeyError, TypeError, csv.Error):
-            raise ValueError(f"{table}: not the metadata.csv of amg.py, or cut short") from None
-        # amg.py lists every PNG it writes, so one that is not listed tells of a lost line.
-        there = {path for path in table.parent.iterdir() if path.suffix == ".png"}
-        if unlisted := listed and there - {path for path, _ in listed}:
-            raise ValueError(f"{table}: does not list {min(unlisted).name}; it was cut short")
-        return listed
+            segment = segment_from_rle(entry["segmentation"])
+        except ValueError as error:
+            raise ValueError(f"{what} is damaged: {error}") from None
+        yield segment, what, _percent(entry["area"], segment) if "area" in entry else None
+
+
+def _percent(area: float, segment: Segment) -> float:
+    return 100 * area / (segment.height * segment.width)
+
+
+def _read_table(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+    """A line `<coverage percent> <file>` per segment."""
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            try:
+                percent, name = line.split(maxsplit=1)
+                stated = float(percent)
+            except ValueError:
+                raise ValueError(f"{file}:{number}: not '<coverage percent> <file>'") from None
+            if not 0 <= stated <= 100:  # NaN, too
+                raise ValueError(f"{file}:{number}: a coverage of {percent} percent")
+            png = path_below(file.parent, name.strip(), f"{file}:{number}")
+            yield _read_png(png), str(png), stated
+
+
+def _read_metadata(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+    try:
+        rows = list(csv.DictReader(_lines(file)))
+        if any(None in row.values() for row in rows):
+            raise ValueError
+        areas = {file.parent / f"{int(row['id'])}.png": float(row["area"]) for row in rows}
+    except (ValueError, KeyError, TypeError, csv.Error):
+        raise ValueError(f"{file}: not the metadata.csv of amg.py, or cut short") from None
+    # amg.py lists every PNG it writes, so one that is not listed tells of a lost line.
+    there = {path for path in file.parent.iterdir() if path.suffix == ".png"}
+    if areas and (unlisted := there - areas.keys()):
+        raise ValueError(f"{file}: does not list {min(unlisted).name}; it was cut short")
+    for png, area in areas.items():
+        segment = _read_png(png)
+        yield segment, str(png), _percent(area, segment)
+
+
+def _read_png(path: Path) -> Segment:
+    return segment_from_pixels(np.asarray(load_image(path).convert("L")))  # not 0: inside
+
+
+def _lines(file: Path) -> list[str]:
+    return read_bytes(file).decode(errors="replace").splitlines()
 
 
 def read_empty_list(path: Path) -> set[str]:
     """The keys in a list of images without segments: a file name per line, folder optional."""
-    if not path.is_file():
-        return set()
-    lines = read_bytes(path).decode(errors="replace").splitlines()
+    lines = _lines(path) if path.is_file() else []
     # ImageNet's names tell their class folder: `n01735189_1185.JPEG` lies in `n01735189`.
     names = {os.path.splitext(line.strip())[0] for line in lines if line.strip()}  # noqa: PTH122
     return {IMAGENET_NAME.sub(r"\1/\g<0>", PurePosixPath(name).as_posix()) for name in names}
 
 
 AnyForm = PackedStore | SegmentFolder
+# Which one it is is found in this order.
+FORMS = (
+    Form("PNGs with table.txt", "/table.txt", 2, _read_table),
+    # amg.py's header has 142 characters, and a row at least 26.
+    Form("SAM PNGs with metadata.csv", "/metadata.csv", 150, _read_metadata),
+    # SA-1B's header; a segment takes more.
+    Form("RLE JSON", ".json", 400, _read_json),
+)

@@ -210,13 +210,11 @@ class Work:
         batches = [batch for batch in self.batches if not left.isdisjoint(batch)]
         found: Iterable[list[PackedImage | Failure]]
         if self.generator.in_processes:
-            found = in_order(self._do, batches, processes=self.processes, chunk=1)
+            make, read = self.segment, self.read
+            found = in_order(lambda k: make(read(k)), batches, processes=self.processes, chunk=1)
         else:  # this process has the GPU, others read for it
             found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
         yield from (row for rows in found for row in rows if row.key in left)
-
-    def _do(self, keys: Sequence[str]) -> list[PackedImage | Failure]:
-        return self.segment(self.read(keys))
 
     def read(self, keys: Sequence[str]) -> list[tuple[InputImage, str]]:
         """Each image, and why it cannot be read."""
@@ -243,30 +241,13 @@ class Work:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Price:
-    """Of all images on this machine's GPU, or on its cores. bytes: of the store."""
-
-    seconds_per_image: float
-    images: int
-    seconds: float
-    points_per_image: float | None
-    bytes: int
-
-    def __str__(self) -> str:
-        points = self.points_per_image
-        visited = "" if points is None else f", {points:.0f} points an image"
-        return (
-            f"{self.images} images: {clock(self.seconds)} here, {self.seconds / 3600:.2f} hours of "
-            f"this device; {1 / self.seconds_per_image:.1f} images/s{visited}; a store of "
-            f"{self.bytes / 2**20:.0f} MiB. N devices (--shard I/N) take 1/N of the time"
-        )
-
-
 def estimate_price(
     images: Mapping[str, Path], generator: Generator, *, processes: int | None
-) -> Price:
-    """Time batches that are spread over the images."""
+) -> dict[str, Any]:
+    """What all images take, by timing batches that are spread over them.
+
+    seconds: on this machine's GPU, or on its cores. bytes: of the store.
+    """
     work = Work(images, generator)
     chosen = evenly_spread(work.batches, MOST_TIMED)
     # The first batch pays for compiling and for the library's own tests of what is fast.
@@ -283,8 +264,8 @@ def estimate_price(
         if reading + segmenting > SECONDS:
             break
     with tempfile.TemporaryDirectory() as folder:
-        out, keys = Path(folder) / STORE_NAME, [row.key for row in rows]
-        write_store(out, keys, lambda _: (r for r in rows), what="price", source="", settings={})
+        out, made = Path(folder) / STORE_NAME, [row.key for row in rows]
+        write_store(out, made, lambda _: (r for r in rows), what="price", source="", settings={})
         stored = out.stat().st_size
     # A GPU is taken to wait for its readers only if they are slower; cores to work as fast side by
     # side as one alone.
@@ -292,10 +273,21 @@ def estimate_price(
     if generator.in_processes:
         seconds = (reading + segmenting) / (processes or len(os.sched_getaffinity(0)))
     points = generator.tally["points"]
-    return Price(
-        seconds_per_image=seconds / len(rows),
-        images=len(images),
-        seconds=seconds / len(rows) * len(images),
-        points_per_image=points / len(rows) if points else None,
-        bytes=round(stored / len(rows) * len(images)),
+    return {
+        "seconds_per_image": seconds / len(rows),
+        "images": len(images),
+        "seconds": seconds / len(rows) * len(images),
+        "points_per_image": points / len(rows) if points else None,
+        "bytes": round(stored / len(rows) * len(images)),
+    }
+
+
+def price_text(price: Mapping[str, Any]) -> str:
+    """The same for people."""
+    points = price["points_per_image"]
+    visited = "" if points is None else f", {points:.0f} points an image"
+    return (
+        f"{price['images']} images: {clock(price['seconds'])} here, {price['seconds'] / 3600:.2f} "
+        f"hours of this device; {1 / price['seconds_per_image']:.1f} images/s{visited}; a store of "
+        f"{price['bytes'] / 2**20:.0f} MiB. N devices (--shard I/N) take 1/N of the time"
     )

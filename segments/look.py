@@ -56,22 +56,22 @@ def collect(source: AnyForm, *, processes: int | None) -> Statistics | None:
 
     Raises ValueError if there are none.
     """
-    chosen = evenly_spread(sorted(source.images()), MOST_READ)
+    images = source.images()
+    chosen = evenly_spread(sorted(images), MOST_READ)
 
-    def read(key: str) -> tuple[str, np.ndarray]:
-        return key, np.array([segment.coverage_percent for segment in source.segments(key)])
+    def read(key: str) -> np.ndarray:
+        return np.array([segment.coverage_percent for segment in source.segments(key)])
 
     found = list(one_pass("inspect", each(read, chosen, processes=processes), total=len(chosen)))
     if len(found) < len(chosen):
         return None  # numbers of a part would look like those of all
     damaged = [one.reason for one in found if isinstance(one, Failure)]
-    coverages = {one[0]: one[1] for one in found if not isinstance(one, Failure) and len(one[1])}
+    pairs = zip(chosen, found, strict=True)
+    coverages = {key: one for key, one in pairs if not isinstance(one, Failure) and len(one)}
     if not coverages:
         raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged")
-    return Statistics(
-        coverages=coverages, images=len(source.images()), without=len(source.listed_empty()),
-        damaged=damaged,
-    )  # fmt: skip
+    without = len(source.listed_empty())
+    return Statistics(coverages=coverages, images=len(images), without=without, damaged=damaged)
 
 
 def describe(statistics: Statistics, ratios: Sequence[float]) -> dict[str, str]:
@@ -203,10 +203,9 @@ def _charts(statistics: Statistics, ratios: Sequence[float], title: str, width: 
     # The cumulative distribution: how many of the images come so near.
     share = np.linspace(0, 100, len(statistics.coverages) + 1)[1:]
     for number, ratio in enumerate(ratios, 1):
-        colour = f"C{number}"  # of matplotlib's cycle
+        colour, near = f"C{number}", np.sort(statistics.distances(ratio))
         coverages.axvline(ratio, color=colour, linestyle="--", linewidth=1.5)
-        nearest_first = np.sort(statistics.distances(ratio))
-        distances.plot(nearest_first, share, color=colour, label=f"{ratio:g} %", linewidth=2)
+        distances.plot(near, share, color=colour, label=f"{ratio:g} %", linewidth=2)
     distances.set(xlabel="distance to the nearest segment, points", xlim=(0, 30))
     distances.set(ylabel="% of images within it", ylim=(0, 101))
     distances.grid(alpha=0.3)

@@ -11,7 +11,6 @@ image.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,19 +36,21 @@ NAMES_OF_WEIGHTS = {
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(kw_only=True)
 class _Image:
-    """One image's way through the points.
+    """One image's way through the points. whole: height and width of the model's input."""
 
-    size: H, W. input_size: pixels of the model's input that it fills, high and wide; fills: their
-    share of the input. points: [N, 2] x and y in those pixels, in the order of visiting.
-    """
-
-    size: tuple[int, int]
-    input_size: tuple[int, int]
-    fills: tuple[float, float]
-    points: Tensor
-    searches: list[Search]
+    def __init__(
+        self, given: InputImage, input_size: list[int], whole: tuple[int, ...], options: SamSettings
+    ) -> None:
+        self.size = given.height, given.width  # H, W
+        self.most_at_once = max(1, MOST_PIXELS_AT_ONCE // (given.height * given.width))
+        # SAM pads an image, its successors stretch it: points are for what it really fills.
+        self.input_size = input_size  # pixels, high and wide
+        self.fills = input_size[0] / whole[0], input_size[1] / whole[1]
+        places = visiting_order(options.points_per_side, given.key)  # [N, 2] in (0, 1)
+        self.points = places * torch.tensor(input_size[::-1])  # x, y
+        tolerance, overlap = options.tolerance, options.box_nms_thresh
+        self.searches = [Search(r, tolerance, overlap) for r in given.ratios or (None,)]
 
     @property
     def finished(self) -> bool:
@@ -90,7 +91,8 @@ class Sam:
         while active and visited < self.options.points_per_side**2:
             until = visited + size * max(1, self.batch_size // len(active))
             points = torch.stack([images[number].points[visited:until] for number in active])
-            logits, quality = self.decode(_take(features, active), points)
+            left = {name: _take(feature, active) for name, feature in features.items()}
+            logits, quality = self.decode(left, points)
             for number, masks, scores in zip(active, logits, quality, strict=True):
                 for step in zip(masks.split(3 * size), scores.split(3 * size), strict=True):
                     if not images[number].finished:
@@ -111,39 +113,17 @@ class Sam:
         names = ("image_embeddings", "intermediate_embeddings")  # SAM-HQ has both
         named = zip(names, features if isinstance(features, tuple) else (features,), strict=False)
         whole = tuple(pixels.shape[-2:])
-        sizes = inputs.get("reshaped_input_sizes", torch.tensor([whole] * len(given)))
-        images = [
-            self._image(image, tuple(size), whole)
-            for image, size in zip(given, sizes.tolist(), strict=True)
-        ]
-        return images, dict(named)
-
-    def _image(
-        self, given: InputImage, input_size: tuple[int, int], whole: tuple[int, ...]
-    ) -> _Image:
-        tolerance, overlap = self.options.tolerance, self.options.box_nms_thresh
-        ratios: tuple[float | None, ...] = given.ratios or (None,)
-        places = visiting_order(self.options.points_per_side, given.key)  # [N, 2] in (0, 1)
-        return _Image(
-            size=(given.height, given.width),
-            # SAM pads an image, its successors stretch it: points are for what it really fills.
-            input_size=input_size,
-            fills=(input_size[0] / whole[0], input_size[1] / whole[1]),
-            points=places * torch.tensor(input_size[::-1]),
-            searches=[Search(ratio, tolerance=tolerance, overlap=overlap) for ratio in ratios],
-        )
+        sizes = inputs.get("reshaped_input_sizes", torch.tensor([whole] * len(given))).tolist()
+        pairs = zip(given, sizes, strict=True)
+        return [_Image(one, size, whole, self.options) for one, size in pairs], dict(named)
 
     def decode(self, features: dict[str, Any], points: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, 3P, h, w] and predicted quality [B, 3P] at points [B, P, 2]."""
         labels = torch.ones(*points.shape[:2], 1, dtype=torch.int64, device=self.device)
+        where = {"input_points": points[:, :, None].to(self.device), "input_labels": labels}
         with self.autocast:
-            output = self.model(
-                input_points=points[:, :, None].to(self.device),
-                input_labels=labels,
-                multimask_output=True,
-                **features,
-            )
-        return output.pred_masks.flatten(1, 2), output.iou_scores.flatten(1, 2).float()
+            out = self.model(**where, multimask_output=True, **features)
+        return out.pred_masks.flatten(1, 2), out.iou_scores.flatten(1, 2).float()
 
     def judge(self, image: _Image, logits: Tensor, quality: Tensor) -> None:
         """Give to the searches which of [K, h, w] are good enough, and may be what they want."""
@@ -155,10 +135,15 @@ class Sam:
         some = possible.any(0)
         logits, quality, possible = logits[some], quality[some], possible[:, some]
         self.tally["masks upsampled"] += len(logits)
-        most = self._most_at_once(image)
+        most, offset = image.most_at_once, self.options.stability_score_offset
         for start in range(0, len(logits), most):
             part = slice(start, start + most)
-            found, stable = self._measured(image, logits[part], quality[part])
+            full = self._upsample(logits[part], image)
+            # The higher cut lies inside the lower one, so the ratio of areas is their overlap.
+            inner, area, outer = (_count(full > cut) for cut in (offset, 0, -offset))
+            stable = (inner >= self.options.stability_score_thresh * outer) & (area > 0)
+            coverage = area.double() * 100 / (image.size[0] * image.size[1])
+            found = Candidates(logits[part], _boxes(full), quality[part], coverage)
             for search, wanted in zip(searches, possible[:, part] & stable, strict=True):
                 search.add(found.take(wanted))
 
@@ -171,24 +156,12 @@ class Sam:
         bounds = coverage_bounds(logits, weights.to(self.device))
         return torch.stack([search.possible(*bounds) for search in searches])
 
-    def _measured(
-        self, image: _Image, logits: Tensor, quality: Tensor
-    ) -> tuple[Candidates, Tensor]:
-        """Of [K, h, w] at the image's size: boxes and coverages; and which are stable, [K] bool."""
-        full = self._upsample(logits, image)
-        offset = self.options.stability_score_offset
-        # The higher cut lies inside the lower one, so the ratio of their areas is their overlap.
-        inner, area, outer = (_count(full > cut) for cut in (offset, 0, -offset))
-        stable = (inner >= self.options.stability_score_thresh * outer) & (area > 0)
-        coverage = area.double() * 100 / (image.size[0] * image.size[1])
-        return Candidates(logits, _boxes(full), quality, coverage), stable
-
     def run_lengths(self, image: _Image) -> list[Segment]:
         """The segments of an image whose search is over: where they begin and end is copied."""
         segments: set[Segment] = set()  # one may be the nearest to two ratios
         for search in image.searches:
             found = search.result()
-            for logits in found.logits.split(self._most_at_once(image)) if found else ():
+            for logits in found.logits.split(image.most_at_once) if found else ():
                 # [K, W * H], down the columns as COCO counts.
                 inside = (self._upsample(logits, image) > 0).transpose(1, 2).flatten(1)
                 before = F.pad(inside[:, :-1], (1, 0))
@@ -200,18 +173,10 @@ class Sam:
             self.tally["choices that duplicates changed"] += search.changed
         return ordered(segments)
 
-    def _most_at_once(self, image: _Image) -> int:
-        """Masks whose pixels are held at once."""
-        return max(1, MOST_PIXELS_AT_ONCE // (image.size[0] * image.size[1]))
-
     def _upsample(self, logits: Tensor, image: _Image) -> Tensor:
         """Logits [K, h, w] to the image's pixels [K, H, W]; the processor knows about padding."""
-        full = self.processor.post_process_masks(
-            [logits[:, None].float()],
-            [list(image.size)],
-            reshaped_input_sizes=[list(image.input_size)],
-            binarize=False,
-        )
+        masks, sizes = [logits[:, None].float()], {"reshaped_input_sizes": [image.input_size]}
+        full = self.processor.post_process_masks(masks, [[*image.size]], **sizes, binarize=False)
         return full[0][:, 0]
 
 
@@ -283,10 +248,8 @@ def _load(name: str) -> tuple[Any, Any]:
     return processor, model
 
 
-def _take(features: Any, numbers: list[int]) -> Any:
-    """Some images' features."""
-    if isinstance(features, dict):
-        return {name: _take(value, numbers) for name, value in features.items()}
-    if isinstance(features, list | tuple):
-        return [_take(value, numbers) for value in features]
-    return features[numbers]
+def _take(feature: Any, numbers: list[int]) -> Any:
+    """Some images' part of a feature, which may be several tensors."""
+    if isinstance(feature, Tensor):
+        return feature[numbers]
+    return [_take(one, numbers) for one in feature]

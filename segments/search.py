@@ -45,7 +45,7 @@ class Search:
     to a duplicate of higher quality.
     """
 
-    def __init__(self, ratio: float | None, *, tolerance: float, overlap: float) -> None:
+    def __init__(self, ratio: float | None, tolerance: float, overlap: float) -> None:
         self.ratio, self.tolerance, self.overlap = ratio, tolerance, overlap
         self.parts: list[Candidates] = []
         self.chosen: Tensor | None = None  # numbers of the candidates that are segments

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from common.files import beside, open_regular
 from common.parsed import parsed_text
@@ -229,127 +229,89 @@ def write_store(
     """Write a store of these images, or go on with it. A signal that asks to stop leaves it
     unfinished, and so do too many that fail, if they are not allowed.
 
-    rows: makes those of the keys that it is given, in any order.
+    rows: makes those of the keys that it is given, in any order. What is committed survives a kill.
+    Raises ValueError if the store was begun in another way or is being written by another process,
+    RuntimeError if the disk is full.
     """
-    with StoreWriter(out, source=source, settings=settings) as writer:
-        done = {key for (key,) in writer.connection.execute("SELECT key FROM images")}
+    part = beside(out)
+    with _explained(part), closing(sqlite3.connect(part, 1, isolation_level="EXCLUSIVE")) as store:
+        _begin(store, part, source, settings)
+        done = {key for (key,) in store.execute("SELECT key FROM images")}
         left = [key for key in keys if key not in done]
-        added = failed = 0
         already_there = len(keys) - len(left)
+        added, failed, committed_at = 0, 0, time.monotonic()
         for row in one_pass(what, rows(left), total=len(keys), done=already_there):
-            writer.add(row)
+            _add(store, row)
             added += 1
             failed += isinstance(row, Failure)
-        writer.commit()
+            # Each commit is flushed to the disk: for every image that would take most of the time.
+            if time.monotonic() - committed_at > SECONDS_PER_COMMIT:
+                store.commit()  # survives a kill
+                committed_at = time.monotonic()
         summary = Summary(
-            out=out, images=writer.count("images WHERE segments > 0"),
-            without=writer.count("images WHERE segments = 0"), left_out=failed,
+            out=out, images=_count(store, "images WHERE segments > 0"),
+            without=_count(store, "images WHERE segments = 0"), left_out=failed,
             already_there=already_there, interrupted=added < len(left),
         )  # fmt: skip
-        if not summary.interrupted and (allow_failed or not summary.too_many_failed):
-            writer.finish()
+        complete = not summary.interrupted and (allow_failed or not summary.too_many_failed)
+        if complete:
+            store.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
+        store.commit()
+    if complete:
+        part.replace(out)
     return summary
 
 
-class StoreWriter:
-    """Adds images to `<out>.segmae-part`; `finish` gives it its name. Use as a context manager.
-
-    What is committed survives a kill, and a process that goes on starts from there. Raises
-    ValueError if it was begun in another way or is being written by another process, RuntimeError
-    if the disk is full.
-    """
-
-    def __init__(self, out: Path, *, source: str, settings: Mapping[str, Any]) -> None:
-        self.out, self.part = out, beside(out)
-        with self._explained():
-            # isolation_level None: transactions begin and end where this code says.
-            self.connection = sqlite3.connect(self.part, timeout=1, isolation_level=None)
-            try:
-                # Held to the end: a second process that writes the same store is refused.
-                self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-                self.connection.execute("BEGIN EXCLUSIVE")
-                if not self.count("sqlite_master"):
-                    self._make_tables(source, settings)
-                meta = dict(self.connection.execute("SELECT name, value FROM meta").fetchall())
-                _check_format(self.part, meta)
-                begun = {"source": meta["source"], **json.loads(meta["settings"])}
-                check_made_alike(self.part, begun, {"source": source, **settings})
-            except BaseException:
-                self.connection.close()  # nobody else will, and it holds a lock
-                raise
-        self.committed_at = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-
-    def add(self, image: PackedImage | Failure) -> None:
-        """Add an image that is not there, or why it still is not."""
-        execute = self.connection.execute
-        with self._explained():
-            if isinstance(image, Failure):
-                logger.warning("left out %s: %s", image.key, image.reason)
-                reason = (image.key, image.reason)
-                execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", reason)
-            else:
-                row = (image.key, image.height, image.width, len(image.segments))
-                number = execute("INSERT INTO images VALUES (NULL, ?, ?, ?, ?)", row).lastrowid
-                self.connection.executemany(
-                    "INSERT INTO segments VALUES (NULL, ?, ?, ?)",
-                    [(number, *segment) for segment in image.segments],
-                )
-                # It may have failed before.
-                execute("DELETE FROM failures WHERE key = ?", (image.key,))
-        # Each commit is flushed to the disk: for every image that would take most of the time.
-        if time.monotonic() - self.committed_at > SECONDS_PER_COMMIT:
-            self.commit()
-
-    def commit(self) -> None:
-        """Make what was added survive a kill."""
-        with self._explained():
-            self.connection.execute("COMMIT")
-            self.connection.execute("BEGIN EXCLUSIVE")
-        self.committed_at = time.monotonic()
-
-    def finish(self) -> None:
-        """Mark the store complete and give it its name."""
-        with self._explained():
-            self.connection.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
-            self.connection.execute("COMMIT")  # SQLite flushes it
-            self.connection.close()
-        self.part.replace(self.out)
-
-    def count(self, rows: str) -> int:
-        """How many there are, as SQL."""
-        return int(self.connection.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])
-
-    def _make_tables(self, source: str, settings: Mapping[str, Any]) -> None:
+def _begin(store: sqlite3.Connection, part: Path, source: str, settings: Mapping[str, Any]) -> None:
+    """Take the file for this process, and make its tables if it has none."""
+    # Held to the end: a second process that writes the same store is refused.
+    store.execute("PRAGMA locking_mode = EXCLUSIVE")
+    store.execute("BEGIN EXCLUSIVE")
+    if not _count(store, "sqlite_master"):
         for statement in SCHEMA.split(";"):
-            self.connection.execute(statement)
-        meta = [
-            ("format_version", FORMAT_VERSION), ("complete", "0"), ("source", source),
-            ("settings", json.dumps(settings, sort_keys=True)),
-        ]  # fmt: skip
-        self.connection.executemany("INSERT INTO meta VALUES (?, ?)", meta)
-        self.commit()
+            store.execute(statement)
+        begun = {"format_version": FORMAT_VERSION, "complete": "0", "source": source,
+                 "settings": json.dumps(settings, sort_keys=True)}  # fmt: skip
+        store.executemany("INSERT INTO meta VALUES (?, ?)", begun.items())
+        store.commit()
+    meta = dict(store.execute("SELECT name, value FROM meta").fetchall())
+    _check_format(part, meta)
+    made = {"source": meta["source"], **json.loads(meta["settings"])}
+    check_made_alike(part, made, {"source": source, **settings})
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Says what is wrong with the file in terms of what to do."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            text = str(error)
-            if "full" in text or "disk I/O" in text:
-                raise RuntimeError(
-                    f"{self.part} cannot be written: {text}. Make room and run the same command "
-                    "again; it goes on from there"
-                ) from None
-            if "locked" in text:
-                raise ValueError(f"{self.part} is being written by another process") from None
-            raise ValueError(f"{self.part}: {text}; remove it and start again") from None
+
+def _add(store: sqlite3.Connection, row: PackedImage | Failure) -> None:
+    """Add an image that is not there, or why it still is not."""
+    if isinstance(row, Failure):
+        logger.warning("left out %s: %s", row.key, row.reason)
+        store.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", (row.key, row.reason))
+        return
+    image = (row.key, row.height, row.width, len(row.segments))
+    number = store.execute("INSERT INTO images VALUES (NULL, ?, ?, ?, ?)", image).lastrowid
+    segments = [(number, *segment) for segment in row.segments]
+    store.executemany("INSERT INTO segments VALUES (NULL, ?, ?, ?)", segments)
+    store.execute("DELETE FROM failures WHERE key = ?", (row.key,))  # it may have failed before
+
+
+def _count(store: sqlite3.Connection, rows: str) -> int:
+    return int(store.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])
+
+
+@contextmanager
+def _explained(part: Path) -> Iterator[None]:
+    """Says what is wrong with the file in terms of what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = str(error)
+        if "full" in text or "disk I/O" in text:
+            raise RuntimeError(
+                f"{part} cannot be written: {text}. Make room and run the same command again; it "
+                "goes on from there"
+            ) from None
+        if "locked" in text:
+            raise ValueError(f"{part} is being written by another process") from None
+        raise ValueError(f"{part}: {text}; remove it and start again") from None
 
 
 def _check_format(path: Path, meta: Mapping[str, str]) -> None:

@@ -11,11 +11,12 @@ from PIL import Image
 
 from common.files import beside
 from common.images import read_rgb
+from segments import store
 from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
 from segments.generate import Shard, generate, images_by_key
 from segments.pack import merge, pack
-from segments.store import PackedStore, StoreWriter
+from segments.store import PackedStore
 
 
 def felzenszwalb(**settings):
@@ -140,16 +141,15 @@ def test_a_setting_that_a_later_version_adds_orphans_no_store(images, tmp_path, 
 
 
 def kill_during(images, out, generator, after):
-    add, added = StoreWriter.add, []
+    add, added = store._add, []
 
-    def add_or_die(self, image):
-        added.append(image)
+    def add_or_die(*arguments):
+        added.append(arguments)
         if len(added) > after:
             os.kill(os.getpid(), signal.SIGKILL)
-        add(self, image)
-        self.commit()
+        add(*arguments)
 
-    StoreWriter.add = add_or_die
+    store._add, store.SECONDS_PER_COMMIT = add_or_die, -1
     run(images, out, generator)
 
 
