@@ -42,7 +42,7 @@ class _MergeOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PackOptions(OptionGroup):
+class _PackOptions(_Speed):
     title: ClassVar[str] = "Output"
     out: Path | None = option("Default: masks.sqlite in MASKS_DIR, where it is found.", None)
     overwrite: bool = option("Replace a finished store.", False)
@@ -63,7 +63,7 @@ class _GenerateOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _InspectOptions(OptionGroup):
+class _InspectOptions(_Speed):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
     coverage_ratio: tuple[float, ...] | None = option(
@@ -75,7 +75,7 @@ class _InspectOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CheckOptions(OptionGroup):
+class _CheckOptions(_Speed):
     title: ClassVar[str] = "Input and output"
     masks_dir: Path | None = option("Default: IN1K_DIR/masks.", None)
     out: Path = option("Where offenders are listed.", Path("offenders.txt"))
@@ -92,11 +92,11 @@ def masks() -> None:
     log_to_stderr("%(message)s")
 
 
-@command(masks, "pack", options=_PackOptions, speed=_Speed)
+@command(masks, "pack", options=_PackOptions)
 @click.argument("masks_dir", type=PATH)
-def pack_command(masks_dir: Path, options: _PackOptions, speed: _Speed) -> int:
+def pack_command(masks_dir: Path, options: _PackOptions) -> int:
     """Pack segments of any form into one SQLite file; the same command goes on if interrupted."""
-    return _report(pack(masks_dir, **vars(options), processes=speed.processes))
+    return _report(pack(masks_dir, **vars(options)))
 
 
 @command(masks, "unpack", speed=_Speed)
@@ -104,7 +104,7 @@ def pack_command(masks_dir: Path, options: _PackOptions, speed: _Speed) -> int:
 @click.argument("out", type=PATH)
 def unpack_command(store: Path, out: Path, speed: _Speed) -> int:
     """Write the segments of a packed store as RLE JSON again, one file per image."""
-    return _report(unpack(store, out, processes=speed.processes))
+    return _report(unpack(store, out, **vars(speed)))
 
 
 @command(masks, "merge", options=_MergeOptions)
@@ -166,9 +166,9 @@ for _name, _group in GENERATORS.items():
     command(generators, _name, own=_own, **_groups)(_generate).help = _text
 
 
-@command(masks, "inspect", options=_InspectOptions, speed=_Speed)
+@command(masks, "inspect", options=_InspectOptions)
 @click.argument("masks_dir", type=PATH)
-def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) -> int:
+def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
     """Print and draw what the segments of a dataset are like."""
     from common.contact_sheet import save_png
     from segments.look import collect, compare, describe, draw
@@ -185,10 +185,10 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     other = open_any_form(options.against) if options.against else None
     ratios = options.coverage_ratio or made_for(source.settings) or (5.0, 15.0, 30.0, 50.0)
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
-    statistics = collect(source, processes=speed.processes)
+    statistics = collect(source, processes=options.processes)
     if statistics is None:
         return EXIT_STOPPED
-    compared = compare(source, other, ratios, processes=speed.processes) if other else {}
+    compared = compare(source, other, ratios, processes=options.processes) if other else {}
     for what, value in (describe(statistics, ratios) | compared).items():
         say(f"{what + ':':28}{value}")
     if missing := found.keys() - source.images() - source.listed_empty():
@@ -199,12 +199,12 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     return 0
 
 
-@command(masks, "check", options=_CheckOptions, speed=_Speed)
+@command(masks, "check", options=_CheckOptions)
 @click.argument("in1k_dir", type=PATH)
-def check_command(in1k_dir: Path, options: _CheckOptions, speed: _Speed) -> int:
+def check_command(in1k_dir: Path, options: _CheckOptions) -> int:
     """Check that every training image opens and its segments fit; exit code 1 if not."""
     masks_dir = options.masks_dir or in1k_dir / "masks"
-    checked, left = check(in1k_dir, masks_dir, options.out, processes=speed.processes)
+    checked, left = check(in1k_dir, masks_dir, options.out, processes=options.processes)
     if left:
         say(f"stopped, {left} images are left; run the same command again")
         return EXIT_STOPPED

@@ -3,7 +3,7 @@
 Free of torch, so that `benchmark.py` plans with it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -63,10 +63,7 @@ class SamSettings(_CoverageSettings):
     tolerance: float = option(
         "With --for-coverage, a segment so near ends an image's search, in points.", 1.5, at_least=0
     )
-    model: str = option(
-        "Checkpoint for mask generation: a name on the Hugging Face hub, or a folder.",
-        "facebook/sam-vit-huge",
-    )
+    model: str = option("A name on the Hugging Face hub, or a folder.", "facebook/sam-vit-huge")
     points_per_side: int = option("Points along a side of the grid.", 32, at_least=1, at_most=1024)
     pred_iou_thresh: float = option("Least quality that the model predicts.", 0.88)
     stability_score_thresh: float = option(
@@ -125,18 +122,12 @@ GENERATORS: dict[str, type[SamSettings] | type[FelzenszwalbSettings]] = {
 def as_stored(generator: str, settings: OptionGroup, **resolved: Any) -> dict[str, Any]:
     """What a store keeps of its making: each option that decides what comes out."""
     decisive = decisive_values(settings)
-    ratios = union(decisive["for_coverage"])
-    return {"generator": generator, **decisive, "for_coverage": ratios, **resolved}
+    return {"generator": generator, **decisive, "for_coverage": made_for(decisive), **resolved}
 
 
-def union(*ratios: Sequence[float]) -> list[float]:
-    """Coverage ratios as a store keeps them."""
-    return sorted({float(ratio) for some in ratios for ratio in some})
-
-
-def made_for(settings: Mapping[str, Any]) -> list[float]:
-    """The coverage ratios that a store with these settings serves; empty: every one."""
-    return union(settings.get("for_coverage", ()))
+def made_for(*settings: Mapping[str, Any]) -> list[float]:
+    """The coverage ratios that stores with these settings serve together; empty: every one."""
+    return sorted({float(ratio) for some in settings for ratio in some.get("for_coverage", ())})
 
 
 def command_of(

@@ -27,7 +27,7 @@ from common.images import find_images, read_reduced
 from common.progress import clock
 from common.samples import evenly_spread
 from common.step_files import shard_path
-from segments.config import STORE_NAME, VAL, check_made_alike, made_for, union
+from segments.config import STORE_NAME, VAL, check_made_alike, made_for
 from segments.pack import join
 from segments.parallel import Failure, in_order
 from segments.segment import Segment, ordered
@@ -186,7 +186,7 @@ class Work:
     ) -> None:  # fmt: skip
         self.images, self.generator, self.processes = images, generator, processes
         known = made_for(base.settings) if base else []
-        self.ratios = union(known, made_for(generator.settings))
+        self.ratios = made_for(generator.settings, base.settings if base else {})
         self.missing = [ratio for ratio in self.ratios if ratio not in known]
         self.there = base.all_images() if base else set()
         # Batches are made before they are shared out: an image is always computed together with the

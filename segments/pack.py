@@ -8,7 +8,7 @@ from pathlib import Path
 from common.coco import rle_annotation
 from common.files import check_output_file, check_output_folder, path_below, write_text
 from common.step_files import shard_of
-from segments.config import STORE_NAME, check_made_alike, made_for, union
+from segments.config import STORE_NAME, check_made_alike, made_for
 from segments.forms import open_folder
 from segments.parallel import Failure, each, in_order, one_pass
 from segments.segment import ordered, segment_from_counts
@@ -100,7 +100,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
                 f"for a coverage of {', '.join(f'{ratio:g}' for ratio in ratios)} %, no store has "
                 f"segments of {len(lacking)} images, such as {min(lacking)}; make them first"
             )
-    return join(stores, out, every, union(*owners))
+    return join(stores, out, every, made_for(*(store.settings for store in stores)))
 
 
 def join(

@@ -5,22 +5,28 @@ three masks per point, those kept that the model thinks good and that hardly cha
 duplicates removed by their boxes. Several images share a batch of the encoder and of the decoder.
 Masks stay on the device until they are chosen; only their run lengths leave it.
 
+Either all segments are wanted, or for each of some coverage ratios the nearest one (`Search`). Then
+the search ends when each ratio has a segment within the tolerance, and a candidate that cannot be
+nearer than what was found is dropped as the decoder leaves it, before it is upsampled.
+
 Shapes: B images, P points of each, K candidates, h x w pixels of the decoder's masks, H x W of the
 image.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import nms
 
 from common.environment import lacks_to_compile, number_of
 from segments.config import SamSettings, as_stored
 from segments.generate import InputImage
-from segments.search import Candidates, Search, coverage_bounds, pixel_weights, visiting_order
 from segments.segment import Segment, ordered, segment_from_flips
 
 MOST_PIXELS_AT_ONCE = 1 << 28  # of upsampled masks: a gibibyte of float32
@@ -33,6 +39,7 @@ NAMES_OF_WEIGHTS = {
         r"^tracker_model\.": "",
     }
 }
+ROUNDING = 1e-3  # points: more than sums of float32 are off
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -131,7 +138,11 @@ class Sam:
         good = quality > self.options.pred_iou_thresh
         logits, quality = logits[good], quality[good]
         searches = [search for search in image.searches if not search.finished]
-        possible = self._possible(image, searches, logits)
+        possible = torch.ones(len(searches), len(logits), dtype=torch.bool, device=self.device)
+        if len(logits) and None not in [search.ratio for search in searches]:
+            low = logits.shape[1], logits.shape[2]
+            bounds = coverage_bounds(logits, pixel_weights(image.size, low, image.fills))
+            possible = torch.stack([search.possible(*bounds) for search in searches])
         some = possible.any(0)
         logits, quality, possible = logits[some], quality[some], possible[:, some]
         self.tally["masks upsampled"] += len(logits)
@@ -146,15 +157,6 @@ class Sam:
             found = Candidates(logits[part], _boxes(full), quality[part], coverage)
             for search, wanted in zip(searches, possible[:, part] & stable, strict=True):
                 search.add(found.take(wanted))
-
-    def _possible(self, image: _Image, searches: list[Search], logits: Tensor) -> Tensor:
-        """[searches, K] bool: which of [K, h, w] may be what is wanted, as far as they show."""
-        ratios = [search.ratio for search in searches]
-        if None in ratios or not len(logits):
-            return torch.ones(len(ratios), len(logits), dtype=torch.bool, device=self.device)
-        weights = pixel_weights(image.size, (logits.shape[1], logits.shape[2]), image.fills)
-        bounds = coverage_bounds(logits, weights.to(self.device))
-        return torch.stack([search.possible(*bounds) for search in searches])
 
     def run_lengths(self, image: _Image) -> list[Segment]:
         """The segments of an image whose search is over: where they begin and end is copied."""
@@ -178,6 +180,109 @@ class Sam:
         masks, sizes = [logits[:, None].float()], {"reshaped_input_sizes": [image.input_size]}
         full = self.processor.post_process_masks(masks, [[*image.size]], **sizes, binarize=False)
         return full[0][:, 0]
+
+
+class Candidates(NamedTuple):
+    """Masks of one image that are good enough, on the device."""
+
+    logits: Tensor  # [K, h, w] as the decoder left them
+    boxes: Tensor  # [K, 4] corners in pixels
+    quality: Tensor  # [K] as the model predicts it
+    coverage: Tensor  # [K] float64, percent of the image, counted from its pixels
+
+    def take(self, chosen: Tensor) -> Self:
+        """Some of them, by number or as a [K] bool."""
+        return type(self)(*(values[chosen] for values in self))
+
+
+class Search:
+    """For all segments of an image (ratio: None), or for the one nearest to a coverage in percent.
+
+    Each ratio searches by itself, so that adding one later chooses what both at once would have.
+    finished: whether no further point is needed. changed: whether the nearest one had to give way
+    to a duplicate of higher quality.
+    """
+
+    def __init__(self, ratio: float | None, tolerance: float, overlap: float) -> None:
+        self.ratio, self.tolerance, self.overlap = ratio, tolerance, overlap
+        self.parts: list[Candidates] = []
+        self.chosen: Tensor | None = None  # the number of the nearest
+        self.distance = float("inf")  # of the nearest so far, in points
+        self.finished = self.changed = False
+
+    def possible(self, low: Tensor, high: Tensor) -> Tensor:
+        """[K] bool: whether what covers `low` to `high` percent may be as near as the nearest."""
+        assert self.ratio is not None
+        farther = torch.maximum(low - self.ratio, self.ratio - high)
+        return farther <= self.distance + ROUNDING
+
+    def add(self, candidates: Candidates) -> None:
+        """Take those that were possible."""
+        if not len(candidates.quality):
+            return
+        self.parts.append(candidates)
+        if self.ratio is None:
+            return
+        # The nearest that is no duplicate, the smaller on a tie: every candidate so far competes.
+        found, kept = self._distinct()
+        # Numbers of Python: one copy from the device, and exact comparisons.
+        percent = found.coverage.tolist()
+        order = [(abs(each - self.ratio), each, number) for number, each in enumerate(percent)]
+        nearest = min(order[number] for number in kept.tolist())
+        self.changed = nearest != min(order)
+        self.distance = nearest[0]
+        self.chosen = kept.new_tensor(nearest[2:])
+        self.finished = self.distance <= self.tolerance
+
+    def result(self) -> Candidates | None:
+        """All distinct segments, or the nearest one; None: there is none."""
+        if not self.parts:
+            return None
+        found, kept = self._distinct()
+        return found.take(kept if self.chosen is None else self.chosen)
+
+    def _distinct(self) -> tuple[Candidates, Tensor]:
+        """All so far, and the numbers of those that are no duplicates."""
+        self.parts = [found := Candidates(*map(torch.cat, zip(*self.parts, strict=True)))]
+        return found, nms(found.boxes, found.quality, self.overlap)
+
+
+def visiting_order(side: int, key: str) -> Tensor:
+    """Every point of a grid once, [side * side, 2] of x and y in (0, 1), evenly spread."""
+    # A Sobol sequence has a point in each cell of any power of two before it has two in one.
+    cells = 1 << (side - 1).bit_length()  # a power of two; points outside the grid are dropped
+    sequence = (torch.quasirandom.SobolEngine(2).draw(cells * cells) * cells).long()
+    visited = sequence[(sequence < side).all(1)]
+    # Turned round the edges by an offset that is the image's own: no place is always first.
+    digest = zlib.crc32(key.encode())
+    offset = torch.tensor([digest % side, digest // side % side])
+    return ((visited + offset) % side + 0.5) / side
+
+
+def coverage_bounds(logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and most percent of the image that masks [K, h, w] can cover once upsampled: [K] each.
+
+    weights: see `pixel_weights`. A pixel of the image is interpolated from the neighbours of the
+    decoder's pixel below it: if all nine are inside, so is the pixel, and so for outside.
+    """
+    # The most: whatever has a neighbour inside; the least: whatever has all of them inside.
+    inside, weights = (logits > 0).float(), weights.to(logits.device)
+    most = F.max_pool2d(inside, 3, stride=1, padding=1)
+    least = 1 - F.max_pool2d(1 - inside, 3, stride=1, padding=1)
+    return 100 * (least * weights).sum((1, 2)), 100 * (most * weights).sum((1, 2))
+
+
+@lru_cache(64)  # images of one size are many
+def pixel_weights(size: tuple[int, int], low: tuple[int, int], fills: tuple[float, ...]) -> Tensor:
+    """[h, w] float: the share of the image's H x W pixels above each pixel of the decoder's.
+
+    fills: how much of the decoder's rows and columns the image takes up; the rest is padding.
+    """
+    shares = []  # of the rows, and of the columns
+    for pixels, few, share in zip(size, low, fills, strict=True):
+        below = ((torch.arange(pixels) + 0.5) / pixels * (few * share)).long()
+        shares.append(torch.bincount(below, minlength=few) / pixels)
+    return shares[0][:, None] * shares[1]
 
 
 def _count(inside: Tensor) -> Tensor:

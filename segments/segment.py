@@ -26,22 +26,15 @@ FIRST_CHARACTER, LOW_BITS, SIGN_BIT, MORE_BIT, BITS = np.uint8(48), 0x1F, 0x10, 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """What Segment Anything found.
+    """What Segment Anything found."""
 
-    height, width: of the image, in pixels. coverage_percent: share of the image inside, 0 to 100,
-    counted from the pixels. counts: COCO's compressed run lengths.
-    """
-
-    height: int
+    height: int  # of the image, in pixels
     width: int
-    coverage_percent: float
-    counts: bytes
+    coverage_percent: float  # share of the image inside, 0 to 100, counted from the pixels
+    counts: bytes  # COCO's compressed run lengths
 
     def decode(self) -> np.ndarray:
-        """The segment as [H, W] uint8, 1 inside and 0 outside.
-
-        Raises ValueError if the runs do not fill the image, which pycocotools does not check.
-        """
+        """[H, W] uint8, 1 inside. Raises ValueError if the runs do not fill the image."""
         runs = _checked_runs(self.height, self.width, self.counts)
         inside = np.zeros(len(runs), np.uint8)
         inside[1::2] = 1
@@ -56,44 +49,32 @@ def segment_from_pixels(inside: np.ndarray) -> Segment:
 
 
 def segment_from_flips(flips: np.ndarray, height: int, width: int) -> Segment:
-    """From the pixels, ascending and counted down the columns, at which outside and inside change.
-
-    The first of them is the first one inside.
-    """
+    """From the pixels, ascending and counted down the columns, at which inside begins and ends."""
     flips = flips[: np.searchsorted(flips, height * width)]  # the end of the image is none
     # Runs outside and inside in turn; the first is outside, if need be 0 long.
     runs = np.diff(flips, prepend=0, append=height * width)
     return segment_from_rle({"size": [height, width], "counts": runs.tolist()})
 
 
-# COCO's C code would wrap others.
-_Side = Annotated[int, Field(ge=1, lt=1 << 31)]
-_Run = Annotated[int, Field(ge=0, lt=1 << 32)]
-
-
 class Rle(TypedDict):
-    """COCO's code of an image's segment: height and width; compressed text or run lengths."""
+    """COCO's code: height and width; compressed text or run lengths."""
 
-    size: Annotated[list[_Side], Field(min_length=2, max_length=2)]
-    counts: str | list[_Run]
+    size: Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=2, max_length=2)]
+    counts: str | list[Annotated[int, Field(ge=0, lt=2**32)]]  # C would wrap others
 
 
 def segment_from_rle(segmentation: Any) -> Segment:
     """Read an `Rle`. Raises ValueError if it is none, or its runs do not fill the image."""
     rle = parsed(Rle, segmentation, "its run-length code")
     (height, width), counts = rle["size"], rle["counts"]
-    if isinstance(counts, str):
-        return segment_from_counts(height, width, counts.encode("utf-8", "replace"))
-    if sum(counts) != height * width:
-        raise ValueError(f"its runs cover {sum(counts)} pixels, its size is {height} x {width}")
-    compressed = coco_rle.frPyObjects(rle, height, width)["counts"]
-    return segment_from_counts(height, width, compressed)
+    is_text = isinstance(counts, str)
+    code = counts.encode() if is_text else coco_rle.frPyObjects(rle, height, width)["counts"]
+    return segment_from_counts(height, width, code)
 
 
 def segment_from_counts(height: int, width: int, counts: bytes) -> Segment:
     """From compressed run lengths. Raises ValueError unless they are that, and fill the image."""
-    inside = int(_checked_runs(height, width, counts)[1::2].sum())
-    percent = 100 * inside / (height * width)
+    percent = 100 * int(_checked_runs(height, width, counts)[1::2].sum()) / (height * width)
     return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
 
 
@@ -132,10 +113,9 @@ def _order(segment: Segment) -> tuple[float, bytes]:
 
 
 def decode_at(segments: Sequence[Segment], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """All segments of one image at some of its pixels: [M, rows, columns] uint8.
+    """All segments of one image at some of its rows and columns, ascending: [M, R, C] uint8.
 
-    rows, columns: ascending. For few pixels it takes a quarter of the time of `decode`. Raises
-    ValueError if runs do not fill the image.
+    For few pixels a quarter of the time of `decode`. Raises ValueError as that does.
     """
     height, width = segments[0].height, segments[0].width
     # A crop that is enlarged asks for a column several times: it is looked up once.

@@ -13,8 +13,7 @@ from segments.config import FelzenszwalbSettings, SamSettings
 from segments.felzenszwalb import Felzenszwalb
 from segments.generate import Shard, Work, generate, images_by_key
 from segments.pack import merge
-from segments.sam import Sam
-from segments.search import coverage_bounds, pixel_weights, visiting_order
+from segments.sam import Sam, coverage_bounds, pixel_weights, visiting_order
 from segments.segment import nearest, run_lengths
 from segments.store import PackedStore
 from tests.segments.tiny_models import make_tiny_model
