@@ -74,8 +74,9 @@ def open_folder(root: Path) -> SegmentFolder:
     form = _form_of_files(root)
     if form is None:
         raise ValueError(
-            f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, "
-            "a folder with metadata.csv or a folder with table.txt"
+            f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, or a "
+            "folder with metadata.csv or table.txt. `python -m segments generate` makes some, and so "
+            "does benchmark.py's --make-segments"
         )
     return SegmentFolder(root, form)
 

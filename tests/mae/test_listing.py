@@ -92,7 +92,7 @@ def test_segments_of_files_are_found_under_the_path_below_val(tmp_path):
 
 def test_before_the_segments_are_made_every_image_counts(twins, tmp_path):
     config = make_config(twins, tmp_path / "out", mask_method="segments")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is no folder of segments"):
         make_listing(config.data, config.method)
     listing = make_listing(config.data, config.method, packed=False)
     assert (len(listing.train), len(listing.val), listing.source) == (2, 2, None)
