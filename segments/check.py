@@ -67,14 +67,11 @@ def _check_one(train: Path, source: AnyForm, without: set[str], path: str) -> st
         if (one.height, one.width) != (height, width):
             # EXIF's orientation was not applied when the segments were made.
             how = " (transposed)" if (one.width, one.height) == (height, width) else ""
-            sizes = (
-                f"{width}x{height} pixels, upright, but its segments are {one.width}x{one.height}"
-            )
-            raise ValueError(f"is {sizes}{how}")
+            its = f"its segments are {one.width}x{one.height}{how}"
+            raise ValueError(f"is {width}x{height} pixels, upright, but {its}")
         # A store's index goes by what it states.
-        stated, counts = one.coverage_percent, one.counts
-        counted = segment_from_counts(height, width, counts).coverage_percent
-        if counted != stated:
+        counted = segment_from_counts(height, width, one.counts).coverage_percent
+        if counted != (stated := one.coverage_percent):
             raise ValueError(f"a segment is said to cover {stated} %, but covers {counted} %")
     return "; ".join(reports)
 

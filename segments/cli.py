@@ -19,7 +19,14 @@ from common.options import MOST_PROCESSES, OptionGroup, option
 from segments.check import check
 from segments.config import GENERATORS, PERCENT, PRESETS, SamSettings, made_for
 from segments.forms import open_any_form
-from segments.generate import Generator, Shard, estimate_price, generate, images_by_key, price_text
+from segments.generate import (
+    Generator,
+    estimate_price,
+    generate,
+    images_by_key,
+    parse_shard,
+    price_text,
+)
 from segments.pack import merge, pack, unpack
 from segments.store import Summary, segment_key
 
@@ -132,7 +139,7 @@ def _generate(options: _GenerateOptions, settings: Any, speed: _Speed | None = N
     check_output_file(options.out)
     if options.out.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"--out {options.out} has an image's name; give one such as masks.sqlite")
-    shard, images = Shard.parse(options.shard), images_by_key(options.images, options.val_dir)
+    shard, images = parse_shard(options.shard), images_by_key(options.images, options.val_dir)
     generator: Generator
     # One needs torch, the other scikit-image: neither is loaded for the other.
     if isinstance(settings, SamSettings):
@@ -209,7 +216,6 @@ def check_command(in1k_dir: Path, options: _CheckOptions) -> int:
         say(f"stopped, {left} images are left; run the same command again")
         return EXIT_STOPPED
     offenders = [f"  {path}: {reason}" for path, reason in checked.items() if reason]
-    say(f"{len(checked)} images checked, {len(offenders)} offenders, in {options.out}")
-    for line in sorted(offenders)[:5]:
-        say(line)
+    found = f"{len(checked)} images checked, {len(offenders)} offenders, in {options.out}"
+    say("\n".join([found, *sorted(offenders)[:5]]))
     return EXIT_FAILED if offenders else 0

@@ -57,10 +57,8 @@ def open_segments(path: Path) -> PackedStore:
     source = open_any_form(path)
     if isinstance(source, PackedStore):
         return source
-    raise ValueError(
-        f"{path} holds segments as {source.name}, and training reads a packed store only; make it "
-        f"by `python -m segments pack {path}`"
-    )
+    how = f"training reads a packed store only; make it by `python -m segments pack {path}`"
+    raise ValueError(f"{path} holds segments as {source.name}, and {how}")
 
 
 def open_any_form(path: Path) -> AnyForm:
@@ -75,8 +73,7 @@ def open_folder(root: Path) -> SegmentFolder:
     if form is None:
         raise ValueError(
             f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, or a "
-            "folder with metadata.csv or table.txt. `python -m segments generate` makes some, and so "
-            "does benchmark.py's --make-segments"
+            "folder with metadata.csv or table.txt; `python -m segments generate` makes some"
         )
     return SegmentFolder(root, form)
 
@@ -141,10 +138,8 @@ class SegmentFolder:
                 found.append(segment)
                 counted = segment.coverage_percent
                 if percent is not None and abs(percent - counted) > COVERAGE_TOLERANCE:
-                    report(
-                        f"{what} is said to cover {percent:.3f} % of the image, its pixels are "
-                        f"{counted:.3f} %; the pixels count"
-                    )
+                    pixels = f"its pixels are {counted:.3f} %; the pixels count"
+                    report(f"{what} is said to cover {percent:.3f} % of the image, {pixels}")
             return ordered(found)
         except (OSError, ValueError) as error:
             inside = str(error).startswith(str(self.root))

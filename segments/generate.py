@@ -2,7 +2,7 @@
 
     images = images_by_key(Path("IN1K/train"), None)
     generator = Felzenszwalb(FelzenszwalbSettings())
-    generate(images, Path("masks.sqlite"), generator, shard=Shard(), processes=None)
+    generate(images, Path("masks.sqlite"), generator, processes=None)
 
 What a finished store lacks, be it images or coverage ratios, becomes a store of its own beside it,
 and the two are merged.
@@ -18,7 +18,7 @@ from collections.abc import Generator as Results
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -70,24 +70,16 @@ class Generator(Protocol):
         """Segments of each image, the smallest first."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Part `index` of `count`, from 0."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str | None) -> Self:
-        """From `0/4`, the first of four; None: what torchrun or Slurm says, or else the whole."""
-        # torchrun inside an srun sets both: its own numbers count.
-        for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if text is None and os.environ.keys() >= set(names):
-                text = "/".join(os.environ[name] for name in names)
-        index, _, count = (text or "0/1").partition("/")
-        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ValueError(f"--shard {text}: write it as 0/4, first of four; it counts from 0")
-        return cls(int(index), int(count))
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Index, from 0, and count: from `0/4`, the first of four; None: what torchrun or Slurm says."""
+    # torchrun inside an srun sets both: its own numbers count.
+    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if text is None and os.environ.keys() >= set(names):
+            text = "/".join(os.environ[name] for name in names)
+    index, _, count = (text or "0/1").partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard {text}: write it as 0/4, the first of four; it counts from 0")
+    return int(index), int(count)
 
 
 def images_by_key(images_dir: Path, val_dir: Path | None) -> dict[str, Path]:
@@ -101,17 +93,15 @@ def images_by_key(images_dir: Path, val_dir: Path | None) -> dict[str, Path]:
         for path in find_images(folder):
             key = segment_key(f"{prefix}{path}")
             if key in found:
-                raise ValueError(
-                    f"{found[key]} and {folder / path} would have segments of the same name, "
-                    f"{key}; rename one"
-                )
+                both = f"{found[key]} and {folder / path}"
+                raise ValueError(f"{both} would have segments of the same name, {key}; rename one")
             found[key] = folder / path
     return found
 
 
 def generate(
-    images: Mapping[str, Path], out: Path, generator: Generator, *, shard: Shard,
-    processes: int | None,
+    images: Mapping[str, Path], out: Path, generator: Generator, *,
+    shard: tuple[int, int] = (0, 1), processes: int | None,
 ) -> Summary:  # fmt: skip
     """Make the segments of images, by key, that are not in the packed store yet.
 
@@ -119,7 +109,7 @@ def generate(
     named, recorded, and tried again by the next run. Raises ValueError if what is there was made
     with other settings, RuntimeError at the end if more than 1% failed.
     """
-    part, ratios = shard_path(out, shard.index, shard.count), set(made_for(generator.settings))
+    part, ratios = shard_path(out, *shard), set(made_for(generator.settings))
     # A finished store is never changed: others may be reading it.
     base = PackedStore(part) if part.exists() else None
     if base is None and out.exists() and ratios:  # a part of the whole store gets more ratios
@@ -131,10 +121,8 @@ def generate(
     if generator.tally:
         logger.info("%s", ", ".join(f"{n} {what}" for what, n in generator.tally.items()))
     if not summary.interrupted and summary.too_many_failed:
-        raise RuntimeError(
-            f"{summary.left_out} of {len(work.keys)} images failed, more than 1% (the others are "
-            f"in {part}); see the names above"
-        )
+        what = f"{summary.left_out} of {len(work.keys)} images failed, more than 1%"
+        raise RuntimeError(f"{what} (the others are in {part}); see the names above")
     return summary
 
 
@@ -145,8 +133,7 @@ def _add_what_it_lacks(base: PackedStore, part: Path, work: "Work") -> Summary:
     if work.missing and strangers:
         raise ValueError(
             f"{base.path} has {len(strangers)} images that are not among those of --images and "
-            f"--val-dir, such as {min(strangers)}, and would lose them; name the same folders as "
-            "then"
+            f"--val-dir, such as {min(strangers)}, and would lose them; name the folders of then"
         )
     lacking = work.keys if work.missing else work.keys - work.there
     for_ratios = "-".join(f"{ratio:g}" for ratio in work.ratios) or "all"
@@ -181,7 +168,7 @@ class Work:
     """
 
     def __init__(
-        self, images: Mapping[str, Path], generator: Generator, shard: Shard = Shard(),
+        self, images: Mapping[str, Path], generator: Generator, shard: tuple[int, int] = (0, 1),
         processes: int | None = None, base: PackedStore | None = None,
     ) -> None:  # fmt: skip
         self.images, self.generator, self.processes = images, generator, processes
@@ -193,7 +180,7 @@ class Work:
         # same others, and two shards make exactly what one run makes.
         every, size = list(images), generator.batch_size
         batches = [every[start : start + size] for start in range(0, len(every), size)]
-        self.batches = batches[shard.index :: shard.count]
+        self.batches = batches[shard[0] :: shard[1]]
         self.keys = set(chain.from_iterable(self.batches))
 
     def make(self, out: Path, keys: Collection[str]) -> Summary:

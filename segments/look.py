@@ -41,11 +41,6 @@ class Statistics:
     without: int
     damaged: list[str]
 
-    @property
-    def segments_per_image(self) -> np.ndarray:
-        """Number of segments of each image."""
-        return np.array([*map(len, self.coverages.values())])
-
     def distances(self, ratio: float) -> np.ndarray:
         """How far each image's nearest segment is from a coverage, in percentage points."""
         return np.array([np.abs(coverage - ratio).min() for coverage in self.coverages.values()])
@@ -81,7 +76,7 @@ def describe(statistics: Statistics, ratios: Sequence[float]) -> dict[str, str]:
         "images with segments": f"{statistics.images} ({len(coverages)} looked at)",
         "images known to have none": str(statistics.without),
         "damaged": "; ".join([str(len(damaged)), *damaged[:1]]),
-        "segments per image": _spread(statistics.segments_per_image, "", 0),
+        "segments per image": _spread([*map(len, coverages.values())], "", 0),
         "coverage of a segment": _spread(np.concatenate([*coverages.values()]), " %", 1),
     }
     for ratio in ratios:
@@ -125,7 +120,7 @@ def _overlap(one: Segment | None, other: Segment | None) -> float:
     return float(coco_rle.iou(ours, theirs, [0])[0, 0])
 
 
-def _spread(values: np.ndarray, unit: str, digits: int) -> str:
+def _spread(values: np.ndarray | list[int], unit: str, digits: int) -> str:
     # A mean would say little: coverages are far from symmetric.
     low, middle, high = np.percentile(values, [10, 50, 90])
     return f"median {middle:.{digits}f}{unit} (10-90 %: {low:.{digits}f} to {high:.{digits}f})"
@@ -192,7 +187,7 @@ def _charts(statistics: Statistics, ratios: Sequence[float], title: str, width: 
     figure = Figure(figsize=(6, 9), dpi=width / 6, layout="constrained")
     figure.suptitle(title)
     numbers, coverages, distances = figure.subplots(3, 1)
-    counted = statistics.segments_per_image
+    counted = np.array([*map(len, statistics.coverages.values())])
     step = counted.max() // 30 + 1  # at most 30 bars
     numbers.hist(counted, bins=np.arange(0.5, counted.max() + step + 1, step))
     numbers.set(xlabel="segments of an image", ylabel="images", xlim=(0, counted.max() + step))

@@ -40,8 +40,7 @@ def pack(
     if summary.too_many_failed and not (allow_damaged or summary.interrupted):
         raise RuntimeError(
             f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
-            "not finished. Mend them and run again, or leave them out by "
-            f"`python -m segments pack {masks_dir} --allow-damaged`"
+            "not finished. Mend them and run again, or leave them out by --allow-damaged"
         )
     return summary
 

@@ -306,10 +306,8 @@ def _choose_device(wanted: str) -> torch.device:
     """The GPU of this process, by torchrun's or Slurm's number, or the CPU."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and not there:
-        raise ValueError(
-            f"--device cuda: torch {torch.__version__}, for CUDA {torch.version.cuda}, has no GPU "
-            "here; use --device cpu, or see ./run_benchmark.sh doctor"
-        )
+        what = f"torch {torch.__version__}, for CUDA {torch.version.cuda}, has no GPU here"
+        raise ValueError(f"--device cuda: {what}; use cpu, or see ./run_benchmark.sh doctor")
     local_rank = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
     use_gpu = there and wanted != "cpu"
     return torch.device("cuda", local_rank % there) if use_gpu else torch.device("cpu")
@@ -327,9 +325,8 @@ def _load(name: str) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError:
-        raise ValueError(
-            "`generate sam` needs this: pip install transformers; `generate felzenszwalb` does not"
-        ) from None
+        what = "`generate sam` needs transformers, `generate felzenszwalb` does not"
+        raise ValueError(f"{what}: pip install transformers") from None
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -339,17 +336,15 @@ def _load(name: str) -> tuple[Any, Any]:
     # Judged before gigabytes of weights are downloaded.
     if type(config) not in transformers.MODEL_FOR_MASK_GENERATION_MAPPING:
         known = transformers.models.auto.modeling_auto.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
-        raise ValueError(
-            f"--model {name} is of type {config.model_type}; allowed: {', '.join(sorted(known))}"
-        )
+        allowed = ", ".join(sorted(known))
+        raise ValueError(f"--model {name} is of type {config.model_type}; allowed: {allowed}")
     processor = transformers.AutoImageProcessor.from_pretrained(name)
     model, loaded = transformers.AutoModelForMaskGeneration.from_pretrained(
         name, key_mapping=NAMES_OF_WEIGHTS.get(config.model_type), output_loading_info=True
     )
     if missing := loaded["missing_keys"]:  # transformers would go on with random weights
-        raise ValueError(
-            f"--model {name} lacks {len(missing)} weights for mask generation: {min(missing)} ..."
-        )
+        what = f"{len(missing)} weights for mask generation: {min(missing)} ..."
+        raise ValueError(f"--model {name} lacks {what}")
     return processor, model
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.files import beside, open_regular
 from common.parsed import parsed_text
@@ -65,8 +65,7 @@ NEAREST = f"""{ROWS} AND s.coverage = (
 ALL = f"{ROWS} ORDER BY s.coverage, s.id"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackedImage:
+class PackedImage(NamedTuple):
     """One image's rows. segments: (coverage in percent, compressed counts), the smallest first."""
 
     key: str
@@ -79,7 +78,7 @@ def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
     """Compress the segments of one image, which are in order."""
     height, width = (segments[0].height, segments[0].width) if segments else (None, None)
     rows = [(s.coverage_percent, zlib.compress(s.counts, COMPRESSION_LEVEL)) for s in segments]
-    return PackedImage(key=key, height=height, width=width, segments=rows)
+    return PackedImage(key, height, width, rows)
 
 
 def segment_key(relative_path: str) -> str:
@@ -111,9 +110,8 @@ class PackedStore:
                 (length,) = connection.execute(LENGTH).fetchone()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(
-                f"{path} is not a packed store of segments, or cut short ({reason}); pack it again"
-            ) from None
+            what = f"is not a packed store of segments, or cut short ({reason}); pack it again"
+            raise ValueError(f"{path} {what}") from None
         # SQLite misses whole pages at once, but a part of the last one only when it needs it.
         if path.stat().st_size < length:
             raise ValueError(f"{path} is cut short: it was {length} bytes; copy or pack it again")
@@ -162,7 +160,7 @@ class PackedStore:
         for row in rows:
             self._segment(key, row)
         height, width = rows[0][:2] if rows else (None, None)
-        return PackedImage(key=key, height=height, width=width, segments=[row[2:] for row in rows])
+        return PackedImage(key, height, width, [row[2:] for row in rows])
 
     def _keys(self, condition: str) -> set[str]:
         keys = {key for (key,) in self._query(f"SELECT key FROM images WHERE {condition}")}
@@ -217,15 +215,10 @@ class Summary:
 
 
 def write_store(
-    out: Path,
-    keys: Sequence[str],
+    out: Path, keys: Sequence[str],
     rows: Callable[[list[str]], Generator[PackedImage | Failure, None, None]],
-    *,
-    what: str,
-    source: str,
-    settings: Mapping[str, Any],
-    allow_failed: bool = True,
-) -> Summary:
+    *, what: str, source: str, settings: Mapping[str, Any], allow_failed: bool = True,
+) -> Summary:  # fmt: skip
     """Write a store of these images, or go on with it. A signal that asks to stop leaves it
     unfinished, and so do too many that fail, if they are not allowed.
 
@@ -248,9 +241,9 @@ def write_store(
             if time.monotonic() - committed_at > SECONDS_PER_COMMIT:
                 store.commit()  # survives a kill
                 committed_at = time.monotonic()
+        every = [number for (number,) in store.execute("SELECT segments FROM images")]
         summary = Summary(
-            out=out, images=_count(store, "images WHERE segments > 0"),
-            without=_count(store, "images WHERE segments = 0"), left_out=failed,
+            out=out, images=len(every) - every.count(0), without=every.count(0), left_out=failed,
             already_there=already_there, interrupted=added < len(left),
         )  # fmt: skip
         complete = not summary.interrupted and (allow_failed or not summary.too_many_failed)
@@ -267,7 +260,7 @@ def _begin(store: sqlite3.Connection, part: Path, source: str, settings: Mapping
     # Held to the end: a second process that writes the same store is refused.
     store.execute("PRAGMA locking_mode = EXCLUSIVE")
     store.execute("BEGIN EXCLUSIVE")
-    if not _count(store, "sqlite_master"):
+    if not store.execute("SELECT 1 FROM sqlite_master").fetchone():
         for statement in SCHEMA.split(";"):
             store.execute(statement)
         begun = {"format_version": FORMAT_VERSION, "complete": "0", "source": source,
@@ -293,10 +286,6 @@ def _add(store: sqlite3.Connection, row: PackedImage | Failure) -> None:
     store.execute("DELETE FROM failures WHERE key = ?", (row.key,))  # it may have failed before
 
 
-def _count(store: sqlite3.Connection, rows: str) -> int:
-    return int(store.execute(f"SELECT count(*) FROM {rows}").fetchone()[0])
-
-
 @contextmanager
 def _explained(part: Path) -> Iterator[None]:
     """Says what is wrong with the file in terms of what to do."""
@@ -305,19 +294,14 @@ def _explained(part: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         text = str(error)
         if "full" in text or "disk I/O" in text:
-            raise RuntimeError(
-                f"{part} cannot be written: {text}. Make room and run the same command again; it "
-                "goes on from there"
-            ) from None
+            advice = "Make room and run the same command again; it goes on from there"
+            raise RuntimeError(f"{part} cannot be written: {text}. {advice}") from None
         if "locked" in text:
             raise ValueError(f"{part} is being written by another process") from None
         raise ValueError(f"{part}: {text}; remove it and start again") from None
 
 
 def _check_format(path: Path, meta: Mapping[str, str]) -> None:
-    version = meta.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} is of format {version}, not {FORMAT_VERSION}; if it is newer than this code, "
-            "update SegMAE, else pack it again"
-        )
+    if (version := meta.get("format_version")) != FORMAT_VERSION:
+        advice = "if it is newer than this code, update SegMAE, else pack it again"
+        raise ValueError(f"{path} is of format {version}, not {FORMAT_VERSION}; {advice}")

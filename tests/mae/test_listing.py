@@ -13,7 +13,7 @@ from mae.data import FixedImages, MaskedImages
 from mae.listing import find_images, make_listing
 from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
-from segments.generate import Shard, generate, images_by_key
+from segments.generate import generate, images_by_key
 from segments.store import PackedStore
 from tests.mae.conftest import make_config, pack_segments, write_image, write_segments
 
@@ -30,7 +30,7 @@ def make_segments(folder, *, val_dir):
     generator = Felzenszwalb(FelzenszwalbSettings(sigma=0.1, longest_side=60, max_coverage=50))
     out = folder / "masks/masks.sqlite"
     out.parent.mkdir()
-    generate(images_by_key(folder / "train", val_dir), out, generator, shard=Shard(), processes=1)
+    generate(images_by_key(folder / "train", val_dir), out, generator, processes=1)
     return PackedStore(out)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from common.images import read_rgb
 from segments.config import FelzenszwalbSettings, SamSettings
 from segments.felzenszwalb import Felzenszwalb
-from segments.generate import Shard, Work, generate, images_by_key
+from segments.generate import Work, generate, images_by_key
 from segments.pack import merge
 from segments.sam import Sam, coverage_bounds, pixel_weights, visiting_order
 from segments.segment import nearest, run_lengths
@@ -48,7 +48,7 @@ def make(model, photographs):
             "stability_score_offset": 0.1, "device": "cpu", "tolerance": TOLERANCE, **changed,
         }  # fmt: skip
         sam = Sam(SamSettings(for_coverage=ratios, **options))
-        generate(images_by_key(photographs, None), out, sam, shard=shard or Shard(), processes=None)
+        generate(images_by_key(photographs, None), out, sam, shard=shard or (0, 1), processes=None)
         return sam.tally
 
     return run
@@ -131,7 +131,7 @@ def test_shards_add_a_ratio_to_the_merged_store_and_so_does_merge(make, made, tm
     out = tmp_path / "masks.sqlite"
     shutil.copyfile(made["15"][0], out)
     for index in (0, 1):
-        make(out, 40.0, shard=Shard(index=index, count=2))
+        make(out, 40.0, shard=(index, 2))
     merge([tmp_path / f"masks-{i}-of-2.sqlite" for i in (0, 1)], out, overwrite=True)
     make(tmp_path / "at_once.sqlite", 15.0, 40.0)
     assert dump(out) == dump(tmp_path / "at_once.sqlite")
@@ -296,7 +296,7 @@ def add(tmp_path):
     def run(*ratios, val_dir=tmp_path / "val", out=tmp_path / "masks.sqlite"):
         settings = FelzenszwalbSettings(longest_side=60, for_coverage=ratios)
         images = images_by_key(tmp_path / "train", val_dir)
-        generate(images, out, Felzenszwalb(settings), shard=Shard(), processes=1)
+        generate(images, out, Felzenszwalb(settings), processes=1)
         return PackedStore(out)
 
     return run
