@@ -14,7 +14,7 @@ from common.samples import evenly_spread
 from mae.config import DataConfig, MethodConfig
 from mae.masking import METHODS
 from segments.config import VAL, command_of, made_for
-from segments.forms import AnyForm, form_of, open_any_form, open_segments
+from segments.forms import form_of, open_any_form, open_segments
 from segments.store import PackedStore, segment_key
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,14 @@ def _list(data: DataConfig, uses_segments: bool, packed: bool, known: dict[Any, 
         # Every method trains on the same images, those that have a segment: else a difference
         # between methods could be one between images.
         with_segment = source.images()
-        kept = _with_segment(train, with_segment, source, data)
-        # Where segments are hidden, a held-out image needs one of its own.
+        kept = [path for path in train if segment_key(path) in with_segment]
+        # Those that a list or the store names as empty were not forgotten.
+        _check_missing(train, kept, with_segment | source.listed_empty(), data)
+        # Where segments are hidden, a held-out image needs one of its own: what is called as a
+        # training image is that one's, and would hide a stranger's shapes.
         if uses_segments:
-            kept_val, val_folder = _with_their_own(val, val_folder, with_segment, train)
+            theirs = with_segment.difference(map(segment_key, train))
+            kept_val, val_folder = _with_their_own(val, val_folder, theirs)
     held_out = encode_paths(evenly_spread(kept_val, data.val_images))
     return Listing(
         train=encode_paths(kept), val=held_out, val_folder=val_folder,
@@ -99,14 +103,8 @@ def _open_source(data: DataConfig, uses_segments: bool, packed: bool) -> Any:
     return open_segments(path) if packed else open_any_form(path)
 
 
-def _with_segment(
-    train: list[str], with_segment: set[str], source: AnyForm, data: DataConfig
-) -> list[str]:
-    """The images that have one."""
-    kept = [path for path in train if segment_key(path) in with_segment]
-    # Those that a list or the store names as empty were not forgotten.
-    accounted = with_segment | source.listed_empty()
-    missing = [path for path in train if segment_key(path) not in accounted]
+def _check_missing(train: list[str], kept: list[str], known: set[str], data: DataConfig) -> None:
+    missing = [path for path in train if segment_key(path) not in known]
     if not kept and not missing:
         raise ValueError(f"{data.segments_path} lists every image as having no segment")
     text = f"{len(missing)} of {len(train)} images have no segment in {data.segments_path}: "
@@ -117,7 +115,6 @@ def _with_segment(
         raise ValueError(f"{text}. Is that the right --masks-dir?{advice}")
     if missing:
         logger.info("%s ...; they are left out", text)
-    return kept
 
 
 def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig) -> None:
@@ -137,12 +134,8 @@ def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig)
     )
 
 
-def _with_their_own(
-    val: list[str], folder: Path, with_segment: set[str], train: list[str]
-) -> tuple[list[str], Path]:
+def _with_their_own(val: list[str], folder: Path, theirs: set[str]) -> tuple[list[str], Path]:
     """The held-out images that have segments, and the folder to which their paths are relative."""
-    # What is called as a training image is that one's, and would hide a stranger's shapes.
-    theirs = with_segment.difference(map(segment_key, train)) if val else set()
     # Keys of segments that people have of them lack the val/ that `generate` gives them.
     for prefix, relative_to in ((f"{VAL}/", folder.parent), ("", folder)):
         within = [f"{prefix}{path}" for path in val]

@@ -1,7 +1,4 @@
-"""The command line of `python -m segments`. What is heavy is imported when a command runs.
-
-`python -m mae masks` is another name of the same commands.
-"""
+"""The command line of `python -m segments`, which `python -m mae masks` is another name of."""
 
 import json
 from collections.abc import Sequence
@@ -16,17 +13,11 @@ from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, run_program
 from common.files import check_output_file, check_output_folder, is_marked
 from common.images import IMAGE_SUFFIXES, find_images
 from common.options import MOST_PROCESSES, OptionGroup, option
+from common.progress import clock
 from segments.check import check
 from segments.config import GENERATORS, PERCENT, PRESETS, SamSettings, made_for
 from segments.forms import open_any_form
-from segments.generate import (
-    Generator,
-    estimate_price,
-    generate,
-    images_by_key,
-    parse_shard,
-    price_text,
-)
+from segments.generate import Generator, estimate_price, generate, images_by_key, parse_shard
 from segments.pack import merge, pack, unpack
 from segments.store import Summary, segment_key
 
@@ -153,9 +144,19 @@ def _generate(options: _GenerateOptions, settings: Any, speed: _Speed | None = N
     processes = speed.processes if speed else None
     if options.estimate:
         price = estimate_price(images, generator, processes=processes)
-        say(json.dumps(price) if options.json else price_text(price))
+        say(json.dumps(price) if options.json else _price_text(price))
         return 0
     return _report(generate(images, options.out, generator, shard=shard, processes=processes))
+
+
+def _price_text(price: dict[str, Any]) -> str:
+    points = price["points_per_image"]
+    visited = "" if points is None else f", {points:.0f} points an image"
+    return (
+        f"{price['images']} images: {clock(price['seconds'])} here, {price['seconds'] / 3600:.2f} "
+        f"hours of this device; {1 / price['seconds_per_image']:.1f} images/s{visited}; a store of "
+        f"{price['bytes'] / 2**20:.0f} MiB. N devices (--shard I/N) take 1/N of the time"
+    )
 
 
 # Each generator is a command of its own, so that --help shows the options that it has.
@@ -177,7 +178,7 @@ for _name, _group in GENERATORS.items():
 @click.argument("masks_dir", type=PATH)
 def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
     """Print and draw what the segments of a dataset are like."""
-    from common.contact_sheet import save_png
+    from common.contact_sheet import save_png  # heavy, as the generators are: not for --help
     from segments.look import collect, compare, describe, draw
 
     # IN1K/masks.sqlite and IN1K/masks/masks.sqlite both find IN1K/train.

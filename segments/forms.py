@@ -94,16 +94,12 @@ def _form_of_files(root: Path) -> Form | None:
 
 
 class Form(NamedTuple):
-    """Files of segments, one for each image.
-
-    ending: of the file's path, behind the image's key. bytes_of_none: a file without segments is
-    not longer. read: yields a file's segments, where each comes from, and its stated coverage in
-    percent.
-    """
+    """Files of segments, one for each image."""
 
     name: str
-    ending: str
-    bytes_of_none: int
+    ending: str  # of the file's path, behind the image's key
+    bytes_of_none: int  # a file without segments is not longer
+    # Yields a file's segments, where each comes from, and its stated coverage in percent.
     read: Callable[[Path], Iterator[tuple[Segment, str, float | None]]]
 
 

@@ -24,7 +24,6 @@ import numpy as np
 
 from common.files import beside
 from common.images import find_images, read_reduced
-from common.progress import clock
 from common.samples import evenly_spread
 from common.step_files import shard_path
 from segments.config import STORE_NAME, VAL, check_made_alike, made_for
@@ -43,17 +42,13 @@ SECONDS = 30.0  # which ends after this time, too
 
 @dataclass(frozen=True, kw_only=True)
 class InputImage:
-    """An image to find segments of.
-
-    pixels: [h, w, 3] uint8, perhaps fewer than the image's own height x width, which its segments
-    have. ratios: coverages in percent to which the nearest segments are wanted; none: all segments.
-    """
+    """An image to find segments of."""
 
     key: str
-    pixels: np.ndarray
-    height: int
+    pixels: np.ndarray  # [h, w, 3] uint8, perhaps fewer than the image has
+    height: int  # of the image, and of its segments
     width: int
-    ratios: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()  # the nearest to these coverages, in percent; none: all segments
 
 
 class Generator(Protocol):
@@ -71,7 +66,7 @@ class Generator(Protocol):
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
-    """Index, from 0, and count: from `0/4`, the first of four; None: what torchrun or Slurm says."""
+    """Index and count, of `0/4`, the first of four; None: what torchrun or Slurm says."""
     # torchrun inside an srun sets both: its own numbers count.
     for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if text is None and os.environ.keys() >= set(names):
@@ -160,21 +155,16 @@ def _add_what_it_lacks(base: PackedStore, part: Path, work: "Work") -> Summary:
 
 
 class Work:
-    """From images, by key, to rows of a store. base: a finished one that is added to.
-
-    ratios: the coverages that the store will serve, none: it has all segments; missing: those that
-    the base lacks; there: the images that it has. batches, keys: this part's images, as they are
-    computed together, and in one set.
-    """
+    """From images, by key, to rows of a store. base: a finished one that is added to."""
 
     def __init__(
         self, images: Mapping[str, Path], generator: Generator, shard: tuple[int, int] = (0, 1),
         processes: int | None = None, base: PackedStore | None = None,
     ) -> None:  # fmt: skip
         self.images, self.generator, self.processes = images, generator, processes
-        known = made_for(base.settings) if base else []
-        self.ratios = made_for(generator.settings, base.settings if base else {})
-        self.missing = [ratio for ratio in self.ratios if ratio not in known]
+        known = base.settings if base else {}
+        self.ratios = made_for(generator.settings, known)  # that the store will serve; none: all
+        self.missing = [ratio for ratio in self.ratios if ratio not in made_for(known)]
         self.there = base.all_images() if base else set()
         # Batches are made before they are shared out: an image is always computed together with the
         # same others, and two shards make exactly what one run makes.
@@ -267,14 +257,3 @@ def estimate_price(
         "points_per_image": points / len(rows) if points else None,
         "bytes": round(stored / len(rows) * len(images)),
     }
-
-
-def price_text(price: Mapping[str, Any]) -> str:
-    """The same for people."""
-    points = price["points_per_image"]
-    visited = "" if points is None else f", {points:.0f} points an image"
-    return (
-        f"{price['images']} images: {clock(price['seconds'])} here, {price['seconds'] / 3600:.2f} "
-        f"hours of this device; {1 / price['seconds_per_image']:.1f} images/s{visited}; a store of "
-        f"{price['bytes'] / 2**20:.0f} MiB. N devices (--shard I/N) take 1/N of the time"
-    )

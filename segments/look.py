@@ -29,17 +29,12 @@ UNREADABLE = np.full((3, 4, 3), 200, np.uint8)  # the tile of an image that cann
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Of the images that were looked at.
+    """Of the images that were looked at."""
 
-    coverages: in percent, ascending, of the segments of each image that has some, by its key.
-    images, without: in the whole source, those with segments and those known to have none.
-    damaged: what could not be read, and why.
-    """
-
-    coverages: dict[str, np.ndarray]
-    images: int
-    without: int
-    damaged: list[str]
+    coverages: dict[str, np.ndarray]  # percent, ascending, of the segments of each that has some
+    images: int  # in the whole source, those with segments,
+    without: int  # and those known to have none
+    damaged: list[str]  # what could not be read, and why
 
     def distances(self, ratio: float) -> np.ndarray:
         """How far each image's nearest segment is from a coverage, in percentage points."""
@@ -47,10 +42,7 @@ class Statistics:
 
 
 def collect(source: AnyForm, *, processes: int | None) -> Statistics | None:
-    """Read the segments of at most `MOST_READ` images; None: a signal asked to stop.
-
-    Raises ValueError if there are none.
-    """
+    """Of at most `MOST_READ` images; None: a signal asked to stop. ValueError if there are none."""
     images = source.images()
     chosen = evenly_spread(sorted(images), MOST_READ)
 

@@ -21,8 +21,8 @@ def pack(
 ) -> Summary:  # fmt: skip
     """Write a packed store of a folder of any form, or go on writing it.
 
-    Images whose files are damaged are named, recorded and left out. Raises ValueError if `out` is
-    there, RuntimeError if more than 1% are damaged and that is not allowed, or the disk is full.
+    Images whose files are damaged are named, recorded and left out; RuntimeError if those are more
+    than 1% and that is not allowed. Raises ValueError if `out` is there.
     """
     source = open_folder(masks_dir)
     out = out or masks_dir / STORE_NAME
@@ -75,9 +75,8 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
 def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     """Join stores into one: shards of the same images, or stores made for different ratios.
 
-    Raises ValueError if their generators' settings differ otherwise, if they disagree about an
-    image, if one has no segments for the ratios of another, or if shards by their names (`-I-of-N`)
-    are not complete.
+    Raises ValueError if their settings differ otherwise, they disagree about an image, one has no
+    segments for the ratios of another, or shards by their names (`-I-of-N`) are not complete.
     """
     _refuse_to_overwrite(out, overwrite, reads=shards)
     _refuse_missing_shards(shards)

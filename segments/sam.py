@@ -5,9 +5,9 @@ three masks per point, those kept that the model thinks good and that hardly cha
 duplicates removed by their boxes. Several images share a batch of the encoder and of the decoder.
 Masks stay on the device until they are chosen; only their run lengths leave it.
 
-Either all segments are wanted, or for each of some coverage ratios the nearest one (`Search`). Then
-the search ends when each ratio has a segment within the tolerance, and a candidate that cannot be
-nearer than what was found is dropped as the decoder leaves it, before it is upsampled.
+Where only the nearest to some coverage ratios are wanted (`Search`), an image is finished when each
+has a segment within the tolerance, and a candidate that cannot be nearer than what was found is
+dropped as the decoder leaves it, before it is upsampled.
 
 Shapes: B images, P points of each, K candidates, h x w pixels of the decoder's masks, H x W of the
 image.
@@ -199,8 +199,6 @@ class Search:
     """For all segments of an image (ratio: None), or for the one nearest to a coverage in percent.
 
     Each ratio searches by itself, so that adding one later chooses what both at once would have.
-    finished: whether no further point is needed. changed: whether the nearest one had to give way
-    to a duplicate of higher quality.
     """
 
     def __init__(self, ratio: float | None, tolerance: float, overlap: float) -> None:
@@ -208,7 +206,8 @@ class Search:
         self.parts: list[Candidates] = []
         self.chosen: Tensor | None = None  # the number of the nearest
         self.distance = float("inf")  # of the nearest so far, in points
-        self.finished = self.changed = False
+        self.finished = False  # whether no further point is needed
+        self.changed = False  # whether the nearest gave way to a duplicate of higher quality
 
     def possible(self, low: Tensor, high: Tensor) -> Tensor:
         """[K] bool: whether what covers `low` to `high` percent may be as near as the nearest."""

@@ -1,8 +1,7 @@
 """One segment of one image: where an object is, and how much of the image it covers.
 
 Shapes: H x W pixels of the image, upright (EXIF rotation applied). A segment is kept run-length
-encoded, column by column, as COCO does: https://cocodataset.org/#format-data. A photograph's
-segment then takes some hundred bytes, and decodes in microseconds.
+encoded, column by column, as COCO does: https://cocodataset.org/#format-data.
 """
 
 import re
@@ -56,16 +55,17 @@ def segment_from_flips(flips: np.ndarray, height: int, width: int) -> Segment:
     return segment_from_rle({"size": [height, width], "counts": runs.tolist()})
 
 
-class Rle(TypedDict):
-    """COCO's code: height and width; compressed text or run lengths."""
-
+class _Rle(TypedDict):
     size: Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=2, max_length=2)]
     counts: str | list[Annotated[int, Field(ge=0, lt=2**32)]]  # C would wrap others
 
 
 def segment_from_rle(segmentation: Any) -> Segment:
-    """Read an `Rle`. Raises ValueError if it is none, or its runs do not fill the image."""
-    rle = parsed(Rle, segmentation, "its run-length code")
+    """Read COCO's `{"size": [height, width], "counts": ...}`, compressed text or run lengths.
+
+    Raises ValueError if it is anything else, or its runs do not fill the image.
+    """
+    rle = parsed(_Rle, segmentation, "its run-length code")
     (height, width), counts = rle["size"], rle["counts"]
     is_text = isinstance(counts, str)
     code = counts.encode() if is_text else coco_rle.frPyObjects(rle, height, width)["counts"]
@@ -99,12 +99,9 @@ def ordered(segments: Iterable[Segment]) -> list[Segment]:
 
 def nearest(segments: Iterable[Segment], coverage_percent: float) -> Segment | None:
     """The segment whose coverage is closest to the wanted one; on a tie the smaller."""
-
-    # `PackedStore.nearest` finds the same one by its index.
-    def distance(segment: Segment) -> tuple[float, float, bytes]:
-        return abs(segment.coverage_percent - coverage_percent), *_order(segment)
-
-    return min(segments, key=distance, default=None)
+    # Of equals `min` takes the first, which is the one that `PackedStore.nearest` finds, too.
+    ranked = sorted(segments, key=_order)
+    return min(ranked, key=lambda s: abs(s.coverage_percent - coverage_percent), default=None)
 
 
 def _order(segment: Segment) -> tuple[float, bytes]:
