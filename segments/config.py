@@ -8,8 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from common.made_alike import check_same
-from common.options import OptionGroup, as_arguments, decisive_values, older_values, option
+from common.options import (
+    OptionGroup,
+    as_arguments,
+    check_same,
+    decisive_values,
+    older_values,
+    option,
+)
 
 STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
 VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with

@@ -23,10 +23,9 @@ import numpy as np
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
 
-from common.files import path_below, read_bytes
-from common.folders import walk
+from common.files import path_below, read_bytes, walk
+from common.formats import read_json
 from common.images import load_image
-from common.parsed import read_json
 from segments.config import STORE_NAME
 from segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle
 from segments.store import PackedStore
@@ -85,10 +84,9 @@ def _store_path(path: Path) -> Path:
 def _form_of_files(root: Path) -> Form | None:
     if os.path.isdir(root):  # noqa: PTH112
         # The first file that tells decides; a whole walk could take minutes.
-        for _, entries in walk(root):
-            names = [f"/{entry.name}" for entry in entries if not entry.name.startswith(".")]
+        for _, names in walk(root):
             for form in FORMS:
-                if any(name.endswith(form.ending) for name in names):
+                if any(f"/{n}".endswith(form.ending) for n in names if not n.startswith(".")):
                     return form
     return None
 
@@ -153,9 +151,9 @@ class SegmentFolder:
                 return False  # the hundred PNGs beside a table are not listed
             return True
 
-        for below, entries in walk(self.root, enter):
-            names = [entry.name for entry in entries if not entry.name.startswith(".")]
-            keys += [below + name.removesuffix(ending) for name in names if name.endswith(ending)]
+        for below, names in walk(self.root, enter):
+            found = [n for n in names if n.endswith(ending) and not n.startswith(".")]
+            keys += [below + name.removesuffix(ending) for name in found]
         return {key: self._is_empty(self.root / f"{key}{ending}") for key in keys}
 
     def _is_empty(self, file: Path) -> bool:

@@ -23,8 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.files import beside
-from common.images import find_images, read_reduced
-from common.samples import evenly_spread
+from common.images import evenly_spread, find_images, read_reduced
 from common.step_files import shard_path
 from segments.config import STORE_NAME, VAL, check_made_alike, made_for
 from segments.pack import join

@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from common.coco import rle_annotation
 from common.files import check_output_file, check_output_folder, path_below, write_text
+from common.formats import rle_annotation
 from common.step_files import shard_of
 from segments.config import STORE_NAME, check_made_alike, made_for
 from segments.forms import open_folder

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_rle
 from pydantic import Field
 from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
 
-from common.parsed import parsed
+from common.formats import parsed
 
 # Characters of COCO's code, the last one not announcing another. pycocotools reads past the end of
 # anything else.

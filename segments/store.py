@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.files import beside, open_regular
-from common.parsed import parsed_text
+from common.formats import parsed_text
 from segments.config import check_made_alike
 from segments.parallel import Failure, one_pass
 from segments.segment import Segment
