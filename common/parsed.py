@@ -97,10 +97,11 @@ def parsed_plain(shape: Any, content: Any, source: str) -> Any:
     # By way of JSON: there pydantic makes a dataclass of an object and a tuple of a list, and is
     # strict about all else.
     try:
-        text = json.dumps(content)
-    except (TypeError, ValueError, RecursionError) as error:
+        return _adapter(shape).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_said(error)}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # of what JSON cannot say
         raise ValueError(f"{source}: {shortened(error)}") from None
-    return parsed_text(text, shape, source)
 
 
 def read_json(path: Path, shape: Any) -> Any:
@@ -160,8 +161,10 @@ def _said(error: ValidationError) -> str:
     # One is enough: behind the first of a damaged file there are often hundreds.
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"]))
-    text = f"{shortened(where)}: {first['msg']}" if where else first["msg"]
-    if first["type"] in ("missing", "json_invalid"):  # the input is all that stands around it
+    said = first["msg"].removeprefix("Value error, ")  # of a shape's own __post_init__
+    text = f"{shortened(where)}: {said}" if where else said
+    # The input is all that stands around it.
+    if first["type"] in ("missing", "json_invalid", "value_error"):
         return text
     given = json.dumps(first["input"], default=lambda value: type(value).__name__)
     return f"{text}, not {shortened(given, 60)}"

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from common.options import (
     MOST_EPOCHS,
     MOST_SEED,
+    REQUIRED,
     Layer,
     OptionGroup,
     as_arguments,
@@ -111,15 +112,13 @@ class OptimisationConfig(OptionGroup):
 
         def fall(done: float, whole: float) -> float:
             left = 1 - done / whole
-            if self.schedule == "poly":
-                return left**self.poly_power
-            # By way of what is left, whose rounding every finetuning so far has had.
-            return half_cosine(1 - left)
+            # The cosine by way of what is left, whose rounding every finetuning so far has had.
+            return left**self.poly_power if self.schedule == "poly" else half_cosine(1 - left)
 
+        warmup = self.warmup_fraction
         return learning_rate(
-            progress, peak=self.lr, least=self.min_lr, warmup_fraction=self.warmup_fraction,
-            fall=fall,
-        )  # fmt: skip
+            progress, peak=self.lr, least=self.min_lr, warmup_fraction=warmup, fall=fall
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +152,9 @@ class ProtocolConfig(OptionGroup):
 
     def described(self) -> dict[str, Any]:
         """Plain values, as checkpoints, result.json and every table hold them."""
-        values = {**dataclasses.asdict(self), "scales": list(self.scales), "flip": self.multi_scale}
-        del values["multi_scale"]
-        return values
+        values = dataclasses.asdict(self)
+        is_multi = values.pop("multi_scale")
+        return {**values, "scales": list(self.scales), "flip": is_multi}
 
     @classmethod
     def from_described(cls, values: Mapping[str, Any]) -> ProtocolConfig:
@@ -193,16 +192,9 @@ class ScoringConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig(OptionGroup):
-    """What is trained on and scored."""
-
-    title: ClassVar[str] = "Data"
-    dataset: Path = option("ADEChallengeData2016 folder, or the YAML file of a dataset.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeConfig(DatasetConfig):
     """What is trained on, and from where come the values that are not given."""
 
+    dataset: Path = option("ADEChallengeData2016 folder, or the YAML file of a dataset.")
     recipe: str = option(
         "segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE,
         early=lambda name: read_recipe(name),  # its values lie below all others
@@ -210,7 +202,7 @@ class RecipeConfig(DatasetConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(TrainingConfig, ScoringConfig, RecipeConfig):
+class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
     """What one finetuning starts from, where it goes and how it is kept."""
 
     title: ClassVar[str] = "Run"
@@ -227,7 +219,7 @@ class RunConfig(TrainingConfig, ScoringConfig, RecipeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeRunConfig(OutputConfig, ScoringConfig, RecipeConfig):
+class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig):
     """What is asked of a frozen encoder, and where the answers go."""
 
     title: ClassVar[str] = "Run"
@@ -241,10 +233,11 @@ class ProbeRunConfig(OutputConfig, ScoringConfig, RecipeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DatasetConfig):
+class EvaluateConfig(OptionGroup):
     """What `evaluate` scores, and where the scores go."""
 
     title: ClassVar[str] = "Evaluation"
+    dataset: Path = option_of(DatasetConfig, "dataset", REQUIRED)
     split: Literal["train", "val"] = option("Which images.", "val")
     save_predictions: Path | None = option("Folder for the label maps.", None)
     predictions: Path | None = option("Score the label maps of this folder instead.", None)
@@ -281,9 +274,9 @@ class TrainConfig:
     def recipe(self) -> dict[str, Any]:
         """Name and values of the recipe, as result.json shows them."""
         values = dataclasses.asdict(self.model) | dataclasses.asdict(self.optimisation)
-        for name in ("model", "patch_size", "seed"):  # stand elsewhere in result.json
-            del values[name]
-        return {"name": Path(self.run.recipe).stem, **values}
+        elsewhere = ("model", "patch_size", "seed")  # in result.json
+        kept = {name: value for name, value in values.items() if name not in elsewhere}
+        return {"name": Path(self.run.recipe).stem, **kept}
 
     def settings(self) -> dict[str, Any]:
         """Plain values of all that decides the result, as checkpoints and result.json hold it."""
@@ -328,7 +321,7 @@ def _shared_settings(config: TrainConfig | ProbeConfig) -> dict[str, Any]:
         **config.protocol.described(),
         "precision": config.run.precision,
         "init": init if init == RANDOM else init.name,  # not its folder: runs may be moved
-        "init_fingerprint": None if init == RANDOM else fingerprint(init),
+        "init_fingerprint": None if init == RANDOM else _fingerprint(init),
     }
 
 
@@ -339,8 +332,8 @@ def read_recipe(name: str) -> Layer:
         known = ", ".join(recipe_names())
         raise ValueError(f"--recipe is {name!r}; choose one of {known}, or give a YAML file")
     layer = read_layer(path, RECIPE_GROUPS)
-    options = [field for group in RECIPE_GROUPS for field in fields_of(group).values()]
-    needed = [field.name for field in options if field.default is dataclasses.MISSING]
+    options = fields_of(*RECIPE_GROUPS).items()
+    needed = [name for name, field in options if field.default is REQUIRED]
     missing = [name for name in needed if layer.values.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -357,12 +350,12 @@ def recipe_values(name: str) -> dict[str, Any]:
     return merge(RECIPE_GROUPS, [read_recipe(name)])
 
 
-def fingerprint(path: Path, ends: int = 2**20) -> str:
+def _fingerprint(path: Path) -> str:
     """Short digest of a file's size, first and last MiB: tells checkpoints of one name apart."""
-    size = path.stat().st_size
+    size, mib = path.stat().st_size, 2**20
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(ends))
-        file.seek(max(0, size - ends))  # a zip's directory, with checksums, is at its end
-        digest.update(file.read(ends))
+        digest.update(file.read(mib))
+        file.seek(max(0, size - mib))  # a zip's directory, with checksums, is at its end
+        digest.update(file.read(mib))
     return digest.hexdigest()[:16]

@@ -19,8 +19,7 @@ from common.interruption import leave_signals_to_the_main_process
 from common.samples import next_usable
 from engine.schedule import SAMPLE, derived_seeds
 from segmenter.config import ProtocolConfig
-from segmenter.dataset import DatasetDescription, Pair, quiet_imports
-from segmenter.labels import allowed_labels, read_pair
+from segmenter.dataset import DatasetDescription, Pair, allowed_labels, quiet_imports, read_pair
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize
@@ -72,11 +71,9 @@ class _Pairs:
             labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
         return {
             "img": np.ascontiguousarray(image[..., ::-1]),  # mmcv works in OpenCV's BGR
-            "img_shape": image.shape[:2],
-            "ori_shape": image.shape[:2],
-            "gt_seg_map": labels,
-            "seg_fields": ["gt_seg_map"],
-        }
+            "img_shape": image.shape[:2], "ori_shape": image.shape[:2],
+            "gt_seg_map": labels, "seg_fields": ["gt_seg_map"],
+        }  # fmt: skip
 
 
 class TrainingCrops(_Pairs, Dataset[Batch]):
@@ -86,12 +83,9 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
     """
 
     def __init__(
-        self,
-        description: DatasetDescription,
-        pairs: Sequence[Pair],
-        protocol: ProtocolConfig,
+        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig,
         seed: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(description, pairs, protocol)
         self.seed = seed
         side, ignored = protocol.crop_size, description.ignore_index
@@ -117,40 +111,9 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
         return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels, [])
 
 
-class WholeImages(_Pairs, Dataset[TestImage]):
-    """Test images by index, at the scales of the protocol."""
-
-    def __getitem__(self, index: int) -> TestImage:
-        try:
-            sample = self.load(index)
-        except ValueError as error:  # evaluating goes on without it, and names it
-            return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
-        scaled = scaled_images(sample["img"], self.protocol)
-        return TestImage(scaled, torch.from_numpy(sample["gt_seg_map"]))
-
-
-def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
-    """[H, W, 3] uint8 BGR to one [3, h, w] RGB per scale, ratio kept, by mmcv's Resize."""
-    contiguous = np.ascontiguousarray(image_bgr)  # OpenCV asks for it
-    sizes = [_scale(round(protocol.image_size * scale)) for scale in protocol.scales]
-    return [
-        _to_chw_rgb(Resize(scale=size, keep_ratio=True)({"img": contiguous})["img"])
-        for size in sizes
-    ]
-
-
-def _scale(image_size: int) -> tuple[int, int]:
-    return LONG_SIDE_RATIO * image_size, image_size
-
-
-def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image_bgr[..., ::-1].transpose(2, 0, 1)))
-
-
 @contextlib.contextmanager
 def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """numpy's and Python's global generators, which mmcv's transforms draw from, seeded for a
-    while and then put back."""
+    """The global generators, which mmcv's transforms draw from, seeded and then put back."""
     states = np.random.get_state(), random.getstate()
     numpy_seed, python_seed = derived_seeds(seed, SAMPLE, epoch, index, count=2)
     np.random.seed(numpy_seed)
@@ -167,6 +130,33 @@ def collate(crops: list[Batch]) -> Batch:
     *tensors, unreadable = zip(*crops, strict=True)
     images, labels, sizes, valid_pixels = map(torch.stack, tensors)  # each [B, ...]
     return Batch(images, labels, sizes, valid_pixels, [text for one in unreadable for text in one])
+
+
+class WholeImages(_Pairs, Dataset[TestImage]):
+    """Test images by index, at the scales of the protocol."""
+
+    def __getitem__(self, index: int) -> TestImage:
+        try:
+            sample = self.load(index)
+        except ValueError as error:  # evaluating goes on without it, and names it
+            return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
+        scaled = scaled_images(sample["img"], self.protocol)
+        return TestImage(scaled, torch.from_numpy(sample["gt_seg_map"]))
+
+
+def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
+    """[H, W, 3] uint8 BGR to one [3, h, w] RGB per scale, ratio kept, by mmcv's Resize."""
+    image = {"img": np.ascontiguousarray(image_bgr)}  # OpenCV asks for it
+    sizes = [_scale(round(protocol.image_size * scale)) for scale in protocol.scales]
+    return [_to_chw_rgb(Resize(scale=size, keep_ratio=True)({**image})["img"]) for size in sizes]
+
+
+def _scale(image_size: int) -> tuple[int, int]:
+    return LONG_SIDE_RATIO * image_size, image_size
+
+
+def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image_bgr[..., ::-1].transpose(2, 0, 1)))
 
 
 def test_images(

@@ -1,4 +1,4 @@
-"""What a dataset consists of: folders, pairs of image and annotation, classes. No torch here.
+"""What a dataset consists of: folders, pairs of image and annotation, classes, labels. No torch.
 
 A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are relative to it:
 
@@ -7,44 +7,42 @@ A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are re
 """
 
 import contextlib
+import dataclasses
 import io
+import statistics
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
-from common.files import read_text, shortened
+from common.files import read_text
 from common.folders import relative_files
+from common.images import ORIENTATION, load_image, read_rgb
 from common.parsed import parsed_plain
+from common.samples import too_many
 from common.yamlfile import check_names, read_yaml
 
-TRAIN, VAL = "train", "val"
+Split = Literal["train", "val"]
+TRAIN: Split = "train"
+VAL: Split = "val"
 SPLITS = (TRAIN, VAL)
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
-MOST_NAMED = 3
 # mmsegmentation knows their names; how many there are is asked before torch is loaded.
 NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
+MOST_NAMED = 3
+MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
+THINNEST = 64  # an image's longer side, by the other
 
 _Word = Annotated[str, Field(min_length=1)]
-_Colour = tuple[int, int, int]
-_Names = str | Annotated[list[str | int | float | bool], Field(min_length=2)]
-# What a description may hold, and what is said of a value of another form.
-_FORMS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("name", "image_suffix", "annotation_suffix"), (_Word, "is {}; give a word")),
-    **dict.fromkeys(
-        ("images", "annotations", "splits"),
-        (dict[Literal["train", "val"], _Word], "has to name a folder for each of train, val"),
-    ),
-    "classes": (_Names, "has to be a list of two or more names, each a word"),
-    "palette": (tuple[_Colour, ...] | None, "has to be a list of [red, green, blue]"),
-    "reduce_zero_label": (bool, "is {}; give true or false"),
-    "ignore_index": (Annotated[int, Field(ge=0, le=255)], "is {}; give a number from 0 to 255"),
-}
+_Byte = Annotated[int, Field(ge=0, le=255)]
+_Paths = dict[Split, Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +59,30 @@ class DatasetDescription:
     """A dataset as its YAML file describes it."""
 
     source: Path  # that file, or the ADE20K folder
-    name: str
-    images: dict[str, Path]  # folder by split, as annotations
-    annotations: dict[str, Path]
-    splits: dict[str, Path] = field(default_factory=dict)  # files of names: splits share a folder
-    image_suffix: str = ".jpg"
-    annotation_suffix: str = ".png"
-    classes: tuple[str, ...] | str  # a word: the mmsegmentation dataset that knows them
-    palette: tuple[_Colour, ...] = ()  # RGB 0-255 by class; empty: mmsegmentation's, or generated
+    name: _Word
+    images: _Paths  # folder by split, as annotations
+    annotations: _Paths
+    splits: _Paths = field(default_factory=dict)  # files of names: splits share a folder
+    image_suffix: _Word = ".jpg"
+    annotation_suffix: _Word = ".png"
+    # A word: the mmsegmentation dataset that knows them.
+    classes: Annotated[tuple[_Word, ...], Field(min_length=2)] | _Word
+    palette: tuple[tuple[_Byte, _Byte, _Byte], ...] = ()  # empty: mmsegmentation's, or generated
     reduce_zero_label: bool = False  # label 0 is ignored and label 1 is the first class
-    ignore_index: int = IGNORED  # neither trained nor scored; after reduce_zero_label
+    ignore_index: _Byte = IGNORED  # neither trained nor scored; after reduce_zero_label
 
     def __post_init__(self) -> None:
-        source, index = self.source, self.ignore_index
         names = () if isinstance(self.classes, str) else self.classes  # else nobody knows them yet
         if len(set(names)) < len(names):
-            raise ValueError(f"{source}: classes names one twice")
-        if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
-            raise ValueError(f"{source}: a value of the palette is not in 0 to 255")
+            raise ValueError(f"classes names {statistics.mode(names)!r} twice")
         if self.palette and names and len(self.palette) != len(names):
-            raise ValueError(f"{source}: {len(self.palette)} colours for {len(names)} classes")
-        if self.reduce_zero_label and index != IGNORED:
-            raise ValueError(f"{source}: with reduce_zero_label, ignore_index has to be {IGNORED}")
-        if index < len(names):
+            raise ValueError(f"{len(self.palette)} colours for {len(names)} classes")
+        if self.reduce_zero_label and self.ignore_index != IGNORED:
+            raise ValueError(f"with reduce_zero_label, ignore_index has to be {IGNORED}")
+        if self.ignore_index < len(names):
             raise ValueError(
-                f"{source}: ignore_index {index} is the class {names[index]!r}, which would score "
-                "0; if label 0 is no class, leave that name out and set reduce_zero_label: true"
+                f"ignore_index {self.ignore_index} is the class {names[self.ignore_index]!r}; if "
+                "label 0 is no class, leave that name out and set reduce_zero_label: true"
             )
 
     @property
@@ -94,21 +90,19 @@ class DatasetDescription:
         """The folders whose files are input."""
         return (*self.images.values(), *self.annotations.values())
 
-    def pairs(self, split: str) -> list[Pair]:
+    def pairs(self, split: Split) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
-        images, annotations = (
-            self._folder(folders, split, what)
-            for folders, what in ((self.images, "images"), (self.annotations, "annotations"))
-        )
+        folders = {"images": self.images.get(split), "annotations": self.annotations.get(split)}
+        for what, folder in folders.items():
+            if folder is None or not folder.is_dir():
+                missing = f"the {split} {what} are missing: no folder {folder or 'is named'}"
+                raise ValueError(f"{self.source}: {missing}")
+        images, annotations = (folder for folder in folders.values() if folder)
         names = self._names(images, split)
         if not names:
             raise ValueError(f"{self.source}: no *{self.image_suffix} in {images} ({split} images)")
-        missing, some = _missing(annotations, names, self.annotation_suffix)
-        if missing:
-            raise ValueError(
-                f"{self.source}: {missing} of {len(names)} {split} images have no annotation: "
-                f"{some}"
-            )
+        complaint = f"{self.source}: {{}} of {len(names)} {split} images have no annotation"
+        _refuse_missing(annotations, names, self.annotation_suffix, complaint)
         # A name may hold folders: Cityscapes has one for each city.
         return [
             Pair(
@@ -119,38 +113,26 @@ class DatasetDescription:
             for name in names
         ]
 
-    def _folder(self, folders: dict[str, Path], split: str, what: str) -> Path:
-        if split not in folders:
-            raise ValueError(f"{self.source} names no {what} for the split {split!r}")
-        folder = folders[split]
-        if not folder.is_dir():
-            raise ValueError(f"{self.source}: the {split} {what} are missing: no folder {folder}")
-        return folder
-
-    def _names(self, images: Path, split: str) -> list[str]:
-        suffix = self.image_suffix
-        if split not in self.splits:
+    def _names(self, images: Path, split: Split) -> list[str]:
+        path, suffix = self.splits.get(split), self.image_suffix
+        if path is None:
             found = relative_files(images)
             return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
-        path = self.splits[split]
-        if not path.is_file():
-            raise ValueError(f"{self.source}: the list of {split} names is missing: {path}")
         names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if len(set(names)) < len(names):  # an image that counts twice
-            twice = next(name for n, name in enumerate(names) if name in names[:n])
-            raise ValueError(f"{path} lists {twice} twice")
-        missing, some = _missing(images, names, suffix)
-        if missing:
-            raise ValueError(f"{path} lists {missing} images that are not there: {some}")
+            raise ValueError(f"{path} lists {statistics.mode(names)} twice")
+        _refuse_missing(images, names, suffix, f"{path} lists {{}} images that are not there")
         return names
 
 
-def _missing(folder: Path, names: Sequence[str], suffix: str) -> tuple[int, str]:
-    """How many files of these names are not in the folder, and some of them."""
+def _refuse_missing(folder: Path, names: Sequence[str], suffix: str, complaint: str) -> None:
+    """Raise ValueError with the complaint, filled with how many files are missing, and some."""
     present = relative_files(folder)  # one listing: asking for each is slow on a file server
     missing = [f"{folder / name}{suffix}" for name in names if f"{name}{suffix}" not in present]
-    more = ", ..." if len(missing) > MOST_NAMED else ""
-    return len(missing), ", ".join(missing[:MOST_NAMED]) + more
+    if missing:
+        more = ", ..." if len(missing) > MOST_NAMED else ""
+        some = ", ".join(missing[:MOST_NAMED]) + more
+        raise ValueError(f"{complaint.format(len(missing))}: {some}")
 
 
 def is_ade20k(folder: Path) -> bool:
@@ -169,24 +151,18 @@ def read_description(source: Path) -> DatasetDescription:
         raise ValueError(f"the dataset {source} does not exist")
     folder = source if source.is_dir() else source.parent
     content = read_yaml(DESCRIPTIONS / "ade20k.yml" if source.is_dir() else source)
-    check_names(content, _FORMS, str(source))
-    lacking = [key for key in ("images", "annotations", "classes") if not content.get(key)]
-    if lacking:
-        raise ValueError(f"{source} lacks {', '.join(lacking)}")
-    values: dict[str, Any] = {"name": source.stem}
-    for key, value in content.items():
-        form, complaint = _FORMS[key]
-        try:
-            values[key] = parsed_plain(form, value, key)
-        except ValueError:  # pydantic's words are about types; ours say what to write
-            said = complaint.format(shortened(repr(value)))
-            raise ValueError(f"{source}: {key} {said}") from None
-    for key in {"images", "annotations", "splits"} & values.keys():
-        values[key] = {split: folder / path for split, path in values[key].items()}
-    if not isinstance(values["classes"], str):
-        values["classes"] = tuple(map(str, values["classes"]))  # YAML reads some names as numbers
-    values["palette"] = values.get("palette") or ()
-    return DatasetDescription(source=source, **values)
+    known = {option.name for option in dataclasses.fields(DatasetDescription)} - {"source"}
+    check_names(content, known, str(source))
+    given = {name: value for name, value in content.items() if value is not None}
+    if isinstance(given.get("classes"), list):  # YAML reads some names as numbers
+        given["classes"] = [str(n) if isinstance(n, int | float) else n for n in given["classes"]]
+    values = {"source": str(source), "name": source.stem, **given}
+    read = parsed_plain(DatasetDescription, values, str(source))
+    paths = {
+        name: {split: folder / path for split, path in getattr(read, name).items()}
+        for name in ("images", "annotations", "splits")
+    }
+    return dataclasses.replace(read, **paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,3 +212,104 @@ def quiet_imports() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+# --- Images and annotations: read, and judged whether they fit each other and the classes ---
+
+
+class MisfitError(ValueError):
+    """Labels that can be read, but are no labels of this image or dataset: never an accident."""
+
+
+def check_labels(
+    description: DatasetDescription, pairs: Sequence[Pair], *, most: int | None = None,
+    completely: bool = False, forgiving: bool = False,
+) -> None:  # fmt: skip
+    """Raise ValueError about the first pair that does not fit, and how many there are.
+
+    most: so many, evenly spaced, are looked at. completely: images are decoded, too. forgiving:
+    files that cannot be read are left to whoever will skip them, unless they are too many.
+    """
+    looked_at = pairs[:: max(1, len(pairs) // most) if most else 1]
+    judge = partial(_problem_of, allowed=allowed_labels(description), completely=completely)
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+        found = [error for error in pool.map(judge, looked_at) if error is not None]
+    misfits = [error for error in found if isinstance(error, MisfitError)]
+    is_forgiven = forgiving and not too_many(len(found) - len(misfits), len(looked_at))
+    problems = misfits if is_forgiven else found
+    if problems:
+        more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more}")
+
+
+def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError | None:
+    try:
+        if completely:
+            read_pair(pair, allowed)
+        else:
+            file = load_image(pair.image, decode=False)  # a look at the header
+            turned = file.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # as `read_rgb` turns it
+            _fitting_labels(pair, file.size if turned else file.size[::-1], allowed)
+    except ValueError as error:
+        return error
+    return None
+
+
+def allowed_labels(description: DatasetDescription) -> np.ndarray:
+    """[256] bool: what an annotation file may hold."""
+    # An array, since indexing it by labels is the fastest way to judge every pixel.
+    allowed = np.zeros(256, dtype=bool)
+    # With reduce_zero_label, the file's 0 stands before the classes.
+    allowed[: count_classes(description) + description.reduce_zero_label] = True
+    if not description.reduce_zero_label:
+        allowed[description.ignore_index] = True
+    return allowed
+
+
+def read_pair(pair: Pair, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Image [H, W, 3] uint8 RGB and labels [H, W] uint8 as the file numbers them.
+
+    Raises ValueError if a file cannot be read, MisfitError if they do not fit.
+    """
+    image = read_image(pair.image)
+    return image, _fitting_labels(pair, image.shape[:2], allowed)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """[H, W, 3] uint8 RGB. Raises ValueError, also if nothing would be left when it is scaled."""
+    image = read_rgb(path)
+    height, width, _ = image.shape
+    if max(height, width) > THINNEST * min(height, width):
+        raise ValueError(
+            f"{path} is {width} x {height} pixels; one side may be {THINNEST} times the other"
+        )
+    return image
+
+
+def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.ndarray:
+    """The labels of an image of height x width. Raises MisfitError if they are another's."""
+    labels = read_label_file(pair.annotation)
+    if labels.shape != size:  # also of an image that EXIF turns and its annotation is not
+        raise MisfitError(
+            f"{pair.annotation} is {labels.shape[1]} x {labels.shape[0]} pixels, its image "
+            f"{pair.image} is {size[1]} x {size[0]}"
+        )
+    if not allowed[labels].all():
+        wrong, limits = labels[~allowed[labels]].min(), np.flatnonzero(allowed)
+        raise MisfitError(
+            f"{pair.annotation} holds label {wrong}, which is none of the "
+            f"{len(limits)} allowed ones ({limits[0]} to {limits[-1]})"
+        )
+    return labels
+
+
+def read_label_file(path: Path) -> np.ndarray:
+    """[H, W] uint8 labels of an annotation or prediction. Raises ValueError."""
+    file = load_image(path)
+    if file.mode not in ("L", "P", "1", "I", "I;16"):  # P: the numbers, whatever their colours
+        raise MisfitError(f"{path} is a {file.mode} image; labels have one channel")
+    labels = np.asarray(file)
+    outside = labels[(labels < 0) | (labels > 255)]
+    if outside.size:
+        raise MisfitError(f"{path} holds label {outside[0]}; 0 to 255 are possible")
+    return labels.astype(np.uint8)

@@ -41,12 +41,15 @@ WITHOUT_EFFECT = (RELATIVE_POSITIONS, ".gamma")
 class EncoderShape:
     """All that decides the shapes of an encoder's weights, and its arithmetic."""
 
-    model: str  # a key of `VIT_SIZES`
+    model: str
     patch_size: Annotated[int, Field(ge=1, le=16384)]  # pixels per side
     in_channels: Annotated[int, Field(ge=1, le=4)]
     grid: Annotated[int, Field(ge=1, le=16384)]  # patches per side that positions are stored for
     extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0  # 1: the distillation token of DeiT
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = MAE_NORM_EPS
+
+    def __post_init__(self) -> None:
+        vit_size(self.model)  # raises ValueError if there is none of that name
 
 
 class Encoder(VisionTransformer):

@@ -7,7 +7,7 @@ print(areas.scores(classes.names)["mean_iou"])
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,16 @@ from common.samples import Unreadable
 from engine.devices import make_accelerator
 from segmenter.config import EvaluateConfig, ProtocolChanges, ProtocolConfig, ScoringConfig
 from segmenter.data import TestImage, WholeImages, test_images
-from segmenter.dataset import Classes, DatasetDescription, read_classes, read_description
+from segmenter.dataset import (
+    Classes,
+    DatasetDescription,
+    Pair,
+    check_labels,
+    read_classes,
+    read_description,
+    read_label_file,
+)
 from segmenter.inference import predict_classes
-from segmenter.labels import check_labels, read_label_file
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter
@@ -51,77 +58,30 @@ def evaluate_checkpoint(
             f"{description.name} has {len(wanted)} ({wanted.names[0]}, ...)"
         )
     check_labels(description, pairs, most=MOST_CHECKED, forgiving=True)
-    target = evaluation.save_predictions
+    target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:
         check_output_folder(target, "--save-predictions", reads=description.reads)
         if target.is_symlink() or (target.exists() and any(target.iterdir())):
-            problem = "is a link" if target.is_symlink() else "is not empty"
-            raise ValueError(f"--save-predictions {target} {problem}; {NOTHING_WRITTEN}")
-    protocol = changes.applied_to(loaded.protocol)
+            raise ValueError(
+                f"--save-predictions {target} is a link or is not empty; {NOTHING_WRITTEN}"
+            )
+    model, images = loaded.model.to(accelerator.device), WholeImages(description, pairs, protocol)
     counter = Counter("evaluate", total=len(pairs))
-    with _folder_at_once(target, accelerator) as folder, counter:
-
-        def save(index: int, predicted: Tensor) -> None:
-            assert folder is not None
-            path, labels = folder / f"{pairs[index].name}.png", predicted.numpy()
-            path.parent.mkdir(parents=True, exist_ok=True)  # a name may hold folders
-            # In the numbering of the dataset's annotation files, so that they can be compared.
-            Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(path)
-
+    with _saving(target, pairs, description, accelerator) as save, counter:
         areas = evaluate_model(
-            accelerator,
-            loaded.model.to(accelerator.device),
-            WholeImages(description, pairs, protocol),
-            devices,
-            on_prediction=save if folder else None,
+            accelerator, model, images, devices, on_prediction=save,
             on_progress=counter.reach if accelerator.is_main_process else None,
-        )
+        )  # fmt: skip
     assert areas is not None  # nothing interrupts it
     return _result(areas, own, description, protocol)
 
 
-def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, Any]:
-    """Scores of label maps that `--save-predictions` wrote, or that are annotations themselves.
-
-    What a prediction leaves undecided (the ignored label) counts as wrong where the annotation
-    has a class. Raises ValueError if a prediction is missing or does not fit.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--predictions {folder} is not a folder")
-    description = read_description(evaluation.dataset)
-    classes, pairs = read_classes(description), description.pairs(evaluation.split)
-    areas = Areas(len(pairs), len(classes), description.ignore_index)
-    stored = []
-    for pair in pairs:
-        path = folder / f"{pair.name}.png"  # what this command saves, whatever the suffix there
-        if not path.is_file():
-            path = folder / f"{pair.name}{description.annotation_suffix}"
-        stored.append(dataclasses.replace(pair, annotation=path))
-    check_labels(description, [*pairs, *stored])  # all: nothing is skipped here
-    for index, both in enumerate(zip(stored, pairs, strict=True)):
-        predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
-        # uint8 wraps round: with reduce_zero_label 0 becomes 255, which is ignored.
-        first = int(description.reduce_zero_label)
-        areas.add(index, predicted - first, labels - first)
-    return _result(areas, classes, description, None)
-
-
-def _result(
-    areas: Areas,
-    classes: Classes,
-    description: DatasetDescription,
-    protocol: ProtocolConfig | None,  # None: of stored predictions, nobody knows
-) -> dict[str, Any]:
-    return {
-        **areas.scores(classes.names),
-        "dataset": {"name": description.name, "num_images": len(areas.by_image)},
-        "protocol": protocol.described() if protocol else None,
-    }
-
-
 @contextlib.contextmanager
-def _folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Path | None]:
-    """A folder to write to that gets the name `path` only when everything is in it."""
+def _saving(
+    path: Path | None, pairs: Sequence[Pair], description: DatasetDescription,
+    accelerator: Accelerator,
+) -> Iterator[Callable[[int, Tensor], None] | None]:  # fmt: skip
+    """What saves label maps to a folder that gets the name `path` when everything is in it."""
     if path is None:
         yield None
         return
@@ -130,8 +90,15 @@ def _folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Pat
         shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
+
+    def save(index: int, predicted: Tensor) -> None:
+        file, labels = unfinished / f"{pairs[index].name}.png", predicted.numpy()
+        file.parent.mkdir(parents=True, exist_ok=True)  # a name may hold folders
+        # In the numbering of the dataset's annotation files, so that they can be compared.
+        Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(file)
+
     try:
-        yield unfinished
+        yield save
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -140,25 +107,59 @@ def _folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Pat
         unfinished.replace(path)  # an empty folder may be there
 
 
+def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
+    """Scores of label maps that `--save-predictions` wrote, or that are annotations themselves.
+
+    What a prediction leaves undecided (the ignored label) counts as wrong where the annotation
+    has a class. Raises ValueError if a prediction is missing or does not fit.
+    """
+    folder = evaluation.predictions
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"--predictions {folder} is not a folder")
+    description = read_description(evaluation.dataset)
+    classes, pairs = read_classes(description), description.pairs(evaluation.split)
+    areas, stored = Areas(len(pairs), len(classes), description.ignore_index), []
+    for pair in pairs:
+        path = folder / f"{pair.name}.png"  # what this command saves, whatever the suffix there
+        if not path.is_file():
+            path = folder / f"{pair.name}{description.annotation_suffix}"
+        stored.append(dataclasses.replace(pair, annotation=path))
+    check_labels(description, [*pairs, *stored])  # all: nothing is skipped here
+    # uint8 wraps round: with reduce_zero_label 0 becomes 255, which is ignored.
+    first = int(description.reduce_zero_label)
+    for index, both in enumerate(zip(stored, pairs, strict=True)):
+        predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
+        areas.add(index, predicted - first, labels - first)
+    return _result(areas, classes, description, None)
+
+
+def _result(
+    areas: Areas, classes: Classes, description: DatasetDescription,
+    protocol: ProtocolConfig | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Plain values. protocol: None of stored predictions: nobody knows."""
+    return {
+        **areas.scores(classes.names),
+        "dataset": {"name": description.name, "num_images": len(areas.by_image)},
+        "protocol": protocol.described() if protocol else None,
+    }
+
+
 def evaluate_model(
-    accelerator: Accelerator,
-    model: Segmenter,
-    images: WholeImages,
-    scoring: ScoringConfig,
-    *,
+    accelerator: Accelerator, model: Segmenter, images: WholeImages, scoring: ScoringConfig, *,
     on_prediction: Callable[[int, Tensor], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     interruption: Interruption | None = None,
-) -> Areas | None:
+) -> Areas | None:  # fmt: skip
     """Areas over all images and processes, the same on every process; None if interrupted.
 
     Images that cannot be used are named and left out; RuntimeError if they are too many.
-
     on_prediction gets (index, [H, W] uint8 classes) of every image of this process, on_progress the
     numbers of images done and in all.
     """
-    device, ignored = accelerator.device, images.description.ignore_index
-    areas = Areas(len(images), model.shape.num_classes, ignored, device)
+    device = accelerator.device
+    num_classes, ignored = model.shape.num_classes, images.description.ignore_index
+    areas = Areas(len(images), num_classes, ignored, device)
 
     def count(usable: list[tuple[int, TestImage]]) -> None:
         shapes = [sample.labels.shape for _, sample in usable]
@@ -186,15 +187,11 @@ def evaluate_model(
 
 
 def each_group(
-    accelerator: Accelerator,
-    model: Segmenter,
-    images: WholeImages,
-    scoring: ScoringConfig,
-    work: Callable[[list[tuple[int, TestImage]]], None],
-    *,
+    accelerator: Accelerator, model: Segmenter, images: WholeImages, scoring: ScoringConfig,
+    work: Callable[[list[tuple[int, TestImage]]], None], *,
     on_progress: Callable[[int, int], None] | None = None,
     interruption: Interruption | None = None,
-) -> int | None:
+) -> int | None:  # fmt: skip
     """Give `work` the usable images of each group of this process, with their indices.
 
     Groups are `eval_batch_size` neighbours, and whole groups are given out: the arithmetic, and so

@@ -3,11 +3,9 @@
 Shapes: B images, H x W pixels, K classes, P pixels per patch side.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.parsed import parsed_plain
-from engine.vit import IMAGE_MEAN, IMAGE_STD, vit_size
+from engine.vit import IMAGE_MEAN, IMAGE_STD
 from segmenter.config import ModelConfig
 from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet
 from segmenter.encoder import Encoder, EncoderShape
@@ -37,15 +35,10 @@ class SegmenterShape:
     num_classes: Annotated[int, Field(ge=1, le=256)]
     normalization: Literal["half", "imagenet"]
 
-    @staticmethod
-    def from_plain(values: dict[str, Any], path: Path) -> SegmenterShape:
+    @classmethod
+    def from_plain(cls, values: dict[str, Any], path: Path) -> Self:
         """The inverse of `dataclasses.asdict`, from a checkpoint. Raises ValueError."""
-        shape = parsed_plain(SegmenterShape, values, f"{path}: shape")
-        try:
-            vit_size(shape.encoder.model)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        return shape
+        return parsed_plain(cls, values, f"{path}: shape")
 
 
 class Segmenter(nn.Module):
@@ -58,11 +51,10 @@ class Segmenter(nn.Module):
         """rates: drop path and dropout for training; None: none."""
         super().__init__()
         self.shape = shape
-        drop_path, dropout = (rates.drop_path, rates.dropout) if rates else (0.0, 0.0)
-        is_pyramid = shape.decoder == "upernet"
         self.encoder = Encoder(
-            shape.encoder, drop_path=drop_path, dropout=dropout, pyramid=is_pyramid
-        )
+            shape.encoder, drop_path=rates.drop_path if rates else 0.0,
+            dropout=rates.dropout if rates else 0.0, pyramid=shape.decoder == "upernet",
+        )  # fmt: skip
         width, classes = self.encoder.embed_dim, shape.num_classes
         dropout = rates.decoder_dropout if rates else 0.0
         self.decoder: nn.Module
@@ -71,10 +63,10 @@ class Segmenter(nn.Module):
         elif shape.decoder == "upernet":
             self.decoder = UPerNet(width, classes, dropout=dropout)
         else:
-            drop_path, layers = rates.decoder_drop_path if rates else 0.0, shape.decoder_layers
             self.decoder = MaskTransformer(
-                width, classes, layers=layers, drop_path=drop_path, dropout=dropout
-            )
+                width, classes, layers=shape.decoder_layers, dropout=dropout,
+                drop_path=rates.decoder_drop_path if rates else 0.0,
+            )  # fmt: skip
         for name, values in PIXEL_STATISTICS[shape.normalization].items():
             # Times 255, since pixels come as uint8; no weights, so no part of a checkpoint.
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)

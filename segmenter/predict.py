@@ -11,37 +11,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from common.contact_sheet import (
-    BACKGROUND,
-    GAP,
-    INK,
-    Tile,
-    contact_sheet,
-    save_png,
-    stacked,
-    text_size,
-)
-from common.files import check_output_folder, check_replaceable, is_marked, shortened
+from common.contact_sheet import GAP, Tile, contact_sheet, save_png, stacked, text_size
+from common.files import check_output_folder, check_replaceable, is_marked
 from common.images import load_image
-from common.samples import Unreadable
+from common.samples import Unreadable, evenly_spread
 from engine.devices import make_accelerator
 from segmenter.config import ProtocolChanges, ScoringConfig
 from segmenter.data import WholeImages, scaled_images
-from segmenter.dataset import Classes
+from segmenter.dataset import Classes, read_image
 from segmenter.evaluate import evaluating
 from segmenter.inference import predict_classes
-from segmenter.labels import read_image
 from segmenter.loading import LoadedSegmenter, load_segmenter
 from segmenter.model import Segmenter
 
-LABEL_MAP, OVERLAY, SHEET = "label-map", "overlay", "predictions"  # kinds of pictures
-SHEET_IMAGES = 4
-COLUMNS = ("image", "annotation", "prediction")
-TILE_WIDTH = 360
+# What follows an image's name in those of its pictures, and what kind of picture it is.
+KINDS = {"": "label-map", "_overlay": "overlay"}
+SHEET, SHEET_IMAGES = "predictions", 4
 STRENGTH = 0.6  # of the classes' colours over the image
-LETTERS = 10  # that a column of the legend is wide, by the height of its text
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +46,18 @@ def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
 
 
 def predict_files(
-    checkpoint: Path,
-    images: Sequence[Path],
-    out: Path,
-    changes: ProtocolChanges,
+    checkpoint: Path, images: Sequence[Path], out: Path, changes: ProtocolChanges,
     devices: ScoringConfig,
-) -> None:
+) -> None:  # fmt: skip
     """Write <stem>.png (labels) and <stem>_overlay.png for every image, of folders for each file.
 
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
     before anything is written if a file is missing, no image, has another's name, or a picture
     would replace what this command did not make; RuntimeError at the end if images are damaged.
     """
-    accelerator = make_accelerator(devices)
-    paths = list_images(images)
-    _check_outputs(paths, out, [checkpoint, *paths], [path for path in images if path.is_dir()])
+    accelerator, paths = make_accelerator(devices), _files_of(images)
+    check_output_folder(out, "--out", reads=[path for path in images if path.is_dir()])
+    _check_outputs(paths, out, [checkpoint, *paths])
     loaded = load_segmenter(checkpoint)
     loaded = dataclasses.replace(loaded, protocol=changes.applied_to(loaded.protocol))
     model, classes = loaded.model.to(accelerator.device), loaded.classes
@@ -90,19 +75,18 @@ def predict_files(
         present = np.unique(labels).tolist()
         picture = Image.fromarray(overlay(image, labels, classes))
         made = Image.fromarray(stored), with_legend(picture, present, classes)
-        for (target, kind), content in zip(_outputs(path, out).items(), made, strict=True):
-            save_png(content, target, kind)
+        for (suffix, kind), content in zip(KINDS.items(), made, strict=True):
+            save_png(content, out / f"{path.stem}{suffix}.png", kind)
         logger.info("%s: %s", path, ", ".join(classes.names[label] for label in present))
     if unreadable.texts:
         raise RuntimeError(f"{len(unreadable.texts)} of {len(paths)} images could not be read")
 
 
-def list_images(images: Sequence[Path]) -> list[Path]:
+def _files_of(images: Sequence[Path]) -> list[Path]:
     """The files, and those in folders. Raises ValueError unless all can be opened."""
     paths: list[Path] = []
     for path in images:
-        is_folder = path.is_dir()
-        paths += sorted(filter(Path.is_file, path.iterdir())) if is_folder else [path]
+        paths += sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
     for path in paths:
         load_image(path, decode=False)  # what is no image is refused before any work
     if not paths:
@@ -110,19 +94,12 @@ def list_images(images: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def _outputs(path: Path, out: Path) -> dict[Path, str]:
-    """Label map and overlay of an image, with the kinds of picture they are."""
-    return {out / f"{path.stem}.png": LABEL_MAP, out / f"{path.stem}_overlay.png": OVERLAY}
-
-
-def _check_outputs(
-    paths: Sequence[Path], out: Path, reads: Sequence[Path], folders: Sequence[Path]
-) -> None:
+def _check_outputs(paths: Sequence[Path], out: Path, reads: Sequence[Path]) -> None:
     """Raise ValueError if a picture would take the place of another, or of what is not ours."""
-    check_output_folder(out, "--out", reads=folders)
     takers: dict[Path, Path] = {}
     for path in paths:
-        for target, kind in _outputs(path, out).items():
+        for suffix, kind in KINDS.items():
+            target = out / f"{path.stem}{suffix}.png"
             other = takers.setdefault(target, path)  # a.jpg and a.png have one stem
             if other is not path:
                 raise ValueError(f"{other} and {path} would both become {target.name}")
@@ -134,9 +111,7 @@ def draw_predictions(
 ) -> None:
     """Image, annotation and prediction of a few test images, one row each, with a legend."""
     rows, present = [], set()
-    chosen = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
-    for index in chosen.tolist():
-        sample = images[index]
+    for sample in (images[index] for index in evenly_spread(range(len(images)), SHEET_IMAGES)):
         if sample.unreadable:
             continue
         height, width = sample.labels.shape
@@ -151,7 +126,7 @@ def draw_predictions(
         present |= {*np.unique(labels).tolist(), *np.unique(guess).tolist()}
         overlays = (overlay(image, numbers, classes) for numbers in (labels, guess))
         rows.append([Tile(image), *map(Tile, overlays)])
-    sheet = contact_sheet(rows, titles=COLUMNS, tile_width=TILE_WIDTH)
+    sheet = contact_sheet(rows, titles=("image", "annotation", "prediction"), tile_width=360)
     save_png(with_legend(sheet, sorted(present), classes), path, SHEET)
 
 
@@ -164,21 +139,14 @@ def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarr
 
 
 def with_legend(picture: Image.Image, labels: Sequence[int], classes: Classes) -> Image.Image:
-    """The picture, and below it the names and colours of the given classes."""
-    size = text_size(picture.width)
-    font, line = ImageFont.load_default(size), 5 * size // 3
-    entries = [label for label in labels if label < len(classes)]
-    columns = max(1, picture.width // (LETTERS * size))
-    step = picture.width // columns
-    rows = max(1, -(-len(entries) // columns))
-    legend = Image.new("RGB", (picture.width, rows * line + 2 * GAP), BACKGROUND)
-    draw = ImageDraw.Draw(legend)
-    for number, label in enumerate(entries):
-        left, top = GAP + number % columns * step, GAP + number // columns * line
-        colour = tuple(classes.palette[label].tolist())
-        draw.rectangle((left, top + 2, left + size, top + 2 + size), fill=colour, outline=INK)
-        name = shortened(classes.names[label], 120)  # of a file of others: one line, printable
-        while len(name) > 1 and font.getlength(name) > step - 2 * size - GAP:
-            name = name[:-1]
-        draw.text((left + 3 * size // 2, top), name, fill=INK, font=font)
-    return stacked([picture, legend])
+    """The picture, and below it a bar in the colour of each given class, under its name."""
+    known = [label for label in labels if label < len(classes)]
+    bars = [Tile(np.full((1, 12, 3), classes.palette[n]), classes.names[n]) for n in known]
+    if not bars:
+        return picture
+    width = 10 * text_size(picture.width)  # of a bar, at least
+    columns = max(1, picture.width // width)
+    rows = [bars[first : first + columns] for first in range(0, len(bars), columns)]
+    legend = contact_sheet(rows, tile_width=max(width, picture.width // columns - GAP))
+    sheet = stacked([picture, legend])
+    return sheet.crop((0, 0, picture.width, sheet.height))  # of a tiny picture: what fits

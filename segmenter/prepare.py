@@ -12,8 +12,7 @@ from pathlib import Path
 
 from common.download import download, has_digest
 from common.files import beside, check_output_folder, check_replaceable, path_below
-from segmenter.dataset import SPLITS, TRAIN, VAL, is_ade20k, read_description
-from segmenter.labels import check_labels
+from segmenter.dataset import SPLITS, TRAIN, VAL, Split, check_labels, is_ade20k, read_description
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +21,15 @@ _PLACE = "data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE20K_URLS = (f"http://{_PLACE}", f"https://{_PLACE}")
 # The source gives no digest; this one is in the dataset loaders of several open projects.
 ADE20K_DIGEST = "md5:7328b3957e407ddae1d3cbf487f149ef"
-ADE20K_PAIRS = {TRAIN: 20_210, VAL: 2_000}
+ADE20K_PAIRS: dict[Split, int] = {TRAIN: 20_210, VAL: 2_000}
 
 
-def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> Path:
+def prepare_ade20k(folder: Path, *, own_urls: Sequence[str], digest: str | None) -> Path:
     """Download and unpack ADE20K below `folder`, unless it is there; then check every pair.
 
-    Returns the ADEChallengeData2016 folder. Raises ValueError if it is wrong or partial,
+    own_urls: tried first. digest: of the zip, by default the known one; "none" for a mirror's,
+    which may be packed otherwise: its files are checked all the same. Returns the
+    ADEChallengeData2016 folder. Raises ValueError if that is wrong or partial,
     RuntimeError if it cannot be downloaded.
     """
     check_output_folder(folder, "FOLDER")
@@ -41,10 +42,11 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
         return ready
     archive = folder / f"{ADE20K_NAME}.zip"
     check_replaceable(archive, "FOLDER")
+    known = None if digest == "none" else digest or ADE20K_DIGEST
     if not archive.exists():  # else somebody brought it, or a check failed after the download
-        download(urls, archive, digest=digest)
-    elif digest is not None and not has_digest(archive, digest):
-        raise ValueError(f"{archive} has not the digest {digest}; remove it or give its own")
+        download([*own_urls, *ADE20K_URLS], archive, digest=known)
+    elif known is not None and not has_digest(archive, known):
+        raise ValueError(f"{archive} has not the digest {known}; remove it or give its own")
     unpack(archive, folder, ADE20K_NAME)
     try:
         check_dataset(unpacked, ADE20K_PAIRS)
@@ -54,7 +56,7 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
     return unpacked
 
 
-def check_dataset(path: Path, expected: Mapping[str, int] | None = None) -> dict[str, int]:
+def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> dict[str, int]:
     """Look at every pair of the splits that the dataset names; returns their numbers.
 
     expected: the splits that have to be there, with their pairs. Raises ValueError.

@@ -23,9 +23,8 @@ from segmenter.data import WholeImages
 from segmenter.dataset import read_classes
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.finetune import check_some_labels, depends_on, start_model
-from segmenter.frozen import NearestNeighbours, fit_linear, rankme
+from segmenter.frozen import ClassFolders, NearestNeighbours, Tokens, fit_linear, rankme
 from segmenter.model import Segmenter
-from segmenter.tokens import ClassFolders, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +33,88 @@ class _StoppedError(Exception):
     """A signal came."""
 
 
-@dataclass(kw_only=True)
-class _Run:
-    """What stays the same."""
+def probe(config: ProbeConfig, task: Task) -> bool:
+    """Leave areas and, last, result.json. task: what `read_task` found.
 
+    Returns False if stopped by a signal. Raises ValueError for what the user can fix, and
+    RuntimeError when it fails.
+    """
+    check_some_labels(task)
+    with Interruption() as interruption, working_in(config.run) as accelerator:
+        found = earlier_output(config, task)
+        if found is not None:
+            logger.info("nothing to do: %s is there", found)
+            return True
+        torch.manual_seed(config.run.seed)  # as `train` does: the same random weights
+        model = start_model(config.init, config.model, config.protocol, task.num_classes)
+        run = _Run(config, task, accelerator, interruption, model.to(accelerator.device))
+        try:
+            answers = run.answers()
+        except _StoppedError:
+            logger.warning("stopped by a signal; run the same command again")
+            return False
+        if accelerator.is_main_process:
+            about = {"seed": config.run.seed, "seconds": run.seconds}
+            about |= depends_on(config, accelerator, task)
+            write_json(config.run.output_dir / RESULT, {"format_version": 1, **answers, **about})
+        accelerator.wait_for_everyone()
+        return True
+
+
+@dataclass
+class _Run:
     config: ProbeConfig
     task: Task
     accelerator: Accelerator
     interruption: Interruption
     model: Segmenter
     seconds: dict[str, float] = field(default_factory=dict)  # of what was done, by its name
+
+    def answers(self) -> dict[str, Any]:
+        """What result.json says of each probe."""
+        asked, task, answers = self.config.run, self.task, dict[str, Any]()
+        protocol = dataclasses.replace(self.config.protocol, multi_scale=False)  # tokens of one
+        images = WholeImages(task.description, task.train, protocol)
+        found = self.tokens("tokens", images)
+        for name, fit in (("linear", fit_linear), ("knn", NearestNeighbours)):
+            if name in asked.probes:
+                answers[name] = self.scores(name, partial(fit, *found, task.num_classes))
+                logger.info("%s: mean IoU %.2f", name, answers[name]["mean_iou"])
+        if "rankme" in asked.probes:
+            answers["rankme"] = rankme(found[0])
+            logger.info("RankMe %.1f of %d", answers["rankme"], found[0].shape[1])
+        if asked.image_folder is not None:
+            folders = ClassFolders(asked.image_folder, images)
+            if len(folders.classes) > 1:
+                answers["image_knn"] = self.image_knn(folders)
+            else:
+                logger.info("no image kNN: %s has no two class folders", asked.image_folder)
+        return answers
+
+    def tokens(self, name: str, images: WholeImages) -> tuple[Tensor, Tensor]:
+        """Features and labels of images, the same on every process."""
+        tokens = Tokens(self.model, images, self.config.run.seed)
+        # Without a decoder, a model's logits are its tokens.
+        self.over(name, images, each_group, tokens.add, decoder=nn.Identity)
+        return tokens.total(self.accelerator)
+
+    def scores(self, name: str, decoder: Callable[[], nn.Module]) -> dict[str, Any]:
+        """Of the validation images, as `train` scores them; leaves their areas."""
+        task = self.task
+        images = WholeImages(task.description, task.val, self.config.protocol)
+        areas = self.over(name, images, evaluate_model, decoder=decoder)
+        if self.accelerator.is_main_process:
+            path = self.config.run.output_dir / PROBE_AREAS[name]
+            areas.save(path, [pair.name for pair in task.val])
+        return areas.scores(read_classes(task.description).names)
+
+    def image_knn(self, folders: ClassFolders) -> dict[str, Any]:
+        """Each image by all but itself, so that one folder serves: no other images are needed."""
+        means, labels = self.tokens("image_knn", folders)
+        classes = len(folders.classes)
+        predicted = NearestNeighbours(means, labels, classes).of_the_others().argmax(1)
+        accuracy = 100 * (predicted == labels).double().mean().item()
+        return {"accuracy": accuracy, "num_images": len(labels), "num_classes": classes}
 
     def over(
         self, name: str, images: WholeImages, work: Callable[..., Any], *more: Any,
@@ -62,82 +133,3 @@ class _Run:
             raise _StoppedError
         self.seconds[name] = time.monotonic() - began
         return found
-
-
-def probe(config: ProbeConfig, task: Task) -> bool:
-    """Leave areas and, last, result.json. task: what `read_task` found.
-
-    Returns False if stopped by a signal. Raises ValueError for what the user can fix, and
-    RuntimeError when it fails.
-    """
-    check_some_labels(task)
-    with Interruption() as interruption, working_in(config.run) as accelerator:
-        found = earlier_output(config, task)
-        if found is not None:
-            logger.info("nothing to do: %s is there", found)
-            return True
-        torch.manual_seed(config.run.seed)  # as `train` does: the same random weights
-        model = start_model(config.init, config.model, config.protocol, task.num_classes)
-        run = _Run(
-            config=config, task=task, accelerator=accelerator, interruption=interruption,
-            model=model.to(accelerator.device),
-        )  # fmt: skip
-        try:
-            answers = _answers(run)
-        except _StoppedError:
-            logger.warning("stopped by a signal; run the same command again")
-            return False
-        if accelerator.is_main_process:
-            about = {"seed": config.run.seed, "seconds": run.seconds}
-            about |= depends_on(config, accelerator, task)
-            write_json(config.run.output_dir / RESULT, {"format_version": 1, **answers, **about})
-        accelerator.wait_for_everyone()
-        return True
-
-
-def _answers(run: _Run) -> dict[str, Any]:
-    """What result.json says of each probe."""
-    config, task = run.config, run.task
-    answers: dict[str, Any] = {}
-    protocol = dataclasses.replace(config.protocol, multi_scale=False)  # tokens of one scale
-    images = WholeImages(task.description, task.train, protocol)
-    found = _tokens(run, "tokens", images)
-    for name, make in (("linear", fit_linear), ("knn", NearestNeighbours)):
-        if name in config.run.probes:
-            answers[name] = _scores(run, name, partial(make, *found, task.num_classes))
-            logger.info("%s: mean IoU %.2f", name, answers[name]["mean_iou"])
-    if "rankme" in config.run.probes:
-        answers["rankme"] = rankme(found[0])
-        logger.info("RankMe %.1f of %d", answers["rankme"], found[0].shape[1])
-    folder = config.run.image_folder
-    folders = ClassFolders(folder, images) if folder is not None else None
-    if folders is not None and len(folders.classes) < 2:
-        logger.info("no image kNN: %s has no two class folders", folder)
-    elif folders is not None:
-        means, labels = _tokens(run, "image_knn", folders)
-        classes = len(folders.classes)
-        # Each image by all but itself, so that one folder serves: no other images are needed.
-        predicted = NearestNeighbours(means, labels, classes).of_the_others().argmax(1)
-        accuracy = 100 * (predicted == labels).double().mean().item()
-        told = {"accuracy": accuracy, "num_images": len(labels), "num_classes": classes}
-        answers["image_knn"] = told
-    return answers
-
-
-def _tokens(run: _Run, name: str, images: WholeImages) -> tuple[Tensor, Tensor]:
-    """Features and labels of images, the same on every process."""
-    tokens = Tokens(run.model, images, run.config.run.seed)
-    # Without a decoder, a model's logits are its tokens.
-    run.over(name, images, each_group, tokens.add, decoder=nn.Identity)
-    return tokens.total(run.accelerator)
-
-
-def _scores(run: _Run, name: str, decoder: Callable[[], nn.Module]) -> dict[str, Any]:
-    """Of the validation images, as `train` scores them; leaves their areas."""
-    task = run.task
-    images = WholeImages(task.description, task.val, run.config.protocol)
-    areas = run.over(name, images, evaluate_model, decoder=decoder)
-    if run.accelerator.is_main_process:
-        path = run.config.run.output_dir / PROBE_AREAS[name]
-        areas.save(path, [pair.name for pair in task.val])
-    return areas.scores(read_classes(task.description).names)

@@ -15,7 +15,6 @@ from torch import nn
 import segmenter.finetune
 import segmenter.frozen
 import segmenter.probe
-import segmenter.tokens
 from engine.config import DeviceConfig
 from engine.devices import make_accelerator
 from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
@@ -23,8 +22,7 @@ from segmenter.data import WholeImages
 from segmenter.dataset import read_description
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.finetune import start_model
-from segmenter.frozen import NearestNeighbours, fit_linear, rankme
-from segmenter.tokens import Tokens
+from segmenter.frozen import NearestNeighbours, Tokens, fit_linear, rankme
 from tests.segmenter.boxes import IGNORE, call, start, train_arguments, write_dataset
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "class_iou")
@@ -276,7 +274,7 @@ def test_a_folded_fourth_channel_changes_nothing(dataset, tmp_path):
 
 def test_no_more_tokens_are_kept_than_the_bound_allows(dataset, tmp_path, monkeypatch):
     """7 images of 9 windows' tokens each, and room for 10 in all: one or two of each image."""
-    monkeypatch.setattr(segmenter.tokens, "MOST_TOKENS", 10)
+    monkeypatch.setattr(segmenter.frozen, "MOST_TOKENS", 10)
     kept = []
 
     def spy(tokens, labels, num_classes):

@@ -12,8 +12,7 @@ from segmenter.dataset import quiet_imports
 from segmenter.encoder import Encoder, EncoderShape, depths_of
 from segmenter.finetune import make_optimizer
 from segmenter.inference import window_logits
-from segmenter.loading import _mmseg_name as our_name
-from segmenter.loading import load_segmenter
+from segmenter.loading import load_segmenter, our_name
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
 from tests.segmenter.boxes import CLASSES
 
