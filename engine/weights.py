@@ -30,6 +30,7 @@ class VitFacts:
 
     model: str | None  # its name here, if it has one
     width: int
+    depth: int
     in_channels: int
     patch_size: int
     grid: int  # patches per side that the position embeddings are stored for
@@ -77,8 +78,8 @@ def describe_vit(
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     sizes = {(size.width, size.depth): name for name, size in reversed(VIT_SIZES.items())}
     return VitFacts(
-        model=sizes.get((width, depth)), width=width, in_channels=channels, patch_size=patch,
-        grid=grid,
+        model=sizes.get((width, depth)), width=width, depth=depth, in_channels=channels,
+        patch_size=patch, grid=grid,
     )  # fmt: skip
 
 

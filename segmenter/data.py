@@ -77,10 +77,7 @@ class _Pairs:
 
 
 class TrainingCrops(_Pairs, Dataset[Batch]):
-    """Random crops of the training images by (epoch, index).
-
-    A pair that cannot be used is replaced by the next one, and named in the crop.
-    """
+    """Random crops of the training images by (epoch, index)."""
 
     def __init__(
         self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig,
@@ -97,6 +94,7 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
+        # A pair that cannot be used is replaced by the next one, and named in the crop.
         crop, skipped = next_usable(partial(self._crop, epoch), index, len(self))
         return crop._replace(unreadable=list(skipped))
 

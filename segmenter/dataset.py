@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -45,8 +45,7 @@ _Byte = Annotated[int, Field(ge=0, le=255)]
 _Paths = dict[Split, Path]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
+class Pair(NamedTuple):
     """One image and its annotation."""
 
     name: str  # path within the split, without suffix
@@ -92,26 +91,22 @@ class DatasetDescription:
 
     def pairs(self, split: Split) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
-        folders = {"images": self.images.get(split), "annotations": self.annotations.get(split)}
-        for what, folder in folders.items():
-            if folder is None or not folder.is_dir():
-                missing = f"the {split} {what} are missing: no folder {folder or 'is named'}"
-                raise ValueError(f"{self.source}: {missing}")
-        images, annotations = (folder for folder in folders.values() if folder)
+        images, annotations = self._folder("images", split), self._folder("annotations", split)
         names = self._names(images, split)
         if not names:
             raise ValueError(f"{self.source}: no *{self.image_suffix} in {images} ({split} images)")
         complaint = f"{self.source}: {{}} of {len(names)} {split} images have no annotation"
         _refuse_missing(annotations, names, self.annotation_suffix, complaint)
         # A name may hold folders: Cityscapes has one for each city.
-        return [
-            Pair(
-                name=name,
-                image=images / f"{name}{self.image_suffix}",
-                annotation=annotations / f"{name}{self.annotation_suffix}",
-            )
-            for name in names
-        ]
+        ends = self.image_suffix, self.annotation_suffix
+        return [Pair(n, images / f"{n}{ends[0]}", annotations / f"{n}{ends[1]}") for n in names]
+
+    def _folder(self, what: Literal["images", "annotations"], split: Split) -> Path:
+        folder = getattr(self, what).get(split)
+        if folder is None or not folder.is_dir():
+            missing = f"the {split} {what} are missing: no folder {folder or 'is named'}"
+            raise ValueError(f"{self.source}: {missing}")
+        return folder
 
     def _names(self, images: Path, split: Split) -> list[str]:
         path, suffix = self.splits.get(split), self.image_suffix
@@ -130,8 +125,7 @@ def _refuse_missing(folder: Path, names: Sequence[str], suffix: str, complaint: 
     present = relative_files(folder)  # one listing: asking for each is slow on a file server
     missing = [f"{folder / name}{suffix}" for name in names if f"{name}{suffix}" not in present]
     if missing:
-        more = ", ..." if len(missing) > MOST_NAMED else ""
-        some = ", ".join(missing[:MOST_NAMED]) + more
+        some = ", ".join([*missing[:MOST_NAMED], *(["..."] if missing[MOST_NAMED:] else [])])
         raise ValueError(f"{complaint.format(len(missing))}: {some}")
 
 
@@ -143,16 +137,14 @@ def is_ade20k(folder: Path) -> bool:
 def read_description(source: Path) -> DatasetDescription:
     """The description of an ADE20K folder or of a YAML file. Raises ValueError."""
     if source.is_dir() and not is_ade20k(source):
-        raise ValueError(
-            f"{source} is not an ADEChallengeData2016 folder (no images/ and annotations/ in it)"
-            "; give one, or the .yml file of a dataset"
-        )
+        text = "is not an ADEChallengeData2016 folder (no images/ and annotations/ in it); give one"
+        raise ValueError(f"{source} {text}, or the .yml file of a dataset")
     if not source.exists():
         raise ValueError(f"the dataset {source} does not exist")
     folder = source if source.is_dir() else source.parent
     content = read_yaml(DESCRIPTIONS / "ade20k.yml" if source.is_dir() else source)
-    known = {option.name for option in dataclasses.fields(DatasetDescription)} - {"source"}
-    check_names(content, known, str(source))
+    known = [option.name for option in dataclasses.fields(DatasetDescription)]
+    check_names(content, known[1:], str(source))  # but for the source
     given = {name: value for name, value in content.items() if value is not None}
     if isinstance(given.get("classes"), list):  # YAML reads some names as numbers
         given["classes"] = [str(n) if isinstance(n, int | float) else n for n in given["classes"]]
@@ -178,16 +170,13 @@ class Classes:
 
 def read_classes(description: DatasetDescription) -> Classes:
     """Names and colours: the description's own, or mmsegmentation's. Raises ValueError."""
-    names: Sequence[str] = description.classes
-    palette: Sequence[Sequence[int]] = description.palette
-    if isinstance(description.classes, str):
+    names, palette = description.classes, description.palette
+    if isinstance(names, str):
         with quiet_imports():  # seconds
             import mmseg.datasets
-        known = getattr(mmseg.datasets, description.classes, None)
+        known = getattr(mmseg.datasets, names, None)
         if known is None:
-            raise ValueError(
-                f"{description.source}: mmsegmentation has no dataset {description.classes}"
-            )
+            raise ValueError(f"{description.source}: mmsegmentation has no dataset {names}")
         names = known.METAINFO["classes"]
         palette = palette or known.METAINFO["palette"]
     if not len(palette):  # the same colours in every run
@@ -204,11 +193,9 @@ def count_classes(description: DatasetDescription) -> int:
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Drop what mmseg and mmcv say on import about optional parts that nothing here uses.
-
-    "Could not import OneDL" comes by print, whatever the logging level; the warnings are about
-    renamed modules and operations that were not compiled.
-    """
+    """Drop what mmseg and mmcv say on import about optional parts that nothing here uses."""
+    # "Could not import OneDL" comes by print, whatever the logging level; the warnings are about
+    # renamed modules and operations that were not compiled.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -267,10 +254,7 @@ def allowed_labels(description: DatasetDescription) -> np.ndarray:
 
 
 def read_pair(pair: Pair, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Image [H, W, 3] uint8 RGB and labels [H, W] uint8 as the file numbers them.
-
-    Raises ValueError if a file cannot be read, MisfitError if they do not fit.
-    """
+    """Image [H, W, 3] uint8 RGB and labels [H, W] uint8 as the file numbers them. ValueError."""
     image = read_image(pair.image)
     return image, _fitting_labels(pair, image.shape[:2], allowed)
 
@@ -280,9 +264,8 @@ def read_image(path: Path) -> np.ndarray:
     image = read_rgb(path)
     height, width, _ = image.shape
     if max(height, width) > THINNEST * min(height, width):
-        raise ValueError(
-            f"{path} is {width} x {height} pixels; one side may be {THINNEST} times the other"
-        )
+        most = f"one side may be {THINNEST} times the other"
+        raise ValueError(f"{path} is {width} x {height} pixels; {most}")
     return image
 
 

@@ -31,7 +31,7 @@ class LinearDecoder(nn.Module):
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         self.head = nn.Linear(width, num_classes)
-        self.apply(_init_weights)
+        _init_weights(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] to class logits [B, N, K]."""
@@ -60,7 +60,7 @@ class MaskTransformer(nn.Module):
         self.proj_classes = nn.Parameter(torch.randn(width, width) * width**-0.5)
         self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.mask_norm = nn.LayerNorm(num_classes, eps=NORM_EPS)
-        self.apply(_init_weights)
+        _init_weights(self)
         nn.init.trunc_normal_(self.cls_emb, std=INIT_STD)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -78,30 +78,26 @@ class MaskTransformer(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """mmsegmentation's feature pyramid, UPerHead, and the FCN head that trains beside it.
+    """mmsegmentation's feature pyramid, UPerHead, and the FCN head that trains beside it."""
 
-    dropout: of whole feature maps before the classifiers.
-    """
-
+    # dropout: of whole feature maps before the classifiers.
     def __init__(self, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         with quiet_imports():  # seconds
             from mmseg.models.decode_heads import FCNHead, UPerHead
             from mmseg.models.necks import Feature2Pyramid
 
+            norm = {"type": "BN"}
             # out_channels: without it two classes would be warned about, one takes the other way.
             common: dict[str, Any] = {
                 "num_classes": num_classes, "out_channels": num_classes, "dropout_ratio": dropout,
-                "norm_cfg": {"type": "BN"}, "align_corners": False,
+                "norm_cfg": norm, "align_corners": False,
             }  # fmt: skip
-            self.neck = Feature2Pyramid(width, RESCALES, norm_cfg={"type": "BN"})
-            self.decode_head = UPerHead(
-                in_channels=[width] * 4, in_index=[0, 1, 2, 3], channels=width, **common
-            )
-            self.auxiliary_head = FCNHead(
-                in_channels=width, in_index=2, channels=AUXILIARY_WIDTH, num_convs=1,
-                concat_input=False, **common,
-            )  # fmt: skip
+            self.neck = Feature2Pyramid(width, RESCALES, norm_cfg=norm)
+            depths = {"in_channels": [width] * 4, "in_index": [0, 1, 2, 3]}
+            self.decode_head = UPerHead(channels=width, **depths, **common)
+            third = {"in_channels": width, "in_index": 2, "num_convs": 1, "concat_input": False}
+            self.auxiliary_head = FCNHead(channels=AUXILIARY_WIDTH, **third, **common)
         for head in (self.decode_head, self.auxiliary_head):
             nn.init.normal_(head.conv_seg.weight, std=CLASSIFIER_STD)
             nn.init.zeros_(head.conv_seg.bias)
@@ -114,8 +110,7 @@ class UPerNet(nn.Module):
         return [head(pyramid).contiguous(memory_format=torch.channels_last) for head in heads]
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def _init_weights(decoder: nn.Module) -> None:
+    for layer in (module for module in decoder.modules() if isinstance(module, nn.Linear)):
+        nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+        nn.init.zeros_(layer.bias)

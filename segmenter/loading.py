@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-from typing_extensions import TypedDict
 
 import engine.checkpoint
 from common.files import read_text
@@ -52,20 +51,13 @@ WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError, Ov
 Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
-class DatasetFacts(TypedDict):
-    """What a checkpoint keeps of its dataset."""
-
-    name: str
-    reduce_zero_label: bool
-
-
 class FinetunedCheckpoint(Checkpoint):
     """What is needed to continue, and to evaluate and predict without the dataset."""
 
     shape: dict[str, Any]
     classes: list[str]
     palette: list[Colour]
-    dataset: DatasetFacts
+    dataset: dict[str, Any]
     protocol: dict[str, Any]
 
 
@@ -168,10 +160,8 @@ class _StandIn:
 
 
 def _read_with_stand_ins(path: Path) -> Any:
-    """What a file holds; stand-ins for all but tensors and plain values, so no code of it runs.
-
-    mmengine stores its message hub, objects of its own and of numpy, beside the weights.
-    """
+    """What a file holds; stand-ins for all but tensors and plain values, so no code of it runs."""
+    # mmengine stores its message hub, objects of its own and of numpy, beside the weights.
     names: list[str] = []
     with contextlib.suppress(Exception):  # what is wrong with the file, reading it will say
         names = get_unsafe_globals_in_checkpoint(path)

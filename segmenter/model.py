@@ -5,7 +5,7 @@ Shapes: B images, H x W pixels, K classes, P pixels per patch side.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from common.parsed import parsed_plain
 from engine.vit import IMAGE_MEAN, IMAGE_STD
-from segmenter.config import ModelConfig
+from segmenter.config import Decoder, ModelConfig, Normalization
 from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet
 from segmenter.encoder import Encoder, EncoderShape
 
@@ -30,10 +30,10 @@ class SegmenterShape:
     """All that decides the shapes of the weights, so that a checkpoint can be rebuilt."""
 
     encoder: EncoderShape
-    decoder: Literal["mask_transformer", "linear", "upernet"]
+    decoder: Decoder
     decoder_layers: Annotated[int, Field(ge=0, le=1024)]  # of the mask transformer alone
     num_classes: Annotated[int, Field(ge=1, le=256)]
-    normalization: Literal["half", "imagenet"]
+    normalization: Normalization
 
     @classmethod
     def from_plain(cls, values: dict[str, Any], path: Path) -> Self:
@@ -72,20 +72,16 @@ class Segmenter(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's hook for layer-wise rates, by names; the final norm and the decoder come last.
-
-        (timm's own ViT counts the final norm to the last block.)
-        """
+        """timm's hook for layer-wise rates, by names; the final norm and the decoder come last."""
+        # (timm's own ViT counts the final norm to the last block.)
         return {
             "stem": r"^encoder\.(?:cls_token|pos_embed|reg_token|patch_embed)",
             "blocks": [(r"^encoder\.blocks\.(\d+)", None)],
         }
 
     def no_weight_decay(self) -> set[str]:
-        """timm's hook: embeddings, which are matrices by shape only.
-
-        With UPerNet they decay, as in mmsegmentation, whose rule misses them by their prefix.
-        """
+        """timm's hook: embeddings, which are matrices by shape only."""
+        # With UPerNet they decay, as in mmsegmentation, whose rule misses them by their prefix.
         names = ("encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "decoder.cls_emb")
         return set() if self.shape.decoder == "upernet" else set(names)
 
@@ -133,17 +129,14 @@ class Segmenter(nn.Module):
 
 
 class TrainingLoss(nn.Module):
-    """The loss is part of what is compiled: full-size logits of many classes need not be stored.
-
-    See `Segmenter.forward` and `segmentation_loss`.
-    """
+    """The loss is part of what is compiled: full-size logits of many classes need not be stored."""
 
     def __init__(self, model: Segmenter, ignore_index: int) -> None:
         super().__init__()
         self.model, self.ignore_index = model, ignore_index
 
     def forward(self, images: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-        """As a plain module, for torch.compile and DistributedDataParallel."""
+        """See `Segmenter.forward` and `segmentation_loss`."""
         return segmentation_loss(self.model(images, sizes), labels, self.ignore_index)
 
 
@@ -152,8 +145,7 @@ def segmentation_loss(
 ) -> Tensor:
     """Sum of the cross entropy over all pixels whose label counts; 0 if there are none.
 
-    logits [B, K, H, W], or a pair of them: the second has `AUXILIARY_WEIGHT`. labels [B, H, W],
-    integers.
+    logits [B, K, H, W], or a pair: the second has `AUXILIARY_WEIGHT`. labels [B, H, W], integers.
     """
     if isinstance(logits, tuple):
         main, auxiliary = (segmentation_loss(one, labels, ignore_index) for one in logits)

@@ -21,8 +21,7 @@ from engine.devices import make_accelerator
 from segmenter.config import ProtocolChanges, ScoringConfig
 from segmenter.data import WholeImages, scaled_images
 from segmenter.dataset import Classes, read_image
-from segmenter.evaluate import evaluating
-from segmenter.inference import predict_classes
+from segmenter.evaluate import evaluating, predict_classes
 from segmenter.loading import LoadedSegmenter, load_segmenter
 from segmenter.model import Segmenter
 
@@ -36,10 +35,7 @@ logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
-    """The class of every pixel, [H, W] uint8, of an image [H, W, 3] uint8 RGB.
-
-    Runs where the model is, with windows and scales as its protocol says.
-    """
+    """The class of every pixel, [H, W] uint8, of an image [H, W, 3] uint8 RGB."""
     scaled = scaled_images(image[..., ::-1], loaded.protocol)  # BGR, as mmcv wants it
     (classes,) = predict_classes(loaded.model, [scaled], [image.shape[:2]], loaded.protocol)
     return classes.cpu().numpy()

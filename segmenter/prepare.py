@@ -8,6 +8,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from common.download import download, has_digest
@@ -21,16 +22,15 @@ _PLACE = "data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE20K_URLS = (f"http://{_PLACE}", f"https://{_PLACE}")
 # The source gives no digest; this one is in the dataset loaders of several open projects.
 ADE20K_DIGEST = "md5:7328b3957e407ddae1d3cbf487f149ef"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 ADE20K_PAIRS: dict[Split, int] = {TRAIN: 20_210, VAL: 2_000}
 
 
 def prepare_ade20k(folder: Path, *, own_urls: Sequence[str], digest: str | None) -> Path:
     """Download and unpack ADE20K below `folder`, unless it is there; then check every pair.
 
-    own_urls: tried first. digest: of the zip, by default the known one; "none" for a mirror's,
-    which may be packed otherwise: its files are checked all the same. Returns the
-    ADEChallengeData2016 folder. Raises ValueError if that is wrong or partial,
-    RuntimeError if it cannot be downloaded.
+    own_urls: tried first. digest: of the zip, by default the known one, or "none". Returns the
+    ADEChallengeData2016 folder. Raises ValueError, or RuntimeError if it cannot be downloaded.
     """
     check_output_folder(folder, "FOLDER")
     unpacked = folder / ADE20K_NAME
@@ -42,6 +42,7 @@ def prepare_ade20k(folder: Path, *, own_urls: Sequence[str], digest: str | None)
         return ready
     archive = folder / f"{ADE20K_NAME}.zip"
     check_replaceable(archive, "FOLDER")
+    # A mirror's zip may be packed otherwise: then none, and its files are checked all the same.
     known = None if digest == "none" else digest or ADE20K_DIGEST
     if not archive.exists():  # else somebody brought it, or a check failed after the download
         download([*own_urls, *ADE20K_URLS], archive, digest=known)
@@ -57,10 +58,7 @@ def prepare_ade20k(folder: Path, *, own_urls: Sequence[str], digest: str | None)
 
 
 def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> dict[str, int]:
-    """Look at every pair of the splits that the dataset names; returns their numbers.
-
-    expected: the splits that have to be there, with their pairs. Raises ValueError.
-    """
+    """Look at every pair of the splits that are there, or expected; returns their numbers."""
     logger.info("checking %s", path)
     description = read_description(path)
     found, problems = {}, []
@@ -75,12 +73,10 @@ def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> di
             continue
         if expected and len(found[split]) != expected[split]:
             problems.append(f"{len(found[split])} of {expected[split]} pairs in the {split} split")
-    if problems:
-        raise ValueError(f"{path} is not whole: {'; '.join(problems)}")
-    if not found:
-        raise ValueError(f"{path}: neither of the splits {', '.join(SPLITS)} is there")
-    every_pair = [pair for pairs in found.values() for pair in pairs]
-    check_labels(description, every_pair, completely=True)
+    if problems or not found:
+        said = "; ".join(problems) or f"neither of the splits {', '.join(SPLITS)} is there"
+        raise ValueError(f"{path} is not whole: {said}")
+    check_labels(description, [*chain.from_iterable(found.values())], completely=True)
     return {split: len(pairs) for split, pairs in found.items()}
 
 
@@ -96,22 +92,20 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
         with zipfile.ZipFile(archive) as file:
             for member in file.infolist():
                 below = path_below(Path(), member.filename, f"{archive} is refused")
-                if stat.S_ISLNK(member.external_attr >> 16):  # Unix's mode
-                    raise ValueError(f"{archive} is refused: {member.filename!r} is a link")
-                if below.parts[0] != name:
-                    raise ValueError(f"{archive} is refused: {member.filename!r} is not in {name}/")
+                is_link = stat.S_ISLNK(member.external_attr >> 16)  # Unix's mode
+                if is_link or below.parts[0] != name:
+                    problem = "is a link" if is_link else f"is not in {name}/"
+                    raise ValueError(f"{archive} is refused: {member.filename!r} {problem}")
             logger.info("unpacking %s", archive)
             file.extractall(unfinished)
         (unfinished / name).replace(folder / name)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise RuntimeError(
-                f"{folder} cannot be written to: {error.strerror}. Make room and run the same "
-                "command again"
-            ) from error
-        raise ValueError(f"{archive} is not a sound zip file: {error.strerror or error}") from None
     # What is in a damaged archive can make zipfile raise anything; RuntimeError: it is encrypted.
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+    except (
+        OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError,
+    ) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            text = f"{folder} cannot be written to: {error.strerror}. Make room and run this again"
+            raise RuntimeError(text) from error
         raise ValueError(f"{archive} is not a sound zip file: {error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

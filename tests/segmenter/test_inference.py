@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import quiet_imports
 from segmenter.encoder import EncoderShape
-from segmenter.inference import predict_classes, spans, window_logits
+from segmenter.evaluate import predict_classes, spans, window_logits
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape
 
