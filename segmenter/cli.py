@@ -94,7 +94,8 @@ def evaluate(
         raise click.UsageError("give either a CHECKPOINT or --predictions DIR")
     if evaluation.out is not None:
         reads = [path for path in (checkpoint, evaluation.dataset) if path is not None]
-        check_output_file(evaluation.out, reads=reads, is_own=_is_scores)
+        own = f'"{SCORES[0]}"'.encode()  # what begins such a file
+        check_output_file(evaluation.out, reads=reads, is_own=lambda head: own in head[:40])
     from segmenter.evaluate import evaluate_checkpoint, evaluate_predictions
 
     log_to_stderr()
@@ -108,18 +109,14 @@ def evaluate(
         _show(result)
 
 
-def _is_scores(head: bytes) -> bool:
-    return head.startswith(b"{") and f'"{SCORES[0]}"'.encode() in head[:40]
-
-
 def _show(result: dict[str, Any]) -> None:
     """The scores as a table on standard output."""
     scores = {name.replace("_", " "): result[name] for name in SCORES}
-    rows = {"class": "IoU %", **result["class_iou"], "": "", **scores}
+    rows = {"class": "IoU %", **result["class_iou"], **scores}
     width = max(map(len, rows))
     for name, value in rows.items():
-        number = f"{value:.2f}" if isinstance(value, float | int) else value
-        say(f"{name:<{width}}  {'absent' if number is None else number}".rstrip())
+        shown = f"{value:.2f}" if isinstance(value, float) else value or "absent"
+        say(f"{name:<{width}}  {shown}")
     say(f"protocol: {json.dumps(result['protocol'])}")
 
 

@@ -135,9 +135,8 @@ class ProtocolConfig(OptionGroup):
 
     def described(self) -> dict[str, Any]:
         """Plain values, as checkpoints, result.json and every table hold them."""
-        values = dataclasses.asdict(self)
-        is_multi = values.pop("multi_scale")
-        return {**values, "scales": list(self.scales), "flip": is_multi}
+        values = dataclasses.asdict(self) | {"scales": list(self.scales), "flip": self.multi_scale}
+        return {name: value for name, value in values.items() if name != "multi_scale"}
 
     @classmethod
     def from_described(cls, values: Mapping[str, Any]) -> Self:
@@ -187,7 +186,6 @@ class DatasetConfig(OptionGroup):
 class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
     """What one finetuning starts from, where it goes and how it is kept."""
 
-    title = "Run"
     init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
     device_batch_size: int | Literal["auto"] | None = option(
         "Most images per device at once; auto: by a GPU's memory. Default: no limit.", None,
@@ -204,7 +202,6 @@ class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
 class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig):
     """What is asked of a frozen encoder, and where the answers go."""
 
-    title = "Run"
     probes: tuple[Literal["linear", "knn", "rankme"], ...] = option(
         "What is asked.", ("linear", "knn", "rankme")
     )
@@ -312,9 +309,8 @@ def read_recipe(name: str) -> Layer:
         known = ", ".join(recipe_names())
         raise ValueError(f"--recipe is {name!r}; choose one of {known}, or give a YAML file")
     layer = read_layer(path, RECIPE_GROUPS)
-    options = fields_of(*RECIPE_GROUPS).items()
-    given = {name for name, value in layer.values.items() if value is not None}
-    missing = [n for n, field in options if field.default is REQUIRED and n not in given]
+    needed = [n for n, field in fields_of(*RECIPE_GROUPS).items() if field.default is REQUIRED]
+    missing = [name for name in needed if layer.values.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return layer

@@ -157,7 +157,7 @@ def read_description(source: Path) -> DatasetDescription:
     return dataclasses.replace(read, **paths)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Classes:
     """The K classes of a dataset."""
 
@@ -181,7 +181,7 @@ def read_classes(description: DatasetDescription) -> Classes:
         palette = palette or known.METAINFO["palette"]
     if not len(palette):  # the same colours in every run
         palette = np.random.default_rng(42).integers(32, 256, (len(names), 3)).tolist()
-    return Classes(names=tuple(names), palette=np.array(palette, dtype=np.uint8))
+    return Classes(tuple(names), np.array(palette, dtype=np.uint8))
 
 
 def count_classes(description: DatasetDescription) -> int:

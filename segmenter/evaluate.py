@@ -72,7 +72,7 @@ def evaluate_checkpoint(
             on_progress=counter.reach if accelerator.is_main_process else None,
         )  # fmt: skip
     assert areas is not None  # nothing interrupts it
-    return _result(areas, own, description, protocol)
+    return _result(areas, own, description.name, protocol.described())
 
 
 @contextlib.contextmanager
@@ -128,19 +128,12 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
     for index, both in enumerate(zip(stored, pairs, strict=True)):
         predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
         areas.add(index, predicted - first, labels - first)
-    return _result(areas, classes, description, None)
+    return _result(areas, classes, description.name, None)  # of whose protocol nobody knows
 
 
-def _result(
-    areas: Areas, classes: Classes, description: DatasetDescription,
-    protocol: ProtocolConfig | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Plain values. protocol: None of stored predictions: nobody knows."""
-    return {
-        **areas.scores(classes.names),
-        "dataset": {"name": description.name, "num_images": len(areas.by_image)},
-        "protocol": protocol.described() if protocol else None,
-    }
+def _result(areas: Areas, classes: Classes, name: str, protocol: Any) -> dict[str, Any]:
+    dataset = {"name": name, "num_images": len(areas.by_image)}
+    return {**areas.scores(classes.names), "dataset": dataset, "protocol": protocol}
 
 
 def evaluate_model(

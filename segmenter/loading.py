@@ -7,9 +7,8 @@ those of mmsegmentation's UPerNet on MAE.
 import contextlib
 import dataclasses
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -68,8 +67,7 @@ def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedSegmenter:
+class LoadedSegmenter(NamedTuple):
     """A model, ready to evaluate, with what belongs to it."""
 
     model: Segmenter
@@ -95,10 +93,8 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
         protocol = ProtocolConfig.from_described(checkpoint["protocol"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return LoadedSegmenter(
-        model=model, classes=Classes(names=names, palette=palette), protocol=protocol,
-        reduce_zero_label=checkpoint["dataset"]["reduce_zero_label"],
-    )  # fmt: skip
+    first_is_none, classes = checkpoint["dataset"]["reduce_zero_label"], Classes(names, palette)
+    return LoadedSegmenter(model, classes, protocol, first_is_none)
 
 
 def _model(shape: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Segmenter:
@@ -135,10 +131,8 @@ def _load_release(path: Path) -> LoadedSegmenter:
         description = read_description(DESCRIPTIONS / f"{data['dataset']}.yml")
     except WRONG_CONTENT as error:
         raise ValueError(f"{path} and its {VARIANT} are no Segmenter: {error}") from error
-    return LoadedSegmenter(
-        model=_model(shape, weights, path), classes=read_classes(description), protocol=protocol,
-        reduce_zero_label=description.reduce_zero_label,
-    )  # fmt: skip
+    model, classes = _model(shape, weights, path), read_classes(description)
+    return LoadedSegmenter(model, classes, protocol, description.reduce_zero_label)
 
 
 def _encoder_shape(weights: dict[str, Tensor], extra_tokens: int = 0) -> dict[str, Any]:
@@ -147,8 +141,8 @@ def _encoder_shape(weights: dict[str, Tensor], extra_tokens: int = 0) -> dict[st
     found = describe_vit(parts, "it", prefix_tokens=1 + extra_tokens)
     if found.model is None:
         raise KeyError(f"no model here is {found.width} wide and {found.depth} deep")
-    values = {"patch_size": found.patch_size, "in_channels": found.in_channels, "grid": found.grid}
-    return {"model": found.model, **values, "extra_tokens": extra_tokens}
+    values = {name: getattr(found, name) for name in ("model", "patch_size", "in_channels", "grid")}
+    return {**values, "extra_tokens": extra_tokens}
 
 
 class _StandIn:
@@ -190,10 +184,7 @@ def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> 
         classes, reduce_zero_label = _mmseg_classes(meta, num_classes)
     except WRONG_CONTENT as error:
         raise ValueError(f"{path} is no UPerNet on MAE of mmsegmentation: {error}") from None
-    return LoadedSegmenter(
-        model=_model(shape, weights, path), classes=classes, protocol=protocol,
-        reduce_zero_label=reduce_zero_label,
-    )  # fmt: skip
+    return LoadedSegmenter(_model(shape, weights, path), classes, protocol, reduce_zero_label)
 
 
 def our_name(name: str) -> str:

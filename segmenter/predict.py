@@ -3,7 +3,6 @@
 labels = predict_image(load_segmenter(checkpoint), read_rgb(photo))
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ def predict_files(
     check_output_folder(out, "--out", reads=[path for path in images if path.is_dir()])
     _check_outputs(paths, out, [checkpoint, *paths])
     loaded = load_segmenter(checkpoint)
-    loaded = dataclasses.replace(loaded, protocol=changes.applied_to(loaded.protocol))
+    loaded = loaded._replace(protocol=changes.applied_to(loaded.protocol))
     model, classes = loaded.model.to(accelerator.device), loaded.classes
     out.mkdir(parents=True, exist_ok=True)
     unreadable = Unreadable()
