@@ -52,6 +52,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Into page-locked memory; the loader calls it where there is a GPU."""
+        # The rest is used by the host only.
         self.images, self.pattern = self.images.pin_memory(), self.pattern.pin_memory()
         return self
 
@@ -78,6 +79,7 @@ class MaskedImages(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
+        # Its neighbour stands in, so that a damaged file changes this sample alone.
         sample, skipped = next_usable(partial(self._sample, epoch), index, len(self))
         return dataclasses.replace(sample, unreadable=skipped)
 
