@@ -19,16 +19,18 @@ from common.interruption import leave_signals_to_the_main_process
 from common.samples import next_usable
 from engine.schedule import SAMPLE, derived_seeds
 from segmenter.config import ProtocolConfig
-from segmenter.dataset import DatasetDescription, Pair, allowed_labels, quiet_imports, read_pair
+from segmenter.dataset import (
+    DatasetDescription,
+    Pair,
+    allowed_labels,
+    quiet_imports,
+    read_image,
+    read_labels,
+)
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize
     from mmseg.datasets.transforms import PhotoMetricDistortion, RandomCrop, RandomFlip, Resize
-
-# The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE both trained with.
-LONG_SIDE_RATIO = 4  # the scale is (2048, 512) for an image size of 512
-RATIO_RANGE = (0.5, 2.0)
-MOST_OF_ONE_CLASS = 0.75  # a crop with more of one class is drawn again, up to ten times
 
 
 class Batch(NamedTuple):
@@ -66,7 +68,9 @@ class _Pairs:
 
     def load(self, index: int) -> dict[str, Any]:
         """What mmsegmentation's transforms start from. Raises ValueError for an unusable pair."""
-        image, labels = read_pair(self.pairs[index], self.allowed)
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        labels = read_labels(pair, image.shape[:2], self.allowed)
         if self.description.reduce_zero_label:
             labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
         return {
@@ -86,8 +90,10 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
         super().__init__(description, pairs, protocol)
         self.seed = seed
         side, ignored = protocol.crop_size, description.ignore_index
-        resize = RandomResize(_scale(protocol.image_size), ratio_range=RATIO_RANGE, keep_ratio=True)
-        crop = RandomCrop((side, side), cat_max_ratio=MOST_OF_ONE_CLASS, ignore_index=ignored)
+        # The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE trained with.
+        resize = RandomResize(_scale(protocol.image_size), ratio_range=(0.5, 2.0), keep_ratio=True)
+        # A crop with more of one class than that is drawn again, up to ten times.
+        crop = RandomCrop((side, side), cat_max_ratio=0.75, ignore_index=ignored)
         self.transform = Compose([resize, crop, RandomFlip(prob=0.5), PhotoMetricDistortion()])
         # Padding comes last and by itself, so that its size is known: see `Batch.sizes`.
         self.pad = Pad(size=(side, side), pad_val={"img": 0, "seg": ignored})
@@ -150,7 +156,7 @@ def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tenso
 
 
 def _scale(image_size: int) -> tuple[int, int]:
-    return LONG_SIDE_RATIO * image_size, image_size
+    return 4 * image_size, image_size  # (2048, 512), as mmsegmentation has it
 
 
 def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:

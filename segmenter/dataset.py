@@ -232,11 +232,12 @@ def check_labels(
 def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError | None:
     try:
         if completely:
-            read_pair(pair, allowed)
+            size = read_image(pair.image).shape[:2]
         else:
             file = load_image(pair.image, decode=False)  # a look at the header
             turned = file.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # as `read_rgb` turns it
-            _fitting_labels(pair, file.size if turned else file.size[::-1], allowed)
+            size = file.size if turned else file.size[::-1]
+        read_labels(pair, size, allowed)
     except ValueError as error:
         return error
     return None
@@ -253,12 +254,6 @@ def allowed_labels(description: DatasetDescription) -> np.ndarray:
     return allowed
 
 
-def read_pair(pair: Pair, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Image [H, W, 3] uint8 RGB and labels [H, W] uint8 as the file numbers them. ValueError."""
-    image = read_image(pair.image)
-    return image, _fitting_labels(pair, image.shape[:2], allowed)
-
-
 def read_image(path: Path) -> np.ndarray:
     """[H, W, 3] uint8 RGB. Raises ValueError, also if nothing would be left when it is scaled."""
     image = read_rgb(path)
@@ -269,8 +264,8 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def _fitting_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.ndarray:
-    """The labels of an image of height x width. Raises MisfitError if they are another's."""
+def read_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.ndarray:
+    """[H, W] uint8 as the file numbers them. Raises MisfitError if they are another image's."""
     labels = read_label_file(pair.annotation)
     if labels.shape != size:  # also of an image that EXIF turns and its annotation is not
         raise MisfitError(

@@ -16,13 +16,9 @@ from torch.nn import functional as F
 from segmenter.config import AUXILIARY_WIDTH
 from segmenter.dataset import quiet_imports
 
-HEAD_WIDTH = 64  # features per attention head
 NORM_EPS = 1e-5
 INIT_STD = 0.02
-# UPerNet as mmsegmentation's configs/_base_/models/upernet_mae.py has it.
-AUXILIARY_WEIGHT = 0.4  # in the loss
-RESCALES = [4, 2, 1, 0.5]  # of the four depths, to strides 4, 8, 16, 32 for patches of 16
-CLASSIFIER_STD = 0.01
+AUXILIARY_WEIGHT = 0.4  # in the loss; UPerNet as mmsegmentation's upernet_mae.py has it
 
 
 class LinearDecoder(nn.Module):
@@ -48,7 +44,7 @@ class MaskTransformer(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         block: dict[str, Any] = {
-            "dim": width, "num_heads": max(1, width // HEAD_WIDTH), "qkv_bias": True,
+            "dim": width, "num_heads": max(1, width // 64), "qkv_bias": True,
             "proj_drop": dropout, "attn_drop": dropout,
             "norm_layer": functools.partial(nn.LayerNorm, eps=NORM_EPS),
         }  # fmt: skip
@@ -93,13 +89,14 @@ class UPerNet(nn.Module):
                 "num_classes": num_classes, "out_channels": num_classes, "dropout_ratio": dropout,
                 "norm_cfg": norm, "align_corners": False,
             }  # fmt: skip
-            self.neck = Feature2Pyramid(width, RESCALES, norm_cfg=norm)
+            # The four depths to strides 4, 8, 16, 32 for patches of 16.
+            self.neck = Feature2Pyramid(width, [4, 2, 1, 0.5], norm_cfg=norm)
             depths = {"in_channels": [width] * 4, "in_index": [0, 1, 2, 3]}
             self.decode_head = UPerHead(channels=width, **depths, **common)
             third = {"in_channels": width, "in_index": 2, "num_convs": 1, "concat_input": False}
             self.auxiliary_head = FCNHead(channels=AUXILIARY_WIDTH, **third, **common)
         for head in (self.decode_head, self.auxiliary_head):
-            nn.init.normal_(head.conv_seg.weight, std=CLASSIFIER_STD)
+            nn.init.normal_(head.conv_seg.weight, std=0.01)
             nn.init.zeros_(head.conv_seg.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:

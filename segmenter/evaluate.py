@@ -6,10 +6,10 @@ print(areas.scores(classes.names)["mean_iou"])
 Shapes: K classes, H x W original pixels, h x w pixels at a scale of the protocol.
 """
 
-import contextlib
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +66,8 @@ def evaluate_checkpoint(
             raise ValueError(f"--save-predictions {target} is not empty; {NOTHING_WRITTEN}")
     model, images = loaded.model.to(accelerator.device), WholeImages(description, pairs, protocol)
     counter = Counter("evaluate", total=len(pairs))
-    with _saving(target, pairs, description, accelerator) as save, counter:
+    saving = _saving(target, pairs, description, accelerator) if target else nullcontext()
+    with saving as save, counter:
         areas = evaluate_model(
             accelerator, model, images, devices, on_prediction=save,
             on_progress=counter.reach if accelerator.is_main_process else None,
@@ -75,15 +76,11 @@ def evaluate_checkpoint(
     return _result(areas, own, description.name, protocol.described())
 
 
-@contextlib.contextmanager
+@contextmanager
 def _saving(
-    path: Path | None, pairs: Sequence[Pair], description: DatasetDescription,
-    accelerator: Accelerator,
-) -> Iterator[Callable[[int, Tensor], None] | None]:  # fmt: skip
+    path: Path, pairs: Sequence[Pair], description: DatasetDescription, accelerator: Accelerator
+) -> Iterator[Callable[[int, Tensor], None]]:
     """What saves label maps to a folder that gets the name `path` when everything is in it."""
-    if path is None:
-        yield None
-        return
     unfinished = beside(path)
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
@@ -217,7 +214,7 @@ def each_group(
     return skipped_images
 
 
-@contextlib.contextmanager
+@contextmanager
 def evaluating(accelerator: Accelerator, model: Segmenter) -> Iterator[None]:
     """Evaluation mode, no gradients, the run's precision; training mode is restored."""
     training = model.training
