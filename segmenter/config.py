@@ -107,8 +107,8 @@ class OptimisationConfig(OptionGroup):
             # The cosine by way of what is left, whose rounding every finetuning so far has had.
             return left**self.poly_power if self.schedule == "poly" else half_cosine(1 - left)
 
-        heights = {"peak": self.lr, "least": self.min_lr}
-        return learning_rate(progress, **heights, warmup_fraction=self.warmup_fraction, fall=fall)
+        ends = {"peak": self.lr, "least": self.min_lr}
+        return learning_rate(progress, **ends, warmup_fraction=self.warmup_fraction, fall=fall)
 
 
 @dataclass(frozen=True, kw_only=True)

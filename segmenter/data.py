@@ -19,14 +19,7 @@ from common.interruption import leave_signals_to_the_main_process
 from common.samples import next_usable
 from engine.schedule import SAMPLE, derived_seeds
 from segmenter.config import ProtocolConfig
-from segmenter.dataset import (
-    DatasetDescription,
-    Pair,
-    allowed_labels,
-    quiet_imports,
-    read_image,
-    read_labels,
-)
+from segmenter.dataset import DatasetDescription, Pair, quiet_imports, read_image, read_labels
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize
@@ -61,7 +54,6 @@ class _Pairs:
         self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig
     ) -> None:
         self.description, self.pairs, self.protocol = description, pairs, protocol
-        self.allowed = allowed_labels(description)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -70,7 +62,7 @@ class _Pairs:
         """What mmsegmentation's transforms start from. Raises ValueError for an unusable pair."""
         pair = self.pairs[index]
         image = read_image(pair.image)
-        labels = read_labels(pair, image.shape[:2], self.allowed)
+        labels = read_labels(pair, image.shape[:2], self.description.allowed)
         if self.description.reduce_zero_label:
             labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
         return {

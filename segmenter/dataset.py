@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -31,7 +31,6 @@ from common.yamlfile import check_names, read_yaml
 Split = Literal["train", "val"]
 TRAIN: Split = "train"
 VAL: Split = "val"
-SPLITS = (TRAIN, VAL)
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 # mmsegmentation knows their names; how many there are is asked before torch is loaded.
@@ -88,6 +87,16 @@ class DatasetDescription:
     def reads(self) -> tuple[Path, ...]:
         """The folders whose files are input."""
         return (*self.images.values(), *self.annotations.values())
+
+    @cached_property
+    def allowed(self) -> np.ndarray:
+        """[256] bool: which labels an annotation file may hold."""
+        # An array, since indexing it by labels is the fastest way to judge every pixel. With
+        # reduce_zero_label, the file's 0 stands before the classes.
+        allowed = np.arange(256) < count_classes(self) + self.reduce_zero_label
+        if not self.reduce_zero_label:
+            allowed[self.ignore_index] = True
+        return allowed
 
     def pairs(self, split: Split) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
@@ -218,7 +227,7 @@ def check_labels(
     files that cannot be read are left to whoever will skip them, unless they are too many.
     """
     looked_at = pairs[:: max(1, len(pairs) // most) if most else 1]
-    judge = partial(_problem_of, allowed=allowed_labels(description), completely=completely)
+    judge = partial(_problem_of, allowed=description.allowed, completely=completely)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         found = [error for error in pool.map(judge, looked_at) if error is not None]
     misfits = [error for error in found if isinstance(error, MisfitError)]
@@ -241,17 +250,6 @@ def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError
     except ValueError as error:
         return error
     return None
-
-
-def allowed_labels(description: DatasetDescription) -> np.ndarray:
-    """[256] bool: what an annotation file may hold."""
-    # An array, since indexing it by labels is the fastest way to judge every pixel.
-    allowed = np.zeros(256, dtype=bool)
-    # With reduce_zero_label, the file's 0 stands before the classes.
-    allowed[: count_classes(description) + description.reduce_zero_label] = True
-    if not description.reduce_zero_label:
-        allowed[description.ignore_index] = True
-    return allowed
 
 
 def read_image(path: Path) -> np.ndarray:

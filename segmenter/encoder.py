@@ -26,7 +26,6 @@ from engine.vit import IMAGE_CHANNELS, VISIBLE, vit_size
 from engine.weights import describe_vit, read_vit_weights, resample_positions
 from segmenter.config import EncoderConfig
 
-MAE_NORM_EPS = 1e-6
 RELATIVE_POSITIONS = "relative_position_bias_table"
 CLASS_TOKEN_DISTANCES = 3  # class token to patch, patch to class token, class token to itself
 # Of a file: ignored on purpose is what pretraining alone needs, and classifiers.
@@ -46,7 +45,7 @@ class EncoderShape:
     in_channels: Annotated[int, Field(ge=1, le=4)]
     grid: Annotated[int, Field(ge=1, le=16384)]  # patches per side that positions are stored for
     extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0  # 1: the distillation token of DeiT
-    norm_eps: Annotated[float, Field(gt=0, lt=1)] = MAE_NORM_EPS
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6  # MAE's
 
     def __post_init__(self) -> None:
         vit_size(self.model)  # raises ValueError if there is none of that name
@@ -131,10 +130,7 @@ def shape_of(weights: dict[str, Tensor], config: EncoderConfig, path: Path) -> E
 
 
 def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> list[str]:
-    """Copy the weights; return the names of those that start fresh.
-
-    Raises ValueError that lists whatever is missing, left over or of another shape.
-    """
+    """Copy the weights; return the names of those that start fresh. Raises ValueError."""
     weights = resample_positions(weights, encoder.shape.grid)
     own = encoder.state_dict()
     if encoder.depths:  # UPerNet's has no final norm, and parts that are new

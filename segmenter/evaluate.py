@@ -27,15 +27,7 @@ from common.samples import Unreadable
 from engine.devices import make_accelerator
 from segmenter.config import EvaluateConfig, ProtocolChanges, ProtocolConfig, ScoringConfig
 from segmenter.data import TestImage, WholeImages, test_images
-from segmenter.dataset import (
-    Classes,
-    DatasetDescription,
-    Pair,
-    check_labels,
-    read_classes,
-    read_description,
-    read_label_file,
-)
+from segmenter.dataset import Pair, check_labels, read_classes, read_description, read_label_file
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter
@@ -52,12 +44,9 @@ def evaluate_checkpoint(
     pairs = description.pairs(evaluation.split)
     accelerator, loaded = make_accelerator(devices), load_segmenter(checkpoint)
     # By their number: other names for the same classes are no reason to refuse.
-    own, wanted = loaded.classes, read_classes(description)
-    if len(own) != len(wanted):
-        raise ValueError(
-            f"the checkpoint has {len(own)} classes ({own.names[0]}, ...), the dataset "
-            f"{description.name} has {len(wanted)} ({wanted.names[0]}, ...)"
-        )
+    own, wanted = loaded.classes, len(read_classes(description))
+    if len(own) != wanted:
+        raise ValueError(f"the checkpoint has {len(own)} classes, {evaluation.dataset} {wanted}")
     check_labels(description, pairs, most=MOST_CHECKED, forgiving=True)
     target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:
@@ -66,19 +55,20 @@ def evaluate_checkpoint(
             raise ValueError(f"--save-predictions {target} is not empty; {NOTHING_WRITTEN}")
     model, images = loaded.model.to(accelerator.device), WholeImages(description, pairs, protocol)
     counter = Counter("evaluate", total=len(pairs))
-    saving = _saving(target, pairs, description, accelerator) if target else nullcontext()
+    first = int(description.reduce_zero_label)
+    saving = _saving(target, pairs, first, accelerator) if target else nullcontext()
     with saving as save, counter:
         areas = evaluate_model(
             accelerator, model, images, devices, on_prediction=save,
             on_progress=counter.reach if accelerator.is_main_process else None,
         )  # fmt: skip
     assert areas is not None  # nothing interrupts it
-    return _result(areas, own, description.name, protocol.described())
+    return _result(areas, own.names, description.name, protocol.described())
 
 
 @contextmanager
 def _saving(
-    path: Path, pairs: Sequence[Pair], description: DatasetDescription, accelerator: Accelerator
+    path: Path, pairs: Sequence[Pair], first_label: int, accelerator: Accelerator
 ) -> Iterator[Callable[[int, Tensor], None]]:
     """What saves label maps to a folder that gets the name `path` when everything is in it."""
     unfinished = beside(path)
@@ -91,7 +81,7 @@ def _saving(
         file, labels = unfinished / f"{pairs[index].name}.png", predicted.numpy()
         file.parent.mkdir(parents=True, exist_ok=True)  # a name may hold folders
         # In the numbering of the dataset's annotation files, so that they can be compared.
-        Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(file)
+        Image.fromarray(labels + first_label).save(file)
 
     try:
         yield save
@@ -125,12 +115,12 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
     for index, both in enumerate(zip(stored, pairs, strict=True)):
         predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
         areas.add(index, predicted - first, labels - first)
-    return _result(areas, classes, description.name, None)  # of whose protocol nobody knows
+    return _result(areas, classes.names, description.name, None)  # of whose protocol nobody knows
 
 
-def _result(areas: Areas, classes: Classes, name: str, protocol: Any) -> dict[str, Any]:
-    dataset = {"name": name, "num_images": len(areas.by_image)}
-    return {**areas.scores(classes.names), "dataset": dataset, "protocol": protocol}
+def _result(areas: Areas, classes: Sequence[str], dataset: str, protocol: Any) -> dict[str, Any]:
+    told = {"name": dataset, "num_images": len(areas.by_image)}
+    return {**areas.scores(classes), "dataset": told, "protocol": protocol}
 
 
 def evaluate_model(
@@ -141,9 +131,8 @@ def evaluate_model(
 ) -> Areas | None:  # fmt: skip
     """Areas over all images and processes, the same on every process; None if interrupted.
 
-    Images that cannot be used are named and left out; RuntimeError if they are too many.
-    on_prediction gets (index, [H, W] uint8 classes) of every image of this process, on_progress the
-    numbers of images done and in all.
+    Unusable images are left out; RuntimeError if they are too many. on_prediction gets (index,
+    [H, W] uint8 classes) of each image of this process, on_progress the images done and in all.
     """
     device = accelerator.device
     num_classes, ignored = model.shape.num_classes, images.description.ignore_index
@@ -162,9 +151,7 @@ def evaluate_model(
             for (index, _), part, shape in zip(usable, parts, shapes, strict=True):
                 on_prediction(index, part.view(shape))
 
-    unreadable = each_group(
-        accelerator, model, images, scoring, count, on_progress, interruption
-    )  # fmt: skip
+    unreadable = each_group(accelerator, model, images, scoring, count, on_progress, interruption)
     if unreadable is None:
         return None
     # Each process has zeros for the images of the others, and integers add up exactly.
@@ -242,9 +229,9 @@ def predict_classes(
     """Yield the class of every pixel, [H, W] uint8, image by image, where the model is.
 
     images: for each image its versions by scale, [3, h, w] uint8 RGB; sizes: original H and W.
-    The result for an image depends on the group it is in only by rounding, so whoever wants equal
-    numbers from several processes has to form the same groups.
     """
+    # The result for an image depends on the group it is in by rounding: whoever wants equal numbers
+    # from several processes has to form the same groups.
     if not protocol.multi_scale:
         canvases = window_logits(model, [versions[0] for versions in images], protocol)
         for canvas, size in zip(canvases, sizes, strict=True):

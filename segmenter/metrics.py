@@ -22,14 +22,10 @@ with quiet_imports():
 class Areas:
     """Areas in pixels of every image, by class, on a device; of N images and K classes."""
 
-    def __init__(
-        self, num_images: int, num_classes: int, ignore_index: int,
-        device: torch.device | None = None,
-    ) -> None:  # fmt: skip
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+    def __init__(self, images: int, classes: int, ignore_index: int, device: Any = None) -> None:
+        self.num_classes, self.ignore_index = classes, ignore_index
         # [N, 3, K]: intersection, prediction, label; 0 for an image that was not counted.
-        shape = num_images, 3, num_classes
-        self.by_image = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.by_image = torch.zeros(images, 3, classes, dtype=torch.int64, device=device)
         self.unreadable_images = 0
 
     def add(self, index: int, predicted: Tensor, labels: Tensor) -> None:

@@ -19,10 +19,7 @@ from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, 
 from segmenter.encoder import Encoder, EncoderShape
 
 # Mean and deviation of RGB pixels in 0 to 1, by `ProtocolConfig.normalization`.
-PIXEL_STATISTICS = {
-    "imagenet": {"mean": IMAGE_MEAN, "std": IMAGE_STD},
-    "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-}
+PIXEL_STATISTICS = {"imagenet": (IMAGE_MEAN, IMAGE_STD), "half": ((0.5,) * 3, (0.5,) * 3)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +64,16 @@ class Segmenter(nn.Module):
                 width, classes, layers=shape.decoder_layers, dropout=dropout,
                 drop_path=rates.decoder_drop_path if rates else 0.0,
             )  # fmt: skip
-        for name, values in PIXEL_STATISTICS[shape.normalization].items():
+        mean, std = PIXEL_STATISTICS[shape.normalization]
+        for name, values in (("mean", mean), ("std", std)):
             # Times 255, since pixels come as uint8; no weights, so no part of a checkpoint.
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's hook for layer-wise rates, by names; the final norm and the decoder come last."""
         # (timm's own ViT counts the final norm to the last block.)
-        return {
-            "stem": r"^encoder\.(?:cls_token|pos_embed|reg_token|patch_embed)",
-            "blocks": [(r"^encoder\.blocks\.(\d+)", None)],
-        }
+        stem = r"^encoder\.(?:cls_token|pos_embed|reg_token|patch_embed)"
+        return {"stem": stem, "blocks": [(r"^encoder\.blocks\.(\d+)", None)]}
 
     def no_weight_decay(self) -> set[str]:
         """timm's hook: embeddings, which are matrices by shape only."""
@@ -151,7 +147,5 @@ def segmentation_loss(
         main, auxiliary = (segmentation_loss(one, labels, ignore_index) for one in logits)
         return main + AUXILIARY_WEIGHT * auxiliary
     # With the classes innermost, as the decoder leaves them in memory, this is a view.
-    by_pixel = logits.float().permute(0, 2, 3, 1).flatten(0, 2)
-    return F.cross_entropy(
-        by_pixel, labels.flatten().long(), ignore_index=ignore_index, reduction="sum"
-    )
+    by_pixel, classes = logits.float().permute(0, 2, 3, 1).flatten(0, 2), labels.flatten().long()
+    return F.cross_entropy(by_pixel, classes, ignore_index=ignore_index, reduction="sum")

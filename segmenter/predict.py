@@ -47,8 +47,7 @@ def predict_files(
     """Write <stem>.png (labels) and <stem>_overlay.png for every image, of folders for each file.
 
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
-    before anything is written if a file is missing, no image, has another's name, or a picture
-    would replace what this command did not make; RuntimeError at the end if images are damaged.
+    before anything is written, RuntimeError at the end if images are damaged.
     """
     accelerator, paths = make_accelerator(devices), _files_of(images)
     check_output_folder(out, "--out", reads=[path for path in images if path.is_dir()])
@@ -66,10 +65,9 @@ def predict_files(
             continue
         with evaluating(accelerator, model):
             labels = predict_image(loaded, image)
-        stored = labels + 1 if loaded.reduce_zero_label else labels
         present = np.unique(labels).tolist()
-        picture = Image.fromarray(overlay(image, labels, classes))
-        made = Image.fromarray(stored), with_legend(picture, present, classes)
+        picture = with_legend(Image.fromarray(overlay(image, labels, classes)), present, classes)
+        made = Image.fromarray(labels + int(loaded.reduce_zero_label)), picture
         for (suffix, kind), content in zip(KINDS.items(), made, strict=True):
             save_png(content, out / f"{path.stem}{suffix}.png", kind)
         logger.info("%s: %s", path, ", ".join(classes.names[label] for label in present))
@@ -78,12 +76,10 @@ def predict_files(
 
 
 def _files_of(images: Sequence[Path]) -> list[Path]:
-    """The files, and those in folders. Raises ValueError unless all can be opened."""
+    """The files, and those in folders. Raises ValueError if there are none."""
     paths: list[Path] = []
     for path in images:
         paths += sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
-    for path in paths:
-        load_image(path, decode=False)  # what is no image is refused before any work
     if not paths:
         raise ValueError("there are no images to predict")
     return paths
@@ -93,6 +89,7 @@ def _check_outputs(paths: Sequence[Path], out: Path, reads: Sequence[Path]) -> N
     """Raise ValueError if a picture would take the place of another, or of what is not ours."""
     takers: dict[Path, Path] = {}
     for path in paths:
+        load_image(path, decode=False)  # what is no image is refused before any work
         for suffix, kind in KINDS.items():
             target = out / f"{path.stem}{suffix}.png"
             other = takers.setdefault(target, path)  # a.jpg and a.png have one stem

@@ -13,13 +13,12 @@ from pathlib import Path
 
 from common.download import download, has_digest
 from common.files import beside, check_output_folder, check_replaceable, path_below
-from segmenter.dataset import SPLITS, TRAIN, VAL, Split, check_labels, is_ade20k, read_description
+from segmenter.dataset import TRAIN, VAL, Split, check_labels, is_ade20k, read_description
 
 logger = logging.getLogger(__name__)
 
 ADE20K_NAME = "ADEChallengeData2016"
-_PLACE = "data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
-ADE20K_URLS = (f"http://{_PLACE}", f"https://{_PLACE}")
+ADE20K_URL = "://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 # The source gives no digest; this one is in the dataset loaders of several open projects.
 ADE20K_DIGEST = "md5:7328b3957e407ddae1d3cbf487f149ef"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -36,8 +35,7 @@ def prepare_ade20k(folder: Path, *, own_urls: Sequence[str], digest: str | None)
     unpacked = folder / ADE20K_NAME
     if os.path.lexists(unpacked) and not is_ade20k(unpacked):
         raise ValueError(f"{unpacked} is in the way: it is not ADE20K; remove it")
-    ready = next(filter(is_ade20k, (folder, unpacked)), None)
-    if ready is not None:
+    for ready in filter(is_ade20k, (folder, unpacked)):
         check_dataset(ready, ADE20K_PAIRS)
         return ready
     archive = folder / f"{ADE20K_NAME}.zip"
@@ -45,7 +43,7 @@ def prepare_ade20k(folder: Path, *, own_urls: Sequence[str], digest: str | None)
     # A mirror's zip may be packed otherwise: then none, and its files are checked all the same.
     known = None if digest == "none" else digest or ADE20K_DIGEST
     if not archive.exists():  # else somebody brought it, or a check failed after the download
-        download([*own_urls, *ADE20K_URLS], archive, digest=known)
+        download([*own_urls, f"http{ADE20K_URL}", f"https{ADE20K_URL}"], archive, digest=known)
     elif known is not None and not has_digest(archive, known):
         raise ValueError(f"{archive} has not the digest {known}; remove it or give its own")
     unpack(archive, folder, ADE20K_NAME)
@@ -62,8 +60,8 @@ def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> di
     logger.info("checking %s", path)
     description = read_description(path)
     found, problems = {}, []
-    for split in expected or SPLITS:
-        folders = (description.images.get(split), description.annotations.get(split))
+    for split in expected or (TRAIN, VAL):
+        folders = (folder.get(split) for folder in (description.images, description.annotations))
         if not expected and not any(folder and folder.is_dir() for folder in folders):
             continue  # as test servers' datasets do
         try:
@@ -74,7 +72,7 @@ def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> di
         if expected and len(found[split]) != expected[split]:
             problems.append(f"{len(found[split])} of {expected[split]} pairs in the {split} split")
     if problems or not found:
-        said = "; ".join(problems) or f"neither of the splits {', '.join(SPLITS)} is there"
+        said = "; ".join(problems) or "neither its train split nor its val split is there"
         raise ValueError(f"{path} is not whole: {said}")
     check_labels(description, [*chain.from_iterable(found.values())], completely=True)
     return {split: len(pairs) for split, pairs in found.items()}
@@ -83,8 +81,7 @@ def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> di
 def unpack(archive: Path, folder: Path, name: str) -> None:
     """Unpack `<name>/...` of a zip into `folder`; it appears under its name when it is complete.
 
-    Raises ValueError, before anything is written, if a member would leave the folder or is a link;
-    RuntimeError if the disk does not take it.
+    Raises ValueError if a member would leave it or is a link, RuntimeError if the disk is full.
     """
     unfinished = beside(folder / name)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
