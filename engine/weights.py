@@ -9,8 +9,8 @@ N patches.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -24,8 +24,7 @@ PROJECTION, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 POSITIONS = "pos_embed"
 
 
-@dataclass(frozen=True, kw_only=True)
-class VitFacts:
+class VitFacts(NamedTuple):
     """What weights say of their ViT."""
 
     model: str | None  # its name here, if it has one
@@ -41,7 +40,7 @@ def read_vit_weights(
 ) -> dict[str, Tensor]:
     """The state dict of a file, by itself or under 'model'. Raises ValueError for any other file.
 
-    ignored: beginnings of names that are left out. lazily: see `engine.checkpoint`.
+    ignored: beginnings of names that are left out.
     """
     content = read_torch_file(path, lazily=lazily)
     # MAE puts them under 'model', timm nowhere; a release may hold plain values beside them.
@@ -71,16 +70,11 @@ def describe_vit(
         patches = max(0, positions.shape[1] - prefix_tokens)
     grid = round(patches**0.5)  # ViTs of MAE and timm are pretrained on squares
     if not grid or grid**2 != patches:
-        raise ValueError(
-            f"{source} has no {POSITIONS} of a class token and a square grid of patches"
-        )
+        raise ValueError(f"{source} has no {POSITIONS} of a class token and a square of patches")
     width, channels, patch, _ = kernel.shape  # [D, C, P, P]
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     sizes = {(size.width, size.depth): name for name, size in reversed(VIT_SIZES.items())}
-    return VitFacts(
-        model=sizes.get((width, depth)), width=width, depth=depth, in_channels=channels,
-        patch_size=patch, grid=grid,
-    )  # fmt: skip
+    return VitFacts(sizes.get((width, depth)), width, depth, channels, patch, grid)
 
 
 def resample_positions(weights: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
@@ -93,11 +87,9 @@ def resample_positions(weights: Mapping[str, Tensor], grid: int) -> dict[str, Te
 
 
 def fold_channels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same for an image alone: channels beyond it, VISIBLE everywhere, go into the bias.
-
-    A constant input c under a kernel w adds c * sum(w) at every position, as a bias does, so the
-    three-channel ViT has the same outputs.
-    """
+    """The same for an image alone: channels beyond it, VISIBLE everywhere, go into the bias."""
+    # A constant input c under a kernel w adds c * sum(w) at every position, as a bias does, so the
+    # three-channel ViT has the same outputs.
     kernel, bias = weights[PROJECTION], weights[PROJECTION_BIAS]  # [D, C, P, P], [D]
     # In double precision: a rounding here would be the same error at every position.
     constant = VISIBLE * kernel[:, IMAGE_CHANNELS:].double().sum(dim=(1, 2, 3))

@@ -39,7 +39,7 @@ def reconstruct_files(
     An image of its own segments needs `masks_dir`; else it takes one of the fixed set's patterns.
     Raises ValueError if a file cannot be used.
     """
-    reads = [checkpoint_path, *images, *([masks_dir] if masks_dir else [])]
+    reads = [path for path in (checkpoint_path, *images, masks_dir) if path]
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint, checkpoint_path)

@@ -32,10 +32,7 @@ KIND = "encoder"
 
 
 def start_from_official(model: MaskedAutoencoder, weights: dict[str, Tensor]) -> list[str]:
-    """Copy official weights into the model; return the parts that start fresh, in words.
-
-    Raises ValueError that lists whatever does not fit.
-    """
+    """Copy official weights into the model; the parts that start fresh, in words. ValueError."""
     adapted, fresh = fit_official(model.state_dict(), weights)
     model.load_state_dict(adapted, strict=False)
     return fresh
@@ -99,10 +96,8 @@ def _timm_line(config: ModelConfig, path: Path) -> str:
 
 
 def load_encoder(checkpoint_path: Path) -> VisionTransformer:
-    """The encoder of a checkpoint as timm's ViT with 3 input channels, ready to embed images.
-
-    Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
-    """
+    """The encoder of a checkpoint as timm's ViT with 3 input channels, ready to embed images."""
+    # Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
     checkpoint = load_checkpoint(checkpoint_path, whole=False)
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
     return _make_encoder(checkpoint["model"], config, checkpoint_path).eval()
@@ -113,10 +108,10 @@ def _make_encoder(stored: dict[str, Tensor], config: ModelConfig, path: Path) ->
     weights = {name: weight for name, weight in stored.items() if name.startswith(ENCODER)}
     describe_vit(weights, path)
     refuse_damaged(weights, path)
+    size = config.encoder
     encoder = VisionTransformer(
         img_size=config.image_size, patch_size=config.patch_pixels, num_classes=0,
-        embed_dim=config.encoder.width, depth=config.encoder.depth,
-        num_heads=config.encoder.heads, norm_layer=LayerNorm,
+        embed_dim=size.width, depth=size.depth, num_heads=size.heads, norm_layer=LayerNorm,
     )  # fmt: skip
     load_weights(encoder, fold_channels(weights), path)
     return encoder

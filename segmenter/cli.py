@@ -106,18 +106,12 @@ def evaluate(
     if rank() == 0:  # all processes have the same scores
         if evaluation.out is not None:
             write_json(evaluation.out, result)
-        _show(result)
-
-
-def _show(result: dict[str, Any]) -> None:
-    """The scores as a table on standard output."""
-    scores = {name.replace("_", " "): result[name] for name in SCORES}
-    rows = {"class": "IoU %", **result["class_iou"], **scores}
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        shown = f"{value:.2f}" if isinstance(value, float) else value or "absent"
-        say(f"{name:<{width}}  {shown}")
-    say(f"protocol: {json.dumps(result['protocol'])}")
+        scores = {name.replace("_", " "): result[name] for name in SCORES}
+        rows = {"class": "IoU %", **result["class_iou"], **scores}
+        for name, value in rows.items():
+            shown = f"{value:.2f}" if isinstance(value, float) else value or "absent"
+            say(f"{name:<{max(map(len, rows))}}  {shown}")
+        say(f"protocol: {json.dumps(result['protocol'])}")
 
 
 @command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)

@@ -49,9 +49,7 @@ def predict_files(
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
     before anything is written, RuntimeError at the end if images are damaged.
     """
-    accelerator, paths = make_accelerator(devices), _files_of(images)
-    check_output_folder(out, "--out", reads=[path for path in images if path.is_dir()])
-    _check_outputs(paths, out, [checkpoint, *paths])
+    accelerator, paths = make_accelerator(devices), _files_of(images, checkpoint, out)
     loaded = load_segmenter(checkpoint)
     loaded = loaded._replace(protocol=changes.applied_to(loaded.protocol))
     model, classes = loaded.model.to(accelerator.device), loaded.classes
@@ -75,19 +73,14 @@ def predict_files(
         raise RuntimeError(f"{len(unreadable.texts)} of {len(paths)} images could not be read")
 
 
-def _files_of(images: Sequence[Path]) -> list[Path]:
-    """The files, and those in folders. Raises ValueError if there are none."""
-    paths: list[Path] = []
+def _files_of(images: Sequence[Path], checkpoint: Path, out: Path) -> list[Path]:
+    """The files, and those in folders. Raises ValueError if they or their pictures cannot be."""
+    check_output_folder(out, "--out", reads=filter(Path.is_dir, images))
+    paths, takers = list[Path](), dict[Path, Path]()
     for path in images:
         paths += sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
     if not paths:
         raise ValueError("there are no images to predict")
-    return paths
-
-
-def _check_outputs(paths: Sequence[Path], out: Path, reads: Sequence[Path]) -> None:
-    """Raise ValueError if a picture would take the place of another, or of what is not ours."""
-    takers: dict[Path, Path] = {}
     for path in paths:
         load_image(path, decode=False)  # what is no image is refused before any work
         for suffix, kind in KINDS.items():
@@ -95,7 +88,9 @@ def _check_outputs(paths: Sequence[Path], out: Path, reads: Sequence[Path]) -> N
             other = takers.setdefault(target, path)  # a.jpg and a.png have one stem
             if other is not path:
                 raise ValueError(f"{other} and {path} would both become {target.name}")
+            reads = (checkpoint, *paths)
             check_replaceable(target, "--out", reads=reads, is_own=is_marked(kind))
+    return paths
 
 
 def draw_predictions(
