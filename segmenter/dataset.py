@@ -21,12 +21,9 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from common.files import read_text
-from common.folders import relative_files
-from common.images import ORIENTATION, load_image, read_rgb
-from common.parsed import parsed_plain
-from common.samples import too_many
-from common.yamlfile import check_names, read_yaml
+from common.files import read_text, relative_files
+from common.formats import check_names, parsed_plain, read_yaml
+from common.images import ORIENTATION, load_image, read_rgb, too_many
 
 Split = Literal["train", "val"]
 TRAIN: Split = "train"

@@ -17,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import engine.checkpoint
 from common.files import read_text
-from common.yamlfile import parse_value
+from common.formats import parse_value
 from engine.checkpoint import Checkpoint, load_weights, read_torch_file, refuse_damaged
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.parsed import parsed_plain
+from common.formats import parsed_plain
 from engine.vit import IMAGE_MEAN, IMAGE_STD
 from segmenter.config import Decoder, ModelConfig, Normalization
 from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet

@@ -12,10 +12,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from common.contact_sheet import GAP, Tile, contact_sheet, save_png, stacked, text_size
-from common.files import check_output_folder, check_replaceable, is_marked
-from common.images import load_image
-from common.samples import Unreadable, evenly_spread
+from common.contact_sheet import GAP, contact_sheet, save_png, stacked, text_size
+from common.files import check_output_file, check_output_folder, is_marked
+from common.images import Unreadable, evenly_spread, load_image
 from engine.devices import make_accelerator
 from segmenter.config import ProtocolChanges, ScoringConfig
 from segmenter.data import WholeImages, scaled_images
@@ -89,7 +88,7 @@ def _files_of(images: Sequence[Path], checkpoint: Path, out: Path) -> list[Path]
             if other is not path:
                 raise ValueError(f"{other} and {path} would both become {target.name}")
             reads = (checkpoint, *paths)
-            check_replaceable(target, "--out", reads=reads, is_own=is_marked(kind))
+            check_output_file(target, reads=reads, is_own=is_marked(kind), makes_folder=True)
     return paths
 
 
@@ -112,7 +111,7 @@ def draw_predictions(
         # Both in one legend, so that what was missed is named, too.
         present |= {*np.unique(labels).tolist(), *np.unique(guess).tolist()}
         overlays = (overlay(image, numbers, classes) for numbers in (labels, guess))
-        rows.append([Tile(image), *map(Tile, overlays)])
+        rows.append([(picture, "") for picture in (image, *overlays)])
     sheet = contact_sheet(rows, titles=("image", "annotation", "prediction"), tile_width=360)
     save_png(with_legend(sheet, sorted(present), classes), path, SHEET)
 
@@ -128,7 +127,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarr
 def with_legend(picture: Image.Image, labels: Sequence[int], classes: Classes) -> Image.Image:
     """The picture, and below it a bar in the colour of each given class, under its name."""
     known = [label for label in labels if label < len(classes)]
-    bars = [Tile(np.full((1, 12, 3), classes.palette[n]), classes.names[n]) for n in known]
+    bars = [(np.full((1, 12, 3), classes.palette[n]), classes.names[n]) for n in known]
     if not bars:
         return picture
     width = 10 * text_size(picture.width)  # of a bar, at least

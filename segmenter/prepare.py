@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from common.download import download, has_digest
-from common.files import beside, check_output_folder, check_replaceable, path_below
+from common.files import beside, check_output_file, check_output_folder, path_below
 from segmenter.dataset import TRAIN, VAL, Split, check_labels, is_ade20k, read_description
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def prepare_ade20k(folder: Path, *, own_urls: Sequence[str], digest: str | None)
         check_dataset(ready, ADE20K_PAIRS)
         return ready
     archive = folder / f"{ADE20K_NAME}.zip"
-    check_replaceable(archive, "FOLDER")
+    check_output_file(archive, "FOLDER", makes_folder=True)
     # A mirror's zip may be packed otherwise: then none, and its files are checked all the same.
     known = None if digest == "none" else digest or ADE20K_DIGEST
     if not archive.exists():  # else somebody brought it, or a check failed after the download

@@ -86,8 +86,8 @@ def test_a_colour_annotation_is_refused(own_dataset):
         ({"ignore_index": 999}, "ignore_index: .*, not 999"),
         ({"ignore_index": 1}, "ignore_index 1 is the class .* reduce_zero_label"),
         ({"reduce_zero_label": True}, "ignore_index has to be 255"),
-        ({"reduce_zero_label": "no"}, 'reduce_zero_label: .*boolean, not "no"'),
-        ({"images": {"test": "x"}}, "images.*'train' or 'val', not \"test\""),
+        ({"reduce_zero_label": "no"}, "reduce_zero_label: .*boolean, not 'no'"),
+        ({"images": {"test": "x"}}, "images.*'train' or 'val', not 'test'"),
     ],
 )
 def test_a_wrong_description_is_explained(own_dataset, changes, message):
