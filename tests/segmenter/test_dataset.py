@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.segmenter.boxes import write_dataset
 
 
 def change(path, **changes):
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+    path.write_text(json.dumps({**yaml.safe_load(path.read_text()), **changes}))  # is YAML, too
 
 
 def test_pairs_come_sorted_with_their_annotations(dataset):
