@@ -119,6 +119,8 @@ class DatasetDescription:
         if path is None:
             found = relative_files(images)
             return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
+        if not path.is_file():
+            raise ValueError(f"{self.source}: the list of {split} names is missing: {path}")
         names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if len(set(names)) < len(names):  # an image that counts twice
             raise ValueError(f"{path} lists {statistics.mode(names)} twice")
