@@ -1,7 +1,7 @@
 """What files hold, checked once where it comes in: values of the right type, or one clear error.
 
-YAML as it is written, JSON by shapes: TypedDicts or dataclasses, which pydantic compares. Also here
-are the shapes of the files by which a step's own part and the plan meet.
+YAML as it is written, JSON by shapes, TypedDicts or dataclasses, which pydantic compares; and those
+of the files by which a step's own part and the plan meet.
 """
 
 import difflib
@@ -94,8 +94,7 @@ def plain(value: Any) -> Any:
 
 def read_json(path: Path, shape: Any) -> Any:
     """A JSON file's content as `shape` has it. Raises FileNotFoundError, or a ValueError."""
-    if not path.exists():  # often no error: it is not written yet
-        raise FileNotFoundError(2, "No such file or directory", str(path))
+    path.stat()  # a missing file is often no error: it is not written yet
     return parsed_text(read_text(path), shape, str(path))
 
 
