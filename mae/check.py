@@ -5,7 +5,6 @@ torch to look into is judged apart, by `look_inside`.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,6 @@ from common.step_files import OF_PRETRAINING, find_resumable
 from engine.schedule import BatchPlan, named_epochs
 from engine.trackers import check_trackers
 from mae.config import PretrainConfig, make_method
-from segments.config import STORE_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,10 +147,3 @@ def segments_at(path: Path) -> Literal["packed", "loose", "none"]:
 
     form = form_of(path)
     return "packed" if form == PackedStore.name else "none" if form == "none" else "loose"
-
-
-def store_in(folder: Path) -> Path | None:
-    """Where training finds the packed segments of a folder; None where that cannot be written."""
-    # Where the folder is still to be made, its parent has to be writable.
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return folder / STORE_NAME if os.access(there, os.W_OK) else None

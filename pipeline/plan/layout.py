@@ -1,21 +1,19 @@
 """Every path and name of an output directory: one function builds each, one parses it.
 
     paths, run = Layout(Path("/runs/a")), RunId(method="four_channels", coverage_ratio=25.0)
-    paths.checkpoint(run.name, 5)  # /runs/a/pretrain_output/four_channels-cov25/checkpoint-5.pth
+    paths.pretrain_dir(run.name)  # /runs/a/pretrain_output/four_channels-cov25
 
 The names of the files inside a step's folder are in common.step_files, where the parts find them.
 """
-
-from __future__ import annotations
 
 import re
 import typing
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Self
 
 from common.options import fields_of
-from common.step_files import checkpoint_path
 from mae.config import MethodConfig, OptimisationConfig, SegmentsFrom
 
 BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking methods
@@ -55,7 +53,7 @@ class RunId:
         )
 
     @classmethod
-    def parse(cls, name: str) -> RunId:
+    def parse(cls, name: str) -> Self:
         """The inverse of `name`. Raises ValueError for a name that is not a run's."""
         match = _RUN_NAME.fullmatch(name)
         if match is None:
@@ -111,14 +109,6 @@ class Layout:
         """One pretraining run's folder."""
         return self.pretrain_output / run
 
-    def checkpoint(self, run: str, epochs: int) -> Path:
-        """The checkpoint that a round leaves; `epochs` are the epochs completed."""
-        return checkpoint_path(self.pretrain_dir(run), epochs)
-
-    def official_checkpoint(self, model: str) -> Path:
-        """The official MAE release checkpoint that `--stack` starts from."""
-        return self.pretrain_output / f"mae_pretrain_{model}.pth"
-
     def probe_dir(self, run: str, epochs: int) -> Path:
         """One probe's folder."""
         return self.probe_output / eval_name(run, epochs)
@@ -132,11 +122,19 @@ class Layout:
         return self.records / f"{step_name}.json"
 
 
+# Whether a file that begins so is ours, of any version.
+
+
+def is_run_yml(head: bytes) -> bool:
+    """A run.yml."""
+    return head.startswith((b"settings:", b"command:"))
+
+
 def is_results_csv(head: bytes) -> bool:
-    """Whether a file that begins so is a results.csv, of any version."""
+    """A results.csv."""
     return head.startswith(b"method,")
 
 
 def is_report(head: bytes) -> bool:
-    """Whether a file that begins so is a page of the report."""
+    """A page of the report."""
     return b"<title>SegMAE: " in head

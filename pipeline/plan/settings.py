@@ -5,6 +5,8 @@ What belongs to a part is an option of that part, judged when the plan makes its
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,11 +57,9 @@ class Data(OptionGroup):
     @property
     def missing_sample(self) -> Path | None:
         """The folder of sample data that are to be used and are not there."""
-        folder = self.make_sample
-        used = [path for path in (self.in1k_dir, self.dataset) if path is not None]
-        if folder is None or not any(p.is_relative_to(folder) and not p.exists() for p in used):
-            return None
-        return folder
+        folder, used = self.make_sample, filter(None, (self.in1k_dir, self.dataset))
+        is_missing = any(folder and p.is_relative_to(folder) and not p.exists() for p in used)
+        return folder if is_missing else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,9 @@ class Experiment(OptionGroup):
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "mask_method", "coverage_ratio", "segments_from", "seed", "eval_epochs", "baselines"
-        ):  # fmt: skip
-            values = getattr(self, name) or ()  # of which each makes a step, with that name
-            if len(set(values)) != len(values):
+        for name, values in vars(self).items():
+            # Each makes a step that is called so.
+            if isinstance(values, tuple) and len(set(values)) != len(values):
                 raise ValueError(f"--{name.replace('_', '-')} names one twice")
         if any(epochs > self.pretrain_epochs for epochs in self.eval_epochs or ()):
             raise ValueError(f"--eval-epochs end with the {self.pretrain_epochs} of pretraining")
@@ -152,45 +150,37 @@ class Compute(OptionGroup):
 
     def resolved(self, cluster: Cluster, gpus_here: int) -> Compute:
         """With every number filled in; the GPUs of a machine that submits jobs do not count."""
-        total = self.num_gpus  # from here on a number
-        if cluster.launcher == "slurm":
-            total = total if cluster.gpus_per_node is None else cluster.gpus_per_node
-            if total is None:
-                raise ValueError("--launcher slurm needs --gpus-per-node N (0 = CPU)")
-            if self.eval_gpus:
-                raise ValueError(
-                    "--eval-gpus is for one machine: with --launcher slurm evaluations are jobs "
-                    "with GPUs of their own, beside pretraining; leave it out"
-                )
-        elif total is None:
+        is_slurm, total = cluster.launcher == "slurm", self.num_gpus
+        if is_slurm and cluster.gpus_per_node is not None:
+            total = cluster.gpus_per_node
+        elif not is_slurm and total is None:
             total = gpus_here
+        if total is None:
+            raise ValueError("--launcher slurm needs --gpus-per-node N (0 = CPU)")
+        if is_slurm and self.eval_gpus:
+            raise ValueError("--eval-gpus is for one machine: Slurm's jobs have GPUs of their own")
         if any(gpu >= total for gpu in self.eval_gpus):
             there = f"there are GPUs 0 to {total - 1}" if total else "there is no GPU here"
             raise ValueError(f"--eval-gpus {','.join(map(str, self.eval_gpus))}: {there}")
-        gpus = total - len(self.eval_gpus)
+        filled = replace(self, num_gpus=total)
+        gpus, most = len(filled.pretrain_gpus), len(filled.scoring_gpus)
         if self.eval_gpus and not gpus:
             raise ValueError("--eval-gpus leaves no GPU for pretraining")
-        to_score_on = len(self.eval_gpus) or total  # as `scoring_gpus`, which needs the total
-        if self.gpus_per_eval > max(to_score_on, 1):
+        if self.gpus_per_eval > max(most, 1):
             raise ValueError(
-                f"--gpus-per-eval {self.gpus_per_eval}: the GPUs to evaluate on are {to_score_on}"
+                f"--gpus-per-eval {self.gpus_per_eval}: GPUs to evaluate on are {most}"
             )
         if gpus and self.num_processes not in (None, gpus):
             raise ValueError(
-                f"--num-processes {self.num_processes} with {gpus} GPUs for pretraining: every GPU "
-                "has one process; leave --num-processes out, or use --num-gpus 0 for the CPU"
+                f"--num-processes {self.num_processes}: each of the {gpus} GPUs that pretrain has "
+                "one process; leave it out, or use --num-gpus 0"
             )
-        return replace(self, num_gpus=total, num_processes=self.num_processes or max(gpus, 1))
+        return replace(filled, num_processes=self.num_processes or max(gpus, 1))
 
     @property
     def pretrain_gpus(self) -> tuple[int, ...]:
         """All but those kept for evaluation."""
         return tuple(gpu for gpu in range(self.num_gpus or 0) if gpu not in self.eval_gpus)
-
-    @property
-    def processes(self) -> int:
-        """Of pretraining on each machine."""
-        return self.num_processes or 1
 
     @property
     def scoring_gpus(self) -> tuple[int, ...]:
@@ -237,17 +227,13 @@ class Cluster(OptionGroup):
         Slurm's forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
         """
         text = self.time or "1-0"
-        days, dash, rest = text.rpartition("-")  # without a dash all of it is the rest
-        try:
-            parts = [int(part) for part in rest.split(":")]
-            seconds_per_part = [3600, 60, 1] if dash or len(parts) == 3 else [60, 1]
-            if len(parts) > len(seconds_per_part) or min(parts) < 0:
-                raise ValueError
-            # D-H and D-H:M leave the last parts out.
-            seconds = sum(p * s for p, s in zip(parts, seconds_per_part, strict=False))
-            seconds += int(days) * 86400 if dash else 0
-        except ValueError:
-            raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS") from None
+        if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", text):
+            raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS")
+        days, _, rest = text.rpartition("-")  # without a dash all of it is the rest
+        numbers = [int(number) for number in rest.split(":")]
+        units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+        # D-H and D-H:M leave the last units out.
+        seconds = int(days or 0) * 86400 + sum(map(operator.mul, numbers, units))
         if seconds < 60:
             raise ValueError(f"--time {text} is less than a minute")
         return -(-seconds // 60)  # rounded up: sbatch takes whole minutes
@@ -284,24 +270,29 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """All options by name, plain: what run.yml keeps, in the form that --config reads."""
-        groups = (self.data, self.experiment, self.compute, self.cluster, self.parts)
+        groups = vars(self).values()
         return {name: plain(value) for group in groups for name, value in vars(group).items()}
 
     def notes(self) -> Iterator[str]:
         """What a user may not expect; nothing of it is wrong."""
-        experiment, cluster = self.experiment, self.cluster
-        rest = experiment.pretrain_epochs % experiment.eval_freq
-        if experiment.eval_epochs is None and experiment.eval is None and rest:
+        experiment, is_local = self.experiment, self.cluster.launcher == "local"
+        epochs, freq, pretrains = (
+            experiment.pretrain_epochs,
+            experiment.eval_freq,
+            not experiment.eval,
+        )
+        if pretrains and experiment.eval_epochs is None and epochs % freq:
             yield (
-                f"{experiment.pretrain_epochs} epochs are not a multiple of --eval-freq "
-                f"{experiment.eval_freq}: a shorter last round ends at {experiment.pretrain_epochs}"
+                f"{epochs} epochs are not a multiple of --eval-freq {freq}: a shorter last round "
+                f"ends at {epochs}"
             )
         # Only what was changed can have been meant.
-        unused = [name for name, value in vars(cluster).items() if value != vars(Cluster())[name]]
-        if cluster.launcher == "local" and unused:
+        default = vars(Cluster())
+        unused = [name for name, value in vars(self.cluster).items() if value != default[name]]
+        if is_local and unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             yield f"{flags}: only used with --launcher slurm"
-        if cluster.launcher == "local" and experiment.eval is None and self.compute.scores_last:
+        if is_local and pretrains and self.compute.scores_last:
             yield (
                 "scores take fewer GPUs than pretraining, so they come after pretraining, side by "
                 "side; --eval-gpus keeps some for them meanwhile"

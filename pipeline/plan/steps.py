@@ -8,15 +8,15 @@ Steps meet in files only; `needs` names the steps that make them. Read `make_pla
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from common import step_files as files
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
 from common.yamlfile import check_names
-from engine.config import DeviceConfig
+from engine.config import OutputConfig
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import OFFICIAL_FILES, PretrainConfig, idle_settings
@@ -27,10 +27,6 @@ from segmenter.check import ScoringFacts
 from segmenter.config import GROUPS as FINETUNE_GROUPS
 from segmenter.config import PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 
-_PROGRAMS: dict[str, tuple[str, str]] = {
-    "pretrain": ("mae", "pretrain"), "probe": ("segmenter", "probe"),
-    "evaluate": ("segmenter", "train"),
-}  # fmt: skip
 # Options of the parts that the plan sets, by a flag of another name.
 _FLAGS = {
     "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
@@ -38,7 +34,14 @@ _FLAGS = {
 }  # fmt: skip
 
 Facts = PretrainFacts | ScoringFacts
+PartConfig = PretrainConfig | TrainConfig | ProbeConfig
 Kind = Literal["fetch", "pack", "generate", "merge", "pretrain", "probe", "evaluate"]
+# What does a step, by its config.
+_OF_PART: dict[type, tuple[Kind, tuple[str, str]]] = {
+    PretrainConfig: ("pretrain", ("mae", "pretrain")),
+    ProbeConfig: ("probe", ("segmenter", "probe")),
+    TrainConfig: ("evaluate", ("segmenter", "train")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Arguments:
 
     words: tuple[str, ...]
     what: str  # it does, in a few words
-    run: DeviceConfig = field(default_factory=DeviceConfig)
+    run: OutputConfig  # where console.log goes, and the device
 
     def arguments(self) -> list[str]:
         """The words of its command line."""
@@ -63,10 +66,9 @@ class Step:
     run: str  # the run's name; its folder is called so
     epochs: int = 0  # of pretraining, completed when the step is done
     program: tuple[str, ...]  # Python module and command, such as ("mae", "pretrain")
-    config: PretrainConfig | TrainConfig | ProbeConfig | Arguments
+    config: PartConfig | Arguments
     processes: int = 1
     needs: tuple[str, ...] = ()  # names of steps
-    folder: Path  # where it writes, console.log included
     outputs: tuple[Path, ...]  # files that have to be there, and not empty, afterwards
     # All that decides what it makes, plain; paths in the output directory are relative to it.
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -75,6 +77,11 @@ class Step:
     # How torchrun's processes find each other; one machine picks a free port by itself.
     rendezvous: tuple[str, ...] = ("--standalone",)
     facts: Facts | None = None  # what its check found, where it was checked and is a part's
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes, console.log included."""
+        return self.config.run.output_dir
 
     @property
     def console_log(self) -> Path:
@@ -97,6 +104,11 @@ class Step:
         return "evaluate" if self.kind == "probe" else self.kind  # both need a checkpoint
 
     @property
+    def alone(self) -> list[str]:
+        """The command line of one process by itself."""
+        return [sys.executable, "-m", *self.program, *self.config.arguments()]
+
+    @property
     def command(self) -> list[str]:
         """The command line; torchrun's module form when there are several processes."""
         if self.processes == 1 and self.rendezvous == ("--standalone",):
@@ -104,10 +116,12 @@ class Step:
         launch = ["-m", "torch.distributed.run", *self.rendezvous]
         return [sys.executable, *launch, f"--nproc-per-node={self.processes}", *self.alone[1:]]
 
-    @property
-    def alone(self) -> list[str]:
-        """The command line of one process by itself."""
-        return [sys.executable, "-m", *self.program, *self.config.arguments()]
+    def with_options(self, **groups: Mapping[str, Any]) -> Self:
+        """The same with other options: with_options(data={"masks_dir": path})."""
+        changed = {
+            name: replace(getattr(self.config, name), **values) for name, values in groups.items()
+        }
+        return replace(self, config=replace(self.config, **changed))
 
 
 def make_plan(settings: Settings) -> list[Step]:
@@ -156,9 +170,9 @@ def _baselines(settings: Settings) -> tuple[str, ...]:
 
 def official_checkpoint(settings: Settings) -> Path:
     """Where the official MAE checkpoint is, or will be."""
-    experiment = settings.experiment
-    paths = Layout(settings.data.output_dir)
-    return experiment.mae_checkpoint or paths.official_checkpoint(experiment.model)
+    experiment, paths = settings.experiment, Layout(settings.data.output_dir)
+    name = f"mae_pretrain_{experiment.model}.pth"
+    return experiment.mae_checkpoint or paths.pretrain_output / name
 
 
 def _runs(settings: Settings) -> Iterator[RunId]:
@@ -201,11 +215,12 @@ class _Planner:
         config = Arguments(
             words=("--model", experiment.model, "--out", str(out)),
             what=f"download the official {experiment.model}",
+            run=OutputConfig(output_dir=self.paths.bookkeeping / "fetch"),
         )
         return [
             Step(
                 name=f"fetch_{experiment.model}", kind="fetch", run="mae", config=config,
-                program=("mae", "fetch"), folder=self.paths.bookkeeping / "fetch", outputs=(out,),
+                program=("mae", "fetch"), outputs=(out,),
             )
         ]  # fmt: skip
 
@@ -230,56 +245,46 @@ class _Planner:
         }
         config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given))
         left = (files.checkpoint_path(folder, epochs), files.reconstructions_path(folder, epochs))
-        return self._step("pretrain", run, epochs, needs, config, left)
+        return self._step(run, epochs, needs, config, *left)
 
-    def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> list[Step]:
+    def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
         """Probes and finetunes the checkpoint after `epochs`, where that is wanted.
 
         A baseline's is a random ViT (scratch) or the official checkpoint (mae).
         """
-        experiment, steps = self.settings.experiment, []
-        always = run.method in BASELINES or experiment.eval is not None
-        if experiment.probe_freq != 0 and (always or epochs in experiment.probe_points):
-            steps.append(self.probe(run, epochs, needs))
-        if always or epochs in experiment.eval_points:
-            steps += self.evaluate(run, epochs, needs)
-        return steps
-
-    def probe(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Step:
-        """Scores the frozen encoder, by the finetuning's protocol unless told otherwise."""
-        folder, known = self.paths.probe_dir(run.name, epochs), fields_of(*PROBE_GROUPS.values())
-        init, planned, given = self._scored(run, epochs)
-        given = {name: value for name, value in given.items() if name in known}
-        given = {"image_folder": self._image_classes(), **given, **self.settings.parts.probe}
-        # It has no trackers; its seed is the pretraining's.
-        planned = {name: value for name, value in planned.items() if name in known}
-        planned |= {"seed": run.seed, "output_dir": folder}
-        config = ProbeConfig(init=init, **_groups(PROBE_GROUPS, "--probe", planned, given))
-        return self._step("probe", run, epochs, needs, config, (folder / files.RESULT,))
-
-    def evaluate(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
-        """Finetunes and scores the checkpoint, once for each finetuning seed."""
-        init, planned, given = self._scored(run, epochs)
-        for eval_seed in range(self.settings.experiment.eval_seeds):
-            folder = self.paths.eval_dir(run.name, epochs, eval_seed)
-            planned |= {"init": init, "seed": run.seed + eval_seed, "output_dir": folder}
-            config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", planned, given))
-            left = tuple(folder / name for name in (files.RESULT, files.LOG, files.PREDICTIONS))
-            yield self._step("evaluate", run, epochs, needs, config, left, eval_seed)
-
-    def _scored(self, run: RunId, epochs: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Of whatever scores a checkpoint: which one, what the plan sets, and what was given."""
-        settings, given = self.settings, dict(self.settings.parts.finetune)
-        init: Path | str = self.paths.checkpoint(run.name, epochs)
+        experiment, parts = self.settings.experiment, self.settings.parts
+        init: Any = files.checkpoint_path(self.paths.pretrain_dir(run.name), epochs)
         if run.method in BASELINES:
             init = RANDOM if run.method == "scratch" else self.official
+        given = {"recipe": experiment.recipe, **parts.finetune}
         if init == RANDOM:  # no checkpoint tells the patches: give it the others' size
-            given.setdefault("patch_size", settings.parts.pretrain.get("patch_size"))
-        recipe = str(given.get("recipe", settings.experiment.recipe))
-        if recipe.endswith((".yml", ".yaml")):  # the parts run elsewhere
-            recipe = os.path.abspath(Path(recipe).expanduser())  # noqa: PTH100
-        given["recipe"] = recipe
-        return init, {**self.shared, "dataset": settings.data.dataset}, given
+            given.setdefault("patch_size", parts.pretrain.get("patch_size"))
+        if str(given["recipe"]).endswith((".yml", ".yaml")):  # the parts run elsewhere
+            given["recipe"] = os.path.abspath(Path(given["recipe"]).expanduser())  # noqa: PTH100
+        planned = {**self.shared, "dataset": self.settings.data.dataset, "seed": run.seed}
+        always = run.method in BASELINES or experiment.eval is not None
+
+        # The frozen encoder, by the finetuning's protocol unless told otherwise.
+        if experiment.probe_freq != 0 and (always or epochs in experiment.probe_points):
+            known, folder = (
+                fields_of(*PROBE_GROUPS.values()),
+                self.paths.probe_dir(run.name, epochs),
+            )
+            told = {**planned, "output_dir": folder}
+            # It has no trackers, and nothing of it learns.
+            told, shared = ({n: v for n, v in d.items() if n in known} for d in (told, given))
+            own = {"image_folder": self._image_classes(), **shared, **parts.probe}
+            probe = ProbeConfig(init=init, **_groups(PROBE_GROUPS, "--probe", told, own))
+            yield self._step(run, epochs, needs, probe, files.RESULT)
+
+        # Finetuned once for each seed.
+        is_evaluated = always or epochs in experiment.eval_points
+        for eval_seed in range(experiment.eval_seeds if is_evaluated else 0):
+            folder = self.paths.eval_dir(run.name, epochs, eval_seed)
+            told = {**planned, "init": init, "seed": run.seed + eval_seed, "output_dir": folder}
+            config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", told, given))
+            left = (files.RESULT, files.LOG, files.PREDICTIONS)
+            yield self._step(run, epochs, needs, config, *left)
 
     def _image_classes(self) -> Path | None:
         """val/, where it has a folder for each class, for probes of whole images."""
@@ -289,42 +294,38 @@ class _Planner:
         return folder if sum(entry.is_dir() for entry in os.scandir(folder)) > 1 else None
 
     def _step(
-        self,
-        kind: Kind,
-        run: RunId,
-        epochs: int,
-        needs: tuple[str, ...],
-        config: PretrainConfig | TrainConfig | ProbeConfig,
-        outputs: tuple[Path, ...],
-        eval_seed: int = 0,
+        self, run: RunId, epochs: int, needs: tuple[str, ...], config: PartConfig, *left: str | Path
     ) -> Step:
-        compute = self.settings.compute
-        processes, gpus = compute.processes, compute.pretrain_gpus
-        if kind != "pretrain":
-            processes = compute.gpus_per_eval if compute.num_gpus else processes
-            gpus = compute.scoring_gpus
-        # A Slurm job sees its own GPUs only.
-        chosen = gpus if gpus and self.settings.cluster.launcher == "local" else None
+        """left: what it leaves in its folder."""
+        kind, program = _OF_PART[type(config)]
+        compute, folder, is_pretraining = (
+            self.settings.compute,
+            config.run.output_dir,
+            kind == "pretrain",
+        )
+        gpus = compute.pretrain_gpus if is_pretraining else compute.scoring_gpus
+        takes_all = is_pretraining or not compute.num_gpus  # processes on the CPU included
+        # A score's folder is its own, a run's that of all its rounds.
+        name = eval_name(run.name, epochs) if is_pretraining else folder.name
         return Step(
-            name=f"{kind}_{eval_name(run.name, epochs, eval_seed)}", kind=kind, run=run.name,
-            epochs=epochs, program=_PROGRAMS[kind], config=config, processes=processes,
-            needs=needs, folder=config.run.output_dir, outputs=outputs, gpus=chosen,
+            name=f"{kind}_{name}", kind=kind, run=run.name, epochs=epochs, program=program,
+            config=config, needs=needs, outputs=tuple(folder / path for path in left),
+            processes=(compute.num_processes or 1) if takes_all else compute.gpus_per_eval,
+            # A Slurm job sees its own GPUs only.
+            gpus=gpus if gpus and self.settings.cluster.launcher == "local" else None,
             settings=self._decisive(config),
         )  # fmt: skip
 
-    def _decisive(self, config: PretrainConfig | TrainConfig | ProbeConfig) -> dict[str, Any]:
+    def _decisive(self, config: PartConfig) -> dict[str, Any]:
         """All that decides what comes out, with recipe and defaults filled in."""
         groups = [group for group in vars(config).values() if isinstance(group, OptionGroup)]
         values = decisive_values(*groups)
         if isinstance(config, ProbeConfig):
             values["init"] = str(config.init)
-        idle = idle_settings(values.get("mask_method"))
+        for idle in idle_settings(values.get("mask_method")):
+            values.pop(idle, None)
         within = f"{self.paths.root}/"  # relative, so that the output directory may be moved
-        return {
-            name: value.removeprefix(within) if isinstance(value, str) else value
-            for name, value in values.items()
-            if name not in idle
-        }
+        return {n: v.removeprefix(within) if isinstance(v, str) else v for n, v in values.items()}
 
 
 def _groups(
