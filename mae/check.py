@@ -18,20 +18,16 @@ from mae.config import PretrainConfig, make_method
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainFacts:
-    """What a run will be.
+    """What a run will be."""
 
-    train, val: images; left_out, val_left_out: those that have no segment.
-    learning_rates: (epoch, rate, what is there) at the epochs that matter, ascending.
-    checkpoint_bytes: about the size of a checkpoint.
-    """
-
-    train: int
-    left_out: int
+    train: int  # images
+    left_out: int  # those that have no segment
     val: int
     val_left_out: int
     plan: BatchPlan
+    # (epoch, rate, what is there) at the epochs that matter, ascending.
     learning_rates: tuple[tuple[float, float, str], ...]
-    checkpoint_bytes: int
+    checkpoint_bytes: int  # about the size of one
 
 
 def check_pretraining(
@@ -51,13 +47,17 @@ def check_pretraining(
     plan = plan_batches(config, len(listing.train), processes)
     check_output(config)  # last: a wrong dataset is the likelier mistake
     config.run.check_resume(find_resumable(config.run.output_dir))
+    run, end = config.optimisation, config.epochs_this_round
+    named = named_epochs(run.epochs, run.warmup_fraction, end_of_this_round=end)
     return PretrainFacts(
         train=len(listing.train),
         left_out=listing.left_out,
         val=len(listing.val),
         val_left_out=listing.val_left_out,
         plan=plan,
-        learning_rates=_learning_rates(config),
+        learning_rates=tuple(
+            (at, run.rate_at(at / run.epochs), name) for at, name in named.items()
+        ),
         checkpoint_bytes=config.model.checkpoint_bytes,
     )
 
@@ -116,12 +116,6 @@ def look_inside(config: PretrainConfig, known: dict[Any, Any] | None = None) -> 
         open_own_checkpoint(config, listing, lazily=True)
     elif config.run.init is not None:  # a run that goes on does not look at it again
         _check_init(config, config.run.init)
-
-
-def _learning_rates(config: PretrainConfig) -> tuple[tuple[float, float, str], ...]:
-    run, end = config.optimisation, config.epochs_this_round
-    named = named_epochs(run.epochs, run.warmup_fraction, end_of_this_round=end)
-    return tuple((epoch, run.rate_at(epoch / run.epochs), name) for epoch, name in named.items())
 
 
 def _check_init(config: PretrainConfig, path: Path) -> None:
