@@ -19,6 +19,10 @@ from mae.config import MethodConfig, ModelConfig, OptimisationConfig, SegmentsFr
 from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN
 from segmenter.config import DEFAULT_RECIPE
 
+# More than so many of anything that has a process of its own is a slip of the hand.
+FROM_ONE: dict[str, Any] = {"at_least": 1, "at_most": MOST_PROCESSES}
+FROM_ZERO = {**FROM_ONE, "at_least": 0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data(OptionGroup):
@@ -31,15 +35,11 @@ class Data(OptionGroup):
         "Where there are no segments, make them first: by felzenszwalb, a model by name (python -m "
         "segments generate --help), in a folder or on the Hugging Face hub.", None,
     )  # fmt: skip
-    segment_shards: int = option(
-        "Steps, or jobs, that share making them.", 1, at_least=1, at_most=MOST_PROCESSES
-    )
+    segment_shards: int = option("Steps, or jobs, that share making them.", 1, **FROM_ONE)
     ade20k_dir: Path | None = option("ADEChallengeData2016, to evaluate on.", None)
     eval_dataset: Path | None = option("YAML file of another dataset.", None)
     output_dir: Path = option("Where everything goes.", Path())
-    make_sample: Path | None = option(
-        "Generate the sample data into this folder if they are missing and used.", None
-    )
+    make_sample: Path | None = option("Where sample data are made, if used and missing.", None)
 
     def __post_init__(self) -> None:
         # By its own name: records and processes of one directory are told by the path.
@@ -82,9 +82,7 @@ class Experiment(OptionGroup):
         "Probe the frozen encoder every so many epochs, too; 0 = no probes at all. "
         "Default: where it is evaluated.", None, at_least=0,
     )  # fmt: skip
-    eval_seeds: int = option(
-        "Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, at_least=1, at_most=1000
-    )
+    eval_seeds: int = option("Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, **FROM_ONE)
     recipe: str = option("Finetuning recipe: a name or a YAML file.", DEFAULT_RECIPE)
     stack: bool = option("Start from the official MAE checkpoint.", False)
     mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
@@ -93,9 +91,7 @@ class Experiment(OptionGroup):
         "Default: scratch, and mae if that file is at hand.", None,
         choices=lambda: (*BASELINES, "none"),
     )  # fmt: skip
-    eval: str | None = option(
-        "Evaluate only this: N epochs completed, scratch (a random ViT) or mae.", None
-    )
+    eval: str | None = option("Evaluate only this: N (epochs completed), scratch or mae.", None)
 
     def __post_init__(self) -> None:
         for name, values in vars(self).items():
@@ -133,19 +129,12 @@ class Compute(OptionGroup):
     """Devices on each machine, and what may run beside each other."""
 
     title: ClassVar[str] = "Devices"
-    num_gpus: int | None = option(
-        "GPUs per machine, 0 = CPU. Default: all.", None, at_least=0, at_most=MOST_PROCESSES
-    )
-    num_processes: int | None = option(
-        "With --num-gpus 0. Default: 1.", None, at_least=1, at_most=MOST_PROCESSES
-    )
+    num_gpus: int | None = option("GPUs per machine, 0 = CPU. Default: all.", None, **FROM_ZERO)
+    num_processes: int | None = option("With --num-gpus 0. Default: 1.", None, **FROM_ONE)
     eval_gpus: tuple[int, ...] = option(
         "Evaluate on these, such as 6,7, beside pretraining on the others.", (), at_least=0
     )
-    gpus_per_eval: int = option(
-        "GPUs of one finetuning or probe; several run side by side.", 1,
-        at_least=1, at_most=MOST_PROCESSES,
-    )  # fmt: skip
+    gpus_per_eval: int = option("Of a finetuning or probe; several run at once.", 1, **FROM_ONE)
     overlap: bool = option("Evaluate beside pretraining on the CPU too.", False)
 
     def resolved(self, cluster: Cluster, gpus_here: int) -> Compute:
@@ -162,8 +151,8 @@ class Compute(OptionGroup):
         if any(gpu >= total for gpu in self.eval_gpus):
             there = f"there are GPUs 0 to {total - 1}" if total else "there is no GPU here"
             raise ValueError(f"--eval-gpus {','.join(map(str, self.eval_gpus))}: {there}")
-        filled = replace(self, num_gpus=total)
-        gpus, most = len(filled.pretrain_gpus), len(filled.scoring_gpus)
+        gpus = total - len(self.eval_gpus)
+        most = len(self.eval_gpus) or gpus  # those kept for evaluation, or else all
         if self.eval_gpus and not gpus:
             raise ValueError("--eval-gpus leaves no GPU for pretraining")
         if self.gpus_per_eval > max(most, 1):
@@ -175,17 +164,12 @@ class Compute(OptionGroup):
                 f"--num-processes {self.num_processes}: each of the {gpus} GPUs that pretrain has "
                 "one process; leave it out, or use --num-gpus 0"
             )
-        return replace(filled, num_processes=self.num_processes or max(gpus, 1))
+        return replace(self, num_gpus=total, num_processes=self.num_processes or max(gpus, 1))
 
     @property
     def pretrain_gpus(self) -> tuple[int, ...]:
         """All but those kept for evaluation."""
         return tuple(gpu for gpu in range(self.num_gpus or 0) if gpu not in self.eval_gpus)
-
-    @property
-    def scoring_gpus(self) -> tuple[int, ...]:
-        """Those kept for evaluation, or else all."""
-        return self.eval_gpus or self.pretrain_gpus
 
     @property
     def scores_last(self) -> bool:
@@ -204,10 +188,8 @@ class Cluster(OptionGroup):
 
     title: ClassVar[str] = "Slurm"
     launcher: Literal["local", "slurm"] = option("Where steps run.", "local")
-    nodes: int = option("Machines of a pretraining.", 1, at_least=1, at_most=MOST_PROCESSES)
-    gpus_per_node: int | None = option(
-        "0 = CPU. Default: --num-gpus.", None, at_least=0, at_most=MOST_PROCESSES
-    )
+    nodes: int = option("Machines of a pretraining.", 1, **FROM_ONE)
+    gpus_per_node: int | None = option("0 = CPU. Default: --num-gpus.", None, **FROM_ZERO)
     partition: str | None = option("Where jobs are queued.", None)
     time: str | None = option(
         "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.",
@@ -276,23 +258,13 @@ class Settings:
     def notes(self) -> Iterator[str]:
         """What a user may not expect; nothing of it is wrong."""
         experiment, is_local = self.experiment, self.cluster.launcher == "local"
-        epochs, freq, pretrains = (
-            experiment.pretrain_epochs,
-            experiment.eval_freq,
-            not experiment.eval,
-        )
-        if pretrains and experiment.eval_epochs is None and epochs % freq:
-            yield (
-                f"{epochs} epochs are not a multiple of --eval-freq {freq}: a shorter last round "
-                f"ends at {epochs}"
-            )
         # Only what was changed can have been meant.
         default = vars(Cluster())
         unused = [name for name, value in vars(self.cluster).items() if value != default[name]]
         if is_local and unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             yield f"{flags}: only used with --launcher slurm"
-        if is_local and pretrains and self.compute.scores_last:
+        if is_local and experiment.eval is None and self.compute.scores_last:
             yield (
                 "scores take fewer GPUs than pretraining, so they come after pretraining, side by "
                 "side; --eval-gpus keeps some for them meanwhile"

@@ -203,34 +203,33 @@ class _Planner:
 
     def fetch(self) -> list[Step]:
         """Nothing to fetch when a local file was named."""
-        experiment, out = self.settings.experiment, self.official
+        experiment, model = self.settings.experiment, self.settings.experiment.model
         if experiment.mae_checkpoint is not None:
             return []
-        if experiment.model not in OFFICIAL_FILES:
+        if model not in OFFICIAL_FILES:
             raise ValueError(
-                "--stack, --eval or --baselines mae: there is no official checkpoint of "
-                f"{experiment.model}, but of {', '.join(OFFICIAL_FILES)}; name a file of your own "
-                "by --mae-checkpoint"
+                f"--stack, --eval or --baselines mae: {model} has no official checkpoint, but "
+                f"{', '.join(OFFICIAL_FILES)}; name a file of your own by --mae-checkpoint"
             )
         config = Arguments(
-            words=("--model", experiment.model, "--out", str(out)),
-            what=f"download the official {experiment.model}",
+            words=("--model", model, "--out", str(self.official)),
+            what=f"download the official {model}",
             run=OutputConfig(output_dir=self.paths.bookkeeping / "fetch"),
         )
         return [
             Step(
-                name=f"fetch_{experiment.model}", kind="fetch", run="mae", config=config,
-                program=("mae", "fetch"), outputs=(out,),
+                name=f"fetch_{model}", kind="fetch", run="mae", config=config,
+                program=("mae", "fetch"), outputs=(self.official,),
             )
         ]  # fmt: skip
 
     def pretrain(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Step:
         """Pretraining from where the run is up to `epochs` completed."""
         settings, folder = self.settings, self.paths.pretrain_dir(run.name)
-        known, given = METHODS[run.method].settings, dict(settings.parts.pretrain)
+        known, given = METHODS[run.method].settings, settings.parts.pretrain
         of_segments = {"coverage_ratio": run.coverage_ratio, "segments_from": run.segments_from}
-        if settings.data.make_segments and "use_unmasked_images" in known:
-            given.setdefault("use_unmasked_images", True)  # it need not wait for segments
+        # What can do without segments need not wait for them.
+        is_free = settings.data.make_segments and "use_unmasked_images" in known
         planned = {
             **self.shared,
             "in1k_dir": settings.data.in1k_dir,
@@ -243,7 +242,8 @@ class _Planner:
             "seed": run.seed,
             "output_dir": folder,
         }
-        config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given))
+        below = {"use_unmasked_images": True} if is_free else {}
+        config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given, below))
         left = (files.checkpoint_path(folder, epochs), files.reconstructions_path(folder, epochs))
         return self._step(run, epochs, needs, config, *left)
 
@@ -252,7 +252,7 @@ class _Planner:
 
         A baseline's is a random ViT (scratch) or the official checkpoint (mae).
         """
-        experiment, parts = self.settings.experiment, self.settings.parts
+        experiment, parts, data = self.settings.experiment, self.settings.parts, self.settings.data
         init: Any = files.checkpoint_path(self.paths.pretrain_dir(run.name), epochs)
         if run.method in BASELINES:
             init = RANDOM if run.method == "scratch" else self.official
@@ -261,59 +261,57 @@ class _Planner:
             given.setdefault("patch_size", parts.pretrain.get("patch_size"))
         if str(given["recipe"]).endswith((".yml", ".yaml")):  # the parts run elsewhere
             given["recipe"] = os.path.abspath(Path(given["recipe"]).expanduser())  # noqa: PTH100
-        planned = {**self.shared, "dataset": self.settings.data.dataset, "seed": run.seed}
         always = run.method in BASELINES or experiment.eval is not None
 
         # The frozen encoder, by the finetuning's protocol unless told otherwise.
         if experiment.probe_freq != 0 and (always or epochs in experiment.probe_points):
-            known, folder = (
-                fields_of(*PROBE_GROUPS.values()),
-                self.paths.probe_dir(run.name, epochs),
-            )
-            told = {**planned, "output_dir": folder}
-            # It has no trackers, and nothing of it learns.
-            told, shared = ({n: v for n, v in d.items() if n in known} for d in (told, given))
-            own = {"image_folder": self._image_classes(), **shared, **parts.probe}
-            probe = ProbeConfig(init=init, **_groups(PROBE_GROUPS, "--probe", told, own))
-            yield self._step(run, epochs, needs, probe, files.RESULT)
+            folder = self.paths.probe_dir(run.name, epochs)
+            planned = {
+                **self.shared,
+                "dataset": data.dataset,
+                "seed": run.seed,
+                "output_dir": folder,
+            }
+            below = {n: v for n, v in given.items() if n in fields_of(*PROBE_GROUPS.values())}
+            below["image_folder"] = self._image_classes()
+            groups = _groups(PROBE_GROUPS, "--probe", planned, parts.probe, below)
+            yield self._step(run, epochs, needs, ProbeConfig(init=init, **groups), files.RESULT)
 
         # Finetuned once for each seed.
         is_evaluated = always or epochs in experiment.eval_points
         for eval_seed in range(experiment.eval_seeds if is_evaluated else 0):
             folder = self.paths.eval_dir(run.name, epochs, eval_seed)
-            told = {**planned, "init": init, "seed": run.seed + eval_seed, "output_dir": folder}
-            config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", told, given))
+            planned = {**self.shared, "init": init, "dataset": data.dataset}
+            planned |= {"seed": run.seed + eval_seed, "output_dir": folder}
+            config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", planned, given))
             left = (files.RESULT, files.LOG, files.PREDICTIONS)
             yield self._step(run, epochs, needs, config, *left)
 
     def _image_classes(self) -> Path | None:
         """val/, where it has a folder for each class, for probes of whole images."""
-        folder = self.settings.data.in1k_dir and self.settings.data.in1k_dir / "val"
-        if folder is None or not folder.is_dir():
-            return None
-        return folder if sum(entry.is_dir() for entry in os.scandir(folder)) > 1 else None
+        folder = (self.settings.data.in1k_dir or Path()) / "val"
+        is_classes = folder.is_dir() and sum(entry.is_dir() for entry in os.scandir(folder)) > 1
+        return folder if self.settings.data.in1k_dir and is_classes else None
 
     def _step(
         self, run: RunId, epochs: int, needs: tuple[str, ...], config: PartConfig, *left: str | Path
     ) -> Step:
         """left: what it leaves in its folder."""
         kind, program = _OF_PART[type(config)]
-        compute, folder, is_pretraining = (
-            self.settings.compute,
-            config.run.output_dir,
-            kind == "pretrain",
-        )
-        gpus = compute.pretrain_gpus if is_pretraining else compute.scoring_gpus
-        takes_all = is_pretraining or not compute.num_gpus  # processes on the CPU included
-        # A score's folder is its own, a run's that of all its rounds.
-        name = eval_name(run.name, epochs) if is_pretraining else folder.name
+        compute, folder = self.settings.compute, config.run.output_dir
+        name, gpus, processes = folder.name, compute.eval_gpus, compute.gpus_per_eval
+        if kind == "pretrain":  # all rounds of a run have one folder
+            name = eval_name(run.name, epochs)
+        if kind == "pretrain" or not compute.num_gpus:  # on the CPU, scores are shared, too
+            processes = compute.num_processes or 1
+        if kind == "pretrain" or not gpus:
+            gpus = compute.pretrain_gpus
         return Step(
             name=f"{kind}_{name}", kind=kind, run=run.name, epochs=epochs, program=program,
             config=config, needs=needs, outputs=tuple(folder / path for path in left),
-            processes=(compute.num_processes or 1) if takes_all else compute.gpus_per_eval,
             # A Slurm job sees its own GPUs only.
             gpus=gpus if gpus and self.settings.cluster.launcher == "local" else None,
-            settings=self._decisive(config),
+            processes=processes, settings=self._decisive(config),
         )  # fmt: skip
 
     def _decisive(self, config: PartConfig) -> dict[str, Any]:
@@ -329,21 +327,20 @@ class _Planner:
 
 
 def _groups(
-    groups: Mapping[str, type[OptionGroup]],
-    section: str,
-    planned: Mapping[str, Any],
-    given: Mapping[str, Any],
-) -> dict[str, Any]:
+    groups: Mapping[str, type[OptionGroup]], section: str, planned: Mapping[str, Any],
+    given: Mapping[str, Any], below: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """A part's options: what the plan sets, and what was given by --pretrain and the like.
 
-    Raises ValueError if they contradict, or a name or value is none.
+    below: what counts unless something is given. Raises ValueError if they contradict, or a name or
+    value is none.
     """
     check_names(given, fields_of(*groups.values()), section)
+    # An empty line of YAML says nothing: a command line has no word for None.
+    given = {**(below or {}), **{n: v for n, v in given.items() if v is not None}}
     for name in given.keys() & planned.keys():  # one place for each setting of a run
         flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise ValueError(f"{section} {name}=... would contradict the plan; use {flag}")
-    # An empty line of YAML says nothing: a command line has no word for None.
-    given = {name: value for name, value in given.items() if value is not None}
     return make_all(groups, [Layer(given, section), Layer(planned)])
 
 
