@@ -114,10 +114,7 @@ def _check_possible(step: Step, made: Collection[Path]) -> None:
     if step.kind != "pretrain" or step.outputs[0].exists():
         return
     reached = math.ceil(read_progress(step.folder).get("epoch", 0))  # it may be in a longer round
-    later = min(
-        (n for n in (*round_checkpoints(step.folder), reached) if n > step.epochs), default=0
-    )
-    if later:
+    for later in sorted(n for n in (*round_checkpoints(step.folder), reached) if n > step.epochs):
         raise ValueError(
             f"{step.outputs[0]} is not there and pretraining is past it (epoch {later}): "
             f"evaluate after epoch {later} or later, or use another --output-dir"
@@ -166,18 +163,16 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
     for step in waiting:
         if isinstance(step.config, Arguments) or (step.kind, step.run) in found:
             continue
-        processes, now, asks = step.processes * nodes_of(step, settings), startable(step), True
+        processes, now = step.processes * nodes_of(step, settings), startable(step)
+        facts: Facts
         if isinstance(step.config, PretrainConfig):
             packed = not (makes_segments and reads_segments(step))
             if not packed:  # what is there now is looked at, not the store that will be made
                 now = now.with_options(data={"masks_dir": settings.data.masks_dir})
-                # Its own checkpoint belongs to a list of images that is not known before.
-                asks = find_resumable(step.folder) is None
             config: Any = now.config
-            facts: Facts = mae.check.check_pretraining(
-                config, processes=processes, packed=packed, known=known
-            )
-            asks = asks and mae.check.needs_torch(config)
+            facts = mae.check.check_pretraining(config, processes, packed=packed, known=known)
+            # Its own checkpoint belongs to a list of images that is not known before segments are.
+            asks = mae.check.needs_torch(config) and (packed or not find_resumable(step.folder))
             now = now if packed else without_segments(now)
         else:
             config = now.config
