@@ -71,7 +71,7 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
     if effective % processes:
         raise ValueError(
             f"--effective-batch-size {effective} cannot be split over {processes} processes: "
-            "give a multiple"
+            f"give a multiple of {processes}"
         )
     share = effective // processes
     accumulation = math.ceil(share / config.run.most_at_once)

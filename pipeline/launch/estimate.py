@@ -27,7 +27,14 @@ from pipeline.plan.steps import Step
 def estimate_run(settings: Settings) -> str:
     """The costs of what is left of the plan, step by step, as text."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = _with_sample_in(Path(folder), settings)
+        data, sample = settings.data, settings.data.missing_sample
+        if sample is not None:  # a question writes none where they belong
+            moved: dict[str, Any] = {
+                name: Path(folder) / path.relative_to(sample)
+                for name, path in vars(data).items()
+                if isinstance(path, Path) and path.is_relative_to(sample)
+            }
+            settings = replace(settings, data=replace(data, **moved))
         paths, steps = Layout(settings.data.output_dir), checked_plan(settings)
         left = [step for step in steps if not is_done(step, paths)]
         making = [step for step in left if step.kind == "generate"]
@@ -42,32 +49,17 @@ def estimate_run(settings: Settings) -> str:
     wall = f"wall time: {duration(total)} ({total / 3600:.2f} h)"
     if (in_turn := sum(seconds.values())) > total:  # some steps run beside each other
         wall += f"; one step after another it would be {duration(in_turn)}"
-    hours = {step.name: seconds.get(step.name, 0.0) * step.devices / 3600 for step in left}
+    times = [seconds.get(step.name, 0.0) for step in left]
+    hours = [time * step.devices / 3600 for time, step in zip(times, left, strict=True)]
     columns = {
         "on": [devices_text(step) for step in left],
-        "time": [duration(seconds.get(step.name, 0.0)) for step in left],
-        "device-hours": [f"{hours[step.name]:.2f}" for step in left],
+        "time": [duration(time) for time in times],
+        "device-hours": [f"{one:.2f}" for one in hours],
     }
+    table = step_table([step.name for step in left], columns, numbers=("time", "device-hours"))
     free = machine.free_bytes(paths.root) / GIB
-    return "\n".join((
-        step_table([step.name for step in left], columns, numbers=("time", "device-hours")),
-        wall,
-        f"device-hours: {sum(hours.values()):.2f}",
-        f"disk: about {kept / GIB:.1f} GiB will be kept, {free:.0f} GiB are free",
-    ))  # fmt: skip
-
-
-def _with_sample_in(folder: Path, settings: Settings) -> Settings:
-    """The same on sample data in `folder`, where those to use are not there yet."""
-    data, sample = settings.data, settings.data.missing_sample
-    if sample is None:
-        return settings
-    moved: dict[str, Any] = {
-        name: folder / path.relative_to(sample)
-        for name, path in vars(data).items()
-        if isinstance(path, Path) and path.is_relative_to(sample)
-    }
-    return replace(settings, data=replace(data, **moved))
+    disk = f"disk: about {kept / GIB:.1f} GiB will be kept, {free:.0f} GiB are free"
+    return f"{table}\n{wall}\ndevice-hours: {sum(hours):.2f}\n{disk}"
 
 
 def _price_of_segments(step: Step) -> Mapping[str, float]:
@@ -76,7 +68,7 @@ def _price_of_segments(step: Step) -> Mapping[str, float]:
     there = next(folder for folder in out.parents if folder.is_dir())  # its own comes with the run
     # Of a word that is given twice, the last counts.
     whole = ["--shard", "0/1", "--out", str(there / out.name), "--estimate", "--json"]
-    return _asked([*step.alone, *whole], step)
+    return _asked([*step.command, *whole], step)
 
 
 def _asked(command: Sequence[str], step: Step) -> dict[str, float]:

@@ -187,7 +187,8 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
         if asks:
             # Steps that start from one file ask once. WORLD_SIZE is what torchrun would say.
             about = find_resumable(now.folder) or init_of(now) or now.folder
-            question: Question = [*now.alone, "--dry-run", "check"], {"WORLD_SIZE": str(processes)}
+            alone = replace(now, processes=1).command
+            question: Question = [*alone, "--dry-run", "check"], {"WORLD_SIZE": str(processes)}
             questions.setdefault((now.program, about), question)
     ask(questions.values())
     return {s.name: found[s.kind, s.run] for s in waiting if (s.kind, s.run) in found}

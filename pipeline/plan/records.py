@@ -16,6 +16,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -120,12 +121,8 @@ def write_record(paths: Layout, record: Record) -> None:
 
 def write_run_files(chosen: Settings, steps: Iterable[Step], paths: Layout) -> None:
     """run.yml for people, plan.json for `status` and the report."""
-    content = {
-        "settings": chosen.flat(),
-        "command": shlex.join(sys.argv),
-        "versions": versions(),
-        "hardware": hardware(),
-    }
+    content = {"settings": chosen.flat(), "command": shlex.join(sys.argv)}
+    content |= {"versions": versions(), "hardware": hardware()}
     write_text(paths.run_yml, yaml.safe_dump(content, sort_keys=False))
     write_json(paths.plan, [
         PlannedStep(name=s.name, needs=list(s.needs), folder=os.path.relpath(s.folder, paths.root))
@@ -163,7 +160,7 @@ def is_done(step: Step, paths: Layout) -> bool:
     """Whether the step needs no more work: recorded as done, outputs whole, settings equal."""
     record = read_record(paths, step.name)
     # A step of an earlier call may bear the name: then it was made otherwise, and is done again.
-    if record is None or record.state != "done" or other_settings(step, record):
+    if record is None or record.state != "done" or other_settings(step.settings, record):
         return False
     try:
         return output_sizes(step, paths) == record.outputs
@@ -171,10 +168,12 @@ def is_done(step: Step, paths: Layout) -> bool:
         return False
 
 
-def other_settings(step: Step, record: Record, leave_out: Collection[str] = ()) -> list[str]:
-    """`name: stored -> wanted` for what the step would make otherwise than the record's did."""
-    wanted = {name: value for name, value in step.settings.items() if name not in leave_out}
-    return settings.differences(_made_with(record), wanted, {})
+def other_settings(
+    wanted: Mapping[str, Any], record: Record, leave_out: Collection[str] = ()
+) -> list[str]:
+    """`name: stored -> wanted` for the settings in which the record's step was made otherwise."""
+    compared = {name: value for name, value in wanted.items() if name not in leave_out}
+    return settings.differences(_made_with(record), compared, {})
 
 
 def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
@@ -189,21 +188,18 @@ def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
         for record in own or (r for r in one_of_each if r.kind == step.kind):
             leave_out = () if own else MAY_DIFFER[step.kind] | idle_settings(record.method)
             whose = "" if record.run == step.run else f" (of {record.run})"
-            other = other_settings(step, record, leave_out)
-            found += [f"{step.run}: {text}{whose}" for text in other]
+            others = other_settings(step.settings, record, leave_out)
+            found += [f"{step.run}: {text}{whose}" for text in others]
     return list(dict.fromkeys(found))
 
 
 def made_alike(all_paths: Sequence[Layout]) -> bool:
     """Whether what these directories hold may stand on one line of a report."""
     first: dict[str, Record] = {}  # of each kind: being alike is transitive
-    for record in (record for paths in all_paths for record in _binding(paths)):
-        other, idle = first.setdefault(record.kind, record), MAY_DIFFER[record.kind]
-        idle |= idle_settings(record.method) | idle_settings(other.method)
-        one, two = (
-            {n: v for n, v in _made_with(r).items() if n not in idle} for r in (record, other)
-        )
-        if settings.differences(one, two, {}):
+    for record in chain.from_iterable(map(_binding, all_paths)):
+        other = first.setdefault(record.kind, record)
+        idle = MAY_DIFFER[record.kind] | idle_settings(record.method) | idle_settings(other.method)
+        if other_settings(_made_with(record), other, idle):
             return False
     return True
 

@@ -22,8 +22,6 @@ from pipeline.plan.steps import Arguments, Kind, Step
 from segments.config import GENERATORS, STORE_NAME
 
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store
-# owner/name; a path that is not there looks alike, and is taken for one.
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def with_segments(
@@ -105,29 +103,27 @@ def _generate(
         is_local = settings.cluster.launcher == "local"
         more["gpus"] = compute.pretrain_gpus or None if is_local else None
     parts = here / "segments" / store.name if count > 1 else store
-    shards = []
+    what, shards = f"make segments by {model or name}", list[Step]()
     for index in range(count):
-        which = f"_{index}-of-{count}" if count > 1 else ""
+        more["which"] = f"_{index}-of-{count}" if count > 1 else ""
         own = [*words, "--out", str(parts), "--shard", f"{index}/{count}"]
-        what, out = f"make segments by {model or name}", shard_path(parts, index, count)
-        folder = here / f"generate-{index}"
-        shards.append(_step("generate", own, what, folder, out, which=which, **more))
+        out, folder = shard_path(parts, index, count), here / f"generate-{index}"
+        shards.append(_step("generate", own, what, folder, out, **more))
     if count == 1:
         return shards
     words = [*(str(step.outputs[0]) for step in shards), "--out", str(store), "--overwrite"]
-    what, needs = f"join the {count} parts of the segments", tuple(step.name for step in shards)
-    folder = here / "merge"
-    return [*shards, _step("merge", words, what, folder, store, settings=decisive, needs=needs)]
+    what, more = f"join the {count} parts of the segments", {"settings": decisive}
+    more["needs"] = tuple(step.name for step in shards)
+    return [*shards, _step("merge", words, what, here / "merge", store, **more)]
 
 
 def _wanted_ratios(reading: Sequence[Step]) -> list[float]:
     """The coverages to which every method needs the nearest segment; none: all segments."""
-    methods = [s.config.method for s in reading if isinstance(s.config, PretrainConfig)]
-    known = [METHODS[method.mask_method] for method in methods]
-    if any(method.all_segments for method in known):
+    told = [s.config.method for s in reading if isinstance(s.config, PretrainConfig)]
+    if any(METHODS[m.mask_method].all_segments for m in told):
         return []  # the store that serves all serves the others, too
-    pairs = zip(methods, known, strict=True)
-    return sorted({m.coverage_ratio for m, k in pairs if "coverage_ratio" in k.settings})
+    takes_ratio = [m for m in told if "coverage_ratio" in METHODS[m.mask_method].settings]
+    return sorted({m.coverage_ratio for m in takes_ratio})
 
 
 def _find_generator(wanted: str) -> tuple[str, str | None]:
@@ -137,10 +133,10 @@ def _find_generator(wanted: str) -> tuple[str, str | None]:
     folder = Path(wanted).expanduser().absolute()
     if (folder / "config.json").is_file():
         return "sam", str(folder)  # the one that takes a model's name or folder
-    if _HUB_NAME.fullmatch(wanted) and not folder.exists():
+    # owner/name; a path that is not there looks alike, and is taken for one.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", wanted) and not folder.exists():
         return "sam", wanted
-    what = "is a folder without a config.json" if folder.is_dir() else "is unknown"
     raise ValueError(
-        f"--make-segments {wanted} {what}; choose one of {', '.join(GENERATORS)}, or give the "
-        "folder of a model that transformers saved, or its name on the hub (owner/name)"
+        f"--make-segments {wanted}: choose one of {', '.join(GENERATORS)}, or give the folder of a "
+        "model that transformers saved (with a config.json), or its name on the hub (owner/name)"
     )

@@ -157,7 +157,7 @@ class Compute(OptionGroup):
             raise ValueError("--eval-gpus leaves no GPU for pretraining")
         if self.gpus_per_eval > max(most, 1):
             raise ValueError(
-                f"--gpus-per-eval {self.gpus_per_eval}: GPUs to evaluate on are {most}"
+                f"--gpus-per-eval {self.gpus_per_eval}: to evaluate on are {most} GPUs"
             )
         if gpus and self.num_processes not in (None, gpus):
             raise ValueError(

@@ -104,23 +104,17 @@ class Step:
         return "evaluate" if self.kind == "probe" else self.kind  # both need a checkpoint
 
     @property
-    def alone(self) -> list[str]:
-        """The command line of one process by itself."""
-        return [sys.executable, "-m", *self.program, *self.config.arguments()]
-
-    @property
     def command(self) -> list[str]:
         """The command line; torchrun's module form when there are several processes."""
-        if self.processes == 1 and self.rendezvous == ("--standalone",):
-            return self.alone
-        launch = ["-m", "torch.distributed.run", *self.rendezvous]
-        return [sys.executable, *launch, f"--nproc-per-node={self.processes}", *self.alone[1:]]
+        words = ["-m", *self.program, *self.config.arguments()]
+        if self.processes > 1 or self.rendezvous != ("--standalone",):
+            launch = ["-m", "torch.distributed.run", *self.rendezvous]
+            words = [*launch, f"--nproc-per-node={self.processes}", *words]
+        return [sys.executable, *words]
 
     def with_options(self, **groups: Mapping[str, Any]) -> Self:
         """The same with other options: with_options(data={"masks_dir": path})."""
-        changed = {
-            name: replace(getattr(self.config, name), **values) for name, values in groups.items()
-        }
+        changed = {name: replace(getattr(self.config, name), **groups[name]) for name in groups}
         return replace(self, config=replace(self.config, **changed))
 
 
@@ -170,9 +164,8 @@ def _baselines(settings: Settings) -> tuple[str, ...]:
 
 def official_checkpoint(settings: Settings) -> Path:
     """Where the official MAE checkpoint is, or will be."""
-    experiment, paths = settings.experiment, Layout(settings.data.output_dir)
-    name = f"mae_pretrain_{experiment.model}.pth"
-    return experiment.mae_checkpoint or paths.pretrain_output / name
+    experiment, folder = settings.experiment, Layout(settings.data.output_dir).pretrain_output
+    return experiment.mae_checkpoint or folder / f"mae_pretrain_{experiment.model}.pth"
 
 
 def _runs(settings: Settings) -> Iterator[RunId]:
