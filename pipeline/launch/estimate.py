@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -49,11 +49,10 @@ def estimate_run(settings: Settings) -> str:
     wall = f"wall time: {duration(total)} ({total / 3600:.2f} h)"
     if (in_turn := sum(seconds.values())) > total:  # some steps run beside each other
         wall += f"; one step after another it would be {duration(in_turn)}"
-    times = [seconds.get(step.name, 0.0) for step in left]
-    hours = [time * step.devices / 3600 for time, step in zip(times, left, strict=True)]
+    hours = [seconds[step.name] * step.devices / 3600 for step in left]
     columns = {
         "on": [devices_text(step) for step in left],
-        "time": [duration(time) for time in times],
+        "time": [duration(seconds[step.name]) for step in left],
         "device-hours": [f"{one:.2f}" for one in hours],
     }
     table = step_table([step.name for step in left], columns, numbers=("time", "device-hours"))
@@ -74,8 +73,7 @@ def _price_of_segments(step: Step) -> Mapping[str, float]:
 def _asked(command: Sequence[str], step: Step) -> dict[str, float]:
     """The numbers that a part answers with."""
     click.echo(f"timing {step.name} ...", err=True)
-    found: dict[str, float] = json.loads(ask([(command, environment(step))])[0])
-    return found
+    return cast(dict[str, float], json.loads(ask([(command, environment(step))])[0]))
 
 
 def kept_bytes(steps: Sequence[Step]) -> int:
@@ -87,7 +85,7 @@ def kept_bytes(steps: Sequence[Step]) -> int:
 
 def step_seconds(steps: Sequence[Step]) -> dict[str, float]:
     """Step name -> expected seconds, from timing each kind of step, and each method, once."""
-    found: dict[str, float] = {}
+    found = {step.name: 0.0 for step in steps}
     timed: dict[Any, Mapping[str, float]] = {}
     reached: dict[str, float] = {}  # run -> epochs completed before the step
     makes_segments = any(step.kind in MAKING for step in steps)
@@ -130,6 +128,6 @@ def wall_seconds(left: Sequence[Step], seconds: Mapping[str, float], *, overlaps
         taken = sorted(lanes, key=lambda lane: free_at.get(lane, 0.0))[: step.processes]
         waits_for = [free_at.get(lane, 0.0) for lane in taken]
         waits_for += [ends.get(need, 0.0) for need in step.needs]  # what is done has no end here
-        ends[step.name] = max(waits_for) + seconds.get(step.name, 0.0)
+        ends[step.name] = max(waits_for) + seconds[step.name]
         free_at |= dict.fromkeys(taken, ends[step.name])
     return max(ends.values(), default=0.0)

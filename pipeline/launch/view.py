@@ -41,15 +41,12 @@ def show(settings: Settings, *, verbose: bool) -> None:
     }
     say(step_table([step.name for step in steps], columns))
     for step in steps if verbose else ():  # to be copied into a shell
+        log, *left = (os.path.relpath(p, paths.root) for p in (step.console_log, *step.outputs))
         say(f"\n{numbers[step.name]}  {shlex.join(step.command)}")
-        say(f"   leaves {', '.join(os.path.relpath(p, paths.root) for p in step.outputs)}")
-        say(f"   log    {os.path.relpath(step.console_log, paths.root)}")
+        say(f"   leaves {', '.join(left)}\n   log    {log}")
     # All pretrainings of a plan have one schedule: the first one left stands for them.
-    schedules = (
-        _schedule_text(s.facts, s.config) for s in steps if s.facts and s.kind == "pretrain"
-    )
-    if text := next(schedules, ""):
-        say(f"\n{text}")
+    for step in [step for step in steps if step.kind == "pretrain" and step.facts][:1]:
+        say(f"\n{_schedule_text(step.facts, step.config)}")
     if not verbose:
         say("\n--verbose shows the commands")
 

@@ -45,12 +45,9 @@ class RunId:
     def name(self) -> str:
         """The method, and what is not the default."""
         ratio, source, seed = self.coverage_ratio, self.segments_from, self.seed
-        return (
-            self.method
-            + ("" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}")
-            + ("" if source == OWN else f"-{source}")
-            + ("" if seed == DEFAULT_SEED else f"-seed{seed}")
-        )
+        text = self.method + ("" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}")
+        text += "" if source == OWN else f"-{source}"
+        return text + ("" if seed == DEFAULT_SEED else f"-seed{seed}")
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -59,11 +56,9 @@ class RunId:
         if match is None:
             raise ValueError(f"{name!r} is not a run name such as four_channels-cov25-seed1")
         return cls(
-            method=match["method"],
-            coverage_ratio=float(match["coverage"] or DEFAULT_RATIO),
-            segments_from=match["segments_from"] or OWN,
-            seed=int(match["seed"] or DEFAULT_SEED),
-        )
+            method=match["method"], coverage_ratio=float(match["coverage"] or DEFAULT_RATIO),
+            segments_from=match["segments_from"] or OWN, seed=int(match["seed"] or DEFAULT_SEED),
+        )  # fmt: skip
 
 
 def ratio_text(ratio: float) -> str:
@@ -122,19 +117,16 @@ class Layout:
         return self.records / f"{step_name}.json"
 
 
-# Whether a file that begins so is ours, of any version.
-
-
 def is_run_yml(head: bytes) -> bool:
-    """A run.yml."""
+    """Whether a file that begins so is a run.yml, of any version."""
     return head.startswith((b"settings:", b"command:"))
 
 
 def is_results_csv(head: bytes) -> bool:
-    """A results.csv."""
+    """The same of results.csv."""
     return head.startswith(b"method,")
 
 
 def is_report(head: bytes) -> bool:
-    """A page of the report."""
+    """The same of a page of the report."""
     return b"<title>SegMAE: " in head

@@ -123,11 +123,9 @@ def _draw_scene(rng: np.random.Generator) -> Scene:
     background = int(rng.integers(len(BACKGROUNDS)))
     image_hwc = _texture(background, rng)
     label_hw = np.full((_HEIGHT, _WIDTH), background, dtype=np.uint8)
-    shapes_hw: list[np.ndarray] = []
-    areas: dict[str, int] = {}
+    shapes_hw, areas = list[np.ndarray](), dict[str, int]()
     for _ in range(int(rng.integers(2, 5))):
-        # Each background has a shape of its own, mostly: what is hidden can be guessed from what
-        # is seen.
+        # Mostly the background's own shape: what is hidden can be guessed from what is seen.
         kind = background if rng.random() < 0.72 else int(rng.integers(len(SHAPES)))
         class_index = len(BACKGROUNDS) + kind
         shape_hw = _shape(SHAPES[kind], rng)
@@ -142,8 +140,7 @@ def _draw_scene(rng: np.random.Generator) -> Scene:
 def _texture(class_index: int, rng: np.random.Generator) -> np.ndarray:
     """[H, W, 3] float: the class's colour, varied, under waves and noise of its own scale."""
     y, x = np.mgrid[0:_HEIGHT, 0:_WIDTH].astype(np.float32)
-    period = 4.0 + 3.0 * class_index
-    angle = class_index * 0.9 + rng.normal(0, 0.15)
+    period, angle = 4.0 + 3.0 * class_index, class_index * 0.9 + rng.normal(0, 0.15)
     waves = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period + rng.uniform(0, 6))
     color = np.array(_PALETTE[class_index], dtype=np.float32) + rng.normal(0, 12, size=3)
     return color + 18 * waves[..., None] + rng.normal(0, 8, size=(_HEIGHT, _WIDTH, 1))
@@ -174,19 +171,18 @@ def _segments(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
     for shape_hw in reversed(scene.shapes_hw):
         found_hw += [shape_hw & visible_hw, shape_hw]
         visible_hw &= ~shape_hw
-        part_hw = shape_hw.copy()
-        part_hw[: int(np.nonzero(shape_hw)[0].mean())] = False  # the lower half
-        found_hw.append(part_hw)
+        found_hw.append(shape_hw.copy())
+        found_hw[-1][: int(np.nonzero(shape_hw)[0].mean())] = False  # the lower half
     found_hw += [visible_hw, scene.shapes_hw[0] | scene.shapes_hw[-1]]
     entries = []
     for segment_hw in (found for found in found_hw if found.sum() >= 20):
-        ys, xs = np.nonzero(segment_hw)
-        middle = len(ys) // 2
+        pixels = np.argwhere(segment_hw)
+        y, x = pixels[len(pixels) // 2].tolist()
         encoded = rle.encode(np.asfortranarray(segment_hw.astype(np.uint8)))
         entries.append({  # as `amg.py --convert-to-rle` writes it
             **rle_annotation(_HEIGHT, _WIDTH, encoded["counts"]),
             "predicted_iou": round(float(rng.uniform(0.88, 1.02)), 4),
-            "point_coords": [[float(xs[middle]), float(ys[middle])]],
+            "point_coords": [[float(x), float(y)]],
             "stability_score": round(float(rng.uniform(0.95, 1.0)), 4),
             "crop_box": [0, 0, _WIDTH, _HEIGHT],
         })  # fmt: skip

@@ -8,17 +8,16 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from common.options import fields_of
 from common.step_files import shard_path
-from engine.config import OutputConfig
 from mae.check import segments_at
 from mae.config import PretrainConfig
 from mae.masking import METHODS
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Arguments, Kind, Step
+from pipeline.plan.steps import Step, step_of_words
 from segments.config import GENERATORS, STORE_NAME
 
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store
@@ -46,7 +45,8 @@ def with_segments(
     form = segments_at(source)
     if form == "loose":  # as Segment Anything's tools leave them
         words, what = (str(source), "--out", str(store)), "pack the segments into one file"
-        made = [_step("pack", words, what, paths.bookkeeping / "pack", store)]
+        folder = paths.bookkeeping / "pack"
+        made = [step_of_words("segments", "pack", "segments", words, what, folder, store)]
     elif form == "none" and generator is not None:
         made = _generate(*generator, store, _wanted_ratios(reading), settings)
     else:
@@ -66,17 +66,6 @@ def reads_segments(step: Step) -> bool:
     """Whether it is a pretraining that hides segments, or leaves images out that have none."""
     config = step.config
     return isinstance(config, PretrainConfig) and not config.data.use_unmasked_images
-
-
-def _step(
-    kind: Kind, words: Sequence[str], what: str, folder: Path, out: Path,
-    device: Literal["auto", "cpu", "cuda"] = "auto", which: str = "", **more: Any,
-) -> Step:  # fmt: skip
-    run = OutputConfig(output_dir=folder, device=device)
-    return Step(
-        name=f"{kind}_segments{which}", kind=kind, run="segments", program=("segments", kind),
-        config=Arguments(words=tuple(words), what=what, run=run), outputs=(out,), **more,
-    )  # fmt: skip
 
 
 def _generate(
@@ -105,16 +94,18 @@ def _generate(
     parts = here / "segments" / store.name if count > 1 else store
     what, shards = f"make segments by {model or name}", list[Step]()
     for index in range(count):
-        more["which"] = f"_{index}-of-{count}" if count > 1 else ""
+        which = f"segments_{index}-of-{count}" if count > 1 else "segments"
         own = [*words, "--out", str(parts), "--shard", f"{index}/{count}"]
         out, folder = shard_path(parts, index, count), here / f"generate-{index}"
-        shards.append(_step("generate", own, what, folder, out, **more))
+        step = step_of_words("segments", "generate", which, own, what, folder, out, **more)
+        shards.append(step)
     if count == 1:
         return shards
     words = [*(str(step.outputs[0]) for step in shards), "--out", str(store), "--overwrite"]
     what, more = f"join the {count} parts of the segments", {"settings": decisive}
-    more["needs"] = tuple(step.name for step in shards)
-    return [*shards, _step("merge", words, what, here / "merge", store, **more)]
+    more["needs"], folder = tuple(step.name for step in shards), here / "merge"
+    step = step_of_words("segments", "merge", "segments", words, what, folder, store, **more)
+    return [*shards, step]
 
 
 def _wanted_ratios(reading: Sequence[Step]) -> list[float]:

@@ -7,7 +7,7 @@ Steps meet in files only; `needs` names the steps that make them. Read `make_pla
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -118,6 +118,18 @@ class Step:
         return replace(self, config=replace(self.config, **changed))
 
 
+def step_of_words(
+    room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path,
+    device: Literal["auto", "cpu", "cuda"] = "auto", **more: Any,
+) -> Step:  # fmt: skip
+    """A step that trains and scores nothing; what: it does, in a few words."""
+    run = OutputConfig(output_dir=folder, device=device)
+    return Step(
+        name=f"{kind}_{subject}", kind=kind, run=room, program=(room, kind), outputs=(out,),
+        config=Arguments(words=tuple(words), what=what, run=run), **more,
+    )  # fmt: skip
+
+
 def make_plan(settings: Settings) -> list[Step]:
     """The steps in the order in which one machine takes them.
 
@@ -204,17 +216,12 @@ class _Planner:
                 f"--stack, --eval or --baselines mae: {model} has no official checkpoint, but "
                 f"{', '.join(OFFICIAL_FILES)}; name a file of your own by --mae-checkpoint"
             )
-        config = Arguments(
-            words=("--model", model, "--out", str(self.official)),
-            what=f"download the official {model}",
-            run=OutputConfig(output_dir=self.paths.bookkeeping / "fetch"),
+        words, what = (
+            ["--model", model, "--out", str(self.official)],
+            f"download the official {model}",
         )
-        return [
-            Step(
-                name=f"fetch_{model}", kind="fetch", run="mae", config=config,
-                program=("mae", "fetch"), outputs=(self.official,),
-            )
-        ]  # fmt: skip
+        folder = self.paths.bookkeeping / "fetch"
+        return [step_of_words("mae", "fetch", model, words, what, folder, self.official)]
 
     def pretrain(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Step:
         """Pretraining from where the run is up to `epochs` completed."""

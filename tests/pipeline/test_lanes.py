@@ -31,7 +31,7 @@ class OneProcess(Step):
 
     @property
     def command(self) -> list[str]:
-        return self.alone
+        return Step(**{**vars(self), "processes": 1}).command
 
 
 @pytest.fixture
