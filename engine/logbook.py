@@ -91,43 +91,29 @@ class Progress:
         self.epoch = epoch
         self.images_done += images
         self.seconds += seconds
-        rate, left = f"{self.images_per_second:.1f} images/s", clock(self.seconds_left or 0)
-        self.tell("train", f"epoch {epoch:.2f} of {self.epochs_total}, {rate}, {left} left")
+        now = self._numbers()
+        rate, left = f"{now['images_per_second']:.1f} images/s", clock(now["seconds_left"] or 0)
+        self.file.update("train", **now)
+        self.display.show(epoch, f"epoch {epoch:.2f} of {self.epochs_total}, {rate}, {left} left")
 
     def evaluating(self, done: int, total: int) -> None:
         """Report that `done` of `total` held-out images are scored."""
-        self.tell("evaluate", f"evaluated {done} of {total} images")
-
-    def tell(self, stage: str, text: str) -> None:
-        """Write file, bar and lines if it is time to."""
-        self.file.update(stage, **self._numbers)
-        self.display.show(self.epoch, text)
+        self.file.update("evaluate", **self._numbers())
+        self.display.show(self.epoch, f"evaluated {done} of {total} images")
 
     def close(self, outcome: str) -> None:
         """Report the end."""
         self.display.close()
-        self.file.write(outcome, "train", **self._numbers)
+        self.file.write(outcome, "train", **self._numbers())
 
-    @property
-    def images_per_second(self) -> float:
-        """Mean training rate of this call."""
-        return self.images_done / max(self.seconds, 1e-9)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Of training, at that rate."""
-        if not self.images_done:
-            return None
-        left = (self.epochs_total - self.epoch) * self.images_per_epoch
-        return round(max(left, 0.0) / self.images_per_second, 1)
-
-    @property
-    def _numbers(self) -> dict[str, float | None]:
+    def _numbers(self) -> dict[str, Any]:
+        rate = self.images_done / max(self.seconds, 1e-9)  # mean of this call
+        left = max(0.0, (self.epochs_total - self.epoch) * self.images_per_epoch)
         return {
             "epoch": round(self.epoch, 4),
             "epochs_total": self.epochs_total,
-            "images_per_second": round(self.images_per_second, 2),
-            "seconds_left": self.seconds_left,
+            "images_per_second": round(rate, 2),
+            "seconds_left": round(left / rate, 1) if rate else None,  # nothing was trained yet
         }
 
 

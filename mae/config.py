@@ -133,7 +133,7 @@ class ModelConfig(OptionGroup):
             + transformer_parameters(self.decoder_width, self.decoder_depth)
             + (self.encoder.width + self.decoder_width) * (patch_values + self.num_patches)
         )
-        return 12 * parameters
+        return 12 * parameters  # three fp32 numbers of each
 
 
 @dataclass(frozen=True, kw_only=True)

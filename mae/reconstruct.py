@@ -112,7 +112,7 @@ def _sample(
             return make_sample(model.method, image.pixels, rng, segment)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    row = number % len(fixed_set)  # in turn
+    row = number % len(fixed_set.images)  # in turn
     pattern, hidden = fixed_set.pattern[row].numpy(), int(fixed_set.hidden_pixels[row])
     return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
 
