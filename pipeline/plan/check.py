@@ -57,10 +57,8 @@ def checked_plan(settings: Settings) -> list[Step]:
     waiting = [step for step in steps if step.name not in done]
     wanted, there = settings.compute.num_gpus or 0, len(visible_gpus())
     if waiting and settings.cluster.launcher == "local" and wanted > there:
-        raise ValueError(
-            f"--num-gpus {wanted}: there are {there} here, by CUDA_VISIBLE_DEVICES or else the "
-            "driver; set the former if that is wrong"
-        )
+        by = "by CUDA_VISIBLE_DEVICES, or else the driver"
+        raise ValueError(f"--num-gpus {wanted}: there are {there} here, {by}")
     made = {output for step in steps for output in step.outputs}  # by the end of the plan
     for step in waiting:
         _check_possible(step, made)
@@ -71,18 +69,11 @@ def checked_plan(settings: Settings) -> list[Step]:
 
 
 def _check_own_files(paths: Layout) -> None:
-    """Raise ValueError if a file that the run will write is there already, and of something else.
-
-    The output directory is the current one by default.
-    """
-    # It may be somebody's project, with a report.html of its own.
-    own = {
-        paths.run_yml: is_run_yml,
-        paths.results_csv: is_results_csv,
-        paths.report_html: is_report,
-    }
-    for path, is_own in own.items():
-        check_replaceable(path, "--output-dir", is_own=is_own)
+    """Raise ValueError if a file that the run will write is there, and of something else."""
+    # The current folder, by default, may be somebody's project, with a report.html of its own.
+    check_replaceable(paths.run_yml, "--output-dir", is_own=is_run_yml)
+    check_replaceable(paths.results_csv, "--output-dir", is_own=is_results_csv)
+    check_replaceable(paths.report_html, "--output-dir", is_own=is_report)
     if paths.bookkeeping.exists() and not paths.bookkeeping.is_dir():
         raise ValueError(f"--output-dir: {paths.bookkeeping} is no folder; {NOTHING_WRITTEN}")
 
@@ -90,15 +81,12 @@ def _check_own_files(paths: Layout) -> None:
 def _check_same_settings(steps: list[Step], paths: Layout) -> None:
     """Everything in an output directory is made alike."""
     changed, remedy = differences(steps, paths), "Use these or another --output-dir"
-    if not changed:
-        return
     # Where only scores differ, the pretrainings, which took days, can stay.
     if not differences([step for step in steps if step.lane != "evaluate"], paths):
         remedy += f", or remove {paths.eval_output} and {paths.probe_output} to score anew"
-    raise ValueError(
-        f"{paths.root} holds a run with other settings: {'; '.join(changed[:5])}"
-        f"{' ...' if len(changed) > 5 else ''}. {remedy}"
-    )
+    if changed:
+        shown = "; ".join(changed[:5]) + (" ..." if len(changed) > 5 else "")
+        raise ValueError(f"{paths.root} holds a run with other settings: {shown}. {remedy}")
 
 
 def _check_possible(step: Step, made: Collection[Path]) -> None:
@@ -138,7 +126,7 @@ def startable(step: Step) -> Step:
     if isinstance(step.config, ProbeConfig):
         return replace(step, config=replace(step.config, init=RANDOM))
     # To pretrain from nothing, --init is left out; to score nothing, it is "random".
-    return step.with_options(run={"init": RANDOM if isinstance(step.config, TrainConfig) else None})
+    return step.with_options(run={"init": None if step.kind == "pretrain" else RANDOM})
 
 
 def without_segments(step: Step) -> Step:
@@ -149,9 +137,8 @@ def without_segments(step: Step) -> Step:
     assert isinstance(step.config, PretrainConfig)
     method = step.config.method
     ratio = method.mask_ratio if METHODS[method.mask_method].removes_tokens else 0.0
-    return step.with_options(
-        method={"mask_method": "patches", "mask_ratio": ratio}, data={"use_unmasked_images": True}
-    )
+    told = {"mask_method": "patches", "mask_ratio": ratio}
+    return step.with_options(method=told, data={"use_unmasked_images": True})
 
 
 def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Facts]:

@@ -17,7 +17,6 @@ from common import environment
 
 GIB = 2**30
 REPO_ROOT = Path(__file__).resolve().parents[2]  # python -m mae is run from here
-_VERSIONS_OF = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -27,7 +26,8 @@ def versions() -> dict[str, str]:
         found["segmae"] = subprocess.check_output(
             command, stderr=subprocess.DEVNULL, text=True
         ).strip()
-    return found | environment.versions(_VERSIONS_OF)
+    names = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "numpy")
+    return found | environment.versions(names)
 
 
 def hardware() -> dict[str, Any]:

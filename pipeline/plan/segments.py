@@ -28,8 +28,8 @@ def with_segments(
 ) -> list[Step]:
     """The plan, begun by what leaves the segments that its pretrainings read.
 
-    done: names of steps; nothing is made for those. Raises ValueError for a generator that there is
-    not, whether it is needed or not.
+    done: names of steps for which nothing is made. Raises ValueError for an unknown generator, also
+    where none is needed.
     """
     data, paths = settings.data, Layout(settings.data.output_dir)
     generator = _find_generator(data.make_segments) if data.make_segments else None
@@ -51,15 +51,15 @@ def with_segments(
         made = _generate(*generator, store, _wanted_ratios(reading), settings)
     else:
         return list(steps)
-    planned = []
+    planned, last = made, made[-1].name
     for step in steps:
         if store == paths.segments and reads_segments(step):
             # Its settings stay: they are the same segments in another place.
             step = step.with_options(data={"masks_dir": store})
         if first.get(step.run) == step.name:
-            step = replace(step, needs=(*step.needs, made[-1].name))
+            step = replace(step, needs=(*step.needs, last))
         planned.append(step)
-    return [*made, *planned]
+    return planned
 
 
 def reads_segments(step: Step) -> bool:
@@ -72,11 +72,7 @@ def _generate(
     name: str, model: str | None, store: Path, ratios: Sequence[float], settings: Settings
 ) -> list[Step]:
     """One step, or as many as there are shards and one that joins what they leave."""
-    data, compute, here = (
-        settings.data,
-        settings.compute,
-        Layout(settings.data.output_dir).bookkeeping,
-    )
+    data, here = settings.data, Layout(settings.data.output_dir).bookkeeping
     assert data.in1k_dir is not None
     val, count = data.in1k_dir / "val", data.segment_shards
     words = [name, "--images", str(data.in1k_dir / "train")]
@@ -87,25 +83,24 @@ def _generate(
     decisive = {"generator": name, "model": model, "for_coverage": [*ratios]}
     more: dict[str, Any] = {"settings": decisive}
     if "device" in fields_of(GENERATORS[name]):  # Felzenszwalb runs on cores
-        more["device"] = "cuda" if compute.num_gpus else "cpu"
+        more["device"] = "cuda" if settings.compute.num_gpus else "cpu"
         words += ["--device", more["device"]]
-        is_local = settings.cluster.launcher == "local"
-        more["gpus"] = compute.pretrain_gpus or None if is_local else None
+        if settings.cluster.launcher == "local":
+            more["gpus"] = settings.compute.pretrain_gpus or None
     parts = here / "segments" / store.name if count > 1 else store
     what, shards = f"make segments by {model or name}", list[Step]()
     for index in range(count):
         which = f"segments_{index}-of-{count}" if count > 1 else "segments"
         own = [*words, "--out", str(parts), "--shard", f"{index}/{count}"]
         out, folder = shard_path(parts, index, count), here / f"generate-{index}"
-        step = step_of_words("segments", "generate", which, own, what, folder, out, **more)
-        shards.append(step)
+        shards += [step_of_words("segments", "generate", which, own, what, folder, out, **more)]
     if count == 1:
         return shards
     words = [*(str(step.outputs[0]) for step in shards), "--out", str(store), "--overwrite"]
     what, more = f"join the {count} parts of the segments", {"settings": decisive}
     more["needs"], folder = tuple(step.name for step in shards), here / "merge"
-    step = step_of_words("segments", "merge", "segments", words, what, folder, store, **more)
-    return [*shards, step]
+    shards += [step_of_words("segments", "merge", "segments", words, what, folder, store, **more)]
+    return shards
 
 
 def _wanted_ratios(reading: Sequence[Step]) -> list[float]:

@@ -44,8 +44,6 @@ class Data(OptionGroup):
     def __post_init__(self) -> None:
         # By its own name: records and processes of one directory are told by the path.
         object.__setattr__(self, "output_dir", self.output_dir.resolve())
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"--output-dir {self.output_dir} is a file")
         if self.ade20k_dir and self.eval_dataset:
             raise ValueError("give --ade20k-dir or --eval-dataset, not both")
 

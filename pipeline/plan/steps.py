@@ -216,10 +216,7 @@ class _Planner:
                 f"--stack, --eval or --baselines mae: {model} has no official checkpoint, but "
                 f"{', '.join(OFFICIAL_FILES)}; name a file of your own by --mae-checkpoint"
             )
-        words, what = (
-            ["--model", model, "--out", str(self.official)],
-            f"download the official {model}",
-        )
+        words, what = ["--model", model, "--out", str(self.official)], f"download MAE's {model}"
         folder = self.paths.bookkeeping / "fetch"
         return [step_of_words("mae", "fetch", model, words, what, folder, self.official)]
 
@@ -261,37 +258,28 @@ class _Planner:
             given.setdefault("patch_size", parts.pretrain.get("patch_size"))
         if str(given["recipe"]).endswith((".yml", ".yaml")):  # the parts run elsewhere
             given["recipe"] = os.path.abspath(Path(given["recipe"]).expanduser())  # noqa: PTH100
+        planned = {**self.shared, "dataset": data.dataset}
         always = run.method in BASELINES or experiment.eval is not None
 
         # The frozen encoder, by the finetuning's protocol unless told otherwise.
         if experiment.probe_freq != 0 and (always or epochs in experiment.probe_points):
             folder = self.paths.probe_dir(run.name, epochs)
-            planned = {
-                **self.shared,
-                "dataset": data.dataset,
-                "seed": run.seed,
-                "output_dir": folder,
-            }
-            below = {n: v for n, v in given.items() if n in fields_of(*PROBE_GROUPS.values())}
-            below["image_folder"] = self._image_classes()
-            groups = _groups(PROBE_GROUPS, "--probe", planned, parts.probe, below)
+            told, below = {**planned, "seed": run.seed, "output_dir": folder}, {**given}
+            # Of whole images, too, where val/ has a folder for each class.
+            val = (data.in1k_dir or Path()) / "val"
+            if data.in1k_dir and val.is_dir() and sum(e.is_dir() for e in os.scandir(val)) > 1:
+                below["image_folder"] = val
+            groups = _groups(PROBE_GROUPS, "--probe", told, parts.probe, below)
             yield self._step(run, epochs, needs, ProbeConfig(init=init, **groups), files.RESULT)
 
         # Finetuned once for each seed.
         is_evaluated = always or epochs in experiment.eval_points
         for eval_seed in range(experiment.eval_seeds if is_evaluated else 0):
             folder = self.paths.eval_dir(run.name, epochs, eval_seed)
-            planned = {**self.shared, "init": init, "dataset": data.dataset}
-            planned |= {"seed": run.seed + eval_seed, "output_dir": folder}
-            config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", planned, given))
+            told = {**planned, "init": init, "seed": run.seed + eval_seed, "output_dir": folder}
+            config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", told, given))
             left = (files.RESULT, files.LOG, files.PREDICTIONS)
             yield self._step(run, epochs, needs, config, *left)
-
-    def _image_classes(self) -> Path | None:
-        """val/, where it has a folder for each class, for probes of whole images."""
-        folder = (self.settings.data.in1k_dir or Path()) / "val"
-        is_classes = folder.is_dir() and sum(entry.is_dir() for entry in os.scandir(folder)) > 1
-        return folder if self.settings.data.in1k_dir and is_classes else None
 
     def _step(
         self, run: RunId, epochs: int, needs: tuple[str, ...], config: PartConfig, *left: str | Path
