@@ -23,9 +23,8 @@ def versions() -> dict[str, str]:
     """Python's, this repository's and the main packages' versions."""
     found, command = {}, ["git", "-C", str(REPO_ROOT), "rev-parse", "--short", "HEAD"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or a copy without history
-        found["segmae"] = subprocess.check_output(
-            command, stderr=subprocess.DEVNULL, text=True
-        ).strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found["segmae"] = done.stdout.strip()
     names = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "numpy")
     return found | environment.versions(names)
 

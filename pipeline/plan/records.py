@@ -109,8 +109,7 @@ def read_record(paths: Layout, step_name: str) -> Record | None:
 
 def read_all_records(paths: Layout) -> list[Record]:
     """All records of an output directory, by name."""
-    names = sorted(path.stem for path in paths.records.glob("*.json"))
-    found = [read_record(paths, name) for name in names]
+    found = (read_record(paths, path.stem) for path in sorted(paths.records.glob("*.json")))
     return [record for record in found if record is not None]
 
 
