@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from common.files import also_save_as, replacing, shortened
-from common.parsed import Count, parsed
+from common.formats import Count, parsed
 
 FORMAT_VERSION = 1
 MOST_NAMED = 5

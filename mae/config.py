@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.made_alike import check_same
 from common.options import (
     MOST_EPOCHS,
     MOST_SEED,
@@ -14,6 +13,7 @@ from common.options import (
     Layer,
     OptionGroup,
     as_arguments,
+    check_same,
     groups_of,
     make,
     merge,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.samples import next_usable
+from common.images import next_usable
 from engine.schedule import FIXED, SAMPLE, sample_rng
 from mae.controls import SegmentSource
 from mae.decode import read_crop

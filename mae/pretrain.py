@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from common.environment import world_size
+from common.images import evenly_spread
 from common.interruption import Interruption, leave_signals_to_the_main_process
-from common.samples import evenly_spread
 from common.step_files import LAST, checkpoint_path, find_resumable, reconstructions_path
 from engine.devices import peak_flops
 from engine.logbook import Progress

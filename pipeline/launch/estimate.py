@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import click
 
-from common.terminal import duration
+from common.progress import duration
 from pipeline.launch.local import environment
 from pipeline.launch.view import devices_text, step_table
 from pipeline.plan import machine

@@ -14,9 +14,8 @@ from typing import BinaryIO
 
 from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
-from common.progress import count_text
+from common.progress import count_text, duration
 from common.step_files import PROGRESS
-from common.terminal import duration
 from pipeline.launch import process
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout

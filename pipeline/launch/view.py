@@ -5,8 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.console import say
-from common.terminal import aligned
+from common.console import aligned, say
 from mae.config import PretrainConfig
 from pipeline.plan.check import checked_plan
 from pipeline.plan.layout import Layout

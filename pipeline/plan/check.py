@@ -18,7 +18,7 @@ from typing import Any
 import mae.check
 import segmenter.check
 from common.console import say
-from common.files import NOTHING_WRITTEN, check_output_folder, check_replaceable
+from common.files import NOTHING_WRITTEN, check_output_file, check_output_folder
 from common.step_files import find_resumable, round_checkpoints
 from mae.config import PretrainConfig
 from mae.masking import METHODS
@@ -71,9 +71,10 @@ def checked_plan(settings: Settings) -> list[Step]:
 def _check_own_files(paths: Layout) -> None:
     """Raise ValueError if a file that the run will write is there, and of something else."""
     # The current folder, by default, may be somebody's project, with a report.html of its own.
-    check_replaceable(paths.run_yml, "--output-dir", is_own=is_run_yml)
-    check_replaceable(paths.results_csv, "--output-dir", is_own=is_results_csv)
-    check_replaceable(paths.report_html, "--output-dir", is_own=is_report)
+    check = functools.partial(check_output_file, flag="--output-dir", makes_folder=True)
+    check(paths.run_yml, is_own=is_run_yml)
+    check(paths.results_csv, is_own=is_results_csv)
+    check(paths.report_html, is_own=is_report)
     if paths.bookkeeping.exists() and not paths.bookkeeping.is_dir():
         raise ValueError(f"--output-dir: {paths.bookkeeping} is no folder; {NOTHING_WRITTEN}")
 

@@ -24,10 +24,10 @@ import yaml
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from common import made_alike as settings
 from common.files import write_json, write_text
+from common.formats import StepProgress, read_json
 from common.options import REQUIRED, fields_of
-from common.parsed import StepProgress, read_json
+from common.options import differences as differing_settings
 from common.step_files import PROGRESS
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import idle_settings
@@ -172,7 +172,7 @@ def other_settings(
 ) -> list[str]:
     """`name: stored -> wanted` for the settings in which the record's step was made otherwise."""
     compared = {name: value for name, value in wanted.items() if name not in leave_out}
-    return settings.differences(_made_with(record), compared, {})
+    return differing_settings(_made_with(record), compared, {})
 
 
 def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
@@ -211,8 +211,8 @@ def _made_with(record: Record) -> dict[str, Any]:
     """
     recipe, made = _recipe(str(record.fingerprint.get("recipe"))), dict[str, Any]()
     for name, known in fields_of(*_GROUPS.get(record.kind, {}).values()).items():
-        is_new = known.spec.older != known.default
-        value = known.spec.older if is_new else recipe.get(name, known.default)
+        is_new = known.older != known.default
+        value = known.older if is_new else recipe.get(name, known.default)
         made[name] = None if value is REQUIRED else value
     return {**made, **record.fingerprint}
 
