@@ -82,7 +82,7 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
     live = {name: job for name, job in jobs.items() if queue.get(job) in slurm_queue.LIVE}
     for step in steps:  # all of them before the first is submitted
         record = known[step.name]
-        if record and step.name in live and other_settings(step, record):
+        if record and step.name in live and other_settings(step.settings, record):
             # The job would work with the settings it was submitted with.
             raise ValueError(
                 f"{step.name} is in the queue with other settings as job {record.job_id}: scancel "
