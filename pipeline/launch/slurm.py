@@ -35,7 +35,6 @@ from pipeline.plan.records import (
 )
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, nodes_of
-from pipeline.report.page import write_all
 
 _POLL_SECONDS = 0.2
 _FOLLOW_SECONDS = 2.0
@@ -180,6 +179,8 @@ def follow(paths: Layout) -> int:
     except KeyboardInterrupt:
         click.echo("\nThe jobs go on; scancel ends them, the same command follows them again.")
         return EXIT_STOPPED
+    from pipeline.report.page import write_all  # matplotlib takes a second to load
+
     click.echo(write_all(paths))
     return 0 if set(shown.values()) == {"done"} else 1
 
@@ -223,6 +224,8 @@ class StepJob:
         if record.state == "stopped":
             raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
         if step.lane == "evaluate":
+            from pipeline.report.page import write_all
+
             write_all(paths)
         return record.state
 

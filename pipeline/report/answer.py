@@ -1,11 +1,10 @@
 """What the scores say, in sentences that follow from intervals: better, worse, or not shown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from pipeline.report.figures import Chart, Point, Series, interval_bar, line_chart
 from pipeline.report.scores import FINETUNING, REFERENCE, Level, Line, Measure, last_common_epochs
@@ -14,27 +13,13 @@ from pipeline.report.tables import COST_TITLES, Table, cost_text
 
 _LEAST_SPAN = 5.0  # points of a score's axis, unless intervals are narrower
 _EQUAL_COST = 0.02  # share by which training FLOPs may differ
+# State of a comparison -> how its sentence begins, and its cell of the table.
 _VERDICTS = {
-    "better": "Better than",
-    "worse": "Worse than",
-    "none": "No difference shown to",
-    "unknown": "No verdict against",
+    "better": ("Better than", "better"),
+    "worse": ("Worse than", "worse"),
+    "none": ("No difference shown to", "no difference shown"),
+    "unknown": ("No verdict against", "none: too few seeds"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What one measure says: all that its section of the page lays out."""
-
-    sentences: Sequence[str]
-    measure: Measure = FINETUNING
-    chart: Chart | None = None
-    remarks: Sequence[str] = ()  # what speaks against trusting the sentences
-    objects: Sequence[str] = ()  # whether it matters that the image's own segment is hidden
-    doubts: Sequence[str] = ()  # what speaks against trusting that
-    comparisons: Sequence[Comparison] = ()
-    differences: Table | None = None
-    levels: Table | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +41,6 @@ class Comparison:
         return self.first.label if self.is_control else self.second.label
 
     @property
-    def name(self) -> str:
-        """What tells it from others with the same question."""
-        control = self.second.label.removeprefix(self.first.label).strip()
-        return control if self.is_control else self.first.label
-
-    @property
     def state(self) -> str:
         """better, worse, none (no difference shown) or unknown (fewer than two seeds)."""
         if self.difference is None or self.seeds < 2:
@@ -71,18 +50,33 @@ class Comparison:
         return "better" if self.difference.value > 0 else "worse"
 
     @property
-    def numbers(self) -> str:
-        """The difference in words."""
-        found = self.difference
+    def words(self) -> str:
+        """What tells it from others with the same question, and the difference."""
+        control = self.second.label.removeprefix(self.first.label).strip()
+        name, found = control if self.is_control else self.first.label, self.difference
         if found is None or self.state == "unknown":
             said = f"{found.value:+.2f} points from " if found else ""
-            return f"{said}{self.seeds or 'no'} seed in common"
+            return f"{name} ({said}{self.seeds or 'no'} seed in common)"
         within = f"95% interval {found.low:+.2f} to {found.high:+.2f}"
         if self.state != "none":
-            return f"by {abs(found.value):.2f} points, {within}"
+            return f"{name} (by {abs(found.value):.2f} points, {within})"
         # The interval stands for one comparison, the p-value is corrected for several.
         alone = "" if found.low <= 0 <= found.high else ", too near to 0 for one of several"
-        return f"{found.value:+.2f} points, {within}{alone}"
+        return f"{name} ({found.value:+.2f} points, {within}{alone})"
+
+
+class Answer(NamedTuple):
+    """What one measure says: all that its section of the page lays out."""
+
+    sentences: Sequence[str]
+    measure: Measure = FINETUNING
+    chart: Chart | None = None
+    remarks: Sequence[str] = ()  # what speaks against trusting the sentences
+    objects: Sequence[str] = ()  # whether it matters that the image's own segment is hidden
+    doubts: Sequence[str] = ()  # what speaks against trusting that
+    comparisons: Sequence[Comparison] = ()
+    differences: Table | None = None
+    levels: Table | None = None
 
 
 def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
@@ -94,36 +88,27 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
     chart, epochs = _chart(lines, measure), last_common_epochs(lines, measure)
     if epochs is None:
         missing = "The methods have not been evaluated at a common epoch yet."
-        return Answer(measure=measure, chart=chart, sentences=[missing] if trained else [])
+        return Answer([missing] if trained else [], measure, chart)
     levels = {line.label: line.level(epochs, measure) for line in lines}
     best = max(trained, key=lambda line: levels[line.label].score)
     # Without areas by image nothing tells how much the choice of images makes: no comparisons.
     found = _comparisons(lines, best, levels) if measure.areas else []
     controls, others = [c for c in found if c.is_control], [c for c in found if not c.is_control]
-    said = [_about_best(best.label, levels[best.label], epochs, measure, len(trained) == 1)]
-    if measure.areas:
-        said += _verdicts(others) + _about_scratch(best, lines, levels) + _about_cost(others)
-    return Answer(
-        measure=measure,
-        chart=chart,
-        sentences=said,
-        remarks=_warnings(others),
-        objects=_about_objects(controls),
-        doubts=_warnings(controls),
-        comparisons=found,
-        differences=_difference_table(found) if found else None,
-        levels=_level_table(levels, measure),
-    )
-
-
-def _about_best(label: str, level: Level, epochs: int, measure: Measure, is_alone: bool) -> str:
-    score = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
-    if level.spread:
-        within = level.spread.within(measure.most)
-        score += f" (95% interval {within}, {len(level.scores)} seeds)"
+    score = f"{levels[best.label].score:.2f}" + ("" if math.isinf(measure.most) else "%")
+    if spread := levels[best.label].spread:
+        seeds = len(levels[best.label].scores)
+        score += f" (95% interval {spread.within(measure.most)}, {seeds} seeds)"
     after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
-    verb = "reaches" if is_alone else "is highest:"
-    return f"{after}, by {measure.words}, {label} {verb} {score}."
+    verb = "reaches" if len(trained) == 1 else "is highest:"
+    sentences = [f"{after}, by {measure.words}, {best.label} {verb} {score}."]
+    if measure.areas:
+        scratch = [levels[line.label] for line in lines if line.method == "scratch"]
+        sentences += _verdicts(others) + _about_scratch(best.label, levels, scratch)
+        sentences += _about_cost(others)
+    return Answer(
+        sentences, measure, chart, _warnings(others), _about_objects(controls), _warnings(controls),
+        found, _difference_table(found) if found else None, _level_table(levels, measure),
+    )  # fmt: skip
 
 
 def _comparisons(
@@ -155,13 +140,10 @@ def _compare(
     drawn = [one.drawn[s] - two.drawn[s] for s in seeds] if one.drawn and two.drawn else None
     cost, cost_of_other = one.costs["train_flops"], two.costs["train_flops"]
     return Comparison(
-        first=first,
-        second=second,
-        is_control=is_control,
-        seeds=len(seeds),
+        first=first, second=second, is_control=is_control, seeds=len(seeds),
         difference=interval([one.scores[seed] - two.scores[seed] for seed in seeds], drawn),
         cost_ratio=cost / cost_of_other if cost and cost_of_other else None,
-    )
+    )  # fmt: skip
 
 
 def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
@@ -169,11 +151,10 @@ def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     groups: dict[str, list[Comparison]] = {}
     for c in comparisons:
         against = "" if c.is_control else f" {c.second.label}"
-        groups.setdefault(_VERDICTS[c.state] + against, []).append(c)
+        groups.setdefault(_VERDICTS[c.state][0] + against, []).append(c)
     sentences = []
     for verdict, found in groups.items():
-        named = "; ".join(f"{c.name} ({c.numbers})" for c in found)
-        sentences.append(f"{verdict}: {named}.")
+        sentences.append(f"{verdict}: {'; '.join(c.words for c in found)}.")
         would = [c.difference.detectable for c in found if c.difference and c.state == "none"]
         if would:
             words = "points or more would have been shown with 80% probability."
@@ -181,34 +162,33 @@ def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     return sentences
 
 
-def _about_scratch(best: Line, lines: Sequence[Line], levels: Mapping[str, Level]) -> list[str]:
+def _about_scratch(best: str, levels: Mapping[str, Level], scratch: Sequence[Level]) -> list[str]:
     """How far pretraining leads out of what the seeds of a random encoder do."""
-    scratch = next((levels[line.label] for line in lines if line.method == "scratch"), None)
-    scores = list(scratch.scores.values()) if scratch else []
+    scores = list(scratch[0].scores.values()) if scratch else []
     if len(scores) < 3 or not stdev(scores):
         return []
-    above = (levels[best.label].score - fmean(scores)) / stdev(scores)
+    above = (levels[best].score - fmean(scores)) / stdev(scores)
     where = f"{abs(above):.1f} standard deviations of the {len(scores)} scratch seeds"
-    return [f"{best.label} lies {where} {'above' if above > 0 else 'below'} their mean."]
+    return [f"{best} lies {where} {'above' if above > 0 else 'below'} their mean."]
 
 
 def _about_cost(comparisons: Sequence[Comparison]) -> list[str]:
     """Which comparisons with the reference are at equal cost."""
+    known = [(c, c.cost_ratio) for c in comparisons if c.cost_ratio]
     said = [
-        f"{c.first.label} {c.cost_ratio:.2f} x "
-        f"({'equal cost' if abs(c.cost_ratio - 1) <= _EQUAL_COST else 'equal epochs only'})"
-        for c in comparisons
-        if c.cost_ratio
+        f"{c.first.label} {ratio:.2f} x "
+        f"({'equal cost' if abs(ratio - 1) <= _EQUAL_COST else 'equal epochs only'})"
+        for c, ratio in known
     ]
-    known = next((c.second.label for c in comparisons if c.cost_ratio), "")
-    return [f"Training FLOPs against {known}: {', '.join(said)}."] if said else []
+    against = known[0][0].second.label if known else ""
+    return [f"Training FLOPs against {against}: {', '.join(said)}."] if said else []
 
 
 def _about_objects(controls: Sequence[Comparison]) -> list[str]:
     """What it makes that the image's own segment is hidden: a sentence for each method."""
     sentences = []
-    for own in dict.fromkeys(c.first.label for c in controls):
-        found = [c for c in controls if c.first.label == own]
+    for own in dict.fromkeys(c.question for c in controls):
+        found = [c for c in controls if c.question == own]
         states = {c.state for c in found}
         if "unknown" in states:
             verdict = "not known"
@@ -248,30 +228,28 @@ def _difference_table(comparisons: Sequence[Comparison]) -> Table:
     # Pretraining leads so far that beside a baseline's bar the others would be dots.
     drawn = [c.difference for c in comparisons if c.difference and not c.second.is_baseline]
     widest = 1.05 * max((max(abs(d.low), abs(d.high)) for d in drawn), default=1.0)
-    words, rows = {"none": "no difference shown", "unknown": "none: too few seeds"}, []
+    rows = []
     for c in comparisons:
-        bar = numbers = within = detectable = ""
+        said = ["", "", "", ""]  # bar, difference, interval, detectable
         if d := c.difference:
             bar = "" if c.second.is_baseline else interval_bar(d, widest)
-            numbers, within = f"{d.value:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}"
             detectable = f"{d.detectable:.2f}" if c.seeds > 1 else ""
+            said = [bar, f"{d.value:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}", detectable]
         cost = f"{c.cost_ratio:.2f} x" if c.cost_ratio else ""
-        row = [c.first.label, c.second.label, bar, numbers, within, detectable, str(c.seeds), cost]
-        rows.append([*row, words.get(c.state, c.state)])
+        verdict = _VERDICTS[c.state][1]
+        rows.append([c.first.label, c.second.label, *said, str(c.seeds), cost, verdict])
     columns = ["method", "against", "", "difference", "95% interval", "detectable", "seeds"]
     looks = {index: c.state for index, c in enumerate(comparisons)}
-    return Table(columns=[*columns, "FLOPs", "verdict"], rows=rows, looks=looks)
+    return Table([*columns, "FLOPs", "verdict"], rows, looks)
 
 
 def _level_table(levels: Mapping[str, Level], measure: Measure) -> Table:
     rows = []
     for label, level in levels.items():
-        if level.scores:
-            within = level.spread.within(measure.most) if level.spread else ""
-            costs = [cost_text(name, cost) for name, cost in level.costs.items()]
-            rows.append([label, f"{level.score:.2f}", within, str(len(level.scores)), *costs])
-    columns = ["method", measure.unit, "95% interval", "seeds", *COST_TITLES.values()]
-    return Table(columns=columns, rows=rows)
+        within = level.spread.within(measure.most) if level.spread else ""
+        costs = [cost_text(name, cost) for name, cost in level.costs.items()]
+        rows.append([label, f"{level.score:.2f}", within, str(len(level.scores)), *costs])
+    return Table(["method", measure.unit, "95% interval", "seeds", *COST_TITLES.values()], rows)
 
 
 def _chart(lines: Sequence[Line], measure: Measure) -> Chart:

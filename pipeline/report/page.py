@@ -7,8 +7,9 @@ same method in directories of equal settings is one line, with the spread over t
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+
+import jinja2
 
 from common.files import check_output_file, check_replaceable, write_text
 from common.parsed import read_log
@@ -16,7 +17,7 @@ from common.step_files import LOG
 from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
 from pipeline.report.answer import Answer, answer
-from pipeline.report.figures import Chart, Point, Series, line_chart, picture_sections
+from pipeline.report.figures import Chart, Point, Series, line_chart, pictures
 from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines
 from pipeline.report.tables import (
     class_tables,
@@ -40,8 +41,6 @@ def write_all(paths: Layout) -> str:
 
 def write_report(folders: Sequence[Path], page: Path) -> None:
     """Writes the page; raises ValueError for a folder that is no output directory."""
-    import jinja2
-
     all_paths = [Layout(folder) for folder in folders]
     check_output_file(page, is_own=is_report)
     for paths in all_paths:  # whoever calls this writes them, too
@@ -60,7 +59,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     html = template.render(
         title="Mean IoU against pretraining",
         subtitle=f"{', '.join(p.root.name for p in all_paths)}; {time.strftime('%F %H:%M')}",
-        progress=_progress_note(all_paths),
+        progress=" ".join(filter(None, map(_progress, all_paths))),
         answer=first,
         other_answers=others,
         scores=score_table(scored),
@@ -73,38 +72,34 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
         ),
         loss_charts=_training_charts(lines),
         classes=class_tables(lines),
-        pictures=picture_sections(all_paths),
+        pictures=pictures(all_paths),
         settings=settings,
         differing=differing,
     )
     write_text(page, html)
 
 
-def _progress_note(all_paths: Sequence[Layout]) -> str:
-    """How far a run is that has not finished."""
-    notes = []
-    for paths in all_paths:
-        if not paths.plan.exists():
-            continue
-        steps = read_plan(paths)
-        states = {record.name: record.state for record in read_all_records(paths)}
-        done = sum(states.get(step["name"]) == "done" for step in steps)
-        failed = [step["name"] for step in steps if states.get(step["name"]) == "failed"]
-        if done < len(steps):
-            failure = f"; failed: {', '.join(failed)}" if failed else ""
-            notes.append(f"{paths.root.name}: {done} of {len(steps)} steps are done{failure}.")
-    return " ".join(notes)
+def _progress(paths: Layout) -> str:
+    """How far a run is that has not finished; nothing for one that has."""
+    steps = read_plan(paths) if paths.plan.exists() else []
+    states = {record.name: record.state for record in read_all_records(paths)}
+    done = sum(states.get(step["name"]) == "done" for step in steps)
+    if done == len(steps):
+        return ""
+    failed = [step["name"] for step in steps if states.get(step["name"]) == "failed"]
+    failure = f"; failed: {', '.join(failed)}" if failed else ""
+    return f"{paths.root.name}: {done} of {len(steps)} steps are done{failure}."
 
 
 def _answers(lines: Sequence[Line]) -> list[Answer]:
     """What the measures say: complete finetuning first, the probes where there is none yet."""
     found = [one for measure in MEASURES.values() if (one := answer(lines, measure))]
-    first, *others = sorted(found or [Answer(sentences=[])], key=lambda one: not one.sentences)
+    first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
     if not first.sentences:
-        first = replace(first, sentences=["No evaluation has finished yet."])
+        first = first._replace(sentences=["No evaluation has finished yet."])
     elif first.measure is not FINETUNING:
         said = "No finetuning has been scored yet; this is what frozen probes say."
-        first = replace(first, sentences=[said, *first.sentences])
+        first = first._replace(sentences=[said, *first.sentences])
     return [first, *others]
 
 

@@ -3,10 +3,10 @@
 import csv
 import io
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.files import write_text
 from common.terminal import aligned
@@ -34,13 +34,12 @@ _LEAST_CHANGE = 0.05  # in points; less is shown as 0.0
 _MOST_CLASSES = 8  # shown for each method: those with the largest change
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(NamedTuple):
     """What the page lays out: text by row and column, under titles."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    looks: Mapping[int, str] = field(default_factory=dict)  # number of a row -> its class in CSS
+    looks: Mapping[int, str] = {}  # number of a row -> its class in CSS
 
 
 def write_results_csv(paths: Layout) -> list[Evaluation]:
@@ -55,28 +54,28 @@ def write_results_csv(paths: Layout) -> list[Evaluation]:
 
 
 def _csv_row(evaluation: Evaluation) -> dict[str, str]:
-    scores = {name: evaluation.result.get(name) for name in SCORES}
-    method, ratio, segments_from = evaluation.variant
+    method, ratio, source = evaluation.variant
+    numbers = [(name, evaluation.result.get(name), ".4f") for name in SCORES]
+    numbers.append(("minutes", evaluation.minutes, ".2f"))
+    numbers.append(("device_hours", evaluation.device_hours, ".4f"))
+    numbers.append(("train_flops", evaluation.train_flops, ".6g"))
     return {
         "method": method,
         "coverage_ratio": "" if ratio is None else ratio_text(ratio),
-        "segments_from": segments_from,
+        "segments_from": source,
         **{name: str(getattr(evaluation, name)) for name in ("seed", "eval_seed", "epochs")},
-        **{name: "" if score is None else f"{score:.4f}" for name, score in scores.items()},
-        "minutes": f"{evaluation.minutes:.2f}",
-        "device_hours": "" if (hours := evaluation.device_hours) is None else f"{hours:.4f}",
-        "train_flops": "" if (flops := evaluation.train_flops) is None else f"{flops:.6g}",
+        **{name: "" if value is None else f"{value:{form}}" for name, value, form in numbers},
     }
 
 
 def terminal_table(evaluations: Sequence[Evaluation]) -> str:
     """The scores as aligned text, a line per evaluation; with the cost where it fits."""
     found = score_table([(evaluation.variant.label, evaluation) for evaluation in evaluations])
-    rows = [found.columns, *found.rows]
-    text = aligned(rows, right=range(1, len(found.columns)))
+    rows, width = [found.columns, *found.rows], len(found.columns)
+    text = aligned(rows, right=range(1, width))
     if len(text.split("\n")[0]) > _WIDEST:
-        rows = [row[: found.columns.index("minutes") + 1] for row in rows]
-        text = aligned(rows, right=range(1, len(rows[0])))
+        width = found.columns.index("minutes") + 1
+        text = aligned([row[:width] for row in rows], right=range(1, width))
     return text
 
 
@@ -85,6 +84,11 @@ def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
     # A column that says the same in every row is left out.
     seeds = [n for n in ("seed", "eval_seed") if len({getattr(e, n) for _, e in labelled}) > 1]
     cost = [n for n in COSTS if any(getattr(e, n) is not None for _, e in labelled)]
+    columns = [
+        *("method", *(name.replace("_", " ") for name in seeds), "epochs"),
+        *("pixel accuracy", "mean accuracy", "mean IoU", "minutes"),
+        *(COST_TITLES[name] for name in cost),
+    ]
     rows = []
     for label, evaluation in labelled:
         row = _csv_row(evaluation)
@@ -92,16 +96,8 @@ def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
         spent = [cost_text(name, getattr(evaluation, name)) for name in cost]
         minutes = f"{evaluation.minutes:.1f}"
         rows.append([label, *(row[n] for n in seeds), row["epochs"], *scores, minutes, *spent])
-    miou = [evaluation.result.get("mean_iou") or 0 for _, evaluation in labelled]
-    return Table(
-        columns=[
-            *("method", *(name.replace("_", " ") for name in seeds), "epochs"),
-            *("pixel accuracy", "mean accuracy", "mean IoU", "minutes"),
-            *(COST_TITLES[name] for name in cost),
-        ],
-        rows=rows,
-        looks={index: "best" for index, score in enumerate(miou) if score == max(miou)},
-    )
+    miou = [evaluation.result["mean_iou"] for _, evaluation in labelled]
+    return Table(columns, rows, {n: "best" for n, score in enumerate(miou) if score == max(miou)})
 
 
 def cost_text(name: str, value: float | None) -> str:
@@ -113,8 +109,7 @@ def cost_text(name: str, value: float | None) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-@dataclass(frozen=True)
-class ClassTables:
+class ClassTables(NamedTuple):
     """IoU class by class."""
 
     caption: str
@@ -125,21 +120,20 @@ class ClassTables:
 def class_tables(lines: Sequence[Line]) -> ClassTables | None:
     """At the last epochs after which all methods were finetuned; None if there are none."""
     lines = [line for line in lines if line.evaluations]
-    trained, epochs = [line for line in lines if not line.is_baseline], last_common_epochs(lines)
+    epochs = last_common_epochs(lines)
     if epochs is None:
         return None
+    trained = [line for line in lines if not line.is_baseline]
     iou = {line.label: _class_iou(line, epochs) for line in trained}
     reference = next((line.label for line in trained if line.method == REFERENCE), "")
     others = [label for label in iou if label != reference] if reference else []
     caption = f"IoU in percent after {epochs} epochs of pretraining."
     if others:
         caption += f" First the classes that change most against {reference}."
-    names = dict.fromkeys(name for values in iou.values() for name in values)
-    rows = [
-        [name, *(_shown(values.get(name, math.nan)) for values in iou.values())] for name in names
-    ]
     changes = {label: _changes(label, iou[label], reference, iou[reference]) for label in others}
-    return ClassTables(caption, changes, Table(columns=["class", *iou], rows=rows))
+    names = dict.fromkeys(name for values in iou.values() for name in values)
+    rows = [[n, *(_shown(values.get(n, math.nan)) for values in iou.values())] for n in names]
+    return ClassTables(caption, changes, Table(["class", *iou], rows))
 
 
 def _class_iou(line: Line, epochs: int) -> dict[str, float]:
@@ -147,7 +141,7 @@ def _class_iou(line: Line, epochs: int) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for evaluation in line.evaluations:
         if evaluation.epochs == epochs:
-            for name, value in (evaluation.result.get("class_iou") or {}).items():
+            for name, value in evaluation.result["class_iou"].items():
                 found.setdefault(name, []).extend([] if value is None else [value])
     return {name: fmean(values) if values else math.nan for name, values in found.items()}
 
@@ -160,11 +154,9 @@ def _changes(
     seen = [name for name in changes if abs(changes[name]) >= _LEAST_CHANGE]
     largest = sorted(seen, key=lambda name: -abs(changes[name]))[:_MOST_CLASSES]
     names = sorted(largest, key=lambda name: -changes[name])
-    return Table(
-        columns=["class", reference, label, "change"],
-        rows=[[n, _shown(before[n]), _shown(values[n]), f"{changes[n]:+.1f}"] for n in names],
-        looks={i: "gain" if changes[name] >= 0 else "loss" for i, name in enumerate(names)},
-    )
+    rows = [[n, _shown(before[n]), _shown(values[n]), f"{changes[n]:+.1f}"] for n in names]
+    looks = {i: "gain" if changes[name] >= 0 else "loss" for i, name in enumerate(names)}
+    return Table(["class", reference, label, "change"], rows, looks)
 
 
 def _shown(value: float) -> str:
@@ -184,9 +176,8 @@ def provenance(all_paths: Sequence[Layout]) -> tuple[dict[str, list[tuple[str, s
         found = (pair for run_yml in run_ymls for pair in flatten(run_yml.get(part, {})))
         pairs[part.capitalize()] = joined(found)
     pairs["Time spent"] = _time_spent(all_paths)
-    columns = ["setting", *(paths.root.name for paths in all_paths)]
     shown = {title: rows for title, rows in pairs.items() if rows}
-    return shown, Table(columns=columns, rows=differing)
+    return shown, Table(["setting", *(paths.root.name for paths in all_paths)], differing)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -210,14 +201,13 @@ def joined(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _time_spent(all_paths: Sequence[Layout]) -> list[tuple[str, str]]:
     """Hours by kind of step, from the records: finished attempts, interrupted ones included."""
-    hours: dict[str, tuple[float, float]] = {}
+    wall, device = defaultdict[str, float](float), defaultdict[str, float](float)
     for record in (record for paths in all_paths for record in read_all_records(paths)):
-        wall, device = hours.get(record.kind, (0.0, 0.0))
-        spent = record.seconds / 3600
-        hours[record.kind] = (wall + spent, device + spent * record.devices)
+        wall[record.kind] += record.seconds / 3600
+        device[record.kind] += record.seconds / 3600 * record.devices
     rows = [
-        (f"{kind}, hours (times devices)", f"{wall:.2f} ({device:.2f})")
-        for kind, (wall, device) in hours.items()
+        (f"{kind}, hours (times devices)", f"{wall[kind]:.2f} ({device[kind]:.2f})")
+        for kind in wall
     ]
-    total = sum(device for _, device in hours.values())
-    return [*rows, ("total device-hours (GPUs, or the CPU as one)", f"{total:.2f}")]
+    total = f"{sum(device.values()):.2f}"
+    return [*rows, ("total device-hours (GPUs, or the CPU as one)", total)]
