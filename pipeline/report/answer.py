@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pipeline.report.figures import Chart, Point, Series, interval_bar, line_chart
 from pipeline.report.scores import FINETUNING, REFERENCE, Level, Line, Measure, last_common_epochs
 from pipeline.report.statistics import CONFIDENCE, Interval, holm, interval
-from pipeline.report.tables import COST_TITLES, Table, cost_text
+from pipeline.report.tables import Table, cost_cells
 
 _LEAST_SPAN = 5.0  # points of a score's axis, unless intervals are narrower
 _EQUAL_COST = 0.02  # share by which training FLOPs may differ
@@ -230,26 +230,26 @@ def _difference_table(comparisons: Sequence[Comparison]) -> Table:
     widest = 1.05 * max((max(abs(d.low), abs(d.high)) for d in drawn), default=1.0)
     rows = []
     for c in comparisons:
-        said = ["", "", "", ""]  # bar, difference, interval, detectable
-        if d := c.difference:
-            bar = "" if c.second.is_baseline else interval_bar(d, widest)
-            detectable = f"{d.detectable:.2f}" if c.seeds > 1 else ""
-            said = [bar, f"{d.value:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}", detectable]
-        cost = f"{c.cost_ratio:.2f} x" if c.cost_ratio else ""
-        verdict = _VERDICTS[c.state][1]
-        rows.append([c.first.label, c.second.label, *said, str(c.seeds), cost, verdict])
-    columns = ["method", "against", "", "difference", "95% interval", "detectable", "seeds"]
-    looks = {index: c.state for index, c in enumerate(comparisons)}
-    return Table([*columns, "FLOPs", "verdict"], rows, looks)
+        d = c.difference
+        rows.append({
+            "method": c.first.label, "against": c.second.label,
+            "": interval_bar(d, widest) if d and not c.second.is_baseline else "",
+            "difference": f"{d.value:+.2f}" if d else "",
+            "95% interval": f"{d.low:+.2f} to {d.high:+.2f}" if d else "",
+            "detectable": f"{d.detectable:.2f}" if d and c.seeds > 1 else "",
+            "seeds": str(c.seeds), "FLOPs": f"{c.cost_ratio:.2f} x" if c.cost_ratio else "",
+            "verdict": _VERDICTS[c.state][1],
+        })  # fmt: skip
+    return Table(rows, [c.state for c in comparisons])
 
 
 def _level_table(levels: Mapping[str, Level], measure: Measure) -> Table:
-    rows = []
-    for label, level in levels.items():
-        within = level.spread.within(measure.most) if level.spread else ""
-        costs = [cost_text(name, cost) for name, cost in level.costs.items()]
-        rows.append([label, f"{level.score:.2f}", within, str(len(level.scores)), *costs])
-    return Table(["method", measure.unit, "95% interval", "seeds", *COST_TITLES.values()], rows)
+    return Table([
+        {"method": label, measure.unit: f"{level.score:.2f}",
+         "95% interval": level.spread.within(measure.most) if level.spread else "",
+         "seeds": str(len(level.scores)), **cost_cells(level.costs)}
+        for label, level in levels.items()
+    ])  # fmt: skip
 
 
 def _chart(lines: Sequence[Line], measure: Measure) -> Chart:

@@ -29,7 +29,7 @@ from PIL import Image
 
 from common.step_files import PREDICTIONS, epochs_of
 from pipeline.plan.layout import Layout, RunId, parse_eval_name
-from pipeline.report.scores import method_rank
+from pipeline.report.scores import method_rank, names_of
 from pipeline.report.statistics import Interval
 
 # Width and height of a drawing in CSS pixels: a phone's, which is also a column's, and a desk's.
@@ -223,8 +223,8 @@ Pictures = dict[str, dict[int, list[tuple[str, str]]]]
 def pictures(all_paths: Sequence[Layout]) -> Pictures:
     """Reconstructions and predictions; a kind of which there are none is left out."""
     rank, found = method_rank(all_paths), Pictures()
-    for paths in all_paths:
-        suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
+    for paths, name in zip(all_paths, names_of(all_paths), strict=True):
+        suffix = "" if len(all_paths) == 1 else f" ({name})"
         by_run = sorted(_pictures(paths), key=lambda one: (rank(one[1].method), one[1].name))
         for kind, run, epochs, image in by_run:
             if source := _data_uri(image):

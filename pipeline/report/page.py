@@ -18,7 +18,7 @@ from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
 from pipeline.report.answer import Answer, answer
 from pipeline.report.figures import Chart, Point, Series, line_chart, pictures
-from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines
+from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines, names_of
 from pipeline.report.tables import (
     class_tables,
     flatten,
@@ -58,7 +58,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     )
     html = template.render(
         title="Mean IoU against pretraining",
-        subtitle=f"{', '.join(p.root.name for p in all_paths)}; {time.strftime('%F %H:%M')}",
+        subtitle=f"{', '.join(names_of(all_paths))}; {time.strftime('%F %H:%M')}",
         progress=" ".join(filter(None, map(_progress, all_paths))),
         answer=first,
         other_answers=others,

@@ -7,9 +7,9 @@ What tells one pretraining from another stands in the name of its folder, once a
 seed and source of segments are read off it. What they cost stands in records and logs.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import accumulate
@@ -80,9 +80,8 @@ class Evaluation:
     eval_seed: int  # of finetuning
     epochs: int  # of pretraining, completed
     minutes: float  # of finetuning and scoring, and of the pretraining round before it
-    # Of pretraining up to here, GPUs or the CPU as one; None where it is not known.
-    device_hours: float | None
-    train_flops: float | None
+    # Of pretraining up to here (COSTS), GPUs or the CPU as one; None where it is not known.
+    costs: dict[str, float | None]
     result: dict[str, Any]  # the whole result.json, or a probe's part of it
     measure: Measure = FINETUNING
 
@@ -121,7 +120,7 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
             "folder": folder, "variant": variant_of(run, records),
             "seed": run.seed, "eval_seed": run.seed + number, "epochs": epochs,
             "minutes": sum(timed) / 60 if timed else float(result.get("minutes") or 0),
-            **{cost: known.get(epochs) for cost, known in costs(name).items()},
+            "costs": {cost: known.get(epochs) for cost, known in costs(name).items()},
         }  # fmt: skip
         # A finetuning's file is one score. A probe's has several: dictionaries, or bare numbers.
         parts = {"finetuning": result} if shape is Result else result
@@ -238,9 +237,8 @@ class Line:
         drawn = {s: sum(images[s]) / len(images[s]) for s in images} if has_areas else None
         on_others = list(drawn.values()) if drawn is not None else None
         spread = interval(list(scores.values()), on_others) if len(scores) > 1 else None
-        spent = {name: [getattr(one, name) for one in there] for name in COSTS}
-        known = {name: [cost for cost in spent[name] if cost is not None] for name in COSTS}
-        costs = {name: fmean(known[name]) if known[name] else None for name in COSTS}
+        spent = {n: [cost for e in there if (cost := e.costs[n]) is not None] for n in COSTS}
+        costs = {name: fmean(known) if known else None for name, known in spent.items()}
         return Level(fmean(scores.values()), spread, scores, drawn, costs)
 
 
@@ -248,6 +246,12 @@ def last_common_epochs(lines: Sequence[Line], measure: Measure = FINETUNING) -> 
     """The last epochs after which all methods were scored, None if there are none."""
     scored = [set(line.epochs(measure)) for line in lines if not line.is_baseline]
     return max(set.intersection(*scored), default=None) if scored else None
+
+
+def names_of(all_paths: Sequence[Layout]) -> list[str]:
+    """What tells output directories apart: the ends of their paths, unless these are alike."""
+    ends = [paths.root.name for paths in all_paths]
+    return ends if len(set(ends)) == len(ends) else [str(paths.root) for paths in all_paths]
 
 
 def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
@@ -258,19 +262,19 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
     apart = len(all_paths) > 1 and not made_alike(all_paths)
     lines: dict[str, Line] = {}
 
-    def line_of(variant: Variant, paths: Layout) -> Line:
-        suffix = f" ({paths.root.name})" if apart else ""
+    def line_of(variant: Variant, suffix: str) -> Line:
         label, family = (v.label + suffix for v in (variant, variant._replace(segments_from=OWN)))
         return lines.setdefault(label, Line(label=label, family=family, method=variant.method))
 
-    for paths in all_paths:
+    for paths, name in zip(all_paths, names_of(all_paths), strict=True):
+        suffix = f" ({name})" if apart else ""
         for one in [*read_evaluations(paths), *read_evaluations(paths, ProbeResult)]:
-            line_of(one.variant, paths).scored.append(one)
+            line_of(one.variant, suffix).scored.append(one)
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
-            with suppress(ValueError):  # not a run's name
-                variant = variant_of(RunId.parse(folder.name), records)
-                line_of(variant, paths).pretrainings.append(folder)
+            with contextlib.suppress(ValueError):  # not a run's name
+                run = RunId.parse(folder.name)
+                line_of(variant_of(run, records), suffix).pretrainings.append(folder)
     rank = method_rank(all_paths)
     ordered = sorted(lines.values(), key=lambda line: rank(line.method))
     families = list(dict.fromkeys(line.family for line in ordered))

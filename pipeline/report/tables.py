@@ -18,6 +18,7 @@ from pipeline.report.scores import (
     Evaluation,
     Line,
     last_common_epochs,
+    names_of,
     read_evaluations,
     read_run_yml,
 )
@@ -35,11 +36,10 @@ _MOST_CLASSES = 8  # shown for each method: those with the largest change
 
 
 class Table(NamedTuple):
-    """What the page lays out: text by row and column, under titles."""
+    """What the page lays out."""
 
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    looks: Mapping[int, str] = {}  # number of a row -> its class in CSS
+    rows: Sequence[Mapping[str, str]]  # title of the column -> text, the same titles in each
+    looks: Sequence[str] = ()  # of each row: its class in CSS
 
 
 def write_results_csv(paths: Layout) -> list[Evaluation]:
@@ -55,58 +55,54 @@ def write_results_csv(paths: Layout) -> list[Evaluation]:
 
 def _csv_row(evaluation: Evaluation) -> dict[str, str]:
     method, ratio, source = evaluation.variant
-    numbers = [(name, evaluation.result.get(name), ".4f") for name in SCORES]
-    numbers.append(("minutes", evaluation.minutes, ".2f"))
-    numbers.append(("device_hours", evaluation.device_hours, ".4f"))
-    numbers.append(("train_flops", evaluation.train_flops, ".6g"))
+    forms = dict.fromkeys(SCORES, ".4f") | {"device_hours": ".4f", "train_flops": ".6g"}
+    known = {name: (evaluation.result | evaluation.costs).get(name) for name in forms}
     return {
         "method": method,
         "coverage_ratio": "" if ratio is None else ratio_text(ratio),
         "segments_from": source,
         **{name: str(getattr(evaluation, name)) for name in ("seed", "eval_seed", "epochs")},
-        **{name: "" if value is None else f"{value:{form}}" for name, value, form in numbers},
+        "minutes": f"{evaluation.minutes:.2f}",
+        **{n: "" if known[n] is None else f"{known[n]:{form}}" for n, form in forms.items()},
     }
 
 
 def terminal_table(evaluations: Sequence[Evaluation]) -> str:
     """The scores as aligned text, a line per evaluation; with the cost where it fits."""
-    found = score_table([(evaluation.variant.label, evaluation) for evaluation in evaluations])
-    rows, width = [found.columns, *found.rows], len(found.columns)
-    text = aligned(rows, right=range(1, width))
+    rows = score_table([(evaluation.variant.label, evaluation) for evaluation in evaluations]).rows
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    text = aligned(cells, right=range(1, len(cells[0])))
     if len(text.split("\n")[0]) > _WIDEST:
-        width = found.columns.index("minutes") + 1
-        text = aligned([row[:width] for row in rows], right=range(1, width))
+        most = cells[0].index("minutes") + 1
+        text = aligned([row[:most] for row in cells], right=range(1, most))
     return text
 
 
 def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
     """The cells of each evaluation, whose label comes first; the best by mean IoU stands out."""
-    # A column that says the same in every row is left out.
-    seeds = [n for n in ("seed", "eval_seed") if len({getattr(e, n) for _, e in labelled}) > 1]
-    cost = [n for n in COSTS if any(getattr(e, n) is not None for _, e in labelled)]
-    columns = [
-        *("method", *(name.replace("_", " ") for name in seeds), "epochs"),
-        *("pixel accuracy", "mean accuracy", "mean IoU", "minutes"),
-        *(COST_TITLES[name] for name in cost),
-    ]
-    rows = []
-    for label, evaluation in labelled:
-        row = _csv_row(evaluation)
-        scores = [f"{float(row[name]):.2f}" if row[name] else "" for name in SCORES[:3]]
-        spent = [cost_text(name, getattr(evaluation, name)) for name in cost]
-        minutes = f"{evaluation.minutes:.1f}"
-        rows.append([label, *(row[n] for n in seeds), row["epochs"], *scores, minutes, *spent])
-    miou = [evaluation.result["mean_iou"] for _, evaluation in labelled]
-    return Table(columns, rows, {n: "best" for n, score in enumerate(miou) if score == max(miou)})
+    titles = {name: name.replace("_", " ").replace("iou", "IoU") for name in SCORES[:3]}
+    rows = [
+        {"method": label, "seed": str(one.seed), "eval seed": str(one.eval_seed),
+         "epochs": str(one.epochs),
+         **{title: f"{one.result[name]:.2f}" for name, title in titles.items()},
+         "minutes": f"{one.minutes:.1f}", **cost_cells(one.costs)}
+        for label, one in labelled
+    ]  # fmt: skip
+    # Seeds that are the same in every row are left out, and costs of which nothing is known.
+    idle = [name for name in ("seed", "eval seed") if len({row[name] for row in rows}) < 2]
+    idle += [name for name in COST_TITLES.values() if not any(row[name] for row in rows)]
+    rows = [{name: row[name] for name in row if name not in idle} for row in rows]
+    miou = [one.result["mean_iou"] for _, one in labelled]
+    return Table(rows, ["best" if score == max(miou) else "" for score in miou])
 
 
-def cost_text(name: str, value: float | None) -> str:
-    """A cost by its column's name, for people."""
-    if value is None:
-        return ""
-    if name == "train_flops":
-        return f"{value:.2e}"
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+def cost_cells(costs: Mapping[str, float | None]) -> dict[str, str]:
+    """What a pretraining has cost, for people; nothing where that is not known."""
+    cells = {}
+    for name, value in costs.items():
+        form = ".2e" if name == "train_flops" else ".3g" if (value or 0) < 1000 else ".0f"
+        cells[COST_TITLES[name]] = "" if value is None else f"{value:{form}}"
+    return cells
 
 
 class ClassTables(NamedTuple):
@@ -130,10 +126,10 @@ def class_tables(lines: Sequence[Line]) -> ClassTables | None:
     caption = f"IoU in percent after {epochs} epochs of pretraining."
     if others:
         caption += f" First the classes that change most against {reference}."
-    changes = {label: _changes(label, iou[label], reference, iou[reference]) for label in others}
     names = dict.fromkeys(name for values in iou.values() for name in values)
-    rows = [[n, *(_shown(values.get(n, math.nan)) for values in iou.values())] for n in names]
-    return ClassTables(caption, changes, Table(["class", *iou], rows))
+    rows = [{"class": n, **{label: _shown(iou[label], n) for label in iou}} for n in names]
+    changes = {label: _changes(label, iou[label], reference, iou[reference]) for label in others}
+    return ClassTables(caption, changes, Table(rows))
 
 
 def _class_iou(line: Line, epochs: int) -> dict[str, float]:
@@ -154,30 +150,35 @@ def _changes(
     seen = [name for name in changes if abs(changes[name]) >= _LEAST_CHANGE]
     largest = sorted(seen, key=lambda name: -abs(changes[name]))[:_MOST_CLASSES]
     names = sorted(largest, key=lambda name: -changes[name])
-    rows = [[n, _shown(before[n]), _shown(values[n]), f"{changes[n]:+.1f}"] for n in names]
-    looks = {i: "gain" if changes[name] >= 0 else "loss" for i, name in enumerate(names)}
-    return Table(["class", reference, label, "change"], rows, looks)
+    rows = [
+        {"class": name, reference: _shown(before, name), label: _shown(values, name),
+         "change": f"{changes[name]:+.1f}"}
+        for name in names
+    ]  # fmt: skip
+    return Table(rows, ["gain" if changes[name] >= 0 else "loss" for name in names])
 
 
-def _shown(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.1f}"
+def _shown(values: Mapping[str, float], name: str) -> str:
+    return "–" if math.isnan(values.get(name, math.nan)) else f"{values[name]:.1f}"
 
 
 def provenance(all_paths: Sequence[Layout]) -> tuple[dict[str, list[tuple[str, str]]], Table]:
     """What the numbers came from: pairs of name and value by title; apart, settings that differ."""
     run_ymls = [read_run_yml(paths) for paths in all_paths]
     flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
-    names = dict.fromkeys(name for settings in flat for name in settings)
-    values = {name: [settings.get(name, "not given") for settings in flat] for name in names}
-    common = [(name, texts[0]) for name, texts in values.items() if len(set(texts)) == 1]
-    differing = [[name, *texts] for name, texts in values.items() if len(set(texts)) > 1]
+    common, differing = [], []
+    for name in dict.fromkeys(name for settings in flat for name in settings):
+        texts = [settings.get(name, "not given") for settings in flat]
+        if len(set(texts)) == 1:
+            common.append((name, texts[0]))
+        else:
+            differing.append({"setting": name} | dict(zip(names_of(all_paths), texts, strict=True)))
     pairs = {"Common settings" if len(flat) > 1 else "Settings": common}
     for part in ("versions", "hardware"):
         found = (pair for run_yml in run_ymls for pair in flatten(run_yml.get(part, {})))
         pairs[part.capitalize()] = joined(found)
     pairs["Time spent"] = _time_spent(all_paths)
-    shown = {title: rows for title, rows in pairs.items() if rows}
-    return shown, Table(["setting", *(paths.root.name for paths in all_paths)], differing)
+    return {title: rows for title, rows in pairs.items() if rows}, Table(differing)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -205,9 +206,6 @@ def _time_spent(all_paths: Sequence[Layout]) -> list[tuple[str, str]]:
     for record in (record for paths in all_paths for record in read_all_records(paths)):
         wall[record.kind] += record.seconds / 3600
         device[record.kind] += record.seconds / 3600 * record.devices
-    rows = [
-        (f"{kind}, hours (times devices)", f"{wall[kind]:.2f} ({device[kind]:.2f})")
-        for kind in wall
-    ]
+    rows = [(f"{k}, hours (times devices)", f"{wall[k]:.2f} ({device[k]:.2f})") for k in wall]
     total = f"{sum(device.values()):.2f}"
     return [*rows, ("total device-hours (GPUs, or the CPU as one)", total)]

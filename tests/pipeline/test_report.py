@@ -71,7 +71,7 @@ def test_cost_adds_up_over_the_rounds_and_is_left_out_where_it_is_not_known(tmp_
     assert hours == [f"{216 / 3600:.4f}", f"{216 / 3600 + 8:.4f}", ""]
     assert [row["train_flops"] for row in rows] == ["1.44e+18", "2.88e+18", "4.32e+18"]
     (paths.pretrain_dir("four_channels") / LOG).unlink()
-    assert {e.train_flops for e in read_evaluations(paths)} == {None}
+    assert {e.costs["train_flops"] for e in read_evaluations(paths)} == {None}
 
 
 def test_results_of_earlier_versions_are_recognised() -> None:
