@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from pipeline.report.figures import Chart, Point, Series, interval_bar, line_chart
+from pipeline.report.figures import Chart, Point, Series, line_chart
 from pipeline.report.scores import FINETUNING, REFERENCE, Level, Line, Measure, last_common_epochs
 from pipeline.report.statistics import CONFIDENCE, Interval, holm, interval
 from pipeline.report.tables import Table, cost_cells
@@ -22,8 +21,7 @@ _VERDICTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Two lines after the same epochs, by the seeds that both have."""
 
     first: Line
@@ -94,20 +92,20 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
     # Without areas by image nothing tells how much the choice of images makes: no comparisons.
     found = _comparisons(lines, best, levels) if measure.areas else []
     controls, others = [c for c in found if c.is_control], [c for c in found if not c.is_control]
-    score = f"{levels[best.label].score:.2f}" + ("" if math.isinf(measure.most) else "%")
-    if spread := levels[best.label].spread:
-        seeds = len(levels[best.label].scores)
-        score += f" (95% interval {spread.within(measure.most)}, {seeds} seeds)"
-    after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
-    verb = "reaches" if len(trained) == 1 else "is highest:"
-    sentences = [f"{after}, by {measure.words}, {best.label} {verb} {score}."]
+    sentences = [_about_best(best.label, levels[best.label], epochs, measure, len(trained) == 1)]
     if measure.areas:
-        scratch = [levels[line.label] for line in lines if line.method == "scratch"]
-        sentences += _verdicts(others) + _about_scratch(best.label, levels, scratch)
+        scratch = next((levels[line.label] for line in lines if line.method == "scratch"), None)
+        sentences += _verdicts(others) + _about_scratch(best.label, levels[best.label], scratch)
         sentences += _about_cost(others)
+    level_rows = [
+        {"method": label, measure.unit: f"{level.score:.2f}",
+         "95% interval": level.spread.within(measure.most) if level.spread else "",
+         "seeds": str(len(level.scores)), **cost_cells(level.costs)}
+        for label, level in levels.items()
+    ]  # fmt: skip
     return Answer(
         sentences, measure, chart, _warnings(others), _about_objects(controls), _warnings(controls),
-        found, _difference_table(found) if found else None, _level_table(levels, measure),
+        found, _difference_table(found) if found else None, Table(level_rows),
     )  # fmt: skip
 
 
@@ -123,27 +121,21 @@ def _comparisons(
     pairs = [(line, reference, False) for line in others if line is not reference]
     pairs += [(best, line, False) for line in lines if line.method == "scratch"]
     pairs += [(own[label], line, True) for label, line in trained.items() if own[label] is not line]
-    found, judged = [_compare(*pair, levels) for pair in pairs], []
+    found, judged = [], []
+    for first, second, is_control in pairs:
+        one, two = levels[first.label], levels[second.label]
+        seeds = sorted(one.scores.keys() & two.scores.keys())
+        # Both were drawn on the same images: differences are paired by seed and by image.
+        drawn = [one.drawn[s] - two.drawn[s] for s in seeds] if one.drawn and two.drawn else None
+        difference = interval([one.scores[seed] - two.scores[seed] for seed in seeds], drawn)
+        cost, other = one.costs["train_flops"], two.costs["train_flops"]
+        ratio = cost / other if cost and other else None
+        found.append(Comparison(first, second, is_control, len(seeds), difference, ratio))
     for question in dict.fromkeys(c.question for c in found):
         asked = [c for c in found if c.question == question]
         p_values = [c.difference.p_value if c.difference and c.seeds > 1 else 1.0 for c in asked]
-        judged += [replace(c, p_value=p) for c, p in zip(asked, holm(p_values), strict=True)]
+        judged += [c._replace(p_value=p) for c, p in zip(asked, holm(p_values), strict=True)]
     return judged
-
-
-def _compare(
-    first: Line, second: Line, is_control: bool, levels: Mapping[str, Level]
-) -> Comparison:
-    one, two = levels[first.label], levels[second.label]
-    seeds = sorted(one.scores.keys() & two.scores.keys())
-    # Both were drawn on the same images: differences are paired by seed and by image.
-    drawn = [one.drawn[s] - two.drawn[s] for s in seeds] if one.drawn and two.drawn else None
-    cost, cost_of_other = one.costs["train_flops"], two.costs["train_flops"]
-    return Comparison(
-        first=first, second=second, is_control=is_control, seeds=len(seeds),
-        difference=interval([one.scores[seed] - two.scores[seed] for seed in seeds], drawn),
-        cost_ratio=cost / cost_of_other if cost and cost_of_other else None,
-    )  # fmt: skip
 
 
 def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
@@ -157,17 +149,27 @@ def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
         sentences.append(f"{verdict}: {'; '.join(c.words for c in found)}.")
         would = [c.difference.detectable for c in found if c.difference and c.state == "none"]
         if would:
-            words = "points or more would have been shown with 80% probability."
-            sentences[-1] += f" {max(would):.2f} {words}"
+            more = f"{max(would):.2f} points or more"
+            sentences[-1] += f" {more} would have been shown with 80% probability."
     return sentences
 
 
-def _about_scratch(best: str, levels: Mapping[str, Level], scratch: Sequence[Level]) -> list[str]:
+def _about_best(label: str, level: Level, epochs: int, measure: Measure, is_alone: bool) -> str:
+    score = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
+    if level.spread:
+        within = level.spread.within(measure.most)
+        score += f" (95% interval {within}, {len(level.scores)} seeds)"
+    after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
+    verb = "reaches" if is_alone else "is highest:"
+    return f"{after}, by {measure.words}, {label} {verb} {score}."
+
+
+def _about_scratch(best: str, level: Level, scratch: Level | None) -> list[str]:
     """How far pretraining leads out of what the seeds of a random encoder do."""
-    scores = list(scratch[0].scores.values()) if scratch else []
+    scores = list(scratch.scores.values()) if scratch else []
     if len(scores) < 3 or not stdev(scores):
         return []
-    above = (levels[best].score - fmean(scores)) / stdev(scores)
+    above = (level.score - fmean(scores)) / stdev(scores)
     where = f"{abs(above):.1f} standard deviations of the {len(scores)} scratch seeds"
     return [f"{best} lies {where} {'above' if above > 0 else 'below'} their mean."]
 
@@ -175,13 +177,11 @@ def _about_scratch(best: str, levels: Mapping[str, Level], scratch: Sequence[Lev
 def _about_cost(comparisons: Sequence[Comparison]) -> list[str]:
     """Which comparisons with the reference are at equal cost."""
     known = [(c, c.cost_ratio) for c in comparisons if c.cost_ratio]
-    said = [
-        f"{c.first.label} {ratio:.2f} x "
-        f"({'equal cost' if abs(ratio - 1) <= _EQUAL_COST else 'equal epochs only'})"
-        for c, ratio in known
-    ]
-    against = known[0][0].second.label if known else ""
-    return [f"Training FLOPs against {against}: {', '.join(said)}."] if said else []
+    if not known:
+        return []
+    equal = ("equal epochs only", "equal cost")
+    said = [f"{c.first.label} {r:.2f} x ({equal[abs(r - 1) <= _EQUAL_COST]})" for c, r in known]
+    return [f"Training FLOPs against {known[0][0].second.label}: {', '.join(said)}."]
 
 
 def _about_objects(controls: Sequence[Comparison]) -> list[str]:
@@ -224,16 +224,17 @@ def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _difference_table(comparisons: Sequence[Comparison]) -> Table:
-    """A row for each comparison, with its interval as a bar on an axis that all have in common."""
+    """A row for each comparison; its bar: where the page draws it, in percent of the cell."""
     # Pretraining leads so far that beside a baseline's bar the others would be dots.
     drawn = [c.difference for c in comparisons if c.difference and not c.second.is_baseline]
-    widest = 1.05 * max((max(abs(d.low), abs(d.high)) for d in drawn), default=1.0)
+    half = 1.05 * max((max(abs(d.low), abs(d.high)) for d in drawn), default=1.0)
     rows = []
     for c in comparisons:
         d = c.difference
+        bar = [50 + 50 * end / half for end in (d.low, d.value, d.high)] if d else ""
         rows.append({
             "method": c.first.label, "against": c.second.label,
-            "": interval_bar(d, widest) if d and not c.second.is_baseline else "",
+            "": "" if c.second.is_baseline else bar,
             "difference": f"{d.value:+.2f}" if d else "",
             "95% interval": f"{d.low:+.2f} to {d.high:+.2f}" if d else "",
             "detectable": f"{d.detectable:.2f}" if d and c.seeds > 1 else "",
@@ -241,15 +242,6 @@ def _difference_table(comparisons: Sequence[Comparison]) -> Table:
             "verdict": _VERDICTS[c.state][1],
         })  # fmt: skip
     return Table(rows, [c.state for c in comparisons])
-
-
-def _level_table(levels: Mapping[str, Level], measure: Measure) -> Table:
-    return Table([
-        {"method": label, measure.unit: f"{level.score:.2f}",
-         "95% interval": level.spread.within(measure.most) if level.spread else "",
-         "seeds": str(len(level.scores)), **cost_cells(level.costs)}
-        for label, level in levels.items()
-    ])  # fmt: skip
 
 
 def _chart(lines: Sequence[Line], measure: Measure) -> Chart:
@@ -284,9 +276,9 @@ def _series(
         points = []
         for at, level in levels[line.label].items():
             x, spread = level.costs[cost] if cost else at, level.spread
-            ends = {"low": spread.low, "high": spread.high} if spread else {}
+            ends = (spread.low, spread.high) if spread else ()
             places = [0.0, last] if line.is_baseline and last else [] if x is None else [x / unit]
-            points += [Point(x, level.score, **ends) for x in places]
+            points += [Point(x, level.score, *ends) for x in places]
         last = max([last, *(point.x for point in points)])
         series.append(Series(line.label, points, line.style))
     return series

@@ -30,7 +30,6 @@ from PIL import Image
 from common.step_files import PREDICTIONS, epochs_of
 from pipeline.plan.layout import Layout, RunId, parse_eval_name
 from pipeline.report.scores import method_rank, names_of
-from pipeline.report.statistics import Interval
 
 # Width and height of a drawing in CSS pixels: a phone's, which is also a column's, and a desk's.
 _NARROW, _WIDE = (350, 300), (880, 310)
@@ -206,23 +205,9 @@ def _svg(figure: Figure, name: str, attributes: str, titles: Sequence[str] = ())
     return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" {attributes}>{inside}')
 
 
-def interval_bar(found: Interval, widest: float) -> Markup:
-    """A bar around 0 as wide as its cell of a table, whose ends are -widest and widest."""
-    low, value, high = (50 + 50 * end / widest for end in (found.low, found.value, found.high))
-    return Markup(
-        '<svg class="bar" aria-hidden="true"><line class="zero" x1="50%" x2="50%" y1="0" y2="14"/>'
-        f'<line class="span" x1="{low:.1f}%" x2="{high:.1f}%" y1="7" y2="7"/>'
-        f'<circle cx="{value:.1f}%" cy="7" r="5"/></svg>'
-    )
-
-
-# Kind -> epochs completed -> label and src of each picture.
-Pictures = dict[str, dict[int, list[tuple[str, str]]]]
-
-
-def pictures(all_paths: Sequence[Layout]) -> Pictures:
-    """Reconstructions and predictions; a kind of which there are none is left out."""
-    rank, found = method_rank(all_paths), Pictures()
+def pictures(all_paths: Sequence[Layout]) -> dict[str, dict[int, list[tuple[str, str]]]]:
+    """Kind -> epochs completed -> label and src of each picture; empty kinds are left out."""
+    rank, found = method_rank(all_paths), dict[str, dict[int, list[tuple[str, str]]]]()
     for paths, name in zip(all_paths, names_of(all_paths), strict=True):
         suffix = "" if len(all_paths) == 1 else f" ({name})"
         by_run = sorted(_pictures(paths), key=lambda one: (rank(one[1].method), one[1].name))
@@ -236,15 +221,14 @@ def pictures(all_paths: Sequence[Layout]) -> Pictures:
 
 def _pictures(paths: Layout) -> Iterator[tuple[str, RunId, int, Path]]:
     """Their kind, run and epochs completed; of a checkpoint's finetunings, the first one's."""
-    for image in paths.pretrain_output.glob("*/*.png"):
+    for image in [*paths.pretrain_output.glob("*/*.png"), *paths.eval_output.glob("*/*.png")]:
         with suppress(ValueError):  # a folder that is no run's
             if (count := epochs_of(image)) is not None:
                 yield "Reconstructions", RunId.parse(image.parent.name), count, image
-    for image in paths.eval_output.glob(f"*/{PREDICTIONS}"):
-        with suppress(ValueError):
-            run, epochs, number = parse_eval_name(image.parent.name)
-            if not number:
-                yield "Predictions", RunId.parse(run), epochs, image
+            elif image.name == PREDICTIONS:
+                run, epochs, number = parse_eval_name(image.parent.name)
+                if not number:
+                    yield "Predictions", RunId.parse(run), epochs, image
 
 
 def _data_uri(path: Path) -> str:

@@ -16,27 +16,19 @@ from common.parsed import read_log
 from common.step_files import LOG
 from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
+from pipeline.report import tables
 from pipeline.report.answer import Answer, answer
 from pipeline.report.figures import Chart, Point, Series, line_chart, pictures
 from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines, names_of
-from pipeline.report.tables import (
-    class_tables,
-    flatten,
-    joined,
-    provenance,
-    score_table,
-    terminal_table,
-    write_results_csv,
-)
 
 
 def write_all(paths: Layout) -> str:
     """Writes results.csv and report.html from what there is; returns the table to show."""
-    evaluations = write_results_csv(paths)
+    evaluations = tables.write_results_csv(paths)
     write_report([paths.root], paths.report_html)
     if not evaluations:
         return f"no evaluation has finished; {paths.report_html}"
-    return f"\n{terminal_table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
+    return f"\n{tables.terminal_table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
 
 
 def write_report(folders: Sequence[Path], page: Path) -> None:
@@ -52,7 +44,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     lines = make_lines(all_paths)
     scored = [(line.label, one) for line in lines for one in line.evaluations]
     first, *others = _answers(lines)
-    settings, differing = provenance(all_paths)
+    settings, differing = tables.provenance(all_paths)
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
@@ -62,16 +54,16 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
         progress=" ".join(filter(None, map(_progress, all_paths))),
         answer=first,
         other_answers=others,
-        scores=score_table(scored),
+        scores=tables.score_table(scored),
         # Where evaluations differ, all values.
-        protocol=joined(
+        protocol=tables.joined(
             (name.removeprefix("protocol: "), text)
             for _, one in scored
             for part in ("dataset", "model", "protocol", "recipe")
-            for name, text in flatten({part: one.result.get(part)})
+            for name, text in tables.flatten({part: one.result.get(part)})
         ),
         loss_charts=_training_charts(lines),
-        classes=class_tables(lines),
+        classes=tables.class_tables(lines),
         pictures=pictures(all_paths),
         settings=settings,
         differing=differing,

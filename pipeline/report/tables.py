@@ -12,16 +12,8 @@ from common.files import write_text
 from common.terminal import aligned
 from pipeline.plan.layout import Layout, ratio_text
 from pipeline.plan.records import read_all_records
-from pipeline.report.scores import (
-    COSTS,
-    REFERENCE,
-    Evaluation,
-    Line,
-    last_common_epochs,
-    names_of,
-    read_evaluations,
-    read_run_yml,
-)
+from pipeline.report import scores
+from pipeline.report.scores import COSTS, REFERENCE, Evaluation, Line
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
 # Equal runs differ in the minutes and device-hours only.
@@ -38,13 +30,14 @@ _MOST_CLASSES = 8  # shown for each method: those with the largest change
 class Table(NamedTuple):
     """What the page lays out."""
 
-    rows: Sequence[Mapping[str, str]]  # title of the column -> text, the same titles in each
+    # Title of the column -> text, or ends and middle of a bar; the same titles in each.
+    rows: Sequence[Mapping[str, Any]]
     looks: Sequence[str] = ()  # of each row: its class in CSS
 
 
 def write_results_csv(paths: Layout) -> list[Evaluation]:
     """Writes results.csv anew from the evaluations there are, and returns them."""
-    evaluations = read_evaluations(paths)
+    evaluations = scores.read_evaluations(paths)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -116,7 +109,7 @@ class ClassTables(NamedTuple):
 def class_tables(lines: Sequence[Line]) -> ClassTables | None:
     """At the last epochs after which all methods were finetuned; None if there are none."""
     lines = [line for line in lines if line.evaluations]
-    epochs = last_common_epochs(lines)
+    epochs = scores.last_common_epochs(lines)
     if epochs is None:
         return None
     trained = [line for line in lines if not line.is_baseline]
@@ -164,15 +157,15 @@ def _shown(values: Mapping[str, float], name: str) -> str:
 
 def provenance(all_paths: Sequence[Layout]) -> tuple[dict[str, list[tuple[str, str]]], Table]:
     """What the numbers came from: pairs of name and value by title; apart, settings that differ."""
-    run_ymls = [read_run_yml(paths) for paths in all_paths]
+    run_ymls = [scores.read_run_yml(paths) for paths in all_paths]
     flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
-    common, differing = [], []
+    folders, common, differing = scores.names_of(all_paths), [], []
     for name in dict.fromkeys(name for settings in flat for name in settings):
         texts = [settings.get(name, "not given") for settings in flat]
         if len(set(texts)) == 1:
             common.append((name, texts[0]))
         else:
-            differing.append({"setting": name} | dict(zip(names_of(all_paths), texts, strict=True)))
+            differing.append({"setting": name, **dict(zip(folders, texts, strict=True))})
     pairs = {"Common settings" if len(flat) > 1 else "Settings": common}
     for part in ("versions", "hardware"):
         found = (pair for run_yml in run_ymls for pair in flatten(run_yml.get(part, {})))
