@@ -186,13 +186,10 @@ def status(folder: Path) -> None:
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Write results.csv in each of FOLDERS, and one report.html over all of them."""
     from pipeline.report.page import write_report
-    from pipeline.report.tables import write_results_csv
 
     folders = tuple(folder.resolve() for folder in folders)
     page = out or Layout(folders[0]).report_html
     write_report(folders, page)
-    for folder in folders:
-        write_results_csv(Layout(folder))
     say(str(page))
 
 

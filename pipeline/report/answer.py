@@ -190,16 +190,13 @@ def _about_objects(controls: Sequence[Comparison]) -> list[str]:
     for own in dict.fromkeys(c.question for c in controls):
         found = [c for c in controls if c.question == own]
         states = {c.state for c in found}
-        if "unknown" in states:
-            verdict = "not known"
-        elif states == {"better"}:
-            verdict = "yes, the image's own segment is better than every control"
-        elif "worse" in states:
-            verdict = "no, the image's own segment is worse than a control"
-        elif "better" in states:
-            verdict = "in part, the image's own segment is better than some controls"
-        else:
-            verdict = "not shown"
+        verdict = (
+            "not known" if "unknown" in states
+            else "yes, the image's own segment is better than every control" if states == {"better"}
+            else "no, the image's own segment is worse than a control" if "worse" in states
+            else "not shown" if "better" not in states
+            else "in part, the image's own segment is better than some controls"
+        )  # fmt: skip
         sentences.append(f"{own}: {verdict}. {' '.join(_verdicts(found))}")
     return sentences
 
@@ -211,10 +208,8 @@ def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
         few = [f"{c.first.label} and {c.second.label}" for c in comparisons if c.seeds == seeds]
         if few:
             all_of = "per method" if len(few) == len(comparisons) else f"for {', '.join(few)}"
-            remarks.append(
-                f"{words} in common {all_of}, so nothing tells a real difference from chance: "
-                "run several, such as --seed 0,1,2."
-            )
+            why = "so nothing tells a real difference from chance"
+            remarks.append(f"{words} in common {all_of}, {why}: run several, such as --seed 0,1,2.")
     if any(c.difference and not c.difference.of_images for c in comparisons):
         remarks.append(
             "Scores of an earlier version came without areas by image: intervals hold chance "
@@ -252,18 +247,17 @@ def _chart(lines: Sequence[Line], measure: Measure) -> Chart:
     every_level = [level for of_line in levels.values() for level in of_line.values()]
     widths = [level.spread.high - level.spread.low for level in every_level if level.spread]
     least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(every_level) else _LEAST_SPAN
-    most = max(level.costs["train_flops"] or 0 for level in every_level)
-    power = math.floor(math.log10(most or 1))
+    flops = max(level.costs["train_flops"] or 0 for level in every_level)
+    power = math.floor(math.log10(flops or 1))
     views = {
         "epochs of pretraining": _series(lines, levels, "", 1.0),
         "device-hours of pretraining": _series(lines, levels, "device_hours", 1.0),
         f"training FLOPs (x 1e{power})": _series(lines, levels, "train_flops", 10.0**power),
     }
-    score = measure.unit.split(" (")[0]
-    caption = f"{score[0].upper()}{score[1:]} by {measure.words}, against pretraining."
+    unit, limits = measure.unit, (0.0, measure.most)
+    caption = f"{unit[0].upper()}{unit[1:].split(' (')[0]} by {measure.words}, against pretraining."
     if widths:
         caption += " Points are means over seeds, bars their 95% intervals."
-    limits, unit = (0.0, measure.most), measure.unit
     return line_chart(views, caption, y_title=unit, least_span=least, limits=limits, is_wide=True)
 
 

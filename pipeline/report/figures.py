@@ -36,11 +36,8 @@ _NARROW, _WIDE = (350, 300), (880, 310)
 _LEFT, _RIGHT, _BELOW, _ABOVE = 54, 16, 44, 34  # pixels beside the axes
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a6761d", "#56b4e9", "#666666", "#000000")
 _SHAPES = (  # dashes in pixels; marker and its size, by which all look equally large
-    ("-", "o", 9),
-    ((0, (7, 3)), "s", 8),
-    ((0, (2, 3)), "^", 10),
-    ((0, (9, 3, 2, 3)), "D", 8),
-)
+    ("-", "o", 9), ((0, (7, 3)), "s", 8), ((0, (2, 3)), "^", 10), ((0, (9, 3, 2, 3)), "D", 8),
+)  # fmt: skip
 _MOST_MARKERS = 40  # of a line; longer ones are lines only
 _NOISE = re.compile(
     r"<defs>\s*<style.*?</defs>"  # it would hold for the whole page
@@ -51,8 +48,6 @@ _NOISE = re.compile(
 )
 _LONG_NUMBER = re.compile(r'(?<=[" ])-?\d+\.\d{2,}')  # of an attribute, not of a label
 _MARKER = re.compile(r'(style="fill: #\w+")/>')  # ticks are markers, too, but have a stroke
-_METADATA = ("Date", "Creator", "Format", "Type")  # of a file, which this is none
-_PICTURE_WIDTH = 1000  # pixels at most
 
 
 class Point(NamedTuple):
@@ -103,13 +98,13 @@ def line_chart(
             y_ticks, drawn = _y_ticks(series, least_span, limits), Markup()
             # The wide one first: the page hides the one that follows it.
             for look, size in (("wide", _WIDE), ("narrow", _NARROW))[not is_wide :]:
-                figure = _figure(*size)
+                figure = Figure((size[0] / 72, size[1] / 72))
                 titles = _plot(figure, series, title, y_title, y_ticks)
                 attributes = f'class="plot {look}" role="img" aria-label="{escape(caption)}"'
                 drawn += _svg(figure, f"{chart.name}{title}{look}", attributes, titles)
             chart.views[title] = drawn
             for line in series:  # several seeds: one entry
-                sample = _figure(40, 14)
+                sample = Figure((40 / 72, 14 / 72))
                 piece = {"markevery": [1], **_look(line.style)}
                 sample.add_artist(Line2D((0.05, 0.5, 0.95), (0.5,) * 3, **piece))
                 name, attributes = f"{chart.name}{line.style}", 'width="40" height="14"'
@@ -136,10 +131,6 @@ def _y_ticks(
         low = max(limits[0], min(min(ends) - missing / 2, limits[1] - least_span))
         ends += [low, low + least_span]
     return ticks(ends)
-
-
-def _figure(width: int, height: int) -> Figure:
-    return Figure((width / 72, height / 72))
 
 
 def _plot(
@@ -173,8 +164,8 @@ def _draw(line: Series, axes: Axes, beside: float) -> list[str]:
         axes.plot(x, y, transform=place, **{**look, "marker": ""})
         return []
     # One path for all bars, with a gap after each.
-    ends = np.stack([low, high, np.full(len(x), math.nan)], axis=1).ravel()
-    axes.plot(np.repeat(x, 3), ends, color=look["color"], transform=place)
+    ends = np.stack([low, high, np.full(len(x), math.nan)], axis=1)
+    axes.plot(np.repeat(x, 3), ends.ravel(), color=look["color"], transform=place)
     axes.plot(x, y, transform=place, **look)
     return [f"{line.label}: {point.y:.4g} at {point.x:g}" for point in line.points]
 
@@ -195,7 +186,9 @@ def _svg(figure: Figure, name: str, attributes: str, titles: Sequence[str] = ())
         artist.set_clip_on(False)
     stream = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):  # ids of markers hash it: the page has many charts
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(_METADATA))
+        # Nothing that is said of a file, which this is none.
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", metadata=metadata)
     inside = stream.getvalue().partition("<svg")[2].partition(">")[2]
     inside = " ".join(_NOISE.sub("", inside).split()).replace("> <", "><")
     inside = _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}", inside)
@@ -238,8 +231,7 @@ def _data_uri(path: Path) -> str:
             picture = image.convert("RGB")
     except OSError:
         return ""  # a running step may just be writing it
-    most = (_PICTURE_WIDTH, picture.height)
-    picture.thumbnail(most, Image.Resampling.LANCZOS, reducing_gap=None)
+    picture.thumbnail((1000, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
     stream = io.BytesIO()
     picture.save(stream, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

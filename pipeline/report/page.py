@@ -16,32 +16,34 @@ from common.parsed import read_log
 from common.step_files import LOG
 from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
-from pipeline.report import tables
+from pipeline.report import scores, tables
 from pipeline.report.answer import Answer, answer
 from pipeline.report.figures import Chart, Point, Series, line_chart, pictures
-from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines, names_of
+from pipeline.report.scores import FINETUNING, MEASURES, Line
 
 
 def write_all(paths: Layout) -> str:
     """Writes results.csv and report.html from what there is; returns the table to show."""
-    evaluations = tables.write_results_csv(paths)
     write_report([paths.root], paths.report_html)
-    if not evaluations:
+    if not (evaluations := scores.read_evaluations(paths)):
         return f"no evaluation has finished; {paths.report_html}"
     return f"\n{tables.terminal_table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
 
 
 def write_report(folders: Sequence[Path], page: Path) -> None:
-    """Writes the page; raises ValueError for a folder that is no output directory."""
+    """Writes results.csv in each of the folders, and one page over all of them.
+
+    Raises ValueError for a folder that is no output directory; then nothing is written.
+    """
     all_paths = [Layout(folder) for folder in folders]
     check_output_file(page, is_own=is_report)
-    for paths in all_paths:  # whoever calls this writes them, too
+    for paths in all_paths:
         check_replaceable(paths.results_csv, "report", is_own=is_results_csv)
         outputs = (paths.pretrain_output, paths.probe_output, paths.eval_output)
         # run.yml alone is a run that has just begun.
         if not any(path.exists() for path in (*outputs, paths.run_yml)):
             raise ValueError(f"{paths.root} is not the output directory of a run")
-    lines = make_lines(all_paths)
+    lines = scores.make_lines(all_paths)
     scored = [(line.label, one) for line in lines for one in line.evaluations]
     first, *others = _answers(lines)
     settings, differing = tables.provenance(all_paths)
@@ -50,7 +52,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     )
     html = template.render(
         title="Mean IoU against pretraining",
-        subtitle=f"{', '.join(names_of(all_paths))}; {time.strftime('%F %H:%M')}",
+        subtitle=f"{', '.join(scores.names_of(all_paths))}; {time.strftime('%F %H:%M')}",
         progress=" ".join(filter(None, map(_progress, all_paths))),
         answer=first,
         other_answers=others,
@@ -68,6 +70,8 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
         settings=settings,
         differing=differing,
     )
+    for paths in all_paths:
+        tables.write_results_csv(paths)
     write_text(page, html)
 
 

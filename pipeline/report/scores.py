@@ -28,7 +28,8 @@ from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, made_alike, read_all_records
 from pipeline.report.statistics import Interval, draw_images, interval
 
-COSTS = ("device_hours", "train_flops")  # of pretraining: columns of results.csv
+# Of pretraining: columns of results.csv, and how they are called for people.
+COSTS = {"device_hours": "device-hours", "train_flops": "train FLOPs"}
 REFERENCE = "patches"  # plain MAE, what the others are compared with
 
 
@@ -193,7 +194,7 @@ class Level(NamedTuple):
     score: float  # the mean over seeds
     spread: Interval | None  # its interval; of one seed, nothing tells the chance between seeds
     scores: dict[int, float]
-    drawn: dict[int, Any] | None  # [DRAWS] on other images; None where areas were not kept
+    drawn: dict[int, Any]  # [DRAWS] on other images; empty where areas were not kept
     costs: dict[str, float | None]  # device_hours and train_flops, means over its pretrainings
 
 
@@ -226,19 +227,19 @@ class Line:
 
     def level(self, epochs: int, measure: Measure) -> Level:
         """Its scores after `epochs`, where it has some; a baseline's are the same after any."""
-        by_seed: dict[int, list[Evaluation]] = {}
         there = [one for one in self.scored if one.epochs == epochs or self.is_baseline]
+        by_seed: dict[int, list[Evaluation]] = {}
         for one in there:
             if one.measure is measure and one.score is not None:
                 by_seed.setdefault(one.seed, []).append(one)
         scores = {seed: fmean(e.result[measure.key] for e in by_seed[seed]) for seed in by_seed}
         images: dict[int, Any] = {seed: [e.drawn for e in by_seed[seed]] for seed in by_seed}
         has_areas = all(one is not None for several in images.values() for one in several)
-        drawn = {s: sum(images[s]) / len(images[s]) for s in images} if has_areas else None
-        on_others = list(drawn.values()) if drawn is not None else None
-        spread = interval(list(scores.values()), on_others) if len(scores) > 1 else None
+        drawn = {s: sum(images[s]) / len(images[s]) for s in images} if has_areas else {}
+        spread = interval(list(scores.values()), list(drawn.values()) or None)
         spent = {n: [cost for e in there if (cost := e.costs[n]) is not None] for n in COSTS}
         costs = {name: fmean(known) if known else None for name, known in spent.items()}
+        spread = spread if len(scores) > 1 else None
         return Level(fmean(scores.values()), spread, scores, drawn, costs)
 
 

@@ -59,13 +59,10 @@ def interval(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None)
     error = _Error(max(between, 1e-18) ** 0.5, max(1, seeds - 1), max(0.0, shared) ** 0.5)
     half = error.exceeded_by((1 - CONFIDENCE) / 2)
     return Interval(
-        value=value,
-        low=value - half,
-        high=value + half,
+        value=value, low=value - half, high=value + half, of_images=drawn is not None,
         p_value=min(1.0, 2 * error.tail(abs(value))),
         detectable=half + error.exceeded_by(1 - POWER),
-        of_images=drawn is not None,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from pipeline.report import scores
 from pipeline.report.scores import COSTS, REFERENCE, Evaluation, Line
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
-# Equal runs differ in the minutes and device-hours only.
-COLUMNS = (
-    *("method", "coverage_ratio", "segments_from", "seed", "eval_seed", "epochs"),
-    *(*SCORES, "minutes", "device_hours", "train_flops"),
-)
-COST_TITLES = dict(zip(COSTS, ("device-hours", "train FLOPs"), strict=True))
+# Of results.csv, with their forms. Equal runs differ in the minutes and device-hours only.
+COLUMNS = {
+    "method": "", "coverage_ratio": "", "segments_from": "", "seed": "", "eval_seed": "",
+    "epochs": "", **dict.fromkeys(SCORES, ".4f"), "minutes": ".2f", "device_hours": ".4f",
+    "train_flops": ".6g",
+}  # fmt: skip
 _WIDEST = 110  # characters of a table on a terminal
 _LEAST_CHANGE = 0.05  # in points; less is shown as 0.0
 _MOST_CLASSES = 8  # shown for each method: those with the largest change
@@ -35,29 +35,21 @@ class Table(NamedTuple):
     looks: Sequence[str] = ()  # of each row: its class in CSS
 
 
-def write_results_csv(paths: Layout) -> list[Evaluation]:
-    """Writes results.csv anew from the evaluations there are, and returns them."""
-    evaluations = scores.read_evaluations(paths)
+def write_results_csv(paths: Layout) -> None:
+    """Writes results.csv anew from the evaluations there are."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_csv_row(evaluation) for evaluation in evaluations)
+    writer.writerows(_csv_row(evaluation) for evaluation in scores.read_evaluations(paths))
     write_text(paths.results_csv, stream.getvalue())
-    return evaluations
 
 
 def _csv_row(evaluation: Evaluation) -> dict[str, str]:
-    method, ratio, source = evaluation.variant
-    forms = dict.fromkeys(SCORES, ".4f") | {"device_hours": ".4f", "train_flops": ".6g"}
-    known = {name: (evaluation.result | evaluation.costs).get(name) for name in forms}
-    return {
-        "method": method,
-        "coverage_ratio": "" if ratio is None else ratio_text(ratio),
-        "segments_from": source,
-        **{name: str(getattr(evaluation, name)) for name in ("seed", "eval_seed", "epochs")},
-        "minutes": f"{evaluation.minutes:.2f}",
-        **{n: "" if known[n] is None else f"{known[n]:{form}}" for n, form in forms.items()},
-    }
+    known = evaluation.result | vars(evaluation) | evaluation.variant._asdict() | evaluation.costs
+    if (ratio := evaluation.variant.coverage_ratio) is not None:
+        known["coverage_ratio"] = ratio_text(ratio)
+    known = {name: value for name, value in known.items() if value is not None}
+    return {n: f"{known[n]:{form}}" if n in known else "" for n, form in COLUMNS.items()}
 
 
 def terminal_table(evaluations: Sequence[Evaluation]) -> str:
@@ -83,7 +75,7 @@ def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
     ]  # fmt: skip
     # Seeds that are the same in every row are left out, and costs of which nothing is known.
     idle = [name for name in ("seed", "eval seed") if len({row[name] for row in rows}) < 2]
-    idle += [name for name in COST_TITLES.values() if not any(row[name] for row in rows)]
+    idle += [name for name in COSTS.values() if not any(row[name] for row in rows)]
     rows = [{name: row[name] for name in row if name not in idle} for row in rows]
     miou = [one.result["mean_iou"] for _, one in labelled]
     return Table(rows, ["best" if score == max(miou) else "" for score in miou])
@@ -94,24 +86,20 @@ def cost_cells(costs: Mapping[str, float | None]) -> dict[str, str]:
     cells = {}
     for name, value in costs.items():
         form = ".2e" if name == "train_flops" else ".3g" if (value or 0) < 1000 else ".0f"
-        cells[COST_TITLES[name]] = "" if value is None else f"{value:{form}}"
+        cells[COSTS[name]] = "" if value is None else f"{value:{form}}"
     return cells
 
 
-class ClassTables(NamedTuple):
-    """IoU class by class."""
+def class_tables(lines: Sequence[Line]) -> dict[str, Any]:
+    """IoU class by class, at the last epochs after which all methods were finetuned.
 
-    caption: str
-    changes: Mapping[str, Table]  # against plain MAE, by the line's label
-    all: Table
-
-
-def class_tables(lines: Sequence[Line]) -> ClassTables | None:
-    """At the last epochs after which all methods were finetuned; None if there are none."""
+    caption: text; changes: line's label -> table, against plain MAE; all: table. Empty if there are
+    no such epochs.
+    """
     lines = [line for line in lines if line.evaluations]
     epochs = scores.last_common_epochs(lines)
     if epochs is None:
-        return None
+        return {}
     trained = [line for line in lines if not line.is_baseline]
     iou = {line.label: _class_iou(line, epochs) for line in trained}
     reference = next((line.label for line in trained if line.method == REFERENCE), "")
@@ -122,7 +110,7 @@ def class_tables(lines: Sequence[Line]) -> ClassTables | None:
     names = dict.fromkeys(name for values in iou.values() for name in values)
     rows = [{"class": n, **{label: _shown(iou[label], n) for label in iou}} for n in names]
     changes = {label: _changes(label, iou[label], reference, iou[reference]) for label in others}
-    return ClassTables(caption, changes, Table(rows))
+    return {"caption": caption, "changes": changes, "all": Table(rows)}
 
 
 def _class_iou(line: Line, epochs: int) -> dict[str, float]:
