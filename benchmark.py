@@ -196,7 +196,7 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
 @command(main, "doctor", **GROUPS)
 def doctor(**groups: Any) -> int:
     """Look at this machine and, given the flags of a run, at its data; say what to fix."""
-    findings = examination.examine(lambda: _settings(groups), groups)
+    findings = list(examination.examine(lambda: _settings(groups), groups))
     say(examination.findings_text(findings))
     return 1 if any(finding.fix for finding in findings) else 0
 

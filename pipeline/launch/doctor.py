@@ -29,23 +29,19 @@ class Finding(NamedTuple):
 
     subject: str
     text: str
-    fix: str = ""
-    """What to do; empty if nothing has to be done."""
+    fix: str = ""  # what to do; empty if nothing has to be done
 
 
-def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> list[Finding]:
+def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> Iterator[Finding]:
     """Everything worth knowing before a run; `settings` makes those of the flags, if they fit.
 
     groups: the flags themselves; where they name no data, it is about the machine only.
     """
-    findings = [
-        Finding(name, version, _SET_UP if version == "not installed" else "")
-        for name, version in machine.versions().items()
-    ]
-    findings += _machine(groups)
+    for name, version in machine.versions().items():
+        yield Finding(name, version, _SET_UP if version == "not installed" else "")
+    yield from _machine(groups)
     if groups["data"].in1k_dir or groups["data"].dataset:
-        findings += _run(settings)
-    return findings
+        yield from _run(settings)
 
 
 def findings_text(findings: list[Finding]) -> str:
@@ -69,8 +65,8 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     if gpus and wanted != 0:
         yield from _torch_on(machine.gpus())
     processes = compute.num_processes or (len(gpus) if wanted is None else wanted) or 1
-    workers, text, fix = groups["parts"].pretrain.get("workers"), f"{cores} cores", ""
-    text += f", {processes} processes"
+    text, fix = f"{cores} cores, {processes} processes", ""
+    workers = groups["parts"].pretrain.get("workers")
     if isinstance(workers, int):  # else each process takes as many as there are cores for
         text += f", {workers} workers each for pretraining"
         if (everybody := workers * processes) > cores:
@@ -81,9 +77,8 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     fix = "close other programs, or use fewer workers" if free < 2 else ""
     yield Finding("memory", f"{free:.1f} of {hardware['memory_gib']} GiB available", fix)
     shm = Path("/dev/shm")  # through which loader workers hand their batches over
-    free = machine.free_bytes(shm) / GIB
     if shm.exists():
-        too_little = free < 1 and workers != 0
+        too_little = (free := machine.free_bytes(shm) / GIB) < 1 and workers != 0
         fix = "give it more (docker: --shm-size=16g), or use workers=0" if too_little else ""
         yield Finding("shared memory", f"{free:.1f} GiB free", fix)
 

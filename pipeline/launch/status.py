@@ -32,8 +32,8 @@ class StepStatus(NamedTuple):
     """One line of `status`."""
 
     name: str
+    # done, running, waiting, submitted, cancelled, interrupted, stopped or failed
     state: str
-    """done, running, waiting, submitted, cancelled, interrupted, stopped or failed."""
     detail: str
 
 
