@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-from common.terminal import duration
+from common.progress import duration
 from pipeline.launch.local import progress_text
 from pipeline.launch.process import marked
 from pipeline.launch.view import step_table
