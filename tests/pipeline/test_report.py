@@ -198,6 +198,10 @@ def test_directories_of_other_settings_are_kept_apart_and_differences_shown(tmp_
     words = text_of(page)
     assert "patches (a)" in words
     assert "finetune: batch_size not given 16" in words
+    (tmp_path / "other").mkdir()
+    same = second.root.rename(tmp_path / "other/a")
+    write_report([first.root, same], page)
+    assert f"patches ({same})" in text_of(page), "folders of one name are told by their paths"
 
 
 def test_classes_that_change_most_are_named(tmp_path: Path) -> None:
