@@ -15,16 +15,13 @@ pytestmark = pytest.mark.slow
 
 
 def _compiling(cache, rank):
-    """A process group of its own, as torchrun and Slurm have them; two blocks; a cold cache."""
+    """A process group of its own, as torchrun and Slurm have them; a cold cache."""
     import torch
-
-    from engine import vit
 
     os.setsid()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     os.environ["TORCHINDUCTOR_WORKER_START"] = "subprocess"
     torch._dynamo.config.error_on_recompile = True
-    vit.VIT_SIZES["vit_tiny"] = vit.VitSize(width=96, depth=2, heads=3)
 
 
 def test_a_signal_to_all_processes_while_compiling_stops_the_run(in1k_dir, tmp_path, processes):
