@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,6 +45,14 @@ def ended(started: list[BaseProcess]) -> list[int | None]:
             process.kill()
             process.join()
     return [process.exitcode for process in started]
+
+
+def until(condition: Callable[[], object], seconds: float = SECONDS, pause: float = 0.02) -> None:
+    """Wait for it."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(pause)
 
 
 def _child(

@@ -10,8 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from tests import toy
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
 from tests.pipeline.whole_run import scores, write_inputs
+from tests.processes import until
 
 ROUNDS = ("--mask-method", "four_channels", "--pretrain-epochs", "2", "--eval-freq", "1")
 
@@ -123,7 +123,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_results(
         (_kill_step, "pretrain_output/four_channels"), (_kill_parent, "eval_output/*"),
     ):  # fmt: skip
         parent = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        _until(lambda where=working: list(out.glob(f"{where}/progress.json")))
+        until(lambda where=working: list(out.glob(f"{where}/progress.json")))
         kill(parent, out)
         assert parent.wait(120) != 0
     done = run_benchmark(*command[2:])
@@ -184,7 +184,7 @@ def test_slurm_runs_the_plan_side_by_side_requeues_and_ends_like_the_local_run(
     assert "4 jobs submitted" not in run_benchmark(*call).stdout, "they were submitted twice"
 
     first, beside = _job_of(out, "pretrain_four_channels_1"), set()
-    _until(lambda: _is_running(out, first))
+    until(lambda: _is_running(out, first))
     cluster.query("scontrol", "requeue", first)
     cluster.start_requeued(first)
 
@@ -193,7 +193,7 @@ def test_slurm_runs_the_plan_side_by_side_requeues_and_ends_like_the_local_run(
         beside.add(frozenset(job.split()[0] for job in jobs if job.endswith("RUNNING")))
         return not jobs
 
-    _until(nothing_left)
+    until(nothing_left)
     assert {"evaluate_four_channels_1", "pretrain_four_channels_2"} in beside
     record = json.loads((out / ".segmae/steps/pretrain_four_channels_1.json").read_text())
     assert (record["state"], record["attempts"]) == ("done", 2)
@@ -210,13 +210,6 @@ def _is_running(out: Path, job: str) -> bool:
     """Whether the job's step has started, as its record says."""
     records = [json.loads(p.read_text()) for p in (out / ".segmae/steps").glob("*.json")]
     return any(r["job_id"] == job and r["state"] == "running" for r in records)
-
-
-def _until(condition: Callable[[], object], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.2)
 
 
 def test_dry_run_shows_the_plan_on_a_screen_and_changes_nothing(

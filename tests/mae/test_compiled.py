@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import time
 from functools import partial
 
 import psutil
 import pytest
 
 from tests.mae.conftest import make_config
+from tests.processes import until
 
 pytestmark = pytest.mark.slow
 
@@ -30,10 +30,8 @@ def test_a_signal_to_all_processes_while_compiling_stops_the_run(in1k_dir, tmp_p
     config = make_config(in1k_dir, out, compile="on", batch_size=4)
     sabotage = partial(_compiling, tmp_path / "cache")
     (process,) = processes.start(config, sabotage=sabotage)
-    run, deadline = psutil.Process(process.pid), time.monotonic() + 180
-    while not [child for child in run.children(recursive=True) if _compiles(child)]:
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.02)
+    run = psutil.Process(process.pid)
+    until(lambda: any(_compiles(child) for child in run.children(recursive=True)))
     os.killpg(process.pid, signal.SIGTERM)
     process.join(240)
     assert process.exitcode == 75

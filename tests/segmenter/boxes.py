@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -123,16 +123,23 @@ def config_of(arguments: list[str]) -> TrainConfig:
     return TrainConfig(**make_all(GROUPS, [Layer(given)]))
 
 
-def start(arguments: list[str], output: Path, processes: int = 1) -> list[BaseProcess]:
-    """`python -m segmenter ...` in one process or several, which print into a file."""
-    return processes_of.start(partial(_command, [str(a) for a in arguments]), processes, output)
+def run(
+    arguments: list[str],
+    output: Path,
+    processes: int = 1,
+    sabotage: Callable[[], None] | None = None,
+    code: int = 0,
+) -> None:
+    """`python -m segmenter ...` in one process or several, which print into a file.
+
+    sabotage: called in each before; code: with which each has to end.
+    """
+    work = partial(_command, [str(argument) for argument in arguments], sabotage)
+    codes = processes_of.ended(processes_of.start(work, processes, output))
+    assert codes == [code] * processes, output.read_text()
 
 
-def run(arguments: list[str], output: Path, processes: int = 1) -> None:
-    """The same, to its end, which has to be a good one."""
-    codes = processes_of.ended(start(arguments, output, processes))
-    assert codes == [0] * processes, output.read_text()
-
-
-def _command(arguments: list[str], rank: int) -> int:
+def _command(arguments: list[str], sabotage: Callable[[], None] | None, rank: int) -> int:
+    if sabotage is not None:
+        sabotage()
     return call(*arguments).code

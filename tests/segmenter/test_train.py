@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import segmenter.model
 from common.parsed import read_log
 from engine.logbook import TIMING_KEYS
 from engine.trainer import EpochTrainer
-from tests.segmenter.boxes import call, run, start, train_arguments
+from tests.segmenter.boxes import call, run, train_arguments
 from tests.tensorboard_events import scalars
 
 TIMINGS = {"images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib"}
@@ -165,10 +165,30 @@ def test_a_run_killed_in_the_middle_of_a_save_continues_exactly(
     assert_same_run(tmp_path / "run", finished)
 
 
+def _kill_after_epoch(count):
+    """SIGKILL when so many epochs are in the log; their checkpoints are written."""
+    from engine import checkpoint, logbook
+
+    save, add_epoch, added = checkpoint.Saver.save, logbook.Logbook.add_epoch, []
+
+    def save_and_wait(self, *arguments, **named):
+        save(self, *arguments, **named)
+        self.running.result()
+
+    def add_and_kill(self, record):
+        add_epoch(self, record)
+        added.append(record)
+        if len(added) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.Saver.save, logbook.Logbook.add_epoch = save_and_wait, add_and_kill
+
+
 def test_a_killed_process_continues_exactly(dataset, finished, tmp_path):
     output_dir = tmp_path / "run"
     arguments = train_arguments(dataset, output_dir, save_every_minutes=1e-6)
-    kill_when((output_dir / "checkpoint.pth").exists, arguments, tmp_path / "output.txt")
+    sabotage = partial(_kill_after_epoch, 1)
+    run(arguments, tmp_path / "output.txt", sabotage=sabotage, code=-signal.SIGKILL)
     assert call(*arguments).code == 0
     assert_same_run(output_dir, finished)
 
@@ -176,8 +196,8 @@ def test_a_killed_process_continues_exactly(dataset, finished, tmp_path):
 def test_tensorboard_gets_every_value_once_also_after_a_kill(dataset, finished, tmp_path):
     output_dir = tmp_path / "run"
     arguments = train_arguments(dataset, output_dir, epochs=4)
-    two_epochs = lambda: len(read_log(output_dir / "log.txt")) >= 2  # noqa: E731
-    kill_when(two_epochs, arguments, tmp_path / "output.txt")
+    sabotage = partial(_kill_after_epoch, 2)
+    run(arguments, tmp_path / "output.txt", sabotage=sabotage, code=-signal.SIGKILL)
     assert not (output_dir / "result.json").exists()
     assert call(*arguments).code == 0
     for folder in (output_dir, finished):
@@ -259,17 +279,6 @@ def test_too_little_gpu_memory_names_what_to_lower(dataset, tmp_path, command, m
         "Error: CUDA out of memory. Tried to allocate 2.00 GiB: lower --eval-batch-size or "
         "lower --device-batch-size or give --activation-checkpointing; the result stays the same"
     )
-
-
-def kill_when(condition, arguments, output):
-    """Kill a process of this command as soon as the condition holds."""
-    (process,) = start(arguments, output)
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.is_alive() and time.monotonic() < deadline, output.read_text()
-        time.sleep(0.005)
-    process.kill()
-    process.join()
 
 
 def test_two_processes_train_and_score_like_one(dataset, finished, tmp_path):
