@@ -15,8 +15,8 @@ from tests import toy
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 DATA = REPO_ROOT.parent / "shared" / "data"
-PLANNED = ["segments", "segment_patches"]  # the others are run here, without processes of their own
-METHODS = ["patches", "four_channels", "preencoder", *PLANNED]
+PLANNED = ["segment_patches"]  # the others are run here, without processes of their own
+METHODS = ["patches", "segments", "four_channels", "preencoder", *PLANNED]
 PRETRAIN = {
     "image_size": 64, "patch_size": 16, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2,
     "batch_size": 8, "effective_batch_size": 8, "base_lr": 1.0e-3, "workers": 0,
@@ -28,7 +28,7 @@ FINETUNE = {
 MODEL = {"plugin": str(toy.PLUGIN), "model": "vit_toy"}
 PLAN = {
     **MODEL, "num_gpus": 0, "pretrain_epochs": 2, "eval_freq": 2, "baselines": "none",
-    "probe_freq": 0, "overlap": True, "pretrain": PRETRAIN, "finetune": FINETUNE,
+    "probe_freq": 0, "pretrain": PRETRAIN, "finetune": FINETUNE,
 }  # fmt: skip
 
 pytestmark = [
@@ -62,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def output(data: Path) -> Path:
-    """The output directory of two methods, pretrained for two epochs and scored."""
+    """The output directory of a method, pretrained for two epochs and scored."""
     done = run_benchmark(
         *("--config", data / "config.yml", "--in1k-dir", data / "in1k"),
         *("--eval-dataset", data / "dataset.yml", "--mask_method", ",".join(PLANNED)),

@@ -26,10 +26,10 @@ mae.listing.find_images = wait_for_ever
 """
 
 
-def start(words, launcher=(), **more):
+def start(words, **more):
     program, *arguments = map(str, words)
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", program, *arguments], cwd=REPOSITORY,
+        [sys.executable, "-m", program, *arguments], cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
     )  # fmt: skip
@@ -159,13 +159,3 @@ def test_the_damage_of_the_last_step_is_not_saved(world, part):
     assert "Traceback" not in err
     assert not list((world / "new").glob("*.pth"))
     assert (world / "new/log.txt").read_text() == ""
-
-
-@pytest.mark.slow
-def test_scoring_on_two_processes_ends_cleanly(world):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    words = ["segmenter", "evaluate", world / "fine/best.pth", "--plugin", world / "nano.py"]
-    words += ["--dataset", world / "data/dataset.yml", "--device", "cpu", "--workers", "0"]
-    process = start(words, launcher)  # 30 of 30 were seen
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
