@@ -13,9 +13,8 @@ import click
 
 from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, run_program, say
-from common.files import check_output_folder
+from common.files import check_output_folder, hold
 from common.interruption import Interruption
-from common.lock import hold
 from common.options import MOST_SEED
 from pipeline.launch import doctor as examination
 from pipeline.launch import slurm

@@ -1,4 +1,4 @@
-"""How a program ends, and where its messages go."""
+"""How a program ends, where its messages go, and what a table looks like there."""
 
 import io
 import logging
@@ -13,8 +13,8 @@ import click
 from common.environment import rank
 from common.interruption import end_children
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL: saved; the same command goes on
+# 75 is EX_TEMPFAIL: saved; the same command goes on.
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 MOST_LINES = 4  # of an error
 
 
@@ -32,16 +32,13 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
         code = EXIT_BAD_INPUT
     except click.ClickException as error:
         code = _report(error.format_message(), error.exit_code)
-    except click.Abort:
-        code = _report("interrupted", EXIT_FAILED)
     except ValueError as error:
         code = _report(str(error), EXIT_BAD_INPUT)
     except OSError as error:
         about = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         code = _report(about, EXIT_FAILED)
-    except RuntimeError as error:
-        logging.getLogger(__name__).debug("failed", exc_info=error)
-        code = _report(str(error), EXIT_FAILED)
+    except RuntimeError as error:  # click's Abort is one that says nothing
+        code = _report(str(error) or "interrupted", EXIT_FAILED)
     finally:
         end_children()
         # Processes that end while they are connected abort now and then, after all work is done.
@@ -53,11 +50,10 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
 
 
 def _report(message: str, code: int) -> int:
-    if message.startswith("Caught "):  # torch: an error of a loader process, with its traceback
-        message = message.strip().splitlines()[-1].partition(": ")[2]
     lines = message.strip().splitlines()
-    if len(lines) > MOST_LINES:
-        message = "\n".join([*lines[: MOST_LINES - 1], "..."])
+    if message.startswith("Caught "):  # torch: an error of a loader process, with its traceback
+        lines = [lines[-1].partition(": ")[2]]
+    message = "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."])
     with suppress(OSError, ValueError):  # nobody may be listening; the exit code says it, too
         click.echo(f"{f'process {rank()}: ' if rank() else ''}Error: {message}", err=True)
     return code
@@ -71,11 +67,16 @@ def say(message: str, *, err: bool = False) -> None:
         _turn_away(sys.stderr if err else sys.stdout)
 
 
-def _open_standard_streams() -> None:
-    """A program may be started without them; a file would then get their numbers, and their text.
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Lines with columns of equal width; `right` are those that end alike."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{'>' if i in right else '<'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
-    https://docs.python.org/3/library/sys.html#sys.__stdin__
-    """
+
+def _open_standard_streams() -> None:
+    # A program may be started without them; a file would then get their numbers, and their text:
+    # https://docs.python.org/3/library/sys.html#sys.__stdin__
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -89,7 +90,7 @@ def _open_standard_streams() -> None:
 
 
 def _turn_away(stream: TextIO) -> None:
-    """Let what is still to be written to a stream that is gone vanish."""
+    # What is still to be written to a stream that is gone shall vanish.
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

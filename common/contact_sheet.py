@@ -1,12 +1,12 @@
 """Contact sheets: rows of captioned pictures on one PNG, readable on a phone, where it is opened.
 
-rows = [[Tile(photo, "photo.jpg"), Tile(hidden, "15 % hidden")] for photo, hidden in pairs]
+rows = [[(photo, "photo.jpg"), (hidden, "15 % hidden")] for photo, hidden in pairs]
 save_png(contact_sheet(rows, titles=("image", "seen"), tile_width=240), path, "segments")
 """
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,7 @@ PHONE_SHARE = 30
 CAPTION_LINES = 3  # of a tile; of what is longer, the middle is left out
 BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
 
-
-@dataclass(frozen=True)
-class Tile:
-    """A picture, [H, W, 3] uint8 RGB of any size, and what stands above it."""
-
-    image: np.ndarray
-    caption: str = ""
+Tile = tuple[np.ndarray, str]  # [H, W, 3] uint8 RGB of any size, and what stands above it
 
 
 def contact_sheet(
@@ -42,33 +36,29 @@ def contact_sheet(
     # Every strip is made first, since its height follows from its captions and pictures.
     strips = [_text_strip(titles, tile_width, width)] if titles else []
     for row in rows:
-        if any(tile.caption for tile in row):
-            strips.append(_text_strip([tile.caption for tile in row], tile_width, width))
-        strips.append(_picture_strip([tile.image for tile in row], tile_width, width))
+        pictures, captions = zip(*row, strict=True)
+        if any(captions):
+            strips.append(_text_strip(captions, tile_width, width))
+        strips.append(_picture_strip(pictures, tile_width, width))
     return stacked(strips)
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures one below the other, from the left, as wide as the widest."""
-    size = max(picture.width for picture in pictures), sum(picture.height for picture in pictures)
-    sheet = Image.new("RGB", size, BACKGROUND)
-    top = 0
-    for picture in pictures:
+    heights = [0, *accumulate(picture.height for picture in pictures)]
+    sheet = Image.new("RGB", (max(picture.width for picture in pictures), heights[-1]), BACKGROUND)
+    for picture, top in zip(pictures, heights, strict=False):
         sheet.paste(picture, (0, top))
-        top += picture.height
     return sheet
 
 
 def text_size(sheet_width: int) -> int:
-    """How high text has to be, in pixels, on a sheet of this width."""
+    """The height of text in pixels."""
     return max(13, sheet_width // PHONE_SHARE)
 
 
 def save_png(image: Image.Image, path: Path, kind: str) -> None:
-    """Write a PNG that is there as a whole or not at all.
-
-    kind: the mark by which the command that made it may replace it (`common.files.is_marked`).
-    """
+    """Write a PNG whole or not at all. kind: the mark by which its command may replace it."""
     about = PngImagePlugin.PngInfo()
     about.add_text("Software", mark(kind))
     with replacing(path) as unfinished:
@@ -76,14 +66,12 @@ def save_png(image: Image.Image, path: Path, kind: str) -> None:
 
 
 def _text_strip(texts: Sequence[str], tile_width: int, width: int) -> Image.Image:
-    """One text above each tile, wrapped to its width."""
+    # One text above each tile, wrapped to its width.
     font = ImageFont.load_default(text_size(width))
     alphabet = "abcdefghijklmnopqrstuvwxyz 15 %"
     letters = max(4, int(0.9 * tile_width * len(alphabet) / font.getlength(alphabet)))  # of a line
-    wrapped = []
-    for text in texts:
-        lines = textwrap.wrap(shortened(text, 2 * letters), letters, max_lines=CAPTION_LINES)
-        wrapped.append("\n".join(lines))
+    texts = [shortened(text, 2 * letters) for text in texts]
+    wrapped = ["\n".join(textwrap.wrap(t, letters, max_lines=CAPTION_LINES)) for t in texts]
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     height = max(draw.multiline_textbbox((0, 0), text or " ", font=font)[3] for text in wrapped)
     strip = Image.new("RGB", (width, int(height) + 2 * GAP), BACKGROUND)

@@ -15,12 +15,10 @@ from common.progress import Counter
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 2**20
-TIMEOUT_SECONDS = 60
+CHUNK, TIMEOUT_SECONDS = 2**20, 60
 ATTEMPTS_WITHOUT_PROGRESS = 4  # per address
 FIRST_PAUSE_SECONDS = 0.2
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416
-ENOUGH_FREE = 1.05  # times what is still to come
 
 
 def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
@@ -56,10 +54,7 @@ def has_digest(path: Path, digest: str) -> bool:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Complete `part` from one address, over several connections if they break.
-
-    Raises OSError when it refuses, or when nothing more arrives.
-    """
+    """Complete `part` from one address, over several connections if they break; or OSError."""
     failures = 0
     while True:
         before = _size(part)
@@ -74,8 +69,7 @@ def _fetch(url: str, part: Path) -> None:
         failures = 0 if _size(part) > before else failures + 1
         if failures == ATTEMPTS_WITHOUT_PROGRESS:
             raise reason
-        if failures:
-            time.sleep(FIRST_PAUSE_SECONDS * 4 ** (failures - 1))
+        time.sleep(FIRST_PAUSE_SECONDS * 4 ** (failures - 1) if failures else 0)
 
 
 def _fetch_once(url: str, part: Path, start: int) -> bool:
@@ -96,14 +90,12 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
         begins = response.headers.get("Content-Range", "")
         if start and resumed and not begins.startswith(f"bytes {start}-"):
             raise OSError("the server sent another part than was asked for")
-        to_come = int(response.headers.get("Content-Length", 0))  # a server need not say
         position = start if resumed else 0
-        total_bytes = position + to_come
-        free = shutil.disk_usage(part.parent).free
-        if free < to_come * ENOUGH_FREE:
-            raise RuntimeError(
-                f"{part.parent} has {free / 1e9:.1f} GB free; {to_come / 1e9:.1f} GB are to come"
-            )
+        to_come = int(response.headers.get("Content-Length", 0))  # a server need not say
+        total_bytes, free = position + to_come, shutil.disk_usage(part.parent).free
+        if free < to_come * 1.05:  # with something to spare
+            has = f"{part.parent} has {free / 1e9:.1f} GB free"
+            raise RuntimeError(f"{has}; {to_come / 1e9:.1f} GB are to come")
         with (
             part.open("ab" if resumed else "wb") as file,
             Counter(part.stem, total=total_bytes // 10**6, done=position // 10**6, unit="MB") as mb,

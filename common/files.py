@@ -1,30 +1,35 @@
 """Files: reading regular ones; writing beside, flushed, renamed, so that what exists is complete.
 
 An output never replaces an input: what is there already is only replaced by the command that made
-it, which is told by the first bytes of the file (see `mark`).
+it, which is told by the first bytes of the file (see `mark`). And one walk, for all who list; one
+lock, for one process at a time in an output directory.
 """
 
 import json
+import logging
 import os
+import re
 import shutil
 import socket
 import stat
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+logger = logging.getLogger(__name__)
+
 HEAD_BYTES = 4096  # of a file, in which its mark stands
 UNFINISHED = ".segmae-part"  # whatever bears it is ours, and may be replaced
-LONGEST_NAME = 64  # about, of what is written into a folder
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # as Python has such bytes in a name
 NOTHING_WRITTEN = "nothing was written"
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Open a file to read it. Raises OSError, also for a pipe, a socket or a device.
-
-    Opening a pipe would otherwise wait for someone to write into it.
-    """
+    """Open a file to read it. Raises OSError, also for a pipe, a socket or a device."""
+    # Opening a pipe would otherwise wait for someone to write into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -57,14 +62,10 @@ def path_below(folder: Path, name: str, source: str) -> Path:
     return folder / pure
 
 
-def beside(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return path.with_name(f"{path.name}{UNFINISHED}")
-
-
-def _own_beside(path: Path) -> Path:
-    """The same for a file that several processes may write at once."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
+def beside(path: Path, *, shared: bool = False) -> Path:
+    """Where a file is written before it gets its name; shared: several processes may do so."""
+    own = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
+    return path.with_name(f"{path.name}{own}{UNFINISHED}")
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     A kill at any moment leaves the old file or the new one. shared: several processes may do this
     at once. Raises RuntimeError if the disk does not take it; then nothing is left.
     """
-    unfinished = _own_beside(path) if shared else beside(path)
+    unfinished = beside(path, shared=shared)
     try:
         unfinished.unlink(missing_ok=True)  # it may be a second name of a file that is whole
         yield unfinished
@@ -88,10 +89,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         said = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(said, OSError):
             raise
-        raise RuntimeError(
-            f"{path} cannot be written: {said.strerror or said}. Make room and run the same "
-            "command again"
-        ) from error
+        text = f"{path} cannot be written: {said.strerror or said}. "
+        raise RuntimeError(text + "Make room and run the same command again") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,10 +106,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def also_save_as(existing: Path, path: Path) -> None:
-    """Give a complete file a second name, without writing gigabytes twice where links work.
-
-    Files are only ever replaced, never changed, so that the two names do not disturb each other.
-    """
+    """Give a complete file a second name, without writing gigabytes twice where links work."""
+    # Files are only ever replaced, never changed: the two names do not disturb each other.
     with replacing(path) as second:
         try:
             second.hardlink_to(existing)
@@ -121,12 +118,9 @@ def also_save_as(existing: Path, path: Path) -> None:
 def check_output_folder(
     folder: Path, flag: str = "--output-dir", *, reads: Iterable[Path] = ()
 ) -> None:
-    """Raise ValueError unless the folder can be written to, or made. Makes nothing.
-
-    reads: folders of input; what is written must not become part of it.
-    """
+    """Raise ValueError unless the folder can be written to, or made, outside `reads`, the input."""
     with _refusing(flag, folder):
-        nearest = folder.absolute() / ("x" * LONGEST_NAME)
+        nearest = folder.absolute() / ("x" * 64)  # about what is written into it
         while not nearest.exists():
             nearest = nearest.parent
         _check_writable(nearest)
@@ -136,46 +130,29 @@ def check_output_folder(
 
 
 def check_output_file(
-    path: Path,
-    flag: str = "--out",
-    *,
-    reads: Iterable[Path] = (),
-    is_own: Callable[[bytes], bool] | None = None,
-) -> None:
-    """Raise ValueError unless the file can be made, or replaced. Makes nothing.
+    path: Path, flag: str = "--out", *, reads: Iterable[Path] = (),
+    is_own: Callable[[bytes], bool] | None = None, makes_folder: bool = False,
+) -> None:  # fmt: skip
+    """Raise ValueError unless the file can be made, or replaced.
 
     reads: files that the command reads: none is replaced, under whatever name. is_own: whether a
     file that is there, of which it gets the first bytes, was made by the same command; None: the
-    command judges that by itself.
+    command judges that by itself. makes_folder: the command makes it, and checks it by itself.
     """
     with _refusing(flag, path):
-        _check_writable(path.absolute().parent)
-    check_replaceable(path, flag, reads=reads, is_own=is_own)
-
-
-def check_replaceable(
-    path: Path,
-    flag: str,
-    *,
-    reads: Iterable[Path] = (),
-    is_own: Callable[[bytes], bool] | None = None,
-) -> None:
-    """The same, of a file in a folder that is checked by itself."""
-    with _refusing(flag, path):
+        if not makes_folder:
+            _check_writable(path.absolute().parent)
         if path.is_dir():
             raise OSError("it is a folder; name a file")
-        for aside in (beside(path), _own_beside(path)):
-            if aside.is_dir():
-                raise OSError(f"{aside} is in the way")
+        beside(path, shared=True).exists()  # raises OSError for a name that is too long
         if not path.exists():
             return
         if not path.is_file():
             raise OSError("it is no regular file")
         if not os.access(path, os.W_OK):
             raise OSError("it is read-only")
-        for read in reads:
-            if read.exists() and path.samefile(read):
-                raise OSError("this command reads it; name another file")
+        if any(read.exists() and path.samefile(read) for read in reads):
+            raise OSError("this command reads it; name another file")
         if is_own is not None:
             with open_regular(path) as file:
                 if not is_own(file.read(HEAD_BYTES)):
@@ -214,3 +191,88 @@ def shortened(value: object, most: int = 200) -> str:
     text = str(value).encode("utf-8", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+def relative_files(folder: Path) -> set[str]:
+    """Regular files below a folder, at any depth, as relative posix paths; see `walk`."""
+    return {below + name for below, names in walk(folder) for name in names}
+
+
+def walk(
+    folder: Path, enter: Callable[[str], bool] = lambda below: True
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields where each folder is, "" or "below/folder/", and the names of its files, sorted.
+
+    Links to folders come last, and lead nowhere if what they name was visited by its own name. A
+    link to nothing is a file: whoever wants to read it will name it. enter: asked about each folder
+    before it is listed. Raises ValueError for a folder that cannot be listed.
+    """
+    visited: set[tuple[int, int]] = set()
+    left_out: list[str] = []
+    waiting = deque([""])
+    while waiting:
+        below = waiting.popleft()
+        path = f"{folder}/{below}"
+        try:
+            here = os.stat(path)  # noqa: PTH116
+            if (here.st_dev, here.st_ino) in visited or (below and not enter(below)):
+                continue
+            visited.add((here.st_dev, here.st_ino))
+            with os.scandir(path) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be listed: {error.strerror}") from None
+        files = []
+        for entry in entries:
+            is_file = entry.is_file(follow_symlinks=False)
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if is_link := entry.is_symlink():  # not by `entry`, which raises for one to itself
+                is_folder = os.path.isdir(entry.path)  # noqa: PTH112
+                is_file = os.path.isfile(entry.path) or not os.path.exists(entry.path)  # noqa: PTH110, PTH113
+            if not (is_file or is_folder) or NOT_UTF8.search(entry.name):
+                left_out.append(below + entry.name)
+            elif is_file:
+                files.append(entry.name)
+            elif is_link:
+                waiting.append(f"{below}{entry.name}/")
+            else:
+                waiting.appendleft(f"{below}{entry.name}/")
+        yield below, files
+    if left_out:
+        text = "%s: %d names are no regular files, or not UTF-8, and left out: %s"
+        logger.warning(text, folder, len(left_out), ", ".join(map(shortened, left_out[:3])))
+
+
+class LockedError(ValueError):
+    """Another process works in this output directory."""
+
+
+@contextmanager
+def hold(path: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which stays, while the block runs; or LockedError, at once."""
+    from filelock import FileLock, Timeout  # slow to import, and needed by runs only
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The file is written to below: not through a link, and not over a file of somebody else's.
+    if os.path.lexists(path):
+        is_plain = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+        if not is_plain or path.read_bytes()[:1] not in (b"", b"{"):
+            raise ValueError(f"{path} is in the way: it is no lock of a run here; remove it")
+    try:  # What a killed process has just forked holds its lock until it has begun.
+        held = FileLock(path).acquire(timeout=1.0)
+    except Timeout:
+        remedy = "wait for it, or use another --output-dir"
+        raise LockedError(f"{_holder(path)} already works in {folder}; {remedy}") from None
+    with held:  # then the file is left: who waits for it would hold one that has no name
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
+        path.write_text(json.dumps(here))
+        yield
+
+
+def _holder(path: Path) -> str:
+    # As far as the file tells: its holder may be about to write it.
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

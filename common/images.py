@@ -1,33 +1,38 @@
 """Image files: which there are, and the one reader of them. Arrays are [H, W, 3] uint8 RGB.
 
-H x W are pixels of the image as people see it: turned as EXIF or XMP says.
+H x W are pixels of the image as people see it: turned as EXIF or XMP says. Also here: which of many
+images are looked at; and those that cannot be used, which are skipped, named and counted.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from common.files import read_bytes, shortened
-from common.folders import relative_files
+from common.files import read_bytes, relative_files, shortened
 
 if TYPE_CHECKING:  # not every command that lists images opens some
     from PIL import Image
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+Item = TypeVar("Item")
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MOST_UNREADABLE = 0.01  # share of the images; one image is forgiven in any case
+MOST_IN_A_ROW = 100
 MOST_PIXELS = 178_956_970  # as many as Pillow takes by itself
 MOST_PIXELS_VARIABLE = "SEGMAE_MAX_IMAGE_PIXELS"
-
-JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # markers before the size: baseline, extended, progressive
-JPEG_APP1, EXIF_START = 0xE1, b"Exif\0\0"
 ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)(\d)")
 GREY_OR_COLOUR = (1, 3)  # channels of a JPEG; four are CMYK
@@ -37,22 +42,14 @@ EXTRANEOUS, FEW_BYTES = re.compile(r"(\d+) extraneous bytes before marker"), 64
 
 
 def find_images(folder: Path) -> list[str]:
-    """Image files below a folder, at any depth, as sorted posix paths relative to it.
-
-    Links to folders are followed. Raises ValueError if the folder is missing or holds no image.
-    """
+    """Image files below a folder, at any depth, as sorted posix paths; ValueError if none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; images are expected there")
-    found = sorted(path for path in relative_files(folder) if _is_image(path))
+    images = (path for path in relative_files(folder) if path.lower().endswith(IMAGE_SUFFIXES))
+    found = sorted(path for path in images if not path.rpartition("/")[2].startswith("."))
     if not found:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"no image below {folder} (looked for {known})")
+        raise ValueError(f"no image below {folder} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return found
-
-
-def _is_image(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -65,25 +62,32 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def decode_rgb(content: bytes | bytearray) -> np.ndarray:
-    """All pixels of an image file's content.
+    """All pixels of an image file's content, without transparency; of several pictures the first.
 
-    Grey, palette and CMYK become RGB, transparency is dropped, of several pictures the first
-    counts; 16 bits become 8, and grey of no fixed range is stretched to 0-255. Raises ValueError
-    if it is damaged, no image, or of more than $SEGMAE_MAX_IMAGE_PIXELS.
+    16 bits become 8, and grey of no fixed range is stretched to 0-255. Raises ValueError if it is
+    damaged, no image, or of more than $SEGMAE_MAX_IMAGE_PIXELS.
     """
-    header = jpeg_header(content)
+    header, pixels = jpeg_header(content), None
     if header is not None:
         refuse_huge(header.height, header.width)
         pixels = _decode_jpeg(content)
-        if pixels is not None:
-            return pixels if header.is_upright else _turned(pixels, content)
-    return np.array(_to_rgb(upright(load_image(content))))
+        if pixels is not None and header.is_upright:
+            return pixels
+    from PIL import Image, ImageOps
+
+    image = opened = load_image(content, decode=pixels is None)
+    if pixels is not None:
+        image = Image.fromarray(pixels)
+        image.info = opened.info  # EXIF and XMP, by which it is turned
+    with suppress(Exception):  # of a damaged block
+        image = ImageOps.exif_transpose(image)
+    return np.array(_to_rgb(image))
 
 
 def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Pixels of an image, fewer of a large upright JPEG, and its own (height, width).
+    """Pixels of an image, and its own (height, width). Raises ValueError as `read_rgb`.
 
-    By that, neither side becomes shorter than `side` pixels. Raises ValueError as `read_rgb`.
+    A large upright JPEG has fewer pixels, but no side is shorter than `side`.
     """
     import simplejpeg
 
@@ -92,30 +96,16 @@ def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
     if header is not None and header.is_upright and min(header.height, header.width) >= 2 * side:
         with suppress(ValueError):  # `read_rgb` judges what is huge, damaged or of another kind
             refuse_huge(header.height, header.width)
-            pixels = simplejpeg.decode_jpeg(
-                content, "RGB", min_height=side, min_width=side, min_factor=2
-            )
-            return pixels, (header.height, header.width)
+            least = {"min_height": side, "min_width": side, "min_factor": 2}
+            return simplejpeg.decode_jpeg(content, "RGB", **least), (header.height, header.width)
     pixels = read_rgb(path)
     return pixels, (pixels.shape[0], pixels.shape[1])
 
 
-def _turned(pixels: np.ndarray, content: bytes | bytearray) -> np.ndarray:
-    """The decoded pixels of a file, turned as it says."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    image.info = load_image(content, decode=False).info  # EXIF and XMP
-    return np.array(upright(image))
-
-
 def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
-    """The pixels as they lie in the file; None if only Pillow knows this kind.
-
-    Raises ValueError for damage, which Pillow passes over: it fills what is missing with grey.
-    """
     import simplejpeg
 
+    # Damage, which Pillow passes over (it fills what is missing with grey), is a ValueError.
     try:
         return simplejpeg.decode_jpeg(content, "RGB", strict=True)
     except ValueError as error:
@@ -125,7 +115,7 @@ def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
         return simplejpeg.decode_jpeg(content, "RGB", strict=False)
     if said.startswith(("Corrupt JPEG", "Premature end")):
         raise ValueError(said)
-    return None
+    return None  # only Pillow may know this kind
 
 
 def load_image(
@@ -134,15 +124,14 @@ def load_image(
     """An image file by Pillow, first picture, as it lies in the file.
 
     draft: width and height; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if it stays
-    larger. decode: False for a look at size and mode only. Raises ValueError, which names the file
-    if `source` is its path.
+    larger. decode: False for a look at size and mode. Raises ValueError, which names a path.
     """
     from PIL import Image
 
     name = f"{source} cannot be read as an image: " if isinstance(source, Path) else ""
     content = read_bytes(source) if isinstance(source, Path) else source
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
-    _most_pixels()  # a wrong limit is no damage of the image
+    refuse_huge(0, 0)  # a wrong limit is no damage of the image
     try:
         image = Image.open(io.BytesIO(content))
         refuse_huge(image.height, image.width)
@@ -163,33 +152,13 @@ def load_image(
 
 
 def refuse_huge(height: int, width: int) -> None:
-    """Raise ValueError for an image of more pixels than allowed: decoding it may take all memory.
-
-    Raises RuntimeError if the limit is no number.
-    """
-    most = _most_pixels()
-    if height * width > most:
-        raise ValueError(
-            f"it has {width} x {height} pixels, more than {most}; {MOST_PIXELS_VARIABLE}=N allows "
-            "more"
-        )
-
-
-def _most_pixels() -> int:
-    given = os.environ.get(MOST_PIXELS_VARIABLE, "")
-    if given and not (given.isascii() and given.isdecimal() and len(given) < 20):
-        raise RuntimeError(f"{MOST_PIXELS_VARIABLE} is {shortened(given)}; give a whole number")
-    return int(given or MOST_PIXELS)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF or XMP says, where they say something sensible."""
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # of a damaged block
-        return image
+    """Raise ValueError for an image of more pixels than allowed; RuntimeError for a wrong limit."""
+    most = os.environ.get(MOST_PIXELS_VARIABLE) or str(MOST_PIXELS)
+    if not re.fullmatch("[0-9]{1,19}", most):
+        raise RuntimeError(f"{MOST_PIXELS_VARIABLE} is {shortened(most)}; give a whole number")
+    if height * width > int(most):
+        remedy = f"{MOST_PIXELS_VARIABLE}=N allows more"
+        raise ValueError(f"it has {width} x {height} pixels, more than {most}; {remedy}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -207,7 +176,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class JpegHeader:
     """Of a JPEG as it lies in the file: pixels, channels, and where its height stands, 2 bytes."""
 
@@ -219,24 +188,18 @@ class JpegHeader:
 
 
 def jpeg_header(content: bytes | bytearray) -> JpegHeader | None:
-    """What a JPEG states; None for any other file, and for one that does not end as it should.
-
-    Walks from marker to marker, much faster than Pillow.
-    """
-    if not content.startswith(JPEG_START) or JPEG_END not in content[-64:]:
+    """What a JPEG states; None for any other file, and for one that does not end as it should."""
+    # From marker to marker: much faster than Pillow.
+    if not content.startswith(b"\xff\xd8\xff") or b"\xff\xd9" not in content[-64:]:
         return None
-    at, upright = len(JPEG_START) - 1, True
+    at, upright = 2, True
     while at + 10 <= len(content) and content[at] == 0xFF:
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
         if marker in JPEG_FRAMES:
             height, width = (int.from_bytes(content[n : n + 2]) for n in (at + 5, at + 7))
-            if height * width == 0:
-                return None
-            return JpegHeader(
-                height=height, width=width, channels=content[at + 9], height_at=at + 5,
-                is_upright=upright,
-            )  # fmt: skip
-        if marker == JPEG_APP1:
+            header = JpegHeader(height, width, content[at + 9], at + 5, upright)
+            return header if height * width else None
+        if marker == 0xE1:  # APP1: EXIF or XMP
             upright = upright and _is_upright(bytes(content[at + 4 : at + 2 + length]))
         at += 2 + length
     return None
@@ -244,7 +207,7 @@ def jpeg_header(content: bytes | bytearray) -> JpegHeader | None:
 
 def _is_upright(block: bytes) -> bool:
     """Whether an APP1 block does not turn the image: Pillow judges those that may."""
-    if not block.startswith(EXIF_START):
+    if not block.startswith(b"Exif\0\0"):
         turned = XMP_ORIENTATION.search(block)
         return turned is None or int(turned[1]) == UPRIGHT
     from PIL import Image
@@ -255,3 +218,51 @@ def _is_upright(block: bytes) -> bool:
         return exif.get(ORIENTATION, UPRIGHT) == UPRIGHT
     except Exception:  # a damaged block: whatever Pillow makes of it
         return False
+
+
+def evenly_spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them, evenly spread."""
+    count = min(len(items), most)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def next_usable(
+    load: Callable[[int], Item], index: int, images: int
+) -> tuple[Item, tuple[str, ...]]:
+    """What `load` makes of the image, or of the next one that can be used; and what was skipped.
+
+    load: raises ValueError, which names the image. Raises RuntimeError after MOST_IN_A_ROW.
+    """
+    skipped: list[str] = []
+    for offset in range(min(images, MOST_IN_A_ROW)):
+        try:
+            return load((index + offset) % images), tuple(skipped)
+        except ValueError as error:
+            skipped.append(str(error))
+    raise RuntimeError(f"{len(skipped)} images in a row cannot be used: {skipped[0]} ...")
+
+
+def too_many(unreadable: float, images: int) -> bool:
+    """Whether so many of the images are more than accidents."""
+    return unreadable > max(1.0, MOST_UNREADABLE * images)
+
+
+class Unreadable:
+    """The images that one process could not use."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, None] = {}  # in order
+
+    def note(self, texts: Iterable[str]) -> None:
+        """Name each image once. texts: path and reason."""
+        for text in texts:
+            if text not in self.texts:
+                self.texts[text] = None
+                logger.warning("skipped an unreadable image: %s", text)
+
+    def check(self, unreadable: float, images: int) -> None:
+        """Raise RuntimeError if too many are unreadable, over all processes."""
+        if too_many(unreadable, images):
+            names = ", ".join(list(self.texts)[:5]) or "named by another process"
+            count = f"{unreadable:.0f} of {images} images"
+            raise RuntimeError(f"{count} are unreadable (more than {MOST_UNREADABLE:.0%}): {names}")

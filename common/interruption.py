@@ -1,7 +1,5 @@
 """Signals that ask a run to stop: the step is finished and saved first; a second one ends it."""
 
-from __future__ import annotations
-
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -11,7 +9,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # torchrun, Slurm and a terminal pass one request on twice; a person takes longer.
@@ -25,19 +23,16 @@ class Interruption:
     """
 
     def __init__(
-        self,
-        *,
-        signals: Collection[int] = STOP_SIGNALS,
-        notice: str = "",
+        self, *, signals: Collection[int] = STOP_SIGNALS, notice: str = "",
         ends_process: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """notice: printed at the first signal. ends_process: else a second sets `repeated` only."""
         self.requested = self.repeated = False
         self._signals, self._notice, self._ends_process = signals, notice, ends_process
         self._requested_at = 0.0
         self._previous: list[tuple[int, Any]] = []
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> Self:
         self._previous = [(n, signal.signal(n, self._note)) for n in self._signals]
         return self
 
@@ -89,10 +84,8 @@ def _write(stream: int, message: str) -> None:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """For loader processes: a signal to the whole group must not end them before the step is done.
-
-    They end with their parent, even one that is killed. See also `end_children`.
-    """
+    """For loader processes: they end with their parent only, even one that is killed."""
+    # A signal to the whole group must not end them before the step is done.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -28,8 +28,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field as Limits
+
 from common.files import shortened
-from common.yamlfile import check_names, parse_value, plain, read_yaml
+from common.formats import check_names, parse_value, plain, read_yaml
 
 REQUIRED = dataclasses.MISSING
 LARGEST = 10**15  # larger numbers are slips, and overflow somewhere
@@ -37,46 +40,13 @@ MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
 MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms draw from
 Group = TypeVar("Group", bound="OptionGroup")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """What the author of an option says beyond its type and default.
-
-    choices: the allowed words, where the type is not a Literal; asked when a value is judged, since
-        plugins add some.
-    at_least, above, at_most, below: the range of a number, or of each of several.
-    neutral: it decides speed or place, not what comes out.
-    older: what a file counts as that was written before this option existed.
-    memory: a lower number of it, or the switch, needs less of a device's memory.
-    early: called with the value before any other option is judged: it may load what brings
-        choices, or give a layer, such as a recipe, that lies below all that the user wrote.
-    """
-
-    help: str
-    choices: Callable[[], Iterable[str]] | None = None
-    at_least: float | None = None
-    above: float = -LARGEST
-    at_most: float | None = None
-    below: float = LARGEST
-    neutral: bool = False
-    older: Any = REQUIRED
-    memory: bool = False
-    early: Callable[[Any], Layer | None] | None = None
-
-    def range_text(self, problem: str) -> str:
-        """The allowed numbers, in words; `LARGEST` only where it is the problem."""
-        low = f"{self.at_least:g}" if self.at_least is not None else f"more than {self.above:g}"
-        if self.at_most is not None:
-            return f"{low} to {self.at_most:g}"
-        if self.below < LARGEST or problem == "less_than":
-            return f"{low} to below {self.below:g}"
-        return low if self.at_least is None else f"{low} or more"
+groups_of = typing.get_type_hints  # of a dataclass of groups: they, by the names of its fields
 
 
 def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
-    """A field of an `OptionGroup`; without `default` it has to be given. more: see `Spec`."""
+    """A field of an `OptionGroup`; without `default` it has to be given. more: see `Field`."""
     # A new option whose default keeps the older behaviour says nothing about older files.
-    metadata = {"option": Spec(help=help, **{"older": default, **more})}
+    metadata = {"older": default, **more, "help": help, "default": default}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -84,8 +54,7 @@ def option(help: str, default: Any = REQUIRED, **more: Any) -> Any:
 
 def option_of(group: type[OptionGroup], name: str, default: Any) -> Any:
     """A field that is the option `name` of another group, with a default of its own."""
-    metadata = group.__dataclass_fields__[name].metadata
-    return dataclasses.field(default=default, metadata=metadata)
+    return option(**{**group.__dataclass_fields__[name].metadata, "default": default})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +71,6 @@ class Layer:
 
     values: Mapping[str, Any]
     source: str = ""
-
-    def judged(self, field: Field) -> Any:
-        """The value of a field. Raises ValueError that names the file."""
-        try:
-            return field.judge(self.values[field.name])
-        except ValueError as error:
-            raise ValueError(f"{self.source}: {error}" if self.source else error) from None
 
 
 def read_layer(path: Path, groups: Iterable[type[OptionGroup]]) -> Layer:
@@ -128,10 +90,10 @@ def make_all(groups: Mapping[str, type[OptionGroup]], layers: Iterable[Layer]) -
     layers = list(layers)
     # Early ones first, by what was written of them alone: all others may depend on what they bring.
     for name, field in fields_of(*groups.values()).items():
-        if field.spec.early is not None:
-            given = [layer.judged(field) for layer in layers if layer.values.get(name) is not None]
-            value = [field.default, *given][-1]
-            below = None if value is None else field.spec.early(value)
+        if field.early is not None:
+            alone = [Layer({name: x.values[name]}, x.source) for x in layers if name in x.values]
+            value = merge(groups.values(), alone).get(name, field.default)
+            below = None if value is None else field.early(value)
             layers = layers if below is None else [below, *layers]
     values = merge(groups.values(), layers)
     return {name: make(group, values) for name, group in groups.items()}
@@ -146,10 +108,11 @@ def merge(groups: Iterable[type[OptionGroup]], layers: Iterable[Layer]) -> dict[
             # A recipe holds more than a probe asks for; an empty line of YAML says nothing.
             if name not in fields or (value is None and not fields[name].optional):
                 continue
-            judged = layer.judged(fields[name])
-            if fields[name].is_mapping:
-                judged = {**merged.get(name, {}), **judged}
-            merged[name] = judged
+            try:
+                judged = fields[name].judge(value)
+            except ValueError as error:
+                raise ValueError(f"{layer.source}: {error}" if layer.source else error) from None
+            merged[name] = merged.get(name, {}) | judged if fields[name].is_mapping else judged
     return merged
 
 
@@ -158,36 +121,61 @@ def make(group: type[Group], values: Mapping[str, Any]) -> Group:
     fields = fields_of(group)
     for name, field in fields.items():
         if name not in values and field.default is REQUIRED:
-            raise ValueError(f"{field.flag} is missing: {field.spec.help}")
+            raise ValueError(f"{field.flag} is missing: {field.help}")
     return group(**{name: values[name] for name in fields if name in values})
-
-
-def groups_of(config: type) -> dict[str, Any]:
-    """The groups that a dataclass of groups is made of, by the names of its fields."""
-    return typing.get_type_hints(config)
 
 
 def older_values(*groups: type[OptionGroup]) -> dict[str, Any]:
     """What each option counts as in a file that was written before it existed."""
-    olders = {name: field.spec.older for name, field in fields_of(*groups).items()}
-    return {name: older for name, older in olders.items() if older is not REQUIRED}
+    fields = fields_of(*groups).items()
+    return {name: field.older for name, field in fields if field.older is not REQUIRED}
 
 
 def decisive_values(*groups: OptionGroup) -> dict[str, Any]:
     """The options that decide what comes out, in plain values; those of speed and place are not."""
-    return {
-        name: plain(getattr(group, name))
-        for group in groups
-        for name, field in fields_of(type(group)).items()
-        if not field.spec.neutral
-    }
+    decide = [(g, f.name) for g in groups for f in fields_of(type(g)).values() if not f.neutral]
+    return {name: plain(getattr(group, name)) for group, name in decide}
+
+
+def differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], older: Mapping[str, Any]
+) -> list[str]:
+    """`name: stored -> wanted` for every setting in which what is wanted is not what is stored.
+
+    older: what a setting counts as where the file does not have it, because an earlier version
+    wrote it; a setting that `older` does not have either counts as None.
+    """
+    pairs = {name: (stored.get(name, older.get(name)), wanted[name]) for name in wanted}
+    unlike = {name: (a, b) for name, (a, b) in pairs.items() if _normal(a) != _normal(b)}
+    return [f"{name}: {a} -> {b}" for name, (a, b) in unlike.items()]
+
+
+def check_same(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], older: Mapping[str, Any], *, what: str,
+    remedy: str = "use those, or another --output-dir",
+) -> None:  # fmt: skip
+    """Raise ValueError naming the settings in which `what` differs from what is wanted."""
+    if found := differences(stored, wanted, older):
+        shown = "; ".join(found[:5]) + " ..." * (len(found) > 5)
+        raise ValueError(f"{what} was made with other settings ({shown}); {remedy}")
+
+
+def _normal(value: Any) -> Any:
+    """Comparable: 15, 15.0 and "15" are one number, as records and command lines write them."""
+    if isinstance(value, Mapping):
+        return {key: _normal(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_normal(item) for item in value]
+    try:
+        return str(value) if isinstance(value, bool) else float(value)  # True is not 1
+    except (TypeError, ValueError):  # None, or a word
+        return str(value)
 
 
 def as_arguments(*groups: OptionGroup, below: Mapping[str, Any] | None = None) -> list[str]:
     """The words of a command line that make these groups again.
 
-    Left out is what a process has by itself: the defaults, and what lies `below` the command line,
-    such as a recipe.
+    below: what lies below the command line, such as a recipe; it and the defaults are left out.
     """
     words: list[str] = []
     for group in groups:
@@ -199,51 +187,63 @@ def as_arguments(*groups: OptionGroup, below: Mapping[str, Any] | None = None) -
             if isinstance(value, bool):
                 words.append(field.flag if value else f"--no-{field.flag[2:]}")
             else:
-                several = value if isinstance(value, tuple) else (value,)
-                words += [field.flag, ",".join(map(str, several))]
+                words += [field.flag, ",".join(map(str, value)) if field.several else str(value)]
     return words
 
 
 def fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
     """The options of groups by name, in their order."""
-    return {field.name: field for group in groups for field in _fields_of(group)}  # type: ignore[arg-type]
+    return _fields_of(*groups)  # type: ignore[arg-type]
 
 
 @cache
-def _fields_of(group: type[OptionGroup]) -> list[Field]:
-    hints, found = typing.get_type_hints(group), []
-    for field in dataclasses.fields(group):
-        hint = hints[field.name]
-        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        parts = typing.get_args(hint) if is_union else (hint,)
-        # The first is what a value is; behind it stand None and words, as in `Path | Literal["x"]`.
-        kind, *others = (part for part in parts if part is not type(None))
-        instead = tuple(word for literal in others for word in typing.get_args(literal))
-        several = typing.get_origin(kind) is tuple
-        kind = typing.get_args(kind)[0] if several else kind
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        spec, optional = field.metadata["option"], type(None) in parts
-        found.append(Field(field.name, kind, several, optional, instead, default, spec))
+def _fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
+    found = {}
+    for group in groups:
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            hint = hints[field.name]
+            is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+            parts = typing.get_args(hint) if is_union else (hint,)
+            # The first is what a value is; then come None and words, as in `Path | Literal["x"]`.
+            kind, *others = (part for part in parts if part is not types.NoneType)
+            several = typing.get_origin(kind) is tuple
+            kind = typing.get_args(kind)[0] if several else kind
+            instead = tuple(word for literal in others for word in typing.get_args(literal))
+            found[field.name] = Field(
+                name=field.name, kind=kind, several=several, optional=types.NoneType in parts,
+                instead=instead, **field.metadata,
+            )  # fmt: skip
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Field:
-    """One option as its dataclass field declares it, and the judge of its values.
+    """One option, as its dataclass field declares it, and the judge of its values.
 
-    kind: its type; of a tuple, which is written with commas (`several`), the type of the items.
-    instead: words that may stand in the place of a value, as in `Path | Literal["random"]`.
+    choices: the allowed words, where the type is not a Literal; asked when a value is judged, since
+        plugins add some.
+    at_least, above, at_most, below: the range of a number, or of each of several.
+    early: called with the value before any other option is judged: it may load what brings
+        choices, or give a layer, such as a recipe, that lies below all that the user wrote.
     """
 
     name: str
-    kind: Any
+    kind: Any  # its type; of a tuple, which is written with commas (`several`), that of the items
     several: bool
     optional: bool
-    instead: tuple[str, ...]
+    instead: tuple[str, ...]  # of a value, as in `Path | Literal["random"]`
+    help: str
     default: Any
-    spec: Spec
+    older: Any  # what a file counts as that was written before this option existed
+    choices: Callable[[], Iterable[str]] | None = None
+    at_least: float | None = None
+    above: float = -LARGEST
+    at_most: float | None = None
+    below: float = LARGEST
+    neutral: bool = False  # it decides speed or place, not what comes out
+    memory: bool = False  # a lower number of it, or the switch, needs less of a device's memory
+    early: Callable[[Any], Layer | None] | None = None
 
     @property
     def flag(self) -> str:
@@ -259,90 +259,67 @@ class Field:
         """The allowed words, none if any will do."""
         if typing.get_origin(self.kind) is Literal:
             return typing.get_args(self.kind)
-        return tuple(self.spec.choices()) if self.spec.choices else ()
+        return tuple(self.choices()) if self.choices else ()
 
     def judge(self, value: Any) -> Any:
         """What was written, as text or as YAML has it, in the field's type; ValueError if not."""
         if (value is None and self.optional) or value in self.instead:
             return value
         if self.is_mapping:
-            return _pairs(value, self.flag)
-        if self.several:
-            # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
-            is_list = isinstance(value, list | tuple)
-            parts = value if is_list else [part.strip() for part in str(value).split(",")]
-            return tuple(self._item(part) for part in parts)
-        return self._item(value)
+            return self._pairs(value)
+        if not self.several:
+            return self._item(value)
+        # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
+        is_list = isinstance(value, list | tuple)
+        parts = value if is_list else map(str.strip, str(value).split(","))
+        return tuple(map(self._item, parts))
 
     def _item(self, value: Any) -> Any:
         if words := self.words():
-            return _word(value, words, self.flag)
+            return self._word(value, words)
         if self.kind is Path:
             return absolute_path(value, self.flag)
-        from pydantic import ValidationError  # as late as `_adapter`, for the same reason
-
+        # pydantic takes Python's 1_000, and true for 1; nobody who writes them means a number.
+        if self.kind in (int, float) and (isinstance(value, bool) or "_" in str(value)):
+            raise _refusal(self.flag, value, "give a number")
         try:
             return self._adapter.validate_python(value)
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]["type"]
-        if not problem.startswith(("greater", "less", "finite")):
-            raise _refusal(self.flag, value, f"give {_EXPECTED[self.kind]}")
-        # It is a number, so it is shown as one, also where it was written as text.
-        raise _refusal(self.flag, value, f"give {self.spec.range_text(problem)}", show=str)
+            said = error.errors(include_url=False)[0]["msg"].replace("Input", "it")
+            raise _refusal(self.flag, value, said) from None
 
     @cached_property
-    def _adapter(self) -> Any:
-        """pydantic's judge of a number, a text or a switch.
-
-        Made when there is a value to judge: importing pydantic takes longer than all of --help.
-        """
-        from pydantic import BeforeValidator, ConfigDict, TypeAdapter
-        from pydantic import Field as Limits
-
-        config = ConfigDict(
-            strict=self.kind is bool, coerce_numbers_to_str=True, allow_inf_nan=False
-        )
-        if self.kind not in (int, float):
-            return TypeAdapter(self.kind, config=config)
-        at = self.spec
-        limits = Limits(ge=at.at_least, gt=at.above, le=at.at_most, lt=at.below)
-        kind: Any = Annotated[self.kind, limits, BeforeValidator(_plain_number)]
+    def _adapter(self) -> TypeAdapter[Any]:
+        """pydantic's judge of a number, a text or a switch."""
+        kind = self.kind
+        if kind in (int, float):
+            limits = Limits(ge=self.at_least, gt=self.above, le=self.at_most, lt=self.below)
+            kind = Annotated[kind, limits]
+        strict = kind is bool  # else 1 and "yes" are true
+        config = ConfigDict(strict=strict, coerce_numbers_to_str=True, allow_inf_nan=False)
         return TypeAdapter(kind, config=config)
 
+    def _word(self, value: Any, words: Iterable[str]) -> str:
+        if isinstance(value, bool):  # what YAML's readers often make of on and off
+            value = "on" if value else "off"
+        for word in words:  # four-channels is four_channels
+            if word.replace("-", "_") == str(value).replace("-", "_"):
+                return word
+        raise _refusal(self.flag, value, f"choose one of {', '.join(words)}")
 
-_EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-
-
-def _plain_number(value: Any) -> Any:
-    # pydantic takes Python's 1_000, and true for 1; nobody who writes them means a number.
-    if isinstance(value, bool) or "_" in str(value):
-        raise ValueError
-    return value
-
-
-def _word(value: Any, words: Iterable[str], flag: str) -> str:
-    if isinstance(value, bool):  # what YAML's readers often make of on and off
-        value = "on" if value else "off"
-    for word in words:  # four-channels is four_channels
-        if word.replace("-", "_") == str(value).replace("-", "_"):
-            return word
-    raise _refusal(flag, value, f"choose one of {', '.join(words)}")
-
-
-def _pairs(value: Any, flag: str) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {str(key).replace("-", "_"): item for key, item in value.items()}
-    if not isinstance(value, list | tuple):
-        raise _refusal(flag, value, "give `option: value` lines")
-    pairs = {}
-    for text in value:
-        key, equals, given = str(text).partition("=")
-        if not equals or not key.strip():
-            raise _refusal(flag, text, "give KEY=VALUE")
-        # `--pretrain=--base-lr=1`, too: so it stands in the other command.
-        name = key.strip().lstrip("-").replace("-", "_")
-        pairs[name] = parse_value(given, f"{flag} {text}")
-    return pairs
+    def _pairs(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {str(key).replace("-", "_"): item for key, item in value.items()}
+        if not isinstance(value, list | tuple):
+            raise _refusal(self.flag, value, "give `option: value` lines")
+        pairs = {}
+        for text in map(str, value):
+            # `--pretrain=--base-lr=1`, too: so it stands in the other command.
+            name, equals, given = text.strip().lstrip("-").partition("=")
+            if not equals or not name.strip():
+                raise _refusal(self.flag, text, "give KEY=VALUE")
+            pairs[name.strip().replace("-", "_")] = parse_value(given, f"{self.flag} {text}")
+        return pairs
 
 
 def absolute_path(value: Any, flag: str) -> Path:
@@ -352,20 +329,14 @@ def absolute_path(value: Any, flag: str) -> Path:
     try:
         path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
         path.exists()  # raises OSError for a name that no disk takes
-    except RuntimeError:
-        raise _refusal(flag, value, "give a path; there is no such user") from None
-    except OSError as error:
-        raise _refusal(flag, value, f"give a path: {error.strerror}") from None
+    except (RuntimeError, OSError) as error:  # the former: ~ of nobody
+        raise _refusal(flag, value, f"give a path: {getattr(error, 'strerror', error)}") from None
     return path
 
 
-def _refusal(flag: str, value: Any, advice: str, show: Callable[[Any], str] = repr) -> ValueError:
+def _refusal(flag: str, value: Any, allowed: str) -> ValueError:
     """The one form of an error: what was given, what is allowed."""
-    try:
-        shown = shortened(show(value), 80)
-    except ValueError:  # Python does not print integers of thousands of digits
-        shown = "a number of thousands of digits"
-    return ValueError(f"{flag} is {shown}; {advice}")
+    return ValueError(f"{flag} is {shortened(repr(value), 80)}; {allowed}")
 
 
 def load_plugin(path: Path) -> None:
@@ -373,7 +344,7 @@ def load_plugin(path: Path) -> None:
     name = f"segmae_plugin_{path.resolve()}"
     if name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(name, path) if path.suffix == ".py" else None
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"--plugin {path}: give a Python file")
     # Known before it runs, as any module is: pickle finds its classes by this name.
@@ -384,5 +355,4 @@ def load_plugin(path: Path) -> None:
     # It is the user's code: whatever it raises, the user can mend; an exit would look like success.
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--plugin {path}: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"--plugin {path}: {type(error).__name__}: {error}") from error

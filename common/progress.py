@@ -1,12 +1,11 @@
 """How far long work is: a bar on a terminal, plain lines now and then in a file."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +19,52 @@ SECONDS_PER_DRAWING, SECONDS_PER_LINE, SECONDS_PER_FILE = 0.1, 30.0, 2.0
 
 
 class Display:
-    """One line about one piece of work, drawn by whoever calls: forks and threads do not mix."""
+    """One line about one piece of work, and progress.json for whoever watches a step."""
 
-    def __init__(self, total: float, *, seconds_per_line: float = SECONDS_PER_LINE) -> None:
-        self.seconds_per_line = seconds_per_line
-        self.shown = time.monotonic()
+    # Written by whoever calls, not by a thread: forks and threads do not mix.
+    def __init__(self, total: float, path: Path | None) -> None:
+        self.path, self.seconds_per_line = path, SECONDS_PER_LINE
+        self._shown, self._written, self._stage = time.monotonic(), float("-inf"), ""
         # A total that is not known yet (0) has no bar.
-        self.bar = _make_bar(total) if sys.stderr.isatty() and total else None
+        self._bar = _make_bar(total) if sys.stderr.isatty() and total else None
 
-    def show(self, completed: float, text: str) -> None:
-        """Say it if it is time to."""
+    def show(self, completed: float, text: str, stage: str, **numbers: Any) -> None:
+        """Say where the work is, if it is time to; a new stage is written at once."""
         now = time.monotonic()
-        if now - self.shown < (SECONDS_PER_DRAWING if self.bar else self.seconds_per_line):
+        if stage != self._stage or now - self._written >= SECONDS_PER_FILE:
+            self._stage, self._written = stage, now
+            self.write("running", stage, **numbers)
+        if now - self._shown < (SECONDS_PER_DRAWING if self._bar else self.seconds_per_line):
             return
-        self.shown = now
-        if self.bar is None:
+        self._shown = now
+        if self._bar is None:
             logger.info("%s", text)
         else:
-            self.bar.update(self.bar.task_ids[0], completed=completed, text=text, refresh=True)
+            self._bar.update(self._bar.task_ids[0], completed=completed, text=text, refresh=True)
+
+    def write(self, state: str, stage: str, **numbers: Any) -> None:
+        """Say it in the file, now. state: running, done, stopped or failed."""
+        if self.path is not None:  # replaced whole, never half written
+            told = {"state": state, "pid": os.getpid(), "stage": stage, **numbers}
+            write_json(self.path, {**told, "updated": time.time()})
 
     def close(self) -> None:
         """Leave the last state on the screen."""
-        if self.bar is not None:
-            self.bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
 
-class Counter:
+class Counter(AbstractContextManager["Counter"]):
     """Counts `unit`s of work that come one after the other. Use as a context manager."""
 
     def __init__(self, what: str, *, total: int, done: int = 0, unit: str = "images") -> None:
         self.what, self.total, self.unit = what, total, unit
         self.done = self.begun_with = done
         self.started = time.monotonic()
-        self.display = Display(total, seconds_per_line=10.0)
         # Set by the launcher of a plan. Processes beside the first do the same kind of work.
         path = os.environ.get(PROGRESS_FILE)
-        self.file = ProgressFile(Path(path)) if path and not rank() else None
-
-    def __enter__(self) -> Counter:
-        return self
+        self.display = Display(total, Path(path) if path and not rank() else None)
+        self.display.seconds_per_line = 10.0
 
     def __exit__(self, *_: object) -> None:
         self.display.close()
@@ -73,47 +79,34 @@ class Counter:
         # What an earlier call did took no time of this one.
         rate = (self.done - self.begun_with) / max(time.monotonic() - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
-        now: dict[str, Any] = {
-            "stage": self.what, "done": self.done, "total": self.total, "unit": self.unit,
-            "per_second": rate, "seconds_left": left,
-        }  # fmt: skip
-        if self.file is not None:
-            self.file.update(**now)
-        self.display.show(self.done, count_text(now))
+        now: dict[str, Any] = {"stage": self.what, "done": self.done, "total": self.total}
+        now |= {"unit": self.unit, "per_second": rate, "seconds_left": left}
+        self.display.show(self.done, count_text(now), **now)
 
 
 def count_text(now: Mapping[str, Any]) -> str:
     """A count as progress.json has it, in words."""
-    return (
-        f"{now['stage']}: {now['done']} of {now['total']} {now['unit']}, "
-        f"{now['per_second']:.1f}/s, {clock(now['seconds_left'])} left"
-    )
-
-
-class ProgressFile:
-    """progress.json of a step, for whoever watches it: replaced whole, never half written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stage, self._written = "", float("-inf")
-
-    def update(self, stage: str, **numbers: Any) -> None:
-        """Say where the work is, if it is time to; a new stage is said at once."""
-        now = time.monotonic()
-        if stage != self._stage or now - self._written >= SECONDS_PER_FILE:
-            self._stage, self._written = stage, now
-            self.write("running", stage, **numbers)
-
-    def write(self, state: str, stage: str, **numbers: Any) -> None:
-        """Say it now. state: running, done, stopped or failed."""
-        told = {"state": state, "pid": os.getpid(), "stage": stage, **numbers}
-        write_json(self.path, {**told, "updated": time.time()})
+    rate, left = f"{now['per_second']:.1f}/s", clock(now["seconds_left"])
+    return f"{now['stage']}: {now['done']} of {now['total']} {now['unit']}, {rate}, {left} left"
 
 
 def clock(seconds: float) -> str:
     """h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 48 s, 2 min 5 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    # Two digits say enough: nobody plans by the seconds of an hour.
+    minutes, hours = round(seconds / 60), round(seconds / 60) // 60
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _make_bar(total: float) -> Any:

@@ -1,23 +1,22 @@
 """Checkpoint files: written whole or not at all, read as tensors and plain values only."""
 
-from __future__ import annotations
-
 import pickle
 import time
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, NotRequired, Self
 
 import torch
+from accelerate.utils import recursively_apply
 from pydantic import ConfigDict, with_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from common.files import also_save_as, replacing, shortened
-from common.parsed import Count, parsed
+from common.formats import Count, parsed
 
 FORMAT_VERSION = 1
 MOST_NAMED = 5
@@ -62,7 +61,7 @@ class Saver:
         self.running: Future[None] | None = None
         self.afterwards: Callable[[], None] | None = None
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,8 +85,9 @@ class Saver:
         also: a second name that it gets. afterwards: is called by `settle`. Raises RuntimeError if
         the one before could not be written.
         """
-        self.settle(wait=True)
-        self.running = self.thread.submit(_write, _copied(content), path, also)
+        self.settle(wait=True)  # there is never more than one copy in memory
+        copied = recursively_apply(_copy, content)  # training changes the tensors meanwhile
+        self.running = self.thread.submit(_write, copied, path, also)
         self.afterwards, self.saved_at = afterwards, time.monotonic()
 
     def settle(self, *, wait: bool) -> None:
@@ -100,15 +100,8 @@ class Saver:
             self.afterwards()
 
 
-def _copied(content: Any) -> Any:
-    """Nested plain values, with tensors of their own on the CPU."""
-    if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, Mapping):
-        return {key: _copied(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_copied(value) for value in content]
-    return content
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _write(content: dict[str, Any], path: Path, also: Path | None) -> None:
@@ -221,6 +214,7 @@ def refuse_misfits(
 
     own: the model's state dict. optional: beginnings of the names that may be missing.
     """
+    # torch's own complaint lists hundreds of names, and does not know a wrong dtype.
     problems = [f"{name} is not part of the model" for name in weights if name not in own]
     for name, parameter in own.items():
         if name not in weights:

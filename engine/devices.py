@@ -15,9 +15,9 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from common import cards
-from common.environment import lacks_to_compile, number_of
-from common.lock import hold
+from common import environment
+from common.environment import CUDA_REMEDY, lacks_to_compile, number_of
+from common.files import hold
 from common.step_files import LOCK
 from engine.config import DeviceConfig, OutputConfig, TrainingConfig
 
@@ -124,7 +124,7 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -
             raise
         raise ValueError(
             f"torch {torch.__version__} has no kernels for {device_name(device)}: use --device cpu "
-            f"or {cards.REMEDY}"
+            f"or {CUDA_REMEDY}"
         ) from None
     return device
 
@@ -211,4 +211,4 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
     None for any other device, and for bf16 without hardware for it.
     """
-    return cards.peak_flops(device_name(device), precision)
+    return environment.peak_flops(device_name(device), precision)

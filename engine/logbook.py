@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_text
-from common.parsed import read_log
-from common.progress import Display, ProgressFile, clock
+from common.formats import read_log
+from common.progress import Display, clock
 from common.step_files import LOG, PROGRESS
 from engine.config import TrainingConfig
 from engine.trackers import Trackers
@@ -78,56 +78,41 @@ class Progress:
     """progress.json, and a bar on a terminal or a line now and then in a file."""
 
     def __init__(self, output_dir: Path, *, epochs_total: int, images_per_epoch: int) -> None:
-        self.file = ProgressFile(output_dir / PROGRESS)
+        self.display = Display(epochs_total, output_dir / PROGRESS)
         self.epochs_total = epochs_total
         self.images_per_epoch = images_per_epoch
         self.images_done = 0
         self.epoch = 0.0
         self.seconds = 0.0  # of training; evaluations are not part of the rate
-        self.display = Display(epochs_total)
 
     def advance(self, epoch: float, images: int, seconds: float) -> None:
         """Report `images` more in `seconds`; epoch: completed ones, with the share of this one."""
         self.epoch = epoch
         self.images_done += images
         self.seconds += seconds
-        rate, left = f"{self.images_per_second:.1f} images/s", clock(self.seconds_left or 0)
-        self.tell("train", f"epoch {epoch:.2f} of {self.epochs_total}, {rate}, {left} left")
+        now = self._numbers()
+        rate, left = f"{now['images_per_second']:.1f} images/s", clock(now["seconds_left"] or 0)
+        text = f"epoch {epoch:.2f} of {self.epochs_total}, {rate}, {left} left"
+        self.display.show(epoch, text, "train", **now)
 
     def evaluating(self, done: int, total: int) -> None:
         """Report that `done` of `total` held-out images are scored."""
-        self.tell("evaluate", f"evaluated {done} of {total} images")
-
-    def tell(self, stage: str, text: str) -> None:
-        """Write file, bar and lines if it is time to."""
-        self.file.update(stage, **self._numbers)
-        self.display.show(self.epoch, text)
+        text = f"evaluated {done} of {total} images"
+        self.display.show(self.epoch, text, "evaluate", **self._numbers())
 
     def close(self, outcome: str) -> None:
         """Report the end."""
         self.display.close()
-        self.file.write(outcome, "train", **self._numbers)
+        self.display.write(outcome, "train", **self._numbers())
 
-    @property
-    def images_per_second(self) -> float:
-        """Mean training rate of this call."""
-        return self.images_done / max(self.seconds, 1e-9)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Of training, at that rate."""
-        if not self.images_done:
-            return None
-        left = (self.epochs_total - self.epoch) * self.images_per_epoch
-        return round(max(left, 0.0) / self.images_per_second, 1)
-
-    @property
-    def _numbers(self) -> dict[str, float | None]:
+    def _numbers(self) -> dict[str, Any]:
+        rate = self.images_done / max(self.seconds, 1e-9)  # mean of this call
+        left = max(0.0, (self.epochs_total - self.epoch) * self.images_per_epoch)
         return {
             "epoch": round(self.epoch, 4),
             "epochs_total": self.epochs_total,
-            "images_per_second": round(self.images_per_second, 2),
-            "seconds_left": self.seconds_left,
+            "images_per_second": round(rate, 2),
+            "seconds_left": round(left / rate, 1) if rate else None,  # nothing was trained yet
         }
 
 

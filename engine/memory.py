@@ -62,10 +62,12 @@ def largest_micro_batch(
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    # What training has beside a pass, and this measurement had not.
     parameters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     moments = 0 if optimizer.state else 2 * parameters  # AdamW's; they come with the first step
     total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     most = peak.most_images((1 - MARGIN) * total - moments)
+    # The GPU with the least decides: all processes have to make equally many passes.
     most = int(accelerator.gather(torch.tensor([most], device=device)).min())
     chosen = next(size for size in range(min(share, most), 0, -1) if share % size == 0)
     logger.info(

@@ -49,6 +49,7 @@ class BatchPlan:
 
     def passes(self, rank: int) -> int:
         """Forward passes of one process per optimizer step."""
+        # Rounded up, both: the first processes have one image more, the last pass may be smaller.
         share = -(-(self.effective_batch_size - rank) // self.processes)
         return -(-share // self.micro_batch_size)
 
@@ -71,17 +72,6 @@ class BatchPlan:
         """Image indices of an epoch, shuffled."""
         return np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.num_images)
 
-    def step(self, order: np.ndarray, step: int, rank: int) -> list[np.ndarray]:
-        """The indices of one process's forward passes of a step."""
-        first = step * self.effective_batch_size
-        # Every n-th image, so that no process has two more than another: each has to take part in
-        # the exchange of gradients, with however few images.
-        mine = order[first : first + self.effective_batch_size][rank :: self.processes]
-        return [
-            mine[start : start + self.micro_batch_size]
-            for start in range(0, len(mine), self.micro_batch_size)
-        ]
-
     def micro_batches(
         self, rank: int, start: tuple[int, int], epochs: int
     ) -> Iterator[list[tuple[int, int]]]:
@@ -90,7 +80,12 @@ class BatchPlan:
         for epoch in range(first_epoch, epochs):
             order = self.order(epoch)
             for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
-                for indices in self.step(order, step, rank):
+                first = step * self.effective_batch_size
+                # Every n-th image, so that no process has two more than another: each has to take
+                # part in the exchange of gradients, with however few images.
+                mine = order[first : first + self.effective_batch_size][rank :: self.processes]
+                for at in range(0, len(mine), self.micro_batch_size):
+                    indices = mine[at : at + self.micro_batch_size]
                     yield [(epoch, index) for index in indices.tolist()]
 
 

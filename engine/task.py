@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from common.formats import parsed_plain
+from common.images import Unreadable
 from common.interruption import Interruption
-from common.parsed import parsed_plain
-from common.samples import Unreadable
 from engine.config import TrainingConfig
 from engine.devices import peak_memory_mib
 from engine.logbook import Progress

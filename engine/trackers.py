@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json
-from common.parsed import read_json
+from common.formats import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -258,7 +258,9 @@ class EpochTrainer:
         rank, steps = accelerator.process_index, run.plan.steps_per_epoch
         number = state.epochs_completed * steps + state.steps_completed
         torch.manual_seed(derived_seeds(task.seed, STEP, number, rank)[0])  # dropout, drop path
+        # About the mean of a pass: gradients of its sum would be more than fp16 holds (65504).
         unit = run.update.scale / run.values_per_pass
+        # In fp64: an epoch's sum of steps' sums would lose digits in fp32.
         errors = torch.zeros((), dtype=torch.float64, device=self.device)
         counted: list[tuple[float, ...]] = []
         for left in reversed(range(run.plan.passes(rank))):

@@ -12,7 +12,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from common.parsed import Count, parsed
+from common.formats import Count, parsed
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # as torch's GradScaler has them
 

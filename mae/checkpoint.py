@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 import engine.checkpoint
-from common.parsed import Count
+from common.formats import Count
 from common.step_files import find_resumable
 from engine.checkpoint import Checkpoint
 from mae.config import PretrainConfig

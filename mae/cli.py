@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import click
 
 from common.command import CONTEXT, PATH, TIMED_STEPS, command, dry_run
-from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
+from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
 from common.environment import world_size
 from common.options import OptionGroup, option
-from common.terminal import aligned
 from engine.config import PluginConfig
 from engine.vit import IMAGE_CHANNELS
 from mae.config import GROUPS, OFFICIAL_FILES, PretrainConfig

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.made_alike import check_same
 from common.options import (
     MOST_EPOCHS,
     MOST_SEED,
@@ -14,6 +13,7 @@ from common.options import (
     Layer,
     OptionGroup,
     as_arguments,
+    check_same,
     groups_of,
     make,
     merge,
@@ -133,7 +133,7 @@ class ModelConfig(OptionGroup):
             + transformer_parameters(self.decoder_width, self.decoder_depth)
             + (self.encoder.width + self.decoder_width) * (patch_values + self.num_patches)
         )
-        return 12 * parameters
+        return 12 * parameters  # three fp32 numbers of each
 
 
 @dataclass(frozen=True, kw_only=True)

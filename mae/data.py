@@ -4,21 +4,20 @@ What happens to a sample is a pure function of (seed, epoch, image index), so ne
 nor the process, nor the batch it falls into matters.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.samples import next_usable
+from common.images import next_usable
 from engine.schedule import FIXED, SAMPLE, sample_rng
 from mae.controls import SegmentSource
 from mae.decode import read_crop
@@ -31,8 +30,7 @@ logger = logging.getLogger(__name__)
 ChooseCrop = Callable[[int, int], Crop]  # from height and width
 
 
-@dataclass(kw_only=True)
-class Sample:
+class Sample(NamedTuple):
     """One image [C, S, S] uint8, its pattern (see `mae.masking`), and what was skipped for it."""
 
     image: Tensor
@@ -41,22 +39,13 @@ class Sample:
     unreadable: tuple[str, ...] = ()
 
 
-@dataclass(kw_only=True)
-class Batch:
+class Batch(NamedTuple):
     """images [B, C, S, S] uint8, pattern [B, ...], hidden_pixels [B] int64, skipped files."""
 
     images: Tensor
     pattern: Tensor
     hidden_pixels: Tensor
     unreadable: list[str]
-
-    def pin_memory(self) -> Batch:
-        """Into page-locked memory; the loader calls it where there is a GPU."""
-        self.images, self.pattern = self.images.pin_memory(), self.pattern.pin_memory()
-        return self
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,8 +67,9 @@ class MaskedImages(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
+        # Its neighbour stands in, so that a damaged file changes this sample alone.
         sample, skipped = next_usable(partial(self._sample, epoch), index, len(self))
-        return dataclasses.replace(sample, unreadable=skipped)
+        return sample._replace(unreadable=skipped)
 
     def _sample(self, epoch: int, index: int) -> Sample:
         rng = sample_rng(self.seed, SAMPLE, epoch, index)

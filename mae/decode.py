@@ -47,7 +47,7 @@ def read_crop(path: Path | str, choose_crop: Callable[[int, int], Crop], size: i
     content = _read(path)
     header = jpeg_header(content)
     if header is not None and header.is_upright and header.channels in GREY_OR_COLOUR:
-        refuse_huge(header.height, header.width)
+        refuse_huge(header.height, header.width)  # by what it claims: before anything is decoded
         crop = choose_crop(header.height, header.width)
         pixels = _decode_crop(content, header, crop, size)
         if pixels is not None:
@@ -96,6 +96,7 @@ def _ends_grey(image: np.ndarray) -> bool:
 def _decode_reduced(
     content: bytearray, header: JpegHeader, crop: Crop, size: int, reduction: int
 ) -> Tensor | None:
+    # libjpeg then computes fewer pixels of each 8 x 8 block from its lowest frequencies.
     draft = header.width // reduction, header.height // reduction
     image = load_image(content, draft=draft)
     reduction = round(header.width / image.width)  # draft knows powers of two only

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.images import find_images
-from common.samples import evenly_spread
+from common.images import evenly_spread, find_images
 from mae.config import DataConfig, MethodConfig
 from mae.masking import METHODS
 from segments.config import VAL, command_of, made_for

@@ -21,7 +21,8 @@ from engine.vit import VISIBLE
 if TYPE_CHECKING:
     import torch
 
-METHODS: dict[str, type[MaskingMethod]] = {}  # by name, in the order of their definition
+# Filled by `MaskingMethod.__init_subclass__`; the order of definition is the order in --help.
+METHODS: dict[str, type[MaskingMethod]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class MaskingMethod:
 
     def __init_subclass__(cls) -> None:
         """A class with a name of its own is a method that can be chosen."""
-        if "name" in vars(cls):
+        if "name" in vars(cls):  # its own, not one that it inherits
             METHODS[cls.name] = cls
 
     def __init__(self, *, image_size: int, patch_size: int, mask_ratio: float, hide: str) -> None:
@@ -140,6 +141,7 @@ class Patches(MaskingMethod):
 
     def view(self, images: torch.Tensor, pattern: torch.Tensor) -> MaskedView:
         """Whole images, and which of their patches the encoder gets."""
+        # Stable, so that equal noises give the same patches on every device.
         ids_shuffle = pattern.argsort(dim=1, stable=True)
         return MaskedView(
             encoder_input=images,
@@ -150,6 +152,7 @@ class Patches(MaskingMethod):
 
     def _removed(self, pattern: torch.Tensor) -> torch.Tensor:
         """[B, N, 1] float, 1 = removed from the encoder."""
+        # The inverse of a permutation is its argsort: where each patch stands among the noises.
         rank = pattern.argsort(dim=1, stable=True).argsort(dim=1)
         return (rank >= self.num_kept).float().unsqueeze(-1)
 
@@ -222,6 +225,7 @@ class SegmentPatches(Patches):
         """Noise as `patches` draws it, raised where segments, in random order, are removed."""
         assert segment is not None
         noise, points = super().pattern(rng, None), self.POINTS
+        # How many points of each patch lie inside: first over its rows, then over its columns.
         # Python's sum of whole arrays: numpy's own along so short an axis takes ten times as long.
         inside = sum(segment.reshape(-1, points, self.segment_side).swapaxes(0, 1))
         inside = sum(inside.reshape(-1, points).T)
@@ -236,6 +240,7 @@ def remove_segments(noise: np.ndarray, segments: np.ndarray, count: int) -> np.n
     more is left than may still be removed is passed over. Single patches, those of the largest
     noise, make up the number.
     """
+    # Noise is below 1: with 1 more, the removed patches are the largest.
     removed = np.zeros(len(noise), bool)
     for patches in segments:
         fresh = patches & ~removed

@@ -48,6 +48,7 @@ class MaskedAutoencoder(nn.Module):
             IMAGE_CHANNELS + method.extra_channels,
             encoder.width,
         )
+        # No class is learned, but a finetuned ViT may want the token (as the official encoder).
         self.cls_token = nn.Parameter(torch.zeros(1, 1, encoder.width))
         self.pos_embed = _fixed_positions(num_patches, encoder.width)
         self.blocks = nn.ModuleList(
@@ -70,6 +71,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = LayerNorm(config.decoder_width)
         self.decoder_pred = nn.Linear(config.decoder_width, config.patch_pixels**2 * IMAGE_CHANNELS)
 
+        # Constants: they move to the device with the model, and are no part of checkpoints.
         self.register_buffer("mean", _per_channel(IMAGE_MEAN), persistent=False)
         self.register_buffer("std", _per_channel(IMAGE_STD), persistent=False)
         self._initialise()
@@ -90,11 +92,13 @@ class MaskedAutoencoder(nn.Module):
         view = self.method.view(images, pattern)
         predicted = self.decode(self.encode(view), view).float()
         target = self.target(images)
+        # In fp32 whatever the precision: bf16's 8 bits would be lost in a sum of so many.
         error = (predicted - target).square().unflatten(-1, (-1, IMAGE_CHANNELS))  # [B, N, P*P, C]
         return (error * view.hidden.unsqueeze(-1)).sum(dim=(1, 2, 3))
 
     def encode(self, view: MaskedView) -> Tensor:
         """Class token and kept patches, encoded and normalised: [B, 1 + K, D]."""
+        # Only what is kept costs anything from here on: MAE's saving of three quarters.
         positions = self.pos_embed[:, 1:]
         if view.ids_keep is not None:
             positions = _pick(positions.expand(len(view.ids_keep), -1, -1), view.ids_keep)
@@ -115,6 +119,7 @@ class MaskedAutoencoder(nn.Module):
         if view.ids_restore is not None:
             cls_token, kept = tokens[:, :1], tokens[:, 1:]
             num_removed = view.ids_restore.shape[1] - kept.shape[1]
+            # Appended at the end, where `ids_restore` expects the removed ones, then put in order.
             mask_tokens = self.mask_token.to(kept.dtype).expand(len(kept), num_removed, -1)
             patches = _pick(torch.cat([kept, mask_tokens], dim=1), view.ids_restore)
             tokens = torch.cat([cls_token, patches], dim=1)

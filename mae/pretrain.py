@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from common.environment import world_size
+from common.images import evenly_spread
 from common.interruption import Interruption, leave_signals_to_the_main_process
-from common.samples import evenly_spread
 from common.step_files import LAST, checkpoint_path, find_resumable, reconstructions_path
 from engine.devices import peak_flops
 from engine.logbook import Progress
@@ -97,6 +97,7 @@ class Pretraining(Task):
         checkpoint = open_own_checkpoint(self.config, self.listing)
         if path is None or checkpoint is None:
             return Earlier()
+        # Rounds may be asked for in any order: this one's end may lie behind us.
         reached, own = checkpoint["epochs_completed"], checkpoint_path(path.parent, self.epochs)
         if reached >= self.epochs and not own.is_file():
             raise ValueError(f"the run is at {reached} epochs already, but {own} is missing")
@@ -143,6 +144,7 @@ class Pretraining(Task):
         """The loss is over the hidden pixels and their channels."""
         hidden = batch.hidden_pixels.double()
         coverage = hidden * (100 / self.config.model.image_size**2)  # percent
+        # Sums and squares: mean and deviation over the epoch come from them at its end.
         return MicroBatch(
             inputs=(batch.images, batch.pattern),
             num_values=hidden.sum().item() * IMAGE_CHANNELS,
@@ -186,6 +188,7 @@ class Pretraining(Task):
         if not images:
             return None
         accelerator, model = run.accelerator, run.model
+        # The plain model: the compiled one would be compiled anew for the last, smaller batch.
         chosen = evenly_spread(range(self.num_heldout), images)
         share = Subset(self.heldout, chosen[accelerator.process_index :: accelerator.num_processes])
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
@@ -213,7 +216,7 @@ class Pretraining(Task):
         flops = images * training_flops(self.config.model, self.images.method)
         coverage = state.sums["coverage"] / images
         variance = max(0.0, state.sums["coverage_square"] / images - coverage**2)
-        last_step = state.epochs_completed + (steps - 1) / steps
+        last_step = state.epochs_completed + (steps - 1) / steps  # a step's rate is its beginning's
         record = {
             "train_loss": state.sums["loss"] / steps,
             **scores,

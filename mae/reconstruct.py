@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.contact_sheet import Tile, contact_sheet, save_png
+from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
 from engine.weights import read_vit_weights
@@ -76,7 +76,7 @@ def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> 
     pasted = original * visible + predicted * (1 - visible)
     pictures = torch.stack([original, seen, predicted, pasted], dim=1)  # [B, 4, 3, H, W]
     pixels = (pictures * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
-    rows = [[Tile(picture) for picture in row] for row in pixels]
+    rows = [[(picture, "") for picture in row] for row in pixels]
     width = min(max(original.shape[-1], SMALLEST_TILE), LARGEST_TILE)
     save_png(contact_sheet(rows, titles=COLUMNS, tile_width=width), path, KIND)
 
@@ -112,7 +112,7 @@ def _sample(
             return make_sample(model.method, image.pixels, rng, segment)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    row = number % len(fixed_set)  # in turn
+    row = number % len(fixed_set.images)  # in turn
     pattern, hidden = fixed_set.pattern[row].numpy(), int(fixed_set.hidden_pixels[row])
     return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
 

@@ -38,6 +38,8 @@ def random_crop(rng: np.random.Generator, height: int, width: int) -> Crop:
     flip, *numbers = rng.random(1 + 4 * CROP_TRIES).tolist()  # one call: numpy's are slow to enter
     low, high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
     for at in range(0, len(numbers), 4):
+        # Uniform in area and place; uniform in the logarithm of the shape, so that w:h is as
+        # likely as h:w.
         in_area, in_aspect, in_rows, in_columns = numbers[at : at + 4]
         area = height * width * (CROP_AREA[0] + in_area * (CROP_AREA[1] - CROP_AREA[0]))
         aspect = math.exp(low + in_aspect * (high - low))

@@ -19,8 +19,8 @@ import mae.config
 import segmenter.config
 from common.console import EXIT_FAILED, EXIT_STOPPED
 from common.files import write_json
+from common.formats import check_names
 from common.options import Layer, fields_of, make_all
-from common.yamlfile import check_names
 from engine.devices import choose_device, device_name
 from mae.config import PretrainConfig
 from pipeline.plan.machine import gpus

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.console import EXIT_STOPPED
-from common.parsed import read_json, read_log
+from common.formats import read_json, read_log
 from common.step_files import LAST, LOG, RESULT
 from engine.checkpoint import read_torch_file
 from engine.config import DeviceConfig

@@ -13,7 +13,7 @@ from unittest import mock
 from torch import Tensor, nn
 
 import segmenter.inference
-from common.parsed import read_json
+from common.formats import read_json
 from common.step_files import RESULT
 from engine.checkpoint import Saver
 from engine.devices import peak_memory_mib

@@ -22,7 +22,6 @@ from engine.schedule import BatchPlan
 from engine.task import Run, State, Task, load
 from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
-from mae.data import Batch as MaskedBatch
 from mae.pretrain import Pretraining
 from segmenter.check import read_task
 from segmenter.config import TrainConfig
@@ -153,10 +152,7 @@ def divide(run: Run, *, passes: int, images: int) -> None:
 
 def on_device(batch: Any, device: torch.device) -> Any:
     """A batch of either part, with what the model gets of it there already."""
-    if isinstance(batch, MaskedBatch):
-        images, pattern = batch.images.to(device), batch.pattern.to(device)
-        return replace(batch, images=images, pattern=pattern)
-    names = ("images", "labels", "sizes")
+    names = {"images", "pattern", "labels", "sizes"}.intersection(batch._fields)
     return batch._replace(**{name: getattr(batch, name).to(device) for name in names})
 
 

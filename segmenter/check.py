@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from common.files import check_output_folder
+from common.formats import ProbeResult, Result, read_json
 from common.images import find_images
-from common.made_alike import check_same
-from common.options import older_values
-from common.parsed import ProbeResult, Result, read_json
+from common.options import check_same, older_values
 from common.step_files import CHECKPOINT, RESULT
 from engine.schedule import BatchPlan
 from engine.trackers import check_trackers

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from common.formats import plain
 from common.options import (
     MOST_EPOCHS,
     MOST_SEED,
@@ -28,7 +29,6 @@ from common.options import (
     read_layer,
 )
 from common.step_files import OF_FINETUNING, OF_PROBES
-from common.yamlfile import plain
 from engine.config import DeviceConfig, OutputConfig, TrainingConfig
 from engine.schedule import half_cosine, learning_rate
 from engine.vit import VIT_SIZES, VitSize

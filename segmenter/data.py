@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.images import next_usable
 from common.interruption import leave_signals_to_the_main_process
-from common.samples import next_usable
 from engine.schedule import SAMPLE, derived_seeds
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair, quiet_imports

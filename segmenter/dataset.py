@@ -17,10 +17,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from common.files import read_text, shortened
-from common.folders import relative_files
-from common.parsed import parsed_plain
-from common.yamlfile import check_names, read_yaml
+from common.files import read_text, relative_files, shortened
+from common.formats import check_names, parsed_plain, read_yaml
 
 TRAIN, VAL = "train", "val"
 SPLITS = (TRAIN, VAL)

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.files import NOTHING_WRITTEN, beside, check_output_folder
+from common.images import Unreadable
 from common.interruption import Interruption
 from common.progress import Counter
-from common.samples import Unreadable
 from engine.devices import make_accelerator
 from segmenter.config import EvaluateConfig, ProtocolChanges, ProtocolConfig, ScoringConfig
 from segmenter.data import TestImage, WholeImages, test_images

@@ -20,8 +20,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from common.environment import versions
 from common.files import write_json
+from common.images import evenly_spread
 from common.interruption import Interruption
-from common.samples import evenly_spread
 from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from engine.devices import device_name
 from engine.logbook import Progress

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.images import ORIENTATION, load_image, read_rgb
-from common.samples import too_many
+from common.images import ORIENTATION, load_image, read_rgb, too_many
 from segmenter.dataset import DatasetDescription, Pair, count_classes
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 import engine.checkpoint
 from common.files import read_text
-from common.yamlfile import parse_value
+from common.formats import parse_value
 from engine.checkpoint import Checkpoint, read_torch_file, refuse_damaged, refuse_misfits
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values

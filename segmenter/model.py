@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.parsed import parsed_plain
+from common.formats import parsed_plain
 from engine.vit import IMAGE_MEAN, IMAGE_STD, vit_size
 from segmenter.config import ModelConfig
 from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet

@@ -17,15 +17,13 @@ from common.contact_sheet import (
     BACKGROUND,
     GAP,
     INK,
-    Tile,
     contact_sheet,
     save_png,
     stacked,
     text_size,
 )
-from common.files import check_output_folder, check_replaceable, is_marked, shortened
-from common.images import load_image
-from common.samples import Unreadable
+from common.files import check_output_file, check_output_folder, is_marked, shortened
+from common.images import Unreadable, load_image
 from engine.devices import make_accelerator
 from segmenter.config import ProtocolChanges, ScoringConfig
 from segmenter.data import WholeImages, scaled_images
@@ -126,7 +124,7 @@ def _check_outputs(
             other = takers.setdefault(target, path)  # a.jpg and a.png have one stem
             if other is not path:
                 raise ValueError(f"{other} and {path} would both become {target.name}")
-            check_replaceable(target, "--out", reads=reads, is_own=is_marked(kind))
+            check_output_file(target, reads=reads, is_own=is_marked(kind), makes_folder=True)
 
 
 def draw_predictions(
@@ -150,7 +148,7 @@ def draw_predictions(
         # Both in one legend, so that what was missed is named, too.
         present |= {*np.unique(labels).tolist(), *np.unique(guess).tolist()}
         overlays = (overlay(image, numbers, classes) for numbers in (labels, guess))
-        rows.append([Tile(image), *map(Tile, overlays)])
+        rows.append([(picture, "") for picture in (image, *overlays)])
     sheet = contact_sheet(rows, titles=COLUMNS, tile_width=TILE_WIDTH)
     save_png(with_legend(sheet, sorted(present), classes), path, SHEET)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.download import download, has_digest
-from common.files import beside, check_output_folder, check_replaceable, path_below
+from common.files import beside, check_output_file, check_output_folder, path_below
 from segmenter.dataset import SPLITS, TRAIN, VAL, is_ade20k, read_description
 from segmenter.labels import check_labels
 
@@ -40,7 +40,7 @@ def prepare_ade20k(folder: Path, *, urls: Sequence[str], digest: str | None) -> 
         check_dataset(ready, ADE20K_PAIRS)
         return ready
     archive = folder / f"{ADE20K_NAME}.zip"
-    check_replaceable(archive, "FOLDER")
+    check_output_file(archive, "FOLDER", makes_folder=True)
     if not archive.exists():  # else somebody brought it, or a check failed after the download
         download(urls, archive, digest=digest)
     elif digest is not None and not has_digest(archive, digest):

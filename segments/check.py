@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from common.files import HEAD_BYTES, check_output_file, write_text
+from common.formats import read_json_lines
 from common.images import find_images, read_rgb
-from common.parsed import read_json_lines
 from segments.forms import AnyForm, form_of, open_any_form
 from segments.parallel import Failure, each, one_pass
 from segments.segment import Segment, segment_from_counts

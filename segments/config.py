@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from common.made_alike import check_same
-from common.options import OptionGroup, fields_of, older_values, option
-from common.yamlfile import plain
+from common.formats import plain
+from common.options import OptionGroup, check_same, fields_of, older_values, option
 
 STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
 VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
@@ -135,7 +134,7 @@ def as_stored(generator: str, settings: OptionGroup, **resolved: Any) -> dict[st
     decisive = {
         name: plain(getattr(settings, name))
         for name, field in fields_of(type(settings)).items()
-        if not field.spec.neutral
+        if not field.neutral
     }
     ratios = union(decisive["for_coverage"])
     return {"generator": generator, **decisive, "for_coverage": ratios, **resolved}

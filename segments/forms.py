@@ -22,8 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from common.files import open_regular, path_below, read_bytes
-from common.folders import relative_files, walk
+from common.files import open_regular, path_below, read_bytes, relative_files, walk
 from common.images import load_image
 from segments.config import STORE_NAME
 from segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle
@@ -87,8 +86,7 @@ def _folder_form(root: Path) -> type[SegmentFolder] | None:
     if not os.path.isdir(root):  # noqa: PTH112
         return None
     # The first file that tells decides; a whole walk could take minutes.
-    for _, entries in walk(root):
-        names = [entry.name for entry in entries]
+    for _, names in walk(root):
         for form in (PngTableFolder, PngMetadataFolder):
             if form.table in names:
                 return form

@@ -11,8 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_rle
 
 from common.contact_sheet import Tile, contact_sheet, stacked
-from common.images import read_rgb
-from common.samples import evenly_spread
+from common.images import evenly_spread, read_rgb
 from segments.forms import AnyForm
 from segments.parallel import Failure, each, in_order, one_pass
 from segments.segment import Segment, nearest
@@ -180,19 +179,19 @@ def _tiles(source: AnyForm, key: str, path: Path, ratios: Sequence[float | None]
     try:
         image, segments = read_rgb(path), source.segments(key)
     except ValueError as error:
-        return [Tile(UNREADABLE, f"unreadable: {error}")]
-    tiles = []
+        return [(UNREADABLE, f"unreadable: {error}")]
+    tiles: list[Tile] = []
     for ratio in ratios:
         segment = None if ratio is None else nearest(segments, ratio)
         if segment is None:
-            tiles.append(Tile(image, path.name))
+            tiles.append((image, path.name))
         elif (segment.height, segment.width) != image.shape[:2]:
-            tiles.append(Tile(image, f"{ratio:g}: does not fit"))
+            tiles.append((image, f"{ratio:g}: does not fit"))
         else:
             # Tinted, so that what is hidden can still be guessed.
             tint = 0.75 * segment.decode()[..., None].astype(np.float32)  # [H, W, 1]
             hidden = (image * (1 - tint) + HIDDEN_COLOUR * tint).astype(np.uint8)
-            tiles.append(Tile(hidden, f"{ratio:g}: {segment.coverage_percent:.1f} %"))
+            tiles.append((hidden, f"{ratio:g}: {segment.coverage_percent:.1f} %"))
     return tiles
 
 

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from common.coco import rle_annotation
 from common.files import (
     NOTHING_WRITTEN,
     check_output_file,
@@ -15,6 +14,7 @@ from common.files import (
     path_below,
     write_text,
 )
+from common.formats import rle_annotation
 from common.step_files import shard_of
 from segments.config import STORE_NAME, check_made_alike, made_for, union
 from segments.forms import open_folder

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.images import evenly_spread
 from common.progress import clock
-from common.samples import evenly_spread
 from segments.config import STORE_NAME
 from segments.generate import READERS, Generator, Work
 from segments.writing import StoreWriter

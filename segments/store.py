@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import open_regular
-from common.parsed import parsed_text
+from common.formats import parsed_text
 from segments.segment import Segment
 
 FORMAT_VERSION = 1

@@ -19,7 +19,7 @@ from PIL import Image
 
 import benchmark
 from common.console import run_program
-from common.parsed import read_log
+from common.formats import read_log
 from engine.logbook import TIMING_KEYS
 from tests import toy
 from tests.pipeline.programs import REPO_ROOT, run_benchmark

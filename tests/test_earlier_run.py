@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.parsed import read_log
+from common.formats import read_log
 from engine.logbook import TIMING_KEYS
 from pipeline.plan.sample import SampleSize, write_sample
 from tests.pipeline.programs import REPO_ROOT, run_benchmark

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.parsed import read_log
+from common.formats import read_log
 from segments.store import PackedStore
 from tests.pipeline.programs import run_benchmark
 from tests.pipeline.whole_run import scores, write_inputs

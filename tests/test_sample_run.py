@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from common.parsed import read_log
+from common.formats import read_log
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 FALL_OF_THE_LOSS = 0.30

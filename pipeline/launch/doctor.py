@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from common import cards
-from common.terminal import aligned
+from common.console import aligned
+from common.environment import CUDA_REMEDY, least_driver
 from mae.check import PretrainFacts
 from pipeline.launch.estimate import kept_bytes
 from pipeline.launch.view import what_it_does
@@ -110,7 +110,7 @@ def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
             text = f"torch cannot compute on it: {gpu['error']}"
             is_misfit = misfits or "no kernel image" in gpu["error"]
             fix = "nvidia-smi -q shows whether the card is in order"
-            fix = cards.REMEDY if is_misfit else fix
+            fix = CUDA_REMEDY if is_misfit else fix
         yield Finding(f"GPU {index}", text, fix)
     if torch["lacks_to_compile"]:  # without a GPU nothing is compiled unless it is asked for
         fix = "install it, or models run uncompiled (Debian: build-essential, python3-dev)"
@@ -127,7 +127,7 @@ def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Find
     if not cuda:
         yield Finding("torch on GPUs", f"{build} is built without CUDA", _SET_UP)
         return
-    needed = cards.least_driver(cuda)
+    needed = least_driver(cuda)
     oldest = min(int(re.sub(r"\D", "", arch)) for arch in torch["archs"])  # sm_75 -> 75
     for gpu in dict.fromkeys(gpus):  # eight of a kind are said once
         causes, capability = [], 10 * gpu.capability[0] + gpu.capability[1]
@@ -137,7 +137,7 @@ def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Find
         if capability < oldest:
             causes.append(f"{build} has kernels from sm_{oldest} on, not for sm_{capability}")
         if causes:
-            yield Finding(gpu.name, "; ".join(causes), cards.REMEDY)
+            yield Finding(gpu.name, "; ".join(causes), CUDA_REMEDY)
 
 
 def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:

@@ -12,9 +12,8 @@ from typing import Any
 
 import click
 
-from common.images import find_images
-from common.samples import evenly_spread
-from common.terminal import duration
+from common.images import evenly_spread, find_images
+from common.progress import duration
 from mae.check import PretrainFacts
 from mae.config import PretrainConfig
 from pipeline.launch.local import environment

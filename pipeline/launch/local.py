@@ -14,10 +14,9 @@ from typing import Any, BinaryIO
 
 from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
-from common.parsed import StepProgress, read_json
-from common.progress import count_text
+from common.formats import StepProgress, read_json
+from common.progress import count_text, duration
 from common.step_files import PROGRESS
-from common.terminal import duration
 from pipeline.launch import process
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout

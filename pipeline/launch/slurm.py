@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 from common.console import EXIT_STOPPED
+from common.files import hold
 from common.interruption import Interruption
-from common.lock import hold
 from pipeline.launch import slurm_queue
 from pipeline.launch.local import LocalLauncher, environment, was_stopped
 from pipeline.launch.process import Child, end_marked

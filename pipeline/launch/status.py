@@ -5,7 +5,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import NamedTuple
 
-from common.terminal import duration
+from common.progress import duration
 from pipeline.launch import slurm_queue
 from pipeline.launch.local import progress_text
 from pipeline.launch.process import marked

@@ -4,8 +4,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
-from common.console import say
-from common.terminal import aligned
+from common.console import aligned, say
 from mae.check import PretrainFacts
 from mae.config import PretrainConfig
 from pipeline.plan.check import checked_plan

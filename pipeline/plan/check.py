@@ -18,7 +18,7 @@ from typing import Any
 import mae.check
 import segmenter.check
 from common.console import say
-from common.files import NOTHING_WRITTEN, check_output_folder, check_replaceable
+from common.files import NOTHING_WRITTEN, check_output_file, check_output_folder
 from common.step_files import find_resumable, round_checkpoints
 from mae.config import MethodConfig, PretrainConfig
 from pipeline.plan.layout import Layout, is_report, is_results_csv
@@ -75,7 +75,7 @@ def check_own_files(paths: Layout) -> None:
         (paths.results_csv, is_results_csv),
         (paths.report_html, is_report),
     ):
-        check_replaceable(path, "--output-dir", is_own=is_own)
+        check_output_file(path, "--output-dir", is_own=is_own, makes_folder=True)
     if paths.bookkeeping.exists() and not paths.bookkeeping.is_dir():
         raise ValueError(f"--output-dir: {paths.bookkeeping} is no folder; {NOTHING_WRITTEN}")
 

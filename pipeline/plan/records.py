@@ -25,10 +25,10 @@ import yaml
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from common import made_alike as settings
 from common.files import write_json, write_text
+from common.formats import StepProgress, read_json
 from common.options import REQUIRED, fields_of
-from common.parsed import StepProgress, read_json
+from common.options import differences as differing_settings
 from common.step_files import PROGRESS
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import idle_settings
@@ -178,7 +178,7 @@ def is_done(step: Step, paths: Layout) -> bool:
 def other_settings(step: Step, record: Record, leave_out: Collection[str] = ()) -> list[str]:
     """`name: stored -> wanted` for what the step would make otherwise than the record's did."""
     wanted = {name: value for name, value in step.settings.items() if name not in leave_out}
-    return settings.differences(record.fingerprint, wanted, _older(record))
+    return differing_settings(record.fingerprint, wanted, _older(record))
 
 
 def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
@@ -212,7 +212,7 @@ def made_alike(all_paths: Sequence[Layout]) -> bool:
         }  # fmt: skip
         known = {name: record.fingerprint.get(name, older[name]) for name in older}
         wanted = {name: value for name, value in known.items() if name not in leave_out}
-        if settings.differences(other.fingerprint, wanted, _older(other)):
+        if differing_settings(other.fingerprint, wanted, _older(other)):
             return False
     return True
 
@@ -226,8 +226,8 @@ def _older(record: Record) -> dict[str, Any]:
     recipe = _recipe(str(record.fingerprint.get("recipe")))
     older = {}
     for name, known in fields_of(*_GROUPS.get(record.kind, {}).values()).items():
-        is_new = known.spec.older != known.default
-        value = known.spec.older if is_new else recipe.get(name, known.default)
+        is_new = known.older != known.default
+        value = known.older if is_new else recipe.get(name, known.default)
         older[name] = None if value is REQUIRED else value
     return older
 

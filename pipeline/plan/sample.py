@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from pycocotools import mask as rle
 
-from common.coco import rle_annotation
+from common.formats import rle_annotation
 
 BACKGROUNDS = ("grass", "sand", "water")
 SHAPES = ("disc", "square", "triangle", "flower")

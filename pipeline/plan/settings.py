@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from common.formats import plain
 from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
-from common.yamlfile import plain
 from engine.config import PluginConfig, TrainingConfig
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, SegmentsFrom
 from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN

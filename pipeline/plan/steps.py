@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import step_files as files
+from common.formats import check_names
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
-from common.yamlfile import check_names
 from engine.config import DeviceConfig
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS

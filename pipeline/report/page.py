@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.files import check_output_file, check_replaceable, write_text
-from common.parsed import read_log
+from common.files import check_output_file, write_text
+from common.formats import read_log
 from common.step_files import LOG
 from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
@@ -45,7 +45,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
     all_paths = [Layout(folder) for folder in folders]
     check_output_file(page, is_own=is_report)
     for paths in all_paths:  # whoever calls this writes them, too
-        check_replaceable(paths.results_csv, "report", is_own=is_results_csv)
+        check_output_file(paths.results_csv, "report", is_own=is_results_csv, makes_folder=True)
         outputs = (paths.pretrain_output, paths.probe_output, paths.eval_output)
         # run.yml alone is a run that has just begun.
         if not any(path.exists() for path in (*outputs, paths.run_yml)):

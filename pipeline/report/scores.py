@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typing_extensions import TypedDict
 
-from common.parsed import ProbeResult, Result, parsed, read_json, read_log
+from common.formats import ProbeResult, Result, parsed, read_json, read_log, read_yaml
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
-from common.yamlfile import read_yaml
 from pipeline.plan import layout
 from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, made_alike, read_all_records

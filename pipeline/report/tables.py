@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from common.console import aligned
 from common.files import write_text
-from common.terminal import aligned
 from pipeline.plan.layout import Layout, ratio_text
 from pipeline.plan.records import read_all_records
 from pipeline.report.scores import (

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from common import files
-from common.files import also_save_as, beside, replacing, write_json, write_text
-from common.lock import LockedError, hold
-from common.parsed import read_log
+from common.files import LockedError, also_save_as, beside, hold, replacing, write_json, write_text
+from common.formats import read_log
 from common.step_files import checkpoint_path, epochs_of, find_resumable, reconstructions_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +79,7 @@ def test_names_are_built_and_parsed_in_one_place(tmp_path):
 
 
 HOLDER = (
-    "import sys, time; from pathlib import Path; from common.lock import hold\n"
+    "import sys, time; from pathlib import Path; from common.files import hold\n"
     "with hold(Path(sys.argv[1]) / '.lock', Path(sys.argv[1])):\n"
     "    print('held', flush=True); time.sleep(60)"
 )
@@ -127,7 +126,7 @@ def test_the_lock_file_stays_so_that_nobody_holds_a_name_that_is_gone(tmp_path):
 
 def test_children_that_were_forked_do_not_keep_the_lock_of_a_killed_process(tmp_path):
     program = (
-        "import os, sys, time; from pathlib import Path; from common.lock import hold\n"
+        "import os, sys, time; from pathlib import Path; from common.files import hold\n"
         "with hold(Path(sys.argv[1]) / '.lock', Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
         "    if not child: print(os.getpid(), flush=True); time.sleep(30); os._exit(0)\n"

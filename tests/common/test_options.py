@@ -14,7 +14,9 @@ from common.options import (
     Layer,
     OptionGroup,
     as_arguments,
+    check_same,
     decisive_values,
+    differences,
     make,
     make_all,
     merge,
@@ -100,17 +102,17 @@ def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
     [
         ([], "--folder is missing: Where it is."),
         (["--folder", ""], "--folder is ''; give a path"),
-        (["--folder", "~nosuchuser/x"], "there is no such user"),
-        (["--epochs", "0"], "--epochs is 0; give 1 or more"),
-        (["--epochs", "1.9"], "--epochs is '1.9'; give a whole number"),
-        (["--epochs", "1_0"], "--epochs is '1_0'; give a whole number"),
-        (["--epochs", "1" * 5000], "give a whole number"),
-        (["--rate", "nan"], "--rate is nan; give more than 0"),
-        (["--rate", "inf"], "--rate is inf; give more than 0"),
-        (["--rate", "fast"], "--rate is 'fast'; give a number"),
-        (["--share", "1"], "--share is 1; give 0 to below 1"),
-        (["--ratios", "5,101"], "--ratios is 101; give 0 to 100"),
-        (["--ratios", "5,,6"], "--ratios is ''; give a number"),
+        (["--folder", "~nosuchuser/x"], "Could not determine home directory"),
+        (["--epochs", "0"], "--epochs is '0'; it should be greater than or equal to 1"),
+        (["--epochs", "1.9"], "--epochs is '1.9'; it should be a valid integer"),
+        (["--epochs", "1_0"], "--epochs is '1_0'; give a number"),
+        (["--epochs", "1" * 5000], "as an integer"),
+        (["--rate", "nan"], "--rate is 'nan'; it should be a finite number"),
+        (["--rate", "inf"], "--rate is 'inf'; it should be a finite number"),
+        (["--rate", "fast"], "--rate is 'fast'; it should be a valid number"),
+        (["--share", "1"], "--share is '1'; it should be less than 1"),
+        (["--ratios", "5,101"], "--ratios is '101'; it should be less than or equal to 100"),
+        (["--ratios", "5,,6"], "--ratios is ''; it should be a valid number"),
         (["--kind", "other"], "--kind is 'other'; choose one of auto, four_channels"),
         (["--parts", "epochs"], "--parts is 'epochs'; give KEY=VALUE"),
         (["--parts", "epochs=[1"], "--parts epochs=[1 is not YAML"),
@@ -128,13 +130,13 @@ def test_a_wrong_value_is_one_line_with_what_is_allowed(capsys, arguments, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epochs: 1.9", "--epochs is 1.9; give a whole number"),
-        ("epochs: true", "--epochs is True; give a whole number"),
-        ("epochs: [1]", "--epochs is [1]; give a whole number"),
+        ("epochs: 1.9", "--epochs is 1.9; it should be a valid integer"),
+        ("epochs: true", "--epochs is True; give a number"),
+        ("epochs: [1]", "--epochs is [1]; it should be a valid integer"),
         (f"epochs: {'1' * 5000}", "a.yml"),
         ("folder: 7", "--folder is 7; give a path"),
         ("folder: [a]", "--folder is ['a']; give a path"),
-        ("stack: yes", "--stack is 'yes'; give true or false"),
+        ("stack: yes", "--stack is 'yes'; it should be a valid boolean"),
         ("rate: .nan", "--rate is nan"),
         ("parts: 3", "--parts is 3; give `option: value` lines"),
         ("epoch: 3", "there is no 'epoch'; did you mean epochs"),
@@ -143,7 +145,7 @@ def test_a_wrong_value_is_one_line_with_what_is_allowed(capsys, arguments, messa
         ("[1, 2]", "has to hold `key: value` lines"),
         ("a: [1", "a.yml is not YAML: line 2"),
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
-        ("kind: &a [x, *a]", "stands for more than 100000 values, by its aliases"),
+        ("kind: &a [x, *a]", "line 1: write the value instead of *alias"),
         ("a: !!python/object:os.system 1", "a.yml is not YAML"),
     ],
 )
@@ -168,7 +170,7 @@ def test_later_layers_win_and_pairs_add_up_and_each_is_judged():
     layers = [Layer({"rate": 1, "parts": {"a": 1, "b": 1}}, "a.yml"), Layer({"parts": ["b=2"]})]
     small = make(Small, merge([Small], [*layers, Layer({"folder": Path("/x")})]))
     assert (small.rate, small.parts) == (1.0, {"a": 1, "b": 2})
-    with pytest.raises(ValueError, match=r"a\.yml: --epochs is 0; give 1 or more"):
+    with pytest.raises(ValueError, match=r"a\.yml: --epochs is 0; it should be greater"):
         merge([Small], [Layer({"epochs": 0}, "a.yml"), Layer({"epochs": 1})])
 
 
@@ -188,7 +190,7 @@ def test_an_early_option_gives_a_layer_below_what_was_written_and_may_bring_choi
     groups = {"small": Small, "cook": Cook}
     made = make_all(groups, [Layer({"folder": "/x", "rate": "8", "style": "new"})])
     assert (made["small"].rate, made["small"].share, made["cook"].style) == (8.0, 0.5, "new")
-    with pytest.raises(ValueError, match=r"cook\.yml: --share is 2; give 0 to below 1"):
+    with pytest.raises(ValueError, match=r"cook\.yml: --share is 2; it should be less than 1"):
         make_all({"small": Small, "cook": Dear}, [Layer({"folder": "/x"})])
 
 
@@ -201,7 +203,7 @@ class Dear(OptionGroup):
 
 def test_an_option_of_another_group_keeps_its_range_and_may_be_left_out():
     assert make(Dear, {}).epochs is None
-    with pytest.raises(ValueError, match="--epochs is 0; give 1 or more"):
+    with pytest.raises(ValueError, match="--epochs is 0; it should be greater than or equal to 1"):
         merge([Dear], [Layer({"epochs": 0})])
 
 
@@ -224,6 +226,37 @@ def test_what_decides_leaves_out_speed_and_place():
     assert "kind" not in decisive
 
 
+def test_numbers_are_equal_however_they_are_written():
+    stored = {
+        "ratio": "15",
+        "rate": "0.00015",
+        "seed": 1,
+        "flag": "True",
+        "path": "/a",
+        "off": None,
+    }
+    wanted = {"ratio": 15.0, "rate": 1.5e-4, "seed": "1", "flag": True, "path": Path("/a")}
+    assert differences(stored, wanted | {"off": None}, {}) == []
+
+
+def test_a_setting_that_came_later_counts_as_the_older_behaviour():
+    older = {"drop_path": 0.0, "loss": "mse"}
+    assert differences({}, {"drop_path": 0.0, "loss": "mse"}, older) == []
+    assert differences({}, {"drop_path": 0.1}, older) == ["drop_path: 0.0 -> 0.1"]
+    assert differences({"drop_path": 0.1}, {"drop_path": 0.0}, older) == ["drop_path: 0.1 -> 0.0"]
+
+
+def test_true_is_not_one_and_text_is_not_none():
+    assert differences({"a": True}, {"a": 1}, {})
+    assert differences({"a": None}, {"a": "x"}, {})
+    assert differences({"a": (1, 2)}, {"a": [1, 2]}, {}) == []
+
+
+def test_the_error_names_what_differs_and_what_to_do():
+    with pytest.raises(ValueError, match=r"run was made with .*\(seed: 0 -> 1\); use those, or"):
+        check_same({"seed": 0}, {"seed": 1}, {}, what="run")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hungry(OptionGroup):
     title: ClassVar[str] = "Memory"
@@ -235,7 +268,7 @@ class Hungry(OptionGroup):
 @pytest.mark.parametrize(
     ("group", "advice"),
     [
-        (Hungry, "lower --batch-size or give --recompute; the result stays the same"),
+        (Hungry, "lower --batch-size or give --recompute"),
         (Small, "use a GPU that has more"),
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.parsed import read_log
+from common.formats import read_log
 from engine.config import TrainingConfig
 from engine.logbook import Logbook
 from engine.trackers import check_trackers

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.lock import LockedError, hold
+from common.files import LockedError, hold
 from common.step_files import LOCK
 from engine.checkpoint import save_checkpoint
 from mae.checkpoint import load_checkpoint

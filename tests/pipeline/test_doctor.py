@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.version import cuda
 
-from common.cards import REMEDY
+from common.environment import CUDA_REMEDY
 from pipeline.launch import doctor
 from pipeline.launch.doctor import Finding, examine, findings_text
 from pipeline.plan.machine import Gpu
@@ -143,13 +143,13 @@ def test_an_old_card_that_fails_for_want_of_kernels_is_told_the_same_command(on:
     found = on(Gpu("Tesla V100-SXM2-32GB", 580, (7, 0)), error="", gpus=[BROKEN])
     assert "driver" not in found["Tesla V100-SXM2-32GB"].text
     assert "from sm_75 on, not for sm_70" in found["Tesla V100-SXM2-32GB"].text
-    assert found["GPU 0"].fix == found["Tesla V100-SXM2-32GB"].fix == REMEDY
+    assert found["GPU 0"].fix == found["Tesla V100-SXM2-32GB"].fix == CUDA_REMEDY
 
 
 def test_a_card_that_is_newer_than_the_build_fails_at_the_kernel_that_is_tried(on: Find) -> None:
     older = {"cuda": "12.6", "archs": ["sm_50", "sm_90"], "error": ""}
     found = on(Gpu("NVIDIA B200", 580, (10, 0)), **older, gpus=[BROKEN])
-    assert [(f.subject, f.fix) for f in found.values() if f.fix] == [("GPU 0", REMEDY)]
+    assert [(f.subject, f.fix) for f in found.values() if f.fix] == [("GPU 0", CUDA_REMEDY)]
 
 
 def test_a_new_card_with_an_old_driver_is_told_the_driver_only(on: Find) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from common.progress import duration
 from common.step_files import PROGRESS
-from common.terminal import duration
 from pipeline.launch import slurm_queue
 from pipeline.launch.local import LocalLauncher, progress_text, step_bytes
 from pipeline.launch.process import MARK, marked

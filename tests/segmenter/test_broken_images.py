@@ -10,7 +10,7 @@ from PIL import Image
 
 import segmenter.evaluate
 import segmenter.finetune
-from common.parsed import read_log
+from common.formats import read_log
 from tests.segmenter.boxes import train_arguments
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from common.parsed import read_log
+from common.formats import read_log
 from segmenter.loading import load_segmenter
 from tests.segmenter.boxes import REPOSITORY, call, run, train_arguments
 from tests.segmenter.test_train import assert_same_run, log_of, result_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from common.parsed import read_log
+from common.formats import read_log
 from engine import update
 from tests.segmenter.boxes import call, train_arguments
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from common.parsed import read_log
+from common.formats import read_log
 from segmenter.data import TrainingCrops
 from segmenter.dataset import read_description
 from segmenter.loading import load_segmenter

@@ -11,7 +11,7 @@ import torch
 
 import engine.checkpoint
 import segmenter.model
-from common.parsed import read_log
+from common.formats import read_log
 from engine.logbook import TIMING_KEYS
 from engine.trainer import EpochTrainer
 from tests.segmenter.boxes import call, run, train_arguments

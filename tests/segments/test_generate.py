@@ -238,8 +238,8 @@ def test_trying_a_broken_image_again_leaves_the_finished_store_to_its_readers(im
     [
         (["--shard", "2/2"], "counts from 0"),
         (["--shard", "first"], "write it as 0/4"),
-        (["--scales", "a,b"], "--scales is 'a'; give a number"),
-        (["--scales", "0,50"], "--scales is 0; give more than 0"),
+        (["--scales", "a,b"], "--scales is 'a'; it should be a valid number"),
+        (["--scales", "0,50"], "--scales is '0'; it should be greater than 0"),
         (["--points-per-side", "3"], "No such option"),
         (["--min-coverage", "95"], "below --max-coverage"),
         (["--images", "/nowhere/at/all"], "is not a folder"),

@@ -10,10 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
+from common.formats import (
+    ProbeResult,
+    Result,
+    StepProgress,
+    parse_value,
+    read_json,
+    read_log,
+    read_yaml,
+)
 from common.images import decode_rgb, jpeg_header
 from common.options import Layer, fields_of, make, merge
-from common.parsed import ProbeResult, Result, StepProgress, read_json, read_log
-from common.yamlfile import parse_value, read_yaml
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from pipeline.plan.layout import RunId, parse_eval_name
 from pipeline.plan.records import Record

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.formats import read_log
 from common.images import MOST_PIXELS_VARIABLE
-from common.parsed import read_log
 from tests.wrong.world import Case, call, check, pretrain_words, train_words
 
 

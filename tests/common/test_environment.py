@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.cards import least_driver, peak_flops
+from common.environment import least_driver, peak_flops
 
 
 @pytest.mark.parametrize(
