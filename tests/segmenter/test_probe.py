@@ -21,8 +21,7 @@ from segmenter.data import WholeImages
 from segmenter.dataset import read_description
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.finetune import start_model
-from segmenter.frozen import NearestNeighbours, fit_linear, rankme
-from segmenter.tokens import Tokens
+from segmenter.probe import NearestNeighbours, Tokens, fit_linear, rankme
 from tests import toy
 from tests.segmenter.boxes import IGNORE, call, run, train_arguments, write_dataset
 

@@ -19,7 +19,6 @@ from segments.forms import open_any_form, open_segments
 from segments.pack import merge, pack, unpack
 from segments.segment import nearest
 from segments.store import PackedStore
-from segments.writing import StoreWriter
 from tests.processes import until
 
 RATIOS = [0, 2, 5, 15, 40, 100]
