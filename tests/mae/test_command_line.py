@@ -110,7 +110,7 @@ def test_exit_codes_are_those_of_the_contract():
         (["--decoder-heads", "5"], "cannot be split into 5 heads"),
         (["--model", "vit_giant"], "vit_huge"),
         (["--effective-batch-size", "999"], "there are images for at most 24"),
-        (["--masks-dir", "/nowhere"], "/nowhere does not exist"),
+        (["--masks-dir", "/nowhere"], "/nowhere is no folder of segments"),
         (["--in1k-dir", "/nowhere"], "/nowhere is not a folder"),
         (["--init", "/nowhere.pth"], "/nowhere.pth does not exist"),
         (["--resume", "required"], "there is no checkpoint"),
