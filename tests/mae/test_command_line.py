@@ -111,7 +111,7 @@ def test_exit_codes_are_those_of_the_contract():
         (["--model", "vit_giant"], "vit_huge"),
         (["--effective-batch-size", "999"], "there are images for at most 24"),
         (["--masks-dir", "/nowhere"], "/nowhere is no folder of segments"),
-        (["--in1k-dir", "/nowhere"], "/nowhere is not a folder"),
+        (["--in1k-dir", "/nowhere"], "/nowhere/train is not a folder"),
         (["--init", "/nowhere.pth"], "/nowhere.pth does not exist"),
         (["--resume", "required"], "there is no checkpoint"),
         (["--use-unmasked-images"], "four_channels needs them"),
