@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
@@ -186,14 +186,6 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
         # One process for each GPU, of this step or beside it: they share the cores.
         added[PROCESSES_HERE] = str(len(step.gpus))
     return added
-
-
-def read_progress(folder: Path) -> dict[str, Any]:
-    """A step's progress.json, empty if it has not written one."""
-    try:
-        return read_json(folder / PROGRESS, StepProgress)
-    except FileNotFoundError:
-        return {}
 
 
 def was_stopped(step: Step) -> bool:
