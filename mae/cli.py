@@ -113,7 +113,7 @@ def export(checkpoint: Path, options: _ExportOptions) -> None:
 
     Prints the line of Python that loads it with timm.
     """
-    from mae.export import export_encoder
+    from mae.weights import export_encoder
 
     say(export_encoder(checkpoint, options.out))
 

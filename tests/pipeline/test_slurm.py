@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from pipeline.plan.steps import Step, make_plan
 from segments.store import PackedStore
 from tests.pipeline.programs import standin
 from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
+from tests.processes import until
 
 Make = Callable[..., Settings]
 
@@ -42,13 +42,6 @@ def submit(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]
     write_run_files(settings, steps, paths)
     assert slurm.submit(settings, steps, paths) == len(steps)
     return steps, paths
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.1)
 
 
 def test_a_job_told_that_its_time_is_up_saves_queues_up_again_and_continues(
@@ -148,7 +141,7 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     assert slurm.submit(chosen, steps, paths) == len(steps) == 8
     victim, merge = steps[1], steps[3]
     log = victim.console_log
-    until(lambda: log.exists() and "images are done" in log.read_text())
+    until(lambda: log.exists() and "segments of" in log.read_text())
     os.kill(read_record(paths, victim.name).pid, signal.SIGKILL)
     until(lambda: not cluster.query("squeue", "-h", "-o", "%i").split(), seconds=120)
     states = {step.name: step.state for step in read_status(paths)}

@@ -6,21 +6,22 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.launch import slurm, slurm_queue
+from pipeline.launch import slurm, status
+from pipeline.launch.local import read_progress
 from pipeline.launch.process import marked
 from pipeline.launch.slurm import job_parameters, on_this_cluster
 from pipeline.plan.layout import Layout
-from pipeline.plan.records import Record, read_progress, read_record, write_record
+from pipeline.plan.records import Record, read_all_records, read_record, write_record
 from pipeline.plan.settings import Cluster, Compute, Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import REPO_ROOT, fake_program, standin
+from tests.processes import until
 
 Make = Callable[..., Settings]
 
@@ -31,7 +32,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "programs"
     fake_program(folder, "sinfo", "exit 1")
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(slurm_queue, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(status, "_RETRY_SECONDS", 0.0)
     return folder
 
 
@@ -116,10 +117,6 @@ def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
     assert met[0][3].removeprefix("--master-port=").isdecimal()
 
 
-def test_without_jobs_the_queue_is_not_asked() -> None:
-    assert slurm_queue.job_states([]) == {}
-
-
 def test_nothing_is_submitted_while_squeue_fails(settings: Make, programs: Path) -> None:
     fake_program(programs, "squeue", "echo 'error: Socket timed out' >&2; exit 1")
     fake_program(programs, "sbatch", f"touch {programs}/was-called; exit 1")
@@ -146,10 +143,16 @@ def test_a_job_that_waits_with_other_settings_is_not_taken_for_the_new_ones(
     assert not (programs / "was-called").exists()
 
 
-def test_a_squeue_that_fails_once_is_asked_again(programs: Path) -> None:
+def test_a_squeue_that_fails_once_is_asked_again(settings: Make, programs: Path) -> None:
     once = f"[ -e {programs}/failed ] || {{ touch {programs}/failed; exit 1; }}"
     fake_program(programs, "squeue", f"{once}; echo '11 RUNNING'; echo '12 PENDING'")
-    assert slurm_queue.job_states(["11", "13"]) == {"11": "RUNNING"}
+    chosen = settings("--launcher slurm --pretrain-epochs 1")
+    paths = Layout(chosen.data.output_dir)
+    assert status.job_states(paths, []) == {}
+    assert not (programs / "failed").exists(), "without jobs it is not asked"
+    for step, job in zip(make_plan(chosen), ("11", "13"), strict=True):
+        record_job(paths, step, job)
+    assert status.job_states(paths, read_all_records(paths)) == {"11": "RUNNING", "13": ""}
 
 
 def test_a_refused_job_is_told_in_one_line(settings: Make, programs: Path) -> None:
@@ -271,10 +274,7 @@ def assisting_node(paths: Layout, step: Step) -> subprocess.Popen[str]:
         cwd=REPO_ROOT,
     )
     log = paths.slurm / "11_node1.log"
-    deadline = time.monotonic() + 60
-    while not log.exists() or log.read_text().count("started") < step.processes:
-        assert time.monotonic() < deadline, "it did not start"
-        time.sleep(0.1)
+    until(lambda: log.exists() and log.read_text().count("started") == step.processes)
     return node
 
 
@@ -290,7 +290,7 @@ def test_on_the_other_nodes_a_stop_that_was_asked_for_is_no_error(
         for child in marked(f"{paths.root}:{step.name}:node1"):
             child.send_signal(number)
     node.send_signal(number)
-    said, errors = node.communicate(timeout=60)
+    said, errors = node.communicate(timeout=240)
     assert (node.returncode, said) == (0, "stopped\n"), errors
     assert read_progress(step.folder)["state"] == "stopped"
 
@@ -300,6 +300,6 @@ def test_on_the_other_nodes_a_failure_is_one(settings: Make) -> None:
     step, paths = standin(make_plan(chosen)[0], behaviour="fail"), Layout(chosen.data.output_dir)
     record_job(paths, step, "11", state="running")
     node = assisting_node(paths, step)
-    errors = node.communicate(timeout=60)[1]
+    errors = node.communicate(timeout=240)[1]
     assert node.returncode == 1
     assert "ended with exit code 3 on this node" in errors
