@@ -10,18 +10,24 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
-from common.formats import StepProgress, read_json
 from common.progress import count_text, duration
 from common.step_files import PROGRESS
 from pipeline.launch import process
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import GIB
-from pipeline.plan.records import Record, StepState, output_sizes, read_record, write_record
+from pipeline.plan.records import (
+    Record,
+    StepState,
+    output_sizes,
+    read_progress,
+    read_record,
+    write_record,
+)
 from pipeline.plan.steps import Step
 
 _TAIL_LINES, _SEARCHED_LINES = 12, 200  # of console.log, for the message of a failure
@@ -180,14 +186,6 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
         # One process for each GPU, of this step or beside it: they share the cores.
         added[PROCESSES_HERE] = str(len(step.gpus))
     return added
-
-
-def read_progress(folder: Path) -> dict[str, Any]:
-    """A step's progress.json, empty if it has not written one."""
-    try:
-        return read_json(folder / PROGRESS, StepProgress)
-    except FileNotFoundError:
-        return {}
 
 
 def was_stopped(step: Step) -> bool:

@@ -77,7 +77,7 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
     job_ids = {r.name: r.job_id for r in unfinished if queue.get(r.job_id) in status.LIVE}
     for step in steps:  # all of them before the first is submitted
         record = known[step.name]
-        if record and step.name in job_ids and other_settings(step, record):
+        if record and step.name in job_ids and other_settings(step.settings, record):
             # The job would work with the settings it was submitted with.
             raise ValueError(
                 f"{step.name} is in the queue with other settings as job {record.job_id}: scancel "

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch import slurm, status
-from pipeline.launch.local import read_progress
 from pipeline.launch.process import marked
 from pipeline.launch.slurm import job_parameters, on_this_cluster
 from pipeline.plan.layout import Layout
-from pipeline.plan.records import Record, read_all_records, read_record, write_record
+from pipeline.plan.records import Record, read_all_records, read_progress, read_record, write_record
 from pipeline.plan.settings import Cluster, Compute, Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import REPO_ROOT, fake_program, standin
@@ -223,7 +222,7 @@ def test_fetching_takes_one_node_and_no_gpu(settings: Make, programs: Path) -> N
 def test_evaluation_gpus_are_refused_where_evaluations_have_jobs_of_their_own(
     settings: Make,
 ) -> None:
-    with pytest.raises(ValueError, match="leave it out"):
+    with pytest.raises(ValueError, match="is for one machine"):
         settings("--launcher slurm --gpus-per-node 8 --eval-gpus 6,7")
 
 
@@ -233,7 +232,7 @@ def test_the_gpus_of_a_node_have_to_be_told() -> None:
         Compute().resolved(slurm_alone, gpus_here=8)
     assert Compute(num_gpus=0).resolved(slurm_alone, gpus_here=8).num_gpus == 0
     four = Cluster(launcher="slurm", gpus_per_node=4)
-    assert Compute().resolved(four, gpus_here=8).processes == 4
+    assert Compute().resolved(four, gpus_here=8).num_processes == 4
 
 
 @pytest.mark.parametrize("owner", ["12", "10", ""])
