@@ -13,6 +13,7 @@ STRIPES = '''
 import numpy as np
 
 from mae.masking import MaskingMethod
+from tests import toy
 
 
 class Stripes(MaskingMethod):

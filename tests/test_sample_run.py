@@ -51,3 +51,9 @@ def test_the_sample_run_shows_learning(tmp_path: Path) -> None:
         assert scores[f"{method}_6"] > scores["scratch_0"], scores
     assert {"scratch_0", *(f"{method}_3" for method in METHODS)} < probed.keys()
     assert "scratch" in done.stdout
+
+    # The data are made where it is called, once.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = run_benchmark("--config", REPO_ROOT / "configs/sample.yml", "--dry-run", cwd=tmp_path)
+    assert "13 steps, 13 done" in again.stdout, again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

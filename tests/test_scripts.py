@@ -27,7 +27,7 @@ def run_script(name: str, *arguments: str, **environment: str) -> subprocess.Com
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -190,7 +190,7 @@ def test_torch_comes_from_another_index_and_the_rest_from_the_lock(
         environment |= {"PIP_EXTRA_INDEX_URL": f"{indexes}/locked", "PIP_NO_CACHE_DIR": "1"}
         return subprocess.run(
             ["bash", str(tree / "run_benchmark.sh"), "--help"],
-            env=environment, capture_output=True, text=True, timeout=120,
+            env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     made = call(TORCH_INDEX=f"{indexes}/cu126")

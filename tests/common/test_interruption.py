@@ -18,7 +18,7 @@ with Interruption() as interruption:
     with interruption.shielding_children() if sys.argv[1] == "shielded" else nullcontext():
         child = subprocess.Popen(["sleep", "30"])
         print("started", flush=True)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while not interruption.requested and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)
@@ -44,13 +44,13 @@ def test_children_started_under_the_shield_survive_a_signal_to_the_group(how, nu
         told = process.stdout.readline().split()
         if how == "plain":
             assert told == ["True", str(-number)]
-            assert process.wait(20) == 0
+            assert process.wait(240) == 0
         else:
             assert told == ["True", "None"]
             assert process.stdout.readline() == "again\n"
             os.kill(process.pid, number)
             began = time.monotonic()
-            assert process.wait(20) == 1
+            assert process.wait(240) == 1
             assert time.monotonic() - began < 10
     finally:
         with contextlib.suppress(ProcessLookupError):

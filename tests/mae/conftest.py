@@ -1,10 +1,7 @@
 """A tiny dataset of the real layout, and runs on it in processes of their own."""
 
 import json
-import multiprocessing
-import os
-import socket
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +9,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from tests import toy
+from tests.processes import ended, start
+
 NUM_TRAIN, NUM_VAL = 26, 5
 SMALL_RUN = {
-    "model": "vit_tiny",
+    "plugin": str(toy.PLUGIN),
+    "model": "vit_toy",
     "image_size": 32,
     "patch_size": 16,
     "decoder_width": 32,
@@ -113,61 +114,28 @@ def assert_same_weights(one, other):
 
 
 class Processes:
-    """Starts training processes from a server that has imported torch once."""
-
-    def __init__(self):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["mae.pretrain", "torch.utils.tensorboard"])
+    """Trainings in processes of their own."""
 
     def start(self, config, *, processes=1, sabotage=None):
         """Processes of one run; `sabotage(rank)` is called in each before it trains."""
-        port = _free_port() if processes > 1 else None
-        started = [
-            self.context.Process(target=_child, args=(config, rank, processes, port, sabotage))
-            for rank in range(processes)
-        ]
-        for process in started:
-            process.start()
-        return started
+        return start(partial(_train, config, sabotage), processes)
 
     def run(self, config, *, processes=1, sabotage=None):
         """Exit codes of the processes of a run; negative: killed by that signal."""
-        started = self.start(config, processes=processes, sabotage=sabotage)
-        for process in started:
-            process.join(120)
-        for process in started:
-            if process.is_alive():
-                process.kill()
-                process.join()
-        return [process.exitcode for process in started]
+        return ended(self.start(config, processes=processes, sabotage=sabotage))
 
 
-def _child(config, rank, processes, port, sabotage):
-    import torch
-
+def _train(config, sabotage, rank):
     from common.console import EXIT_STOPPED
     from mae.pretrain import pretrain
 
-    torch.set_num_threads(1)
-    if processes > 1:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-            LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-            OMP_NUM_THREADS="1",
-        )  # fmt: skip
     if sabotage is not None:
         sabotage(rank)
     try:
-        sys.exit(0 if pretrain(config) else EXIT_STOPPED)
+        return 0 if pretrain(config) else EXIT_STOPPED
     except (RuntimeError, ValueError) as error:
         (config.run.output_dir / f"error-{rank}.txt").write_text(str(error))
-        sys.exit(1)
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return 1
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def _theirs(config):
             num_attention_heads=encoder.heads,
             intermediate_size=4 * encoder.width,
             image_size=config.image_size,
-            patch_size=config.patch_size,
+            patch_size=config.patch_pixels,
             decoder_hidden_size=config.decoder_width,
             decoder_num_hidden_layers=config.decoder_depth,
             decoder_num_attention_heads=config.decoder_heads,
@@ -90,7 +90,7 @@ def test_patches_has_the_loss_prediction_and_gradients_of_transformers(model_nam
 
     view = ours.method.view(images, noise)
     predicted = ours.decode(ours.encode(view), view)
-    hidden_values = 2 * 0.75 * config.num_patches * config.patch_size**2 * 3
+    hidden_values = 2 * 0.75 * config.num_patches * config.patch_pixels**2 * 3
     loss = ours.squared_error(images, noise).sum() / hidden_values
     loss.backward()
 

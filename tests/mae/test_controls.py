@@ -37,14 +37,14 @@ def open_images(train, store, mask_method="segments", **options):
     return MaskedImages(folder=train, paths=paths, segments=segments, method=method, seed=7)
 
 
-@pytest.fixture(params=["tiny", "photographs"])
-def real(request, in1k_dir, tmp_path):
+@pytest.fixture(params=["tiny", "photographs"], scope="module")
+def real(request, in1k_dir, tmp_path_factory):
     """train/ and the packed segments of the tiny dataset, and of real photographs."""
     if request.param == "tiny":
         return in1k_dir / "train", open_segments(in1k_dir / "masks")
     if not DATA.is_dir():
         pytest.skip("the real images in ../shared/data are missing")
-    store = tmp_path / "masks.sqlite"
+    store = tmp_path_factory.mktemp("packed") / "masks.sqlite"
     pack(DATA / "masks-amg-rle", store, overwrite=False, allow_damaged=False, processes=1)
     return DATA / "train", open_segments(store)
 

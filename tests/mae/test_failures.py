@@ -1,7 +1,6 @@
 """Runs that must not go on, and what they leave behind."""
 
 import resource
-import time
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from tests.mae.conftest import (
     write_image,
     write_segments,
 )
+from tests.processes import until
 
 
 def _blind(rank):
@@ -247,13 +247,10 @@ def test_a_save_that_finds_no_room_leaves_the_old_file_alone(tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
     in1k_dir, tmp_path, processes
 ):
-    config = make_config(in1k_dir, tmp_path, epochs=1000)
+    config = make_config(in1k_dir, tmp_path, epochs=10000)
     (first,) = processes.start(config)
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "last.pth").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until((tmp_path / "last.pth").exists)
         with pytest.raises(LockedError, match=f"process {first.pid} on .* already works in"):
             pretrain(config)
         assert first.is_alive()

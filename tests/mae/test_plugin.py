@@ -1,15 +1,16 @@
 """A masking method from outside: one class in one file, also one with weights of its own."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import re
 
+import pytest
 import torch
+import yaml
 
+from mae.cli import main
+from mae.masking import METHODS
 from tests.mae.conftest import SMALL_RUN
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STRIPES = '''
 print("a plugin may say what it likes")
 import numpy as np
@@ -35,49 +36,52 @@ class Stripes(MaskingMethod):
 '''
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "mae", *map(str, arguments)],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def run(capsys):
+    """`python -m mae ...` in this process: exit code, and what it prints and logs."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([*map(str, arguments)])
+        said = capsys.readouterr()
+        return end.value.code, said.out, said.err
+
+    yield call
+    METHODS.pop("stripes", None)
 
 
-def test_a_method_in_a_file_is_listed_trained_drawn_and_exported(in1k_dir, tmp_path):
+def test_a_method_in_a_file_is_listed_trained_drawn_and_exported(in1k_dir, tmp_path, run):
     plugin, out = tmp_path / "stripes.py", tmp_path / "out"
     plugin.write_text(STRIPES)
-    listed = json.loads(run("methods", "--plugin", plugin).stdout)["methods"]
-    assert listed["stripes"] == {
-        "uses_segments": False, "all_segments": False, "settings": [],
-    }  # fmt: skip
-    assert list(listed)[-1] == "stripes"
-
     options = {**SMALL_RUN, "in1k_dir": str(in1k_dir), "mask_method": "stripes", "epochs": 1}
     config = tmp_path / "config.yml"
-    config.write_text("".join(f"{name}: {value}\n" for name, value in options.items()))
+    config.write_text(yaml.safe_dump({**options, "model": "vit_tiny"}))  # that timm has, too
     command = ("pretrain", "--config", config, "--output-dir", out)
-    assert "choose one of" in run(*command).stderr
-    done = run(*command, "--plugin", plugin)
-    assert done.returncode == 0, done.stderr
+    assert "choose one of" in run(*command)[2]
+    code, listed, errors = run("methods", "--plugin", plugin)
+    assert (code, "a plugin may say what it likes" in errors) == (0, True)
+    assert re.search(r"^stripes +- +all +3$", listed, re.M)
+
+    code, _, errors = run(*command, "--plugin", plugin)
+    assert code == 0, errors
     record = json.loads((out / "log.txt").read_text())
     assert record["coverage_percent_mean"] == 50
     weights = torch.load(out / "checkpoint-1.pth", weights_only=True)["model"]
     assert weights["preencoder.weight"].shape == (3, 3, 1, 1)
 
-    drawn = run("reconstruct", out / "checkpoint-1.pth", "--out", tmp_path / "a.png",
-                "--plugin", plugin)  # fmt: skip
-    assert drawn.returncode == 0, drawn.stderr
-    exported = run("export", out / "checkpoint-1.pth", "--out", tmp_path / "a.pth")
-    assert exported.returncode == 0
-    assert exported.stdout.startswith("timm.create_model(")
+    drawn = ("reconstruct", out / "checkpoint-1.pth", "--out", tmp_path / "a.png")
+    assert run(*drawn, "--plugin", plugin)[0] == 0
+    code, printed, _ = run("export", out / "checkpoint-1.pth", "--out", tmp_path / "a.pth")
+    assert (code, printed.startswith("timm.create_model(")) == (0, True)
     encoder = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
     assert "preencoder.weight" not in encoder
 
 
-def test_a_plugin_that_fails_is_one_line(tmp_path):
+def test_a_plugin_that_fails_is_one_line(tmp_path, run):
     (tmp_path / "broken.py").write_text("import nothing_like_this")
     for name, message in (("broken.py", "No module named"), ("none.py", "No such file"),
                           ("data.txt", "give a Python file")):  # fmt: skip
-        done = run("methods", "--plugin", tmp_path / name)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert len(done.stderr.splitlines()) == 1
-        assert message in done.stderr
+        code, printed, errors = run("methods", "--plugin", tmp_path / name)
+        assert (code, printed) == (2, "")
+        assert len(errors.splitlines()) == 1
+        assert message in errors

@@ -3,8 +3,8 @@
 import os
 import shutil
 import signal
-import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def test_a_run_leaves_log_checkpoint_pictures_and_progress(whole):
     checkpoint = torch.load(whole / "checkpoint-4.pth", weights_only=True)
     assert checkpoint["epochs_completed"] == 4
     assert checkpoint["config"]["mask_method"] == "four_channels"
-    assert checkpoint["model"]["patch_embed.proj.weight"].shape == (192, 4, 16, 16)
+    assert checkpoint["model"]["patch_embed.proj.weight"].shape == (24, 4, 16, 16)
 
 
 def test_rounds_give_the_weights_and_log_of_one_run(whole, in1k_dir, tmp_path, processes):
@@ -135,20 +135,23 @@ def _kill_after_the_log_line(rank):
     logbook.Logbook.add_epoch = add_and_kill
 
 
-def _kill_before_step_11(rank):
-    """SIGKILL inside the last epoch."""
+def _signal_before_step(number, signal_number, ranks, rank):
+    """The process gets it inside an epoch: they have three steps."""
     from engine import update
 
     _write_at_once()
     step, calls = update.GuardedUpdate.step, []
 
-    def count_and_kill(self, *arguments):
+    def count_and_send(self, *arguments):
         calls.append(1)
-        if len(calls) == 11:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == number and rank in ranks:
+            os.kill(os.getpid(), signal_number)
         step(self, *arguments)
 
-    update.GuardedUpdate.step = count_and_kill
+    update.GuardedUpdate.step = count_and_send
+
+
+_kill_before_step_11 = partial(_signal_before_step, 11, signal.SIGKILL, (0,))
 
 
 def _save_after_every_step(rank):
@@ -169,19 +172,8 @@ class _Hours:
 
 
 def _save_after_every_step_and_kill_before_step_5(rank):
-    from engine import update
-
-    _write_at_once()
     _save_after_every_step(rank)
-    step, calls = update.GuardedUpdate.step, []
-
-    def count_and_kill(self, *arguments):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        step(self, *arguments)
-
-    update.GuardedUpdate.step = count_and_kill
+    _signal_before_step(5, signal.SIGKILL, (0,), rank)
 
 
 @pytest.mark.parametrize(
@@ -220,37 +212,23 @@ def test_stop_signals_only_leave_a_note(number):
 
 def test_a_signal_saves_the_step_and_exits_with_75(whole, in1k_dir, tmp_path, processes):
     config = make_config(in1k_dir, tmp_path, **SPLIT)
-    (process,) = processes.start(config)
-    wait_for(lambda: (tmp_path / "last.pth").exists())
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 75
+    sabotage = partial(_signal_before_step, 5, signal.SIGTERM, (0,))
+    assert processes.run(config, sabotage=sabotage) == [75]
     assert '"state": "stopped"' in (tmp_path / "progress.json").read_text()
     assert processes.run(config) == [0]
     assert read_epochs(tmp_path) == read_epochs(whole)
     assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")
 
 
-def test_two_processes_stop_at_the_same_step_and_go_on(whole_on_two, in1k_dir, tmp_path, processes):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_of_which_one_is_stopped_go_on_as_if_nothing_had_happened(
+    whole_on_two, in1k_dir, tmp_path, processes, number
+):
+    """The one that does not save. A request stops both, after the same step."""
     config = make_config(in1k_dir, tmp_path, **SPLIT)
-    started = processes.start(config, processes=2)
-    wait_for(lambda: (tmp_path / "last.pth").exists())
-    os.kill(started[1].pid, signal.SIGTERM)  # the one that does not save
-    for process in started:
-        process.join(60)
-    assert [process.exitcode for process in started] == [75, 75]
-    assert processes.run(config, processes=2) == [0, 0]
-    assert read_epochs(tmp_path) == read_epochs(whole_on_two)
-    assert_same_weights(tmp_path / "checkpoint-4.pth", whole_on_two / "checkpoint-4.pth")
-
-
-def test_one_process_of_two_killed_and_the_run_goes_on(whole_on_two, in1k_dir, tmp_path, processes):
-    config = make_config(in1k_dir, tmp_path, **SPLIT)
-    started = processes.start(config, processes=2)
-    wait_for(lambda: (tmp_path / "last.pth").exists())
-    for process in started:
-        process.kill()
-        process.join(60)
+    sabotage = partial(_signal_before_step, 5, number, (1,))
+    codes = processes.run(config, processes=2, sabotage=sabotage)
+    assert codes == ([75, 75] if number == signal.SIGTERM else [1, -signal.SIGKILL])
     assert processes.run(config, processes=2) == [0, 0]
     assert read_epochs(tmp_path) == read_epochs(whole_on_two)
     assert_same_weights(tmp_path / "checkpoint-4.pth", whole_on_two / "checkpoint-4.pth")
@@ -264,10 +242,3 @@ def test_the_effective_batch_decides_not_the_number_of_processes(whole, whole_on
     a, b = (torch.load(run / "last.pth", weights_only=True) for run in (whole, whole_on_two))
     for name, weight in a["model"].items():
         assert torch.allclose(weight, b["model"][name], atol=2e-3), name
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)

@@ -76,7 +76,7 @@ class SlurmCluster:
         jobs = self.query("squeue", "-h", "-o", "%i").split() if self._daemons else []
         if jobs:
             self.query("scancel", *jobs)
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 60
             while self.query("squeue", "-h", "-o", "%i").split() and time.monotonic() < deadline:
                 time.sleep(0.2)
         for daemon in reversed(self._daemons):
@@ -95,7 +95,7 @@ class SlurmCluster:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30)
         return done.stdout
 
-    def start_requeued(self, job: str, seconds: float = 60) -> None:
+    def start_requeued(self, job: str, seconds: float = 240) -> None:
         """Waits until the job is back in the queue, and spares it most of two minutes there.
 
         Slurm waits so long because slurmd refuses a job whose credential may be from before it was
@@ -121,7 +121,7 @@ class SlurmCluster:
         log.close()
         self._daemons.append(daemon)
 
-    def _wait_for(self, what: str, condition: object, seconds: float = 30) -> None:
+    def _wait_for(self, what: str, condition: object, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not condition():  # type: ignore[operator]
             if time.monotonic() > deadline or any(d.poll() is not None for d in self._daemons):

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.plan.records import Record, is_done, read_record
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import standin
+from tests.processes import until
 
 Make = Callable[..., Settings]
 
@@ -173,9 +173,7 @@ def test_a_stop_reaches_all_that_runs_and_the_same_command_goes_on(
     paths = Layout(chosen.data.output_dir)
 
     def stop_when_four_run() -> None:
-        deadline = time.monotonic() + 30
-        while len(list(locks.iterdir())) < 4 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: len(list(locks.iterdir())) == 4)
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop_when_four_run)
@@ -202,9 +200,7 @@ def test_names_of_gpus_are_handed_on_as_they_were_given(
         assert launcher.has_room_for(step)
         launcher.start(step)
     assert not launcher.has_room_for(steps[0])
-    deadline = time.monotonic() + 30
-    while len(list(locks.iterdir())) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(list(locks.iterdir())) == 2)
     assert {lock.name for lock in locks.iterdir()} == {"GPU-5e2f", "MIG-77aa"}
     launcher.stop(at_once=True)
 

@@ -25,6 +25,7 @@ from pipeline.plan.records import is_done, read_record, write_record
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import REPO_ROOT, standin
+from tests.processes import until
 
 Make = Callable[..., Settings]
 
@@ -152,15 +153,8 @@ sys.exit(benchmark.alternate([step], launcher, keep_going=True))
 """
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPO_ROOT)
     log = root / "x/console.log"
-    _wait_until(lambda: log.exists() and "started" in log.read_text())
+    until(lambda: log.exists() and "started" in log.read_text())
     return parent
-
-
-def _wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -169,7 +163,7 @@ def test_a_signal_lets_the_step_save_and_leaves_no_process(
 ) -> None:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
     parent.send_signal(number)
-    assert parent.wait(30) == 75
+    assert parent.wait(240) == 75
     assert read_record(Layout(tmp_path), "long").state == "stopped"
     assert process.marked(f"{tmp_path}:long") == []
 
@@ -181,7 +175,7 @@ def test_a_second_signal_ends_a_step_that_does_not_listen(tmp_path: Path) -> Non
         time.sleep(wait)
         assert parent.poll() is None
     parent.send_signal(signal.SIGINT)
-    assert parent.wait(30) == 75
+    assert parent.wait(240) == 75
     assert process.marked(f"{tmp_path}:long") == []
 
 
@@ -189,15 +183,15 @@ def test_a_second_signal_ends_a_step_that_does_not_listen(tmp_path: Path) -> Non
 def test_a_killed_parent_takes_its_step_along(tmp_path: Path) -> None:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
     parent.kill()
-    parent.wait(30)
-    _wait_until(lambda: not process.marked(f"{tmp_path}:long"))
+    parent.wait(240)
+    until(lambda: not process.marked(f"{tmp_path}:long"))
     assert len((tmp_path / "x/log.txt").read_text().splitlines()) < 100
 
 
 def test_an_orphan_that_does_not_end_is_ended_before_its_step_restarts(tmp_path: Path) -> None:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1, behaviour="stubborn")
     parent.kill()
-    parent.wait(30)
+    parent.wait(240)
     assert process.marked(f"{tmp_path}:long")
     process.end_orphans(f"{tmp_path}:long", grace_seconds=0.2)
     assert process.marked(f"{tmp_path}:long") == []
@@ -218,7 +212,7 @@ def test_a_record_names_the_process_while_it_runs(tmp_path: Path) -> None:
     assert Path(f"/proc/{record.pid}").exists() or sys.platform != "linux"
     write_record(Layout(tmp_path), record)
     parent.terminate()
-    assert parent.wait(30) == 75
+    assert parent.wait(240) == 75
 
 
 def test_a_step_that_counts_tells_its_launcher_how_far_it_is(

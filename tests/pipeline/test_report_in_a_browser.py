@@ -68,7 +68,7 @@ def measure(page: Path, width: int, folder: Path) -> dict[str, Any]:
 
 def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
 
 
 @pytest.fixture(scope="module")

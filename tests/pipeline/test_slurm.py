@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from pipeline.plan.steps import Step, make_plan
 from segments.store import PackedStore
 from tests.pipeline.programs import standin
 from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
+from tests.processes import until
 
 Make = Callable[..., Settings]
 
@@ -42,13 +42,6 @@ def submit(settings: Settings, **behaviour: object) -> tuple[list[Step], Layout]
     write_run_files(settings, steps, paths)
     assert slurm.submit(settings, steps, paths) == len(steps)
     return steps, paths
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.1)
 
 
 def test_a_job_told_that_its_time_is_up_saves_queues_up_again_and_continues(

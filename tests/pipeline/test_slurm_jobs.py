@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.plan.records import Record, read_all_records, read_progress, read_
 from pipeline.plan.settings import Cluster, Compute, Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import REPO_ROOT, fake_program, standin
+from tests.processes import until
 
 Make = Callable[..., Settings]
 
@@ -273,10 +273,7 @@ def assisting_node(paths: Layout, step: Step) -> subprocess.Popen[str]:
         cwd=REPO_ROOT,
     )
     log = paths.slurm / "11_node1.log"
-    deadline = time.monotonic() + 60
-    while not log.exists() or log.read_text().count("started") < step.processes:
-        assert time.monotonic() < deadline, "it did not start"
-        time.sleep(0.1)
+    until(lambda: log.exists() and log.read_text().count("started") == step.processes)
     return node
 
 
@@ -292,7 +289,7 @@ def test_on_the_other_nodes_a_stop_that_was_asked_for_is_no_error(
         for child in marked(f"{paths.root}:{step.name}:node1"):
             child.send_signal(number)
     node.send_signal(number)
-    said, errors = node.communicate(timeout=60)
+    said, errors = node.communicate(timeout=240)
     assert (node.returncode, said) == (0, "stopped\n"), errors
     assert read_progress(step.folder)["state"] == "stopped"
 
@@ -302,6 +299,6 @@ def test_on_the_other_nodes_a_failure_is_one(settings: Make) -> None:
     step, paths = standin(make_plan(chosen)[0], behaviour="fail"), Layout(chosen.data.output_dir)
     record_job(paths, step, "11", state="running")
     node = assisting_node(paths, step)
-    errors = node.communicate(timeout=60)[1]
+    errors = node.communicate(timeout=240)[1]
     assert node.returncode == 1
     assert "ended with exit code 3 on this node" in errors

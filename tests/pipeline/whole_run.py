@@ -6,11 +6,13 @@ import csv
 from pathlib import Path
 
 from pipeline.plan.sample import SampleSize, write_sample
+from tests import toy
 
 TIMES = ("minutes", "device_hours")
 SIZE = SampleSize(train=12, val=4, segmentation_train=8, segmentation_val=6)
-_CONFIG = """
-model: vit_tiny
+_CONFIG = f"""
+plugin: {toy.PLUGIN}
+model: vit_toy
 recipe: fast
 baselines: none # the sample run has them, and probes
 probe_freq: 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ from PIL import Image
 
 from common.options import Layer, make_all
 from segmenter.config import GROUPS, TrainConfig
+from tests import processes as processes_of
+from tests import toy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLASSES = ["ground", "box", "sky"]
@@ -83,12 +85,13 @@ def call(*arguments: object, capsys: pytest.CaptureFixture[str] | None = None) -
 
 
 def train_arguments(dataset: Path, output_dir: Path, /, **changes: object) -> list[str]:
-    """Two epochs of two steps of a vit_tiny with dropout and drop path."""
+    """Two epochs of two steps of a vit_toy with dropout and drop path."""
     options: dict[str, object] = {
         "dataset": dataset,
         "output_dir": output_dir,
         "init": "random",
-        "model": "vit_tiny",
+        "plugin": toy.PLUGIN,
+        "model": "vit_toy",
         "recipe": "fast",
         "decoder": "mask_transformer",
         "epochs": 2,
@@ -120,17 +123,23 @@ def config_of(arguments: list[str]) -> TrainConfig:
     return TrainConfig(**make_all(GROUPS, [Layer(given)]))
 
 
-def start(arguments: list[str], processes: int = 1, **more: object) -> subprocess.Popen[str]:
-    """`python -m segmenter ...` as one real process, or as several through torchrun."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [*launcher, "-m", "segmenter", *arguments],
-        cwd=REPOSITORY,
-        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(Path.home())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **more,  # type: ignore[call-overload]
-    )
+def run(
+    arguments: list[str],
+    output: Path,
+    processes: int = 1,
+    sabotage: Callable[[], None] | None = None,
+    code: int = 0,
+) -> None:
+    """`python -m segmenter ...` in one process or several, which print into a file.
+
+    sabotage: called in each before; code: with which each has to end.
+    """
+    work = partial(_command, [str(argument) for argument in arguments], sabotage)
+    codes = processes_of.ended(processes_of.start(work, processes, output))
+    assert codes == [code] * processes, output.read_text()
+
+
+def _command(arguments: list[str], sabotage: Callable[[], None] | None, rank: int) -> int:
+    if sabotage is not None:
+        sabotage()
+    return call(*arguments).code

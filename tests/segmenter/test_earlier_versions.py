@@ -8,7 +8,7 @@ import torch
 
 from common.formats import read_log
 from segmenter.loading import load_segmenter
-from tests.segmenter.boxes import REPOSITORY, call, start, train_arguments
+from tests.segmenter.boxes import REPOSITORY, call, run, train_arguments
 from tests.segmenter.test_train import assert_same_run, log_of, result_of
 
 EARLIER = REPOSITORY / "tests/fixtures/earlier_run"
@@ -84,10 +84,8 @@ def earlier_arguments(folder, epochs):
 
 
 def test_a_stopped_run_of_an_earlier_version_goes_on_as_it_would_have(earlier):
-    process = start(earlier_arguments(earlier, 2))
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert "epochs 2 to 3, from step 1" in output
+    run(earlier_arguments(earlier, 2), earlier / "output.txt")
+    assert "epochs 2 to 3, from step 1" in (earlier / "output.txt").read_text()
     folder = earlier / "eval_output/four_channels_2"
     expected = json.loads((EARLIER / "expected.json").read_text())["eval_output/four_channels_2"]
     assert read_log(folder / "log.txt")[0]["train_loss"] == expected[0]["train_loss"]
@@ -99,9 +97,8 @@ def test_a_stopped_run_of_an_earlier_version_goes_on_as_it_would_have(earlier):
 def test_a_finished_run_of_an_earlier_version_is_finished(earlier):
     folder = earlier / "eval_output/four_channels_1"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    process = start(earlier_arguments(earlier, 1))
-    output, _ = process.communicate(timeout=240)
-    assert (process.returncode, output) == (0, "")
+    run(earlier_arguments(earlier, 1), earlier / "nothing.txt")
+    assert (earlier / "nothing.txt").read_text() == ""
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import segmenter.model
 from common.formats import read_log
 from engine.logbook import TIMING_KEYS
 from engine.trainer import EpochTrainer
-from tests.segmenter.boxes import call, start, train_arguments
+from tests.segmenter.boxes import call, run, train_arguments
 from tests.tensorboard_events import scalars
 
 TIMINGS = {"images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib"}
@@ -101,7 +101,7 @@ def test_the_checkpoint_is_plain_and_complete(finished):
     content = torch.load(finished / "checkpoint.pth", weights_only=True)
     assert content["format_version"] == 1
     assert (content["epochs_completed"], content["steps_completed"]) == (2, 0)
-    assert content["config"]["model"] == "vit_tiny"
+    assert content["config"]["model"] == "vit_toy"
 
 
 def test_the_same_command_again_does_nothing(dataset, finished, command):
@@ -165,16 +165,30 @@ def test_a_run_killed_in_the_middle_of_a_save_continues_exactly(
     assert_same_run(tmp_path / "run", finished)
 
 
+def _kill_after_epoch(count):
+    """SIGKILL when so many epochs are in the log; their checkpoints are written."""
+    from engine import checkpoint, logbook
+
+    save, add_epoch, added = checkpoint.Saver.save, logbook.Logbook.add_epoch, []
+
+    def save_and_wait(self, *arguments, **named):
+        save(self, *arguments, **named)
+        self.running.result()
+
+    def add_and_kill(self, record):
+        add_epoch(self, record)
+        added.append(record)
+        if len(added) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.Saver.save, logbook.Logbook.add_epoch = save_and_wait, add_and_kill
+
+
 def test_a_killed_process_continues_exactly(dataset, finished, tmp_path):
     output_dir = tmp_path / "run"
     arguments = train_arguments(dataset, output_dir, save_every_minutes=1e-6)
-    process = start(arguments)
-    deadline = time.monotonic() + 120
-    while not (output_dir / "checkpoint.pth").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    sabotage = partial(_kill_after_epoch, 1)
+    run(arguments, tmp_path / "output.txt", sabotage=sabotage, code=-signal.SIGKILL)
     assert call(*arguments).code == 0
     assert_same_run(output_dir, finished)
 
@@ -182,13 +196,8 @@ def test_a_killed_process_continues_exactly(dataset, finished, tmp_path):
 def test_tensorboard_gets_every_value_once_also_after_a_kill(dataset, finished, tmp_path):
     output_dir = tmp_path / "run"
     arguments = train_arguments(dataset, output_dir, epochs=4)
-    process = start(arguments)
-    deadline = time.monotonic() + 120
-    while len(read_log(output_dir / "log.txt")) < 2 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    sabotage = partial(_kill_after_epoch, 2)
+    run(arguments, tmp_path / "output.txt", sabotage=sabotage, code=-signal.SIGKILL)
     assert not (output_dir / "result.json").exists()
     assert call(*arguments).code == 0
     for folder in (output_dir, finished):
@@ -272,30 +281,20 @@ def test_too_little_gpu_memory_names_what_to_lower(dataset, tmp_path, command, m
     )
 
 
-@pytest.mark.slow
 def test_two_processes_train_and_score_like_one(dataset, finished, tmp_path):
     """No dropout here, whose noise differs by process; 3 test images on 2 processes."""
     changes = {"drop_path": 0, "decoder_dropout": 0}
-    two = start(train_arguments(dataset, tmp_path / "two", **changes), processes=2)
+    arguments = train_arguments(dataset, tmp_path / "two", **changes)
+    run(arguments, tmp_path / "output.txt", processes=2)
     assert call(*train_arguments(dataset, tmp_path / "one", **changes)).code == 0
-    output, _ = two.communicate(timeout=240)
-    assert two.returncode == 0, output
     assert result_of(tmp_path / "two")["num_processes"] == 2
     logs = [read_log(tmp_path / name / "log.txt") for name in ("one", "two")]
     for one, other in zip(*logs, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-    scored = start(
-        ["evaluate", str(finished / "best.pth"), "--dataset", str(dataset), "--device", "cpu",
-         "--workers", "0", "--eval-batch-size", "1", "--out", str(tmp_path / "two.json")],
-        processes=2,
-    )  # fmt: skip
-    output, _ = scored.communicate(timeout=240)
-    assert scored.returncode == 0, output
-    alone = call(
-        "evaluate", finished / "best.pth", "--dataset", dataset, "--device", "cpu",
-        "--workers", "0", "--eval-batch-size", "1", "--out", tmp_path / "one.json",
-    )  # fmt: skip
-    assert alone.code == 0
+    score = ["evaluate", finished / "best.pth", "--dataset", dataset, "--device", "cpu",
+             "--workers", "0", "--eval-batch-size", "1", "--out"]  # fmt: skip
+    run([*score, tmp_path / "two.json"], tmp_path / "output.txt", processes=2)
+    assert call(*score, tmp_path / "one.json").code == 0
     exact = [json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json")]
     assert exact[0] == exact[1]
     assert exact[0]["mean_iou"] == result_of(finished)["best_mean_iou"]

@@ -8,7 +8,8 @@ import torch
 from engine import trainer
 from engine.vit import VIT_SIZES, VitSize
 from segmenter.check import check_training, read_task
-from tests.segmenter.boxes import call, config_of, start, train_arguments
+from tests.segmenter.boxes import call, config_of, train_arguments
+from tests.segmenter.boxes import run as run_in
 
 NANO = VitSize(width=8, depth=4, heads=2, patch_size=8)
 
@@ -86,9 +87,7 @@ def test_no_gpu_decides_over_how_many_images_the_norms_are(dataset, tmp_path, co
 def test_two_processes_score_the_weights_that_are_saved(dataset, tmp_path):
     """On CPUs each has its own running means; DistributedDataParallel finds no idle parameter."""
     arguments = train_arguments(dataset, tmp_path / "two", **{**RUN, "model": "vit_tiny"})
-    two = start(arguments, processes=2)
-    output, _ = two.communicate(timeout=240)
-    assert two.returncode == 0, output
+    run_in(arguments, tmp_path / "output.txt", processes=2)
     result = json.loads((tmp_path / "two/result.json").read_text())
     assert call(
         "evaluate", tmp_path / "two/checkpoint.pth", "--dataset", dataset, "--device", "cpu",

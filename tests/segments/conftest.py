@@ -95,7 +95,7 @@ def in_child():
     def call(function, *arguments):
         process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
         process.start()
-        process.join(60)
+        process.join(240)
         assert process.exitcode is not None
         return process.exitcode
 

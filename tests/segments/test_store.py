@@ -19,6 +19,7 @@ from segments.forms import open_any_form, open_segments
 from segments.pack import merge, pack, unpack
 from segments.segment import nearest
 from segments.store import PackedStore
+from tests.processes import until
 
 RATIOS = [0, 2, 5, 15, 40, 100]
 WHOLE = {"overwrite": False, "allow_damaged": False, "processes": 1}
@@ -361,10 +362,7 @@ def test_workers_end_when_their_parent_is_killed(sample, tmp_path, in_child):
     assert in_child(pack_many_and_report, *arguments) == -signal.SIGKILL
     workers = [int(line) for line in pids.read_text().split()]
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.1)
+    until(lambda: not any(is_running(pid) for pid in workers))
 
 
 def test_what_a_worker_raises_is_one_line(packed_table, tmp_path, masks_command):

@@ -26,10 +26,10 @@ mae.listing.find_images = wait_for_ever
 """
 
 
-def start(words, launcher=(), **more):
+def start(words, **more):
     program, *arguments = map(str, words)
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", program, *arguments], cwd=REPOSITORY,
+        [sys.executable, "-m", program, *arguments], cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
     )  # fmt: skip
@@ -48,7 +48,7 @@ def test_a_second_signal_ends_a_run_that_hangs(world):
         time.sleep(1.2)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 1
+        assert process.wait(240) == 1
         assert "ended at once by a second signal" in process.stderr.read()
     finally:
         process.kill()
@@ -61,7 +61,7 @@ def close(number):
 @pytest.mark.parametrize(("number", "epochs", "code"), [(1, "1", 0), (2, "1", 0), (2, "0", 2)])
 def test_a_closed_stream_changes_no_exit_code(world, number, epochs, code):
     process = start([*pretrain_words(world), "--epochs", epochs], preexec_fn=close(number))
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     assert process.returncode == code
     assert (world / "new/checkpoint-1.pth").exists() == (code == 0)
     if code == 0:
@@ -74,7 +74,7 @@ def test_a_reader_that_has_gone_changes_no_exit_code(world):
     os.close(reading)
     process = start(["mae", "methods"], stdout=writing, stderr=writing)
     os.close(writing)
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
 
 
 @pytest.fixture
@@ -153,20 +153,9 @@ def test_the_damage_of_the_last_step_is_not_saved(world, part):
     last_step_damages(world, "AdamW")
     more = ["--epochs", "1"]
     process = start([*words, *more])
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 1, err
     assert "is not finite after epoch 1" in err
     assert "Traceback" not in err
     assert not list((world / "new").glob("*.pth"))
     assert (world / "new/log.txt").read_text() == ""
-
-
-@pytest.mark.slow
-def test_scoring_on_two_processes_ends_cleanly_every_time(world):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    words = ["segmenter", "evaluate", world / "fine/best.pth", "--plugin", world / "nano.py"]
-    words += ["--dataset", world / "data/dataset.yml", "--device", "cpu", "--workers", "0"]
-    for _ in range(2):  # 30 of 30 were seen
-        process = start(words, launcher)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
