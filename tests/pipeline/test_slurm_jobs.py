@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch import slurm, status
-from pipeline.launch.local import read_progress
 from pipeline.launch.process import marked
 from pipeline.launch.slurm import job_parameters, on_this_cluster
 from pipeline.plan.layout import Layout
-from pipeline.plan.records import Record, read_all_records, read_record, write_record
+from pipeline.plan.records import Record, read_all_records, read_progress, read_record, write_record
 from pipeline.plan.settings import Cluster, Compute, Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import REPO_ROOT, fake_program, standin
