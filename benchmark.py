@@ -28,8 +28,6 @@ from pipeline.plan.machine import visible_gpus
 from pipeline.plan.records import Record, is_done, write_run_files
 from pipeline.plan.settings import GROUPS, Settings
 from pipeline.plan.steps import Step
-from pipeline.report.page import write_all, write_report
-from pipeline.report.tables import write_results_csv
 
 _POLL_SECONDS = 0.1
 _STOPPING = "\nStopping: waiting for the running step to save (again: end it now)\n"
@@ -40,6 +38,8 @@ _STOPPING = "\nStopping: waiting for the running step to save (again: end it now
 
 def run(settings: Settings) -> int:
     """Plans, checks, alternates, reports. Returns the exit code; 0 means that all of it is done."""
+    from pipeline.report.page import write_all  # matplotlib takes a second to load
+
     paths, steps = Layout(settings.data.output_dir), checked_plan(settings)
     if settings.cluster.launcher == "slurm":  # each step is a job; Slurm alternates
         return slurm.run(settings, steps, paths)
@@ -184,18 +184,18 @@ def status(folder: Path) -> None:
 @click.option("--out", type=PATH, help="The page.  [default: in the first folder]")
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Write results.csv in each of FOLDERS, and one report.html over all of them."""
+    from pipeline.report.page import write_report
+
     folders = tuple(folder.resolve() for folder in folders)
     page = out or Layout(folders[0]).report_html
     write_report(folders, page)
-    for folder in folders:
-        write_results_csv(Layout(folder))
     say(str(page))
 
 
 @command(main, "doctor", **GROUPS)
 def doctor(**groups: Any) -> int:
     """Look at this machine and, given the flags of a run, at its data; say what to fix."""
-    findings = examination.examine(lambda: _settings(groups), groups)
+    findings = list(examination.examine(lambda: _settings(groups), groups))
     say(examination.findings_text(findings))
     return 1 if any(finding.fix for finding in findings) else 0
 

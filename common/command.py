@@ -78,10 +78,8 @@ class OptionCommand(click.Command):
         given = {name: ctx.params.pop(name) for name in self.titles}
         # What is not given is None, or () where an option may stand several times.
         layers = [Layer({name: v for name, v in given.items() if v is not None and v != ()})]
-        config = ctx.params.pop("config")
-        if config is not None:
-            path = absolute_path(config, "--config")
-            layers.insert(0, read_layer(path, self.groups.values()))
+        if (config := ctx.params.pop("config")) is not None:
+            layers.insert(0, read_layer(absolute_path(config, "--config"), self.groups.values()))
         ctx.params |= make_all(self.groups, [Layer(self.own), *layers])
         try:
             return super().invoke(ctx)

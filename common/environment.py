@@ -6,6 +6,7 @@ import re
 import shutil
 import sysconfig
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -68,10 +69,9 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     """Python's version and those of packages: what numbers were made with."""
     found = {"python": platform.python_version()}
     for package in packages:
-        try:
+        found[package] = "not installed"
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
     return found
 
 

@@ -1,8 +1,7 @@
 """Files: reading regular ones; writing beside, flushed, renamed, so that what exists is complete.
 
 An output never replaces an input: what is there already is only replaced by the command that made
-it, which is told by the first bytes of the file (see `mark`). And one walk, for all who list; one
-lock, for one process at a time in an output directory.
+it, which is told by the first bytes of the file (see `mark`). And one walk for all, and one lock.
 """
 
 import json
@@ -261,18 +260,13 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
     try:  # What a killed process has just forked holds its lock until it has begun.
         held = FileLock(path).acquire(timeout=1.0)
     except Timeout:
+        holder = "another process"
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it may be about to write this
+            at = json.loads(path.read_text())
+            holder = f"process {at['pid']} on {at['host']}, since {at['since']},"
         remedy = "wait for it, or use another --output-dir"
-        raise LockedError(f"{_holder(path)} already works in {folder}; {remedy}") from None
+        raise LockedError(f"{holder} already works in {folder}; {remedy}") from None
     with held:  # then the file is left: who waits for it would hold one that has no name
         here = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         path.write_text(json.dumps(here))
         yield
-
-
-def _holder(path: Path) -> str:
-    # As far as the file tells: its holder may be about to write it.
-    try:
-        holder = json.loads(path.read_text())
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"

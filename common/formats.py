@@ -1,7 +1,7 @@
 """What files hold, checked once where it comes in: values of the right type, or one clear error.
 
-YAML as it is written, JSON by shapes: TypedDicts or dataclasses, which pydantic compares. Also here
-are the shapes of the files by which a step's own part and the plan meet.
+YAML as it is written, JSON by shapes, TypedDicts or dataclasses, which pydantic compares; and those
+of the files by which a step's own part and the plan meet.
 """
 
 import difflib
@@ -94,8 +94,7 @@ def plain(value: Any) -> Any:
 
 def read_json(path: Path, shape: Any) -> Any:
     """A JSON file's content as `shape` has it. Raises FileNotFoundError, or a ValueError."""
-    if not path.exists():  # often no error: it is not written yet
-        raise FileNotFoundError(2, "No such file or directory", str(path))
+    path.stat()  # a missing file is often no error: it is not written yet
     return parsed_text(read_text(path), shape, str(path))
 
 
@@ -129,7 +128,11 @@ def parsed_plain(shape: Any, content: Any, source: str) -> Any:
     """The same for plain values, of which `shape` may be a dataclass, too."""
     # By way of JSON: there pydantic makes a dataclass of an object and a tuple of a list, and is
     # strict about all else. What JSON has no word for is of the wrong type as text, too.
-    return parsed_text(json.dumps(content, default=repr, skipkeys=True), shape, source)
+    text = json.dumps(content, default=repr, skipkeys=True)
+    try:
+        return _adapter(shape).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_said(error)}") from None
 
 
 def parsed_text(text: str | bytes, shape: Any, source: str) -> Any:
@@ -148,8 +151,10 @@ def _said(error: ValidationError) -> str:
     # One is enough: behind the first of a damaged file there are often hundreds.
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"]))
-    text = f"{shortened(where)}: {first['msg']}" if where else first["msg"]
-    if first["type"] in ("missing", "json_invalid"):  # the input is all that stands around it
+    said = first["msg"].removeprefix("Value error, ")  # of a shape's own __post_init__
+    text = f"{shortened(where)}: {said}" if where else said
+    # The input is all that stands around it.
+    if first["type"] in ("missing", "json_invalid", "value_error"):
         return text
     return f"{text}, not {shortened(repr(first['input']), 60)}"
 

@@ -1,7 +1,7 @@
 """Image files: which there are, and the one reader of them. Arrays are [H, W, 3] uint8 RGB.
 
-H x W are pixels of the image as people see it: turned as EXIF or XMP says. Also here: which of many
-images are looked at; and those that cannot be used, which are skipped, named and counted.
+H x W are pixels of the image as people see it: turned as EXIF or XMP says. Also here: those that
+cannot be used, which are skipped, named and counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # not every command that lists images opens some
     from PIL import Image
 
 Item = TypeVar("Item")
-
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -229,10 +228,7 @@ def evenly_spread(items: Sequence[Item], most: int) -> list[Item]:
 def next_usable(
     load: Callable[[int], Item], index: int, images: int
 ) -> tuple[Item, tuple[str, ...]]:
-    """What `load` makes of the image, or of the next one that can be used; and what was skipped.
-
-    load: raises ValueError, which names the image. Raises RuntimeError after MOST_IN_A_ROW.
-    """
+    """What `load` makes of the image, or of the next one without a ValueError; and those errors."""
     skipped: list[str] = []
     for offset in range(min(images, MOST_IN_A_ROW)):
         try:

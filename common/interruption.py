@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # torchrun, Slurm and a terminal pass one request on twice; a person takes longer.
@@ -17,10 +17,7 @@ SAME_REQUEST_SECONDS = 1.0
 
 
 class Interruption:
-    """As a context: the first stop signal sets `requested`; a second one ends the process at once.
-
-    Nothing is lost then but the work since the last save: files are there whole or not at all.
-    """
+    """As a context: the first stop signal sets `requested`; a second ends the process at once."""
 
     def __init__(
         self, *, signals: Collection[int] = STOP_SIGNALS, notice: str = "",
@@ -29,15 +26,13 @@ class Interruption:
         """notice: printed at the first signal. ends_process: else a second sets `repeated` only."""
         self.requested = self.repeated = False
         self._signals, self._notice, self._ends_process = signals, notice, ends_process
-        self._requested_at = 0.0
-        self._previous: list[tuple[int, Any]] = []
 
     def __enter__(self) -> Self:
-        self._previous = [(n, signal.signal(n, self._note)) for n in self._signals]
+        self._previous = {n: signal.signal(n, self._note) for n in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -54,11 +49,9 @@ class Interruption:
 
     @contextmanager
     def shielding_children(self) -> Iterator[None]:
-        """What is started in this context never gets a stop signal; this process notes them.
-
-        torchrun, Slurm and a terminal signal a whole process group: the processes that compile a
-        model would end, and its training fail instead of stopping.
-        """
+        """What is started in this context never gets a stop signal; this process notes them."""
+        # torchrun, Slurm and a terminal signal a whole process group: the processes that compile a
+        # model would end, and its training fail instead of stopping.
         done = threading.Event()
 
         def receive() -> None:

@@ -39,7 +39,6 @@ LARGEST = 10**15  # larger numbers are slips, and overflow somewhere
 MOST_EPOCHS, MOST_PROCESSES = 100_000, 1024  # more are slips of the hand
 MOST_SEED = 2**32 - 1  # of numpy's legacy generators, which mmcv's transforms draw from
 Group = TypeVar("Group", bound="OptionGroup")
-
 groups_of = typing.get_type_hints  # of a dataclass of groups: they, by the names of its fields
 
 
@@ -75,12 +74,10 @@ class Layer:
 
 def read_layer(path: Path, groups: Iterable[type[OptionGroup]]) -> Layer:
     """A YAML file of options, in either spelling. Raises ValueError for a name that is none."""
-    values: dict[str, Any] = {}
-    for key, value in read_yaml(path).items():
-        name = key.replace("-", "_")
-        if name in values:
-            raise ValueError(f"{path}: {name} is given twice")
-        values[name] = value
+    content = read_yaml(path)
+    values = {key.replace("-", "_"): value for key, value in content.items()}
+    if len(values) < len(content):
+        raise ValueError(f"{path}: an option is given twice, with - and with _")
     check_names(values, fields_of(*groups), str(path))
     return Layer(values, str(path))
 
@@ -140,11 +137,7 @@ def decisive_values(*groups: OptionGroup) -> dict[str, Any]:
 def differences(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], older: Mapping[str, Any]
 ) -> list[str]:
-    """`name: stored -> wanted` for every setting in which what is wanted is not what is stored.
-
-    older: what a setting counts as where the file does not have it, because an earlier version
-    wrote it; a setting that `older` does not have either counts as None.
-    """
+    """`name: stored -> wanted` for each that differs; older: what one not stored counts as."""
     pairs = {name: (stored.get(name, older.get(name)), wanted[name]) for name in wanted}
     unlike = {name: (a, b) for name, (a, b) in pairs.items() if _normal(a) != _normal(b)}
     return [f"{name}: {a} -> {b}" for name, (a, b) in unlike.items()]
@@ -173,10 +166,7 @@ def _normal(value: Any) -> Any:
 
 
 def as_arguments(*groups: OptionGroup, below: Mapping[str, Any] | None = None) -> list[str]:
-    """The words of a command line that make these groups again.
-
-    below: what lies below the command line, such as a recipe; it and the defaults are left out.
-    """
+    """The words that make these groups again, less the defaults and what lies `below`: a recipe."""
     words: list[str] = []
     for group in groups:
         for name, field in fields_of(type(group)).items():

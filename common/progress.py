@@ -25,8 +25,15 @@ class Display:
     def __init__(self, total: float, path: Path | None) -> None:
         self.path, self.seconds_per_line = path, SECONDS_PER_LINE
         self._shown, self._written, self._stage = time.monotonic(), float("-inf"), ""
-        # A total that is not known yet (0) has no bar.
-        self._bar = _make_bar(total) if sys.stderr.isatty() and total else None
+        self._bar: Any = None
+        if sys.stderr.isatty() and total:  # not known yet: 0
+            from rich.console import Console  # slow to import, and needed on a terminal only
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+            self._bar.add_task("", total=total, text="")
+            self._bar.start()
 
     def show(self, completed: float, text: str, stage: str, **numbers: Any) -> None:
         """Say where the work is, if it is time to; a new stage is written at once."""
@@ -107,14 +114,3 @@ def duration(seconds: float) -> str:
     if minutes < 90:
         return f"{minutes} min"
     return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def _make_bar(total: float) -> Any:
-    from rich.console import Console  # slow to import, and needed on a terminal only
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
-    bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
-    bar.add_task("", total=total, text="")
-    bar.start()
-    return bar

@@ -9,8 +9,8 @@ N patches.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -22,33 +22,25 @@ logger = logging.getLogger(__name__)
 
 PROJECTION, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 POSITIONS = "pos_embed"
-A_VIT = "a checkpoint of a ViT encoder"
 
 
-@dataclass(frozen=True, kw_only=True)
-class VitFacts:
+class VitFacts(NamedTuple):
     """What weights say of their ViT."""
 
+    model: str | None  # its name here, if it has one
     width: int
     depth: int
     in_channels: int
     patch_size: int
     grid: int  # patches per side that the position embeddings are stored for
 
-    @property
-    def model(self) -> str | None:
-        """Its name here, if it has one."""
-        sizes = ((name, (size.width, size.depth)) for name, size in VIT_SIZES.items())
-        return next((name for name, size in sizes if size == (self.width, self.depth)), None)
-
 
 def read_vit_weights(
-    path: Path, what: str = A_VIT, *, ignored: tuple[str, ...] = (), lazily: bool = False
+    path: Path, *, ignored: tuple[str, ...] = (), lazily: bool = False
 ) -> dict[str, Tensor]:
     """The state dict of a file, by itself or under 'model'. Raises ValueError for any other file.
 
-    what: the file has to be, for that message. ignored: beginnings of names that are left out.
-    lazily: see `engine.checkpoint.load_checkpoint`.
+    ignored: beginnings of names that are left out.
     """
     content = read_torch_file(path, lazily=lazily)
     # MAE puts them under 'model', timm nowhere; a release may hold plain values beside them.
@@ -58,35 +50,31 @@ def read_vit_weights(
         for name, weight in (stored.items() if isinstance(stored, dict) else ())
         if isinstance(weight, Tensor) and not str(name).startswith(ignored)
     }
-    check_vit_weights(weights, path, what)
-    return weights
-
-
-def check_vit_weights(weights: Mapping[str, Tensor], path: Path, what: str = A_VIT) -> None:
-    """Raise ValueError unless they are a ViT's, and finite."""
-    if PROJECTION not in weights or weights[PROJECTION].dim() != 4:
-        raise ValueError(f"{path} is not {what}: it has no {PROJECTION}")
+    describe_vit(weights, path)
     refuse_damaged(weights, path)
+    return weights
 
 
 def describe_vit(
     weights: Mapping[str, Tensor], source: object, *, prefix_tokens: int = 1
 ) -> VitFacts:
-    """What they say of their ViT. Raises ValueError about the source if it is of no square.
+    """What they say of their ViT. Raises ValueError about the source if they are of none.
 
     prefix_tokens: before the patches, the class token among them.
     """
-    patches, positions = 0, weights.get(POSITIONS)  # [1, prefix + N, D]
+    kernel, positions = weights.get(PROJECTION), weights.get(POSITIONS)
+    if kernel is None or kernel.dim() != 4:
+        raise ValueError(f"{source} is not a checkpoint of a ViT encoder: it has no {PROJECTION}")
+    patches = 0  # [1, prefix + N, D]
     if positions is not None and positions.dim() == 3:
-        patches = positions.shape[1] - prefix_tokens
-    grid = round(max(patches, 0) ** 0.5)  # ViTs of MAE and timm are pretrained on squares
+        patches = max(0, positions.shape[1] - prefix_tokens)
+    grid = round(patches**0.5)  # ViTs of MAE and timm are pretrained on squares
     if not grid or grid**2 != patches:
-        raise ValueError(
-            f"{source} has no {POSITIONS} of a class token and a square grid of patches"
-        )
-    width, channels, patch, _ = weights[PROJECTION].shape  # [D, C, P, P]
+        raise ValueError(f"{source} has no {POSITIONS} of a class token and a square of patches")
+    width, channels, patch, _ = kernel.shape  # [D, C, P, P]
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    return VitFacts(width=width, depth=depth, in_channels=channels, patch_size=patch, grid=grid)
+    sizes = {(size.width, size.depth): name for name, size in reversed(VIT_SIZES.items())}
+    return VitFacts(sizes.get((width, depth)), width, depth, channels, patch, grid)
 
 
 def resample_positions(weights: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
@@ -99,11 +87,9 @@ def resample_positions(weights: Mapping[str, Tensor], grid: int) -> dict[str, Te
 
 
 def fold_channels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same for an image alone: channels beyond it, VISIBLE everywhere, go into the bias.
-
-    A constant input c under a kernel w adds c * sum(w) at every position, as a bias does, so the
-    three-channel ViT has the same outputs.
-    """
+    """The same for an image alone: channels beyond it, VISIBLE everywhere, go into the bias."""
+    # A constant input c under a kernel w adds c * sum(w) at every position, as a bias does, so the
+    # three-channel ViT has the same outputs.
     kernel, bias = weights[PROJECTION], weights[PROJECTION_BIAS]  # [D, C, P, P], [D]
     # In double precision: a rounding here would be the same error at every position.
     constant = VISIBLE * kernel[:, IMAGE_CHANNELS:].double().sum(dim=(1, 2, 3))

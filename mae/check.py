@@ -5,7 +5,6 @@ torch to look into is judged apart, by `look_inside`.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,33 +14,26 @@ from common.step_files import OF_PRETRAINING, find_resumable
 from engine.schedule import BatchPlan, named_epochs
 from engine.trackers import check_trackers
 from mae.config import PretrainConfig, make_method
-from segments.config import STORE_NAME
+
+Listings = dict[Any, Any]  # what was listed before, so that it is listed once; see `make_listing`
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainFacts:
-    """What a run will be.
+    """What a run will be."""
 
-    train, val: images; left_out, val_left_out: those that have no segment.
-    learning_rates: (epoch, rate, what is there) at the epochs that matter, ascending.
-    checkpoint_bytes: about the size of a checkpoint.
-    """
-
-    train: int
-    left_out: int
+    train: int  # images
+    left_out: int  # those that have no segment
     val: int
     val_left_out: int
     plan: BatchPlan
+    # (epoch, rate, what is there) at the epochs that matter, ascending.
     learning_rates: tuple[tuple[float, float, str], ...]
-    checkpoint_bytes: int
+    checkpoint_bytes: int  # about the size of one
 
 
 def check_pretraining(
-    config: PretrainConfig,
-    *,
-    processes: int,
-    packed: bool = True,
-    known: dict[Any, Any] | None = None,
+    config: PretrainConfig, processes: int, *, packed: bool = True, known: Listings | None = None
 ) -> PretrainFacts:
     """What the run will be. Raises ValueError for what would stop it at once.
 
@@ -51,17 +43,19 @@ def check_pretraining(
 
     listing = make_listing(config.data, config.method, packed=packed, known=known)
     plan = plan_batches(config, len(listing.train), processes)
-    check_output(config)  # last: a wrong dataset is the likelier mistake
-    config.run.check_resume(find_resumable(config.run.output_dir))
+    # Last, since a wrong dataset is the likelier mistake: it writes only over what is its own.
+    run, folder = config.optimisation, config.run.output_dir
+    found, end = find_resumable(folder), config.epochs_this_round
+    check_output_folder(folder, reads=config.data.reads)
+    config.run.check_folder(OF_PRETRAINING, is_run=found is not None)
+    config.run.check_resume(found)
+    named = named_epochs(run.epochs, run.warmup_fraction, end_of_this_round=end)
     return PretrainFacts(
-        train=len(listing.train),
-        left_out=listing.left_out,
-        val=len(listing.val),
-        val_left_out=listing.val_left_out,
-        plan=plan,
-        learning_rates=_learning_rates(config),
+        train=len(listing.train), left_out=listing.left_out, val=len(listing.val),
+        val_left_out=listing.val_left_out, plan=plan,
+        learning_rates=tuple((n, run.rate_at(n / run.epochs), what) for n, what in named.items()),
         checkpoint_bytes=config.model.checkpoint_bytes,
-    )
+    )  # fmt: skip
 
 
 def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> BatchPlan:
@@ -72,12 +66,11 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
     effective = config.optimisation.effective_batch_size
     if num_images < effective:
         raise ValueError(
-            f"--effective-batch-size {effective} is more than the {num_images} training images; "
-            f"give at most {num_images}"
+            f"--effective-batch-size {effective}: there are images for at most {num_images}"
         )
     if effective % processes:
         raise ValueError(
-            f"--effective-batch-size {effective} cannot be split over {processes} processes; "
+            f"--effective-batch-size {effective} cannot be split over {processes} processes: "
             f"give a multiple of {processes}"
         )
     share = effective // processes
@@ -85,29 +78,19 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
     while share % accumulation:  # equal parts, so that each weighs the same
         accumulation += 1
     return BatchPlan(
-        num_images=num_images,
-        effective_batch_size=effective,
-        processes=processes,
-        micro_batch_size=share // accumulation,
-        seed=config.optimisation.seed,
-    )
-
-
-def check_output(config: PretrainConfig) -> None:
-    """Raise ValueError unless the run can write what it will, and only over what is its own."""
-    run = config.run
-    check_output_folder(run.output_dir, reads=config.data.reads)
-    run.check_folder(OF_PRETRAINING, is_run=find_resumable(run.output_dir) is not None)
+        num_images=num_images, effective_batch_size=effective, processes=processes,
+        micro_batch_size=share // accumulation, seed=config.optimisation.seed,
+    )  # fmt: skip
 
 
 def needs_torch(config: PretrainConfig) -> bool:
     """Whether there is something that only `look_inside` can judge."""
-    run = config.run
     # torch takes seconds to import, and a planner has tens of runs.
+    run = config.run
     return bool(run.init or find_resumable(run.output_dir) or run.unusual_trackers)
 
 
-def look_inside(config: PretrainConfig, known: dict[Any, Any] | None = None) -> None:
+def look_inside(config: PretrainConfig, known: Listings | None = None) -> None:
     """Raise ValueError unless checkpoints and trackers are what the run needs; loads torch."""
     check_trackers(config.run.log_with)
     if find_resumable(config.run.output_dir) is not None:
@@ -120,20 +103,15 @@ def look_inside(config: PretrainConfig, known: dict[Any, Any] | None = None) -> 
         _check_init(config, config.run.init)
 
 
-def _learning_rates(config: PretrainConfig) -> tuple[tuple[float, float, str], ...]:
-    run, end = config.optimisation, config.epochs_this_round
-    named = named_epochs(run.epochs, run.warmup_fraction, end_of_this_round=end)
-    return tuple((epoch, run.rate_at(epoch / run.epochs), name) for epoch, name in named.items())
-
-
 def _check_init(config: PretrainConfig, path: Path) -> None:
     """Whether an official checkpoint fits the model, by shapes alone."""
     import torch
 
+    from engine.weights import read_vit_weights
     from mae.model import MaskedAutoencoder
-    from mae.official import fit_official, read_official_weights
+    from mae.weights import fit_official
 
-    weights = read_official_weights(path, lazily=True)
+    weights = read_vit_weights(path, lazily=True)
     with torch.device("meta"):  # no memory is taken for a model of 600 million weights
         model = MaskedAutoencoder(config.model, make_method(config.method, config.model))
     try:
@@ -149,10 +127,3 @@ def segments_at(path: Path) -> Literal["packed", "loose", "none"]:
 
     form = form_of(path)
     return "packed" if form == PackedStore.name else "none" if form == "none" else "loose"
-
-
-def store_in(folder: Path) -> Path | None:
-    """Where training finds the packed segments of a folder; None where that cannot be written."""
-    # Where the folder is still to be made, its parent has to be writable.
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return folder / STORE_NAME if os.access(there, os.W_OK) else None

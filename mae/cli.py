@@ -1,6 +1,5 @@
 """The command line of `python -m mae`. Heavy libraries are imported when a command runs."""
 
-import importlib
 import json
 import textwrap
 from collections.abc import Sequence
@@ -20,19 +19,7 @@ from mae.config import GROUPS, OFFICIAL_FILES, PretrainConfig
 from mae.masking import METHODS
 
 
-class _Commands(click.Group):
-    """Loads `masks` when it is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "masks"])  # an alias of `python -m segments`
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "masks":
-            return importlib.import_module("segments.cli").masks
-        return super().get_command(ctx, cmd_name)
-
-
-@click.group(cls=_Commands, context_settings=CONTEXT)
+@click.group(context_settings=CONTEXT)
 def cli() -> None:
     """Masked-autoencoder pretraining with random patches or Segment-Anything segments hidden."""
 
@@ -67,16 +54,24 @@ def pretrain(dry_run: str | None, **groups: Any) -> int:
     return 0 if train(config) else EXIT_STOPPED
 
 
+@cli.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def masks(words: tuple[str, ...]) -> None:
+    """Another name of `python -m segments`."""
+    from segments.cli import main as of_segments
+
+    of_segments(words)
+
+
 @command(cli, plugin=PluginConfig)
 def methods(plugin: PluginConfig) -> None:
     """Show the masking methods, those of --plugin included, and the options of each."""
     rows = [("method", "segments", "tokens", "channels", "options of pretrain")]
     for name, method in METHODS.items():
         segments = "all" if method.all_segments else "one" if method.uses_segments else "-"
-        tokens = "some" if method.removes_tokens else "all"
-        channels = str(IMAGE_CHANNELS + method.extra_channels)
+        tokens, channels = "some" if method.removes_tokens else "all", method.extra_channels
         options = " ".join(f"--{option.replace('_', '-')}" for option in method.settings)
-        rows.append((name, segments, tokens, channels, options))
+        rows.append((name, segments, tokens, str(IMAGE_CHANNELS + channels), options))
     say(aligned(rows))
     say("\nsegments: of an image that a pattern is drawn from; tokens, channels: the encoder's")
     for name, method in METHODS.items():
@@ -89,9 +84,8 @@ def methods(plugin: PluginConfig) -> None:
 class _ReconstructOptions(PluginConfig):
     out: Path = option("The PNG to write.")
     masks_dir: Path | None = option(
-        "Packed segments of the given images, by their names; else the patterns of the fixed set "
-        "serve in turn.", None
-    )  # fmt: skip
+        "Packed segments of the images. Default: patterns of the fixed set, in turn.", None
+    )
 
 
 @command(cli, options=_ReconstructOptions)
@@ -119,7 +113,7 @@ def export(checkpoint: Path, options: _ExportOptions) -> None:
 
     Prints the line of Python that loads it with timm.
     """
-    from mae.export import export_encoder
+    from mae.weights import export_encoder
 
     say(export_encoder(checkpoint, options.out))
 

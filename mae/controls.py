@@ -20,7 +20,6 @@ from segments.store import PackedStore, segment_key
 
 CANDIDATES = 4  # images of which the one with the likest segment is borrowed from
 ASPECT = (1 / 3, 3.0)  # of a block, width / height
-USUAL_SEGMENTS = 24  # of a photograph, by Felzenszwalb's algorithm
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,6 +24,7 @@ from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
 from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
+from engine.weights import read_vit_weights
 from mae.check import check_pretraining, look_inside, plan_batches
 from mae.checkpoint import open_own_checkpoint
 from mae.config import OptimisationConfig, PretrainConfig, make_method
@@ -31,13 +32,13 @@ from mae.controls import SegmentSource
 from mae.data import Batch, FixedImages, MaskedImages, collate
 from mae.listing import make_listing
 from mae.model import MaskedAutoencoder, training_flops
-from mae.official import read_official_weights, start_from_official
 from mae.reconstruct import (
     FIXED_SET_SIZE,
     draw_reconstructions,
     pack_fixed_set,
     unpack_fixed_set,
 )
+from mae.weights import start_from_official
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class Pretraining(Task):
         if init is None:
             return
         try:
-            fresh = start_from_official(model, read_official_weights(init))
+            fresh = start_from_official(model, read_vit_weights(init))
         except ValueError as error:
             raise ValueError(f"--init {init}: {error}") from error
         logger.info("started from %s; fresh: %s", init, ", ".join(fresh) or "nothing")

@@ -14,7 +14,6 @@ from torch import Tensor
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
-from engine.weights import read_vit_weights
 from mae.checkpoint import load_checkpoint
 from mae.config import MethodConfig, make_method, parse_settings
 from mae.controls import SegmentSource
@@ -40,25 +39,17 @@ def reconstruct_files(
     An image of its own segments needs `masks_dir`; else it takes one of the fixed set's patterns.
     Raises ValueError if a file cannot be used.
     """
-    reads = [checkpoint_path, *images, *([masks_dir] if masks_dir else [])]
+    reads = [path for path in (checkpoint_path, *images, masks_dir) if path]
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
-    stored = read_vit_weights(checkpoint_path, "a checkpoint of pretraining", lazily=True)
-    if "decoder_pred.weight" not in stored:  # an export, or most of the official checkpoints
-        raise ValueError(
-            f"{checkpoint_path} holds an encoder only; reconstructing needs the decoder of a "
-            "checkpoint-N.pth"
-        )
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint, checkpoint_path)
     batch = unpack_fixed_set(checkpoint["fixed_set"])
     if images:
-        segments = None
-        if masks_dir and model.method.uses_segments:
-            options, _ = parse_settings(checkpoint["config"], checkpoint_path)
-            segments = _open_source(masks_dir, options)
-        batch = collate(
-            [_sample(model, path, number, batch, segments) for number, path in enumerate(images)]
-        )
+        options, _ = parse_settings(checkpoint["config"], checkpoint_path)
+        with_own = masks_dir if model.method.uses_segments else None
+        segments = _open_source(with_own, options) if with_own else None
+        samples = [_sample(model, path, n, batch, segments) for n, path in enumerate(images)]
+        batch = collate(samples)
     draw_reconstructions(model, batch, out)
 
 
@@ -69,13 +60,14 @@ def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> 
     images = model.normalise(batch.images.to(device))  # [B, 3, H, W]
     result = model.reconstruct(images, batch.pattern.to(device))  # pixels, and what was visible
     model.train(was_training)
-    original, predicted = (_colours(model, pictures) for pictures in (images, result.predicted))
-    visible = result.visible.cpu()
+    # From normalised pixels to colours, 0 to 1.
+    both = (images, result.predicted)
+    original, predicted = ((x.float() * model.std + model.mean).clamp(0, 1) for x in both)
     # What is hidden is 0 after normalising: the mean colour.
-    seen = original * visible + model.mean.cpu() * (1 - visible)
-    pasted = original * visible + predicted * (1 - visible)
+    seen = torch.where(result.visible > 0, original, model.mean)
+    pasted = torch.where(result.visible > 0, original, predicted)
     pictures = torch.stack([original, seen, predicted, pasted], dim=1)  # [B, 4, 3, H, W]
-    pixels = (pictures * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
+    pixels = (pictures * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
     rows = [[(picture, "") for picture in row] for row in pixels]
     width = min(max(original.shape[-1], SMALLEST_TILE), LARGEST_TILE)
     save_png(contact_sheet(rows, titles=COLUMNS, tile_width=width), path, KIND)
@@ -134,8 +126,3 @@ def _key_of(path: Path, store: PackedStore) -> str:
         if store.nearest(key, 0) is not None:
             return key
     raise ValueError("--masks-dir has no segment of it")
-
-
-def _colours(model: MaskedAutoencoder, normalised: Tensor) -> Tensor:
-    """Normalised [B, C, H, W] to colours from 0 to 1 on the CPU."""
-    return (normalised.float() * model.std + model.mean).clamp(0, 1).cpu()

@@ -12,7 +12,7 @@ from unittest import mock
 
 from torch import Tensor, nn
 
-import segmenter.inference
+import segmenter.evaluate
 from common.formats import read_json
 from common.step_files import RESULT
 from engine.checkpoint import Saver
@@ -161,7 +161,7 @@ class _LossOutside(nn.Module):
 def _evaluation(bench: Bench, group: int, windows: int) -> dict[str, float]:
     """The second pass over the images is timed."""
     run = _segmenter(bench, 8, eval_batch_size=group)
-    with mock.patch.object(segmenter.inference, "MOST_WINDOWS", windows):
+    with mock.patch.object(segmenter.evaluate, "MOST_WINDOWS", windows):
         for _ in range(2):
             began = time.monotonic()
             evaluate_model(run.accelerator, run.model, run.task.images, run.task.run)

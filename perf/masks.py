@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # `python perf/masks.py` finds the packages besid
 
 from segments.config import FelzenszwalbSettings, SamSettings  # noqa: E402
 from segments.felzenszwalb import Felzenszwalb  # noqa: E402
-from segments.forms import AnyForm, PngTableFolder, open_any_form  # noqa: E402
+from segments.forms import AnyForm, open_any_form  # noqa: E402
 from segments.generate import Generator, Work, images_by_key  # noqa: E402
 from segments.pack import pack, unpack  # noqa: E402
 from segments.sam import Sam  # noqa: E402
@@ -163,7 +163,7 @@ def write_forms(source: AnyForm, keys: list[str], scratch: Path) -> dict[str, Pa
         for number, segment in enumerate(source.segments(key)):
             Image.fromarray(segment.decode() * 255).save(folder / f"{number}.png")
             table.append(f"{segment.coverage_percent:.6f} {number}.png")
-        (folder / PngTableFolder.table).write_text("\n".join(table) + "\n")
+        (folder / "table.txt").write_text("\n".join(table) + "\n")
     forms["packed store"].parent.mkdir()
     pack(forms["PNG + table"], forms["packed store"], overwrite=False, allow_damaged=False,
          processes=1)  # fmt: skip

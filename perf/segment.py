@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-import segmenter.inference
+import segmenter.evaluate
 from engine.config import DeviceConfig
 from engine.devices import make_accelerator, peak_memory_mib
 from engine.vit import VIT_SIZES
@@ -47,8 +47,7 @@ from segmenter.dataset import (
     read_description,
 )
 from segmenter.encoder import EncoderShape
-from segmenter.evaluate import evaluate_model, evaluating
-from segmenter.inference import predict_classes
+from segmenter.evaluate import evaluate_model, evaluating, predict_classes
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape
 
@@ -189,7 +188,7 @@ def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: Whol
     loader = test_images(
         images, range(len(images)), workers=DeviceConfig().loader_workers, pin_memory=False
     )  # fmt: skip
-    with evaluating(accelerator, model), mock.patch.object(segmenter.inference, "MOST_WINDOWS", 1):
+    with evaluating(accelerator, model), mock.patch.object(segmenter.evaluate, "MOST_WINDOWS", 1):
         for sample in loader:
             scaled, size = [sample.scaled], [sample.labels.shape]
             (predicted,) = predict_classes(model, scaled, size, images.protocol)

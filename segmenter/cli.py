@@ -47,22 +47,19 @@ def train(dry_run: str | None, **groups: Any) -> int:
     task = read_task(config.run.dataset)
     check_training(config, task, processes=world_size())
     look_inside(config)  # loads torch, if there is something to look into
-    if dry_run == "time":  # it begins anew, whatever is there
-        from segmenter.finetune import time_finetuning
-
-        log_to_stderr()
-        seconds = time_finetuning(config, task, TIMED_STEPS)
-        if seconds is not None:
-            say(json.dumps(seconds))
-        return 0
-    found = earlier_output(config, task)
+    found = earlier_output(config, task) if dry_run != "time" else None  # which begins anew
     # What is finished is finished: the same command again does nothing.
     if dry_run == "check" or (found is not None and found.name == RESULT):
         return 0
-    from segmenter.finetune import finetune
+    from segmenter.finetune import finetune, time_finetuning
 
     log_to_stderr()
-    return 0 if finetune(config, task) else EXIT_STOPPED
+    if not dry_run:
+        return 0 if finetune(config, task) else EXIT_STOPPED
+    seconds = time_finetuning(config, task, TIMED_STEPS)
+    if seconds is not None:
+        say(json.dumps(seconds))
+    return 0
 
 
 @command(cli, **PROBE_GROUPS)
@@ -89,62 +86,42 @@ def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
 @command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH, required=False)
 def evaluate(
-    checkpoint: Path | None,
-    evaluation: EvaluateConfig,
-    changes: ProtocolChanges,
+    checkpoint: Path | None, evaluation: EvaluateConfig, changes: ProtocolChanges,
     devices: ScoringConfig,
-) -> None:
+) -> None:  # fmt: skip
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
     if (checkpoint is None) == (evaluation.predictions is None):
         raise click.UsageError("give either a CHECKPOINT or --predictions DIR")
     if evaluation.out is not None:
         reads = [path for path in (checkpoint, evaluation.dataset) if path is not None]
-        check_output_file(evaluation.out, reads=reads, is_own=_is_scores)
+        own = f'"{SCORES[0]}"'.encode()  # what begins such a file
+        check_output_file(evaluation.out, reads=reads, is_own=lambda head: own in head[:40])
     from segmenter.evaluate import evaluate_checkpoint, evaluate_predictions
 
     log_to_stderr()
-    if evaluation.predictions is not None:
-        result = evaluate_predictions(evaluation.predictions, evaluation)
-    else:
-        assert checkpoint is not None
+    if checkpoint is not None:
         result = evaluate_checkpoint(checkpoint, evaluation, changes, devices)
+    else:
+        result = evaluate_predictions(evaluation)
     if rank() == 0:  # all processes have the same scores
         if evaluation.out is not None:
             write_json(evaluation.out, result)
-        _show(result)
-
-
-def _is_scores(head: bytes) -> bool:
-    return head.startswith(b"{") and f'"{SCORES[0]}"'.encode() in head[:40]
-
-
-def _show(result: dict[str, Any]) -> None:
-    """The scores as a table on standard output."""
-    names = [*result["class_iou"], "pixel accuracy"]
-    width = max(len(name) for name in names)
-    say(f"{'class':<{width}}  IoU %")
-    for name, value in result["class_iou"].items():
-        say(f"{name:<{width}}  {'absent' if value is None else f'{value:.2f}'}")
-    say("")
-    for key in SCORES:
-        say(f"{key.replace('_', ' '):<{width}}  {result[key]:.2f}")
-    say(f"protocol: {json.dumps(result['protocol'])}")
+        scores = {name.replace("_", " "): result[name] for name in SCORES}
+        rows = {"class": "IoU %", **result["class_iou"], **scores}
+        for name, value in rows.items():
+            shown = f"{value:.2f}" if isinstance(value, float) else value or "absent"
+            say(f"{name:<{max(map(len, rows))}}  {shown}")
+        say(f"protocol: {json.dumps(result['protocol'])}")
 
 
 @command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH)
 @click.argument("images", type=PATH, nargs=-1, required=True)
 def predict(
-    checkpoint: Path,
-    images: tuple[Path, ...],
-    pictures: PictureConfig,
-    changes: ProtocolChanges,
+    checkpoint: Path, images: tuple[Path, ...], pictures: PictureConfig, changes: ProtocolChanges,
     devices: ScoringConfig,
-) -> None:
+) -> None:  # fmt: skip
     """Write label maps and overlays of IMAGES (files or folders)."""
-    for path in (checkpoint, *images):
-        if not path.exists():
-            raise click.UsageError(f"{path} does not exist")
     from segmenter.predict import predict_files
 
     log_to_stderr()
@@ -162,16 +139,12 @@ def prepare() -> None:
 @click.option("--digest", help="md5:... or sha256:... of the zip, or 'none'.")
 def ade20k(folder: Path, url: tuple[str, ...], digest: str | None) -> None:
     """Make FOLDER/ADEChallengeData2016, or check the one that lies there."""
-    from segmenter.prepare import ADE20K_DIGEST, ADE20K_URLS, prepare_ade20k
+    from segmenter.prepare import prepare_ade20k
 
-    if digest is not None and digest != "none" and not re.fullmatch(r"(md5|sha256):\w+", digest):
+    if digest and not re.fullmatch(r"none|(md5|sha256):\w+", digest):
         raise click.UsageError(f"--digest is {digest!r}; give md5:<hex>, sha256:<hex> or none")
     log_to_stderr()
-    # A mirror's zip may be packed otherwise: then --digest none, and the files are checked.
-    wanted = ADE20K_DIGEST if digest is None else digest
-    ready = prepare_ade20k(
-        folder, urls=(*url, *ADE20K_URLS), digest=None if wanted == "none" else wanted
-    )
+    ready = prepare_ade20k(folder, own_urls=url, digest=digest)
     say(f"{ready} is complete: give it as --dataset")
 
 

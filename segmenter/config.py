@@ -4,19 +4,18 @@ A recipe is a YAML file of the options that `segmenter`, `mae`, `upernet` and `f
 have no default here. What is given with a command wins over its recipe.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Self
 
 from common.formats import plain
 from common.options import (
     MOST_EPOCHS,
     MOST_SEED,
+    REQUIRED,
     Layer,
     OptionGroup,
     as_arguments,
@@ -36,6 +35,8 @@ from engine.vit import VIT_SIZES, VitSize
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
+Decoder = Literal["mask_transformer", "linear", "upernet"]
+Normalization = Literal["imagenet", "half"]  # half: as in the first ViTs
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
 AUXILIARY_WIDTH = 256  # of the head that trains beside UPerNet, as in mmsegmentation's configs
 MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # as mmsegmentation's test-time augmentation
@@ -49,8 +50,7 @@ SEED: dict[str, Any] = {"at_least": 0, "at_most": MOST_SEED}
 class EncoderConfig(OptionGroup):
     """The encoder."""
 
-    title: ClassVar[str] = "Model"
-    no_default: ClassVar[str] = OF_RECIPE
+    title, no_default = "Model", OF_RECIPE
     model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
     patch_size: int | None = option(
         "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, **PIXELS
@@ -66,9 +66,7 @@ class EncoderConfig(OptionGroup):
 class ModelConfig(EncoderConfig):
     """Encoder and decoder."""
 
-    decoder: Literal["mask_transformer", "linear", "upernet"] = option(
-        "What turns tokens into classes."
-    )
+    decoder: Decoder = option("What turns tokens into classes.")
     decoder_layers: int = option("Blocks of the mask transformer.", at_least=1, at_most=1024)
     drop_path: float = option("Stochastic depth of the encoder.", **RATE)
     dropout: float = option("Dropout of the encoder.", **RATE)
@@ -80,26 +78,21 @@ class ModelConfig(EncoderConfig):
 class OptimisationConfig(OptionGroup):
     """How the weights are found, and how often they are scored."""
 
-    title: ClassVar[str] = "Optimisation"
-    no_default: ClassVar[str] = OF_RECIPE
+    title, no_default = "Optimisation", OF_RECIPE
     epochs: int = option("Epochs of the run.", at_least=1, at_most=MOST_EPOCHS)
     batch_size: int = option("Images per step, on all devices together.", at_least=1)
     optimizer: Literal["sgd", "adamw"] = option("How the weights are updated.")
     lr: float = option("Peak learning rate.", above=0)
     momentum: float = option("Momentum of SGD, first beta of AdamW.", **RATE)
     weight_decay: float = option("Of weight matrices.", at_least=0)
-    layer_decay: float = option(
-        "A block's rate is the next one's times this; 1: all alike.", above=0, at_most=1
-    )
+    layer_decay: float = option("A block's rate, by the next one's.", above=0, at_most=1)
     schedule: Literal["poly", "cosine"] = option("How the rate falls.")
     poly_power: float = option("Power of the poly schedule.", above=0)
     min_lr: float = option("Learning rate at the end.", at_least=0)
     warmup_fraction: float = option("Share of the run in which the rate rises.", **RATE)
     clip_grad: float | None = option("Largest gradient norm. Default: off.", None, above=0)
     seed: int = option("Of order, augmentation, dropout and initial weights.", 0, **SEED)
-    eval_every: int = option(
-        "Epochs between evaluations; the last epoch is always evaluated.", at_least=1
-    )
+    eval_every: int = option("Epochs between evaluations; the last has one, too.", at_least=1)
 
     @property
     def evaluations(self) -> int:
@@ -111,40 +104,29 @@ class OptimisationConfig(OptionGroup):
 
         def fall(done: float, whole: float) -> float:
             left = 1 - done / whole
-            if self.schedule == "poly":
-                return left**self.poly_power
-            # By way of what is left, whose rounding every finetuning so far has had.
-            return half_cosine(1 - left)
+            # The cosine by way of what is left, whose rounding every finetuning so far has had.
+            return left**self.poly_power if self.schedule == "poly" else half_cosine(1 - left)
 
-        return learning_rate(
-            progress, peak=self.lr, least=self.min_lr, warmup_fraction=self.warmup_fraction,
-            fall=fall,
-        )  # fmt: skip
+        ends = {"peak": self.lr, "least": self.min_lr}
+        return learning_rate(progress, **ends, warmup_fraction=self.warmup_fraction, fall=fall)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig(OptionGroup):
     """What decides which scores can be compared. All sizes in pixels."""
 
-    title: ClassVar[str] = "Protocol"
-    no_default: ClassVar[str] = OF_RECIPE
-    image_size: int = option(
-        "Scale of the images: short side; the long side is at most 4x it.", **PIXELS
-    )
+    title, no_default = "Protocol", OF_RECIPE
+    image_size: int = option("Images' short side; the long one is at most 4x it.", **PIXELS)
     crop_size: int = option("Side of the training crops.", **PIXELS)
     window_size: int = option("Side of the sliding window.", **PIXELS)
     window_stride: int = option("Step of the sliding window.", **PIXELS)
     multi_scale: bool = option("Score at scales 0.5 to 1.75, each also flipped.", False)
-    normalization: Literal["imagenet", "half"] = option(
-        "Mean and deviation of the pixels; half: both 0.5, as in the first ViTs."
-    )
+    normalization: Normalization = option("Mean and deviation of the pixels; half: both 0.5.")
 
     def __post_init__(self) -> None:
         if self.window_stride > self.window_size:
-            raise ValueError(
-                f"--window-stride {self.window_stride} is more than --window-size "
-                f"{self.window_size}: parts of the image would not be looked at"
-            )
+            stride, size = self.window_stride, self.window_size
+            raise ValueError(f"--window-stride {stride} is more than --window-size {size}")
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -153,12 +135,11 @@ class ProtocolConfig(OptionGroup):
 
     def described(self) -> dict[str, Any]:
         """Plain values, as checkpoints, result.json and every table hold them."""
-        values = {**dataclasses.asdict(self), "scales": list(self.scales), "flip": self.multi_scale}
-        del values["multi_scale"]
-        return values
+        values = dataclasses.asdict(self) | {"scales": list(self.scales), "flip": self.multi_scale}
+        return {name: value for name, value in values.items() if name != "multi_scale"}
 
     @classmethod
-    def from_described(cls, values: Mapping[str, Any]) -> ProtocolConfig:
+    def from_described(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `described`. Raises ValueError for values that are none."""
         known = {**values, "multi_scale": values.get("flip", False)}  # both go together
         return make(cls, merge([cls], [Layer(known)]))
@@ -169,8 +150,7 @@ class ProtocolChanges(OptionGroup):
     """What a checkpoint is scored with in place of its own protocol. None: as that says."""
 
     # Not crop_size and normalization: what a model was trained with, it has to be scored with.
-
-    title: ClassVar[str] = "Protocol, in place of the checkpoint's"
+    title = "Protocol, in place of the checkpoint's"
     image_size: int | None = option_of(ProtocolConfig, "image_size", None)
     window_size: int | None = option_of(ProtocolConfig, "window_size", None)
     window_stride: int | None = option_of(ProtocolConfig, "window_stride", None)
@@ -193,16 +173,9 @@ class ScoringConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig(OptionGroup):
-    """What is trained on and scored."""
-
-    title: ClassVar[str] = "Data"
-    dataset: Path = option("ADEChallengeData2016 folder, or the YAML file of a dataset.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeConfig(DatasetConfig):
     """What is trained on, and from where come the values that are not given."""
 
+    dataset: Path = option("ADEChallengeData2016 folder, or the YAML file of a dataset.")
     recipe: str = option(
         "segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE,
         early=lambda name: read_recipe(name),  # its values lie below all others
@@ -210,10 +183,9 @@ class RecipeConfig(DatasetConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(TrainingConfig, ScoringConfig, RecipeConfig):
+class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
     """What one finetuning starts from, where it goes and how it is kept."""
 
-    title: ClassVar[str] = "Run"
     init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
     device_batch_size: int | Literal["auto"] | None = option(
         "Most images per device at once; auto: by a GPU's memory. Default: no limit.", None,
@@ -227,24 +199,22 @@ class RunConfig(TrainingConfig, ScoringConfig, RecipeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeRunConfig(OutputConfig, ScoringConfig, RecipeConfig):
+class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig):
     """What is asked of a frozen encoder, and where the answers go."""
 
-    title: ClassVar[str] = "Run"
     probes: tuple[Literal["linear", "knn", "rankme"], ...] = option(
         "What is asked.", ("linear", "knn", "rankme")
     )
     seed: int = option("Of random weights, and of the tokens that are kept.", 0, **SEED)
-    image_folder: Path | None = option(
-        "Class folders of images: kNN by their mean tokens. Default: none.", None
-    )
+    image_folder: Path | None = option("Class folders, for kNN of images. Default: none.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DatasetConfig):
+class EvaluateConfig(OptionGroup):
     """What `evaluate` scores, and where the scores go."""
 
-    title: ClassVar[str] = "Evaluation"
+    title = "Evaluation"
+    dataset: Path = option_of(DatasetConfig, "dataset", REQUIRED)
     split: Literal["train", "val"] = option("Which images.", "val")
     save_predictions: Path | None = option("Folder for the label maps.", None)
     predictions: Path | None = option("Score the label maps of this folder instead.", None)
@@ -255,7 +225,7 @@ class EvaluateConfig(DatasetConfig):
 class PictureConfig(OptionGroup):
     """What `predict` draws."""
 
-    title: ClassVar[str] = "Pictures"
+    title = "Pictures"
     out: Path = option("Folder for the pictures.")
 
 
@@ -308,8 +278,8 @@ class ProbeConfig:
 
     def settings(self) -> dict[str, Any]:
         """The same as result.json holds it."""
-        own = {name: getattr(self.run, name) for name in ("probes", "seed", "image_folder")}
-        return {**_shared_settings(self), **plain(own)}
+        own = {name: plain(getattr(self.run, name)) for name in ("probes", "seed", "image_folder")}
+        return {**_shared_settings(self), **own}
 
     def arguments(self) -> list[str]:
         """The words after `python -m segmenter probe` that make this again."""
@@ -328,7 +298,7 @@ def _shared_settings(config: TrainConfig | ProbeConfig) -> dict[str, Any]:
         **config.protocol.described(),
         "precision": config.run.precision,
         "init": init if init == RANDOM else init.name,  # not its folder: runs may be moved
-        "init_fingerprint": None if init == RANDOM else fingerprint(init),
+        "init_fingerprint": None if init == RANDOM else _fingerprint(init),
     }
 
 
@@ -339,8 +309,7 @@ def read_recipe(name: str) -> Layer:
         known = ", ".join(recipe_names())
         raise ValueError(f"--recipe is {name!r}; choose one of {known}, or give a YAML file")
     layer = read_layer(path, RECIPE_GROUPS)
-    options = [field for group in RECIPE_GROUPS for field in fields_of(group).values()]
-    needed = [field.name for field in options if field.default is dataclasses.MISSING]
+    needed = [n for n, field in fields_of(*RECIPE_GROUPS).items() if field.default is REQUIRED]
     missing = [name for name in needed if layer.values.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -357,12 +326,12 @@ def recipe_values(name: str) -> dict[str, Any]:
     return merge(RECIPE_GROUPS, [read_recipe(name)])
 
 
-def fingerprint(path: Path, ends: int = 2**20) -> str:
+def _fingerprint(path: Path) -> str:
     """Short digest of a file's size, first and last MiB: tells checkpoints of one name apart."""
-    size = path.stat().st_size
+    size, mib = path.stat().st_size, 2**20
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(ends))
-        file.seek(max(0, size - ends))  # a zip's directory, with checksums, is at its end
-        digest.update(file.read(ends))
+        digest.update(file.read(mib))
+        file.seek(max(0, size - mib))  # a zip's directory, with checksums, is at its end
+        digest.update(file.read(mib))
     return digest.hexdigest()[:16]

@@ -19,17 +19,11 @@ from common.images import next_usable
 from common.interruption import leave_signals_to_the_main_process
 from engine.schedule import SAMPLE, derived_seeds
 from segmenter.config import ProtocolConfig
-from segmenter.dataset import DatasetDescription, Pair, quiet_imports
-from segmenter.labels import allowed_labels, read_pair
+from segmenter.dataset import DatasetDescription, Pair, quiet_imports, read_image, read_labels
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize
     from mmseg.datasets.transforms import PhotoMetricDistortion, RandomCrop, RandomFlip, Resize
-
-# The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE both trained with.
-LONG_SIDE_RATIO = 4  # the scale is (2048, 512) for an image size of 512
-RATIO_RANGE = (0.5, 2.0)
-MOST_OF_ONE_CLASS = 0.75  # a crop with more of one class is drawn again, up to ten times
 
 
 class Batch(NamedTuple):
@@ -60,49 +54,45 @@ class _Pairs:
         self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig
     ) -> None:
         self.description, self.pairs, self.protocol = description, pairs, protocol
-        self.allowed = allowed_labels(description)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def load(self, index: int) -> dict[str, Any]:
         """What mmsegmentation's transforms start from. Raises ValueError for an unusable pair."""
-        image, labels = read_pair(self.pairs[index], self.allowed)
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        labels = read_labels(pair, image.shape[:2], self.description.allowed)
         if self.description.reduce_zero_label:
             labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
         return {
             "img": np.ascontiguousarray(image[..., ::-1]),  # mmcv works in OpenCV's BGR
-            "img_shape": image.shape[:2],
-            "ori_shape": image.shape[:2],
-            "gt_seg_map": labels,
-            "seg_fields": ["gt_seg_map"],
-        }
+            "img_shape": image.shape[:2], "ori_shape": image.shape[:2],
+            "gt_seg_map": labels, "seg_fields": ["gt_seg_map"],
+        }  # fmt: skip
 
 
 class TrainingCrops(_Pairs, Dataset[Batch]):
-    """Random crops of the training images by (epoch, index).
-
-    A pair that cannot be used is replaced by the next one, and named in the crop.
-    """
+    """Random crops of the training images by (epoch, index)."""
 
     def __init__(
-        self,
-        description: DatasetDescription,
-        pairs: Sequence[Pair],
-        protocol: ProtocolConfig,
+        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig,
         seed: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(description, pairs, protocol)
         self.seed = seed
         side, ignored = protocol.crop_size, description.ignore_index
-        resize = RandomResize(_scale(protocol.image_size), ratio_range=RATIO_RANGE, keep_ratio=True)
-        crop = RandomCrop((side, side), cat_max_ratio=MOST_OF_ONE_CLASS, ignore_index=ignored)
+        # The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE trained with.
+        resize = RandomResize(_scale(protocol.image_size), ratio_range=(0.5, 2.0), keep_ratio=True)
+        # A crop with more of one class than that is drawn again, up to ten times.
+        crop = RandomCrop((side, side), cat_max_ratio=0.75, ignore_index=ignored)
         self.transform = Compose([resize, crop, RandomFlip(prob=0.5), PhotoMetricDistortion()])
         # Padding comes last and by itself, so that its size is known: see `Batch.sizes`.
         self.pad = Pad(size=(side, side), pad_val={"img": 0, "seg": ignored})
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
+        # A pair that cannot be used is replaced by the next one, and named in the crop.
         crop, skipped = next_usable(partial(self._crop, epoch), index, len(self))
         return crop._replace(unreadable=list(skipped))
 
@@ -117,40 +107,9 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
         return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels, [])
 
 
-class WholeImages(_Pairs, Dataset[TestImage]):
-    """Test images by index, at the scales of the protocol."""
-
-    def __getitem__(self, index: int) -> TestImage:
-        try:
-            sample = self.load(index)
-        except ValueError as error:  # evaluating goes on without it, and names it
-            return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
-        scaled = scaled_images(sample["img"], self.protocol)
-        return TestImage(scaled, torch.from_numpy(sample["gt_seg_map"]))
-
-
-def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
-    """[H, W, 3] uint8 BGR to one [3, h, w] RGB per scale, ratio kept, by mmcv's Resize."""
-    contiguous = np.ascontiguousarray(image_bgr)  # OpenCV asks for it
-    sizes = [_scale(round(protocol.image_size * scale)) for scale in protocol.scales]
-    return [
-        _to_chw_rgb(Resize(scale=size, keep_ratio=True)({"img": contiguous})["img"])
-        for size in sizes
-    ]
-
-
-def _scale(image_size: int) -> tuple[int, int]:
-    return LONG_SIDE_RATIO * image_size, image_size
-
-
-def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image_bgr[..., ::-1].transpose(2, 0, 1)))
-
-
 @contextlib.contextmanager
 def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """numpy's and Python's global generators, which mmcv's transforms draw from, seeded for a
-    while and then put back."""
+    """The global generators, which mmcv's transforms draw from, seeded and then put back."""
     states = np.random.get_state(), random.getstate()
     numpy_seed, python_seed = derived_seeds(seed, SAMPLE, epoch, index, count=2)
     np.random.seed(numpy_seed)
@@ -167,6 +126,33 @@ def collate(crops: list[Batch]) -> Batch:
     *tensors, unreadable = zip(*crops, strict=True)
     images, labels, sizes, valid_pixels = map(torch.stack, tensors)  # each [B, ...]
     return Batch(images, labels, sizes, valid_pixels, [text for one in unreadable for text in one])
+
+
+class WholeImages(_Pairs, Dataset[TestImage]):
+    """Test images by index, at the scales of the protocol."""
+
+    def __getitem__(self, index: int) -> TestImage:
+        try:
+            sample = self.load(index)
+        except ValueError as error:  # evaluating goes on without it, and names it
+            return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
+        scaled = scaled_images(sample["img"], self.protocol)
+        return TestImage(scaled, torch.from_numpy(sample["gt_seg_map"]))
+
+
+def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
+    """[H, W, 3] uint8 BGR to one [3, h, w] RGB per scale, ratio kept, by mmcv's Resize."""
+    image = {"img": np.ascontiguousarray(image_bgr)}  # OpenCV asks for it
+    sizes = [_scale(round(protocol.image_size * scale)) for scale in protocol.scales]
+    return [_to_chw_rgb(Resize(scale=size, keep_ratio=True)({**image})["img"]) for size in sizes]
+
+
+def _scale(image_size: int) -> tuple[int, int]:
+    return 4 * image_size, image_size  # (2048, 512), as mmsegmentation has it
+
+
+def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image_bgr[..., ::-1].transpose(2, 0, 1)))
 
 
 def test_images(

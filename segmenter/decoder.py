@@ -16,13 +16,9 @@ from torch.nn import functional as F
 from segmenter.config import AUXILIARY_WIDTH
 from segmenter.dataset import quiet_imports
 
-HEAD_WIDTH = 64  # features per attention head
 NORM_EPS = 1e-5
 INIT_STD = 0.02
-# UPerNet as mmsegmentation's configs/_base_/models/upernet_mae.py has it.
-AUXILIARY_WEIGHT = 0.4  # in the loss
-RESCALES = [4, 2, 1, 0.5]  # of the four depths, to strides 4, 8, 16, 32 for patches of 16
-CLASSIFIER_STD = 0.01
+AUXILIARY_WEIGHT = 0.4  # in the loss; UPerNet as mmsegmentation's upernet_mae.py has it
 
 
 class LinearDecoder(nn.Module):
@@ -31,7 +27,7 @@ class LinearDecoder(nn.Module):
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         self.head = nn.Linear(width, num_classes)
-        self.apply(_init_weights)
+        _init_weights(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] to class logits [B, N, K]."""
@@ -48,7 +44,7 @@ class MaskTransformer(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         block: dict[str, Any] = {
-            "dim": width, "num_heads": max(1, width // HEAD_WIDTH), "qkv_bias": True,
+            "dim": width, "num_heads": max(1, width // 64), "qkv_bias": True,
             "proj_drop": dropout, "attn_drop": dropout,
             "norm_layer": functools.partial(nn.LayerNorm, eps=NORM_EPS),
         }  # fmt: skip
@@ -60,7 +56,7 @@ class MaskTransformer(nn.Module):
         self.proj_classes = nn.Parameter(torch.randn(width, width) * width**-0.5)
         self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.mask_norm = nn.LayerNorm(num_classes, eps=NORM_EPS)
-        self.apply(_init_weights)
+        _init_weights(self)
         nn.init.trunc_normal_(self.cls_emb, std=INIT_STD)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -78,32 +74,29 @@ class MaskTransformer(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """mmsegmentation's feature pyramid, UPerHead, and the FCN head that trains beside it.
+    """mmsegmentation's feature pyramid, UPerHead, and the FCN head that trains beside it."""
 
-    dropout: of whole feature maps before the classifiers.
-    """
-
+    # dropout: of whole feature maps before the classifiers.
     def __init__(self, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         with quiet_imports():  # seconds
             from mmseg.models.decode_heads import FCNHead, UPerHead
             from mmseg.models.necks import Feature2Pyramid
 
+            norm = {"type": "BN"}
             # out_channels: without it two classes would be warned about, one takes the other way.
             common: dict[str, Any] = {
                 "num_classes": num_classes, "out_channels": num_classes, "dropout_ratio": dropout,
-                "norm_cfg": {"type": "BN"}, "align_corners": False,
+                "norm_cfg": norm, "align_corners": False,
             }  # fmt: skip
-            self.neck = Feature2Pyramid(width, RESCALES, norm_cfg={"type": "BN"})
-            self.decode_head = UPerHead(
-                in_channels=[width] * 4, in_index=[0, 1, 2, 3], channels=width, **common
-            )
-            self.auxiliary_head = FCNHead(
-                in_channels=width, in_index=2, channels=AUXILIARY_WIDTH, num_convs=1,
-                concat_input=False, **common,
-            )  # fmt: skip
+            # The four depths to strides 4, 8, 16, 32 for patches of 16.
+            self.neck = Feature2Pyramid(width, [4, 2, 1, 0.5], norm_cfg=norm)
+            depths = {"in_channels": [width] * 4, "in_index": [0, 1, 2, 3]}
+            self.decode_head = UPerHead(channels=width, **depths, **common)
+            third = {"in_channels": width, "in_index": 2, "num_convs": 1, "concat_input": False}
+            self.auxiliary_head = FCNHead(channels=AUXILIARY_WIDTH, **third, **common)
         for head in (self.decode_head, self.auxiliary_head):
-            nn.init.normal_(head.conv_seg.weight, std=CLASSIFIER_STD)
+            nn.init.normal_(head.conv_seg.weight, std=0.01)
             nn.init.zeros_(head.conv_seg.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
@@ -114,8 +107,7 @@ class UPerNet(nn.Module):
         return [head(pyramid).contiguous(memory_format=torch.channels_last) for head in heads]
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def _init_weights(decoder: nn.Module) -> None:
+    for layer in (module for module in decoder.modules() if isinstance(module, nn.Linear)):
+        nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+        nn.init.zeros_(layer.bias)

@@ -26,7 +26,6 @@ from engine.vit import IMAGE_CHANNELS, VISIBLE, vit_size
 from engine.weights import describe_vit, read_vit_weights, resample_positions
 from segmenter.config import EncoderConfig
 
-MAE_NORM_EPS = 1e-6
 RELATIVE_POSITIONS = "relative_position_bias_table"
 CLASS_TOKEN_DISTANCES = 3  # class token to patch, patch to class token, class token to itself
 # Of a file: ignored on purpose is what pretraining alone needs, and classifiers.
@@ -41,19 +40,21 @@ WITHOUT_EFFECT = (RELATIVE_POSITIONS, ".gamma")
 class EncoderShape:
     """All that decides the shapes of an encoder's weights, and its arithmetic."""
 
-    model: str  # a key of `VIT_SIZES`
+    model: str
     patch_size: Annotated[int, Field(ge=1, le=16384)]  # pixels per side
     in_channels: Annotated[int, Field(ge=1, le=4)]
     grid: Annotated[int, Field(ge=1, le=16384)]  # patches per side that positions are stored for
     extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0  # 1: the distillation token of DeiT
-    norm_eps: Annotated[float, Field(gt=0, lt=1)] = MAE_NORM_EPS
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6  # MAE's
+
+    def __post_init__(self) -> None:
+        vit_size(self.model)  # raises ValueError if there is none of that name
 
 
 class Encoder(VisionTransformer):
-    """A ViT whose state dict has the names of the official MAE release.
+    """A ViT whose state dict has the names of the official MAE release."""
 
-    pyramid: as UPerNet wants it. depths: the blocks whose results come out then, else none.
-    """
+    # pyramid: as UPerNet wants it. depths: the blocks whose results come out then, else none.
 
     def __init__(
         self, shape: EncoderShape, *, drop_path: float = 0.0, dropout: float = 0.0,
@@ -61,14 +62,13 @@ class Encoder(VisionTransformer):
     ) -> None:  # fmt: skip
         size = vit_size(shape.model)
         super().__init__(
-            img_size=shape.grid * shape.patch_size, dynamic_img_size=True,
+            img_size=shape.grid * shape.patch_size, dynamic_img_size=True, embed_dim=size.width,
             patch_size=shape.patch_size, in_chans=shape.in_channels, embed_layer=PatchEmbedding,
-            embed_dim=size.width, depth=size.depth, num_heads=size.heads,
-            num_classes=0, global_pool="", reg_tokens=shape.extra_tokens,
-            drop_path_rate=drop_path, pos_drop_rate=dropout, proj_drop_rate=dropout,
-            attn_drop_rate=dropout,
+            depth=size.depth, num_heads=size.heads, num_classes=0, global_pool="",
+            reg_tokens=shape.extra_tokens, drop_path_rate=drop_path, pos_drop_rate=dropout,
+            proj_drop_rate=dropout, attn_drop_rate=dropout, final_norm=not pyramid,
             norm_layer=functools.partial(nn.LayerNorm, eps=shape.norm_eps),
-            init_values=1.0 if pyramid else None, final_norm=not pyramid,
+            init_values=1.0 if pyramid else None,
         )  # fmt: skip
         self.shape = shape
         self.depths = depths_of(size.depth) if pyramid else []
@@ -78,10 +78,7 @@ class Encoder(VisionTransformer):
             setattr(block.attn, RELATIVE_POSITIONS, table)
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:  # type: ignore[override]
-        """[B, 3, H, W] normalised pixels to patch tokens [B, N, D]; H, W multiples of a patch.
-
-        As a pyramid: to a list of four [B, D, h, w].
-        """
+        """[B, 3, H, W] normalised pixels, whole patches, to tokens [B, N, D]; four [B, D, h, w]."""
         missing = self.shape.in_channels - images.shape[1]
         if missing:  # further channels say that everything is shown, padding included
             images = F.pad(images, (0, 0, 0, 0, 0, missing), value=VISIBLE)
@@ -98,9 +95,8 @@ class Encoder(VisionTransformer):
         maps = {}
         for number, block in enumerate(self.blocks):
             stored = getattr(block.attn, RELATIVE_POSITIONS)  # of another grid: resampled, bicubic
-            table = resize_rel_pos_bias_table_simple(
-                stored, (rows, columns), (distances, stored.shape[1])
-            )
+            size = distances, stored.shape[1]
+            table = resize_rel_pos_bias_table_simple(stored, (rows, columns), size)
             bias = table[index].permute(2, 0, 1).contiguous()[None]  # [1, A, 1 + N, 1 + N]
             tokens = block(tokens, attn_mask=bias)
             if number in self.depths:
@@ -122,25 +118,19 @@ def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tenso
 def shape_of(weights: dict[str, Tensor], config: EncoderConfig, path: Path) -> EncoderShape:
     """What the weights say about their encoder. Raises ValueError if it is not the wanted one."""
     found, wanted = describe_vit(weights, path), config.encoder.width
-    patch, channels = found.patch_size, found.in_channels
+    patch, channels, asked = found.patch_size, found.in_channels, config.patch_size
     if found.width != wanted:
         hint = f"; it may be a {found.model}" if found.model else ""
         raise ValueError(f"{path} is {found.width} wide, {config.model} is {wanted} wide{hint}")
-    if config.patch_size not in (None, patch):
-        raise ValueError(
-            f"{path} has patches of {patch} pixels, --patch-size is {config.patch_size}"
-        )
+    if asked not in (None, patch):
+        raise ValueError(f"{path} has patches of {patch} pixels, --patch-size is {asked}")
     if channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
         raise ValueError(f"{path} has {channels} input channels; 3 or 4 are possible")
     return EncoderShape(model=config.model, patch_size=patch, in_channels=channels, grid=found.grid)
 
 
 def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> list[str]:
-    """Copy the weights; return the names of those that start fresh.
-
-    Position embeddings are resampled to the encoder's grid. Raises ValueError that lists whatever
-    is missing, left over or of another shape.
-    """
+    """Copy the weights; return the names of those that start fresh. Raises ValueError."""
     weights = resample_positions(weights, encoder.shape.grid)
     own = encoder.state_dict()
     if encoder.depths:  # UPerNet's has no final norm, and parts that are new

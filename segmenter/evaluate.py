@@ -2,19 +2,23 @@
 
 areas = evaluate_model(accelerator, model, WholeImages(description, pairs, protocol), devices)
 print(areas.scores(classes.names)["mean_iou"])
+
+Shapes: K classes, H x W original pixels, h x w pixels at a scale of the protocol.
 """
 
-import contextlib
-import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from common.files import NOTHING_WRITTEN, beside, check_output_folder
 from common.images import Unreadable
@@ -23,115 +27,64 @@ from common.progress import Counter
 from engine.devices import make_accelerator
 from segmenter.config import EvaluateConfig, ProtocolChanges, ProtocolConfig, ScoringConfig
 from segmenter.data import TestImage, WholeImages, test_images
-from segmenter.dataset import Classes, DatasetDescription, read_classes, read_description
-from segmenter.inference import predict_classes
-from segmenter.labels import check_labels, read_label_file
+from segmenter.dataset import Pair, check_labels, read_classes, read_description, read_label_file
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter
 
 MOST_CHECKED = 5000  # pairs that are looked at first
+MOST_WINDOWS = 32  # in one forward pass
 
 
 def evaluate_checkpoint(
     checkpoint: Path, evaluation: EvaluateConfig, changes: ProtocolChanges, devices: ScoringConfig
 ) -> dict[str, Any]:
-    """Scores of a checkpoint, with what they depend on, in plain values.
-
-    Raises ValueError for what the user can fix, before anything is written.
-    """
+    """Scores of a checkpoint, with what they depend on, in plain values. Raises ValueError."""
     description = read_description(evaluation.dataset)
     pairs = description.pairs(evaluation.split)
     accelerator, loaded = make_accelerator(devices), load_segmenter(checkpoint)
     # By their number: other names for the same classes are no reason to refuse.
-    own, wanted = loaded.classes, read_classes(description)
-    if len(own) != len(wanted):
-        raise ValueError(
-            f"the checkpoint has {len(own)} classes ({own.names[0]}, ...), the dataset "
-            f"{description.name} has {len(wanted)} ({wanted.names[0]}, ...)"
-        )
+    own, wanted = loaded.classes, len(read_classes(description))
+    if len(own) != wanted:
+        raise ValueError(f"the checkpoint has {len(own)} classes, {evaluation.dataset} {wanted}")
     check_labels(description, pairs, most=MOST_CHECKED, forgiving=True)
-    target = evaluation.save_predictions
+    target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:
         check_output_folder(target, "--save-predictions", reads=description.reads)
         if target.is_symlink() or (target.exists() and any(target.iterdir())):
-            problem = "is a link" if target.is_symlink() else "is not empty"
-            raise ValueError(f"--save-predictions {target} {problem}; {NOTHING_WRITTEN}")
-    protocol = changes.applied_to(loaded.protocol)
+            raise ValueError(f"--save-predictions {target} is not empty; {NOTHING_WRITTEN}")
+    model, images = loaded.model.to(accelerator.device), WholeImages(description, pairs, protocol)
     counter = Counter("evaluate", total=len(pairs))
-    with _folder_at_once(target, accelerator) as folder, counter:
-
-        def save(index: int, predicted: Tensor) -> None:
-            assert folder is not None
-            path, labels = folder / f"{pairs[index].name}.png", predicted.numpy()
-            path.parent.mkdir(parents=True, exist_ok=True)  # a name may hold folders
-            # In the numbering of the dataset's annotation files, so that they can be compared.
-            Image.fromarray(labels + 1 if description.reduce_zero_label else labels).save(path)
-
+    first = int(description.reduce_zero_label)
+    saving = _saving(target, pairs, first, accelerator) if target else nullcontext()
+    with saving as save, counter:
         areas = evaluate_model(
-            accelerator,
-            loaded.model.to(accelerator.device),
-            WholeImages(description, pairs, protocol),
-            devices,
-            on_prediction=save if folder else None,
+            accelerator, model, images, devices, on_prediction=save,
             on_progress=counter.reach if accelerator.is_main_process else None,
-        )
+        )  # fmt: skip
     assert areas is not None  # nothing interrupts it
-    return _result(areas, own, description, protocol)
+    return _result(areas, own.names, description.name, protocol.described())
 
 
-def evaluate_predictions(folder: Path, evaluation: EvaluateConfig) -> dict[str, Any]:
-    """Scores of label maps that `--save-predictions` wrote, or that are annotations themselves.
-
-    What a prediction leaves undecided (the ignored label) counts as wrong where the annotation
-    has a class. Raises ValueError if a prediction is missing or does not fit.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--predictions {folder} is not a folder")
-    description = read_description(evaluation.dataset)
-    classes, pairs = read_classes(description), description.pairs(evaluation.split)
-    areas = Areas(len(pairs), len(classes), description.ignore_index)
-    stored = []
-    for pair in pairs:
-        path = folder / f"{pair.name}.png"  # what this command saves, whatever the suffix there
-        if not path.is_file():
-            path = folder / f"{pair.name}{description.annotation_suffix}"
-        stored.append(dataclasses.replace(pair, annotation=path))
-    check_labels(description, [*pairs, *stored])  # all: nothing is skipped here
-    for index, both in enumerate(zip(stored, pairs, strict=True)):
-        predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
-        # uint8 wraps round: with reduce_zero_label 0 becomes 255, which is ignored.
-        first = int(description.reduce_zero_label)
-        areas.add(index, predicted - first, labels - first)
-    return _result(areas, classes, description, None)
-
-
-def _result(
-    areas: Areas,
-    classes: Classes,
-    description: DatasetDescription,
-    protocol: ProtocolConfig | None,  # None: of stored predictions, nobody knows
-) -> dict[str, Any]:
-    return {
-        **areas.scores(classes.names),
-        "dataset": {"name": description.name, "num_images": len(areas.by_image)},
-        "protocol": protocol.described() if protocol else None,
-    }
-
-
-@contextlib.contextmanager
-def _folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Path | None]:
-    """A folder to write to that gets the name `path` only when everything is in it."""
-    if path is None:
-        yield None
-        return
+@contextmanager
+def _saving(
+    path: Path, pairs: Sequence[Pair], first_label: int, accelerator: Accelerator
+) -> Iterator[Callable[[int, Tensor], None]]:
+    """What saves label maps to a folder that gets the name `path` when everything is in it."""
     unfinished = beside(path)
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
+
+    def save(index: int, predicted: Tensor) -> None:
+        file, labels = unfinished / f"{pairs[index].name}.png", predicted.numpy()
+        file.parent.mkdir(parents=True, exist_ok=True)  # a name may hold folders
+        # In the numbering of the dataset's annotation files, so that they can be compared.
+        Image.fromarray(labels + first_label).save(file)
+
     try:
-        yield unfinished
+        yield save
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -140,25 +93,50 @@ def _folder_at_once(path: Path | None, accelerator: Accelerator) -> Iterator[Pat
         unfinished.replace(path)  # an empty folder may be there
 
 
+def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
+    """Scores of label maps that `--save-predictions` wrote, or that are annotations themselves.
+
+    What a prediction leaves undecided (the ignored label) counts as wrong where the annotation
+    has a class. Raises ValueError if a prediction is missing or does not fit.
+    """
+    folder = evaluation.predictions
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"--predictions {folder} is not a folder")
+    description = read_description(evaluation.dataset)
+    classes, pairs = read_classes(description), description.pairs(evaluation.split)
+    areas, stored = Areas(len(pairs), len(classes), description.ignore_index), []
+    for pair in pairs:
+        # .png is what this command saves, whatever the suffix there.
+        paths = [folder / f"{pair.name}{end}" for end in (".png", description.annotation_suffix)]
+        stored.append(pair._replace(annotation=next(filter(Path.is_file, paths), paths[1])))
+    check_labels(description, [*pairs, *stored])  # all: nothing is skipped here
+    # uint8 wraps round: with reduce_zero_label 0 becomes 255, which is ignored.
+    first = int(description.reduce_zero_label)
+    for index, both in enumerate(zip(stored, pairs, strict=True)):
+        predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
+        areas.add(index, predicted - first, labels - first)
+    return _result(areas, classes.names, description.name, None)  # of whose protocol nobody knows
+
+
+def _result(areas: Areas, classes: Sequence[str], dataset: str, protocol: Any) -> dict[str, Any]:
+    told = {"name": dataset, "num_images": len(areas.by_image)}
+    return {**areas.scores(classes), "dataset": told, "protocol": protocol}
+
+
 def evaluate_model(
-    accelerator: Accelerator,
-    model: Segmenter,
-    images: WholeImages,
-    scoring: ScoringConfig,
-    *,
+    accelerator: Accelerator, model: Segmenter, images: WholeImages, scoring: ScoringConfig, *,
     on_prediction: Callable[[int, Tensor], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     interruption: Interruption | None = None,
-) -> Areas | None:
+) -> Areas | None:  # fmt: skip
     """Areas over all images and processes, the same on every process; None if interrupted.
 
-    Images that cannot be used are named and left out; RuntimeError if they are too many.
-
-    on_prediction gets (index, [H, W] uint8 classes) of every image of this process, on_progress the
-    numbers of images done and in all.
+    Unusable images are left out; RuntimeError if they are too many. on_prediction gets (index,
+    [H, W] uint8 classes) of each image of this process, on_progress the images done and in all.
     """
-    device, ignored = accelerator.device, images.description.ignore_index
-    areas = Areas(len(images), model.shape.num_classes, ignored, device)
+    device = accelerator.device
+    num_classes, ignored = model.shape.num_classes, images.description.ignore_index
+    areas = Areas(len(images), num_classes, ignored, device)
 
     def count(usable: list[tuple[int, TestImage]]) -> None:
         shapes = [sample.labels.shape for _, sample in usable]
@@ -173,10 +151,7 @@ def evaluate_model(
             for (index, _), part, shape in zip(usable, parts, shapes, strict=True):
                 on_prediction(index, part.view(shape))
 
-    unreadable = each_group(
-        accelerator, model, images, scoring, count,
-        on_progress=on_progress, interruption=interruption,
-    )  # fmt: skip
+    unreadable = each_group(accelerator, model, images, scoring, count, on_progress, interruption)
     if unreadable is None:
         return None
     # Each process has zeros for the images of the others, and integers add up exactly.
@@ -186,15 +161,11 @@ def evaluate_model(
 
 
 def each_group(
-    accelerator: Accelerator,
-    model: Segmenter,
-    images: WholeImages,
-    scoring: ScoringConfig,
+    accelerator: Accelerator, model: Segmenter, images: WholeImages, scoring: ScoringConfig,
     work: Callable[[list[tuple[int, TestImage]]], None],
-    *,
     on_progress: Callable[[int, int], None] | None = None,
     interruption: Interruption | None = None,
-) -> int | None:
+) -> int | None:  # fmt: skip
     """Give `work` the usable images of each group of this process, with their indices.
 
     Groups are `eval_batch_size` neighbours, and whole groups are given out: the arithmetic, and so
@@ -230,7 +201,7 @@ def each_group(
     return skipped_images
 
 
-@contextlib.contextmanager
+@contextmanager
 def evaluating(accelerator: Accelerator, model: Segmenter) -> Iterator[None]:
     """Evaluation mode, no gradients, the run's precision; training mode is restored."""
     training = model.training
@@ -238,3 +209,109 @@ def evaluating(accelerator: Accelerator, model: Segmenter) -> Iterator[None]:
     with torch.inference_mode(), accelerator.autocast():
         yield
     model.train(training)
+
+
+# --- Sliding windows, those of several images in one batch ---
+
+
+class Window(NamedTuple):
+    """Where a window lies in an image of a group: the image's number, and its pixels."""
+
+    image: int
+    rows: slice
+    columns: slice
+
+
+def predict_classes(
+    model: Segmenter, images: Sequence[Sequence[Tensor]], sizes: Sequence[tuple[int, ...]],
+    protocol: ProtocolConfig,
+) -> Iterable[Tensor]:  # fmt: skip
+    """Yield the class of every pixel, [H, W] uint8, image by image, where the model is.
+
+    images: for each image its versions by scale, [3, h, w] uint8 RGB; sizes: original H and W.
+    """
+    # The result for an image depends on the group it is in by rounding: whoever wants equal numbers
+    # from several processes has to form the same groups.
+    if not protocol.multi_scale:
+        canvases = window_logits(model, [versions[0] for versions in images], protocol)
+        for canvas, size in zip(canvases, sizes, strict=True):
+            yield _resize(canvas, size).argmax(0).to(torch.uint8)
+        return
+    for versions, size in zip(images, sizes, strict=True):
+        # Class probabilities summed over scales and flips, as the Segmenter paper does.
+        total = torch.zeros(model.shape.num_classes, *size, device=model.mean.device)
+        for version in (version.to(total.device, non_blocking=True) for version in versions):
+            both = [version, version.flip(-1)]  # in one batch
+            for flipped, canvas in enumerate(window_logits(model, both, protocol)):
+                probabilities = _resize(canvas, size).softmax(0)
+                total += probabilities.flip(-1) if flipped else probabilities
+        yield total.argmax(0).to(torch.uint8)
+
+
+def window_logits(
+    model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig
+) -> list[Tensor]:
+    """Class logits [K, h, w] of images [3, h, w], averaged where windows overlap."""
+    canvases: dict[int, Tensor] = {}
+    for (image, rows, columns), logits in patch_logits(model, images, protocol):
+        # One window at a time: full-size logits of all of them would be the peak of memory.
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        full = model.upsample(_as_batch(logits), height, width)[0]
+        size = images[image].shape[-2:]
+        if size == (height, width):  # one window is all
+            canvases[image] = full
+            continue
+        if image not in canvases:
+            # The decoder's output has the classes innermost, which is what interpolation and
+            # argmax over many classes like best: the canvas keeps that order in memory.
+            canvases[image] = full.new_zeros(*size, len(full)).permute(2, 0, 1)
+        canvases[image][:, rows, columns].add_(full)
+    return [_average(canvases[image], protocol) for image in range(len(images))]
+
+
+def _average(canvas: Tensor, protocol: ProtocolConfig) -> Tensor:
+    """Divide by the number of windows over each pixel."""
+    rows, columns = counts = [torch.zeros(side, device=canvas.device) for side in canvas.shape[-2:]]
+    for count in counts:
+        for span in spans(len(count), protocol):
+            count[span] += 1
+    return canvas.div_(rows[:, None] * columns)
+
+
+def patch_logits(
+    model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig
+) -> Iterator[tuple[Window, Tensor]]:
+    """Each window over images [3, h, w] uint8 with its logits [K, h / P, w / P], by P pixels."""
+    # Windows of one size make a batch; only images smaller than a window have another size.
+    by_size: dict[torch.Size, list[tuple[Window, Tensor]]] = defaultdict(list)
+    for number, image in enumerate(images):
+        pixels = model.normalise(image.to(model.mean.device, non_blocking=True))
+        height, width = pixels.shape[-2:]
+        for rows, columns in product(spans(height, protocol), spans(width, protocol)):
+            part = pixels[:, rows, columns]
+            by_size[part.shape].append((Window(number, rows, columns), part))
+    for same_size in by_size.values():
+        for first in range(0, len(same_size), MOST_WINDOWS):
+            windows, parts = zip(*same_size[first : first + MOST_WINDOWS], strict=True)
+            yield from zip(windows, model.patch_logits(torch.stack(parts)), strict=True)
+
+
+def spans(length: int, protocol: ProtocolConfig) -> list[slice]:
+    """The windows along a side of so many pixels; the last one ends at the border."""
+    side, stride = protocol.window_size, protocol.window_stride
+    last = max(0, length - side)  # an image smaller than a window is one window
+    starts = [min(start, last) for start in range(0, last + stride, stride)]
+    return [slice(start, min(start + side, length)) for start in starts]
+
+
+def _resize(canvas: Tensor, size: tuple[int, ...]) -> Tensor:
+    """[K, h, w] to [K, H, W]."""
+    if canvas.shape[-2:] == size:
+        return canvas
+    return F.interpolate(_as_batch(canvas), size, mode="bilinear", align_corners=False)[0]
+
+
+def _as_batch(canvas: Tensor) -> Tensor:
+    """[K, h, w] to [1, K, h, w] with strides that torch recognises as classes-innermost."""
+    # Plain `canvas[None]` has not, and interpolation then copies its whole output.
+    return canvas.permute(1, 2, 0)[None].permute(0, 3, 1, 2)

@@ -42,10 +42,9 @@ from segmenter.config import (
     TrainConfig,
 )
 from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
-from segmenter.dataset import read_classes
+from segmenter.dataset import MOST_CHECKED, check_labels, read_classes
 from segmenter.encoder import EncoderShape, read_encoder_weights, shape_of, start_encoder
 from segmenter.evaluate import evaluate_model
-from segmenter.labels import MOST_CHECKED, check_labels
 from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
 from segmenter.predict import draw_predictions

@@ -7,20 +7,18 @@ those of mmsegmentation's UPerNet on MAE.
 import contextlib
 import dataclasses
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-from typing_extensions import TypedDict
 
 import engine.checkpoint
 from common.files import read_text
 from common.formats import parse_value
-from engine.checkpoint import Checkpoint, read_torch_file, refuse_damaged, refuse_misfits
+from engine.checkpoint import Checkpoint, load_weights, read_torch_file, refuse_damaged
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values
 from segmenter.dataset import DESCRIPTIONS, Classes, read_classes, read_description
@@ -30,7 +28,7 @@ VARIANT = "variant.yml"  # beside the weights of the release: how they were trai
 RELEASE_NORM_EPS = 1e-5  # of its layer norms; MAE's is 1e-6
 # Of the release's encoders: the classifier they came with.
 RELEASE_IGNORED = ("encoder.head.", "encoder.head_dist.", "encoder.pre_logits.")
-NORMALIZATION_NAMES: dict[str, Literal["half", "imagenet"]] = {"vit": "half", "deit": "imagenet"}
+RELEASE_NORMALIZATION = {"vit": "half", "deit": "imagenet"}
 
 # What tells a checkpoint of mmsegmentation's UPerNet, and its names by ours.
 MMSEG_CLASSIFIER = "decode_head.conv_seg.weight"
@@ -46,17 +44,10 @@ MMSEG_NAMES = {
 }
 MMSEG_IGNORED = "relative_position_index"  # follows from the grid
 
-# What looking for something in a file of another kind may raise.
-WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+# What looking for something in a file of another kind, or with other values, may raise.
+WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
-
-
-class DatasetFacts(TypedDict):
-    """What a checkpoint keeps of its dataset."""
-
-    name: str
-    reduce_zero_label: bool
 
 
 class FinetunedCheckpoint(Checkpoint):
@@ -65,7 +56,7 @@ class FinetunedCheckpoint(Checkpoint):
     shape: dict[str, Any]
     classes: list[str]
     palette: list[Colour]
-    dataset: DatasetFacts
+    dataset: dict[str, Any]
     protocol: dict[str, Any]
 
 
@@ -76,8 +67,7 @@ def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedSegmenter:
+class LoadedSegmenter(NamedTuple):
     """A model, ready to evaluate, with what belongs to it."""
 
     model: Segmenter
@@ -96,30 +86,53 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
         return _load_mmseg(weights, content.get("meta") or {}, path)
     checkpoint = load_checkpoint(path)
     names, palette = tuple(checkpoint["classes"]), np.array(checkpoint["palette"], dtype=np.uint8)
-    model = _model(checkpoint["shape"], checkpoint["model"], path, "does not fit its own settings")
+    model = _model(checkpoint["shape"], checkpoint["model"], path)
     if not model.shape.num_classes == len(names) == len(palette):
         raise ValueError(f"{path}: its classes, their colours and its weights do not fit together")
     try:
         protocol = ProtocolConfig.from_described(checkpoint["protocol"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return LoadedSegmenter(
-        model=model,
-        classes=Classes(names=names, palette=palette),
-        protocol=protocol,
-        reduce_zero_label=checkpoint["dataset"]["reduce_zero_label"],
-    )
+    first_is_none, classes = checkpoint["dataset"]["reduce_zero_label"], Classes(names, palette)
+    return LoadedSegmenter(model, classes, protocol, first_is_none)
 
 
-def _model(
-    shape: dict[str, Any], weights: dict[str, Tensor], path: Path, complaint: str
-) -> Segmenter:
-    """Raises ValueError if the shape is none, or, with the complaint, if the weights do not fit."""
+def _model(shape: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Segmenter:
+    """Raises ValueError if the shape is none, or if the weights do not fit or are damaged."""
     model = Segmenter(SegmenterShape.from_plain(shape, path))
-    refuse_misfits(model.state_dict(), weights, f"{path} {complaint}")
+    load_weights(model, weights, path)
     refuse_damaged(weights, path)
-    model.load_state_dict(weights)
     return model.eval()
+
+
+def _load_release(path: Path) -> LoadedSegmenter:
+    """checkpoint.pth of the Segmenter release, and variant.yml beside it."""
+    # Its tuples are the one thing in it that is no plain YAML.
+    text = read_text(path.parent / VARIANT).replace("!!python/tuple", "")
+    variant, content = parse_value(text, str(path.parent / VARIANT)), read_torch_file(path)
+    try:
+        net, scored, data = (variant[f"{part}_kwargs"] for part in ("net", "inference", "dataset"))
+        normalization = RELEASE_NORMALIZATION[net["normalization"]]
+        weights = {  # timm calls DeiT's distillation token a register
+            name.replace("encoder.dist_token", "encoder.reg_token"): weight
+            for name, weight in content["model"].items()
+            if not name.startswith(RELEASE_IGNORED)
+        }
+        encoder = _encoder_shape(weights, int(bool(net.get("distilled", False))))
+        shape = {
+            "encoder": {**encoder, "norm_eps": RELEASE_NORM_EPS},
+            "decoder": "linear" if "linear" in net["decoder"]["name"] else "mask_transformer",
+            "decoder_layers": net["decoder"].get("n_layers", 0),
+            "num_classes": net["n_cls"], "normalization": normalization,
+        }  # fmt: skip
+        sizes = {name: scored[name] for name in ("window_size", "window_stride")}
+        sizes |= {"image_size": scored["im_size"], "crop_size": data["crop_size"]}
+        protocol = ProtocolConfig.from_described({**sizes, "normalization": normalization})
+        description = read_description(DESCRIPTIONS / f"{data['dataset']}.yml")
+    except WRONG_CONTENT as error:
+        raise ValueError(f"{path} and its {VARIANT} are no Segmenter: {error}") from error
+    model, classes = _model(shape, weights, path), read_classes(description)
+    return LoadedSegmenter(model, classes, protocol, description.reduce_zero_label)
 
 
 def _encoder_shape(weights: dict[str, Tensor], extra_tokens: int = 0) -> dict[str, Any]:
@@ -128,58 +141,8 @@ def _encoder_shape(weights: dict[str, Tensor], extra_tokens: int = 0) -> dict[st
     found = describe_vit(parts, "it", prefix_tokens=1 + extra_tokens)
     if found.model is None:
         raise KeyError(f"no model here is {found.width} wide and {found.depth} deep")
-    values = {"patch_size": found.patch_size, "in_channels": found.in_channels, "grid": found.grid}
-    return {"model": found.model, **values, "extra_tokens": extra_tokens}
-
-
-def _load_release(path: Path) -> LoadedSegmenter:
-    """checkpoint.pth of the Segmenter release, and variant.yml beside it."""
-    variant_path = path.parent / VARIANT
-    # Its tuples are the one thing in it that is no plain YAML.
-    text = read_text(variant_path).replace("!!python/tuple", "")
-    variant, content = parse_value(text, str(variant_path)), read_torch_file(path)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{path} holds no weights under 'model'")
-    weights = {  # timm calls DeiT's distillation token a register
-        name.replace("encoder.dist_token", "encoder.reg_token"): weight
-        for name, weight in content["model"].items()
-        if not name.startswith(RELEASE_IGNORED)
-    }
-    try:
-        shape, protocol, dataset_name = _understand(variant, weights)
-    except WRONG_CONTENT as error:
-        raise ValueError(f"{variant_path} does not describe a Segmenter: {error}") from error
-    description = read_description(DESCRIPTIONS / f"{dataset_name}.yml")
-    return LoadedSegmenter(
-        model=_model(shape, weights, path, f"does not fit its {VARIANT}"),
-        classes=read_classes(description),
-        protocol=protocol,
-        reduce_zero_label=description.reduce_zero_label,
-    )
-
-
-def _understand(
-    variant: dict[str, Any], weights: dict[str, Tensor]
-) -> tuple[dict[str, Any], ProtocolConfig, str]:
-    """Shape, protocol and dataset name of a release. Raises one of WRONG_CONTENT."""
-    net, inference, data = (variant[f"{part}_kwargs"] for part in ("net", "inference", "dataset"))
-    decoder, normalization = net["decoder"], NORMALIZATION_NAMES[net["normalization"]]
-    encoder = _encoder_shape(weights, int(bool(net.get("distilled", False))))  # DeiT's token
-    shape = {
-        "encoder": {**encoder, "norm_eps": RELEASE_NORM_EPS},
-        "decoder": "linear" if "linear" in decoder["name"] else "mask_transformer",
-        "decoder_layers": decoder.get("n_layers", 0),
-        "num_classes": net["n_cls"],
-        "normalization": normalization,
-    }
-    protocol = {
-        "image_size": inference["im_size"],
-        "crop_size": data["crop_size"],
-        "window_size": inference["window_size"],
-        "window_stride": inference["window_stride"],
-        "normalization": normalization,
-    }
-    return shape, ProtocolConfig.from_described(protocol), data["dataset"]
+    values = {name: getattr(found, name) for name in ("model", "patch_size", "in_channels", "grid")}
+    return {**values, "extra_tokens": extra_tokens}
 
 
 class _StandIn:
@@ -191,10 +154,8 @@ class _StandIn:
 
 
 def _read_with_stand_ins(path: Path) -> Any:
-    """What a file holds; stand-ins for all but tensors and plain values, so no code of it runs.
-
-    mmengine stores its message hub, objects of its own and of numpy, beside the weights.
-    """
+    """What a file holds; stand-ins for all but tensors and plain values, so no code of it runs."""
+    # mmengine stores its message hub, objects of its own and of numpy, beside the weights.
     names: list[str] = []
     with contextlib.suppress(Exception):  # what is wrong with the file, reading it will say
         names = get_unsafe_globals_in_checkpoint(path)
@@ -204,34 +165,30 @@ def _read_with_stand_ins(path: Path) -> Any:
 
 def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> LoadedSegmenter:
     """The state dict of mmsegmentation's UPerNet on MAE, and its meta."""
-    no_upernet = "is no UPerNet on MAE of mmsegmentation"
     try:
         weights = {
-            _mmseg_name(name): weight
+            our_name(name): weight
             for name, weight in stored.items()
             if isinstance(weight, Tensor) and not name.endswith(MMSEG_IGNORED)
         }
         encoder, num_classes = _encoder_shape(weights), len(stored[MMSEG_CLASSIFIER])
+        shape = {
+            "encoder": encoder, "decoder": "upernet", "decoder_layers": 0,
+            "num_classes": num_classes, "normalization": "imagenet",
+        }  # fmt: skip
+        # How it was scored the file does not say: as the recipe does, at the size of its positions.
+        recipe, side = recipe_values("upernet"), encoder["grid"] * encoder["patch_size"]
+        sizes = dict.fromkeys(("image_size", "crop_size", "window_size"), side)
+        stride = side * recipe["window_stride"] // recipe["window_size"]
+        protocol = ProtocolConfig.from_described({**recipe, **sizes, "window_stride": stride})
         classes, reduce_zero_label = _mmseg_classes(meta, num_classes)
     except WRONG_CONTENT as error:
-        raise ValueError(f"{path} {no_upernet}: {error}") from None
-    shape = {
-        "encoder": encoder, "decoder": "upernet", "decoder_layers": 0, "num_classes": num_classes,
-        "normalization": "imagenet",
-    }  # fmt: skip
-    # How it was scored the file does not say: as the recipe does, at the size of its positions.
-    recipe, side = recipe_values("upernet"), encoder["grid"] * encoder["patch_size"]
-    stride = side * recipe["window_stride"] // recipe["window_size"]
-    sizes = dict.fromkeys(("image_size", "crop_size", "window_size"), side)
-    return LoadedSegmenter(
-        model=_model(shape, weights, path, no_upernet),
-        classes=classes,
-        protocol=ProtocolConfig.from_described({**recipe, **sizes, "window_stride": stride}),
-        reduce_zero_label=reduce_zero_label,
-    )
+        raise ValueError(f"{path} is no UPerNet on MAE of mmsegmentation: {error}") from None
+    return LoadedSegmenter(_model(shape, weights, path), classes, protocol, reduce_zero_label)
 
 
-def _mmseg_name(name: str) -> str:
+def our_name(name: str) -> str:
+    """The name here of a weight of mmsegmentation's UPerNet."""
     for pattern, own in MMSEG_NAMES.items():
         name = re.sub(pattern, own, name)
     return name
@@ -248,7 +205,8 @@ def _mmseg_classes(meta: dict[str, Any], num_classes: int) -> tuple[Classes, boo
             return classes, description.reduce_zero_label
     if not names or len(names) != num_classes:
         raise ValueError(f"it has {num_classes} classes, but not their names in its meta")
-    own = dataclasses.replace(  # of any of them, for a palette where the meta has none
+    # Of any of them, for a palette where the meta has none.
+    own = dataclasses.replace(
         descriptions[0], classes=tuple(map(str, names)), reduce_zero_label=False,
         palette=tuple(map(tuple, facts.get("palette") or ())),
     )  # fmt: skip

@@ -20,17 +20,12 @@ with quiet_imports():
 
 
 class Areas:
-    """Areas in pixels of every image, by class; of N images and K classes."""
+    """Areas in pixels of every image, by class, on a device; of N images and K classes."""
 
-    def __init__(
-        self, num_images: int, num_classes: int, ignore_index: int,
-        device: torch.device | None = None,
-    ) -> None:  # fmt: skip
-        """device: where images will be counted; the CPU if it is not said."""
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+    def __init__(self, images: int, classes: int, ignore_index: int, device: Any = None) -> None:
+        self.num_classes, self.ignore_index = classes, ignore_index
         # [N, 3, K]: intersection, prediction, label; 0 for an image that was not counted.
-        shape = num_images, 3, num_classes
-        self.by_image = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.by_image = torch.zeros(images, 3, classes, dtype=torch.int64, device=device)
         self.unreadable_images = 0
 
     def add(self, index: int, predicted: Tensor, labels: Tensor) -> None:
@@ -47,24 +42,19 @@ class Areas:
         self.by_image[index] = torch.stack(areas)
 
     def scores(self, names: Sequence[str]) -> dict[str, Any]:
-        """What the areas amount to, by mmsegmentation's formulas, in percent, 0 to 100.
-
-        class_iou: by name; None for a class that neither side has.
-        """
+        """What the areas amount to, by mmsegmentation's formulas, in percent, 0 to 100."""
         intersection, predicted, label = self.by_image.sum(0).double()  # each [K]
         union = predicted + label - intersection
         metrics = IoUMetric.total_area_to_metrics(intersection, union, predicted, label)
         iou = metrics["IoU"] * 100
+        # None for a class that neither side has.
+        known = [None if np.isnan(value) else float(value) for value in iou]
         return {
             "pixel_accuracy": float(metrics["aAcc"]) * 100,
-            "mean_accuracy": _mean(metrics["Acc"] * 100),
-            "mean_iou": _mean(iou),
-            "class_iou": {
-                name: None if np.isnan(value) else float(value)
-                for name, value in zip(names, iou, strict=True)
-            },
+            "mean_accuracy": _mean(metrics["Acc"] * 100), "mean_iou": _mean(iou),
+            "class_iou": dict(zip(names, known, strict=True)),
             "unreadable_images": self.unreadable_images,
-        }
+        }  # fmt: skip
 
     def save(self, path: Path, images: Sequence[str]) -> None:
         """An .npz file of `images`, their names, and `areas` as `by_image` has them."""

@@ -3,11 +3,9 @@
 Shapes: B images, H x W pixels, K classes, P pixels per patch side.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
@@ -15,16 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.formats import parsed_plain
-from engine.vit import IMAGE_MEAN, IMAGE_STD, vit_size
-from segmenter.config import ModelConfig
+from engine.vit import IMAGE_MEAN, IMAGE_STD
+from segmenter.config import Decoder, ModelConfig, Normalization
 from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet
 from segmenter.encoder import Encoder, EncoderShape
 
 # Mean and deviation of RGB pixels in 0 to 1, by `ProtocolConfig.normalization`.
-PIXEL_STATISTICS = {
-    "imagenet": {"mean": IMAGE_MEAN, "std": IMAGE_STD},
-    "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-}
+PIXEL_STATISTICS = {"imagenet": (IMAGE_MEAN, IMAGE_STD), "half": ((0.5,) * 3, (0.5,) * 3)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,20 +27,15 @@ class SegmenterShape:
     """All that decides the shapes of the weights, so that a checkpoint can be rebuilt."""
 
     encoder: EncoderShape
-    decoder: Literal["mask_transformer", "linear", "upernet"]
+    decoder: Decoder
     decoder_layers: Annotated[int, Field(ge=0, le=1024)]  # of the mask transformer alone
     num_classes: Annotated[int, Field(ge=1, le=256)]
-    normalization: Literal["half", "imagenet"]
+    normalization: Normalization
 
-    @staticmethod
-    def from_plain(values: dict[str, Any], path: Path) -> SegmenterShape:
+    @classmethod
+    def from_plain(cls, values: dict[str, Any], path: Path) -> Self:
         """The inverse of `dataclasses.asdict`, from a checkpoint. Raises ValueError."""
-        shape = parsed_plain(SegmenterShape, values, f"{path}: shape")
-        try:
-            vit_size(shape.encoder.model)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        return shape
+        return parsed_plain(cls, values, f"{path}: shape")
 
 
 class Segmenter(nn.Module):
@@ -58,11 +48,10 @@ class Segmenter(nn.Module):
         """rates: drop path and dropout for training; None: none."""
         super().__init__()
         self.shape = shape
-        drop_path, dropout = (rates.drop_path, rates.dropout) if rates else (0.0, 0.0)
-        is_pyramid = shape.decoder == "upernet"
         self.encoder = Encoder(
-            shape.encoder, drop_path=drop_path, dropout=dropout, pyramid=is_pyramid
-        )
+            shape.encoder, drop_path=rates.drop_path if rates else 0.0,
+            dropout=rates.dropout if rates else 0.0, pyramid=shape.decoder == "upernet",
+        )  # fmt: skip
         width, classes = self.encoder.embed_dim, shape.num_classes
         dropout = rates.decoder_dropout if rates else 0.0
         self.decoder: nn.Module
@@ -71,29 +60,24 @@ class Segmenter(nn.Module):
         elif shape.decoder == "upernet":
             self.decoder = UPerNet(width, classes, dropout=dropout)
         else:
-            drop_path, layers = rates.decoder_drop_path if rates else 0.0, shape.decoder_layers
             self.decoder = MaskTransformer(
-                width, classes, layers=layers, drop_path=drop_path, dropout=dropout
-            )
-        for name, values in PIXEL_STATISTICS[shape.normalization].items():
+                width, classes, layers=shape.decoder_layers, dropout=dropout,
+                drop_path=rates.decoder_drop_path if rates else 0.0,
+            )  # fmt: skip
+        mean, std = PIXEL_STATISTICS[shape.normalization]
+        for name, values in (("mean", mean), ("std", std)):
             # Times 255, since pixels come as uint8; no weights, so no part of a checkpoint.
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's hook for layer-wise rates, by names; the final norm and the decoder come last.
-
-        (timm's own ViT counts the final norm to the last block.)
-        """
-        return {
-            "stem": r"^encoder\.(?:cls_token|pos_embed|reg_token|patch_embed)",
-            "blocks": [(r"^encoder\.blocks\.(\d+)", None)],
-        }
+        """timm's hook for layer-wise rates, by names; the final norm and the decoder come last."""
+        # (timm's own ViT counts the final norm to the last block.)
+        stem = r"^encoder\.(?:cls_token|pos_embed|reg_token|patch_embed)"
+        return {"stem": stem, "blocks": [(r"^encoder\.blocks\.(\d+)", None)]}
 
     def no_weight_decay(self) -> set[str]:
-        """timm's hook: embeddings, which are matrices by shape only.
-
-        With UPerNet they decay, as in mmsegmentation, whose rule misses them by their prefix.
-        """
+        """timm's hook: embeddings, which are matrices by shape only."""
+        # With UPerNet they decay, as in mmsegmentation, whose rule misses them by their prefix.
         names = ("encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "decoder.cls_emb")
         return set() if self.shape.decoder == "upernet" else set(names)
 
@@ -141,17 +125,14 @@ class Segmenter(nn.Module):
 
 
 class TrainingLoss(nn.Module):
-    """The loss is part of what is compiled: full-size logits of many classes need not be stored.
-
-    See `Segmenter.forward` and `segmentation_loss`.
-    """
+    """The loss is part of what is compiled: full-size logits of many classes need not be stored."""
 
     def __init__(self, model: Segmenter, ignore_index: int) -> None:
         super().__init__()
         self.model, self.ignore_index = model, ignore_index
 
     def forward(self, images: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-        """As a plain module, for torch.compile and DistributedDataParallel."""
+        """See `Segmenter.forward` and `segmentation_loss`."""
         return segmentation_loss(self.model(images, sizes), labels, self.ignore_index)
 
 
@@ -160,14 +141,11 @@ def segmentation_loss(
 ) -> Tensor:
     """Sum of the cross entropy over all pixels whose label counts; 0 if there are none.
 
-    logits [B, K, H, W], or a pair of them: the second has `AUXILIARY_WEIGHT`. labels [B, H, W],
-    integers.
+    logits [B, K, H, W], or a pair: the second has `AUXILIARY_WEIGHT`. labels [B, H, W], integers.
     """
     if isinstance(logits, tuple):
         main, auxiliary = (segmentation_loss(one, labels, ignore_index) for one in logits)
         return main + AUXILIARY_WEIGHT * auxiliary
     # With the classes innermost, as the decoder leaves them in memory, this is a view.
-    by_pixel = logits.float().permute(0, 2, 3, 1).flatten(0, 2)
-    return F.cross_entropy(
-        by_pixel, labels.flatten().long(), ignore_index=ignore_index, reduction="sum"
-    )
+    by_pixel, classes = logits.float().permute(0, 2, 3, 1).flatten(0, 2), labels.flatten().long()
+    return F.cross_entropy(by_pixel, classes, ignore_index=ignore_index, reduction="sum")

@@ -1,4 +1,7 @@
-"""`probe`: tokens of the training images once, then what a frozen encoder knows of the others."""
+"""`probe`: tokens of the training images once, then what a frozen encoder knows of the others.
+
+Shapes: N tokens of an image, T kept ones of all, D features, K classes, P pixels per patch side.
+"""
 
 import dataclasses
 import logging
@@ -6,26 +9,40 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.files import write_json
+from common.images import find_images
 from common.interruption import Interruption
 from common.progress import Counter
 from common.step_files import PROBE_AREAS, RESULT
 from engine.devices import working_in
+from engine.schedule import TOKENS
 from segmenter.check import Task, earlier_output
 from segmenter.config import ProbeConfig
-from segmenter.data import WholeImages
-from segmenter.dataset import read_classes
-from segmenter.evaluate import each_group, evaluate_model
+from segmenter.data import TestImage, WholeImages, scaled_images
+from segmenter.dataset import Pair, read_classes, read_image
+from segmenter.decoder import LinearDecoder
+from segmenter.evaluate import each_group, evaluate_model, patch_logits
 from segmenter.finetune import check_some_labels, depends_on, start_model
-from segmenter.frozen import NearestNeighbours, fit_linear, rankme
 from segmenter.model import Segmenter
-from segmenter.tokens import ClassFolders, Tokens
+
+MOST_TOKENS = 200_000  # kept of all images together: 0.8 GB of ViT-L's
+MOST_IMAGES = 5000  # of class folders
+# What is learned lies in small directions, which a stronger decay would hide: on CamVid's patches
+# this told 100 epochs of MAE from five random seeds by 28 of their standard deviations, in one to
+# two seconds; 1e-4 by 8, 1e-3 by 4, a ridge classifier (0.1 seconds) by 12.
+WEIGHT_DECAY, MOST_ITERATIONS = 1e-5, 100
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's evaluation (Caron et al. 2021, arXiv:2104.14294)
+MOST_SIMILARITIES = 2**26  # held at once
+RANKME_TOKENS = 25_600  # as many as its paper takes
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +51,84 @@ class _StoppedError(Exception):
     """A signal came."""
 
 
-@dataclass(kw_only=True)
-class _Run:
-    """What stays the same."""
+def probe(config: ProbeConfig, task: Task) -> bool:
+    """Leave areas and, last, result.json. False if stopped by a signal. Raises ValueError."""
+    check_some_labels(task)
+    with Interruption() as interruption, working_in(config.run) as accelerator:
+        found = earlier_output(config, task)
+        if found is not None:
+            logger.info("nothing to do: %s is there", found)
+            return True
+        torch.manual_seed(config.run.seed)  # as `train` does: the same random weights
+        model = start_model(config.init, config.model, config.protocol, task.num_classes)
+        run = _Run(config, task, accelerator, interruption, model.to(accelerator.device))
+        try:
+            answers = run.answers()
+        except _StoppedError:
+            logger.warning("stopped by a signal; run the same command again")
+            return False
+        if accelerator.is_main_process:
+            about = {"seed": config.run.seed, "seconds": run.seconds}
+            about |= depends_on(config, accelerator, task)
+            write_json(config.run.output_dir / RESULT, {"format_version": 1, **answers, **about})
+        accelerator.wait_for_everyone()
+        return True
 
+
+@dataclass
+class _Run:
     config: ProbeConfig
     task: Task
     accelerator: Accelerator
     interruption: Interruption
     model: Segmenter
     seconds: dict[str, float] = field(default_factory=dict)  # of what was done, by its name
+
+    def answers(self) -> dict[str, Any]:
+        """What result.json says of each probe."""
+        asked, task, answers = self.config.run, self.task, dict[str, Any]()
+        protocol = dataclasses.replace(self.config.protocol, multi_scale=False)  # tokens of one
+        images = WholeImages(task.description, task.train, protocol)
+        found = self.tokens("tokens", images)
+        for name, fit in (("linear", fit_linear), ("knn", NearestNeighbours)):
+            if name in asked.probes:
+                answers[name] = self.scores(name, partial(fit, *found, task.num_classes))
+                logger.info("%s: mean IoU %.2f", name, answers[name]["mean_iou"])
+        if "rankme" in asked.probes:
+            answers["rankme"] = rankme(found[0])
+            logger.info("RankMe %.1f of %d", answers["rankme"], found[0].shape[1])
+        if asked.image_folder is not None:
+            answers |= self.image_knn(asked.image_folder, images)
+        return answers
+
+    def tokens(self, name: str, images: WholeImages) -> tuple[Tensor, Tensor]:
+        """Features and labels of images, the same on every process."""
+        tokens = Tokens(self.model, images, self.config.run.seed)
+        # Without a decoder, a model's logits are its tokens.
+        self.over(name, images, each_group, tokens.add, decoder=nn.Identity)
+        return tokens.total(self.accelerator)
+
+    def scores(self, name: str, decoder: Callable[[], nn.Module]) -> dict[str, Any]:
+        """Of the validation images, as `train` scores them; leaves their areas."""
+        task = self.task
+        images = WholeImages(task.description, task.val, self.config.protocol)
+        areas = self.over(name, images, evaluate_model, decoder=decoder)
+        if self.accelerator.is_main_process:
+            path = self.config.run.output_dir / PROBE_AREAS[name]
+            areas.save(path, [pair.name for pair in task.val])
+        return areas.scores(read_classes(task.description).names)
+
+    def image_knn(self, folder: Path, like: WholeImages) -> dict[str, Any]:
+        """Each image by all but itself, so that one folder serves: no other images are needed."""
+        folders = ClassFolders(folder, like)
+        classes = len(folders.classes)
+        if classes < 2:
+            logger.info("no image kNN: %s has no two class folders", folder)
+            return {}
+        means, labels = self.tokens("image_knn", folders)
+        predicted = NearestNeighbours(means, labels, classes).of_the_others().argmax(1)
+        told = {"accuracy": 100 * (predicted == labels).double().mean().item()}
+        return {"image_knn": {**told, "num_images": len(labels), "num_classes": classes}}
 
     def over(
         self, name: str, images: WholeImages, work: Callable[..., Any], *more: Any,
@@ -64,80 +149,178 @@ class _Run:
         return found
 
 
-def probe(config: ProbeConfig, task: Task) -> bool:
-    """Leave areas and, last, result.json. task: what `read_task` found.
+# --- What the encoder makes of images: tokens with labels ---
 
-    Returns False if stopped by a signal. Raises ValueError for what the user can fix, and
-    RuntimeError when it fails.
+
+class Tokens:
+    """Tokens of images, each with the label that most valid pixels of its patch have.
+
+    An image keeps at most its even share of MOST_TOKENS, drawn by (seed, index), in a place of its
+    own: the processes' parts add up to what one process would have, in the same order. An image
+    that has one label itself keeps the mean of its tokens.
     """
-    check_some_labels(task)
-    with Interruption() as interruption, working_in(config.run) as accelerator:
-        found = earlier_output(config, task)
-        if found is not None:
-            logger.info("nothing to do: %s is there", found)
-            return True
-        torch.manual_seed(config.run.seed)  # as `train` does: the same random weights
-        model = start_model(config.init, config.model, config.protocol, task.num_classes)
-        run = _Run(
-            config=config, task=task, accelerator=accelerator, interruption=interruption,
-            model=model.to(accelerator.device),
-        )  # fmt: skip
+
+    def __init__(self, model: Segmenter, images: WholeImages, seed: int) -> None:
+        # The model's decoder is nn.Identity, so that its patch logits are the encoder's tokens.
+        self.model, self.images, self.seed = model, images, seed
+        device = model.mean.device
+        self.features = torch.zeros(MOST_TOKENS, model.encoder.embed_dim, device=device)
+        self.labels = torch.zeros(MOST_TOKENS, dtype=torch.int64)  # from 1; 0: none
+
+    def add(self, usable: list[tuple[int, TestImage]]) -> None:
+        """The images of a group, with their indices."""
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in usable]  # by window
+        scaled = [sample.scaled[0] for _, sample in usable]
+        windows = patch_logits(self.model, scaled, self.images.protocol)
+        for (image, rows, columns), features in windows:
+            labels = usable[image][1].labels
+            if labels.dim() == 2:  # by pixel; else the image's own
+                size = scaled[image].shape[-2:]
+                fitting = F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
+                labels = self._majority(fitting[rows, columns])
+            found[image].append((features.flatten(1).T.float(), labels))  # [D, h, w] to [N, D]
+        for (index, sample), by_window in zip(usable, found, strict=True):
+            features, labels = (torch.cat(parts) for parts in zip(*by_window, strict=True))
+            if sample.labels.dim() == 1:
+                features, labels = features.mean(0, keepdim=True), sample.labels
+            self._keep(index, features, labels)
+
+    def _majority(self, labels: Tensor) -> Tensor:
+        """[h, w] uint8 to [N]: 1 + the class of most valid pixels of each patch, 0 if none is."""
+        patch, ignored = self.model.shape.encoder.patch_size, self.images.description.ignore_index
+        height, width = labels.shape
+        padded = F.pad(labels, (0, -width % patch, 0, -height % patch), value=ignored)
+        by_patch = padded.unfold(0, patch, patch).unfold(1, patch, patch)
+        pixels = by_patch.flatten(2).flatten(0, 1).long()  # [N, P * P]
+        counts = torch.zeros(len(pixels), 256).scatter_add_(1, pixels, torch.ones(pixels.shape))
+        counts[:, ignored] = 0  # padding, too
+        most, classes = counts.max(1)
+        return torch.where(most > 0, classes + 1, 0)
+
+    def _keep(self, index: int, features: Tensor, labels: Tensor) -> None:
+        first, end = ((index + n) * MOST_TOKENS // len(self.images) for n in (0, 1))
+        rng = np.random.default_rng([self.seed, TOKENS, index])
+        known = rng.permutation(labels.nonzero()[:, 0].numpy())  # those that have a label
+        chosen = torch.from_numpy(known[: end - first])
+        place = slice(first, first + len(chosen))
+        self.features[place] = features[chosen.to(features.device, non_blocking=True)]
+        self.labels[place] = labels[chosen]
+
+    def total(self, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+        """Features [T, D] fp32 and classes [T] of all processes. RuntimeError if T is 0."""
+        labels = accelerator.reduce(self.labels.to(self.features.device), reduction="sum")
+        kept = labels > 0  # places that no image filled, of small images, stay 0
+        if not kept.any():
+            raise RuntimeError("no pixel of the training images has a label that counts")
+        return accelerator.reduce(self.features, reduction="sum")[kept], labels[kept] - 1
+
+
+class ClassFolders(WholeImages):
+    """Images of DIR/<class>/, evenly spaced; the label of one is its class, from 1."""
+
+    def __init__(self, folder: Path, like: WholeImages) -> None:
+        names = [name for name in find_images(folder) if "/" in name]
+        names = names[:: -(-len(names) // MOST_IMAGES) or 1]
+        pairs = [Pair(n, folder / n, folder / n) for n in names]
+        super().__init__(like.description, pairs, like.protocol)
+        self.classes = sorted({name.partition("/")[0] for name in names})
+
+    def __getitem__(self, index: int) -> TestImage:
+        pair = self.pairs[index]
+        label = torch.tensor([1 + self.classes.index(pair.name.partition("/")[0])])
         try:
-            answers = _answers(run)
-        except _StoppedError:
-            logger.warning("stopped by a signal; run the same command again")
-            return False
-        if accelerator.is_main_process:
-            about = {"seed": config.run.seed, "seconds": run.seconds}
-            about |= depends_on(config, accelerator, task)
-            write_json(config.run.output_dir / RESULT, {"format_version": 1, **answers, **about})
-        accelerator.wait_for_everyone()
-        return True
+            image = read_image(pair.image)
+        except ValueError as error:
+            return TestImage([], label, unreadable=str(error))
+        return TestImage(scaled_images(image[..., ::-1], self.protocol), label)
 
 
-def _answers(run: _Run) -> dict[str, Any]:
-    """What result.json says of each probe."""
-    config, task = run.config, run.task
-    answers: dict[str, Any] = {}
-    protocol = dataclasses.replace(config.protocol, multi_scale=False)  # tokens of one scale
-    images = WholeImages(task.description, task.train, protocol)
-    found = _tokens(run, "tokens", images)
-    for name, make in (("linear", fit_linear), ("knn", NearestNeighbours)):
-        if name in config.run.probes:
-            answers[name] = _scores(run, name, partial(make, *found, task.num_classes))
-            logger.info("%s: mean IoU %.2f", name, answers[name]["mean_iou"])
-    if "rankme" in config.run.probes:
-        answers["rankme"] = rankme(found[0])
-        logger.info("RankMe %.1f of %d", answers["rankme"], found[0].shape[1])
-    folder = config.run.image_folder
-    folders = ClassFolders(folder, images) if folder is not None else None
-    if folders is not None and len(folders.classes) < 2:
-        logger.info("no image kNN: %s has no two class folders", folder)
-    elif folders is not None:
-        means, labels = _tokens(run, "image_knn", folders)
-        classes = len(folders.classes)
-        # Each image by all but itself, so that one folder serves: no other images are needed.
-        predicted = NearestNeighbours(means, labels, classes).of_the_others().argmax(1)
-        accuracy = 100 * (predicted == labels).double().mean().item()
-        told = {"accuracy": accuracy, "num_images": len(labels), "num_classes": classes}
-        answers["image_knn"] = told
-    return answers
+# --- What is asked of them: a linear classifier, nearest neighbours, their rank ---
 
 
-def _tokens(run: _Run, name: str, images: WholeImages) -> tuple[Tensor, Tensor]:
-    """Features and labels of images, the same on every process."""
-    tokens = Tokens(run.model, images, run.config.run.seed)
-    # Without a decoder, a model's logits are its tokens.
-    run.over(name, images, each_group, tokens.add, decoder=nn.Identity)
-    return tokens.total(run.accelerator)
+class LinearProbe(LinearDecoder):
+    """In fp32: its logits are small differences of large numbers."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to class logits [B, N, K]."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return super().forward(tokens.float())
 
 
-def _scores(run: _Run, name: str, decoder: Callable[[], nn.Module]) -> dict[str, Any]:
-    """Of the validation images, as `train` scores them; leaves their areas."""
-    task = run.task
-    images = WholeImages(task.description, task.val, run.config.protocol)
-    areas = run.over(name, images, evaluate_model, decoder=decoder)
-    if run.accelerator.is_main_process:
-        path = run.config.run.output_dir / PROBE_AREAS[name]
-        areas.save(path, [pair.name for pair in task.val])
-    return areas.scores(read_classes(task.description).names)
+def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
+    """Batch norm and linear layer that classify tokens [T, D] with labels [T], as one layer."""
+    # Multinomial logistic regression of the standardised tokens: scikit-learn's LogisticRegression
+    # with C = 1 / (WEIGHT_DECAY * T).
+    mean, deviation = _statistics(tokens)
+    features = (tokens - mean) / deviation
+    decoder = LinearProbe(tokens.shape[1], num_classes).to(tokens.device)
+    weight, bias = decoder.head.weight, decoder.head.bias
+    nn.init.zeros_(weight)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=MOST_ITERATIONS, line_search_fn="strong_wolfe",
+        tolerance_change=1e-7,
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        decay = WEIGHT_DECAY / 2 * weight.square().sum()  # the bias does not decay
+        value = F.cross_entropy(decoder(features), labels) + decay
+        value.backward()
+        return value
+
+    solver.step(loss)
+    with torch.no_grad():  # (x - mean) / deviation becomes part of the layer
+        weight.div_(deviation)
+        bias.sub_(weight @ mean)
+    return decoder
+
+
+class NearestNeighbours(nn.Module):
+    """Classes of the training tokens that point the same way (Wu et al. 2018, arXiv:1805.01978)."""
+
+    def __init__(self, tokens: Tensor, labels: Tensor, num_classes: int) -> None:
+        """Tokens [T, D] and their labels [T]."""
+        super().__init__()
+        self.mean, self.deviation = _statistics(tokens)
+        self.bank, self.labels, self.num_classes = self.directions(tokens), labels, num_classes
+
+    def directions(self, tokens: Tensor) -> Tensor:
+        """[..., D] standardised, to length 1: else what all tokens share outweighs the rest."""
+        return F.normalize((tokens - self.mean) / self.deviation, dim=-1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to each class's share of the votes [B, N, K]."""
+        queries = self.directions(tokens.float().flatten(0, 1))
+        # In bf16 most neighbours would be equally near.
+        with torch.autocast(tokens.device.type, enabled=False):
+            parts = queries.split(max(1, MOST_SIMILARITIES // len(self.bank)))
+            votes = [self._votes(part @ self.bank.T) for part in parts]
+        return torch.cat(votes).unflatten(0, tokens.shape[:2])
+
+    def of_the_others(self) -> Tensor:
+        """[T, K]: each training token by all but itself."""
+        return self._votes((self.bank @ self.bank.T).fill_diagonal_(-torch.inf))
+
+    def _votes(self, cosines: Tensor) -> Tensor:
+        """[Q, T] to [Q, K]; a vote weighs exp(cosine / TEMPERATURE)."""
+        # [Q, NEIGHBOURS] values and indices.
+        nearest = cosines.topk(min(NEIGHBOURS, len(self.bank)))
+        weights = (nearest.values / TEMPERATURE).softmax(-1)
+        votes = cosines.new_zeros(len(cosines), self.num_classes)
+        for weight, label in zip(weights.T, self.labels[nearest.indices].T, strict=True):
+            votes.scatter_add_(1, label[:, None], weight[:, None])  # one per row: always the same
+        return votes
+
+
+def _statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [D] of each feature, as batch norm takes them."""
+    deviation, mean = torch.std_mean(tokens, dim=0, correction=0)
+    return mean, deviation.clamp(min=1e-6)
+
+
+def rankme(tokens: Tensor) -> float:
+    """How many directions tokens [T, D] spread over, 1 to D (Garrido et al., arXiv:2210.02885)."""
+    # The exponential of the entropy of the singular values; of evenly spaced tokens.
+    step = -(-len(tokens) // RANKME_TOKENS)
+    values = torch.linalg.svdvals(tokens[::step].double())
+    return float(torch.special.entr(values / values.sum()).sum().exp())

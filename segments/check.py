@@ -1,7 +1,4 @@
-"""Checking a dataset before a long run: every image opens, and its segments fit it.
-
-Free of torch, and with `form_of` what `benchmark.py` asks of the segments that are there.
-"""
+"""Checking a dataset before a long run: every image opens, and its segments fit it."""
 
 import json
 from pathlib import Path
@@ -9,12 +6,10 @@ from pathlib import Path
 from common.files import HEAD_BYTES, check_output_file, write_text
 from common.formats import read_json_lines
 from common.images import find_images, read_rgb
-from segments.forms import AnyForm, form_of, open_any_form
+from segments.forms import AnyForm, open_any_form
 from segments.parallel import Failure, each, one_pass
-from segments.segment import Segment, segment_from_counts
+from segments.segment import segment_from_counts
 from segments.store import segment_key
-
-__all__ = ["check", "form_of"]
 
 
 def check(
@@ -31,9 +26,9 @@ def check(
     source = open_any_form(masks_dir)
     without = source.listed_empty()
     state_path = offenders_path.with_name(f"{offenders_path.name}.state")
+    identity = {"train": str(train.resolve()), "masks": str(masks_dir.resolve())}
     check_output_file(offenders_path, is_own=_lists_offenders)
     check_output_file(state_path, is_own=lambda head: head.startswith(b'{"train": '))
-    identity = {"train": str(train.resolve()), "masks": str(masks_dir.resolve())}
     # What was checked stands there until all is done; images may have come or gone since.
     known = _read_state(state_path, identity)
     seen = {path: known[path] for path in paths if path in known}
@@ -68,25 +63,17 @@ def _check_one(train: Path, source: AnyForm, without: set[str], path: str) -> st
     segments = source.segments(key, reports.append)
     if not segments and key not in without:
         raise ValueError("has no segments, and no list says so")
-    for segment in segments:
-        _check_segment(segment, height, width)
+    for one in segments:
+        if (one.height, one.width) != (height, width):
+            # EXIF's orientation was not applied when the segments were made.
+            how = " (transposed)" if (one.width, one.height) == (height, width) else ""
+            its = f"its segments are {one.width}x{one.height}{how}"
+            raise ValueError(f"is {width}x{height} pixels, upright, but {its}")
+        # A store's index goes by what it states.
+        counted = segment_from_counts(height, width, one.counts).coverage_percent
+        if counted != (stated := one.coverage_percent):
+            raise ValueError(f"a segment is said to cover {stated} %, but covers {counted} %")
     return "; ".join(reports)
-
-
-def _check_segment(segment: Segment, height: int, width: int) -> None:
-    if (segment.height, segment.width) != (height, width):
-        # EXIF's orientation was not applied when the segments were made.
-        how = " (transposed)" if (segment.width, segment.height) == (height, width) else ""
-        raise ValueError(
-            f"is {width}x{height} pixels, upright, but its segments are "
-            f"{segment.width}x{segment.height}{how}"
-        )
-    # A store's index goes by what it states.
-    counted = segment_from_counts(height, width, segment.counts).coverage_percent
-    if counted != segment.coverage_percent:
-        raise ValueError(
-            f"a segment is said to cover {segment.coverage_percent} %, but covers {counted} %"
-        )
 
 
 def _read_state(path: Path, identity: dict[str, str]) -> dict[str, str]:

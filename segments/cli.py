@@ -1,7 +1,4 @@
-"""The command line of `python -m segments`. What is heavy is imported when a command runs.
-
-`python -m mae masks` is another name of the same commands.
-"""
+"""The command line of `python -m segments`, which `python -m mae masks` is another name of."""
 
 import json
 from collections.abc import Sequence
@@ -16,21 +13,13 @@ from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, run_program
 from common.files import check_output_file, check_output_folder, is_marked
 from common.images import IMAGE_SUFFIXES, find_images
 from common.options import MOST_PROCESSES, OptionGroup, option
+from common.progress import clock
 from segments.check import check
-from segments.config import (
-    GENERATORS,
-    PERCENT,
-    PRESETS,
-    FelzenszwalbSettings,
-    SamSettings,
-    made_for,
-)  # fmt: skip
+from segments.config import GENERATORS, PERCENT, PRESETS, SamSettings, made_for
 from segments.forms import open_any_form
-from segments.generate import Generator, Shard, generate, images_by_key
+from segments.generate import Generator, estimate_price, generate, images_by_key, parse_shard
 from segments.pack import merge, pack, unpack
-from segments.price import estimate_price
-from segments.store import segment_key
-from segments.writing import Summary
+from segments.store import Summary, segment_key
 
 PICTURE = "segments"  # the kind that `inspect` draws
 
@@ -51,7 +40,7 @@ class _MergeOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PackOptions(OptionGroup):
+class _PackOptions(_Speed):
     title: ClassVar[str] = "Output"
     out: Path | None = option("Default: masks.sqlite in MASKS_DIR, where it is found.", None)
     overwrite: bool = option("Replace a finished store.", False)
@@ -62,9 +51,7 @@ class _PackOptions(OptionGroup):
 class _GenerateOptions(OptionGroup):
     title: ClassVar[str] = "Input and output"
     images: Path = option("Folder of images, at any depth.")
-    val_dir: Path | None = option(
-        "Folder of held-out images, into the same store: their keys begin with val/.", None
-    )
+    val_dir: Path | None = option("The same of held-out images: their keys begin with val/.", None)
     out: Path = option("The packed store to write, such as masks.sqlite.")
     shard: str | None = option(
         "Part I, from 0, of N, written I/N. Default: what torchrun or Slurm says.", None
@@ -74,20 +61,19 @@ class _GenerateOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _InspectOptions(OptionGroup):
+class _InspectOptions(_Speed):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
     coverage_ratio: tuple[float, ...] | None = option(
-        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.",
-        None,
+        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.", None,
         **PERCENT,
-    )
+    )  # fmt: skip
     against: Path | None = option("Also compare what is chosen with that of these segments.", None)
     out: Path = option("Writes OUT.png.", Path("segments"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CheckOptions(OptionGroup):
+class _CheckOptions(_Speed):
     title: ClassVar[str] = "Input and output"
     masks_dir: Path | None = option("Default: IN1K_DIR/masks.", None)
     out: Path = option("Where offenders are listed.", Path("offenders.txt"))
@@ -104,11 +90,11 @@ def masks() -> None:
     log_to_stderr("%(message)s")
 
 
-@command(masks, "pack", options=_PackOptions, speed=_Speed)
+@command(masks, "pack", options=_PackOptions)
 @click.argument("masks_dir", type=PATH)
-def pack_command(masks_dir: Path, options: _PackOptions, speed: _Speed) -> int:
+def pack_command(masks_dir: Path, options: _PackOptions) -> int:
     """Pack segments of any form into one SQLite file; the same command goes on if interrupted."""
-    return _report(pack(masks_dir, **vars(options), processes=speed.processes))
+    return _report(pack(masks_dir, **vars(options)))
 
 
 @command(masks, "unpack", speed=_Speed)
@@ -116,7 +102,7 @@ def pack_command(masks_dir: Path, options: _PackOptions, speed: _Speed) -> int:
 @click.argument("out", type=PATH)
 def unpack_command(store: Path, out: Path, speed: _Speed) -> int:
     """Write the segments of a packed store as RLE JSON again, one file per image."""
-    return _report(unpack(store, out, processes=speed.processes))
+    return _report(unpack(store, out, **vars(speed)))
 
 
 @command(masks, "merge", options=_MergeOptions)
@@ -126,38 +112,25 @@ def merge_command(shards: tuple[Path, ...], options: _MergeOptions) -> int:
     return _report(merge(shards, **vars(options)))
 
 
+def _report(summary: Summary) -> int:
+    say(
+        f"{summary.out}: {summary.images} images with segments, {summary.without} known to have "
+        f"none, {summary.left_out} damaged and left out; {summary.already_there} were done before"
+    )
+    return EXIT_STOPPED if summary.interrupted else 0
+
+
 @masks.group("generate", context_settings=CONTEXT)
 def generators() -> None:
     """Make segments of images; what is done is skipped, and torchrun's or Slurm's ranks share."""
 
 
-def _add_generator(name: str, group: type[SamSettings] | type[FelzenszwalbSettings]) -> None:
-    """A command of its own, so that --help shows the options that it has."""
-    text = "Without weights or a GPU: regions of similar colour, at several scales."
-    own: dict[str, str] = {}
-    groups: dict[str, Any] = {"options": _GenerateOptions, "settings": group}
-    if group is FelzenszwalbSettings:
-        groups["speed"] = _Speed  # a GPU has one process
-    elif preset := PRESETS.get(name):
-        # `sam` with another default, below --config and the command line.
-        own = {"model": preset.model}
-        text = f"{preset.model}, {preset.parameters}M parameters, {preset.licence}."
-    else:
-        text = "Any checkpoint that `transformers` can load for mask generation."
-    made = command(generators, name, own=own, **groups)
-    made(_generate).help = text
-
-
-def _generate(
-    options: _GenerateOptions,
-    settings: SamSettings | FelzenszwalbSettings,
-    speed: _Speed | None = None,
-) -> int:
+def _generate(options: _GenerateOptions, settings: Any, speed: _Speed | None = None) -> int:
     # What is cheap to refuse comes before a model is loaded.
     check_output_file(options.out)
     if options.out.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"--out {options.out} has an image's name; give one such as masks.sqlite")
-    shard, images = Shard.parse(options.shard), images_by_key(options.images, options.val_dir)
+    shard, images = parse_shard(options.shard), images_by_key(options.images, options.val_dir)
     generator: Generator
     # One needs torch, the other scikit-image: neither is loaded for the other.
     if isinstance(settings, SamSettings):
@@ -171,20 +144,41 @@ def _generate(
     processes = speed.processes if speed else None
     if options.estimate:
         price = estimate_price(images, generator, processes=processes)
-        say(json.dumps(vars(price)) if options.json else price.text())
+        say(json.dumps(price) if options.json else _price_text(price))
         return 0
     return _report(generate(images, options.out, generator, shard=shard, processes=processes))
 
 
+def _price_text(price: dict[str, Any]) -> str:
+    points = price["points_per_image"]
+    visited = "" if points is None else f", {points:.0f} points an image"
+    return (
+        f"{price['images']} images: {clock(price['seconds'])} here, {price['seconds'] / 3600:.2f} "
+        f"hours of this device; {1 / price['seconds_per_image']:.1f} images/s{visited}; a store of "
+        f"{price['bytes'] / 2**20:.0f} MiB. N devices (--shard I/N) take 1/N of the time"
+    )
+
+
+# Each generator is a command of its own, so that --help shows the options that it has.
 for _name, _group in GENERATORS.items():
-    _add_generator(_name, _group)
+    _text = "Any checkpoint that `transformers` can load for mask generation."
+    _groups: dict[str, Any] = {"options": _GenerateOptions, "settings": _group}
+    _own: dict[str, str] = {}
+    if _group is not SamSettings:
+        _text = "Without weights or a GPU: regions of similar colour, at several scales."
+        _groups["speed"] = _Speed  # a GPU has one process
+    elif _preset := PRESETS.get(_name):
+        # `sam` with another default, below --config and the command line.
+        _own = {"model": _preset.model}
+        _text = f"{_preset.model}, {_preset.parameters}M parameters, Apache-2.0."
+    command(generators, _name, own=_own, **_groups)(_generate).help = _text
 
 
-@command(masks, "inspect", options=_InspectOptions, speed=_Speed)
+@command(masks, "inspect", options=_InspectOptions)
 @click.argument("masks_dir", type=PATH)
-def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) -> int:
+def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
     """Print and draw what the segments of a dataset are like."""
-    from common.contact_sheet import save_png
+    from common.contact_sheet import save_png  # heavy, as the generators are: not for --help
     from segments.look import collect, compare, describe, draw
 
     # IN1K/masks.sqlite and IN1K/masks/masks.sqlite both find IN1K/train.
@@ -199,14 +193,13 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     other = open_any_form(options.against) if options.against else None
     ratios = options.coverage_ratio or made_for(source.settings) or (5.0, 15.0, 30.0, 50.0)
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
-    statistics = collect(source, processes=speed.processes)
+    statistics = collect(source, processes=options.processes)
     if statistics is None:
         return EXIT_STOPPED
-    compared = compare(source, other, ratios, processes=speed.processes) if other else {}
+    compared = compare(source, other, ratios, processes=options.processes) if other else {}
     for what, value in (describe(statistics, ratios) | compared).items():
         say(f"{what + ':':28}{value}")
-    missing = found.keys() - source.images() - source.listed_empty()
-    if missing:
+    if missing := found.keys() - source.images() - source.listed_empty():
         say(f"{len(missing)} images have no segments and no list says so: {min(missing)} ...")
     title = f"Segments in {masks_dir.resolve().name} ({source.name})"
     save_png(draw(statistics, source, found, ratios, title), picture, PICTURE)
@@ -214,25 +207,16 @@ def inspect_command(masks_dir: Path, options: _InspectOptions, speed: _Speed) ->
     return 0
 
 
-@command(masks, "check", options=_CheckOptions, speed=_Speed)
+@command(masks, "check", options=_CheckOptions)
 @click.argument("in1k_dir", type=PATH)
-def check_command(in1k_dir: Path, options: _CheckOptions, speed: _Speed) -> int:
+def check_command(in1k_dir: Path, options: _CheckOptions) -> int:
     """Check that every training image opens and its segments fit; exit code 1 if not."""
     masks_dir = options.masks_dir or in1k_dir / "masks"
-    checked, left = check(in1k_dir, masks_dir, options.out, processes=speed.processes)
+    checked, left = check(in1k_dir, masks_dir, options.out, processes=options.processes)
     if left:
         say(f"stopped, {left} images are left; run the same command again")
         return EXIT_STOPPED
     offenders = [f"  {path}: {reason}" for path, reason in checked.items() if reason]
-    say(f"{len(checked)} images checked, {len(offenders)} offenders, in {options.out}")
-    for line in sorted(offenders)[:5]:
-        say(line)
+    found = f"{len(checked)} images checked, {len(offenders)} offenders, in {options.out}"
+    say("\n".join([found, *sorted(offenders)[:5]]))
     return EXIT_FAILED if offenders else 0
-
-
-def _report(summary: Summary) -> int:
-    say(
-        f"{summary.out}: {summary.images} images with segments, {summary.without} known to have "
-        f"none, {summary.left_out} damaged and left out; {summary.already_there} were done before"
-    )
-    return EXIT_STOPPED if summary.interrupted else 0

@@ -3,13 +3,19 @@
 Free of torch, so that `benchmark.py` plans with it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from common.formats import plain
-from common.options import OptionGroup, check_same, fields_of, older_values, option
+from common.options import (
+    OptionGroup,
+    as_arguments,
+    check_same,
+    decisive_values,
+    older_values,
+    option,
+)
 
 STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
 VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
@@ -22,10 +28,9 @@ class Preset(NamedTuple):
 
     model: str
     parameters: int
-    licence: str = "Apache-2.0"
 
 
-# With licences that allow any use; SAM 3, which has one of its own, goes by `sam --model`.
+# All under Apache-2.0; SAM 3, which has a licence of its own, goes by `sam --model`.
 PRESETS = {
     "sam-base": Preset("facebook/sam-vit-base", 94),
     "sam-large": Preset("facebook/sam-vit-large", 312),
@@ -43,10 +48,9 @@ class _CoverageSettings(OptionGroup):
     """For which coverage ratios segments are made."""
 
     for_coverage: tuple[float, ...] = option(
-        "Make only the segments nearest to these coverages, percent. Default: all segments.",
-        (),
+        "Make only the segments nearest to these coverages, percent. Default: all segments.", (),
         **PERCENT,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +63,13 @@ class SamSettings(_CoverageSettings):
     tolerance: float = option(
         "With --for-coverage, a segment so near ends an image's search, in points.", 1.5, at_least=0
     )
-    model: str = option(
-        "Checkpoint for mask generation: a name on the Hugging Face hub, or a folder.",
-        "facebook/sam-vit-huge",
-    )
+    model: str = option("A name on the Hugging Face hub, or a folder.", "facebook/sam-vit-huge")
     points_per_side: int = option("Points along a side of the grid.", 32, at_least=1, at_most=1024)
     pred_iou_thresh: float = option("Least quality that the model predicts.", 0.88)
     stability_score_thresh: float = option(
         "Least overlap of a mask cut above and below the cutoff.", 0.95, **SHARE
     )
-    stability_score_offset: float = option(
-        "How far above and below it is cut, in logits.", 1.0, at_least=0
-    )
+    stability_score_offset: float = option("How far off it is cut, in logits.", 1.0, at_least=0)
     box_nms_thresh: float = option(
         "Of two boxes that overlap more, the one of lower quality is dropped.", 0.7, **SHARE
     )
@@ -79,9 +78,7 @@ class SamSettings(_CoverageSettings):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto: bf16 on GPUs that have it, fp16 on others, fp32 on a CPU.", "auto"
     )
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto: a GPU if there is one.", "auto", neutral=True
-    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto: a GPU if any.", "auto", neutral=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +99,16 @@ class FelzenszwalbSettings(_CoverageSettings):
         "Images are shrunk to it first, in pixels; the time grows with its square.", 144,
         at_least=16, older=256,
     )  # fmt: skip
-    min_coverage: float = option(
-        "Smaller segments are dropped, in percent of the image.", 0.5, **PERCENT
-    )
-    max_coverage: float = option(
-        "Larger segments are dropped, in percent of the image.", 90.0, **PERCENT
-    )
+    min_coverage: float = option("Drop segments that cover less, percent.", 0.5, **PERCENT)
+    max_coverage: float = option("Drop segments that cover more, percent.", 90.0, **PERCENT)
     duplicate_iou: float = option(
         "Of two segments that overlap more, the later is dropped.", 0.85, **SHARE
     )
 
     def __post_init__(self) -> None:
         if self.min_coverage >= self.max_coverage:
-            raise ValueError(
-                f"--min-coverage {self.min_coverage:g} has to be below --max-coverage "
-                f"{self.max_coverage:g}"
-            )
+            low, high = self.min_coverage, self.max_coverage
+            raise ValueError(f"--min-coverage {low:g} has to be below --max-coverage {high:g}")
 
 
 # By the names of their commands; a store keeps "sam" or "felzenszwalb".
@@ -130,40 +121,26 @@ GENERATORS: dict[str, type[SamSettings] | type[FelzenszwalbSettings]] = {
 
 def as_stored(generator: str, settings: OptionGroup, **resolved: Any) -> dict[str, Any]:
     """What a store keeps of its making: each option that decides what comes out."""
-    # What is neutral, such as the device, changes no segment by more than rounding.
-    decisive = {
-        name: plain(getattr(settings, name))
-        for name, field in fields_of(type(settings)).items()
-        if not field.neutral
-    }
-    ratios = union(decisive["for_coverage"])
-    return {"generator": generator, **decisive, "for_coverage": ratios, **resolved}
+    decisive = decisive_values(settings)
+    return {"generator": generator, **decisive, "for_coverage": made_for(decisive), **resolved}
 
 
-def union(*ratios: Sequence[float]) -> list[float]:
-    """Coverage ratios as a store keeps them."""
-    return sorted({float(ratio) for some in ratios for ratio in some})
-
-
-def made_for(settings: Mapping[str, Any]) -> list[float]:
-    """The coverage ratios that a store with these settings serves; empty: every one."""
-    return union(settings.get("for_coverage", ()))
+def made_for(*settings: Mapping[str, Any]) -> list[float]:
+    """The coverage ratios that stores with these settings serve together; empty: every one."""
+    return sorted({float(ratio) for some in settings for ratio in some.get("for_coverage", ())})
 
 
 def command_of(
     settings: Mapping[str, Any], images: Path, out: Path, val_dir: Path | None = None
 ) -> str:
     """The command that makes a store of folders of images with these settings."""
-    generator = str(settings["generator"])
-    parts = [f"python -m segments generate {generator} --images {images} --out {out}"]
-    parts += [f"--val-dir {val_dir}"] if val_dir else []
+    name = str(settings["generator"])
+    words = [name, "--images", images, "--out", out, *(["--val-dir", val_dir] if val_dir else [])]
+    group: Any = GENERATORS[name]
+    kept = {f.name: settings[f.name] for f in fields(group) if f.name in settings}
+    made = group(**{n: tuple(v) if isinstance(v, list) else v for n, v in kept.items()})
     # Defaults are left out, so that people read what is special.
-    for name, field in fields_of(GENERATORS[generator]).items():
-        value = settings.get(name, plain(field.default))
-        if value != plain(field.default):
-            shown = ",".join(f"{item:g}" for item in value) if isinstance(value, list) else value
-            parts.append(f"{field.flag} {shown}")
-    return " ".join(parts)
+    return " ".join(map(str, ["python -m segments generate", *words, *as_arguments(made)]))
 
 
 def check_made_alike(
@@ -178,7 +155,7 @@ def check_made_alike(
         stored = {**stored, "for_coverage": wanted["for_coverage"]}
     # Stores that were packed from files have no generator, and no settings.
     group = GENERATORS.get(str(wanted.get("generator")))
-    older = older_values(group or OptionGroup)
+    older = older_values(group) if group else {}
     every = {**dict.fromkeys(stored), **older, **wanted}
     remedy = "use those, remove it, or name another --out"
     check_same(stored, every, older, what=str(path), remedy=remedy)

@@ -10,19 +10,21 @@ the pixels; a file that states another is reported. Training reads the packed st
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, NotRequired
 
 import numpy as np
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
 
-from common.files import open_regular, path_below, read_bytes, relative_files, walk
+from common.files import path_below, read_bytes, walk
+from common.formats import read_json
 from common.images import load_image
 from segments.config import STORE_NAME
 from segments.segment import Segment, ordered, segment_from_pixels, segment_from_rle
@@ -32,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 EMPTY_LIST = "emptyfiles.txt"
 IMAGENET_NAME = re.compile(r"^(n\d{8})_\d+$")
-MOST_AREA = 1e15  # pixels; what states more states nothing
 # A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
 COVERAGE_TOLERANCE = 0.01
 
@@ -42,7 +43,7 @@ def form_of(path: Path) -> str:
     if os.path.isfile(_store_path(path)):  # noqa: PTH113  (Path's raises where it may not look)
         return PackedStore.name
     with suppress(ValueError):  # whoever opens them will say why
-        form = _folder_form(path)
+        form = _form_of_files(path)
         return form.name if form else "none"
     return "none"
 
@@ -55,10 +56,8 @@ def open_segments(path: Path) -> PackedStore:
     source = open_any_form(path)
     if isinstance(source, PackedStore):
         return source
-    raise ValueError(
-        f"{path} holds segments as {source.name}, and training reads a packed store only; make it "
-        f"by `python -m segments pack {path}`"
-    )
+    how = f"training reads a packed store only; make it by `python -m segments pack {path}`"
+    raise ValueError(f"{path} holds segments as {source.name}, and {how}")
 
 
 def open_any_form(path: Path) -> AnyForm:
@@ -69,41 +68,46 @@ def open_any_form(path: Path) -> AnyForm:
 
 def open_folder(root: Path) -> SegmentFolder:
     """Open segments that are kept as files, to pack them. Raises ValueError if there are none."""
-    form = _folder_form(root)
+    form = _form_of_files(root)
     if form is None:
         raise ValueError(
-            f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, "
-            f"a folder with {PngMetadataFolder.table} or a folder with {PngTableFolder.table}"
+            f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, or a "
+            "folder with metadata.csv or table.txt; `python -m segments generate` makes some"
         )
-    return form(root)
+    return SegmentFolder(root, form)
 
 
 def _store_path(path: Path) -> Path:
     return path / STORE_NAME if os.path.isdir(path) else path  # noqa: PTH112  (as above)
 
 
-def _folder_form(root: Path) -> type[SegmentFolder] | None:
-    if not os.path.isdir(root):  # noqa: PTH112
-        return None
-    # The first file that tells decides; a whole walk could take minutes.
-    for _, names in walk(root):
-        for form in (PngTableFolder, PngMetadataFolder):
-            if form.table in names:
-                return form
-        if any(name.endswith(JsonFolder.suffix) and name[0] != "." for name in names):
-            return JsonFolder
+def _form_of_files(root: Path) -> Form | None:
+    if os.path.isdir(root):  # noqa: PTH112
+        # The first file that tells decides; a whole walk could take minutes.
+        for _, names in walk(root):
+            for form in FORMS:
+                if any(f"/{n}".endswith(form.ending) for n in names if not n.startswith(".")):
+                    return form
     return None
 
 
-class SegmentFolder:
-    """What the forms share."""
+class Form(NamedTuple):
+    """Files of segments, one for each image."""
 
     name: str
-    settings: ClassVar[Mapping[str, Any]] = {}  # how they were made is not known
-    states_pixels = True  # a file states coverages in pixels, not in percent
+    ending: str  # of the file's path, behind the image's key
+    bytes_of_none: int  # a file without segments is not longer
+    # Yields a file's segments, where each comes from, and its stated coverage in percent.
+    read: Callable[[Path], Iterator[tuple[Segment, str, float | None]]]
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+
+class SegmentFolder:
+    """A folder of such files."""
+
+    settings: ClassVar[Mapping[str, Any]] = {}  # how they were made is not known
+
+    def __init__(self, root: Path, form: Form) -> None:
+        self.root, self.form, self.name = root, form, form.name
 
     def images(self) -> set[str]:
         """The keys of the images that have a segment, or a damaged file that should hold some."""
@@ -120,172 +124,125 @@ class SegmentFolder:
 
         report: told about stated coverages that are not those of the pixels.
         """
-        found = []
+        file, found = self.root / f"{key}{self.form.ending}", []
         try:
-            for segment, what, stated in self._read(key):
+            if not file.exists():
+                return []
+            for segment, what, percent in self.form.read(file):
                 found.append(segment)
-                counted, pixels = segment.coverage_percent, segment.height * segment.width
-                percent = 100 * stated / pixels if stated and self.states_pixels else stated
+                counted = segment.coverage_percent
                 if percent is not None and abs(percent - counted) > COVERAGE_TOLERANCE:
-                    report(
-                        f"{what} is said to cover {percent:.3f} % of the image, its pixels are "
-                        f"{counted:.3f} %; the pixels count"
-                    )
+                    pixels = f"its pixels are {counted:.3f} %; the pixels count"
+                    report(f"{what} is said to cover {percent:.3f} % of the image, {pixels}")
             return ordered(found)
-        except FileNotFoundError:
-            return []
         except (OSError, ValueError) as error:
             inside = str(error).startswith(str(self.root))
-            raise ValueError(f"{'' if inside else f'{self.root / key}: '}{error}") from None
+            raise ValueError(f"{'' if inside else f'{file}: '}{error}") from None
 
     @cached_property
     def _scanned(self) -> dict[str, bool]:
         """For every image that has a file: whether it holds no segment."""
-        return dict(self._scan())
+        ending, keys = self.form.ending, []
 
-    def _scan(self) -> Iterable[tuple[str, bool]]:
-        # A million files: by listing, and only what is small enough to be empty is opened.
-        raise NotImplementedError
+        def enter(below: str) -> bool:
+            key = below.removesuffix("/")
+            if ending.startswith("/") and os.path.exists(f"{self.root}/{key}{ending}"):  # noqa: PTH110
+                keys.append(key)
+                return False  # the hundred PNGs beside a table are not listed
+            return True
 
-    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
-        """Segments, where each comes from, and the coverage that is stated there.
+        for below, names in walk(self.root, enter):
+            found = [n for n in names if n.endswith(ending) and not n.startswith(".")]
+            keys += [below + name.removesuffix(ending) for name in found]
+        return {key: self._is_empty(self.root / f"{key}{ending}") for key in keys}
 
-        Raises FileNotFoundError if the image has no file.
-        """
-        raise NotImplementedError
-
-
-class JsonFolder(SegmentFolder):
-    """One JSON file per image: `amg.py --convert-to-rle` or SA-1B."""
-
-    name = "RLE JSON"
-    suffix = ".json"
-    bytes_of_one_segment = 400  # a shorter file may be SA-1B's header without a segment
-
-    def _scan(self) -> Iterable[tuple[str, bool]]:
-        for path in relative_files(self.root):
-            if path.endswith(self.suffix) and not path.rpartition("/")[2].startswith("."):
-                yield path.removesuffix(self.suffix), self._is_empty(self.root / path)
-
-    def _is_empty(self, path: Path) -> bool:
-        try:
-            return path.stat().st_size < self.bytes_of_one_segment and not _annotations(path)
+    def _is_empty(self, file: Path) -> bool:
+        try:  # of a million files only what is small enough is opened
+            is_small = file.stat().st_size <= self.form.bytes_of_none
+            return is_small and not any(self.form.read(file))
         except (OSError, ValueError):
             return False  # damaged: it is named when it is read
 
-    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
-        path = self.root / f"{key}{self.suffix}"
-        for number, entry in enumerate(_annotations(path)):
-            try:
-                segment = segment_from_rle(entry["segmentation"])
-            except (TypeError, KeyError):
-                raise ValueError(f"{path}: entry {number} has no segmentation") from None
-            except ValueError as error:
-                raise ValueError(f"{path}: entry {number} is damaged: {error}") from None
-            area = entry.get("area")
-            stated = area if isinstance(area, int | float) and abs(area) < MOST_AREA else None
-            yield segment, f"{path}: entry {number}", stated
+
+class _Annotation(TypedDict):
+    segmentation: Any  # see `segment_from_rle`
+    area: NotRequired[FiniteFloat]  # in pixels
 
 
-def _annotations(path: Path) -> list[Any]:
-    """The entries of a file. Raises ValueError if it is damaged."""
-    try:
-        with open_regular(path) as file:
-            content = json.loads(file.read())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one, too
-        raise ValueError(f"{path}: not JSON, or cut short: {error}") from None
-    annotations = content.get("annotations") if isinstance(content, dict) else content
-    if not isinstance(annotations, list):
-        raise ValueError(f"{path}: neither a list of segments nor SA-1B's annotations")
-    return annotations
+class _Annotations(TypedDict):  # of SA-1B
+    annotations: list[_Annotation]
 
 
-class PngFolder(SegmentFolder):
-    """One folder per image: a PNG per segment, and a table that lists them."""
-
-    table: str  # its file name
-    bytes_of_header: int  # a table that is not longer lists nothing
-
-    def _scan(self) -> Iterable[tuple[str, bool]]:
-        found: dict[str, bool] = {}
-
-        def enter(below: str) -> bool:
-            try:
-                size = (self.root / below / self.table).stat().st_size
-            except OSError:
-                return True
-            found[below.removesuffix("/")] = size <= self.bytes_of_header
-            return False  # the hundred PNGs beside a table are not listed
-
-        for _ in walk(self.root, enter):
-            pass
-        return found.items()
-
-    def _read(self, key: str) -> Iterator[tuple[Segment, str, float | None]]:
-        table = self.root / key / self.table
-        with open_regular(table) as file:
-            lines = file.read().decode(errors="replace").splitlines()
-        for path, stated in self._listed(table, lines):
-            pixels = np.asarray(load_image(path).convert("L"))  # anything but 0 = inside
-            yield segment_from_pixels(pixels), str(path), stated
-
-    def _listed(self, table: Path, lines: list[str]) -> Iterable[tuple[Path, float]]:
-        """The PNGs of an image, each with the coverage that is stated."""
-        raise NotImplementedError
-
-
-class PngTableFolder(PngFolder):
-    """PNGs and a `table.txt`: a line `<coverage percent> <file>` per segment."""
-
-    name = "PNGs with table.txt"
-    table = "table.txt"
-    states_pixels = False
-    bytes_of_header = 2
-
-    def _listed(self, table: Path, lines: list[str]) -> Iterator[tuple[Path, float]]:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    percent, name = line.split(maxsplit=1)
-                    stated = float(percent)
-                except ValueError:
-                    raise ValueError(f"{table}:{number}: not '<coverage percent> <file>'") from None
-                if not 0 <= stated <= 100:  # NaN, too
-                    raise ValueError(f"{table}:{number}: a coverage of {percent} percent")
-                yield path_below(table.parent, name.strip(), f"{table}:{number}"), stated
-
-
-class PngMetadataFolder(PngFolder):
-    """PNGs and a `metadata.csv`, as `amg.py` writes them."""
-
-    name = "SAM PNGs with metadata.csv"
-    table = "metadata.csv"
-    bytes_of_header = 150  # amg.py's has 142 characters, and a row at least 26
-
-    def _listed(self, table: Path, lines: list[str]) -> list[tuple[Path, float]]:
+def _read_json(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+    content = read_json(file, list[_Annotation] | _Annotations)
+    entries = content["annotations"] if isinstance(content, dict) else content
+    for number, entry in enumerate(entries):
+        what = f"{file}: entry {number}"
         try:
-            rows = list(csv.DictReader(lines))
-            if any(None in row.values() for row in rows):
-                raise ValueError
-            listed = [(table.parent / f"{int(row['id'])}.png", float(row["area"])) for row in rows]
-        except (ValueError, KeyError, TypeError, csv.Error):
-            raise ValueError(f"{table}: not the metadata.csv of amg.py, or cut short") from None
-        # amg.py lists every PNG it writes, so one that is not listed tells of a lost line.
-        names = {path.name for path, _ in listed}
-        there = {name for name in os.listdir(table.parent) if name.endswith(".png")}  # noqa: PTH208
-        if names and there - names:
-            raise ValueError(f"{table}: does not list {min(there - names)}; it was cut short")
-        return listed
+            segment = segment_from_rle(entry["segmentation"])
+        except ValueError as error:
+            raise ValueError(f"{what} is damaged: {error}") from None
+        yield segment, what, _percent(entry["area"], segment) if "area" in entry else None
+
+
+def _percent(area: float, segment: Segment) -> float:
+    return 100 * area / (segment.height * segment.width)
+
+
+def _read_table(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+    """A line `<coverage percent> <file>` per segment."""
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            try:
+                percent, name = line.split(maxsplit=1)
+                stated = float(percent)
+            except ValueError:
+                raise ValueError(f"{file}:{number}: not '<coverage percent> <file>'") from None
+            if not 0 <= stated <= 100:  # NaN, too
+                raise ValueError(f"{file}:{number}: a coverage of {percent} percent")
+            png = path_below(file.parent, name.strip(), f"{file}:{number}")
+            yield _read_png(png), str(png), stated
+
+
+def _read_metadata(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+    try:
+        rows = list(csv.DictReader(_lines(file)))
+        if any(None in row.values() for row in rows):
+            raise ValueError
+        areas = {file.parent / f"{int(row['id'])}.png": float(row["area"]) for row in rows}
+    except (ValueError, KeyError, TypeError, csv.Error):
+        raise ValueError(f"{file}: not the metadata.csv of amg.py, or cut short") from None
+    # amg.py lists every PNG it writes, so one that is not listed tells of a lost line.
+    there = {path for path in file.parent.iterdir() if path.suffix == ".png"}
+    if areas and (unlisted := there - areas.keys()):
+        raise ValueError(f"{file}: does not list {min(unlisted).name}; it was cut short")
+    for png, area in areas.items():
+        segment = _read_png(png)
+        yield segment, str(png), _percent(area, segment)
+
+
+def _read_png(path: Path) -> Segment:
+    return segment_from_pixels(np.asarray(load_image(path).convert("L")))  # not 0: inside
+
+
+def _lines(file: Path) -> list[str]:
+    return read_bytes(file).decode(errors="replace").splitlines()
 
 
 def read_empty_list(path: Path) -> set[str]:
     """The keys in a list of images without segments: a file name per line, folder optional."""
-    if not path.is_file():
-        return set()
-    lines = read_bytes(path).decode(errors="replace").splitlines()
+    lines = _lines(path) if path.is_file() else []
     # ImageNet's names tell their class folder: `n01735189_1185.JPEG` lies in `n01735189`.
     names = {os.path.splitext(line.strip())[0] for line in lines if line.strip()}  # noqa: PTH122
     return {IMAGENET_NAME.sub(r"\1/\g<0>", PurePosixPath(name).as_posix()) for name in names}
 
 
 AnyForm = PackedStore | SegmentFolder
+# Which one it is is found in this order.
+FORMS = (
+    Form("PNGs with table.txt", "/table.txt", 2, _read_table),
+    # amg.py's header has 142 characters, and a row at least 26.
+    Form("SAM PNGs with metadata.csv", "/metadata.csv", 150, _read_metadata),
+    # SA-1B's header; a segment takes more.
+    Form("RLE JSON", ".json", 400, _read_json),
+)

@@ -2,21 +2,20 @@
 
     images = images_by_key(Path("IN1K/train"), None)
     generator = Felzenszwalb(FelzenszwalbSettings())
-    generate(images, Path("masks.sqlite"), generator, shard=Shard(), processes=None)
+    generate(images, Path("masks.sqlite"), generator, processes=None)
 
 What a finished store lacks, be it images or coverage ratios, becomes a store of its own beside it,
 and the two are merged.
 """
 
-from __future__ import annotations
-
 import logging
 import os
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Generator as Results
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,34 +23,31 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.files import beside
-from common.images import find_images, read_reduced
+from common.images import evenly_spread, find_images, read_reduced
 from common.step_files import shard_path
-from segments.config import VAL, check_made_alike, made_for, union
+from segments.config import STORE_NAME, VAL, check_made_alike, made_for
 from segments.pack import join
 from segments.parallel import Failure, in_order
 from segments.segment import Segment, ordered
-from segments.store import PackedImage, PackedStore, segment_key
-from segments.writing import MOST_FAILED, Summary, pack_image, write_store
+from segments.store import PackedImage, PackedStore, Summary, pack_image, segment_key, write_store
 
 logger = logging.getLogger(__name__)
 
 READERS = 2  # processes that keep a GPU supplied with images
 BLANK = np.zeros((8, 8, 3), np.uint8)
+MOST_TIMED = 50  # batches of an estimate,
+SECONDS = 30.0  # which ends after this time, too
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputImage:
-    """An image to find segments of.
-
-    pixels: [h, w, 3] uint8, perhaps fewer than the image's own height x width, which its segments
-    have. ratios: coverages in percent to which the nearest segments are wanted; none: all segments.
-    """
+    """An image to find segments of."""
 
     key: str
-    pixels: np.ndarray
-    height: int
+    pixels: np.ndarray  # [h, w, 3] uint8, perhaps fewer than the image has
+    height: int  # of the image, and of its segments
     width: int
-    ratios: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()  # the nearest to these coverages, in percent; none: all segments
 
 
 class Generator(Protocol):
@@ -68,35 +64,16 @@ class Generator(Protocol):
         """Segments of each image, the smallest first."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Part `index` of `count`, from 0."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str | None) -> Shard:
-        """From `0/4`, the first of four; None: what torchrun or Slurm says, or else the whole.
-
-        Raises ValueError.
-        """
-        what = f"--shard {text}"
-        # torchrun inside an srun sets both: its own numbers count.
-        for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if text is None and os.environ.keys() >= set(names):
-                text = "/".join(os.environ[name] for name in names)
-                what = f"{'/'.join(names)} is {text}"
-        if text is None:
-            return cls()
-        index, _, count = text.partition("/")
-        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ValueError(f"{what}: write it as 0/4, the first of four; it counts from 0")
-        return cls(index=int(index), count=int(count))
-
-    def name(self, out: Path) -> Path:
-        """Where this part of a store is written."""
-        return shard_path(out, self.index, self.count)
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Index and count, of `0/4`, the first of four; None: what torchrun or Slurm says."""
+    # torchrun inside an srun sets both: its own numbers count.
+    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if text is None and os.environ.keys() >= set(names):
+            text = "/".join(os.environ[name] for name in names)
+    index, _, count = (text or "0/1").partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard {text}: write it as 0/4, the first of four; it counts from 0")
+    return int(index), int(count)
 
 
 def images_by_key(images_dir: Path, val_dir: Path | None) -> dict[str, Path]:
@@ -110,63 +87,47 @@ def images_by_key(images_dir: Path, val_dir: Path | None) -> dict[str, Path]:
         for path in find_images(folder):
             key = segment_key(f"{prefix}{path}")
             if key in found:
-                raise ValueError(
-                    f"{found[key]} and {folder / path} would have segments of the same name, "
-                    f"{key}; rename one"
-                )
+                both = f"{found[key]} and {folder / path}"
+                raise ValueError(f"{both} would have segments of the same name, {key}; rename one")
             found[key] = folder / path
     return found
 
 
 def generate(
-    images: Mapping[str, Path],
-    out: Path,
-    generator: Generator,
-    *,
-    shard: Shard,
-    processes: int | None,
-) -> Summary:
+    images: Mapping[str, Path], out: Path, generator: Generator, *,
+    shard: tuple[int, int] = (0, 1), processes: int | None,
+) -> Summary:  # fmt: skip
     """Make the segments of images, by key, that are not in the packed store yet.
 
     What is there is kept, and read by others, until the new store is complete. Images that fail are
     named, recorded, and tried again by the next run. Raises ValueError if what is there was made
     with other settings, RuntimeError at the end if more than 1% failed.
     """
-    part = shard.name(out)
+    part, ratios = shard_path(out, *shard), set(made_for(generator.settings))
     # A finished store is never changed: others may be reading it.
-    base = _finished(part, out, made_for(generator.settings))
+    base = PackedStore(part) if part.exists() else None
+    if base is None and out.exists() and ratios:  # a part of the whole store gets more ratios
+        whole = PackedStore(out)
+        known = made_for(whole.settings)
+        base = whole if known and not ratios <= set(known) else None
     work = Work(images, generator, shard, processes, base)
     summary = _add_what_it_lacks(base, part, work) if base else work.make(part, work.keys)
     if generator.tally:
         logger.info("%s", ", ".join(f"{n} {what}" for what, n in generator.tally.items()))
-    if not summary.interrupted and summary.left_out > MOST_FAILED * len(work.keys):
-        raise RuntimeError(
-            f"{summary.left_out} of {len(work.keys)} images failed, more than 1% (the others are "
-            f"in {part}); see the names above"
-        )
+    if not summary.interrupted and summary.too_many_failed:
+        what = f"{summary.left_out} of {len(work.keys)} images failed, more than 1%"
+        raise RuntimeError(f"{what} (the others are in {part}); see the names above")
     return summary
 
 
-def _finished(part: Path, out: Path, ratios: Sequence[float]) -> PackedStore | None:
-    """The store to add to: this part's, or the whole one where a part of it gets more ratios."""
-    if part.exists():
-        return PackedStore(part)
-    if out.exists() and ratios:
-        whole = PackedStore(out)
-        known = made_for(whole.settings)
-        return whole if known and not set(ratios) <= set(known) else None
-    return None
-
-
-def _add_what_it_lacks(base: PackedStore, part: Path, work: Work) -> Summary:
+def _add_what_it_lacks(base: PackedStore, part: Path, work: "Work") -> Summary:
     """What is made stands beside until it is complete; then `part` is replaced by both."""
     check_made_alike(base.path, base.settings, work.generator.settings, for_any_ratio=True)
     strangers = work.there.difference(work.images)
     if work.missing and strangers:
         raise ValueError(
             f"{base.path} has {len(strangers)} images that are not among those of --images and "
-            f"--val-dir, such as {min(strangers)}, and would lose them; name the same folders as "
-            "then"
+            f"--val-dir, such as {min(strangers)}, and would lose them; name the folders of then"
         )
     lacking = work.keys if work.missing else work.keys - work.there
     for_ratios = "-".join(f"{ratio:g}" for ratio in work.ratios) or "all"
@@ -192,71 +153,44 @@ def _add_what_it_lacks(base: PackedStore, part: Path, work: Work) -> Summary:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Work:
     """From images, by key, to rows of a store. base: a finished one that is added to."""
 
-    images: Mapping[str, Path]
-    generator: Generator
-    shard: Shard = Shard()
-    processes: int | None = None
-    base: PackedStore | None = None
-
-    @cached_property
-    def ratios(self) -> list[float]:
-        """The coverages that the store will serve; none: it has all segments."""
-        known = made_for(self.base.settings) if self.base else []
-        return union(known, made_for(self.generator.settings))
-
-    @cached_property
-    def missing(self) -> list[float]:
-        """Those that the base lacks."""
-        known = made_for(self.base.settings) if self.base else []
-        return [ratio for ratio in self.ratios if ratio not in known]
-
-    @cached_property
-    def there(self) -> set[str]:
-        """The images that the base has."""
-        return self.base.all_images() if self.base else set()
-
-    @cached_property
-    def batches(self) -> list[list[str]]:
-        """The keys of this part's images, as they are computed together."""
+    def __init__(
+        self, images: Mapping[str, Path], generator: Generator, shard: tuple[int, int] = (0, 1),
+        processes: int | None = None, base: PackedStore | None = None,
+    ) -> None:  # fmt: skip
+        self.images, self.generator, self.processes = images, generator, processes
+        known = base.settings if base else {}
+        self.ratios = made_for(generator.settings, known)  # that the store will serve; none: all
+        self.missing = [ratio for ratio in self.ratios if ratio not in made_for(known)]
+        self.there = base.all_images() if base else set()
         # Batches are made before they are shared out: an image is always computed together with the
         # same others, and two shards make exactly what one run makes.
-        every, size = list(self.images), self.generator.batch_size
+        every, size = list(images), generator.batch_size
         batches = [every[start : start + size] for start in range(0, len(every), size)]
-        return batches[self.shard.index :: self.shard.count]
-
-    @cached_property
-    def keys(self) -> set[str]:
-        """The same in one set."""
-        return set(chain.from_iterable(self.batches))
+        self.batches = batches[shard[0] :: shard[1]]
+        self.keys = set(chain.from_iterable(self.batches))
 
     def make(self, out: Path, keys: Collection[str]) -> Summary:
         """Make a store of what some of the images lack, or go on with it."""
         logger.info("%s: segments of %d images", out, len(keys))
         return write_store(
-            out,
-            [key for key in self.images if key in keys],
-            lambda left: self._rows(set(left)),
-            what="generate",
-            source=self.generator.name,
+            out, [key for key in self.images if key in keys], lambda left: self._rows(set(left)),
+            what="generate", source=self.generator.name,
             settings={**self.generator.settings, "for_coverage": self.ratios},
-        )
+        )  # fmt: skip
 
     def _rows(self, left: set[str]) -> Results[PackedImage | Failure, None, None]:
         # A batch is done whole, since its images influence each other by rounding.
         batches = [batch for batch in self.batches if not left.isdisjoint(batch)]
         found: Iterable[list[PackedImage | Failure]]
         if self.generator.in_processes:
-            found = in_order(self._do, batches, processes=self.processes, chunk=1)
+            make, read = self.segment, self.read
+            found = in_order(lambda k: make(read(k)), batches, processes=self.processes, chunk=1)
         else:  # this process has the GPU, others read for it
             found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
         yield from (row for rows in found for row in rows if row.key in left)
-
-    def _do(self, keys: Sequence[str]) -> list[PackedImage | Failure]:
-        return self.segment(self.read(keys))
 
     def read(self, keys: Sequence[str]) -> list[tuple[InputImage, str]]:
         """Each image, and why it cannot be read."""
@@ -281,3 +215,44 @@ class Work:
             Failure(image.key, reason) if reason else pack_image(image.key, ordered(segments))
             for (image, reason), segments in zip(images, found, strict=True)
         ]
+
+
+def estimate_price(
+    images: Mapping[str, Path], generator: Generator, *, processes: int | None
+) -> dict[str, Any]:
+    """What all images take, by timing batches that are spread over them.
+
+    seconds: on this machine's GPU, or on its cores. bytes: of the store.
+    """
+    work = Work(images, generator)
+    chosen = evenly_spread(work.batches, MOST_TIMED)
+    # The first batch pays for compiling and for the library's own tests of what is fast.
+    work.segment(work.read(chosen[0]))
+    generator.tally.clear()
+    reading = segmenting = 0.0
+    rows: list[PackedImage | Failure] = []
+    for keys in chosen:
+        started = time.perf_counter()
+        batch = work.read(keys)
+        reading += (read := time.perf_counter()) - started
+        rows += work.segment(batch)
+        segmenting += time.perf_counter() - read
+        if reading + segmenting > SECONDS:
+            break
+    with tempfile.TemporaryDirectory() as folder:
+        out, made = Path(folder) / STORE_NAME, [row.key for row in rows]
+        write_store(out, made, lambda _: (r for r in rows), what="price", source="", settings={})
+        stored = out.stat().st_size
+    # A GPU is taken to wait for its readers only if they are slower; cores to work as fast side by
+    # side as one alone.
+    seconds = max(segmenting, reading / READERS)
+    if generator.in_processes:
+        seconds = (reading + segmenting) / (processes or len(os.sched_getaffinity(0)))
+    points = generator.tally["points"]
+    return {
+        "seconds_per_image": seconds / len(rows),
+        "images": len(images),
+        "seconds": seconds / len(rows) * len(images),
+        "points_per_image": points / len(rows) if points else None,
+        "bytes": round(stored / len(rows) * len(images)),
+    }

@@ -28,22 +28,12 @@ UNREADABLE = np.full((3, 4, 3), 200, np.uint8)  # the tile of an image that cann
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Of the images that were looked at.
+    """Of the images that were looked at."""
 
-    coverages: in percent, ascending, of the segments of each image that has some, by its key.
-    images, without: in the whole source, those with segments and those known to have none.
-    damaged: what could not be read, and why.
-    """
-
-    coverages: dict[str, np.ndarray]
-    images: int
-    without: int
-    damaged: list[str]
-
-    @property
-    def segments_per_image(self) -> np.ndarray:
-        """Number of segments of each image."""
-        return np.array([len(coverage) for coverage in self.coverages.values()])
+    coverages: dict[str, np.ndarray]  # percent, ascending, of the segments of each that has some
+    images: int  # in the whole source, those with segments,
+    without: int  # and those known to have none
+    damaged: list[str]  # what could not be read, and why
 
     def distances(self, ratio: float) -> np.ndarray:
         """How far each image's nearest segment is from a coverage, in percentage points."""
@@ -51,45 +41,40 @@ class Statistics:
 
 
 def collect(source: AnyForm, *, processes: int | None) -> Statistics | None:
-    """Read the segments of at most `MOST_READ` images; None: a signal asked to stop.
+    """Of at most `MOST_READ` images; None: a signal asked to stop. ValueError if there are none."""
+    images = source.images()
+    chosen = evenly_spread(sorted(images), MOST_READ)
 
-    Raises ValueError if there are none.
-    """
-    chosen = evenly_spread(sorted(source.images()), MOST_READ)
+    def read(key: str) -> np.ndarray:
+        return np.array([segment.coverage_percent for segment in source.segments(key)])
 
-    def read(key: str) -> tuple[str, np.ndarray]:
-        return key, np.array([segment.coverage_percent for segment in source.segments(key)])
-
-    results = each(read, chosen, processes=processes)
-    found = list(one_pass("inspect", results, total=len(chosen)))
+    found = list(one_pass("inspect", each(read, chosen, processes=processes), total=len(chosen)))
     if len(found) < len(chosen):
         return None  # numbers of a part would look like those of all
     damaged = [one.reason for one in found if isinstance(one, Failure)]
-    coverages = {one[0]: one[1] for one in found if not isinstance(one, Failure) and len(one[1])}
+    pairs = zip(chosen, found, strict=True)
+    coverages = {key: one for key, one in pairs if not isinstance(one, Failure) and len(one)}
     if not coverages:
         raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged")
     without = len(source.listed_empty())
-    return Statistics(
-        coverages=coverages, images=len(source.images()), without=without, damaged=damaged
-    )
+    return Statistics(coverages=coverages, images=len(images), without=without, damaged=damaged)
 
 
 def describe(statistics: Statistics, ratios: Sequence[float]) -> dict[str, str]:
     """What, and how much."""
-    coverages = statistics.coverages
+    coverages, damaged = statistics.coverages, statistics.damaged
     lines = {
         "images with segments": f"{statistics.images} ({len(coverages)} looked at)",
         "images known to have none": str(statistics.without),
-        "damaged": "; ".join([str(len(statistics.damaged)), *statistics.damaged[:1]]),
-        "segments per image": _spread(statistics.segments_per_image, "", 0),
+        "damaged": "; ".join([str(len(damaged)), *damaged[:1]]),
+        "segments per image": _spread([*map(len, coverages.values())], "", 0),
         "coverage of a segment": _spread(np.concatenate([*coverages.values()]), " %", 1),
     }
     for ratio in ratios:
         distances = statistics.distances(ratio)
         within = ", ".join(f"{(distances <= w).mean() * 100:.0f} % within {w}" for w in WITHIN)
-        lines[f"nearest to {ratio:g} %"] = (
-            f"off by {_spread(distances, ' points', 1)}; of images, {within}"
-        )
+        spread = _spread(distances, " points", 1)
+        lines[f"nearest to {ratio:g} %"] = f"off by {spread}; of images, {within}"
     return lines
 
 
@@ -105,60 +90,52 @@ def compare(
         raise ValueError("no image has segments in both; were both made of the same images?")
 
     def overlaps_of(key: str) -> list[float]:
-        return _overlaps(source.segments(key), other.segments(key), ratios)
+        both = source.segments(key), other.segments(key)
+        return [_overlap(*(nearest(segments, ratio) for segments in both)) for ratio in ratios]
 
     every = np.array(list(in_order(overlaps_of, keys, processes=processes)))  # [images, ratios]
-    lines = {}
-    for ratio, overlaps in zip(ratios, every.T, strict=True):
-        lines[f"chosen for {ratio:g} %"] = (
+    return {
+        f"chosen for {ratio:g} %": (
             f"the same in {(overlaps >= SAME_IOU).mean() * 100:.0f} % of {len(keys)} images (IoU "
             f"at least {SAME_IOU:g}); IoU {_spread(overlaps, '', 2)}"
         )
-    return lines
+        for ratio, overlaps in zip(ratios, every.T, strict=True)
+    }
 
 
-def _overlaps(
-    ours: Sequence[Segment], theirs: Sequence[Segment], ratios: Sequence[float]
-) -> list[float]:
-    """Intersection over union of the segments chosen for each ratio; 0 if sizes differ."""
-    overlaps = []
-    for ratio in ratios:
-        chosen = [nearest(segments, ratio) for segments in (ours, theirs)]
-        codes = [{"size": [s.height, s.width], "counts": s.counts} for s in chosen if s]
-        comparable = len(codes) == 2 and codes[0]["size"] == codes[1]["size"]
-        overlaps.append(float(coco_rle.iou(codes[:1], codes[1:], [0])[0, 0]) if comparable else 0.0)
-    return overlaps
+def _overlap(one: Segment | None, other: Segment | None) -> float:
+    """Intersection over union; 0 if there is none, or sizes differ."""
+    if not one or not other or (one.height, one.width) != (other.height, other.width):
+        return 0.0
+    ours, theirs = ([{"size": [s.height, s.width], "counts": s.counts}] for s in (one, other))
+    return float(coco_rle.iou(ours, theirs, [0])[0, 0])
 
 
-def _spread(values: np.ndarray, unit: str, digits: int) -> str:
+def _spread(values: np.ndarray | list[int], unit: str, digits: int) -> str:
     # A mean would say little: coverages are far from symmetric.
     low, middle, high = np.percentile(values, [10, 50, 90])
     return f"median {middle:.{digits}f}{unit} (10-90 %: {low:.{digits}f} to {high:.{digits}f})"
 
 
 def draw(
-    statistics: Statistics,
-    source: AnyForm,
-    images: Mapping[str, Path],
-    ratios: Sequence[float],
+    statistics: Statistics, source: AnyForm, images: Mapping[str, Path], ratios: Sequence[float],
     title: str,
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """Three charts above contact sheets: what each coverage would hide of some images, and of those
     whose nearest segment is farthest from it.
 
     images: the files by key, perhaps not all.
     """
     known = [key for key in statistics.coverages if key in images]
-    shown = evenly_spread(known, MOST_DRAWN)
     width = max(1 + len(ratios), WORST) * TILE_WIDTH
     parts = [_charts(statistics, ratios, title, width)]
-    if shown:
-        spread = [_tiles(source, key, images[key], [None, *ratios]) for key in shown]
-        worst = [
-            [tile for key in keys for tile in _tiles(source, key, images[key], [ratio])]
-            for ratio in ratios
-            if (keys := farthest(statistics, known, ratio))
-        ]
+
+    def tiles(keys: Sequence[str], shown: Sequence[float | None]) -> list[Tile]:
+        return [tile for key in keys for tile in _tiles(source, key, images[key], shown)]
+
+    if known:
+        spread = [tiles([key], [None, *ratios]) for key in evenly_spread(known, MOST_DRAWN)]
+        worst = [tiles(farthest(statistics, known, ratio), [ratio]) for ratio in ratios]
         for text, rows in (
             ("What --hide segment hides at each --coverage-ratio, asked: found", spread),
             ("The images that are farthest from each --coverage-ratio", worst),
@@ -201,7 +178,7 @@ def _charts(statistics: Statistics, ratios: Sequence[float], title: str, width: 
     figure = Figure(figsize=(6, 9), dpi=width / 6, layout="constrained")
     figure.suptitle(title)
     numbers, coverages, distances = figure.subplots(3, 1)
-    counted = statistics.segments_per_image
+    counted = np.array([*map(len, statistics.coverages.values())])
     step = counted.max() // 30 + 1  # at most 30 bars
     numbers.hist(counted, bins=np.arange(0.5, counted.max() + step + 1, step))
     numbers.set(xlabel="segments of an image", ylabel="images", xlim=(0, counted.max() + step))
@@ -212,10 +189,9 @@ def _charts(statistics: Statistics, ratios: Sequence[float], title: str, width: 
     # The cumulative distribution: how many of the images come so near.
     share = np.linspace(0, 100, len(statistics.coverages) + 1)[1:]
     for number, ratio in enumerate(ratios, 1):
-        colour = f"C{number}"  # of matplotlib's cycle
+        colour, near = f"C{number}", np.sort(statistics.distances(ratio))
         coverages.axvline(ratio, color=colour, linestyle="--", linewidth=1.5)
-        nearest_first = np.sort(statistics.distances(ratio))
-        distances.plot(nearest_first, share, color=colour, label=f"{ratio:g} %", linewidth=2)
+        distances.plot(near, share, color=colour, label=f"{ratio:g} %", linewidth=2)
     distances.set(xlabel="distance to the nearest segment, points", xlim=(0, 30))
     distances.set(ylabel="% of images within it", ylim=(0, 101))
     distances.grid(alpha=0.3)

@@ -1,68 +1,46 @@
 """From files to a packed store and back, and several stores into one."""
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from common.files import (
-    NOTHING_WRITTEN,
-    check_output_file,
-    check_output_folder,
-    open_regular,
-    path_below,
-    write_text,
-)
+from common.files import check_output_file, check_output_folder, path_below, write_text
 from common.formats import rle_annotation
 from common.step_files import shard_of
-from segments.config import STORE_NAME, check_made_alike, made_for, union
+from segments.config import STORE_NAME, check_made_alike, made_for
 from segments.forms import open_folder
 from segments.parallel import Failure, each, in_order, one_pass
 from segments.segment import ordered, segment_from_counts
-from segments.store import PackedImage, PackedStore
-from segments.writing import MOST_FAILED, Summary, pack_image, write_store
-
-SQLITE_START = b"SQLite format 3\0"
+from segments.store import PackedImage, PackedStore, Summary, pack_image, write_store
 
 
 def pack(
-    masks_dir: Path,
-    out: Path | None,
-    *,
-    overwrite: bool,
-    allow_damaged: bool,
+    masks_dir: Path, out: Path | None, *, overwrite: bool, allow_damaged: bool,
     processes: int | None,
-) -> Summary:
+) -> Summary:  # fmt: skip
     """Write a packed store of a folder of any form, or go on writing it.
 
-    Images whose files are damaged are named, recorded and left out. Raises ValueError if `out` is
-    there, RuntimeError if more than 1% are damaged and that is not allowed, or the disk is full.
+    Images whose files are damaged are named, recorded and left out; RuntimeError if those are more
+    than 1% and that is not allowed. Raises ValueError if `out` is there.
     """
     source = open_folder(masks_dir)
     out = out or masks_dir / STORE_NAME
-    _refuse_to_overwrite(out, overwrite, reads=())
+    _refuse_to_overwrite(out, overwrite)
     # In this order, so that a store that was killed and one that was not are the same bytes.
     keys = sorted(source.images() | source.listed_empty())
-    most_failed = MOST_FAILED * len(keys)
 
     def pack_one(key: str) -> PackedImage:
         return pack_image(key, source.segments(key))
 
     summary = write_store(
-        out,
-        keys,
-        lambda left: each(pack_one, left, processes=processes),
-        what="pack",
-        source=source.name,
-        settings={},
-        most_failed=math.inf if allow_damaged else most_failed,
-    )
-    if summary.left_out > most_failed and not (allow_damaged or summary.interrupted):
+        out, keys, lambda left: each(pack_one, left, processes=processes), what="pack",
+        source=source.name, settings={}, allow_failed=allow_damaged,
+    )  # fmt: skip
+    if summary.too_many_failed and not (allow_damaged or summary.interrupted):
         raise RuntimeError(
             f"{summary.left_out} of {len(keys)} images are damaged, more than 1%, so {out} was "
-            "not finished. Mend them and run again, or leave them out by "
-            f"`python -m segments pack {masks_dir} --allow-damaged`"
+            "not finished. Mend them and run again, or leave them out by --allow-damaged"
         )
     return summary
 
@@ -71,49 +49,34 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     """Write every image's segments as RLE JSON again; what is there is kept."""
     check_output_folder(out, "OUT")
     store = PackedStore(store_path)
+    keys = sorted(store.all_images())
     # Every name is judged before anything is written: a store may come from anywhere.
-    files = {
-        key: path_below(out, f"{key}.json", str(store_path)) for key in sorted(store.all_images())
-    }
+    files = {key: path_below(out, f"{key}.json", str(store_path)) for key in keys}
     todo = [key for key, path in files.items() if not path.exists()]
 
     def write(key: str) -> None:
-        write_text(files[key], json.dumps(_annotations(store, key)))
+        segments = store.segments(key)
+        try:  # zlib's checksum says nothing of a store that others have written
+            sound = [segment_from_counts(s.height, s.width, s.counts) for s in segments]
+        except ValueError as error:
+            raise ValueError(f"{store_path}: {key}: {error}") from None
+        annotations = [rle_annotation(s.height, s.width, s.counts) for s in sound]
+        write_text(files[key], json.dumps(annotations))
 
     already_there = len(files) - len(todo)
     written = in_order(write, todo, processes=processes)
     new = sum(1 for _ in one_pass("unpack", written, total=len(files), done=already_there))
     return Summary(
-        out=out,
-        images=len(store.images()),
-        without=len(store.listed_empty()),
-        left_out=0,
-        already_there=already_there,
-        interrupted=new < len(todo),
-    )
-
-
-def _annotations(store: PackedStore, key: str) -> list[dict[str, object]]:
-    """One image in the form of `amg.py --convert-to-rle`."""
-    try:
-        return [
-            # Counted anew, as zlib's checksum says nothing of a store that others have written.
-            rle_annotation(
-                s.height, s.width, segment_from_counts(s.height, s.width, s.counts).counts
-            )
-            for s in store.segments(key)
-        ]
-    except ValueError as error:
-        inside = str(store.path) in str(error)
-        raise ValueError(f"{'' if inside else f'{store.path}: {key}: '}{error}") from None
+        out=out, images=len(store.images()), without=len(store.listed_empty()), left_out=0,
+        already_there=already_there, interrupted=new < len(todo),
+    )  # fmt: skip
 
 
 def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     """Join stores into one: shards of the same images, or stores made for different ratios.
 
-    Raises ValueError if their generators' settings differ otherwise, if they disagree about an
-    image, if one has no segments for the ratios of another, or if shards by their names (`-I-of-N`)
-    are not complete.
+    Raises ValueError if their settings differ otherwise, they disagree about an image, one has no
+    segments for the ratios of another, or shards by their names (`-I-of-N`) are not complete.
     """
     _refuse_to_overwrite(out, overwrite, reads=shards)
     _refuse_missing_shards(shards)
@@ -135,7 +98,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
                 f"for a coverage of {', '.join(f'{ratio:g}' for ratio in ratios)} %, no store has "
                 f"segments of {len(lacking)} images, such as {min(lacking)}; make them first"
             )
-    return join(stores, out, every, union(*owners))
+    return join(stores, out, every, made_for(*(store.settings for store in stores)))
 
 
 def join(
@@ -159,25 +122,17 @@ def join(
         return pack_image(key, ordered({s for store in having for s in store.segments(key)}))
 
     return write_store(
-        out,
-        [*sorted(failed), *sorted(keys)],
-        lambda left: (row(key) for key in left),
-        what="merge",
-        source=stores[0].meta["source"],
-        settings={**stores[0].settings, **({"for_coverage": ratios} if ratios else {})},
-    )
+        out, [*sorted(failed), *sorted(keys)], lambda left: (row(key) for key in left),
+        what="merge", source=stores[0].meta["source"],
+        settings=stores[0].settings | ({"for_coverage": ratios} if ratios else {}),
+    )  # fmt: skip
 
 
-def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path]) -> None:
-    """Raise ValueError if `out` is there, and is no store or is to be kept."""
-    check_output_file(out, reads=reads)
-    if out.exists():
-        # --overwrite may replace a store, never a photograph that was named by mistake.
-        with open_regular(out) as file:
-            if file.read(len(SQLITE_START)) != SQLITE_START:
-                raise ValueError(f"--out {out} is no packed store; name another; {NOTHING_WRITTEN}")
-        if not overwrite:
-            raise ValueError(f"{out} is finished; add --overwrite to replace it")
+def _refuse_to_overwrite(out: Path, overwrite: bool, reads: Sequence[Path] = ()) -> None:
+    """--overwrite may replace a store, never a photograph that was named by mistake."""
+    check_output_file(out, reads=reads, is_own=lambda head: head.startswith(b"SQLite format 3\0"))
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} is finished; add --overwrite to replace it")
 
 
 def _refuse_missing_shards(paths: Sequence[Path]) -> None:
@@ -185,8 +140,7 @@ def _refuse_missing_shards(paths: Sequence[Path]) -> None:
     counts = {count for _, count in shards}
     if len(shards) < len(paths) or len(counts) > 1:
         return  # stores of other origin
-    missing = sorted(set(range(counts.pop())) - {index for index, _ in shards})
-    if missing:
+    if missing := sorted(set(range(counts.pop())) - {index for index, _ in shards}):
         raise ValueError(
             f"of the {shards[0][1]} shards {', '.join(map(str, missing))} are missing (they count "
             "from 0); finish them first, or rename the others to merge what there is"

@@ -1,9 +1,7 @@
 """One pass over many images: on all cores, in order, counted on the screen, ended by a signal.
 
-    results = each(work, keys, processes=None)  # what `work(key)` returns, or a Failure
-    for key, result in zip(keys, one_pass("check", results, total=len(keys))): ...
-
-Making, packing, checking and inspecting segments are such passes.
+results = each(work, keys, processes=None)  # what `work(key)` returns, or a Failure
+for key, result in zip(keys, one_pass("check", results, total=len(keys))): ...
 """
 
 import logging
@@ -12,8 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.progress import Counter
@@ -27,8 +24,7 @@ CHUNK = 8  # images that a process gets at once: passing them on takes time, too
 AHEAD = 4  # chunks that wait for each process; more would only take memory
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """An image that could not be done, and why."""
 
     key: str
@@ -38,9 +34,9 @@ class Failure:
 def one_pass(
     what: str, results: Generator[Result, None, None], *, total: int, done: int = 0
 ) -> Generator[Result, None, None]:
-    """Yields the results, counted as they are taken; they end early if a signal asks to stop.
+    """Yields the results, counted as they are taken; fewer if a signal asks to stop.
 
-    total: of all images, `done` of which were done before. Who gets fewer was stopped.
+    total: of all images, `done` of which were done before.
     """
     with Interruption() as stop, Counter(what, total=total, done=done) as counter:
         for result in results:
@@ -72,8 +68,8 @@ def in_order(
 ) -> Generator[Result, None, None]:  # fmt: skip
     """Yields `work(item)` for each item; what it raises is raised here.
 
-    processes: None: one per core; 1: this one. Closing the generator ends them; they also end when
-    this process is killed. Raises BrokenProcessPool, a RuntimeError, if one of them is.
+    processes: None: one per core. They end with the generator, and when this process is killed.
+    Raises BrokenProcessPool, a RuntimeError, if one of them is.
     """
     # Of the cores that Slurm or a container gives, not of all that the machine has.
     processes = min(processes or len(os.sched_getaffinity(0)), len(items))

@@ -1,18 +1,21 @@
 """One segment of one image: where an object is, and how much of the image it covers.
 
 Shapes: H x W pixels of the image, upright (EXIF rotation applied). A segment is kept run-length
-encoded, column by column, as COCO does: https://cocodataset.org/#format-data. A photograph's
-segment then takes some hundred bytes, and decodes in microseconds.
+encoded, column by column, as COCO does: https://cocodataset.org/#format-data.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pycocotools import mask as coco_rle
+from pydantic import Field
+from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
+
+from common.formats import parsed
 
 # Characters of COCO's code, the last one not announcing another. pycocotools reads past the end of
 # anything else.
@@ -22,22 +25,15 @@ FIRST_CHARACTER, LOW_BITS, SIGN_BIT, MORE_BIT, BITS = np.uint8(48), 0x1F, 0x10, 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """What Segment Anything found.
+    """What Segment Anything found."""
 
-    height, width: of the image, in pixels. coverage_percent: share of the image inside, 0 to 100,
-    counted from the pixels. counts: COCO's compressed run lengths.
-    """
-
-    height: int
+    height: int  # of the image, in pixels
     width: int
-    coverage_percent: float
-    counts: bytes
+    coverage_percent: float  # share of the image inside, 0 to 100, counted from the pixels
+    counts: bytes  # COCO's compressed run lengths
 
     def decode(self) -> np.ndarray:
-        """The segment as [H, W] uint8, 1 inside and 0 outside.
-
-        Raises ValueError if the runs do not fill the image, which pycocotools does not check.
-        """
+        """[H, W] uint8, 1 inside. Raises ValueError if the runs do not fill the image."""
         runs = _checked_runs(self.height, self.width, self.counts)
         inside = np.zeros(len(runs), np.uint8)
         inside[1::2] = 1
@@ -46,28 +42,22 @@ class Segment:
 
 def segment_from_pixels(inside: np.ndarray) -> Segment:
     """Encode [H, W]; anything but 0 is inside."""
-    height, width = inside.shape
     rle = coco_rle.encode(np.asfortranarray(inside != 0, dtype=np.uint8))
-    percent = 100 * int(np.count_nonzero(inside)) / (height * width)
-    return Segment(height=height, width=width, coverage_percent=percent, counts=rle["counts"])
+    height, width = inside.shape
+    return segment_from_counts(height, width, rle["counts"])
 
 
 def segment_from_flips(flips: np.ndarray, height: int, width: int) -> Segment:
-    """From the pixels, ascending and counted down the columns, at which outside and inside change.
-
-    The first of them is the first one inside.
-    """
+    """From the pixels, ascending and counted down the columns, at which inside begins and ends."""
     flips = flips[: np.searchsorted(flips, height * width)]  # the end of the image is none
     # Runs outside and inside in turn; the first is outside, if need be 0 long.
     runs = np.diff(flips, prepend=0, append=height * width)
-    percent = 100 * int(runs[1::2].sum()) / (height * width)
-    counts = _compressed(runs.tolist(), height, width)
-    return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
+    return segment_from_rle({"size": [height, width], "counts": runs.tolist()})
 
 
-def _compressed(runs: list[int], height: int, width: int) -> bytes:
-    rle = {"size": [height, width], "counts": runs}
-    return bytes(coco_rle.frPyObjects(rle, height, width)["counts"])
+class _Rle(TypedDict):
+    size: Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=2, max_length=2)]
+    counts: str | list[Annotated[int, Field(ge=0, lt=2**32)]]  # C would wrap others
 
 
 def segment_from_rle(segmentation: Any) -> Segment:
@@ -75,27 +65,16 @@ def segment_from_rle(segmentation: Any) -> Segment:
 
     Raises ValueError if it is anything else, or its runs do not fill the image.
     """
-    try:
-        height, width = segmentation["size"]
-        counts = segmentation["counts"]
-    except (TypeError, KeyError, ValueError):
-        raise ValueError('it is no run-length code: {"size": [h, w], "counts": ...}') from None
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
-        raise ValueError(f"its size is {segmentation['size']}")
-    if isinstance(counts, str):
-        return segment_from_counts(height, width, counts.encode("utf-8", "replace"))
-    # Judged before pycocotools' C code sees them: it would wrap what is negative or too large.
-    if isinstance(counts, list) and all(
-        isinstance(run, int) and 0 <= run <= height * width for run in counts
-    ):
-        return segment_from_counts(height, width, _compressed(counts, height, width))
-    raise ValueError("its counts are neither text nor a list of run lengths")
+    rle = parsed(_Rle, segmentation, "its run-length code")
+    (height, width), counts = rle["size"], rle["counts"]
+    is_text = isinstance(counts, str)
+    code = counts.encode() if is_text else coco_rle.frPyObjects(rle, height, width)["counts"]
+    return segment_from_counts(height, width, code)
 
 
 def segment_from_counts(height: int, width: int, counts: bytes) -> Segment:
     """From compressed run lengths. Raises ValueError unless they are that, and fill the image."""
-    inside = int(_checked_runs(height, width, counts)[1::2].sum())
-    percent = 100 * inside / (height * width)
+    percent = 100 * int(_checked_runs(height, width, counts)[1::2].sum()) / (height * width)
     return Segment(height=height, width=width, coverage_percent=percent, counts=counts)
 
 
@@ -120,12 +99,9 @@ def ordered(segments: Iterable[Segment]) -> list[Segment]:
 
 def nearest(segments: Iterable[Segment], coverage_percent: float) -> Segment | None:
     """The segment whose coverage is closest to the wanted one; on a tie the smaller."""
-
-    # `PackedStore.nearest` finds the same one by its index.
-    def distance(segment: Segment) -> tuple[float, float, bytes]:
-        return abs(segment.coverage_percent - coverage_percent), *_order(segment)
-
-    return min(segments, key=distance, default=None)
+    # Of equals `min` takes the first, which is the one that `PackedStore.nearest` finds, too.
+    ranked = sorted(segments, key=_order)
+    return min(ranked, key=lambda s: abs(s.coverage_percent - coverage_percent), default=None)
 
 
 def _order(segment: Segment) -> tuple[float, bytes]:
@@ -134,10 +110,9 @@ def _order(segment: Segment) -> tuple[float, bytes]:
 
 
 def decode_at(segments: Sequence[Segment], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """All segments of one image at some of its pixels: [M, rows, columns] uint8.
+    """All segments of one image at some of its rows and columns, ascending: [M, R, C] uint8.
 
-    rows, columns: ascending. For few pixels it takes a quarter of the time of `decode`. Raises
-    ValueError if runs do not fill the image.
+    For few pixels a quarter of the time of `decode`. Raises ValueError as that does.
     """
     height, width = segments[0].height, segments[0].width
     # A crop that is enlarged asks for a column several times: it is looked up once.

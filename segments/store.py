@@ -3,25 +3,38 @@
 store = PackedStore(Path("masks.sqlite"))
 segment = store.nearest("n01440764/n01440764_18", 15.0)  # percent; None: the image has none
 inside = segment.decode()  # [H, W] uint8
+
+`write_store` writes one beside its final name until it is complete, resumable at any point.
 """
 
+import json
+import logging
 import os
 import sqlite3
+import time
 import zlib
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.files import open_regular
+from common.files import beside, open_regular
 from common.formats import parsed_text
+from segments.config import check_made_alike
+from segments.parallel import Failure, one_pass
 from segments.segment import Segment
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = "1"
+SECONDS_PER_COMMIT = 2.0  # a kill loses so much work
+MOST_FAILED = 0.01  # a larger share of the images is no accident
 
 # counts: zlib, a segment at a time, takes 55% of the bytes of COCO's code (2231 segments of 96
 # photographs: 1.91 MB become 1.04 MB; with level 9 no less), costs 6 microseconds to undo, and
 # carries a checksum. A stream per image would take 50%, but no segment could be read alone.
+COMPRESSION_LEVEL = 6
 SCHEMA = """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE images (
@@ -52,14 +65,25 @@ NEAREST = f"""{ROWS} AND s.coverage = (
 ALL = f"{ROWS} ORDER BY s.coverage, s.id"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackedImage:
+class PackedImage(NamedTuple):
     """One image's rows. segments: (coverage in percent, compressed counts), the smallest first."""
 
     key: str
-    height: int | None
+    height: int | None  # None if there is no segment
     width: int | None
-    segments: tuple[tuple[float, bytes], ...]
+    segments: Sequence[tuple[float, bytes]]
+
+
+def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
+    """Compress the segments of one image, which are in order."""
+    height, width = (segments[0].height, segments[0].width) if segments else (None, None)
+    rows = [(s.coverage_percent, zlib.compress(s.counts, COMPRESSION_LEVEL)) for s in segments]
+    return PackedImage(key, height, width, rows)
+
+
+def segment_key(relative_path: str) -> str:
+    """The name that segments know an image by: its path without suffix."""
+    return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
 
 
 class PackedStore:
@@ -75,24 +99,23 @@ class PackedStore:
     def __init__(self, path: Path) -> None:
         """Raises ValueError if the file is cut short, unfinished, or no store of this format."""
         self.path = path
-        self._connection: sqlite3.Connection | None = None
-        self._process_id = 0
+        # By process: SQLite's connections do not survive a fork, and loader processes are forked.
+        self._connections: dict[int, sqlite3.Connection] = {}
         # Somebody copied or downloaded it: every way in which it may be no store is said here.
         try:
             open_regular(path).close()  # SQLite would wait for a pipe
-            with closing(connect_for_reading(path)) as connection:
+            with closing(self._connect()) as connection:
                 self.meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
                 connection.execute("SELECT 1 FROM images, segments LIMIT 0")  # are they there?
                 (length,) = connection.execute(LENGTH).fetchone()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(
-                f"{path} is not a packed store of segments, or cut short ({reason}); pack it again"
-            ) from None
+            what = f"is not a packed store of segments, or cut short ({reason}); pack it again"
+            raise ValueError(f"{path} {what}") from None
         # SQLite misses whole pages at once, but a part of the last one only when it needs it.
         if path.stat().st_size < length:
             raise ValueError(f"{path} is cut short: it was {length} bytes; copy or pack it again")
-        check_format(path, self.meta)
+        _check_format(path, self.meta)
         # How the segments were made, as far as is known.
         settings = str(self.meta.get("settings"))
         self.settings = parsed_text(settings, dict[str, Any], f"{path}: how it was made")
@@ -100,23 +123,20 @@ class PackedStore:
             raise ValueError(f"{path} was not finished; run the command that writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Each process opens the file itself.
-        return {**self.__dict__, "_connection": None, "_process_id": 0}
+        return {**self.__dict__, "_connections": {}}
 
     def nearest(self, key: str, coverage_percent: float) -> Segment | None:
         """The segment closest to a coverage in percent, the smaller on a tie; None: there is none.
 
         One indexed query that reads one segment.
         """
-        rows = self._query(NEAREST, (key, coverage_percent))
+        rows = self._query(NEAREST, key, coverage_percent)
         return self._segment(key, rows[0]) if rows else None
 
     def segments(self, key: str, report: object = None) -> list[Segment]:
-        """All segments of an image, the smallest first.
-
-        report: as of the other forms; a store states no coverage that could be another.
-        """
-        return [self._segment(key, row) for row in self._query(ALL, (key,))]
+        """All segments of an image, the smallest first. report: see `SegmentFolder.segments`."""
+        # A store states no coverage that could be another than the pixels'.
+        return [self._segment(key, row) for row in self._query(ALL, key)]
 
     def images(self) -> set[str]:
         """The keys of the images that have a segment."""
@@ -135,13 +155,12 @@ class PackedStore:
         return dict(self._query("SELECT key, reason FROM failures ORDER BY key"))
 
     def packed(self, key: str) -> PackedImage:
-        """The rows of one of `keys`, for copying; what cannot be read is not copied."""
-        [(height, width)] = self._query("SELECT height, width FROM images WHERE key = ?", (key,))
-        rows = self._query(ALL, (key,))
+        """The rows of an image, for copying; what cannot be read is not copied."""
+        rows = self._query(ALL, key)
         for row in rows:
             self._segment(key, row)
-        segments = tuple((coverage, counts) for *_, coverage, counts in rows)
-        return PackedImage(key=key, height=height, width=width, segments=segments)
+        height, width = rows[0][:2] if rows else (None, None)
+        return PackedImage(key, height, width, [row[2:] for row in rows])
 
     def _keys(self, condition: str) -> set[str]:
         keys = {key for (key,) in self._query(f"SELECT key FROM images WHERE {condition}")}
@@ -161,36 +180,128 @@ class PackedStore:
             raise ValueError(f"{self.path}: a segment of {key} is damaged: {error}") from None
         return Segment(height=height, width=width, coverage_percent=coverage, counts=unpacked)
 
-    def _query(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
+    def _query(self, sql: str, *values: Any) -> list[Any]:
+        process = os.getpid()
         try:
-            # SQLite's connections do not survive a fork, and loader processes are forked.
-            if self._connection is None or self._process_id != os.getpid():
-                self._connection = connect_for_reading(self.path)
-                self._process_id = os.getpid()
-            return self._connection.execute(sql, values).fetchall()
+            if process not in self._connections:
+                self._connections[process] = self._connect()
+            return self._connections[process].execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise ValueError(f"{self.path}: damaged: {error}") from None
 
-
-def segment_key(relative_path: str) -> str:
-    """The name that segments know an image by: its path without suffix."""
-    return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
-
-
-def connect_for_reading(path: Path) -> sqlite3.Connection:
-    """A connection that neither locks nor writes anything."""
-    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
-    connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
-    # Pages come from the page cache, which all loader processes share, without a copy for each.
-    connection.execute("PRAGMA mmap_size = 1073741824")
-    return connection
+    def _connect(self) -> sqlite3.Connection:
+        uri = f"{self.path.resolve().as_uri()}?mode=ro&immutable=1"
+        connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        # Pages come from the page cache, which all loader processes share, without copies of each.
+        connection.execute("PRAGMA mmap_size = 1073741824")
+        return connection
 
 
-def check_format(path: Path, meta: dict[str, str]) -> None:
-    """Raise ValueError unless `meta` is that of a store of a format known here."""
-    version = meta.get("format_version")
-    if version != str(FORMAT_VERSION):
-        raise ValueError(
-            f"{path} is of format {version}, not {FORMAT_VERSION}; if it is newer than this code, "
-            "update SegMAE, else pack it again"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a command did. images: with segments; without: known to have none; left_out: failed."""
+
+    out: Path
+    images: int
+    without: int
+    left_out: int
+    already_there: int
+    interrupted: bool
+
+    @property
+    def too_many_failed(self) -> bool:
+        """Whether they are more than accidents."""
+        return self.left_out > MOST_FAILED * (self.images + self.without + self.left_out)
+
+
+def write_store(
+    out: Path, keys: Sequence[str],
+    rows: Callable[[list[str]], Generator[PackedImage | Failure, None, None]],
+    *, what: str, source: str, settings: Mapping[str, Any], allow_failed: bool = True,
+) -> Summary:  # fmt: skip
+    """Write a store of these images, or go on with it. A signal that asks to stop leaves it
+    unfinished, and so do too many that fail, if they are not allowed.
+
+    rows: makes those of the keys that it is given, in any order. What is committed survives a kill.
+    Raises ValueError if the store was begun in another way or is being written by another process,
+    RuntimeError if the disk is full.
+    """
+    part = beside(out)
+    with _explained(part), closing(sqlite3.connect(part, 1, isolation_level="EXCLUSIVE")) as store:
+        _begin(store, part, source, settings)
+        done = {key for (key,) in store.execute("SELECT key FROM images")}
+        left = [key for key in keys if key not in done]
+        already_there = len(keys) - len(left)
+        added, failed, committed_at = 0, 0, time.monotonic()
+        for row in one_pass(what, rows(left), total=len(keys), done=already_there):
+            _add(store, row)
+            added += 1
+            failed += isinstance(row, Failure)
+            # Each commit is flushed to the disk: for every image that would take most of the time.
+            if time.monotonic() - committed_at > SECONDS_PER_COMMIT:
+                store.commit()  # survives a kill
+                committed_at = time.monotonic()
+        every = [number for (number,) in store.execute("SELECT segments FROM images")]
+        summary = Summary(
+            out=out, images=len(every) - every.count(0), without=every.count(0), left_out=failed,
+            already_there=already_there, interrupted=added < len(left),
+        )  # fmt: skip
+        complete = not summary.interrupted and (allow_failed or not summary.too_many_failed)
+        if complete:
+            store.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
+        store.commit()
+    if complete:
+        part.replace(out)
+    return summary
+
+
+def _begin(store: sqlite3.Connection, part: Path, source: str, settings: Mapping[str, Any]) -> None:
+    """Take the file for this process, and make its tables if it has none."""
+    # Held to the end: a second process that writes the same store is refused.
+    store.execute("PRAGMA locking_mode = EXCLUSIVE")
+    store.execute("BEGIN EXCLUSIVE")
+    if not store.execute("SELECT 1 FROM sqlite_master").fetchone():
+        for statement in SCHEMA.split(";"):
+            store.execute(statement)
+        begun = {"format_version": FORMAT_VERSION, "complete": "0", "source": source,
+                 "settings": json.dumps(settings, sort_keys=True)}  # fmt: skip
+        store.executemany("INSERT INTO meta VALUES (?, ?)", begun.items())
+        store.commit()
+    meta = dict(store.execute("SELECT name, value FROM meta").fetchall())
+    _check_format(part, meta)
+    made = {"source": meta["source"], **json.loads(meta["settings"])}
+    check_made_alike(part, made, {"source": source, **settings})
+
+
+def _add(store: sqlite3.Connection, row: PackedImage | Failure) -> None:
+    """Add an image that is not there, or why it still is not."""
+    if isinstance(row, Failure):
+        logger.warning("left out %s: %s", row.key, row.reason)
+        store.execute("INSERT OR REPLACE INTO failures VALUES (?, ?)", (row.key, row.reason))
+        return
+    image = (row.key, row.height, row.width, len(row.segments))
+    number = store.execute("INSERT INTO images VALUES (NULL, ?, ?, ?, ?)", image).lastrowid
+    segments = [(number, *segment) for segment in row.segments]
+    store.executemany("INSERT INTO segments VALUES (NULL, ?, ?, ?)", segments)
+    store.execute("DELETE FROM failures WHERE key = ?", (row.key,))  # it may have failed before
+
+
+@contextmanager
+def _explained(part: Path) -> Iterator[None]:
+    """Says what is wrong with the file in terms of what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = str(error)
+        if "full" in text or "disk I/O" in text:
+            advice = "Make room and run the same command again; it goes on from there"
+            raise RuntimeError(f"{part} cannot be written: {text}. {advice}") from None
+        if "locked" in text:
+            raise ValueError(f"{part} is being written by another process") from None
+        raise ValueError(f"{part}: {text}; remove it and start again") from None
+
+
+def _check_format(path: Path, meta: Mapping[str, str]) -> None:
+    if (version := meta.get("format_version")) != FORMAT_VERSION:
+        advice = "if it is newer than this code, update SegMAE, else pack it again"
+        raise ValueError(f"{path} is of format {version}, not {FORMAT_VERSION}; {advice}")

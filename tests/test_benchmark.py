@@ -343,8 +343,8 @@ def test_epochs_that_do_not_divide_are_told_what_happens(config: Path, tmp_path:
     ("words", "said"),
     [
         ("--mask-method pathces", "patches, segments, four_channels, preencoder"),
-        ("--in1k-dir /nowhere", "/nowhere is not a folder"),
-        ("--masks-dir /nowhere", "/nowhere does not exist"),
+        ("--in1k-dir /nowhere", "/nowhere/train is not a folder"),
+        ("--masks-dir /nowhere", "/nowhere is no folder of segments"),
         ("--eval-dataset /nowhere.yml", "/nowhere.yml"),
         ("--coverage-ratio -3", "0 to 100"),
         ("--pretrain patch_size=5", "patch"),

@@ -21,9 +21,7 @@ from pipeline.plan.machine import GIB
 from pipeline.plan.segments import MAKING
 from pipeline.plan.settings import Settings
 
-_LITTLE_MEMORY_GIB = 2.0
 _SET_UP = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
-_UNUSED_SHARE = 0.9  # of a GPU's memory is free where nobody else uses it
 
 
 class Finding(NamedTuple):
@@ -31,23 +29,19 @@ class Finding(NamedTuple):
 
     subject: str
     text: str
-    fix: str = ""
-    """What to do; empty if nothing has to be done."""
+    fix: str = ""  # what to do; empty if nothing has to be done
 
 
-def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> list[Finding]:
+def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> Iterator[Finding]:
     """Everything worth knowing before a run; `settings` makes those of the flags, if they fit.
 
     groups: the flags themselves; where they name no data, it is about the machine only.
     """
-    findings = [
-        Finding(name, version, _SET_UP if version == "not installed" else "")
-        for name, version in machine.versions().items()
-    ]
-    findings += _machine(groups)
+    for name, version in machine.versions().items():
+        yield Finding(name, version, _SET_UP if version == "not installed" else "")
+    yield from _machine(groups)
     if groups["data"].in1k_dir or groups["data"].dataset:
-        findings += _run(settings)
-    return findings
+        yield from _run(settings)
 
 
 def findings_text(findings: list[Finding]) -> str:
@@ -63,10 +57,11 @@ def findings_text(findings: list[Finding]) -> str:
 def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     hardware, compute = machine.hardware(), groups["compute"]
     gpus, cores, wanted = hardware["gpus"], hardware["cpu_cores"], compute.num_gpus
-    lacking = (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local"
-    fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
+    fix = ""
+    if (wanted or 0) > len(gpus) and groups["cluster"].launcher == "local":
+        fix = f"--num-gpus {wanted}, but there are {len(gpus)}: give fewer, or check the driver"
     listed = ", ".join(f"{count} x {name}" for name, count in Counter(gpus).items())
-    yield Finding("devices", listed or "no GPU, CPU only", fix if lacking else "")
+    yield Finding("devices", listed or "no GPU, CPU only", fix)
     if gpus and wanted != 0:
         yield from _torch_on(machine.gpus())
     processes = compute.num_processes or (len(gpus) if wanted is None else wanted) or 1
@@ -79,20 +74,19 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
             fix = f"{everybody} workers on {cores} cores: set pretrain workers to {fitting}"
     yield Finding("processors", text, fix)
     free = psutil.virtual_memory().available / GIB
-    fix = "close other programs, or use fewer workers" if free < _LITTLE_MEMORY_GIB else ""
+    fix = "close other programs, or use fewer workers" if free < 2 else ""
     yield Finding("memory", f"{free:.1f} of {hardware['memory_gib']} GiB available", fix)
     shm = Path("/dev/shm")  # through which loader workers hand their batches over
     if shm.exists():
-        free = machine.free_bytes(shm) / GIB
-        fix = "give it more (docker: --shm-size=16g), or use workers=0"
-        too_little = free < 1 and workers != 0
-        yield Finding("shared memory", f"{free:.1f} GiB free", fix if too_little else "")
+        too_little = (free := machine.free_bytes(shm) / GIB) < 1 and workers != 0
+        fix = "give it more (docker: --shm-size=16g), or use workers=0" if too_little else ""
+        yield Finding("shared memory", f"{free:.1f} GiB free", fix)
 
 
 def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
     """What the installed torch makes of the GPUs that the driver has."""
     try:  # in a process of its own: no torch here
-        torch = json.loads(ask([[sys.executable, "-m", "engine.gpus"]])[0])
+        torch = json.loads(ask([([sys.executable, "-m", "engine.gpus"], {})])[0])
     except ValueError as error:
         yield Finding("torch on GPUs", "it cannot be asked", str(error).replace("\n", "; "))
         return
@@ -105,12 +99,12 @@ def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
     for index, gpu in enumerate(torch["gpus"]):
         free, total = gpu["free_bytes"] / GIB, gpu["total_bytes"] / GIB
         text = f"{free:.1f} of {total:.1f} GiB free, {'' if gpu['bf16'] else 'no '}bf16 in hardware"
-        fix = "" if free > _UNUSED_SHARE * total else "nvidia-smi names the programs that use it"
+        # A driver and the desktop take some of it; less than that is somebody's work.
+        fix = "" if free > 0.9 * total else "nvidia-smi names the programs that use it"
         if gpu["error"]:
             text = f"torch cannot compute on it: {gpu['error']}"
             is_misfit = misfits or "no kernel image" in gpu["error"]
-            fix = "nvidia-smi -q shows whether the card is in order"
-            fix = CUDA_REMEDY if is_misfit else fix
+            fix = CUDA_REMEDY if is_misfit else "nvidia-smi -q shows whether the card is in order"
         yield Finding(f"GPU {index}", text, fix)
     if torch["lacks_to_compile"]:  # without a GPU nothing is compiled unless it is asked for
         fix = "install it, or models run uncompiled (Debian: build-essential, python3-dev)"
@@ -132,8 +126,8 @@ def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Find
     for gpu in dict.fromkeys(gpus):  # eight of a kind are said once
         causes, capability = [], 10 * gpu.capability[0] + gpu.capability[1]
         if gpu.driver < needed:
-            causes.append(f"CUDA {cuda} of {build} needs driver {needed} or newer, ")
-            causes[-1] += f"here is {gpu.driver}"
+            here = f"here is {gpu.driver}"
+            causes.append(f"CUDA {cuda} of {build} needs driver {needed} or newer, {here}")
         if capability < oldest:
             causes.append(f"{build} has kernels from sm_{oldest} on, not for sm_{capability}")
         if causes:
@@ -148,8 +142,7 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
         yield Finding("flags", "a run would be refused", str(error).replace("\n", "; "))
         return
     yield Finding("flags", f"a plan of {len(steps)} steps")
-    making = [step for step in steps if step.kind in MAKING]
-    if making:  # packing or generating them comes first
+    if making := [step for step in steps if step.kind in MAKING]:  # which comes first
         yield Finding("segments", f"{what_it_does(making[0])} ({len(making)} steps)")
     facts = {step.kind: step.facts for step in reversed(steps) if step.facts}
     if isinstance(images := facts.get("pretrain"), PretrainFacts):
@@ -159,5 +152,4 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
         yield Finding("dataset", f"{dataset.train} train, {dataset.val} val")
     kept, free = kept_bytes(steps), machine.free_bytes(settings.data.output_dir)
     text = f"{free / GIB:.0f} GiB free, the run keeps about {kept / GIB:.1f} GiB"
-    fix = "free some, or use another --output-dir" if free < kept else ""
-    yield Finding("disk", text, fix)
+    yield Finding("disk", text, "free some, or use another --output-dir" if free < kept else "")

@@ -8,20 +8,26 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
-from common.formats import StepProgress, read_json
 from common.progress import count_text, duration
 from common.step_files import PROGRESS
 from pipeline.launch import process
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import GIB
-from pipeline.plan.records import Record, StepState, output_sizes, read_record, write_record
+from pipeline.plan.records import (
+    Record,
+    StepState,
+    output_sizes,
+    read_progress,
+    read_record,
+    write_record,
+)
 from pipeline.plan.steps import Step
 
 _TAIL_LINES, _SEARCHED_LINES = 12, 200  # of console.log, for the message of a failure
@@ -29,12 +35,11 @@ _LOGS_BYTES = 50 * 2**20  # what a step writes beside checkpoints, generously
 _CLEAR_LINE = b"\r\x1b[2K"  # back to its beginning, and erase it
 
 
-@dataclass(frozen=True)
-class _Running:
+class _Running(NamedTuple):
     step: Step
     child: process.Child
     record: Record
-    gpus: tuple[int, ...]
+    gpus: Sequence[int]
 
 
 class LocalLauncher:
@@ -65,21 +70,19 @@ class LocalLauncher:
 
         When the disk is nearly full nothing is started, and that failure is returned.
         """
-        lacking = shortage(step)
-        if lacking:  # not written: the record of an earlier attempt says more
+        if lacking := shortage(step):  # not written: the record of an earlier attempt says more
             return Record.of(step, "failed", None, message=lacking)
         mark = f"{self.paths.root}:{step.name}"
         process.end_orphans(mark)
         for output in step.outputs:
             output.parent.mkdir(parents=True, exist_ok=True)
-        earlier = read_record(self.paths, step.name)
         # A rolling progress file of the round before would be taken for this one's.
         (step.folder / PROGRESS).unlink(missing_ok=True)
-        gpus = tuple(self._free(step)[: step.processes])
+        gpus = self._free(step)[: step.processes]
         child = process.Child(step.command, step.console_log, mark, environment(step, gpus))
         record = Record.of(
-            step, "running", earlier, started=time.time(), host=socket.gethostname(),
-            pid=child.pid, job_id=os.environ.get("SLURM_JOB_ID", ""),
+            step, "running", read_record(self.paths, step.name), started=time.time(),
+            host=socket.gethostname(), pid=child.pid, job_id=os.environ.get("SLURM_JOB_ID", ""),
         )  # fmt: skip
         write_record(self.paths, record)
         self.running.append(_Running(step, child, record, gpus))
@@ -90,13 +93,17 @@ class LocalLauncher:
         """Shows new output; returns the steps that ended since the last call, recorded."""
         finished = []
         for running in list(self.running):
-            exit_code = running.child.exit_code()  # before its last output is read
+            exit_code = running.child.poll()  # before its last output is read
             self._show(running.child.new_output(), running.step)
             if exit_code is not None:
                 process.end_marked(running.child.mark)
                 self.running.remove(running)
                 finished.append(self._judge(running, exit_code))
-        self._draw_progress()
+        if self.running and self.output.isatty():  # one line for what runs now, drawn over itself
+            parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
+            line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
+            self._write(_CLEAR_LINE + line.encode())
+            self._line_drawn = True
         return finished
 
     def stop(self, *, at_once: bool = False, grace_seconds: float = process.GRACE_SECONDS) -> None:
@@ -114,8 +121,7 @@ class LocalLauncher:
         """By exit code and by the files it had to leave."""
         step, what, outputs = running.step, "", dict[str, int]()
         state: StepState = "done"
-        # torchrun makes 1 of a worker's 75; then progress.json tells that it was stopped.
-        if exit_code == EXIT_STOPPED or was_stopped(step.folder):
+        if exit_code == EXIT_STOPPED or was_stopped(step):
             state = "stopped"
         elif exit_code != 0:
             state, what = "failed", f"ended with exit code {exit_code}"
@@ -139,34 +145,19 @@ class LocalLauncher:
             self._write((_CLEAR_LINE if self._line_drawn else b"") + head + output)
             self._line_drawn, self._shown = False, step.name
 
-    def _draw_progress(self) -> None:
-        """On a terminal, one line for what runs now, drawn over itself."""
-        if self.running and self.output.isatty():
-            parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
-            line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
-            self._write(_CLEAR_LINE + line.encode())
-            self._line_drawn = True
-
     def _write(self, output: bytes) -> None:
         with suppress(OSError):  # nobody may be listening; it stands in console.log
             self.output.write(output)
             self.output.flush()
 
 
-def step_bytes(step: Step) -> int:
-    """What has to be free before a step: its files, and one more while a file is replaced.
-
-    Where an earlier checkpoint is there, its real size counts.
-    """
-    sizes = [path.stat().st_size for path in step.folder.glob("*.pth")]
-    one = max(sizes) if sizes else (step.facts.checkpoint_bytes if step.facts else 0)
-    # Pretraining: last.pth, the round's checkpoint and one aside. Evaluation: last, best, aside.
-    return 3 * one + _LOGS_BYTES
-
-
 def shortage(step: Step) -> str:
     """Why the step cannot be started for lack of space; empty if there is enough."""
-    needed, free = step_bytes(step), machine.free_bytes(step.folder)
+    # Where an earlier checkpoint is there, its real size counts.
+    sizes = [path.stat().st_size for path in step.folder.glob("*.pth")]
+    one = max(sizes, default=step.facts.checkpoint_bytes if step.facts else 0)
+    # Pretraining: last.pth, the round's checkpoint and one aside. Evaluation: last, best, aside.
+    needed, free = 3 * one + _LOGS_BYTES, machine.free_bytes(step.folder)
     if free >= needed:
         return ""
     return (
@@ -197,35 +188,21 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
     return added
 
 
-def read_progress(folder: Path) -> dict[str, Any]:
-    """A step's progress.json, empty if it has not written one. Raises ValueError for a damaged."""
-    try:
-        return read_json(folder / PROGRESS, StepProgress)
-    except FileNotFoundError:
-        return {}
-
-
-def was_stopped(folder: Path) -> bool:
-    """Whether a training has saved and ended because it was told to."""
-    with suppress(ValueError):  # a damaged file says nothing; the exit code does
-        return read_progress(folder).get("state") == "stopped"
-    return False
+def was_stopped(step: Step) -> bool:
+    """Whether it saved because it was told to: torchrun makes 1 of a worker's exit code 75."""
+    return read_progress(step.folder).get("state") == "stopped"
 
 
 def progress_text(folder: Path) -> str:
     """Epoch or count, rate and time left in words, as far as they are known."""
-    try:
-        now = read_progress(folder)
-    except ValueError as error:
-        return str(error)
+    now = read_progress(folder)
     if now.keys() >= {"done", "total"}:
         return count_text(now)
     if "epoch" not in now:
         return "starting"
+    parts = [f"epoch {now['epoch']:.2f} of {now.get('epochs_total', '?')}"]
     if now.get("stage") == "evaluate":
         parts = [f"scoring after epoch {now['epoch']:.1f}"]
-    else:
-        parts = [f"epoch {now['epoch']:.2f} of {now.get('epochs_total', '?')}"]
     if now.get("images_per_second"):
         parts.append(f"{now['images_per_second']:.0f} images/s")
     if now.get("seconds_left") is not None:

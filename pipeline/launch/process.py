@@ -26,8 +26,8 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-class Child:
-    """A running step."""
+class Child(subprocess.Popen[bytes]):
+    """A running step; `poll` gives its exit code, negative for a signal, or None while it runs."""
 
     def __init__(
         self, command: list[str], console_log: Path, mark: str, environment: Mapping[str, str]
@@ -38,48 +38,38 @@ class Child:
         """
         console_log.parent.mkdir(parents=True, exist_ok=True)
         self.mark, self.console_log = mark, console_log
-        self.shown_bytes = console_log.stat().st_size if console_log.exists() else 0
-        with console_log.open("ab") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=REPO_ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, MARK: mark},
-                start_new_session=True,
-                preexec_fn=_in_child,
-            )
-        self.pid = self._process.pid
         self._stop_asked: float | None = None
-
-    def exit_code(self) -> int | None:
-        """None while it runs; then its code, negative for a signal."""
-        return self._process.poll()
+        with console_log.open("ab") as output:
+            self._shown_bytes = output.tell()
+            super().__init__(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                cwd=REPO_ROOT, start_new_session=True, preexec_fn=_in_child,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, MARK: mark},
+            )  # fmt: skip
 
     def new_output(self) -> bytes:
         """What it printed since the last call."""
         with self.console_log.open("rb") as stream:
-            stream.seek(self.shown_bytes)
+            stream.seek(self._shown_bytes)
             output = stream.read()
-        self.shown_bytes += len(output)
+        self._shown_bytes += len(output)
         return output
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """Asks it (once) to save and end; after `grace_seconds` of further calls, ends it."""
         if self._stop_asked is None:
             self._stop_asked = time.monotonic()
-            self._signal(signal.SIGTERM)
+            self._signal_all(signal.SIGTERM)
         elif time.monotonic() - self._stop_asked > grace_seconds:
             self.kill()
 
     def kill(self) -> None:
         """Ends it and all its descendants at once."""
-        self._signal(signal.SIGKILL)
-        self._process.wait()
+        self._signal_all(signal.SIGKILL)
+        self.wait()
         end_marked(self.mark)
 
-    def _signal(self, number: int) -> None:
+    def _signal_all(self, number: int) -> None:
         with suppress(ProcessLookupError, PermissionError):  # it has just ended (macOS: a zombie)
             os.killpg(self.pid, number)  # it leads its session's group
 

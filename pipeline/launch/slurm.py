@@ -7,6 +7,7 @@ belongs to the job that its record names: any other job for it ends without touc
 """
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,28 +20,19 @@ import click
 from common.console import EXIT_STOPPED
 from common.files import hold
 from common.interruption import Interruption
-from pipeline.launch import slurm_queue
+from pipeline.launch import status
 from pipeline.launch.local import LocalLauncher, environment, was_stopped
 from pipeline.launch.process import Child, end_marked
-from pipeline.launch.status import read_status, status_text
+from pipeline.plan import records
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import REPO_ROOT
-from pipeline.plan.records import (
-    Record,
-    is_done,
-    other_settings,
-    read_record,
-    write_record,
-    write_run_files,
-)
+from pipeline.plan.records import Record, is_done, other_settings, read_record, write_record
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, nodes_of
-from pipeline.report.page import write_all
 
 _POLL_SECONDS = 0.2
 _FOLLOW_SECONDS = 2.0
 _SIGNAL_SECONDS = 120  # before its time limit a job is told to save
-_MOST_REQUEUES = 10_000  # a job may reach its time limit this often
 # A job waits so long for its record: written after it was submitted, and shown on the node's side
 # of a shared file system up to a minute later.
 _RECORD_SECONDS = 120.0
@@ -55,9 +47,9 @@ def run(settings: Settings, steps: list[Step], paths: Layout) -> int:
     if shutil.which("sbatch") is None:
         raise ValueError("--launcher slurm needs Slurm's sbatch, which is not on the PATH here")
     with hold(paths.lock, paths.root):
-        write_run_files(settings, steps, paths)
+        records.write_run_files(settings, steps, paths)
         submitted = submit(settings, steps, paths)
-    click.echo(f"{submitted} jobs submitted\n{status_text(paths)}")
+    click.echo(f"{submitted} jobs submitted\n{status.status_text(paths)}")
     if not settings.cluster.wait:
         click.echo(f"benchmark.py status {paths.root} shows how they get on")
         return 0
@@ -69,53 +61,49 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
 
     Raises ValueError if Slurm does not say whether jobs of an earlier call still live.
     """
+    import submitit
+    from submitit.core.utils import FailedJobError
+
     known = {step.name: read_record(paths, step.name) for step in steps}
     unfinished = [r for r in known.values() if r is not None and r.state != "done"]
-    jobs = {record.name: slurm_queue.submitted_job(paths, record) for record in unfinished}
     try:
-        queue = slurm_queue.job_states(jobs.values())
-    except slurm_queue.QueueError as error:
+        queue = status.job_states(paths, unfinished)
+    except ValueError as error:
         raise ValueError(
             f"{error}; jobs of an earlier call may still be live, so nothing was submitted: "
             "give the same command again when squeue works"
         ) from None
-    live = {name: job for name, job in jobs.items() if queue.get(job) in slurm_queue.LIVE}
+    # Step -> the job that will do it.
+    job_ids = {r.name: r.job_id for r in unfinished if queue.get(r.job_id) in status.LIVE}
     for step in steps:  # all of them before the first is submitted
         record = known[step.name]
-        if record and step.name in live and other_settings(step, record):
+        if record and step.name in job_ids and other_settings(step.settings, record):
             # The job would work with the settings it was submitted with.
             raise ValueError(
                 f"{step.name} is in the queue with other settings as job {record.job_id}: scancel "
                 "it first, or give the settings it was submitted with"
             )
-    job_ids = dict(live)  # step -> the job that will do it
-    for step in steps:
-        if step.name not in live and not is_done(step, paths):
-            # What a step needs and is not there is a job by now: the plan is in that order.
-            needed = [job_ids[need] for need in step.needs if need in job_ids]
-            job = job_ids[step.name] = _submit_one(settings, step, paths, needed)
-            write_record(paths, Record.of(step, "submitted", known[step.name], job_id=job))
-    return len(job_ids) - len(live)
-
-
-def _submit_one(settings: Settings, step: Step, paths: Layout, needed: list[str]) -> str:
-    """Submits one step; returns its job's number. ValueError if sbatch refuses it."""
-    import submitit
-    from submitit.core.utils import FailedJobError
-
-    executor = submitit.SlurmExecutor(folder=paths.slurm, max_num_timeout=_MOST_REQUEUES)
-    executor.update_parameters(**job_parameters(settings, step, needed))
-    try:
-        job = executor.submit(StepJob(paths.root, step, nodes_of(step, settings)))
-    except FailedJobError as error:
-        raise ValueError(f"{step.name} was refused: {' '.join(str(error).split())}") from None
-    return str(job.job_id)
+    missing = [step for step in steps if step.name not in job_ids and not is_done(step, paths)]
+    for step in missing:
+        # What a step needs and is not there is a job by now: the plan is in that order.
+        needed = [job_ids[need] for need in step.needs if need in job_ids]
+        # A job may reach its time limit as often as it takes.
+        executor = submitit.SlurmExecutor(folder=paths.slurm, max_num_timeout=10_000)
+        executor.update_parameters(**job_parameters(settings, step, needed))
+        try:
+            job = executor.submit(StepJob(paths.root, step, nodes_of(step, settings)))
+        except FailedJobError as error:
+            raise ValueError(f"{step.name} was refused: {' '.join(str(error).split())}") from None
+        job_ids[step.name] = job.job_id
+        write_record(paths, Record.of(step, "submitted", known[step.name], job_id=job.job_id))
+    return len(missing)
 
 
 def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[str, Any]:
     """Submitit's parameters of a step's job; `needed` are the jobs that have to succeed before."""
-    cluster = settings.cluster
-    cpus = cpus_per_task(settings, step)
+    cluster, nodes = settings.cluster, nodes_of(step, settings)
+    gpus = step.devices if step.devices_are_gpus else None
+    cpus = _cpus_per_task(settings, step, gpus or 0)
     asked_cpus = cluster.sbatch.get("cpus_per_task", cpus)
     given = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
     additional = {"chdir": str(REPO_ROOT), "requeue": True, **given}
@@ -123,42 +111,52 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
         dependency = f"afterok:{':'.join(needed)}"
         additional |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     chosen: dict[str, Any] = {
-        "job_name": step.name,
-        "nodes": nodes_of(step, settings),
+        "job_name": step.name, "partition": cluster.partition, "qos": cluster.qos,
+        "time": cluster.minutes, "nodes": nodes, "gpus_per_node": gpus, "cpus_per_task": cpus,
         "ntasks_per_node": 1,  # torchrun starts a node's processes
-        "cpus_per_task": cpus,
         # Since Slurm 22.05 srun does not take it over from sbatch: the task would get one core.
         "srun_args": asked_cpus and [f"--cpus-per-task={asked_cpus}"],
-        "gpus_per_node": step.devices if step.devices_are_gpus else None,
-        "partition": cluster.partition,
-        "qos": cluster.qos,
-        "time": cluster.minutes,
-        "signal_delay_s": _SIGNAL_SECONDS,
-        "stderr_to_stdout": True,
+        "signal_delay_s": _SIGNAL_SECONDS, "stderr_to_stdout": True,
         "additional_parameters": additional,
-    }
+    }  # fmt: skip
     return {key: value for key, value in chosen.items() if value is not None}
 
 
-def cpus_per_task(settings: Settings, step: Step) -> int | None:
+def _cpus_per_task(settings: Settings, step: Step, gpus: int) -> int | None:
     """CPUs of a job on each node: for its processes and their loader workers.
 
-    At most what the largest node has, so that the job can start. None leaves it to the user's
-    --sbatch, or for a single process on the CPU to the site.
+    None leaves it to the user's --sbatch, or for a single process on the CPU to the site.
     """
-    gpus, cluster = step.devices if step.devices_are_gpus else 0, settings.cluster
+    cluster, workers = settings.cluster, step.config.run.workers
     if {"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys():
         return None
     if not gpus and step.processes == 1:
         return None
     per_process = _CPUS_PER_PROCESS if gpus else 1
-    workers = step.config.run.workers
-    if workers is not None:
-        per_process = 1 + workers
-    wanted = step.processes * per_process
-    partition = cluster.sbatch.get("partition", cluster.partition)
-    most = slurm_queue.most_cpus(None if partition is None else str(partition), gpus=gpus)
+    wanted = step.processes * (per_process if workers is None else 1 + workers)
+    # No more than a node has, or the job could never start.
+    most = _most_cpus(cluster.sbatch.get("partition", cluster.partition), gpus)
     return wanted if most is None else max(1, min(wanted, most))
+
+
+def _most_cpus(partition: Any, gpus: int) -> int | None:
+    """CPUs of the largest node with so many GPUs (of the default partition unless named).
+
+    None where Slurm does not say.
+    """
+    try:
+        listing = status.ask_slurm("sinfo", "--noheader", "--Node", "--format=%P %c %G")
+    except ValueError:
+        return None
+    found = []
+    for line in listing.splitlines():
+        name, cpus, gres = line.split(maxsplit=2)
+        chosen = name.rstrip("*") in str(partition).split(",") if partition else name[-1] == "*"
+        # gres: (null), gpu:8, gpu:a100:8(S:0-1), shard:32,gpu:h200:4
+        there = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)))
+        if chosen and cpus.isdecimal() and there >= gpus:
+            found.append(int(cpus))
+    return max(found, default=None)
 
 
 def follow(paths: Layout) -> int:
@@ -169,7 +167,7 @@ def follow(paths: Layout) -> int:
     shown: dict[str, str] = {}
     try:
         while True:
-            found = read_status(paths)
+            found = status.read_status(paths)
             for step in found:
                 if shown.get(step.name) != step.state:
                     click.echo(f"{time.strftime('%T')} {step.name}: {step.state}  {step.detail}")
@@ -180,8 +178,14 @@ def follow(paths: Layout) -> int:
     except KeyboardInterrupt:
         click.echo("\nThe jobs go on; scancel ends them, the same command follows them again.")
         return EXIT_STOPPED
-    click.echo(write_all(paths))
+    click.echo(_write_report(paths))
     return 0 if set(shown.values()) == {"done"} else 1
+
+
+def _write_report(paths: Layout) -> str:
+    from pipeline.report.page import write_all  # matplotlib takes a second to load
+
+    return write_all(paths)
 
 
 @dataclass
@@ -208,29 +212,26 @@ class StepJob:
             step = on_this_cluster(self.step, self.nodes)
             if os.environ.get("SLURM_NODEID", "0") != "0":
                 return _assist(step, paths, stop)
-            return self._run(step, paths, stop)
-
-    def _run(self, step: Step, paths: Layout, stop: Interruption) -> str:
-        self._launcher = LocalLauncher(paths, overlaps=False)
-        record = self._launcher.start(step)
-        while record.state == "running":
-            if stop.requested:
-                self._launcher.stop()
-            time.sleep(_POLL_SECONDS)
-            record = next(iter(self._launcher.poll()), record)
-        if record.state == "failed":
-            raise RuntimeError(record.message)
-        if record.state == "stopped":
-            raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
-        if step.lane == "evaluate":
-            write_all(paths)
-        return record.state
+            self._launcher = LocalLauncher(paths, overlaps=False)
+            record = self._launcher.start(step)
+            while record.state == "running":
+                if stop.requested:
+                    self._launcher.stop()
+                time.sleep(_POLL_SECONDS)
+                record = next(iter(self._launcher.poll()), record)
+            if record.state == "failed":
+                raise RuntimeError(record.message)
+            if record.state == "stopped":
+                raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
+            if step.lane == "evaluate":
+                _write_report(paths)
+            return record.state
 
     def checkpoint(self) -> Any:
         """Submitit's hook, called in its handler of the end signal: save, then queue up again."""
         from submitit.helpers import DelayedSubmission
 
-        # `_run` stands still meanwhile: the handler runs on top of it and does not return.
+        # `__call__` stands still meanwhile: the handler runs on top of it and does not return.
         while self._launcher is not None and self._launcher.running:
             self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
             self._launcher.poll()
@@ -254,10 +255,8 @@ class StepJob:
             is_newer = named.isdecimal() and int(named) > int(job)
             if is_newer or time.monotonic() > deadline:
                 owner = f"names {named or 'a local run'}" if record else "is missing"
-                raise SystemExit(
-                    f"job {job} does nothing: {self.step.name} is not its step any more, "
-                    f"{paths.record(self.step.name)} {owner}"
-                )
+                path = paths.record(self.step.name)
+                raise SystemExit(f"job {job} does nothing: {path}, of its step, {owner}")
             time.sleep(_POLL_SECONDS)
 
 
@@ -273,14 +272,14 @@ def _assist(step: Step, paths: Layout, stop: Interruption) -> str:
     child = Child(step.command, log, f"{paths.root}:{step.name}:node{node}", environment(step))
     # Submitit's own handler of SIGUSR2 does nothing on these nodes.
     with Interruption(signals=(signal.SIGUSR2,), ends_process=False) as announced:
-        while (exit_code := child.exit_code()) is None:
+        while (exit_code := child.poll()) is None:
             if stop.requested or announced.requested:
                 child.stop()
             time.sleep(_POLL_SECONDS)
     end_marked(child.mark)
     if exit_code == 0:
         return "done"
-    if stop.requested or announced.requested or was_stopped(step.folder):
+    if stop.requested or announced.requested or was_stopped(step):
         return "stopped"
     raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
 

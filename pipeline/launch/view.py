@@ -3,9 +3,9 @@
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from common.console import aligned, say
-from mae.check import PretrainFacts
 from mae.config import PretrainConfig
 from pipeline.plan.check import checked_plan
 from pipeline.plan.layout import Layout
@@ -21,10 +21,8 @@ def step_table(
 
     numbers: titles of the columns that end alike.
     """
-    rows = [("", "step", *columns)]  # a number needs no title
-    cells = zip(*columns.values(), strict=True)
-    rows += [(str(n), name, *said) for n, (name, said) in
-             enumerate(zip(names, cells, strict=True), start=1)]  # fmt: skip
+    count = [str(number) for number, _ in enumerate(names, start=1)]
+    rows = [("", "step", *columns), *zip(count, names, *columns.values(), strict=True)]
     return aligned(rows, right=(0, *(rows[0].index(title) for title in numbers)))
 
 
@@ -42,14 +40,12 @@ def show(settings: Settings, *, verbose: bool) -> None:
     }
     say(step_table([step.name for step in steps], columns))
     for step in steps if verbose else ():  # to be copied into a shell
+        log, *left = (os.path.relpath(p, paths.root) for p in (step.console_log, *step.outputs))
         say(f"\n{numbers[step.name]}  {shlex.join(step.command)}")
-        say(f"   leaves {', '.join(os.path.relpath(p, paths.root) for p in step.outputs)}")
-        say(f"   log    {os.path.relpath(step.console_log, paths.root)}")
+        say(f"   leaves {', '.join(left)}\n   log    {log}")
     # All pretrainings of a plan have one schedule: the first one left stands for them.
-    facts = [step.facts for step in steps if isinstance(step.facts, PretrainFacts)]
-    configs = [step.config for step in steps if isinstance(step.facts, PretrainFacts)]
-    if facts and isinstance(configs[0], PretrainConfig):
-        say(f"\n{_schedule_text(facts[0], configs[0])}")
+    for step in [step for step in steps if step.kind == "pretrain" and step.facts][:1]:
+        say(f"\n{_schedule_text(step.facts, step.config)}")
     if not verbose:
         say("\n--verbose shows the commands")
 
@@ -75,18 +71,15 @@ def devices_text(step: Step) -> str:
     return f"{several} GPU{'' if several == '1' else 's'}"
 
 
-def _schedule_text(facts: PretrainFacts, config: PretrainConfig) -> str:
+def _schedule_text(facts: Any, config: Any) -> str:
     """Images, batch, accumulation and the learning rate at the points that matter."""
-    plan = facts.plan
-    at_once, parts = str(plan.micro_batch_size), str(plan.accumulation_steps)
-    if config.run.batch_size == "auto":
-        at_once = parts = "auto"  # until a GPU is measured
+    plan, is_auto = facts.plan, config.run.batch_size == "auto"  # until a GPU is measured
+    at_once, parts = ("auto",) * 2 if is_auto else (plan.micro_batch_size, plan.accumulation_steps)
     lines = [
-        f"pretraining: {facts.train} images ({facts.left_out} left out), "
-        f"{facts.val} held out ({facts.val_left_out} left out), "
-        f"{plan.steps_per_epoch} steps per epoch",
-        f"effective batch {plan.effective_batch_size} = {at_once} per device x "
-        f"{plan.processes} devices x {parts} accumulated",
+        f"pretraining: {facts.train} images ({facts.left_out} left out), {facts.val} held out "
+        f"({facts.val_left_out} left out), {plan.steps_per_epoch} steps per epoch",
+        f"effective batch {plan.effective_batch_size} = {at_once} per device x {plan.processes} "
+        f"devices x {parts} accumulated",
         f"learning rate {config.optimisation.learning_rate:g} at its peak",
     ]
     rates = [f"  epoch {at:g}: {rate:.3g}  {name}" for at, rate, name in facts.learning_rates]

@@ -1,21 +1,19 @@
 """Every path and name of an output directory: one function builds each, one parses it.
 
     paths, run = Layout(Path("/runs/a")), RunId(method="four_channels", coverage_ratio=25.0)
-    paths.checkpoint(run.name, 5)  # /runs/a/pretrain_output/four_channels-cov25/checkpoint-5.pth
+    paths.pretrain_dir(run.name)  # /runs/a/pretrain_output/four_channels-cov25
 
 The names of the files inside a step's folder are in common.step_files, where the parts find them.
 """
-
-from __future__ import annotations
 
 import re
 import typing
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Self
 
 from common.options import fields_of
-from common.step_files import checkpoint_path
 from mae.config import MethodConfig, OptimisationConfig, SegmentsFrom
 
 BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking methods
@@ -47,25 +45,20 @@ class RunId:
     def name(self) -> str:
         """The method, and what is not the default."""
         ratio, source, seed = self.coverage_ratio, self.segments_from, self.seed
-        return (
-            self.method
-            + ("" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}")
-            + ("" if source == OWN else f"-{source}")
-            + ("" if seed == DEFAULT_SEED else f"-seed{seed}")
-        )
+        text = self.method + ("" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}")
+        text += "" if source == OWN else f"-{source}"
+        return text + ("" if seed == DEFAULT_SEED else f"-seed{seed}")
 
     @classmethod
-    def parse(cls, name: str) -> RunId:
+    def parse(cls, name: str) -> Self:
         """The inverse of `name`. Raises ValueError for a name that is not a run's."""
         match = _RUN_NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{name!r} is not a run name such as four_channels-cov25-seed1")
         return cls(
-            method=match["method"],
-            coverage_ratio=float(match["coverage"] or DEFAULT_RATIO),
-            segments_from=match["segments_from"] or OWN,
-            seed=int(match["seed"] or DEFAULT_SEED),
-        )
+            method=match["method"], coverage_ratio=float(match["coverage"] or DEFAULT_RATIO),
+            segments_from=match["segments_from"] or OWN, seed=int(match["seed"] or DEFAULT_SEED),
+        )  # fmt: skip
 
 
 def ratio_text(ratio: float) -> str:
@@ -111,14 +104,6 @@ class Layout:
         """One pretraining run's folder."""
         return self.pretrain_output / run
 
-    def checkpoint(self, run: str, epochs: int) -> Path:
-        """The checkpoint that a round leaves; `epochs` are the epochs completed."""
-        return checkpoint_path(self.pretrain_dir(run), epochs)
-
-    def official_checkpoint(self, model: str) -> Path:
-        """The official MAE release checkpoint that `--stack` starts from."""
-        return self.pretrain_output / f"mae_pretrain_{model}.pth"
-
     def probe_dir(self, run: str, epochs: int) -> Path:
         """One probe's folder."""
         return self.probe_output / eval_name(run, epochs)
@@ -132,11 +117,16 @@ class Layout:
         return self.records / f"{step_name}.json"
 
 
+def is_run_yml(head: bytes) -> bool:
+    """Whether a file that begins so is a run.yml, of any version."""
+    return head.startswith((b"settings:", b"command:"))
+
+
 def is_results_csv(head: bytes) -> bool:
-    """Whether a file that begins so is a results.csv, of any version."""
+    """The same of results.csv."""
     return head.startswith(b"method,")
 
 
 def is_report(head: bytes) -> bool:
-    """Whether a file that begins so is a page of the report."""
+    """The same of a page of the report."""
     return b"<title>SegMAE: " in head

@@ -17,45 +17,40 @@ from common import environment
 
 GIB = 2**30
 REPO_ROOT = Path(__file__).resolve().parents[2]  # python -m mae is run from here
-_VERSIONS_OF = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Python's, this repository's and the main packages' versions."""
-    command = ["git", "-C", str(REPO_ROOT), "rev-parse", "--short", "HEAD"]
-    own = {}
+    found, command = {}, ["git", "-C", str(REPO_ROOT), "rev-parse", "--short", "HEAD"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or a copy without history
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        own = {"segmae": said.strip()}
-    return own | environment.versions(_VERSIONS_OF)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found["segmae"] = done.stdout.strip()
+    names = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "numpy")
+    return found | environment.versions(names)
 
 
 def hardware() -> dict[str, Any]:
     """Name, processor, memory, GPUs."""
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):  # Linux, where platform knows the kind only
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = next(iter(named), processor)
     return {
         "host": platform.node(),
-        "processor": _processor(),
+        "processor": processor,
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "gpus": [gpu.name for gpu in gpus()],
     }
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform knows the kind only there
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
 class Gpu(NamedTuple):
     """A card of this machine; slices of it (MIG) are no cards."""
 
     name: str
-    driver: int
-    """The branch, such as 580."""
-    capability: tuple[int, int]
-    """Of its CUDA cores, such as (7, 0) for a V100, whose machine code is called sm_70."""
+    driver: int  # the branch, such as 580
+    capability: tuple[int, int]  # (7, 0) is a V100's, whose machine code is called sm_70
 
 
 def gpus() -> list[Gpu]:

@@ -5,21 +5,20 @@ step counts as done when its record says so, its outputs are there with the reco
 was made with the settings that are asked for now (`is_done`).
 
 What binds what: everything in an output directory is made alike (`differences`), so that one report
-may compare it. A new step has to agree with every finished step of its kind in all settings but
-those that tell runs and checkpoints apart (`MAY_DIFFER`); with its own earlier attempt, and with
-the rounds of its own pretraining, in those too.
+may compare it. A step has to agree with its own earlier attempt, and with the rounds of its own
+pretraining, in all settings. One that is new has to agree with the finished steps of its kind in
+all but those that tell runs and checkpoints apart (`MAY_DIFFER`).
 """
 
-from __future__ import annotations
-
-import json
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import Annotated, Any, Literal
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import Field, FiniteFloat
@@ -74,7 +73,7 @@ class Record:
     message: str = ""  # of a failed step: what happened, with the last lines of its log
 
     @classmethod
-    def of(cls, step: Step, state: StepState, earlier: Record | None, **more: Any) -> Record:
+    def of(cls, step: Step, state: StepState, earlier: Self | None, **more: Any) -> Self:
         """A new attempt at a step; earlier: what is known of those before."""
         return cls(
             name=step.name, state=state, run=step.run, kind=step.kind, fingerprint=step.settings,
@@ -101,18 +100,16 @@ class PlannedStep(TypedDict):
 def read_record(paths: Layout, step_name: str) -> Record | None:
     """The step's record, or None if it never started; ValueError if the file is damaged."""
     try:
-        record: Record = read_json(paths.record(step_name), Record)
+        return cast(Record, read_json(paths.record(step_name), Record))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"{error}; remove it to go on") from None
-    return record
 
 
 def read_all_records(paths: Layout) -> list[Record]:
     """All records of an output directory, by name."""
-    names = sorted(path.stem for path in paths.records.glob("*.json"))
-    found = [read_record(paths, name) for name in names]
+    found = (read_record(paths, path.stem) for path in sorted(paths.records.glob("*.json")))
     return [record for record in found if record is not None]
 
 
@@ -123,18 +120,13 @@ def write_record(paths: Layout, record: Record) -> None:
 
 def write_run_files(chosen: Settings, steps: Iterable[Step], paths: Layout) -> None:
     """run.yml for people, plan.json for `status` and the report."""
-    content = {
-        "settings": chosen.flat(),
-        "command": shlex.join(sys.argv),
-        "versions": versions(),
-        "hardware": hardware(),
-    }
+    content = {"settings": chosen.flat(), "command": shlex.join(sys.argv)}
+    content |= {"versions": versions(), "hardware": hardware()}
     write_text(paths.run_yml, yaml.safe_dump(content, sort_keys=False))
-    planned = [
+    write_json(paths.plan, [
         PlannedStep(name=s.name, needs=list(s.needs), folder=os.path.relpath(s.folder, paths.root))
         for s in steps
-    ]
-    write_json(paths.plan, planned)
+    ])  # fmt: skip
 
 
 def read_plan(paths: Layout) -> list[PlannedStep]:
@@ -147,12 +139,12 @@ def read_plan(paths: Layout) -> list[PlannedStep]:
         raise ValueError(f"{error}; call benchmark.py again") from None
 
 
-def epochs_reached(step: Step) -> float:
-    """How far its run is, in epochs, by the progress file. Raises ValueError for a damaged one."""
+def read_progress(folder: Path) -> dict[str, Any]:
+    """A step's progress.json, empty if it has not written one. Raises ValueError for a damaged."""
     try:
-        return float(read_json(step.folder / PROGRESS, StepProgress).get("epoch", 0))
+        return read_json(folder / PROGRESS, StepProgress)
     except FileNotFoundError:
-        return 0.0
+        return {}
 
 
 def output_sizes(step: Step, paths: Layout) -> dict[str, int]:
@@ -167,7 +159,7 @@ def is_done(step: Step, paths: Layout) -> bool:
     """Whether the step needs no more work: recorded as done, outputs whole, settings equal."""
     record = read_record(paths, step.name)
     # A step of an earlier call may bear the name: then it was made otherwise, and is done again.
-    if record is None or record.state != "done" or other_settings(step, record):
+    if record is None or record.state != "done" or other_settings(step.settings, record):
         return False
     try:
         return output_sizes(step, paths) == record.outputs
@@ -175,61 +167,54 @@ def is_done(step: Step, paths: Layout) -> bool:
         return False
 
 
-def other_settings(step: Step, record: Record, leave_out: Collection[str] = ()) -> list[str]:
-    """`name: stored -> wanted` for what the step would make otherwise than the record's did."""
-    wanted = {name: value for name, value in step.settings.items() if name not in leave_out}
-    return differing_settings(record.fingerprint, wanted, _older(record))
+def other_settings(
+    wanted: Mapping[str, Any], record: Record, leave_out: Collection[str] = ()
+) -> list[str]:
+    """`name: stored -> wanted` for the settings in which the record's step was made otherwise."""
+    compared = {name: value for name, value in wanted.items() if name not in leave_out}
+    return differing_settings(_made_with(record), compared, {})
 
 
 def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
     """How the settings differ from those the output directory's steps were made with."""
-    records, found = list(_binding(paths)), []
-    # Hundreds of steps share all but MAY_DIFFER: one of each such kind is compared with one.
-    several = {(record.kind, record.method, _shared(record)): record for record in records}
-    compared = {(step.kind, _shared(step)): step for step in reversed(steps)}
+    records, found = _binding(paths), []
+    # Those of one kind and method are alike: a new step is compared with one of them.
+    one_of_each = {(record.kind, record.method): record for record in records}.values()
     for step in steps:
-        for record in records:
-            is_round = step.kind == "pretrain" == record.kind and step.run == record.run
-            if is_round or step.name == record.name:
-                found += [f"{step.run}: {text}" for text in other_settings(step, record)]
-    for step in reversed(compared.values()):
-        for record in several.values():
-            if record.kind == step.kind:
-                leave_out = MAY_DIFFER[step.kind] | idle_settings(record.method)
-                whose = "" if record.run == step.run else f" (of {record.run})"
-                other = other_settings(step, record, leave_out)
-                found += [f"{step.run}: {text}{whose}" for text in other]
+        of_run = [r for r in records if (r.kind, r.run) == (step.kind, step.run)]
+        # All rounds of a pretraining are one training; a score is compared with itself.
+        own = [r for r in of_run if step.kind == "pretrain" or r.name == step.name]
+        for record in own or (r for r in one_of_each if r.kind == step.kind):
+            leave_out = () if own else MAY_DIFFER[step.kind] | idle_settings(record.method)
+            whose = "" if record.run == step.run else f" (of {record.run})"
+            others = other_settings(step.settings, record, leave_out)
+            found += [f"{step.run}: {text}{whose}" for text in others]
     return list(dict.fromkeys(found))
 
 
 def made_alike(all_paths: Sequence[Layout]) -> bool:
     """Whether what these directories hold may stand on one line of a report."""
     first: dict[str, Record] = {}  # of each kind: being alike is transitive
-    for record in (record for paths in all_paths for record in _binding(paths)):
-        other, older = first.setdefault(record.kind, record), _older(record)
-        leave_out = {
-            *MAY_DIFFER[record.kind], *idle_settings(record.method), *idle_settings(other.method)
-        }  # fmt: skip
-        known = {name: record.fingerprint.get(name, older[name]) for name in older}
-        wanted = {name: value for name, value in known.items() if name not in leave_out}
-        if differing_settings(other.fingerprint, wanted, _older(other)):
+    for record in chain.from_iterable(map(_binding, all_paths)):
+        other = first.setdefault(record.kind, record)
+        idle = MAY_DIFFER[record.kind] | idle_settings(record.method) | idle_settings(other.method)
+        if other_settings(_made_with(record), other, idle):
             return False
     return True
 
 
-def _older(record: Record) -> dict[str, Any]:
-    """What each setting counts as where an earlier version's record does not have it.
+def _made_with(record: Record) -> dict[str, Any]:
+    """All settings. An earlier version's record holds, as text, only what was given.
 
-    Such a record holds what was given only. The rest was the recipe's, or the option's default,
-    unless the option says (`older`) that it came later and what the behaviour before it was.
+    The rest was the recipe's, or the option's default, unless the option says (`older`) that it
+    came later and what the behaviour before it was.
     """
-    recipe = _recipe(str(record.fingerprint.get("recipe")))
-    older = {}
+    recipe, made = _recipe(str(record.fingerprint.get("recipe"))), dict[str, Any]()
     for name, known in fields_of(*_GROUPS.get(record.kind, {}).values()).items():
         is_new = known.older != known.default
         value = known.older if is_new else recipe.get(name, known.default)
-        older[name] = None if value is REQUIRED else value
-    return older
+        made[name] = None if value is REQUIRED else value
+    return {**made, **record.fingerprint}
 
 
 @cache  # those of the project do not change while it runs
@@ -237,30 +222,22 @@ def _recipe(name: str) -> dict[str, Any]:
     return recipe_values(name) if name in recipe_names() else {}
 
 
-def _shared(made: Step | Record) -> str:
-    """What steps of a kind have in common, as text that can be looked up."""
-    values = made.settings if isinstance(made, Step) else made.fingerprint
-    kept = values.keys() - MAY_DIFFER.get(made.kind, frozenset())
-    return json.dumps({name: values[name] for name in sorted(kept)})
+def _binding(paths: Layout) -> list[Record]:
+    """The records whose settings later calls have to keep to.
 
-
-def _binding(paths: Layout) -> Iterator[Record]:
-    return (record for record in read_all_records(paths) if _binds(record, paths))
-
-
-def _binds(record: Record, paths: Layout) -> bool:
-    """Whether later calls have to keep to its settings.
-
-    Not when what it made was removed, a pretraining's scores included, and not when it is a score
-    that came to nothing: that one's own part judges whether it can go on with others.
+    Not those of which what they made was removed, a pretraining's scores included, nor of scores
+    that came to nothing: their own part judges whether it can go on with others.
     """
-    scores = {"evaluate": paths.eval_output, "probe": paths.probe_output}
-    if record.kind == "pretrain":
-        of_run = f"{record.run}_[0-9]*"
-        # Scores outlive the pretraining that may be removed to make room.
-        scored = any(any(folder.glob(of_run)) for folder in scores.values())
-        return paths.pretrain_dir(record.run).exists() or scored
-    if record.kind not in scores:  # segments and downloads
-        return False
-    folder = scores[record.kind] / record.name.removeprefix(f"{record.kind}_")
-    return folder.exists() and record.state not in ("failed", "stopped")
+    scores, found = {"evaluate": paths.eval_output, "probe": paths.probe_output}, []
+    for record in read_all_records(paths):
+        if record.kind == "pretrain":
+            # Scores outlive the pretraining that may be removed to make room.
+            left = [folder.glob(f"{record.run}_[0-9]*") for folder in scores.values()]
+            binds = paths.pretrain_dir(record.run).exists() or any(map(any, left))
+        elif record.kind in scores:
+            folder = scores[record.kind] / record.name.removeprefix(f"{record.kind}_")
+            binds = folder.exists() and record.state not in ("failed", "stopped")
+        else:  # segments and downloads
+            binds = False
+        found += [record] if binds else []
+    return found

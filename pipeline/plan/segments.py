@@ -3,6 +3,7 @@
 Which of the two, if any, is seen by looking where the segments should be.
 """
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -11,19 +12,15 @@ from typing import Any
 
 from common.options import fields_of
 from common.step_files import shard_path
-from engine.config import DeviceConfig
-from mae.check import segments_at, store_in
+from mae.check import segments_at
 from mae.config import PretrainConfig
 from mae.masking import METHODS
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Arguments, Kind, Step
-from segments.config import GENERATORS
+from pipeline.plan.steps import Step, step_of_words
+from segments.config import GENERATORS, STORE_NAME
 
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store
-_ANY_MODEL = "sam"  # the generator that takes a model's name or folder
-# owner/name; a path that is not there looks alike, and is taken for one.
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def with_segments(
@@ -31,8 +28,8 @@ def with_segments(
 ) -> list[Step]:
     """The plan, begun by what leaves the segments that its pretrainings read.
 
-    done: names of steps; nothing is made for those. Raises ValueError for a generator that there is
-    not, whether it is needed or not.
+    done: names of steps for which nothing is made. Raises ValueError for an unknown generator, also
+    where none is needed.
     """
     data, paths = settings.data, Layout(settings.data.output_dir)
     generator = _find_generator(data.make_segments) if data.make_segments else None
@@ -42,23 +39,27 @@ def with_segments(
     if not first or data.in1k_dir is None:
         return list(steps)
     source = data.masks_dir or data.in1k_dir / "masks"
-    form, store = segments_at(source), store_in(source) or paths.segments
+    # Where training finds them, unless it, or what it would be made in, cannot be written to.
+    there = next(path for path in (source, *source.parents) if path.exists())
+    store = source / STORE_NAME if os.access(there, os.W_OK) else paths.segments
+    form = segments_at(source)
     if form == "loose":  # as Segment Anything's tools leave them
-        words, what = [str(source), "--out", str(store)], "pack the segments into one file"
-        made = [_step("pack", "pack_segments", words, what, paths.bookkeeping / "pack", store)]
+        words, what = (str(source), "--out", str(store)), "pack the segments into one file"
+        folder = paths.bookkeeping / "pack"
+        made = [step_of_words("segments", "pack", "segments", words, what, folder, store)]
     elif form == "none" and generator is not None:
-        made = _generate(generator, store, _wanted_ratios(reading), settings)
+        made = _generate(*generator, store, _wanted_ratios(reading), settings)
     else:
         return list(steps)
-    planned = []
+    planned, last = made, made[-1].name
     for step in steps:
         if store == paths.segments and reads_segments(step):
             # Its settings stay: they are the same segments in another place.
-            step = with_store(step, store)
+            step = step.with_options(data={"masks_dir": store})
         if first.get(step.run) == step.name:
-            step = replace(step, needs=(*step.needs, made[-1].name))
+            step = replace(step, needs=(*step.needs, last))
         planned.append(step)
-    return [*made, *planned]
+    return planned
 
 
 def reads_segments(step: Step) -> bool:
@@ -67,74 +68,48 @@ def reads_segments(step: Step) -> bool:
     return isinstance(config, PretrainConfig) and not config.data.use_unmasked_images
 
 
-def with_store(step: Step, masks_dir: Path | None) -> Step:
-    """A pretraining that reads its segments there."""
-    assert isinstance(step.config, PretrainConfig)
-    data = replace(step.config.data, masks_dir=masks_dir)
-    return replace(step, config=replace(step.config, data=data))
-
-
-def _step(
-    kind: Kind, name: str, words: Sequence[str], what: str, folder: Path, out: Path, **more: Any
-) -> Step:
-    config = Arguments(words=tuple(words), what=what, run=more.pop("run", DeviceConfig()))
-    return Step(
-        name=name, kind=kind, run="segments", program=("segments", kind), config=config,
-        folder=folder, outputs=(out,), **more,
-    )  # fmt: skip
-
-
 def _generate(
-    generator: tuple[str, str | None], store: Path, ratios: Sequence[float], settings: Settings
+    name: str, model: str | None, store: Path, ratios: Sequence[float], settings: Settings
 ) -> list[Step]:
     """One step, or as many as there are shards and one that joins what they leave."""
-    (name, model), data, compute = generator, settings.data, settings.compute
+    data, here = settings.data, Layout(settings.data.output_dir).bookkeeping
     assert data.in1k_dir is not None
-    here, count = Layout(data.output_dir).bookkeeping, data.segment_shards
-    images, val = data.in1k_dir / "train", data.in1k_dir / "val"
-    takes_device = "device" in fields_of(GENERATORS[name])  # Felzenszwalb runs on cores
-    run = DeviceConfig(device="cuda" if compute.num_gpus else "cpu")
-    told = {
-        "images": images,
-        "val-dir": val if val.is_dir() else None,
-        "model": model,
-        "for-coverage": ",".join(map(str, ratios)),
-        "device": run.device if takes_device else None,
-    }
-    words = [name, *(w for flag, v in told.items() if v for w in (f"--{flag}", str(v)))]
-    more: dict[str, Any] = {
-        # What another call has to ask for in the same way, to be done with what is made.
-        "settings": {"generator": name, "model": model, "for_coverage": [*ratios]}
-    }
-    is_local = settings.cluster.launcher == "local"
-    if takes_device:
-        more |= {"run": run, "gpus": compute.pretrain_gpus or None if is_local else None}
+    val, count = data.in1k_dir / "val", data.segment_shards
+    words = [name, "--images", str(data.in1k_dir / "train")]
+    words += ["--val-dir", str(val)] if val.is_dir() else []
+    words += ["--model", model] if model else []
+    words += ["--for-coverage", ",".join(map(str, ratios))] if ratios else []
+    # What another call has to ask for in the same way, to be done with what is made.
+    decisive = {"generator": name, "model": model, "for_coverage": [*ratios]}
+    more: dict[str, Any] = {"settings": decisive}
+    if "device" in fields_of(GENERATORS[name]):  # Felzenszwalb runs on cores
+        more["device"] = "cuda" if settings.compute.num_gpus else "cpu"
+        words += ["--device", more["device"]]
+        if settings.cluster.launcher == "local":
+            more["gpus"] = settings.compute.pretrain_gpus or None
     parts = here / "segments" / store.name if count > 1 else store
-    shards = []
+    what, shards = f"make segments by {model or name}", list[Step]()
     for index in range(count):
-        which = f"_{index}-of-{count}" if count > 1 else ""
+        which = f"segments_{index}-of-{count}" if count > 1 else "segments"
         own = [*words, "--out", str(parts), "--shard", f"{index}/{count}"]
-        what, out = f"make segments by {model or name}", shard_path(parts, index, count)
-        folder = here / f"generate-{index}"
-        shards.append(
-            _step("generate", f"generate_segments{which}", own, what, folder, out, **more)
-        )
+        out, folder = shard_path(parts, index, count), here / f"generate-{index}"
+        shards += [step_of_words("segments", "generate", which, own, what, folder, out, **more)]
     if count == 1:
         return shards
     words = [*(str(step.outputs[0]) for step in shards), "--out", str(store), "--overwrite"]
-    more = {"settings": more["settings"], "needs": tuple(step.name for step in shards)}
-    what, folder = f"join the {count} parts of the segments", here / "merge"
-    return [*shards, _step("merge", "merge_segments", words, what, folder, store, **more)]
+    what, more = f"join the {count} parts of the segments", {"settings": decisive}
+    more["needs"], folder = tuple(step.name for step in shards), here / "merge"
+    shards += [step_of_words("segments", "merge", "segments", words, what, folder, store, **more)]
+    return shards
 
 
 def _wanted_ratios(reading: Sequence[Step]) -> list[float]:
     """The coverages to which every method needs the nearest segment; none: all segments."""
-    methods = [s.config.method for s in reading if isinstance(s.config, PretrainConfig)]
-    known = [METHODS[method.mask_method] for method in methods]
-    if any(method.all_segments for method in known):
+    told = [s.config.method for s in reading if isinstance(s.config, PretrainConfig)]
+    if any(METHODS[m.mask_method].all_segments for m in told):
         return []  # the store that serves all serves the others, too
-    pairs = zip(methods, known, strict=True)
-    return sorted({m.coverage_ratio for m, k in pairs if "coverage_ratio" in k.settings})
+    takes_ratio = [m for m in told if "coverage_ratio" in METHODS[m.mask_method].settings]
+    return sorted({m.coverage_ratio for m in takes_ratio})
 
 
 def _find_generator(wanted: str) -> tuple[str, str | None]:
@@ -143,11 +118,11 @@ def _find_generator(wanted: str) -> tuple[str, str | None]:
         return wanted, None
     folder = Path(wanted).expanduser().absolute()
     if (folder / "config.json").is_file():
-        return _ANY_MODEL, str(folder)
-    if _HUB_NAME.fullmatch(wanted) and not folder.exists():
-        return _ANY_MODEL, wanted
-    what = "is a folder without a config.json" if folder.is_dir() else "is unknown"
+        return "sam", str(folder)  # the one that takes a model's name or folder
+    # owner/name; a path that is not there looks alike, and is taken for one.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", wanted) and not folder.exists():
+        return "sam", wanted
     raise ValueError(
-        f"--make-segments {wanted} {what}; choose one of {', '.join(GENERATORS)}, or give the "
-        "folder of a model that transformers saved, or its name on the hub (owner/name)"
+        f"--make-segments {wanted}: choose one of {', '.join(GENERATORS)}, or give the folder of a "
+        "model that transformers saved (with a config.json), or its name on the hub (owner/name)"
     )

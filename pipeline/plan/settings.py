@@ -5,6 +5,8 @@ What belongs to a part is an option of that part, judged when the plan makes its
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,10 @@ from engine.config import PluginConfig, TrainingConfig
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, SegmentsFrom
 from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN
 from segmenter.config import DEFAULT_RECIPE
+
+# More than so many of anything that has a process of its own is a slip of the hand.
+FROM_ONE: dict[str, Any] = {"at_least": 1, "at_most": MOST_PROCESSES}
+FROM_ZERO = {**FROM_ONE, "at_least": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +35,15 @@ class Data(OptionGroup):
         "Where there are no segments, make them first: by felzenszwalb, a model by name (python -m "
         "segments generate --help), in a folder or on the Hugging Face hub.", None,
     )  # fmt: skip
-    segment_shards: int = option(
-        "Steps, or jobs, that share making them.", 1, at_least=1, at_most=MOST_PROCESSES
-    )
+    segment_shards: int = option("Steps, or jobs, that share making them.", 1, **FROM_ONE)
     ade20k_dir: Path | None = option("ADEChallengeData2016, to evaluate on.", None)
     eval_dataset: Path | None = option("YAML file of another dataset.", None)
     output_dir: Path = option("Where everything goes.", Path())
-    make_sample: Path | None = option(
-        "Generate the sample data into this folder if they are missing and used.", None
-    )
+    make_sample: Path | None = option("Where sample data are made, if used and missing.", None)
 
     def __post_init__(self) -> None:
         # By its own name: records and processes of one directory are told by the path.
         object.__setattr__(self, "output_dir", self.output_dir.resolve())
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"--output-dir {self.output_dir} is a file")
         if self.ade20k_dir and self.eval_dataset:
             raise ValueError("give --ade20k-dir or --eval-dataset, not both")
 
@@ -55,11 +55,9 @@ class Data(OptionGroup):
     @property
     def missing_sample(self) -> Path | None:
         """The folder of sample data that are to be used and are not there."""
-        folder = self.make_sample
-        used = [path for path in (self.in1k_dir, self.dataset) if path is not None]
-        if folder is None or not any(p.is_relative_to(folder) and not p.exists() for p in used):
-            return None
-        return folder
+        folder, used = self.make_sample, filter(None, (self.in1k_dir, self.dataset))
+        is_missing = any(folder and p.is_relative_to(folder) and not p.exists() for p in used)
+        return folder if is_missing else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +80,7 @@ class Experiment(OptionGroup):
         "Probe the frozen encoder every so many epochs, too; 0 = no probes at all. "
         "Default: where it is evaluated.", None, at_least=0,
     )  # fmt: skip
-    eval_seeds: int = option(
-        "Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, at_least=1, at_most=1000
-    )
+    eval_seeds: int = option("Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, **FROM_ONE)
     recipe: str = option("Finetuning recipe: a name or a YAML file.", DEFAULT_RECIPE)
     stack: bool = option("Start from the official MAE checkpoint.", False)
     mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
@@ -93,16 +89,12 @@ class Experiment(OptionGroup):
         "Default: scratch, and mae if that file is at hand.", None,
         choices=lambda: (*BASELINES, "none"),
     )  # fmt: skip
-    eval: str | None = option(
-        "Evaluate only this: N epochs completed, scratch (a random ViT) or mae.", None
-    )
+    eval: str | None = option("Evaluate only this: N (epochs completed), scratch or mae.", None)
 
     def __post_init__(self) -> None:
-        for name in (
-            "mask_method", "coverage_ratio", "segments_from", "seed", "eval_epochs", "baselines"
-        ):  # fmt: skip
-            values = getattr(self, name) or ()  # of which each makes a step, with that name
-            if len(set(values)) != len(values):
+        for name, values in vars(self).items():
+            # Each makes a step that is called so.
+            if isinstance(values, tuple) and len(set(values)) != len(values):
                 raise ValueError(f"--{name.replace('_', '-')} names one twice")
         if any(epochs > self.pretrain_epochs for epochs in self.eval_epochs or ()):
             raise ValueError(f"--eval-epochs end with the {self.pretrain_epochs} of pretraining")
@@ -135,50 +127,40 @@ class Compute(OptionGroup):
     """Devices on each machine, and what may run beside each other."""
 
     title: ClassVar[str] = "Devices"
-    num_gpus: int | None = option(
-        "GPUs per machine, 0 = CPU. Default: all.", None, at_least=0, at_most=MOST_PROCESSES
-    )
-    num_processes: int | None = option(
-        "With --num-gpus 0. Default: 1.", None, at_least=1, at_most=MOST_PROCESSES
-    )
+    num_gpus: int | None = option("GPUs per machine, 0 = CPU. Default: all.", None, **FROM_ZERO)
+    num_processes: int | None = option("With --num-gpus 0. Default: 1.", None, **FROM_ONE)
     eval_gpus: tuple[int, ...] = option(
         "Evaluate on these, such as 6,7, beside pretraining on the others.", (), at_least=0
     )
-    gpus_per_eval: int = option(
-        "GPUs of one finetuning or probe; several run side by side.", 1,
-        at_least=1, at_most=MOST_PROCESSES,
-    )  # fmt: skip
+    gpus_per_eval: int = option("Of a finetuning or probe; several run at once.", 1, **FROM_ONE)
     overlap: bool = option("Evaluate beside pretraining on the CPU too.", False)
 
     def resolved(self, cluster: Cluster, gpus_here: int) -> Compute:
         """With every number filled in; the GPUs of a machine that submits jobs do not count."""
-        total = self.num_gpus  # from here on a number
-        if cluster.launcher == "slurm":
-            total = total if cluster.gpus_per_node is None else cluster.gpus_per_node
-            if total is None:
-                raise ValueError("--launcher slurm needs --gpus-per-node N (0 = CPU)")
-            if self.eval_gpus:
-                raise ValueError(
-                    "--eval-gpus is for one machine: with --launcher slurm evaluations are jobs "
-                    "with GPUs of their own, beside pretraining; leave it out"
-                )
-        elif total is None:
+        is_slurm, total = cluster.launcher == "slurm", self.num_gpus
+        if is_slurm and cluster.gpus_per_node is not None:
+            total = cluster.gpus_per_node
+        elif not is_slurm and total is None:
             total = gpus_here
+        if total is None:
+            raise ValueError("--launcher slurm needs --gpus-per-node N (0 = CPU)")
+        if is_slurm and self.eval_gpus:
+            raise ValueError("--eval-gpus is for one machine: Slurm's jobs have GPUs of their own")
         if any(gpu >= total for gpu in self.eval_gpus):
             there = f"there are GPUs 0 to {total - 1}" if total else "there is no GPU here"
             raise ValueError(f"--eval-gpus {','.join(map(str, self.eval_gpus))}: {there}")
         gpus = total - len(self.eval_gpus)
+        most = len(self.eval_gpus) or gpus  # those kept for evaluation, or else all
         if self.eval_gpus and not gpus:
             raise ValueError("--eval-gpus leaves no GPU for pretraining")
-        to_score_on = len(self.eval_gpus) or total  # as `scoring_gpus`, which needs the total
-        if self.gpus_per_eval > max(to_score_on, 1):
+        if self.gpus_per_eval > max(most, 1):
             raise ValueError(
-                f"--gpus-per-eval {self.gpus_per_eval}: the GPUs to evaluate on are {to_score_on}"
+                f"--gpus-per-eval {self.gpus_per_eval}: to evaluate on are {most} GPUs"
             )
         if gpus and self.num_processes not in (None, gpus):
             raise ValueError(
-                f"--num-processes {self.num_processes} with {gpus} GPUs for pretraining: every GPU "
-                "has one process; leave --num-processes out, or use --num-gpus 0 for the CPU"
+                f"--num-processes {self.num_processes}: each of the {gpus} GPUs that pretrain has "
+                "one process; leave it out, or use --num-gpus 0"
             )
         return replace(self, num_gpus=total, num_processes=self.num_processes or max(gpus, 1))
 
@@ -186,16 +168,6 @@ class Compute(OptionGroup):
     def pretrain_gpus(self) -> tuple[int, ...]:
         """All but those kept for evaluation."""
         return tuple(gpu for gpu in range(self.num_gpus or 0) if gpu not in self.eval_gpus)
-
-    @property
-    def processes(self) -> int:
-        """Of pretraining on each machine."""
-        return self.num_processes or 1
-
-    @property
-    def scoring_gpus(self) -> tuple[int, ...]:
-        """Those kept for evaluation, or else all."""
-        return self.eval_gpus or self.pretrain_gpus
 
     @property
     def scores_last(self) -> bool:
@@ -214,10 +186,8 @@ class Cluster(OptionGroup):
 
     title: ClassVar[str] = "Slurm"
     launcher: Literal["local", "slurm"] = option("Where steps run.", "local")
-    nodes: int = option("Machines of a pretraining.", 1, at_least=1, at_most=MOST_PROCESSES)
-    gpus_per_node: int | None = option(
-        "0 = CPU. Default: --num-gpus.", None, at_least=0, at_most=MOST_PROCESSES
-    )
+    nodes: int = option("Machines of a pretraining.", 1, **FROM_ONE)
+    gpus_per_node: int | None = option("0 = CPU. Default: --num-gpus.", None, **FROM_ZERO)
     partition: str | None = option("Where jobs are queued.", None)
     time: str | None = option(
         "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.",
@@ -237,17 +207,13 @@ class Cluster(OptionGroup):
         Slurm's forms: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
         """
         text = self.time or "1-0"
-        days, dash, rest = text.rpartition("-")  # without a dash all of it is the rest
-        try:
-            parts = [int(part) for part in rest.split(":")]
-            seconds_per_part = [3600, 60, 1] if dash or len(parts) == 3 else [60, 1]
-            if len(parts) > len(seconds_per_part) or min(parts) < 0:
-                raise ValueError
-            # D-H and D-H:M leave the last parts out.
-            seconds = sum(p * s for p, s in zip(parts, seconds_per_part, strict=False))
-            seconds += int(days) * 86400 if dash else 0
-        except ValueError:
-            raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS") from None
+        if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", text):
+            raise ValueError(f"--time {text}: give minutes or Slurm's D-HH:MM:SS")
+        days, _, rest = text.rpartition("-")  # without a dash all of it is the rest
+        numbers = [int(number) for number in rest.split(":")]
+        units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+        # D-H and D-H:M leave the last units out.
+        seconds = int(days or 0) * 86400 + sum(map(operator.mul, numbers, units))
         if seconds < 60:
             raise ValueError(f"--time {text} is less than a minute")
         return -(-seconds // 60)  # rounded up: sbatch takes whole minutes
@@ -284,24 +250,19 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """All options by name, plain: what run.yml keeps, in the form that --config reads."""
-        groups = (self.data, self.experiment, self.compute, self.cluster, self.parts)
+        groups = vars(self).values()
         return {name: plain(value) for group in groups for name, value in vars(group).items()}
 
     def notes(self) -> Iterator[str]:
         """What a user may not expect; nothing of it is wrong."""
-        experiment, cluster = self.experiment, self.cluster
-        rest = experiment.pretrain_epochs % experiment.eval_freq
-        if experiment.eval_epochs is None and experiment.eval is None and rest:
-            yield (
-                f"{experiment.pretrain_epochs} epochs are not a multiple of --eval-freq "
-                f"{experiment.eval_freq}: a shorter last round ends at {experiment.pretrain_epochs}"
-            )
+        experiment, is_local = self.experiment, self.cluster.launcher == "local"
         # Only what was changed can have been meant.
-        unused = [name for name, value in vars(cluster).items() if value != vars(Cluster())[name]]
-        if cluster.launcher == "local" and unused:
+        default = vars(Cluster())
+        unused = [name for name, value in vars(self.cluster).items() if value != default[name]]
+        if is_local and unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             yield f"{flags}: only used with --launcher slurm"
-        if cluster.launcher == "local" and experiment.eval is None and self.compute.scores_last:
+        if is_local and experiment.eval is None and self.compute.scores_last:
             yield (
                 "scores take fewer GPUs than pretraining, so they come after pretraining, side by "
                 "side; --eval-gpus keeps some for them meanwhile"

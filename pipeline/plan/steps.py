@@ -7,16 +7,16 @@ Steps meet in files only; `needs` names the steps that make them. Read `make_pla
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from common import step_files as files
 from common.formats import check_names
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
-from engine.config import DeviceConfig
+from engine.config import OutputConfig
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import OFFICIAL_FILES, PretrainConfig, idle_settings
@@ -27,10 +27,6 @@ from segmenter.check import ScoringFacts
 from segmenter.config import GROUPS as FINETUNE_GROUPS
 from segmenter.config import PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 
-_PROGRAMS: dict[str, tuple[str, str]] = {
-    "pretrain": ("mae", "pretrain"), "probe": ("segmenter", "probe"),
-    "evaluate": ("segmenter", "train"),
-}  # fmt: skip
 # Options of the parts that the plan sets, by a flag of another name.
 _FLAGS = {
     "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
@@ -38,7 +34,14 @@ _FLAGS = {
 }  # fmt: skip
 
 Facts = PretrainFacts | ScoringFacts
+PartConfig = PretrainConfig | TrainConfig | ProbeConfig
 Kind = Literal["fetch", "pack", "generate", "merge", "pretrain", "probe", "evaluate"]
+# What does a step, by its config.
+_OF_PART: dict[type, tuple[Kind, tuple[str, str]]] = {
+    PretrainConfig: ("pretrain", ("mae", "pretrain")),
+    ProbeConfig: ("probe", ("segmenter", "probe")),
+    TrainConfig: ("evaluate", ("segmenter", "train")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Arguments:
 
     words: tuple[str, ...]
     what: str  # it does, in a few words
-    run: DeviceConfig = field(default_factory=DeviceConfig)
+    run: OutputConfig  # where console.log goes, and the device
 
     def arguments(self) -> list[str]:
         """The words of its command line."""
@@ -63,10 +66,9 @@ class Step:
     run: str  # the run's name; its folder is called so
     epochs: int = 0  # of pretraining, completed when the step is done
     program: tuple[str, ...]  # Python module and command, such as ("mae", "pretrain")
-    config: PretrainConfig | TrainConfig | ProbeConfig | Arguments
+    config: PartConfig | Arguments
     processes: int = 1
     needs: tuple[str, ...] = ()  # names of steps
-    folder: Path  # where it writes, console.log included
     outputs: tuple[Path, ...]  # files that have to be there, and not empty, afterwards
     # All that decides what it makes, plain; paths in the output directory are relative to it.
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -75,6 +77,11 @@ class Step:
     # How torchrun's processes find each other; one machine picks a free port by itself.
     rendezvous: tuple[str, ...] = ("--standalone",)
     facts: Facts | None = None  # what its check found, where it was checked and is a part's
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes, console.log included."""
+        return self.config.run.output_dir
 
     @property
     def console_log(self) -> Path:
@@ -99,15 +106,28 @@ class Step:
     @property
     def command(self) -> list[str]:
         """The command line; torchrun's module form when there are several processes."""
-        if self.processes == 1 and self.rendezvous == ("--standalone",):
-            return self.alone
-        launch = ["-m", "torch.distributed.run", *self.rendezvous]
-        return [sys.executable, *launch, f"--nproc-per-node={self.processes}", *self.alone[1:]]
+        words = ["-m", *self.program, *self.config.arguments()]
+        if self.processes > 1 or self.rendezvous != ("--standalone",):
+            launch = ["-m", "torch.distributed.run", *self.rendezvous]
+            words = [*launch, f"--nproc-per-node={self.processes}", *words]
+        return [sys.executable, *words]
 
-    @property
-    def alone(self) -> list[str]:
-        """The command line of one process by itself."""
-        return [sys.executable, "-m", *self.program, *self.config.arguments()]
+    def with_options(self, **groups: Mapping[str, Any]) -> Self:
+        """The same with other options: with_options(data={"masks_dir": path})."""
+        changed = {name: replace(getattr(self.config, name), **groups[name]) for name in groups}
+        return replace(self, config=replace(self.config, **changed))
+
+
+def step_of_words(
+    room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path,
+    device: Literal["auto", "cpu", "cuda"] = "auto", **more: Any,
+) -> Step:  # fmt: skip
+    """A step that trains and scores nothing; what: it does, in a few words."""
+    run = OutputConfig(output_dir=folder, device=device)
+    return Step(
+        name=f"{kind}_{subject}", kind=kind, run=room, program=(room, kind), outputs=(out,),
+        config=Arguments(words=tuple(words), what=what, run=run), **more,
+    )  # fmt: skip
 
 
 def make_plan(settings: Settings) -> list[Step]:
@@ -156,9 +176,8 @@ def _baselines(settings: Settings) -> tuple[str, ...]:
 
 def official_checkpoint(settings: Settings) -> Path:
     """Where the official MAE checkpoint is, or will be."""
-    experiment = settings.experiment
-    paths = Layout(settings.data.output_dir)
-    return experiment.mae_checkpoint or paths.official_checkpoint(experiment.model)
+    experiment, folder = settings.experiment, Layout(settings.data.output_dir).pretrain_output
+    return experiment.mae_checkpoint or folder / f"mae_pretrain_{experiment.model}.pth"
 
 
 def _runs(settings: Settings) -> Iterator[RunId]:
@@ -189,33 +208,25 @@ class _Planner:
 
     def fetch(self) -> list[Step]:
         """Nothing to fetch when a local file was named."""
-        experiment, out = self.settings.experiment, self.official
+        experiment, model = self.settings.experiment, self.settings.experiment.model
         if experiment.mae_checkpoint is not None:
             return []
-        if experiment.model not in OFFICIAL_FILES:
+        if model not in OFFICIAL_FILES:
             raise ValueError(
-                "--stack, --eval or --baselines mae: there is no official checkpoint of "
-                f"{experiment.model}, but of {', '.join(OFFICIAL_FILES)}; name a file of your own "
-                "by --mae-checkpoint"
+                f"--stack, --eval or --baselines mae: {model} has no official checkpoint, but "
+                f"{', '.join(OFFICIAL_FILES)}; name a file of your own by --mae-checkpoint"
             )
-        config = Arguments(
-            words=("--model", experiment.model, "--out", str(out)),
-            what=f"download the official {experiment.model}",
-        )
-        return [
-            Step(
-                name=f"fetch_{experiment.model}", kind="fetch", run="mae", config=config,
-                program=("mae", "fetch"), folder=self.paths.bookkeeping / "fetch", outputs=(out,),
-            )
-        ]  # fmt: skip
+        words, what = ["--model", model, "--out", str(self.official)], f"download MAE's {model}"
+        folder = self.paths.bookkeeping / "fetch"
+        return [step_of_words("mae", "fetch", model, words, what, folder, self.official)]
 
     def pretrain(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Step:
         """Pretraining from where the run is up to `epochs` completed."""
         settings, folder = self.settings, self.paths.pretrain_dir(run.name)
-        known, given = METHODS[run.method].settings, dict(settings.parts.pretrain)
+        known, given = METHODS[run.method].settings, settings.parts.pretrain
         of_segments = {"coverage_ratio": run.coverage_ratio, "segments_from": run.segments_from}
-        if settings.data.make_segments and "use_unmasked_images" in known:
-            given.setdefault("use_unmasked_images", True)  # it need not wait for segments
+        # What can do without segments need not wait for them.
+        is_free = settings.data.make_segments and "use_unmasked_images" in known
         planned = {
             **self.shared,
             "in1k_dir": settings.data.in1k_dir,
@@ -228,121 +239,96 @@ class _Planner:
             "seed": run.seed,
             "output_dir": folder,
         }
-        config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given))
+        below = {"use_unmasked_images": True} if is_free else {}
+        config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given, below))
         left = (files.checkpoint_path(folder, epochs), files.reconstructions_path(folder, epochs))
-        return self._step("pretrain", run, epochs, needs, config, left)
+        return self._step(run, epochs, needs, config, *left)
 
-    def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> list[Step]:
+    def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
         """Probes and finetunes the checkpoint after `epochs`, where that is wanted.
 
         A baseline's is a random ViT (scratch) or the official checkpoint (mae).
         """
-        experiment, steps = self.settings.experiment, []
-        always = run.method in BASELINES or experiment.eval is not None
-        if experiment.probe_freq != 0 and (always or epochs in experiment.probe_points):
-            steps.append(self.probe(run, epochs, needs))
-        if always or epochs in experiment.eval_points:
-            steps += self.evaluate(run, epochs, needs)
-        return steps
-
-    def probe(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Step:
-        """Scores the frozen encoder, by the finetuning's protocol unless told otherwise."""
-        folder, known = self.paths.probe_dir(run.name, epochs), fields_of(*PROBE_GROUPS.values())
-        init, planned, given = self._scored(run, epochs)
-        given = {name: value for name, value in given.items() if name in known}
-        given = {"image_folder": self._image_classes(), **given, **self.settings.parts.probe}
-        # It has no trackers; its seed is the pretraining's.
-        planned = {name: value for name, value in planned.items() if name in known}
-        planned |= {"seed": run.seed, "output_dir": folder}
-        config = ProbeConfig(init=init, **_groups(PROBE_GROUPS, "--probe", planned, given))
-        return self._step("probe", run, epochs, needs, config, (folder / files.RESULT,))
-
-    def evaluate(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
-        """Finetunes and scores the checkpoint, once for each finetuning seed."""
-        init, planned, given = self._scored(run, epochs)
-        for eval_seed in range(self.settings.experiment.eval_seeds):
-            folder = self.paths.eval_dir(run.name, epochs, eval_seed)
-            planned |= {"init": init, "seed": run.seed + eval_seed, "output_dir": folder}
-            config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", planned, given))
-            left = tuple(folder / name for name in (files.RESULT, files.LOG, files.PREDICTIONS))
-            yield self._step("evaluate", run, epochs, needs, config, left, eval_seed)
-
-    def _scored(self, run: RunId, epochs: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Of whatever scores a checkpoint: which one, what the plan sets, and what was given."""
-        settings, given = self.settings, dict(self.settings.parts.finetune)
-        init: Path | str = self.paths.checkpoint(run.name, epochs)
+        experiment, parts, data = self.settings.experiment, self.settings.parts, self.settings.data
+        init: Any = files.checkpoint_path(self.paths.pretrain_dir(run.name), epochs)
         if run.method in BASELINES:
             init = RANDOM if run.method == "scratch" else self.official
+        given = {"recipe": experiment.recipe, **parts.finetune}
         if init == RANDOM:  # no checkpoint tells the patches: give it the others' size
-            given.setdefault("patch_size", settings.parts.pretrain.get("patch_size"))
-        recipe = str(given.get("recipe", settings.experiment.recipe))
-        if recipe.endswith((".yml", ".yaml")):  # the parts run elsewhere
-            recipe = os.path.abspath(Path(recipe).expanduser())  # noqa: PTH100
-        given["recipe"] = recipe
-        return init, {**self.shared, "dataset": settings.data.dataset}, given
+            given.setdefault("patch_size", parts.pretrain.get("patch_size"))
+        if str(given["recipe"]).endswith((".yml", ".yaml")):  # the parts run elsewhere
+            given["recipe"] = os.path.abspath(Path(given["recipe"]).expanduser())  # noqa: PTH100
+        planned = {**self.shared, "dataset": data.dataset}
+        always = run.method in BASELINES or experiment.eval is not None
 
-    def _image_classes(self) -> Path | None:
-        """val/, where it has a folder for each class, for probes of whole images."""
-        folder = self.settings.data.in1k_dir and self.settings.data.in1k_dir / "val"
-        if folder is None or not folder.is_dir():
-            return None
-        return folder if sum(entry.is_dir() for entry in os.scandir(folder)) > 1 else None
+        # The frozen encoder, by the finetuning's protocol unless told otherwise.
+        if experiment.probe_freq != 0 and (always or epochs in experiment.probe_points):
+            folder = self.paths.probe_dir(run.name, epochs)
+            told, below = {**planned, "seed": run.seed, "output_dir": folder}, {**given}
+            # Of whole images, too, where val/ has a folder for each class.
+            val = (data.in1k_dir or Path()) / "val"
+            if data.in1k_dir and val.is_dir() and sum(e.is_dir() for e in os.scandir(val)) > 1:
+                below["image_folder"] = val
+            groups = _groups(PROBE_GROUPS, "--probe", told, parts.probe, below)
+            yield self._step(run, epochs, needs, ProbeConfig(init=init, **groups), files.RESULT)
+
+        # Finetuned once for each seed.
+        is_evaluated = always or epochs in experiment.eval_points
+        for eval_seed in range(experiment.eval_seeds if is_evaluated else 0):
+            folder = self.paths.eval_dir(run.name, epochs, eval_seed)
+            told = {**planned, "init": init, "seed": run.seed + eval_seed, "output_dir": folder}
+            config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", told, given))
+            left = (files.RESULT, files.LOG, files.PREDICTIONS)
+            yield self._step(run, epochs, needs, config, *left)
 
     def _step(
-        self,
-        kind: Kind,
-        run: RunId,
-        epochs: int,
-        needs: tuple[str, ...],
-        config: PretrainConfig | TrainConfig | ProbeConfig,
-        outputs: tuple[Path, ...],
-        eval_seed: int = 0,
+        self, run: RunId, epochs: int, needs: tuple[str, ...], config: PartConfig, *left: str | Path
     ) -> Step:
-        compute = self.settings.compute
-        processes, gpus = compute.processes, compute.pretrain_gpus
-        if kind != "pretrain":
-            processes = compute.gpus_per_eval if compute.num_gpus else processes
-            gpus = compute.scoring_gpus
-        # A Slurm job sees its own GPUs only.
-        chosen = gpus if gpus and self.settings.cluster.launcher == "local" else None
+        """left: what it leaves in its folder."""
+        kind, program = _OF_PART[type(config)]
+        compute, folder = self.settings.compute, config.run.output_dir
+        name, gpus, processes = folder.name, compute.eval_gpus, compute.gpus_per_eval
+        if kind == "pretrain":  # all rounds of a run have one folder
+            name = eval_name(run.name, epochs)
+        if kind == "pretrain" or not compute.num_gpus:  # on the CPU, scores are shared, too
+            processes = compute.num_processes or 1
+        if kind == "pretrain" or not gpus:
+            gpus = compute.pretrain_gpus
         return Step(
-            name=f"{kind}_{eval_name(run.name, epochs, eval_seed)}", kind=kind, run=run.name,
-            epochs=epochs, program=_PROGRAMS[kind], config=config, processes=processes,
-            needs=needs, folder=config.run.output_dir, outputs=outputs, gpus=chosen,
-            settings=self._decisive(config),
+            name=f"{kind}_{name}", kind=kind, run=run.name, epochs=epochs, program=program,
+            config=config, needs=needs, outputs=tuple(folder / path for path in left),
+            # A Slurm job sees its own GPUs only.
+            gpus=gpus if gpus and self.settings.cluster.launcher == "local" else None,
+            processes=processes, settings=self._decisive(config),
         )  # fmt: skip
 
-    def _decisive(self, config: PretrainConfig | TrainConfig | ProbeConfig) -> dict[str, Any]:
+    def _decisive(self, config: PartConfig) -> dict[str, Any]:
         """All that decides what comes out, with recipe and defaults filled in."""
         groups = [group for group in vars(config).values() if isinstance(group, OptionGroup)]
         values = decisive_values(*groups)
         if isinstance(config, ProbeConfig):
             values["init"] = str(config.init)
-        idle = idle_settings(values.get("mask_method"))
+        for idle in idle_settings(values.get("mask_method")):
+            values.pop(idle, None)
         within = f"{self.paths.root}/"  # relative, so that the output directory may be moved
-        return {
-            name: value.removeprefix(within) if isinstance(value, str) else value
-            for name, value in values.items()
-            if name not in idle
-        }
+        return {n: v.removeprefix(within) if isinstance(v, str) else v for n, v in values.items()}
 
 
 def _groups(
-    groups: Mapping[str, type[OptionGroup]],
-    section: str,
-    planned: Mapping[str, Any],
-    given: Mapping[str, Any],
-) -> dict[str, Any]:
+    groups: Mapping[str, type[OptionGroup]], section: str, planned: Mapping[str, Any],
+    given: Mapping[str, Any], below: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """A part's options: what the plan sets, and what was given by --pretrain and the like.
 
-    Raises ValueError if they contradict, or a name or value is none.
+    below: what counts unless something is given. Raises ValueError if they contradict, or a name or
+    value is none.
     """
     check_names(given, fields_of(*groups.values()), section)
+    # An empty line of YAML says nothing: a command line has no word for None.
+    given = {**(below or {}), **{n: v for n, v in given.items() if v is not None}}
     for name in given.keys() & planned.keys():  # one place for each setting of a run
         flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise ValueError(f"{section} {name}=... would contradict the plan; use {flag}")
-    # An empty line of YAML says nothing: a command line has no word for None.
-    given = {name: value for name, value in given.items() if value is not None}
     return make_all(groups, [Layer(given, section), Layer(planned)])
 
 

@@ -6,41 +6,38 @@ colour-blind readers can tell apart; lines also differ in dashes and markers, fo
 colour.
 """
 
-from __future__ import annotations
-
 import base64
-import contextlib
 import io
 import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
+import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # never pyplot, whose figures are global state
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation, nonsingular
+from PIL import Image
 
 from common.step_files import PREDICTIONS, epochs_of
 from pipeline.plan.layout import Layout, RunId, parse_eval_name
-from pipeline.report.scores import method_rank
-from pipeline.report.statistics import Interval
-
-if TYPE_CHECKING:  # matplotlib takes a second to load, and benchmark.py imports this file
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from pipeline.report.scores import method_rank, names_of
 
 # Width and height of a drawing in CSS pixels: a phone's, which is also a column's, and a desk's.
 _NARROW, _WIDE = (350, 300), (880, 310)
 _LEFT, _RIGHT, _BELOW, _ABOVE = 54, 16, 44, 34  # pixels beside the axes
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a6761d", "#56b4e9", "#666666", "#000000")
 _SHAPES = (  # dashes in pixels; marker and its size, by which all look equally large
-    ("-", "o", 9),
-    ((0, (7, 3)), "s", 8),
-    ((0, (2, 3)), "^", 10),
-    ((0, (9, 3, 2, 3)), "D", 8),
-)
+    ("-", "o", 9), ((0, (7, 3)), "s", 8), ((0, (2, 3)), "^", 10), ((0, (9, 3, 2, 3)), "D", 8),
+)  # fmt: skip
 _MOST_MARKERS = 40  # of a line; longer ones are lines only
 _NOISE = re.compile(
     r"<defs>\s*<style.*?</defs>"  # it would hold for the whole page
@@ -51,13 +48,6 @@ _NOISE = re.compile(
 )
 _LONG_NUMBER = re.compile(r'(?<=[" ])-?\d+\.\d{2,}')  # of an attribute, not of a label
 _MARKER = re.compile(r'(style="fill: #\w+")/>')  # ticks are markers, too, but have a stroke
-_METADATA = ("Date", "Creator", "Format", "Type")  # of a file, which this is none
-_CAPTIONS = {
-    "Reconstructions": "What pretraining makes of hidden parts, by epochs completed.",
-    "Predictions": "Validation images after finetuning, by epochs of pretraining completed.",
-}
-_PICTURE_WIDTH = 1000  # pixels at most
-_QUALITY = 80  # of the WebP
 
 
 class Point(NamedTuple):
@@ -77,8 +67,7 @@ class Series(NamedTuple):
     style: tuple[int, int]  # family and variant: the same look in every chart, a family one colour
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """What the page puts together; no view where there is nothing to show."""
 
     name: str  # unique in the page
@@ -100,8 +89,6 @@ def line_chart(
 
     least_span: of the y axis, so that noise is not blown up. limits: of y.
     """
-    import matplotlib as mpl
-
     chart = Chart(f"x{zlib.crc32(caption.encode())}", caption, {}, {})
     with mpl.rc_context(fname=Path(__file__).with_suffix(".mplstyle")):
         for title, every_line in views.items():
@@ -111,20 +98,22 @@ def line_chart(
             y_ticks, drawn = _y_ticks(series, least_span, limits), Markup()
             # The wide one first: the page hides the one that follows it.
             for look, size in (("wide", _WIDE), ("narrow", _NARROW))[not is_wide :]:
-                figure, titles = _plot(series, title, y_title, y_ticks, size)
+                figure = Figure((size[0] / 72, size[1] / 72))
+                titles = _plot(figure, series, title, y_title, y_ticks)
                 attributes = f'class="plot {look}" role="img" aria-label="{escape(caption)}"'
                 drawn += _svg(figure, f"{chart.name}{title}{look}", attributes, titles)
             chart.views[title] = drawn
             for line in series:  # several seeds: one entry
-                chart.legend[line.label] = _sample(line.style, chart.name)
+                sample = Figure((40 / 72, 14 / 72))
+                piece = {"markevery": [1], **_look(line.style)}
+                sample.add_artist(Line2D((0.05, 0.5, 0.95), (0.5,) * 3, **piece))
+                name, attributes = f"{chart.name}{line.style}", 'width="40" height="14"'
+                chart.legend[line.label] = _svg(sample, name, f'{attributes} aria-hidden="true"')
     return chart
 
 
 def ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
     """At most 7 round numbers, evenly spaced, around the values."""
-    from matplotlib.ticker import MaxNLocator
-    from matplotlib.transforms import nonsingular
-
     low, high = nonsingular(min(values), max(values), expander=0.1, tiny=1e-9)
     if whole:  # a single value has neighbours, too
         low, high = math.floor(low), math.ceil(high)
@@ -145,17 +134,10 @@ def _y_ticks(
 
 
 def _plot(
-    series: Sequence[Series],
-    x_title: str,
-    y_title: str,
-    y_ticks: Sequence[float],
-    size: tuple[int, int],
-) -> tuple[Figure, list[str]]:
-    """The figure, and what to say of each of its markers."""
-    from matplotlib.figure import Figure  # never pyplot, whose figures are global state
-
-    width, height = size
-    figure = Figure((width / 72, height / 72))
+    figure: Figure, series: Sequence[Series], x_title: str, y_title: str, y_ticks: Sequence[float]
+) -> list[str]:
+    """Draws axes and lines; returns what to say of each of the markers."""
+    width, height = figure.get_size_inches() * 72
     inner = (1 - (_LEFT + _RIGHT) / width, 1 - (_BELOW + _ABOVE) / height)
     axes = figure.add_axes((_LEFT / width, _BELOW / height, *inner))
     x_values = [point.x for line in series for point in line.points]
@@ -169,14 +151,11 @@ def _plot(
     step, titles = min(4.0, 24 / len(series)) if has_bars else 0.0, []
     for index, line in enumerate(series):
         titles += _draw(line, axes, step * (index - (len(series) - 1) / 2))
-    return figure, titles
+    return titles
 
 
 def _draw(line: Series, axes: Axes, beside: float) -> list[str]:
     """Draws a line with its bars, `beside` pixels to the right; returns its markers' titles."""
-    import numpy as np
-    from matplotlib.transforms import ScaledTranslation
-
     x, *levels = np.array(line.points).T  # 4 x [N]: x, y, low, high
     y, low, high = np.clip(levels, *axes.get_ylim())  # what lies beyond the axis is at its end
     place = axes.transData + ScaledTranslation(beside / 72, 0, axes.figure.dpi_scale_trans)
@@ -185,8 +164,8 @@ def _draw(line: Series, axes: Axes, beside: float) -> list[str]:
         axes.plot(x, y, transform=place, **{**look, "marker": ""})
         return []
     # One path for all bars, with a gap after each.
-    ends = np.stack([low, high, np.full(len(x), math.nan)], axis=1).ravel()
-    axes.plot(np.repeat(x, 3), ends, color=look["color"], transform=place)
+    ends = np.stack([low, high, np.full(len(x), math.nan)], axis=1)
+    axes.plot(np.repeat(x, 3), ends.ravel(), color=look["color"], transform=place)
     axes.plot(x, y, transform=place, **look)
     return [f"{line.label}: {point.y:.4g} at {point.x:g}" for point in line.points]
 
@@ -198,27 +177,18 @@ def _look(style: tuple[int, int]) -> dict[str, Any]:
     return {"color": _COLORS[color], "ls": dashes, "marker": marker, "markersize": pixels}
 
 
-def _sample(style: tuple[int, int], name: str) -> Markup:
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    figure = Figure((40 / 72, 14 / 72))
-    figure.add_artist(Line2D((0.05, 0.5, 0.95), (0.5,) * 3, markevery=[1], **_look(style)))
-    return _svg(figure, f"{name}{style}", 'width="40" height="14" aria-hidden="true"')
-
-
 def _svg(figure: Figure, name: str, attributes: str, titles: Sequence[str] = ()) -> Markup:
     """matplotlib's file as an element of the page, with `attributes`, and a third of its size.
 
     titles: of the markers; a browser shows the one that is pointed at.
     """
-    import matplotlib as mpl
-
     for artist in figure.findobj():  # a marker at the end of an axis is not cut in two
         artist.set_clip_on(False)
     stream = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):  # ids of markers hash it: the page has many charts
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(_METADATA))
+        # Nothing that is said of a file, which this is none.
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", metadata=metadata)
     inside = stream.getvalue().partition("<svg")[2].partition(">")[2]
     inside = " ".join(_NOISE.sub("", inside).split()).replace("> <", "><")
     inside = _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}", inside)
@@ -228,68 +198,40 @@ def _svg(figure: Figure, name: str, attributes: str, titles: Sequence[str] = ())
     return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" {attributes}>{inside}')
 
 
-def interval_bar(found: Interval, widest: float) -> Markup:
-    """A bar around 0 as wide as its cell of a table, whose ends are -widest and widest."""
-    low, value, high = (50 + 50 * end / widest for end in (found.low, found.value, found.high))
-    return Markup(
-        '<svg class="bar" aria-hidden="true"><line class="zero" x1="50%" x2="50%" y1="0" y2="14"/>'
-        f'<line class="span" x1="{low:.1f}%" x2="{high:.1f}%" y1="7" y2="7"/>'
-        f'<circle cx="{value:.1f}%" cy="7" r="5"/></svg>'
-    )
-
-
-class Section(NamedTuple):
-    """Pictures of one kind, side by side where they are of the same epochs."""
-
-    title: str
-    caption: str
-    groups: Mapping[str, list[tuple[str, str]]]  # epochs in words -> label and src of each picture
-
-
-def picture_sections(all_paths: Sequence[Layout]) -> list[Section]:
-    """Reconstructions and predictions, by epochs completed; empty sections are left out."""
-    rank = method_rank(all_paths)
-    found: dict[str, dict[int, list[tuple[str, str]]]] = {title: {} for title in _CAPTIONS}
-    for paths in all_paths:
-        suffix = "" if len(all_paths) == 1 else f" ({paths.root.name})"
-        pictures = sorted(_pictures(paths), key=lambda one: (rank(one[1].method), one[1].name))
-        for title, run, epochs, image in pictures:
+def pictures(all_paths: Sequence[Layout]) -> dict[str, dict[int, list[tuple[str, str]]]]:
+    """Kind -> epochs completed -> label and src of each picture; empty kinds are left out."""
+    rank, found = method_rank(all_paths), dict[str, dict[int, list[tuple[str, str]]]]()
+    for paths, name in zip(all_paths, names_of(all_paths), strict=True):
+        suffix = "" if len(all_paths) == 1 else f" ({name})"
+        by_run = sorted(_pictures(paths), key=lambda one: (rank(one[1].method), one[1].name))
+        for kind, run, epochs, image in by_run:
             if source := _data_uri(image):
-                found[title].setdefault(epochs, []).append((f"{run.name}{suffix}", source))
-    words = {0: "before pretraining", 1: "after 1 epoch"}
-    return [
-        Section(
-            title, _CAPTIONS[title], {words.get(n, f"after {n} epochs"): of[n] for n in sorted(of)}
-        )
-        for title, of in found.items()
-        if of
-    ]
+                there = found.setdefault(kind, {}).setdefault(epochs, [])
+                there.append((f"{run.name}{suffix}", source))
+    # What was pretrained comes before what it was finetuned to.
+    return {kind: dict(sorted(found[kind].items())) for kind in sorted(found, reverse=True)}
 
 
 def _pictures(paths: Layout) -> Iterator[tuple[str, RunId, int, Path]]:
     """Their kind, run and epochs completed; of a checkpoint's finetunings, the first one's."""
-    for image in paths.pretrain_output.glob("*/*.png"):
-        with contextlib.suppress(ValueError):  # a folder that is no run's
+    for image in [*paths.pretrain_output.glob("*/*.png"), *paths.eval_output.glob("*/*.png")]:
+        with suppress(ValueError):  # a folder that is no run's
             if (count := epochs_of(image)) is not None:
                 yield "Reconstructions", RunId.parse(image.parent.name), count, image
-    for image in paths.eval_output.glob(f"*/{PREDICTIONS}"):
-        with contextlib.suppress(ValueError):
-            run, epochs, number = parse_eval_name(image.parent.name)
-            if not number:
-                yield "Predictions", RunId.parse(run), epochs, image
+            elif image.name == PREDICTIONS:
+                run, epochs, number = parse_eval_name(image.parent.name)
+                if not number:
+                    yield "Predictions", RunId.parse(run), epochs, image
 
 
 def _data_uri(path: Path) -> str:
     """The image, no wider than the report needs, as text for an src attribute."""
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
     except OSError:
         return ""  # a running step may just be writing it
-    most = (_PICTURE_WIDTH, picture.height)
-    picture.thumbnail(most, Image.Resampling.LANCZOS, reducing_gap=None)
+    picture.thumbnail((1000, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
     stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=_QUALITY)
+    picture.save(stream, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

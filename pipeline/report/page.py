@@ -7,104 +7,95 @@ same method in directories of equal settings is one line, with the spread over t
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+
+import jinja2
 
 from common.files import check_output_file, write_text
 from common.formats import read_log
 from common.step_files import LOG
 from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
+from pipeline.report import scores, tables
 from pipeline.report.answer import Answer, answer
-from pipeline.report.figures import Chart, Point, Series, line_chart, picture_sections
-from pipeline.report.scores import FINETUNING, MEASURES, Line, make_lines
-from pipeline.report.tables import (
-    class_tables,
-    flatten,
-    joined,
-    provenance,
-    score_table,
-    terminal_table,
-    write_results_csv,
-)
+from pipeline.report.figures import Chart, Point, Series, line_chart, pictures
+from pipeline.report.scores import FINETUNING, MEASURES, Line
 
 
 def write_all(paths: Layout) -> str:
     """Writes results.csv and report.html from what there is; returns the table to show."""
-    evaluations = write_results_csv(paths)
     write_report([paths.root], paths.report_html)
-    if not evaluations:
+    if not (evaluations := scores.read_evaluations(paths)):
         return f"no evaluation has finished; {paths.report_html}"
-    return f"\n{terminal_table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
+    return f"\n{tables.terminal_table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
 
 
 def write_report(folders: Sequence[Path], page: Path) -> None:
-    """Writes the page; raises ValueError for a folder that is no output directory."""
-    import jinja2
+    """Writes results.csv in each of the folders, and one page over all of them.
 
+    Raises ValueError for a folder that is no output directory; then nothing is written.
+    """
     all_paths = [Layout(folder) for folder in folders]
     check_output_file(page, is_own=is_report)
-    for paths in all_paths:  # whoever calls this writes them, too
+    for paths in all_paths:
         check_output_file(paths.results_csv, "report", is_own=is_results_csv, makes_folder=True)
         outputs = (paths.pretrain_output, paths.probe_output, paths.eval_output)
         # run.yml alone is a run that has just begun.
         if not any(path.exists() for path in (*outputs, paths.run_yml)):
             raise ValueError(f"{paths.root} is not the output directory of a run")
-    lines = make_lines(all_paths)
+    lines = scores.make_lines(all_paths)
     scored = [(line.label, one) for line in lines for one in line.evaluations]
     first, *others = _answers(lines)
-    settings, differing = provenance(all_paths)
+    settings, differing = tables.provenance(all_paths)
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
     html = template.render(
         title="Mean IoU against pretraining",
-        subtitle=f"{', '.join(p.root.name for p in all_paths)}; {time.strftime('%F %H:%M')}",
-        progress=_progress_note(all_paths),
+        subtitle=f"{', '.join(scores.names_of(all_paths))}; {time.strftime('%F %H:%M')}",
+        progress=" ".join(filter(None, map(_progress, all_paths))),
         answer=first,
         other_answers=others,
-        scores=score_table(scored),
+        scores=tables.score_table(scored),
         # Where evaluations differ, all values.
-        protocol=joined(
+        protocol=tables.joined(
             (name.removeprefix("protocol: "), text)
             for _, one in scored
             for part in ("dataset", "model", "protocol", "recipe")
-            for name, text in flatten({part: one.result.get(part)})
+            for name, text in tables.flatten({part: one.result.get(part)})
         ),
         loss_charts=_training_charts(lines),
-        classes=class_tables(lines),
-        pictures=picture_sections(all_paths),
+        classes=tables.class_tables(lines),
+        pictures=pictures(all_paths),
         settings=settings,
         differing=differing,
     )
+    for paths in all_paths:
+        tables.write_results_csv(paths)
     write_text(page, html)
 
 
-def _progress_note(all_paths: Sequence[Layout]) -> str:
-    """How far a run is that has not finished."""
-    notes = []
-    for paths in all_paths:
-        if not paths.plan.exists():
-            continue
-        steps = read_plan(paths)
-        states = {record.name: record.state for record in read_all_records(paths)}
-        done = sum(states.get(step["name"]) == "done" for step in steps)
-        failed = [step["name"] for step in steps if states.get(step["name"]) == "failed"]
-        if done < len(steps):
-            failure = f"; failed: {', '.join(failed)}" if failed else ""
-            notes.append(f"{paths.root.name}: {done} of {len(steps)} steps are done{failure}.")
-    return " ".join(notes)
+def _progress(paths: Layout) -> str:
+    """How far a run is that has not finished; nothing for one that has."""
+    steps = read_plan(paths) if paths.plan.exists() else []
+    states = {record.name: record.state for record in read_all_records(paths)}
+    done = sum(states.get(step["name"]) == "done" for step in steps)
+    if done == len(steps):
+        return ""
+    failed = [step["name"] for step in steps if states.get(step["name"]) == "failed"]
+    failure = f"; failed: {', '.join(failed)}" if failed else ""
+    return f"{paths.root.name}: {done} of {len(steps)} steps are done{failure}."
 
 
 def _answers(lines: Sequence[Line]) -> list[Answer]:
     """What the measures say: complete finetuning first, the probes where there is none yet."""
     found = [one for measure in MEASURES.values() if (one := answer(lines, measure))]
-    first, *others = sorted(found or [Answer(sentences=[])], key=lambda one: not one.sentences)
+    first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
     if not first.sentences:
-        first = replace(first, sentences=["No evaluation has finished yet."])
+        first = first._replace(sentences=["No evaluation has finished yet."])
     elif first.measure is not FINETUNING:
         said = "No finetuning has been scored yet; this is what frozen probes say."
-        first = replace(first, sentences=[said, *first.sentences])
+        first = first._replace(sentences=[said, *first.sentences])
     return [first, *others]
 
 

@@ -7,17 +7,17 @@ What tells one pretraining from another stands in the name of its folder, once a
 seed and source of segments are read off it. What they cost stands in records and logs.
 """
 
-from __future__ import annotations
-
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from typing_extensions import TypedDict
 
 from common.formats import ProbeResult, Result, parsed, read_json, read_log, read_yaml
@@ -27,36 +27,31 @@ from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, made_alike, read_all_records
 from pipeline.report.statistics import Interval, draw_images, interval
 
-if TYPE_CHECKING:
-    import numpy as np
-
-COSTS = ("device_hours", "train_flops")  # of pretraining: columns of results.csv
+# Of pretraining: columns of results.csv, and how they are called for people.
+COSTS = {"device_hours": "device-hours", "train_flops": "train FLOPs"}
 REFERENCE = "patches"  # plain MAE, what the others are compared with
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measure:
+class Measure(NamedTuple):
     """Something that checkpoints are compared by."""
 
     words: str
-    unit: str  # the score in words, for an axis
-    key: str  # where result.json has it
+    unit: str = "mean IoU (%)"  # the score in words, for an axis
+    key: str = "mean_iou"  # where result.json has it
     areas: str = ""  # the file of areas by image; none where there are no areas
     most: float = 100.0  # the highest score there is
 
 
-MIOU = "mean IoU (%)"
 # By the names in a probe's result.json, in the order of what they are worth.
 MEASURES = {
-    "finetuning": Measure(words="complete finetuning", unit=MIOU, key="mean_iou", areas=AREAS),
-    "linear": Measure(words="the frozen linear probe", unit=MIOU, key="mean_iou",
-                      areas=PROBE_AREAS["linear"]),
-    "knn": Measure(words="the frozen kNN probe", unit=MIOU, key="mean_iou",
-                   areas=PROBE_AREAS["knn"]),
-    "image_knn": Measure(words="kNN over whole images", unit="accuracy (%)", key="accuracy"),
-    "rankme": Measure(words="the spread of its features", unit="RankMe (features used)",
-                      key="rankme", most=float("inf")),
-}  # fmt: skip
+    "finetuning": Measure("complete finetuning", areas=AREAS),
+    "linear": Measure("the frozen linear probe", areas=PROBE_AREAS["linear"]),
+    "knn": Measure("the frozen kNN probe", areas=PROBE_AREAS["knn"]),
+    "image_knn": Measure("kNN over whole images", "accuracy (%)", "accuracy"),
+    "rankme": Measure(
+        "the spread of its features", "RankMe (features used)", "rankme", most=math.inf
+    ),
+}
 FINETUNING = MEASURES["finetuning"]
 
 
@@ -70,10 +65,9 @@ class Variant(NamedTuple):
     @property
     def label(self) -> str:
         """In words."""
-        ratio = self.coverage_ratio
+        method, ratio, source = self
         ratio_words = "" if ratio is None else f" {layout.ratio_text(ratio)}%"
-        source = "" if self.segments_from == OWN else f" {self.segments_from}"
-        return f"{self.method}{ratio_words}{source}"
+        return method + ratio_words + ("" if source == OWN else f" {source}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +80,8 @@ class Evaluation:
     eval_seed: int  # of finetuning
     epochs: int  # of pretraining, completed
     minutes: float  # of finetuning and scoring, and of the pretraining round before it
-    # Of pretraining up to here, GPUs or the CPU as one; None where it is not known.
-    device_hours: float | None
-    train_flops: float | None
+    # Of pretraining up to here (COSTS), GPUs or the CPU as one; None where it is not known.
+    costs: dict[str, float | None]
     result: dict[str, Any]  # the whole result.json, or a probe's part of it
     measure: Measure = FINETUNING
 
@@ -110,19 +103,16 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
     shape: Result for finetunings; ProbeResult for the frozen probes, one for each of their scores.
     """
     parent = paths.eval_output if shape is Result else paths.probe_output
-    records, found = read_all_records(paths), []
+    records, rank, found = read_all_records(paths), method_rank([paths]), list[Evaluation]()
     seconds = {record.name: record.seconds for record in records}
-    costs: dict[str, dict[str, dict[int, float]]] = {}
-    for folder in parent.glob("*"):
+    costs = cache(lambda run: _costs(paths, run, records))
+    for file in parent.glob(f"*/{RESULT}"):  # written last: it is finished
+        folder = file.parent
         try:
             name, epochs, number = parse_eval_name(folder.name)
         except ValueError:
-            continue  # not an evaluation
-        if not (folder / RESULT).exists():
-            continue  # not finished
-        run, result = RunId.parse(name), read_json(folder / RESULT, shape)
-        if name not in costs:
-            costs[name] = _costs(paths, name, records)
+            continue  # somebody else's folder
+        run, result = RunId.parse(name), read_json(file, shape)
         # Of several finetunings of a checkpoint, the first bears its pretraining.
         steps = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{name}_{epochs}"])]
         timed = [seconds[step] for step in steps if step in seconds]
@@ -130,7 +120,7 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
             "folder": folder, "variant": variant_of(run, records),
             "seed": run.seed, "eval_seed": run.seed + number, "epochs": epochs,
             "minutes": sum(timed) / 60 if timed else float(result.get("minutes") or 0),
-            **{cost: known.get(epochs) for cost, known in costs[name].items()},
+            "costs": {cost: known.get(epochs) for cost, known in costs(name).items()},
         }  # fmt: skip
         # A finetuning's file is one score. A probe's has several: dictionaries, or bare numbers.
         parts = {"finetuning": result} if shape is Result else result
@@ -138,7 +128,6 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
             if (part := parts.get(key)) is not None:
                 part = part if isinstance(part, dict) else {key: part}
                 found.append(Evaluation(**common, result=part, measure=measure))
-    rank = method_rank([paths])
 
     def place(one: Evaluation) -> tuple[Any, ...]:
         method, ratio, source = one.variant
@@ -165,11 +154,10 @@ def variant_of(run: RunId, records: Iterable[Record]) -> Variant:
 
     The name leaves the default out, and run.yml is of the latest call, perhaps of other methods.
     """
-    ratio = None if run.coverage_ratio == layout.DEFAULT_RATIO else run.coverage_ratio
-    for record in records:
-        if record.kind == "pretrain" and record.run == run.name:
-            ratio = run.coverage_ratio if "coverage_ratio" in record.fingerprint else None
-    return Variant(run.method, ratio, run.segments_from)
+    made = [one for one in records if one.kind == "pretrain" and one.run == run.name]
+    is_named = run.coverage_ratio != layout.DEFAULT_RATIO
+    is_used = "coverage_ratio" in made[-1].fingerprint if made else is_named
+    return Variant(run.method, run.coverage_ratio if is_used else None, run.segments_from)
 
 
 class RunYml(TypedDict, total=False):
@@ -182,9 +170,8 @@ class RunYml(TypedDict, total=False):
 
 def read_run_yml(paths: Layout) -> dict[str, Any]:
     """Settings, versions and hardware of the latest call; empty if there are none."""
-    if not paths.run_yml.exists():
-        return {}
-    return parsed(RunYml, read_yaml(paths.run_yml), f"{paths.run_yml} is damaged")
+    content = read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
+    return parsed(RunYml, content, f"{paths.run_yml} is damaged")
 
 
 def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]:
@@ -196,28 +183,18 @@ def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]
     return lambda method: (order.index(method) if method in order else len(order), method)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Level:
+class Level(NamedTuple):
     """Where a line stands after some epochs; by the seed of pretraining.
 
     Several finetunings of one pretraining count as their mean, and so does a seed that is in
     several directories: neither tells how much chance there is in pretraining.
     """
 
-    scores: dict[int, float]  # empty where it was not scored
-    drawn: dict[int, np.ndarray] | None  # on other images; None where areas were not kept
+    score: float  # the mean over seeds
+    spread: Interval | None  # its interval; of one seed, nothing tells the chance between seeds
+    scores: dict[int, float]
+    drawn: dict[int, Any]  # [DRAWS] on other images; empty where areas were not kept
     costs: dict[str, float | None]  # device_hours and train_flops, means over its pretrainings
-
-    @property
-    def score(self) -> float:
-        """The mean over seeds."""
-        return fmean(self.scores.values())
-
-    @cached_property
-    def spread(self) -> Interval | None:
-        """Its interval; None for one seed, which tells nothing of the chance between seeds."""
-        drawn = None if self.drawn is None else list(self.drawn.values())
-        return interval(list(self.scores.values()), drawn) if len(self.scores) > 1 else None
 
 
 @dataclass(kw_only=True)
@@ -248,26 +225,33 @@ class Line:
         return sorted({e.epochs for e in known})
 
     def level(self, epochs: int, measure: Measure) -> Level:
-        """Its scores after `epochs`; those of a baseline are the same after any."""
-        by_seed: dict[int, list[Evaluation]] = {}
+        """Its scores after `epochs`, where it has some; a baseline's are the same after any."""
         there = [one for one in self.scored if one.epochs == epochs or self.is_baseline]
+        by_seed: dict[int, list[Evaluation]] = {}
         for one in there:
             if one.measure is measure and one.score is not None:
                 by_seed.setdefault(one.seed, []).append(one)
         scores = {seed: fmean(e.result[measure.key] for e in by_seed[seed]) for seed in by_seed}
-        drawn: dict[int, Any] = {seed: [e.drawn for e in by_seed[seed]] for seed in by_seed}
-        has_areas = all(one is not None for several in drawn.values() for one in several)
-        means = {seed: sum(drawn[seed]) / len(drawn[seed]) for seed in drawn} if has_areas else None
-        spent = {name: [getattr(one, name) for one in there] for name in COSTS}
-        known = {name: [cost for cost in spent[name] if cost is not None] for name in COSTS}
-        costs = {name: fmean(known[name]) if known[name] else None for name in COSTS}
-        return Level(scores=scores, drawn=means, costs=costs)
+        images: dict[int, Any] = {seed: [e.drawn for e in by_seed[seed]] for seed in by_seed}
+        has_areas = all(one is not None for several in images.values() for one in several)
+        drawn = {s: sum(images[s]) / len(images[s]) for s in images} if has_areas else {}
+        spread = interval(list(scores.values()), list(drawn.values()) or None)
+        spent = {n: [cost for e in there if (cost := e.costs[n]) is not None] for n in COSTS}
+        costs = {name: fmean(known) if known else None for name, known in spent.items()}
+        spread = spread if len(scores) > 1 else None
+        return Level(fmean(scores.values()), spread, scores, drawn, costs)
 
 
 def last_common_epochs(lines: Sequence[Line], measure: Measure = FINETUNING) -> int | None:
     """The last epochs after which all methods were scored, None if there are none."""
     scored = [set(line.epochs(measure)) for line in lines if not line.is_baseline]
     return max(set.intersection(*scored), default=None) if scored else None
+
+
+def names_of(all_paths: Sequence[Layout]) -> list[str]:
+    """What tells output directories apart: the ends of their paths, unless these are alike."""
+    ends = [paths.root.name for paths in all_paths]
+    return ends if len(set(ends)) == len(ends) else [str(paths.root) for paths in all_paths]
 
 
 def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
@@ -278,20 +262,19 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
     apart = len(all_paths) > 1 and not made_alike(all_paths)
     lines: dict[str, Line] = {}
 
-    def line_of(variant: Variant, paths: Layout) -> Line:
-        suffix = f" ({paths.root.name})" if apart else ""
+    def line_of(variant: Variant, suffix: str) -> Line:
         label, family = (v.label + suffix for v in (variant, variant._replace(segments_from=OWN)))
-        new = Line(label=label, family=family, method=variant.method)
-        return lines.setdefault(label, new)
+        return lines.setdefault(label, Line(label=label, family=family, method=variant.method))
 
-    for paths in all_paths:
+    for paths, name in zip(all_paths, names_of(all_paths), strict=True):
+        suffix = f" ({name})" if apart else ""
         for one in [*read_evaluations(paths), *read_evaluations(paths, ProbeResult)]:
-            line_of(one.variant, paths).scored.append(one)
+            line_of(one.variant, suffix).scored.append(one)
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name
-                variant = variant_of(RunId.parse(folder.name), records)
-                line_of(variant, paths).pretrainings.append(folder)
+                run = RunId.parse(folder.name)
+                line_of(variant_of(run, records), suffix).pretrainings.append(folder)
     rank = method_rank(all_paths)
     ordered = sorted(lines.values(), key=lambda line: rank(line.method))
     families = list(dict.fromkeys(line.family for line in ordered))

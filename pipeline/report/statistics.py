@@ -10,18 +10,15 @@ variable for the few seeds and a normal one for the many images. Degrees of free
 Satterthwaite hold the truth in 92% of cases only with three seeds.
 """
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+from scipy import optimize, special
 
 CONFIDENCE, POWER = 0.95, 0.80
 DRAWS = 1000  # of the images; the standard error is then known to 2%
@@ -38,7 +35,6 @@ class Interval:
     high: float
     p_value: float  # how likely a value so far from 0 is if the true one is 0
     detectable: float  # the smallest true difference told from 0 with 80% probability
-    seeds: int
     of_images: bool  # whether chance in the images is part of it
 
     def within(self, most: float) -> str:
@@ -53,8 +49,6 @@ def interval(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None)
     """
     if len(scores) < (2 if drawn is None else 1):
         return None
-    import numpy as np
-
     seeds, value = len(scores), float(np.mean(scores))
     between = float(np.var(scores, ddof=1)) / seeds if seeds > 1 else 0.0
     shared = 0.0
@@ -65,14 +59,10 @@ def interval(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None)
     error = _Error(max(between, 1e-18) ** 0.5, max(1, seeds - 1), max(0.0, shared) ** 0.5)
     half = error.exceeded_by((1 - CONFIDENCE) / 2)
     return Interval(
-        value=value,
-        low=value - half,
-        high=value + half,
+        value=value, low=value - half, high=value + half, of_images=drawn is not None,
         p_value=min(1.0, 2 * error.tail(abs(value))),
         detectable=half + error.exceeded_by(1 - POWER),
-        seeds=seeds,
-        of_images=drawn is not None,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,24 +75,16 @@ class _Error:
 
     def tail(self, value: float) -> float:
         """The probability of more than `value`: the mean over a grid of the normal variable."""
-        import numpy as np
-        from scipy import special
-
         normal = self.common * special.ndtri((np.arange(_GRID) + 0.5) / _GRID)
         return float(special.stdtr(self.freedom, (normal - value) / self.deviation).mean())
 
     def exceeded_by(self, share: float) -> float:
         """The value that `share` of the errors exceed; share: below a half."""
-        from scipy import optimize, special
-
         # Where each part exceeds its own with half the share, the sum cannot do so more often.
         most = -self.deviation * special.stdtrit(self.freedom, share / 2)
         most -= self.common * special.ndtri(share / 2)
-        return float(
-            optimize.brentq(
-                lambda value: self.tail(value) - share, 0, 1.01 * most, xtol=1e-4 * most
-            )
-        )
+        found = optimize.brentq(lambda v: self.tail(v) - share, 0, 1.01 * most, xtol=1e-4 * most)
+        return float(found)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -119,8 +101,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def mean_iou(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
     """[..., K] areas by class -> [...] in percent: the mean over the classes that occur."""
-    import numpy as np
-
     occurs = union > 0
     iou = np.divide(intersection, union, out=np.zeros(union.shape), where=occurs)
     return 100 * iou.sum(-1) / np.maximum(1, occurs.sum(-1))
@@ -142,16 +122,12 @@ def draw_images(path: Path) -> np.ndarray:
 @lru_cache(maxsize=2)
 def _counts(names: tuple[str, ...]) -> np.ndarray:
     """[DRAWS, N]: how often each image is in each draw of N with replacement."""
-    import numpy as np
-
     rng, images = np.random.default_rng(zlib.crc32("\n".join(names).encode())), len(names)
     return rng.multinomial(images, [1 / images] * images, size=DRAWS).astype("float32")
 
 
 def read_areas(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the images and their areas [N, 3, K] in pixels: intersection, prediction, label."""
-    import numpy as np
-
     try:
         with np.load(path, allow_pickle=False) as stored:
             names, areas = stored["images"], stored["areas"]

@@ -3,131 +3,104 @@
 import csv
 import io
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.console import aligned
 from common.files import write_text
 from pipeline.plan.layout import Layout, ratio_text
 from pipeline.plan.records import read_all_records
-from pipeline.report.scores import (
-    COSTS,
-    REFERENCE,
-    Evaluation,
-    Line,
-    last_common_epochs,
-    read_evaluations,
-    read_run_yml,
-)
+from pipeline.report import scores
+from pipeline.report.scores import COSTS, REFERENCE, Evaluation, Line
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
-# Equal runs differ in the minutes and device-hours only.
-COLUMNS = (
-    *("method", "coverage_ratio", "segments_from", "seed", "eval_seed", "epochs"),
-    *(*SCORES, "minutes", "device_hours", "train_flops"),
-)
-COST_TITLES = dict(zip(COSTS, ("device-hours", "train FLOPs"), strict=True))
+# Of results.csv, with their forms. Equal runs differ in the minutes and device-hours only.
+COLUMNS = {
+    "method": "", "coverage_ratio": "", "segments_from": "", "seed": "", "eval_seed": "",
+    "epochs": "", **dict.fromkeys(SCORES, ".4f"), "minutes": ".2f", "device_hours": ".4f",
+    "train_flops": ".6g",
+}  # fmt: skip
 _WIDEST = 110  # characters of a table on a terminal
 _LEAST_CHANGE = 0.05  # in points; less is shown as 0.0
 _MOST_CLASSES = 8  # shown for each method: those with the largest change
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """What the page lays out: text by row and column, under titles."""
+class Table(NamedTuple):
+    """What the page lays out."""
 
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    looks: Mapping[int, str] = field(default_factory=dict)  # number of a row -> its class in CSS
+    # Title of the column -> text, or ends and middle of a bar; the same titles in each.
+    rows: Sequence[Mapping[str, Any]]
+    looks: Sequence[str] = ()  # of each row: its class in CSS
 
 
-def write_results_csv(paths: Layout) -> list[Evaluation]:
-    """Writes results.csv anew from the evaluations there are, and returns them."""
-    evaluations = read_evaluations(paths)
+def write_results_csv(paths: Layout) -> None:
+    """Writes results.csv anew from the evaluations there are."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_csv_row(evaluation) for evaluation in evaluations)
+    writer.writerows(_csv_row(evaluation) for evaluation in scores.read_evaluations(paths))
     write_text(paths.results_csv, stream.getvalue())
-    return evaluations
 
 
 def _csv_row(evaluation: Evaluation) -> dict[str, str]:
-    scores = {name: evaluation.result.get(name) for name in SCORES}
-    method, ratio, segments_from = evaluation.variant
-    return {
-        "method": method,
-        "coverage_ratio": "" if ratio is None else ratio_text(ratio),
-        "segments_from": segments_from,
-        **{name: str(getattr(evaluation, name)) for name in ("seed", "eval_seed", "epochs")},
-        **{name: "" if score is None else f"{score:.4f}" for name, score in scores.items()},
-        "minutes": f"{evaluation.minutes:.2f}",
-        "device_hours": "" if (hours := evaluation.device_hours) is None else f"{hours:.4f}",
-        "train_flops": "" if (flops := evaluation.train_flops) is None else f"{flops:.6g}",
-    }
+    known = evaluation.result | vars(evaluation) | evaluation.variant._asdict() | evaluation.costs
+    if (ratio := evaluation.variant.coverage_ratio) is not None:
+        known["coverage_ratio"] = ratio_text(ratio)
+    known = {name: value for name, value in known.items() if value is not None}
+    return {n: f"{known[n]:{form}}" if n in known else "" for n, form in COLUMNS.items()}
 
 
 def terminal_table(evaluations: Sequence[Evaluation]) -> str:
     """The scores as aligned text, a line per evaluation; with the cost where it fits."""
-    found = score_table([(evaluation.variant.label, evaluation) for evaluation in evaluations])
-    rows = [found.columns, *found.rows]
-    text = aligned(rows, right=range(1, len(found.columns)))
+    rows = score_table([(evaluation.variant.label, evaluation) for evaluation in evaluations]).rows
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    text = aligned(cells, right=range(1, len(cells[0])))
     if len(text.split("\n")[0]) > _WIDEST:
-        rows = [row[: found.columns.index("minutes") + 1] for row in rows]
-        text = aligned(rows, right=range(1, len(rows[0])))
+        most = cells[0].index("minutes") + 1
+        text = aligned([row[:most] for row in cells], right=range(1, most))
     return text
 
 
 def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
     """The cells of each evaluation, whose label comes first; the best by mean IoU stands out."""
-    # A column that says the same in every row is left out.
-    seeds = [n for n in ("seed", "eval_seed") if len({getattr(e, n) for _, e in labelled}) > 1]
-    cost = [n for n in COSTS if any(getattr(e, n) is not None for _, e in labelled)]
-    rows = []
-    for label, evaluation in labelled:
-        row = _csv_row(evaluation)
-        scores = [f"{float(row[name]):.2f}" if row[name] else "" for name in SCORES[:3]]
-        spent = [cost_text(name, getattr(evaluation, name)) for name in cost]
-        minutes = f"{evaluation.minutes:.1f}"
-        rows.append([label, *(row[n] for n in seeds), row["epochs"], *scores, minutes, *spent])
-    miou = [evaluation.result.get("mean_iou") or 0 for _, evaluation in labelled]
-    return Table(
-        columns=[
-            *("method", *(name.replace("_", " ") for name in seeds), "epochs"),
-            *("pixel accuracy", "mean accuracy", "mean IoU", "minutes"),
-            *(COST_TITLES[name] for name in cost),
-        ],
-        rows=rows,
-        looks={index: "best" for index, score in enumerate(miou) if score == max(miou)},
-    )
+    titles = {name: name.replace("_", " ").replace("iou", "IoU") for name in SCORES[:3]}
+    rows = [
+        {"method": label, "seed": str(one.seed), "eval seed": str(one.eval_seed),
+         "epochs": str(one.epochs),
+         **{title: f"{one.result[name]:.2f}" for name, title in titles.items()},
+         "minutes": f"{one.minutes:.1f}", **cost_cells(one.costs)}
+        for label, one in labelled
+    ]  # fmt: skip
+    # Seeds that are the same in every row are left out, and costs of which nothing is known.
+    idle = [name for name in ("seed", "eval seed") if len({row[name] for row in rows}) < 2]
+    idle += [name for name in COSTS.values() if not any(row[name] for row in rows)]
+    rows = [{name: row[name] for name in row if name not in idle} for row in rows]
+    miou = [one.result["mean_iou"] for _, one in labelled]
+    return Table(rows, ["best" if score == max(miou) else "" for score in miou])
 
 
-def cost_text(name: str, value: float | None) -> str:
-    """A cost by its column's name, for people."""
-    if value is None:
-        return ""
-    if name == "train_flops":
-        return f"{value:.2e}"
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+def cost_cells(costs: Mapping[str, float | None]) -> dict[str, str]:
+    """What a pretraining has cost, for people; nothing where that is not known."""
+    cells = {}
+    for name, value in costs.items():
+        form = ".2e" if name == "train_flops" else ".3g" if (value or 0) < 1000 else ".0f"
+        cells[COSTS[name]] = "" if value is None else f"{value:{form}}"
+    return cells
 
 
-@dataclass(frozen=True)
-class ClassTables:
-    """IoU class by class."""
+def class_tables(lines: Sequence[Line]) -> dict[str, Any]:
+    """IoU class by class, at the last epochs after which all methods were finetuned.
 
-    caption: str
-    changes: Mapping[str, Table]  # against plain MAE, by the line's label
-    all: Table
-
-
-def class_tables(lines: Sequence[Line]) -> ClassTables | None:
-    """At the last epochs after which all methods were finetuned; None if there are none."""
+    caption: text; changes: line's label -> table, against plain MAE; all: table. Empty if there are
+    no such epochs.
+    """
     lines = [line for line in lines if line.evaluations]
-    trained, epochs = [line for line in lines if not line.is_baseline], last_common_epochs(lines)
+    epochs = scores.last_common_epochs(lines)
     if epochs is None:
-        return None
+        return {}
+    trained = [line for line in lines if not line.is_baseline]
     iou = {line.label: _class_iou(line, epochs) for line in trained}
     reference = next((line.label for line in trained if line.method == REFERENCE), "")
     others = [label for label in iou if label != reference] if reference else []
@@ -135,11 +108,9 @@ def class_tables(lines: Sequence[Line]) -> ClassTables | None:
     if others:
         caption += f" First the classes that change most against {reference}."
     names = dict.fromkeys(name for values in iou.values() for name in values)
-    rows = [
-        [name, *(_shown(values.get(name, math.nan)) for values in iou.values())] for name in names
-    ]
+    rows = [{"class": n, **{label: _shown(iou[label], n) for label in iou}} for n in names]
     changes = {label: _changes(label, iou[label], reference, iou[reference]) for label in others}
-    return ClassTables(caption, changes, Table(columns=["class", *iou], rows=rows))
+    return {"caption": caption, "changes": changes, "all": Table(rows)}
 
 
 def _class_iou(line: Line, epochs: int) -> dict[str, float]:
@@ -147,7 +118,7 @@ def _class_iou(line: Line, epochs: int) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for evaluation in line.evaluations:
         if evaluation.epochs == epochs:
-            for name, value in (evaluation.result.get("class_iou") or {}).items():
+            for name, value in evaluation.result["class_iou"].items():
                 found.setdefault(name, []).extend([] if value is None else [value])
     return {name: fmean(values) if values else math.nan for name, values in found.items()}
 
@@ -160,33 +131,35 @@ def _changes(
     seen = [name for name in changes if abs(changes[name]) >= _LEAST_CHANGE]
     largest = sorted(seen, key=lambda name: -abs(changes[name]))[:_MOST_CLASSES]
     names = sorted(largest, key=lambda name: -changes[name])
-    return Table(
-        columns=["class", reference, label, "change"],
-        rows=[[n, _shown(before[n]), _shown(values[n]), f"{changes[n]:+.1f}"] for n in names],
-        looks={i: "gain" if changes[name] >= 0 else "loss" for i, name in enumerate(names)},
-    )
+    rows = [
+        {"class": name, reference: _shown(before, name), label: _shown(values, name),
+         "change": f"{changes[name]:+.1f}"}
+        for name in names
+    ]  # fmt: skip
+    return Table(rows, ["gain" if changes[name] >= 0 else "loss" for name in names])
 
 
-def _shown(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.1f}"
+def _shown(values: Mapping[str, float], name: str) -> str:
+    return "–" if math.isnan(values.get(name, math.nan)) else f"{values[name]:.1f}"
 
 
 def provenance(all_paths: Sequence[Layout]) -> tuple[dict[str, list[tuple[str, str]]], Table]:
     """What the numbers came from: pairs of name and value by title; apart, settings that differ."""
-    run_ymls = [read_run_yml(paths) for paths in all_paths]
+    run_ymls = [scores.read_run_yml(paths) for paths in all_paths]
     flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
-    names = dict.fromkeys(name for settings in flat for name in settings)
-    values = {name: [settings.get(name, "not given") for settings in flat] for name in names}
-    common = [(name, texts[0]) for name, texts in values.items() if len(set(texts)) == 1]
-    differing = [[name, *texts] for name, texts in values.items() if len(set(texts)) > 1]
+    folders, common, differing = scores.names_of(all_paths), [], []
+    for name in dict.fromkeys(name for settings in flat for name in settings):
+        texts = [settings.get(name, "not given") for settings in flat]
+        if len(set(texts)) == 1:
+            common.append((name, texts[0]))
+        else:
+            differing.append({"setting": name, **dict(zip(folders, texts, strict=True))})
     pairs = {"Common settings" if len(flat) > 1 else "Settings": common}
     for part in ("versions", "hardware"):
         found = (pair for run_yml in run_ymls for pair in flatten(run_yml.get(part, {})))
         pairs[part.capitalize()] = joined(found)
     pairs["Time spent"] = _time_spent(all_paths)
-    columns = ["setting", *(paths.root.name for paths in all_paths)]
-    shown = {title: rows for title, rows in pairs.items() if rows}
-    return shown, Table(columns=columns, rows=differing)
+    return {title: rows for title, rows in pairs.items() if rows}, Table(differing)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -210,14 +183,10 @@ def joined(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _time_spent(all_paths: Sequence[Layout]) -> list[tuple[str, str]]:
     """Hours by kind of step, from the records: finished attempts, interrupted ones included."""
-    hours: dict[str, tuple[float, float]] = {}
+    wall, device = defaultdict[str, float](float), defaultdict[str, float](float)
     for record in (record for paths in all_paths for record in read_all_records(paths)):
-        wall, device = hours.get(record.kind, (0.0, 0.0))
-        spent = record.seconds / 3600
-        hours[record.kind] = (wall + spent, device + spent * record.devices)
-    rows = [
-        (f"{kind}, hours (times devices)", f"{wall:.2f} ({device:.2f})")
-        for kind, (wall, device) in hours.items()
-    ]
-    total = sum(device for _, device in hours.values())
-    return [*rows, ("total device-hours (GPUs, or the CPU as one)", f"{total:.2f}")]
+        wall[record.kind] += record.seconds / 3600
+        device[record.kind] += record.seconds / 3600 * record.devices
+    rows = [(f"{k}, hours (times devices)", f"{wall[k]:.2f} ({device[k]:.2f})") for k in wall]
+    total = f"{sum(device.values()):.2f}"
+    return [*rows, ("total device-hours (GPUs, or the CPU as one)", total)]

@@ -109,7 +109,7 @@ def test_exit_codes_are_those_of_the_contract():
         (["--image-size", "40"], "not a multiple of the patch size 16"),
         (["--decoder-heads", "5"], "cannot be split into 5 heads"),
         (["--model", "vit_giant"], "vit_huge"),
-        (["--effective-batch-size", "999"], "more than the 24 training images; give at most 24"),
+        (["--effective-batch-size", "999"], "there are images for at most 24"),
         (["--masks-dir", "/nowhere"], "/nowhere does not exist"),
         (["--in1k-dir", "/nowhere"], "/nowhere is not a folder"),
         (["--init", "/nowhere.pth"], "/nowhere.pth does not exist"),

@@ -13,7 +13,7 @@ from mae.data import FixedImages, MaskedImages
 from mae.listing import find_images, make_listing
 from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
-from segments.generate import Shard, generate, images_by_key
+from segments.generate import generate, images_by_key
 from segments.store import PackedStore
 from tests.mae.conftest import make_config, pack_segments, write_image, write_segments
 
@@ -30,7 +30,7 @@ def make_segments(folder, *, val_dir):
     generator = Felzenszwalb(FelzenszwalbSettings(sigma=0.1, longest_side=60, max_coverage=50))
     out = folder / "masks/masks.sqlite"
     out.parent.mkdir()
-    generate(images_by_key(folder / "train", val_dir), out, generator, shard=Shard(), processes=1)
+    generate(images_by_key(folder / "train", val_dir), out, generator, processes=1)
     return PackedStore(out)
 
 
@@ -92,7 +92,7 @@ def test_segments_of_files_are_found_under_the_path_below_val(tmp_path):
 
 def test_before_the_segments_are_made_every_image_counts(twins, tmp_path):
     config = make_config(twins, tmp_path / "out", mask_method="segments")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is no folder of segments"):
         make_listing(config.data, config.method)
     listing = make_listing(config.data, config.method, packed=False)
     assert (len(listing.train), len(listing.val), listing.source) == (2, 2, None)

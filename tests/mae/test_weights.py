@@ -6,11 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from engine.vit import IMAGE_MEAN, IMAGE_STD, VISIBLE, VIT_SIZES, VitSize
-from engine.weights import resample_positions
+from engine.weights import read_vit_weights, resample_positions
 from mae.config import METHODS, MethodConfig, ModelConfig, make_method
-from mae.export import export_encoder, load_encoder
 from mae.model import MaskedAutoencoder, sincos_positions
-from mae.official import read_official_weights, start_from_official
+from mae.weights import export_encoder, load_encoder, start_from_official
 from tests.mae.conftest import make_config
 
 TINY = ModelConfig(model="vit_tiny", decoder_width=64, decoder_depth=1, decoder_heads=4)
@@ -59,7 +58,7 @@ def test_official_pth_export_can_start_a_run(tmp_path):
     save_run(make_model("segments"), "segments", tmp_path / "checkpoint-3.pth")
     export_encoder(tmp_path / "checkpoint-3.pth", tmp_path / "encoder.pth")
     other = make_model("segments", seed=1)
-    fresh = start_from_official(other, read_official_weights(tmp_path / "encoder.pth"))
+    fresh = start_from_official(other, read_vit_weights(tmp_path / "encoder.pth"))
     assert fresh == [
         "decoder_blocks", "decoder_embed", "decoder_norm", "decoder_pred", "mask_token"
     ]  # fmt: skip
@@ -135,11 +134,11 @@ def test_whatever_does_not_fit_is_listed_and_refused():
 
 def test_a_file_that_is_no_mae_checkpoint_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="not an MAE checkpoint"):
-        read_official_weights(tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not a checkpoint of a ViT encoder"):
+        read_vit_weights(tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ValueError, match="cannot be read"):
-        read_official_weights(tmp_path / "text.pth")
+        read_vit_weights(tmp_path / "text.pth")
 
 
 def test_the_printed_line_makes_the_exported_encoder_in_timm(tmp_path, monkeypatch):

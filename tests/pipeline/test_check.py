@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from mae import listing
 from pipeline.plan import check
-from pipeline.plan.check import ask, checked_plan
+from pipeline.plan.check import Question, ask, checked_plan
 from pipeline.plan.settings import Settings
 from segmenter.check import ScoringFacts
 from tests.pipeline.whole_run import write_inputs
@@ -33,8 +33,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The commands that a check starts, none of which is run."""
     found: list[str] = []
 
-    def note(commands: list[list[str]], environments: object) -> list[str]:
-        found.extend(" ".join(command[2:]) for command in commands)
+    def note(questions: Iterable[Question]) -> list[str]:
+        found.extend(" ".join(command[2:]) for command, _ in questions)
         return []
 
     monkeypatch.setattr(check, "ask", note)
@@ -84,6 +84,6 @@ def test_torch_is_never_loaded_for_a_new_plan(tmp_path: Path) -> None:
 
 
 def test_each_reason_of_parts_that_refuse_is_said_once() -> None:
-    refuses = [sys.executable, "-c", "import sys; sys.exit('Error: no')"]
+    refuses: Question = [sys.executable, "-c", "import sys; sys.exit('Error: no')"], {}
     with pytest.raises(ValueError, match=r"^no$"):
         ask([refuses, refuses])

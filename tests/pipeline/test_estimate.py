@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,17 +33,17 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The steps that were timed, of a plan whose parts answer at once."""
     found: list[str] = []
 
-    def answer(step: Step) -> dict[str, float]:
+    def answer(command: list[str], step: Step) -> dict[str, float]:
         found.append(step.name)
         return COST[step.kind]
 
-    monkeypatch.setattr(estimate, "_time", answer)
+    monkeypatch.setattr(estimate, "_asked", answer)
     return found
 
 
 def test_costs_are_set_up_epochs_and_evaluations(settings: Make, timed: list[str]) -> None:
     steps = make_plan(settings("--pretrain-epochs 4 --eval-epochs 1,4"))
-    assert step_seconds(steps, Path()) == {
+    assert step_seconds(steps) == {
         "pretrain_four_channels_1": 5 + 10,
         "evaluate_four_channels_1": 1 + 6 * 2 + 3 * 30,
         "pretrain_four_channels_4": 5 + 3 * 10,
@@ -57,32 +56,31 @@ def test_a_probe_looks_once_at_the_training_images_and_at_the_others(
 ) -> None:
     steps = make_plan(settings("--pretrain-epochs 4 --eval-freq 4 --probe-freq 2"))
     steps = [replace(step, facts=ScoringFacts(train=40, val=10)) for step in steps]
-    found = step_seconds(steps, Path())
+    found = step_seconds(steps)
     assert found["probe_four_channels_2"] == found["probe_four_channels_4"] == 1 + (1 + 4) * 30
 
 
-def test_making_segments_is_priced_and_what_reads_them_timed_aside(
-    settings: Make, data: Path, timed: list[str], monkeypatch: pytest.MonkeyPatch
+def test_making_segments_is_priced_and_what_reads_them_timed_without(
+    settings: Make, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(data / "in1k/masks")
     words = "--make-segments sam --segment-shards 4 --pretrain-epochs 4 --eval-freq 4"
-    chosen = settings(f"{words} --mask-method patches,segments")
-    steps, aside = with_segments(make_plan(chosen), chosen), []
+    chosen = settings(f"{words} --mask-method patches,segments,segment_patches")
+    steps, asked = with_segments(make_plan(chosen), chosen), {}
     monkeypatch.setattr(estimate, "checked_plan", lambda settings: steps)
 
-    def answer(commands: list[list[str]], environments: object) -> list[str]:
-        [command] = commands
-        assert command[-2:] == ["--estimate", "--json"]
-        assert command[command.index("--shard", -6) + 1] == "0/1"
-        return [json.dumps({"seconds": 40 * 3600, "images": 9, "bytes": 3 * 2**30})]
+    def answer(command: list[str], step: Step) -> dict[str, float]:
+        asked[step.name] = " ".join(command[3:])
+        return COST.get(step.kind, {"seconds": 40 * 3600, "bytes": 3 * 2**30})
 
-    monkeypatch.setattr(estimate, "ask", answer)
-    monkeypatch.setattr(
-        estimate, "_time_on_some", lambda step, _: aside.append(step.name) or COST["pretrain"]
-    )
+    monkeypatch.setattr(estimate, "_asked", answer)
     text = estimate.estimate_run(chosen)
-    assert timed == ["pretrain_patches_4", "evaluate_patches_4"]
-    assert aside == ["pretrain_segments_4"]
+    generated, patches, _, segments, segment_patches = asked.values()
+    assert "--shard 0/1" in generated and generated.endswith("--estimate --json")
+    for timed in (patches, segments, segment_patches):  # that need no segments
+        assert "--mask-method" not in timed and "--use-unmasked-images" in timed
+        # As many tokens are encoded: all, or those that the method leaves.
+        assert ("--mask-ratio 0.0" in timed) == (timed == segments)
     assert "generate_segments_3-of-4" in text
     assert "10.00" in text
     assert "about 6.0 GiB will be kept" in text
@@ -108,7 +106,7 @@ def test_the_price_is_what_the_generator_itself_says_and_nothing_is_written(
 
 def test_each_method_is_timed_once(settings: Make, timed: list[str]) -> None:
     call = "--mask-method patches,segments --seed 0,1 --pretrain-epochs 2"
-    step_seconds(make_plan(settings(call)), Path())
+    step_seconds(make_plan(settings(call)))
     assert timed == ["pretrain_patches_2", "evaluate_patches_2", "pretrain_segments_2"]
 
 

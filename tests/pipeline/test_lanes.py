@@ -31,7 +31,7 @@ class OneProcess(Step):
 
     @property
     def command(self) -> list[str]:
-        return self.alone
+        return Step(**{**vars(self), "processes": 1}).command
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_what_steps_beside_each_other_print_is_headed_by_their_names(
     launcher = LocalLauncher(Layout(chosen.data.output_dir), overlaps=True, output=output)
     assert benchmark.alternate([first, second], launcher, keep_going=True) == 0
     assert f"==> {first.name} <==\nstarted".encode() in output.getvalue()
-    alone = replace(first, name="alone", folder=first.folder.with_name("alone"))
+    alone = replace(first, name="alone")
     output.truncate(0)
     assert benchmark.alternate([alone], launcher, keep_going=True) == 0
     assert b"==>" not in output.getvalue()

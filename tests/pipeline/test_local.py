@@ -143,9 +143,10 @@ from pipeline.plan import steps as plan
 from pipeline.plan.layout import Layout
 root = Path({str(root)!r})
 step = plan.Step(name={name!r}, kind="pretrain", run="patches", epochs=100,
-    program=("tests.pipeline.standin",), processes=1, needs=(), folder=root / "x", settings={{}},
+    program=("tests.pipeline.standin",),
     config=plan.Arguments(what="nothing", words=("--output-dir", str(root / "x"), "--stop-after",
-        "100", "--seconds", "{seconds}", "--behaviour", {behaviour!r})),
+        "100", "--seconds", "{seconds}", "--behaviour", {behaviour!r}),
+        run=plan.OutputConfig(output_dir=root / "x")),
     outputs=(root / "x/checkpoint-100.pth",))
 launcher = local.LocalLauncher(Layout(root), overlaps=False, output=io.BytesIO())
 sys.exit(benchmark.alternate([step], launcher, keep_going=True))

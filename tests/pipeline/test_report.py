@@ -71,7 +71,7 @@ def test_cost_adds_up_over_the_rounds_and_is_left_out_where_it_is_not_known(tmp_
     assert hours == [f"{216 / 3600:.4f}", f"{216 / 3600 + 8:.4f}", ""]
     assert [row["train_flops"] for row in rows] == ["1.44e+18", "2.88e+18", "4.32e+18"]
     (paths.pretrain_dir("four_channels") / LOG).unlink()
-    assert {e.train_flops for e in read_evaluations(paths)} == {None}
+    assert {e.costs["train_flops"] for e in read_evaluations(paths)} == {None}
 
 
 def test_results_of_earlier_versions_are_recognised() -> None:
@@ -198,6 +198,10 @@ def test_directories_of_other_settings_are_kept_apart_and_differences_shown(tmp_
     words = text_of(page)
     assert "patches (a)" in words
     assert "finetune: batch_size not given 16" in words
+    (tmp_path / "other").mkdir()
+    same = second.root.rename(tmp_path / "other/a")
+    write_report([first.root, same], page)
+    assert f"patches ({same})" in text_of(page), "folders of one name are told by their paths"
 
 
 def test_classes_that_change_most_are_named(tmp_path: Path) -> None:

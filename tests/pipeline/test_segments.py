@@ -144,22 +144,15 @@ def test_where_the_model_comes_from_and_runs(
     assert "--device" not in made_by("felzenszwalb")
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("nonsense", f"is unknown; choose one of sam, {next(iter(PRESETS))}, "),
-        ("/nowhere/at/all", "is unknown"),
-        ("{data}", "is a folder without a config.json"),
-    ],
-)
+@pytest.mark.parametrize("name", ["nonsense", "/nowhere/at/all", "{data}"])
 @pytest.mark.parametrize("are_there", [False, True])
 def test_a_generator_that_there_is_not_is_refused_whether_it_is_needed_or_not(
-    settings: Make, none_there: Path, data: Path, name: str, said: str, are_there: bool
+    settings: Make, none_there: Path, data: Path, name: str, are_there: bool
 ) -> None:
     if are_there:
         none_there.parent.mkdir()
         none_there.touch()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f": choose one of sam, {next(iter(PRESETS))}, "):
         planned(settings(f"--pretrain-epochs 1 --make-segments {name.format(data=data)}"))
 
 

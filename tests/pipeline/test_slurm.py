@@ -141,7 +141,7 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     assert slurm.submit(chosen, steps, paths) == len(steps) == 8
     victim, merge = steps[1], steps[3]
     log = victim.console_log
-    until(lambda: log.exists() and "images are done" in log.read_text())
+    until(lambda: log.exists() and "segments of" in log.read_text())
     os.kill(read_record(paths, victim.name).pid, signal.SIGKILL)
     until(lambda: not cluster.query("squeue", "-h", "-o", "%i").split(), seconds=120)
     states = {step.name: step.state for step in read_status(paths)}

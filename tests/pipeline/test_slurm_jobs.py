@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch import slurm, slurm_queue
+from pipeline.launch import slurm, status
 from pipeline.launch.local import read_progress
 from pipeline.launch.process import marked
 from pipeline.launch.slurm import job_parameters, on_this_cluster
 from pipeline.plan.layout import Layout
-from pipeline.plan.records import Record, read_record, write_record
+from pipeline.plan.records import Record, read_all_records, read_record, write_record
 from pipeline.plan.settings import Cluster, Compute, Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import REPO_ROOT, fake_program, standin
@@ -32,7 +32,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "programs"
     fake_program(folder, "sinfo", "exit 1")
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(slurm_queue, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(status, "_RETRY_SECONDS", 0.0)
     return folder
 
 
@@ -117,10 +117,6 @@ def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
     assert met[0][3].removeprefix("--master-port=").isdecimal()
 
 
-def test_without_jobs_the_queue_is_not_asked() -> None:
-    assert slurm_queue.job_states([]) == {}
-
-
 def test_nothing_is_submitted_while_squeue_fails(settings: Make, programs: Path) -> None:
     fake_program(programs, "squeue", "echo 'error: Socket timed out' >&2; exit 1")
     fake_program(programs, "sbatch", f"touch {programs}/was-called; exit 1")
@@ -147,10 +143,16 @@ def test_a_job_that_waits_with_other_settings_is_not_taken_for_the_new_ones(
     assert not (programs / "was-called").exists()
 
 
-def test_a_squeue_that_fails_once_is_asked_again(programs: Path) -> None:
+def test_a_squeue_that_fails_once_is_asked_again(settings: Make, programs: Path) -> None:
     once = f"[ -e {programs}/failed ] || {{ touch {programs}/failed; exit 1; }}"
     fake_program(programs, "squeue", f"{once}; echo '11 RUNNING'; echo '12 PENDING'")
-    assert slurm_queue.job_states(["11", "13"]) == {"11": "RUNNING"}
+    chosen = settings("--launcher slurm --pretrain-epochs 1")
+    paths = Layout(chosen.data.output_dir)
+    assert status.job_states(paths, []) == {}
+    assert not (programs / "failed").exists(), "without jobs it is not asked"
+    for step, job in zip(make_plan(chosen), ("11", "13"), strict=True):
+        record_job(paths, step, job)
+    assert status.job_states(paths, read_all_records(paths)) == {"11": "RUNNING", "13": ""}
 
 
 def test_a_refused_job_is_told_in_one_line(settings: Make, programs: Path) -> None:
@@ -221,7 +223,7 @@ def test_fetching_takes_one_node_and_no_gpu(settings: Make, programs: Path) -> N
 def test_evaluation_gpus_are_refused_where_evaluations_have_jobs_of_their_own(
     settings: Make,
 ) -> None:
-    with pytest.raises(ValueError, match="leave it out"):
+    with pytest.raises(ValueError, match="is for one machine"):
         settings("--launcher slurm --gpus-per-node 8 --eval-gpus 6,7")
 
 
@@ -231,7 +233,7 @@ def test_the_gpus_of_a_node_have_to_be_told() -> None:
         Compute().resolved(slurm_alone, gpus_here=8)
     assert Compute(num_gpus=0).resolved(slurm_alone, gpus_here=8).num_gpus == 0
     four = Cluster(launcher="slurm", gpus_per_node=4)
-    assert Compute().resolved(four, gpus_here=8).processes == 4
+    assert Compute().resolved(four, gpus_here=8).num_processes == 4
 
 
 @pytest.mark.parametrize("owner", ["12", "10", ""])

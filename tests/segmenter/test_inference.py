@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import quiet_imports
 from segmenter.encoder import EncoderShape
-from segmenter.inference import predict_classes, window_logits, windows
+from segmenter.evaluate import predict_classes, spans, window_logits
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter, SegmenterShape
 
@@ -40,10 +40,10 @@ def picture(height, width):
 
 @pytest.mark.parametrize("length", [20, 32, 33, 51, 52, 53, 100])
 def test_windows_cover_everything_and_stay_inside(length):
-    covered = torch.zeros(length, 40)
-    for window in windows(0, length, 40, PROTOCOL):
-        assert window.top + window.height <= length
-        covered[window.top : window.top + window.height, window.left : window.left + 32] += 1
+    covered = torch.zeros(length)
+    for span in spans(length, PROTOCOL):
+        assert span.stop <= length
+        covered[span] += 1
     assert covered.min() >= 1
 
 

@@ -195,5 +195,5 @@ def test_a_release_that_does_not_fit_its_variant_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"decoder\.cls_emb is missing"):
         load_segmenter(path)
     (tmp_path / "variant.yml").write_text("net_kwargs: {}\ninference_kwargs: {}\n")
-    with pytest.raises(ValueError, match="does not describe a Segmenter"):
+    with pytest.raises(ValueError, match=r"and its variant\.yml are no Segmenter"):
         load_segmenter(path)

@@ -13,9 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 import segmenter.finetune
-import segmenter.frozen
 import segmenter.probe
-import segmenter.tokens
 from engine.config import DeviceConfig
 from engine.devices import make_accelerator
 from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
@@ -23,8 +21,7 @@ from segmenter.data import WholeImages
 from segmenter.dataset import read_description
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.finetune import start_model
-from segmenter.frozen import NearestNeighbours, fit_linear, rankme
-from segmenter.tokens import Tokens
+from segmenter.probe import NearestNeighbours, Tokens, fit_linear, rankme
 from tests import toy
 from tests.segmenter.boxes import IGNORE, call, run, train_arguments, write_dataset
 
@@ -79,7 +76,7 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(features):
     decoder = fit_linear(tokens, labels, CLASSES)
     mean, deviation = tokens.mean(0), tokens.std(0, correction=0)
     peer = LogisticRegression(
-        C=1 / (segmenter.frozen.WEIGHT_DECAY * len(tokens)), tol=1e-8, max_iter=5000
+        C=1 / (segmenter.probe.WEIGHT_DECAY * len(tokens)), tol=1e-8, max_iter=5000
     ).fit((tokens - mean) / deviation, labels)
     expected = torch.from_numpy(peer.predict_proba((others - mean) / deviation)).float()
     found = decoder(others[None])[0].softmax(-1)
@@ -89,13 +86,13 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(features):
 
 @pytest.mark.parametrize("at_once", [2**26, 700])
 def test_neighbours_are_scikit_learns(features, monkeypatch, at_once):
-    monkeypatch.setattr(segmenter.frozen, "MOST_SIMILARITIES", at_once)
+    monkeypatch.setattr(segmenter.probe, "MOST_SIMILARITIES", at_once)
     tokens, labels, others = features
     votes = NearestNeighbours(tokens, labels, CLASSES)(others.unflatten(0, (4, 25))).flatten(0, 1)
     mean, deviation = tokens.mean(0), tokens.std(0, correction=0)
     peer = KNeighborsClassifier(
-        segmenter.frozen.NEIGHBOURS, metric="cosine",
-        weights=lambda distances: np.exp((1 - distances) / segmenter.frozen.TEMPERATURE),
+        segmenter.probe.NEIGHBOURS, metric="cosine",
+        weights=lambda distances: np.exp((1 - distances) / segmenter.probe.TEMPERATURE),
     ).fit((tokens - mean) / deviation, labels)  # fmt: skip
     expected = torch.from_numpy(peer.predict_proba((others - mean) / deviation)).float()
     torch.testing.assert_close(votes, expected, atol=1e-4, rtol=0)
@@ -275,7 +272,7 @@ def test_a_folded_fourth_channel_changes_nothing(dataset, tmp_path):
 
 def test_no_more_tokens_are_kept_than_the_bound_allows(dataset, tmp_path, monkeypatch):
     """7 images of 9 windows' tokens each, and room for 10 in all: one or two of each image."""
-    monkeypatch.setattr(segmenter.tokens, "MOST_TOKENS", 10)
+    monkeypatch.setattr(segmenter.probe, "MOST_TOKENS", 10)
     kept = []
 
     def spy(tokens, labels, num_classes):

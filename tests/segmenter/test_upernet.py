@@ -10,10 +10,9 @@ from engine.vit import VIT_SIZES, VitSize
 from segmenter.config import OptimisationConfig, recipe_values
 from segmenter.dataset import quiet_imports
 from segmenter.encoder import Encoder, EncoderShape, depths_of
+from segmenter.evaluate import window_logits
 from segmenter.finetune import make_optimizer
-from segmenter.inference import window_logits
-from segmenter.loading import _mmseg_name as our_name
-from segmenter.loading import load_segmenter
+from segmenter.loading import load_segmenter, our_name
 from segmenter.model import Segmenter, SegmenterShape, segmentation_loss
 from tests.segmenter.boxes import CLASSES
 

@@ -158,7 +158,7 @@ def test_inspect_counts_exactly(tmp_path):
     assert list(statistics.coverages) == ["a", "b"]
     assert statistics.without == 1
     assert [reason for reason in statistics.damaged if "d.json" in reason]
-    assert statistics.segments_per_image.tolist() == [2, 1]
+    assert [*map(len, statistics.coverages.values())] == [2, 1]
     assert statistics.distances(15).tolist() == [5, 25]
 
 

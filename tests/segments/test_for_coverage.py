@@ -11,10 +11,9 @@ from PIL import Image
 from common.images import read_rgb
 from segments.config import FelzenszwalbSettings, SamSettings
 from segments.felzenszwalb import Felzenszwalb
-from segments.generate import Shard, Work, generate, images_by_key
+from segments.generate import Work, generate, images_by_key
 from segments.pack import merge
-from segments.sam import Sam
-from segments.search import coverage_bounds, pixel_weights, visiting_order
+from segments.sam import Sam, coverage_bounds, pixel_weights, visiting_order
 from segments.segment import nearest, run_lengths
 from segments.store import PackedStore
 from tests.segments.tiny_models import make_tiny_model
@@ -49,7 +48,7 @@ def make(model, photographs):
             "stability_score_offset": 0.1, "device": "cpu", "tolerance": TOLERANCE, **changed,
         }  # fmt: skip
         sam = Sam(SamSettings(for_coverage=ratios, **options))
-        generate(images_by_key(photographs, None), out, sam, shard=shard or Shard(), processes=None)
+        generate(images_by_key(photographs, None), out, sam, shard=shard or (0, 1), processes=None)
         return sam.tally
 
     return run
@@ -117,7 +116,7 @@ def test_adding_a_ratio_can_be_killed_and_leaves_the_store_to_its_readers(
 
     with monkeypatch.context() as patch:
         patch.setattr(Sam, "segments", fail_later)
-        patch.setattr("segments.writing.SECONDS_PER_COMMIT", 0)
+        patch.setattr("segments.store.SECONDS_PER_COMMIT", 0)
         with pytest.raises(KeyboardInterrupt):
             make(out, 40.0)
     assert dump(out) == dump(made["15"][0])
@@ -132,7 +131,7 @@ def test_shards_add_a_ratio_to_the_merged_store_and_so_does_merge(make, made, tm
     out = tmp_path / "masks.sqlite"
     shutil.copyfile(made["15"][0], out)
     for index in (0, 1):
-        make(out, 40.0, shard=Shard(index=index, count=2))
+        make(out, 40.0, shard=(index, 2))
     merge([tmp_path / f"masks-{i}-of-2.sqlite" for i in (0, 1)], out, overwrite=True)
     make(tmp_path / "at_once.sqlite", 15.0, 40.0)
     assert dump(out) == dump(tmp_path / "at_once.sqlite")
@@ -297,7 +296,7 @@ def add(tmp_path):
     def run(*ratios, val_dir=tmp_path / "val", out=tmp_path / "masks.sqlite"):
         settings = FelzenszwalbSettings(longest_side=60, for_coverage=ratios)
         images = images_by_key(tmp_path / "train", val_dir)
-        generate(images, out, Felzenszwalb(settings), shard=Shard(), processes=1)
+        generate(images, out, Felzenszwalb(settings), processes=1)
         return PackedStore(out)
 
     return run

@@ -11,12 +11,12 @@ from PIL import Image
 
 from common.files import beside
 from common.images import read_rgb
+from segments import store
 from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
-from segments.generate import Shard, generate, images_by_key
+from segments.generate import generate, images_by_key, parse_shard
 from segments.pack import merge, pack
 from segments.store import PackedStore
-from segments.writing import StoreWriter
 
 
 def felzenszwalb(**settings):
@@ -28,7 +28,7 @@ FAST_OPTIONS = ["--scales", "100,800", "--longest_side", 64, "--sigma", 0.8]
 
 
 def run(images, out, generator=FAST, index=0, count=1, processes=1):
-    shard = Shard(index=index, count=count)
+    shard = (index, count)
     return generate(images_by_key(images, None), out, generator, shard=shard, processes=processes)
 
 
@@ -141,16 +141,15 @@ def test_a_setting_that_a_later_version_adds_orphans_no_store(images, tmp_path, 
 
 
 def kill_during(images, out, generator, after):
-    add, added = StoreWriter.add, []
+    add, added = store._add, []
 
-    def add_or_die(self, image):
-        added.append(image)
+    def add_or_die(*arguments):
+        added.append(arguments)
         if len(added) > after:
             os.kill(os.getpid(), signal.SIGKILL)
-        add(self, image)
-        self.commit()
+        add(*arguments)
 
-    StoreWriter.add = add_or_die
+    store._add, store.SECONDS_PER_COMMIT = add_or_die, -1
     run(images, out, generator)
 
 
@@ -186,10 +185,10 @@ def test_two_merged_shards_equal_one_run(images, tmp_path, dump):
 
 @pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
 def test_torchrun_and_slurm_share_the_images(monkeypatch, names):
-    assert Shard.parse(None) == Shard()
+    assert parse_shard(None) == (0, 1)
     monkeypatch.setenv(names[0], "2")
     monkeypatch.setenv(names[1], "4")
-    assert Shard.parse(None) == Shard(index=2, count=4)
+    assert parse_shard(None) == (2, 4)
 
 
 def test_a_failed_image_is_named_recorded_and_tried_again(images, tmp_path, masks_command):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.images import read_rgb
 from segments.config import PRESETS, SamSettings
-from segments.generate import Shard, generate, images_by_key
+from segments.generate import generate, images_by_key
 from segments.pack import merge
 from segments.sam import Sam
 from segments.store import PackedStore
@@ -28,9 +28,7 @@ SAM_OPTIONS = {
 
 
 def generate_all(images, out, sam, index=0, count=1):
-    generate(
-        images_by_key(images, None), out, sam, shard=Shard(index=index, count=count), processes=None
-    )
+    generate(images_by_key(images, None), out, sam, shard=(index, count), processes=None)
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,17 @@ import shutil
 import signal
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from common.files import beside
+from segments import store
 from segments.forms import open_any_form, open_segments
 from segments.pack import merge, pack, unpack
 from segments.segment import nearest
 from segments.store import PackedStore
-from segments.writing import StoreWriter
 from tests.processes import until
 
 RATIOS = [0, 2, 5, 15, 40, 100]
@@ -86,19 +87,17 @@ def test_equal_distances_choose_the_smaller(tmp_path, read_json):
 
 
 def kill_after(images, folder, out, seconds_per_commit):
-    from segments import writing
+    store.SECONDS_PER_COMMIT = seconds_per_commit
+    add, added = store._add, []
 
-    writing.SECONDS_PER_COMMIT = seconds_per_commit
-    add, added = StoreWriter.add, []
-
-    def add_or_die(self, image):
+    def add_or_die(connection, image):
         added.append(image)
         if len(added) > images:
-            self.connection.execute("PRAGMA cache_spill = 1")
+            connection.execute("PRAGMA cache_spill = 1")
             os.kill(os.getpid(), signal.SIGKILL)
-        add(self, image)
+        add(connection, image)
 
-    StoreWriter.add = add_or_die
+    store._add = add_or_die
     pack(folder, out, **WHOLE)
 
 
@@ -120,13 +119,13 @@ def test_a_killed_pack_goes_on_to_the_same_file(json_folder, tmp_path, in_child,
 
 
 def stop_soon(folder, out):
-    add = StoreWriter.add
+    add = store._add
 
-    def add_and_stop(self, image):
-        add(self, image)
+    def add_and_stop(*arguments):
+        add(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    StoreWriter.add = add_and_stop
+    store._add = add_and_stop
     from mae.cli import main
 
     main(["masks", "pack", str(folder), "--out", str(out), "--processes", "1"])
@@ -140,9 +139,10 @@ def test_a_terminated_pack_saves_and_says_so(json_folder, tmp_path, in_child):
 
 def test_two_packs_of_one_store_do_not_mix(json_folder, tmp_path):
     out = tmp_path / "masks.sqlite"
-    writer = StoreWriter(out, source="RLE JSON", settings={})
-    with writer, pytest.raises(ValueError, match="another process"):
-        pack(json_folder, out, **WHOLE)
+    with closing(sqlite3.connect(beside(out))) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match="another process"):
+            pack(json_folder, out, **WHOLE)
 
 
 def test_a_finished_store_is_replaced_only_when_told(json_folder, masks_command):
@@ -345,14 +345,14 @@ def pack_many_and_report(folder, out, pids_path):
         start(worker)
 
     parallel.leave_signals_to_the_main_process = start_and_tell
-    add = StoreWriter.add
+    add = store._add
 
-    def add_and_die(self, image):
-        add(self, image)
+    def add_and_die(*arguments):
+        add(*arguments)
         time.sleep(2)  # until the pipe is full of what the workers have done meanwhile
         os.kill(os.getpid(), signal.SIGKILL)
 
-    StoreWriter.add = add_and_die
+    store._add = add_and_die
     pack(folder, out, **{**WHOLE, "processes": 2})
 
 

@@ -28,7 +28,7 @@ from pipeline.plan.settings import GROUPS as PLAN_GROUPS
 from segmenter.config import GROUPS as TRAIN_GROUPS
 from segmenter.config import PROBE_GROUPS
 from segmenter.dataset import read_description
-from segments.forms import JsonFolder, PngMetadataFolder, PngTableFolder, read_empty_list
+from segments.forms import open_folder, read_empty_list
 from segments.segment import segment_from_rle
 from segments.store import PackedStore
 
@@ -114,18 +114,20 @@ def test_run_lengths(size, counts):
 @given(content=st.one_of(VALUES.map(lambda v: json.dumps(v).encode()), st.binary(max_size=200)))
 def test_json_of_segments(content, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
-    folder = JsonFolder(tmp_path)
+    folder = open_folder(tmp_path)
     folder.images()
     value_or_named(lambda: folder.segments("a", lambda text: None), "a.json")
 
 
 @ANY
 @given(content=st.binary(max_size=200) | st.text("0123456789. ,\n/x-", max_size=80).map(str.encode))
-@pytest.mark.parametrize("form", [PngTableFolder, PngMetadataFolder])
-def test_tables_of_segments(form, content, tmp_path):
+@pytest.mark.parametrize("table", ["table.txt", "metadata.csv"])
+def test_tables_of_segments(table, content, tmp_path):
     (tmp_path / "a").mkdir(exist_ok=True)
-    (tmp_path / "a" / form.table).write_bytes(content)
-    value_or_named(lambda: form(tmp_path).segments("a", lambda text: None), str(tmp_path))
+    (tmp_path / "a" / table).write_bytes(content)
+    folder = open_folder(tmp_path)
+    folder.images()
+    value_or_named(lambda: folder.segments("a", lambda text: None), str(tmp_path))
 
 
 @ANY

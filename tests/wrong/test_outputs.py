@@ -133,7 +133,7 @@ INPUTS = [
     Case("merge onto one of the stores", "segments merge {w}/in1k/masks/masks.sqlite --overwrite "
          "--out {w}/in1k/masks/masks.sqlite", "this command reads it"),
     Case("pack over a file that is no store", "segments pack {w}/loose --overwrite --out "
-         "{w}/photos/photo_0.png", "is no packed store"),
+         "{w}/photos/photo_0.png", "did not make it"),
     Case("generate onto an image", "segments generate felzenszwalb --images {w}/photos --out "
          "{w}/photos/photo_0.png", "has an image's name"),
     Case("inspect into the training images", "segments inspect {w}/in1k/masks --processes 1 --out "
