@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import click
 
+from common.environment import PROGRESS_FILE
 from common.progress import duration
 from pipeline.launch.local import environment
 from pipeline.launch.view import devices_text, step_table
@@ -73,7 +74,8 @@ def _price_of_segments(step: Step) -> Mapping[str, float]:
 def _asked(command: Sequence[str], step: Step) -> dict[str, float]:
     """The numbers that a part answers with."""
     click.echo(f"timing {step.name} ...", err=True)
-    return cast(dict[str, float], json.loads(ask([(command, environment(step))])[0]))
+    silent = {**environment(step), PROGRESS_FILE: ""}  # a question leaves nothing in the folder
+    return cast(dict[str, float], json.loads(ask([(command, silent)])[0]))
 
 
 def kept_bytes(steps: Sequence[Step]) -> int:
