@@ -346,7 +346,7 @@ def test_epochs_that_do_not_divide_are_told_what_happens(config: Path, tmp_path:
         ("--in1k-dir /nowhere", "/nowhere/train is not a folder"),
         ("--masks-dir /nowhere", "/nowhere is no folder of segments"),
         ("--eval-dataset /nowhere.yml", "/nowhere.yml"),
-        ("--coverage-ratio -3", "0 to 100"),
+        ("--coverage-ratio -3", "greater than or equal to 0"),
         ("--pretrain patch_size=5", "patch"),
         ("--pretrain no_such_option=1", "there is no 'no_such_option'"),
         ("--finetune decoder=deep", "decoder"),
