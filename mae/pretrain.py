@@ -26,7 +26,6 @@ from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
 from engine.weights import read_vit_weights
 from mae.check import check_pretraining, look_inside, plan_batches
-from mae.checkpoint import open_own_checkpoint
 from mae.config import OptimisationConfig, PretrainConfig, make_method
 from mae.controls import SegmentSource
 from mae.data import Batch, FixedImages, MaskedImages, collate
@@ -38,6 +37,7 @@ from mae.reconstruct import (
     pack_fixed_set,
     unpack_fixed_set,
 )
+from mae.resume import open_own_checkpoint
 from mae.weights import start_from_official
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ from torch import Tensor
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
-from mae.checkpoint import load_checkpoint
 from mae.config import MethodConfig, make_method, parse_settings
 from mae.controls import SegmentSource
 from mae.data import Batch, Sample, collate, make_sample
 from mae.decode import read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
+from mae.resume import load_checkpoint
 from mae.transforms import centre_crop
 from segments.forms import open_segments
 from segments.store import PackedStore

@@ -18,9 +18,9 @@ from common.files import check_output_file, is_marked, mark, replacing
 from engine.checkpoint import load_weights, refuse_damaged, refuse_misfits
 from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
 from engine.weights import PROJECTION, describe_vit, fold_channels, resample_positions
-from mae.checkpoint import load_checkpoint
 from mae.config import ModelConfig, parse_group
 from mae.model import MaskedAutoencoder
+from mae.resume import load_checkpoint
 
 # Parts that an official file may lack: the decoder is in the `_full` files only.
 OPTIONAL = ("decoder_", "mask_token", "preencoder.")

@@ -22,7 +22,7 @@ from mae.config import PretrainConfig
 from perf import stall
 from perf.campaign import Bench, Row, Table
 from perf.rehearsal import afresh, build, divide, rehearse, stretch
-from segmenter.check import read_task
+from segmenter.check import read_dataset
 from segmenter.config import ProbeConfig, TrainConfig
 from segmenter.evaluate import evaluate_model
 from segmenter.model import segmentation_loss
@@ -175,7 +175,7 @@ def _probe(bench: Bench) -> dict[str, float]:
     afresh()
     config = bench.config(ProbeConfig, model="vit_large", output_dir=bench.scratch / "timed-probe")
     began = time.monotonic()
-    probe(config, read_task(config.run.dataset))
+    probe(config, read_dataset(config.run.dataset))
     whole = time.monotonic() - began
     seconds = read_json(config.run.output_dir / RESULT, dict[str, Any])["seconds"]
     return {"all s": whole, **{f"{name} s": took for name, took in seconds.items()}}

@@ -30,7 +30,7 @@ from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, count_classe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Dataset:
     """The dataset: description, number of classes, and the pairs of both splits."""
 
     description: DatasetDescription
@@ -48,10 +48,10 @@ class ScoringFacts:
     checkpoint_bytes: int = 0
 
 
-def read_task(dataset: Path) -> Task:
+def read_dataset(path: Path) -> Dataset:
     """What there is to train on and to score. Raises ValueError for a dataset that is not whole."""
-    description = read_description(dataset)
-    return Task(
+    description = read_description(path)
+    return Dataset(
         description=description,
         num_classes=count_classes(description),
         train=description.pairs(TRAIN),
@@ -59,38 +59,38 @@ def read_task(dataset: Path) -> Task:
     )
 
 
-def check_training(config: TrainConfig, task: Task, *, processes: int) -> ScoringFacts:
+def check_training(config: TrainConfig, dataset: Dataset, *, processes: int) -> ScoringFacts:
     """What the run will be. Raises ValueError for what would stop it at once."""
-    plan = plan_batches(config, task, processes)
-    _check_start(config, task)
+    plan = plan_batches(config, dataset, processes)
+    _check_start(config, dataset)
     _refuse_lone_images(config, plan)
-    size = _checkpoint_bytes(config, task.num_classes)  # for the disk, before there is a model
-    return ScoringFacts(train=len(task.train), val=len(task.val), checkpoint_bytes=size)
+    size = _checkpoint_bytes(config, dataset.num_classes)  # for the disk, before there is a model
+    return ScoringFacts(train=len(dataset.train), val=len(dataset.val), checkpoint_bytes=size)
 
 
-def check_probe(config: ProbeConfig, task: Task) -> ScoringFacts:
+def check_probe(config: ProbeConfig, dataset: Dataset) -> ScoringFacts:
     """The same for `probe`."""
     folder = config.run.image_folder
     if folder is not None:
         find_images(folder)
         check_output_folder(config.run.output_dir, reads=[folder])
-    _check_start(config, task)
-    return ScoringFacts(train=len(task.train), val=len(task.val))
+    _check_start(config, dataset)
+    return ScoringFacts(train=len(dataset.train), val=len(dataset.val))
 
 
-def _check_start(config: TrainConfig | ProbeConfig, task: Task) -> None:
-    check_output_folder(config.run.output_dir, reads=task.description.reads)
+def _check_start(config: TrainConfig | ProbeConfig, dataset: Dataset) -> None:
+    check_output_folder(config.run.output_dir, reads=dataset.description.reads)
     if config.init != RANDOM and not config.init.is_file():
         flag = "--init" if isinstance(config, TrainConfig) else "CHECKPOINT"
         raise ValueError(f"{flag} {config.init} does not exist; give a checkpoint, or {RANDOM}")
 
 
-def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
+def plan_batches(config: TrainConfig, dataset: Dataset, processes: int) -> BatchPlan:
     """How the run's batches are split; a dataset smaller than a batch makes one step of an epoch.
 
     Raises ValueError if a process would have nothing to do.
     """
-    effective = min(config.optimisation.batch_size, len(task.train))
+    effective = min(config.optimisation.batch_size, len(dataset.train))
     if effective < processes:
         raise ValueError(
             f"a batch of {effective} images cannot be spread over {processes} processes; raise "
@@ -98,7 +98,7 @@ def plan_batches(config: TrainConfig, task: Task, processes: int) -> BatchPlan:
         )
     share = -(-effective // processes)  # rounded up: of the process that has most
     return BatchPlan(
-        num_images=len(task.train),
+        num_images=len(dataset.train),
         effective_batch_size=effective,
         processes=processes,
         micro_batch_size=min(share, config.run.most_at_once or share),
@@ -140,18 +140,18 @@ def look_inside(config: TrainConfig | ProbeConfig) -> None:
         check_trackers(config.run.log_with)
 
 
-def all_settings(config: TrainConfig | ProbeConfig, task: Task) -> dict[str, Any]:
+def all_settings(config: TrainConfig | ProbeConfig, dataset: Dataset) -> dict[str, Any]:
     """What has to stay the same: a checkpoint's `config`, result.json's `settings`."""
     return {
         **config.settings(),
-        "dataset": task.description.name,
-        "num_classes": task.num_classes,
-        "num_train": len(task.train),
-        "num_val": len(task.val),
+        "dataset": dataset.description.name,
+        "num_classes": dataset.num_classes,
+        "num_train": len(dataset.train),
+        "num_val": len(dataset.val),
     }
 
 
-def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None:
+def earlier_output(config: TrainConfig | ProbeConfig, dataset: Dataset) -> Path | None:
     """What this call goes on from: result.json (all is done), checkpoint.pth, or nothing.
 
     Raises ValueError if it was made with other settings, or is not what --resume asks for.
@@ -171,7 +171,7 @@ def earlier_output(config: TrainConfig | ProbeConfig, task: Task) -> Path | None
 
         stored = load_checkpoint(found, lazily=True)["config"]
     older = older_values(*(GROUPS if is_training else PROBE_GROUPS).values())
-    check_same(stored, all_settings(config, task), older, what=str(found))
+    check_same(stored, all_settings(config, dataset), older, what=str(found))
     return found
 
 

@@ -41,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @dry_run("check", "time")
 def train(dry_run: str | None, **groups: Any) -> int:
     """Finetune, or continue: the same command goes on where it stopped."""
-    from segmenter.check import check_training, earlier_output, look_inside, read_task
+    from segmenter.check import check_training, earlier_output, look_inside, read_dataset
 
     config = TrainConfig(**groups)
-    task = read_task(config.run.dataset)
-    check_training(config, task, processes=world_size())
+    dataset = read_dataset(config.run.dataset)
+    check_training(config, dataset, processes=world_size())
     look_inside(config)  # loads torch, if there is something to look into
-    found = earlier_output(config, task) if dry_run != "time" else None  # which begins anew
+    found = earlier_output(config, dataset) if dry_run != "time" else None  # which begins anew
     # What is finished is finished: the same command again does nothing.
     if dry_run == "check" or (found is not None and found.name == RESULT):
         return 0
@@ -55,8 +55,8 @@ def train(dry_run: str | None, **groups: Any) -> int:
 
     log_to_stderr()
     if not dry_run:
-        return 0 if finetune(config, task) else EXIT_STOPPED
-    seconds = time_finetuning(config, task, TIMED_STEPS)
+        return 0 if finetune(config, dataset) else EXIT_STOPPED
+    seconds = time_finetuning(config, dataset, TIMED_STEPS)
     if seconds is not None:
         say(json.dumps(seconds))
     return 0
@@ -67,20 +67,20 @@ def train(dry_run: str | None, **groups: Any) -> int:
 @dry_run("check")
 def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
     """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
-    from segmenter.check import check_probe, earlier_output, look_inside, read_task
+    from segmenter.check import check_probe, earlier_output, look_inside, read_dataset
 
     # An argument, since there is no probe without something to probe.
     init: Any = RANDOM if str(checkpoint) == RANDOM else checkpoint.absolute()
     config = ProbeConfig(init=init, **groups)
-    task = read_task(config.run.dataset)
-    check_probe(config, task)
+    dataset = read_dataset(config.run.dataset)
+    check_probe(config, dataset)
     look_inside(config)
-    if earlier_output(config, task) is not None or dry_run:
+    if earlier_output(config, dataset) is not None or dry_run:
         return 0
     from segmenter.probe import probe as run_probes
 
     log_to_stderr()
-    return 0 if run_probes(config, task) else EXIT_STOPPED
+    return 0 if run_probes(config, dataset) else EXIT_STOPPED
 
 
 @command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)

@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     # By their number: other names for the same classes are no reason to refuse.
     own, wanted = loaded.classes, len(read_classes(description))
     if len(own) != wanted:
-        raise ValueError(f"the checkpoint has {len(own)} classes, {evaluation.dataset} {wanted}")
+        raise ValueError(f"the checkpoint has {len(own)} classes, {description.name} has {wanted}")
     check_labels(description, pairs, most=MOST_CHECKED, forgiving=True)
     target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:

@@ -1,7 +1,7 @@
 """Finetuning: what a segmentation model gives the trainer. Read engine/trainer.py first.
 
-task = read_task(config.run.dataset)
-finetune(config, task)           # all of it, or what is left
+dataset = read_dataset(config.run.dataset)
+finetune(config, dataset)           # all of it, or what is left
 """
 
 import dataclasses
@@ -29,8 +29,7 @@ from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
 from engine.trainer import time_training, train
 from engine.vit import IMAGE_CHANNELS
-from segmenter.check import Task as Dataset
-from segmenter.check import all_settings, earlier_output, plan_batches
+from segmenter.check import Dataset, all_settings, earlier_output, plan_batches
 from segmenter.config import (
     RANDOM,
     SCORES,
@@ -58,7 +57,7 @@ ADAM_BETA2 = 0.999
 def finetune(config: TrainConfig, dataset: Dataset) -> bool:
     """Run a finetuning, or what is left of it; see `engine.trainer.train`.
 
-    dataset: what `read_task` found.
+    dataset: what `read_dataset` found.
     """
     with Interruption() as interruption:
         check_some_labels(dataset)

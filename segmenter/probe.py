@@ -25,7 +25,7 @@ from common.progress import Counter
 from common.step_files import PROBE_AREAS, RESULT
 from engine.devices import working_in
 from engine.schedule import TOKENS
-from segmenter.check import Task, earlier_output
+from segmenter.check import Dataset, earlier_output
 from segmenter.config import ProbeConfig
 from segmenter.data import TestImage, WholeImages, scaled_images
 from segmenter.dataset import Pair, read_classes, read_image
@@ -51,17 +51,17 @@ class _StoppedError(Exception):
     """A signal came."""
 
 
-def probe(config: ProbeConfig, task: Task) -> bool:
+def probe(config: ProbeConfig, dataset: Dataset) -> bool:
     """Leave areas and, last, result.json. False if stopped by a signal. Raises ValueError."""
-    check_some_labels(task)
+    check_some_labels(dataset)
     with Interruption() as interruption, working_in(config.run) as accelerator:
-        found = earlier_output(config, task)
+        found = earlier_output(config, dataset)
         if found is not None:
             logger.info("nothing to do: %s is there", found)
             return True
         torch.manual_seed(config.run.seed)  # as `train` does: the same random weights
-        model = start_model(config.init, config.model, config.protocol, task.num_classes)
-        run = _Run(config, task, accelerator, interruption, model.to(accelerator.device))
+        model = start_model(config.init, config.model, config.protocol, dataset.num_classes)
+        run = _Probing(config, dataset, accelerator, interruption, model.to(accelerator.device))
         try:
             answers = run.answers()
         except _StoppedError:
@@ -69,16 +69,16 @@ def probe(config: ProbeConfig, task: Task) -> bool:
             return False
         if accelerator.is_main_process:
             about = {"seed": config.run.seed, "seconds": run.seconds}
-            about |= depends_on(config, accelerator, task)
+            about |= depends_on(config, accelerator, dataset)
             write_json(config.run.output_dir / RESULT, {"format_version": 1, **answers, **about})
         accelerator.wait_for_everyone()
         return True
 
 
 @dataclass
-class _Run:
+class _Probing:
     config: ProbeConfig
-    task: Task
+    dataset: Dataset
     accelerator: Accelerator
     interruption: Interruption
     model: Segmenter
@@ -86,13 +86,13 @@ class _Run:
 
     def answers(self) -> dict[str, Any]:
         """What result.json says of each probe."""
-        asked, task, answers = self.config.run, self.task, dict[str, Any]()
+        asked, dataset, answers = self.config.run, self.dataset, dict[str, Any]()
         protocol = dataclasses.replace(self.config.protocol, multi_scale=False)  # tokens of one
-        images = WholeImages(task.description, task.train, protocol)
+        images = WholeImages(dataset.description, dataset.train, protocol)
         found = self.tokens("tokens", images)
         for name, fit in (("linear", fit_linear), ("knn", NearestNeighbours)):
             if name in asked.probes:
-                answers[name] = self.scores(name, partial(fit, *found, task.num_classes))
+                answers[name] = self.scores(name, partial(fit, *found, dataset.num_classes))
                 logger.info("%s: mean IoU %.2f", name, answers[name]["mean_iou"])
         if "rankme" in asked.probes:
             answers["rankme"] = rankme(found[0])
@@ -110,13 +110,13 @@ class _Run:
 
     def scores(self, name: str, decoder: Callable[[], nn.Module]) -> dict[str, Any]:
         """Of the validation images, as `train` scores them; leaves their areas."""
-        task = self.task
-        images = WholeImages(task.description, task.val, self.config.protocol)
+        dataset = self.dataset
+        images = WholeImages(dataset.description, dataset.val, self.config.protocol)
         areas = self.over(name, images, evaluate_model, decoder=decoder)
         if self.accelerator.is_main_process:
             path = self.config.run.output_dir / PROBE_AREAS[name]
-            areas.save(path, [pair.name for pair in task.val])
-        return areas.scores(read_classes(task.description).names)
+            areas.save(path, [pair.name for pair in dataset.val])
+        return areas.scores(read_classes(dataset.description).names)
 
     def image_knn(self, folder: Path, like: WholeImages) -> dict[str, Any]:
         """Each image by all but itself, so that one folder serves: no other images are needed."""

@@ -296,9 +296,9 @@ def _explained(part: Path) -> Iterator[None]:
         if "full" in text or "disk I/O" in text:
             advice = "Make room and run the same command again; it goes on from there"
             raise RuntimeError(f"{part} cannot be written: {text}. {advice}") from None
-        if "locked" in text:
-            raise ValueError(f"{part} is being written by another process") from None
-        raise ValueError(f"{part}: {text}; remove it and start again") from None
+        advice = "name another --out" if "open" in text else "remove it and start again"
+        advice = "another process is writing it" if "locked" in text else advice
+        raise ValueError(f"{part}: {text}; {advice}") from None
 
 
 def _check_format(path: Path, meta: Mapping[str, str]) -> None:

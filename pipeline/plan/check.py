@@ -146,7 +146,7 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
     """What each part says of its steps, by name: those of a run differ in the epoch only."""
     found, questions = dict[Any, Facts](), dict[Any, Question]()
     # Each dataset is listed once: ImageNet takes minutes on a disk that is far away.
-    known, read_task = dict[Any, Any](), functools.cache(segmenter.check.read_task)
+    known, read_dataset = dict[Any, Any](), functools.cache(segmenter.check.read_dataset)
     makes_segments = any(step.kind in MAKING for step in waiting)
     for step in waiting:
         if isinstance(step.config, Arguments) or (step.kind, step.run) in found:
@@ -164,13 +164,13 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
             now = now if packed else without_segments(now)
         else:
             config = now.config
-            task, asks = read_task(config.run.dataset), segmenter.check.needs_torch(config)
+            dataset, asks = read_dataset(config.run.dataset), segmenter.check.needs_torch(config)
             if isinstance(config, TrainConfig):
-                facts = segmenter.check.check_training(config, task, processes=processes)
+                facts = segmenter.check.check_training(config, dataset, processes=processes)
             else:
-                facts = segmenter.check.check_probe(config, task)
+                facts = segmenter.check.check_probe(config, dataset)
             if not asks:  # else the part says it, too
-                segmenter.check.earlier_output(config, task)
+                segmenter.check.earlier_output(config, dataset)
         found[step.kind, step.run] = facts
         if asks:
             # Steps that start from one file ask once. WORLD_SIZE is what torchrun would say.

@@ -75,8 +75,9 @@ def _translated(tensors):
     return dict(pair for name, tensor in tensors for pair in _translate(name, tensor))
 
 
-@pytest.mark.parametrize("norm_pix_loss", [False, True])
-@pytest.mark.parametrize("model_name", ["vit_tiny", "vit_base"])
+@pytest.mark.parametrize(
+    ("model_name", "norm_pix_loss"), [("vit_tiny", False), ("vit_tiny", True), ("vit_base", True)]
+)
 def test_patches_has_the_loss_prediction_and_gradients_of_transformers(model_name, norm_pix_loss):
     ours = _ours(model_name, norm_pix_loss)
     config = ours.config

@@ -6,11 +6,11 @@ import torch
 import yaml
 from PIL import Image
 
-from mae.checkpoint import load_checkpoint
 from mae.cli import main
 from mae.config import make_method
 from mae.masking import METHODS
 from mae.model import training_flops
+from mae.resume import load_checkpoint
 from tests.mae.conftest import SMALL_RUN, assert_same_weights, make_config, read_epochs
 
 SOURCES = ["own", "borrowed", "blob", "block"]

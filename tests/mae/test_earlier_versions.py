@@ -8,10 +8,10 @@ import torch
 
 from common.options import make, option
 from mae import config as config_module
-from mae.checkpoint import load_checkpoint
 from mae.config import ModelConfig, OptimisationConfig, parse_settings
 from mae.model import MaskedAutoencoder
 from mae.pretrain import make_optimizer, pretrain
+from mae.resume import load_checkpoint
 from tests.mae.conftest import make_config, read_epochs
 
 EARLIER = Path(__file__).resolve().parents[1] / "fixtures/earlier_run/run"

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from mae.masking import METHODS
 from tests.mae.conftest import (
     assert_same_weights,
     make_config,
@@ -29,7 +28,7 @@ def many_images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["patches", "four_channels", "preencoder"])
 def test_losses_of_200_steps_are_those_of_fp32(many_images, tmp_path, processes, method):
     run = {
         "mask_method": method, "effective_batch_size": 2, "batch_size": 1, "base_lr": 5e-3,

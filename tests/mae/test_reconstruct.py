@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mae.checkpoint import load_checkpoint
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.masking import patchify, unpatchify
 from mae.model import MaskedAutoencoder
 from mae.pretrain import pretrain
 from mae.reconstruct import load_model, reconstruct_files
+from mae.resume import load_checkpoint
 from mae.weights import export_encoder
 from tests.mae.conftest import make_config, write_image
 

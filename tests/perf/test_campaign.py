@@ -111,6 +111,7 @@ def run_campaign(out):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(800)
 def test_the_tiny_campaign_runs_on_a_cpu(tmp_path):
     printed = run_campaign(tmp_path)
     rows = json.loads((tmp_path / "gpu.json").read_text())

@@ -27,7 +27,7 @@ def fake_program(folder: Path, name: str, script: str) -> None:
 
 
 def run_benchmark(
-    *words: str | Path, timeout: float = 300, cwd: Path | None = None, **environment: str
+    *words: str | Path, timeout: float = 500, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """benchmark.py as a user calls it."""
     return subprocess.run(

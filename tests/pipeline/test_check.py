@@ -45,10 +45,12 @@ def test_a_new_plan_lists_each_dataset_once_and_starts_no_process(
     tiny: Callable[[str], Settings], asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked, read = [], []
-    find_images, read_task = listing.find_images, check.segmenter.check.read_task
+    find_images, whole_dataset = listing.find_images, check.segmenter.check.read_dataset
     monkeypatch.setattr(listing, "find_images", lambda f: walked.append(f.name) or find_images(f))
     monkeypatch.setattr(
-        check.segmenter.check, "read_task", lambda path: read.append(path.name) or read_task(path)
+        check.segmenter.check,
+        "read_dataset",
+        lambda path: read.append(path.name) or whole_dataset(path),
     )
     steps = checked_plan(tiny(METHODS + " --pretrain-epochs 4 --eval-freq 1 --probe-freq 1"))
     assert len(steps) == 1 + (2 + 4 + 4) * 4 * 3

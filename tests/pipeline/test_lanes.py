@@ -169,11 +169,11 @@ def test_a_stop_reaches_all_that_runs_and_the_same_command_goes_on(
 ) -> None:
     machine_with(4)
     chosen = settings("--eval scratch --eval-seeds 5 --num-gpus 4")
-    steps = plan(chosen, locks, seconds=0.4, stop_after=3)
+    steps = plan(chosen, locks, seconds=2, stop_after=3)  # all four start before one ends
     paths = Layout(chosen.data.output_dir)
 
     def stop_when_four_run() -> None:
-        until(lambda: len(list(locks.iterdir())) == 4)
+        until(lambda: len(list(locks.iterdir())) == 4, seconds=60)
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopper = threading.Thread(target=stop_when_four_run)

@@ -314,14 +314,14 @@ def test_check_says_what_is_wrong_and_writes_nothing(dataset, tmp_path, command)
 def test_a_signal_ends_it_and_leaves_nothing_half_written(
     dataset, probed, tmp_path, monkeypatch, at
 ):
-    original = segmenter.probe._Run.over
+    original = segmenter.probe._Probing.over
 
     def interrupted(run, name, *arguments, **more):
         if name == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(run, name, *arguments, **more)
 
-    monkeypatch.setattr(segmenter.probe._Run, "over", interrupted)
+    monkeypatch.setattr(segmenter.probe._Probing, "over", interrupted)
     assert call(*probe_arguments(dataset, tmp_path / "out")).code == 75
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
     monkeypatch.undo()

@@ -43,7 +43,7 @@ def test_a_second_signal_ends_a_run_that_hangs(world):
         while "hangs" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(0.1)
         process.send_signal(signal.SIGTERM)  # torchrun and Slurm pass one wish on twice
         time.sleep(1.2)
         assert process.poll() is None
