@@ -106,5 +106,5 @@ def test_the_example_of_the_readme_runs(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(example, names)
-    assert names["tokens"].shape == (1, 1 + 4, 192)
+    assert names["tokens"].shape == (1, 1 + 4, 24)
     assert is_a_picture(tmp_path / "picture.png")

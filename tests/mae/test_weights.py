@@ -22,7 +22,7 @@ def make_model(mask_method, config=TINY, seed=0):
 
 
 def save_run(model, mask_method, path, /, **options):
-    options = {"image_size": 224, "decoder_width": 64, **options}
+    options = {"model": "vit_tiny", "image_size": 224, "decoder_width": 64, **options}
     settings = make_config(".", ".", mask_method=mask_method, **options)
     content = {"model": model.state_dict(), "optimizer": {}, "config": settings.settings()}
     progress = {"epochs_completed": 3, "steps_completed": 0, "format_version": 1}
