@@ -90,7 +90,9 @@ class OptionCommand(click.Command):
             fields = [f for f in fields_of(*self.groups.values()).values() if f.memory]
             fields.sort(key=lambda field: field.kind is bool)  # what costs no time comes first
             advice = " or ".join(("give " if f.kind is bool else "lower ") + f.flag for f in fields)
-            raise RuntimeError(f"{what}: {advice or 'use a GPU that has more'}") from error
+            # Whoever is in the middle of a study has to know that it stays comparable.
+            advice = f"{advice}; the result stays the same" if advice else "use a GPU that has more"
+            raise RuntimeError(f"{what}: {advice}") from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Click's hook: --help has one section for each title of groups, click's own come last."""

@@ -268,7 +268,7 @@ class Hungry(OptionGroup):
 @pytest.mark.parametrize(
     ("group", "advice"),
     [
-        (Hungry, "lower --batch-size or give --recompute"),
+        (Hungry, "lower --batch-size or give --recompute; the result stays the same"),
         (Small, "use a GPU that has more"),
     ],
 )
