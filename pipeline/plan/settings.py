@@ -256,6 +256,12 @@ class Settings:
     def notes(self) -> Iterator[str]:
         """What a user may not expect; nothing of it is wrong."""
         experiment, is_local = self.experiment, self.cluster.launcher == "local"
+        epochs, rounds = experiment.pretrain_epochs, experiment.eval_freq
+        if experiment.eval_epochs is None and experiment.eval is None and epochs % rounds:
+            yield (
+                f"{epochs} epochs are not a multiple of --eval-freq {rounds}: a shorter last round "
+                f"ends at {epochs}"
+            )
         # Only what was changed can have been meant.
         default = vars(Cluster())
         unused = [name for name, value in vars(self.cluster).items() if value != default[name]]
