@@ -94,7 +94,8 @@ def plain(value: Any) -> Any:
 
 def read_json(path: Path, shape: Any) -> Any:
     """A JSON file's content as `shape` has it. Raises FileNotFoundError, or a ValueError."""
-    path.stat()  # a missing file is often no error: it is not written yet
+    if not path.exists():  # often no error: it is not written yet
+        raise FileNotFoundError(2, "No such file or directory", str(path))
     return parsed_text(read_text(path), shape, str(path))
 
 
