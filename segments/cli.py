@@ -69,7 +69,7 @@ class _InspectOptions(_Speed):
         **PERCENT,
     )  # fmt: skip
     against: Path | None = option("Also compare what is chosen with that of these segments.", None)
-    out: Path = option("Writes OUT.png.", Path("segments"))
+    out: Path = option("Writes OUT.png.", Path("inspected"))
 
 
 @dataclass(frozen=True, kw_only=True)

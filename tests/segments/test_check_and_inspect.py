@@ -5,11 +5,13 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from segments.check import check
+from segments.cli import _InspectOptions
 from segments.forms import open_any_form
 from segments.look import WORST, collect, farthest
 
@@ -209,3 +211,7 @@ def test_the_images_farthest_from_a_ratio_are_drawn_worst_first(tmp_path):
     assert farthest(statistics, sorted(statistics.coverages), 20) == [
         f"i{n}" for n in range(10, 10 + WORST)
     ]
+
+
+def test_a_picture_goes_by_default_beside_the_folders_of_the_project():
+    assert not (Path(__file__).parents[2] / _InspectOptions().out).exists()
