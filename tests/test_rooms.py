@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("common", "engine", "segments", "mae", "segmenter", "pipeline", "benchmark.py")
 # What the planner may know of the parts: it is free of torch.
 FREE_OF_TORCH = (
-    "engine.config", "segments.config", "segments.check", "mae.config", "mae.check", "mae.masking",
+    "segments.config", "segments.check", "mae.config", "mae.check", "mae.masking",
     "segmenter.config", "segmenter.check",
 )  # fmt: skip
 # By room: the rooms, or modules, of the project that it may import beside its own.

@@ -14,8 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from common.formats import plain
 from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
-from engine.config import PluginConfig, TrainingConfig
-from mae.config import MethodConfig, ModelConfig, OptimisationConfig, SegmentsFrom
+from mae.config import MethodConfig, ModelConfig, OptimisationConfig, RunConfig, SegmentsFrom
 from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN
 from segmenter.config import DEFAULT_RECIPE
 
@@ -227,8 +226,8 @@ class Parts(OptionGroup):
     pretrain: Mapping[str, Any] = option("An option of python -m mae pretrain.", {})
     finetune: Mapping[str, Any] = option("An option of python -m segmenter train.", {})
     probe: Mapping[str, Any] = option("An option of python -m segmenter probe.", {})
-    log_with: tuple[str, ...] | None = option_of(TrainingConfig, "log_with", None)
-    plugin: Path | None = option_of(PluginConfig, "plugin", None)
+    log_with: tuple[str, ...] | None = option_of(RunConfig, "log_with", None)
+    plugin: Path | None = option_of(RunConfig, "plugin", None)
     keep_going: bool = option("After a failed step, go on with those that do not need it.", True)
 
 

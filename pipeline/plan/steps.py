@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from common import step_files as files
 from common.formats import check_names
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
-from engine.config import OutputConfig
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import OFFICIAL_FILES, PretrainConfig, idle_settings
@@ -44,13 +43,21 @@ _OF_PART: dict[type, tuple[Kind, tuple[str, str]]] = {
 }  # fmt: skip
 
 
+class Place(NamedTuple):
+    """Where a step runs, by the names that the parts' configs have for it."""
+
+    output_dir: Path
+    device: Literal["auto", "cpu", "cuda"]
+    workers: int | None = None  # loader processes; None: as many as the cores allow
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """What a step that trains and scores nothing is told."""
 
     words: tuple[str, ...]
     what: str  # it does, in a few words
-    run: OutputConfig  # where console.log goes, and the device
+    run: Place
 
     def arguments(self) -> list[str]:
         """The words of its command line."""
@@ -123,7 +130,7 @@ def step_of_words(
     device: Literal["auto", "cpu", "cuda"] = "auto", **more: Any,
 ) -> Step:  # fmt: skip
     """A step that trains and scores nothing; what: it does, in a few words."""
-    run = OutputConfig(output_dir=folder, device=device)
+    run = Place(folder, device)
     return Step(
         name=f"{kind}_{subject}", kind=kind, run=room, program=(room, kind), outputs=(out,),
         config=Arguments(words=tuple(words), what=what, run=run), **more,
