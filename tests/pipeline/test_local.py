@@ -146,14 +146,15 @@ step = plan.Step(name={name!r}, kind="pretrain", run="patches", epochs=100,
     program=("tests.pipeline.standin",),
     config=plan.Arguments(what="nothing", words=("--output-dir", str(root / "x"), "--stop-after",
         "100", "--seconds", "{seconds}", "--behaviour", {behaviour!r}),
-        run=plan.OutputConfig(output_dir=root / "x")),
+        run=plan.Place(output_dir=root / "x", device="cpu")),
     outputs=(root / "x/checkpoint-100.pth",))
 launcher = local.LocalLauncher(Layout(root), overlaps=False, output=io.BytesIO())
 sys.exit(benchmark.alternate([step], launcher, keep_going=True))
 """
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPO_ROOT)
     log = root / "x/console.log"
-    until(lambda: log.exists() and "started" in log.read_text())
+    until(lambda: parent.poll() is not None or (log.exists() and "started" in log.read_text()))
+    assert parent.poll() is None, "the parent ended before its step had started"
     return parent
 
 
