@@ -12,7 +12,7 @@ import numpy as np
 
 # Separate streams of random numbers from one seed. FIXED and STEP share a number, but not a run:
 # the one is drawn from in pretraining only, the other where there is dropout.
-ORDER, SAMPLE, FIXED, STEP, TOKENS = 0, 1, 2, 2, 3
+ORDER, SAMPLE, FIXED, STEP, TOKENS, CONTROL = 0, 1, 2, 2, 3, 4
 
 
 def sample_rng(seed: int, stream: int, epoch: int, index: int) -> np.random.Generator:

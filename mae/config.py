@@ -1,6 +1,7 @@
 """What a pretraining run is made of: its options, one frozen group per concern. No torch here."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from engine.schedule import half_cosine, learning_rate
 from engine.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
 
+_VARIETY = re.compile(r"fixed|nearest-(?P<count>[1-9]\d{0,3})")
 AT_ONCE = 64  # images on a device
 # Whose segments are hidden: the image's, or those of a control; the first is the default.
 SegmentsFrom = Literal["own", "borrowed", "blob", "block"]
@@ -73,9 +75,30 @@ class MethodConfig(OptionGroup):
     segments_from: SegmentsFrom = option(
         "Whose: the image's, another's like it, or a shape as large.", "own"
     )
+    segment_variety: str = option(
+        "One for each image (fixed), or drawn in every epoch from those nearest to the ratio "
+        "(nearest-K); controls likewise.", "fixed",
+    )  # fmt: skip
+    segment_choice: Literal["nearest", "interior", "compact"] = option(
+        "The nearest to the ratio of all segments, of those that touch one side of the image at "
+        "most, or the largest island of that.", "nearest",
+    )  # fmt: skip
     mask_ratio: float = option(
         "Share of the patches that is removed, where some are.", 0.75, at_least=0, below=1
     )
+
+    def __post_init__(self) -> None:
+        if not _VARIETY.fullmatch(self.segment_variety):
+            raise ValueError(
+                f"--segment-variety is {self.segment_variety!r}; give fixed, or nearest-K such as "
+                "nearest-5"
+            )
+
+    @property
+    def nearest_count(self) -> int | None:
+        """Segments of an image of which one is drawn in each epoch; None: it is always the same."""
+        found = _VARIETY.fullmatch(self.segment_variety)
+        return int(found["count"]) if found and found["count"] else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,9 @@ class MaskingMethod:
     removes_tokens: ClassVar[bool] = False  # then the decoder needs mask tokens
     extra_channels: ClassVar[int] = 0  # input channels of the patch embedding beyond the image's
     # The options that matter to it.
-    settings: ClassVar[tuple[str, ...]] = ("coverage_ratio", "hide", "segments_from")
+    settings: ClassVar[tuple[str, ...]] = (
+        "coverage_ratio", "hide", "segments_from", "segment_variety", "segment_choice",
+    )  # fmt: skip
 
     def __init_subclass__(cls) -> None:
         """A class with a name of its own is a method that can be chosen."""
@@ -213,7 +215,7 @@ class SegmentPatches(Patches):
     name = "segment_patches"
     uses_segments = True
     all_segments = True
-    settings = ("mask_ratio", "segments_from")
+    settings = ("mask_ratio", "segments_from", "segment_variety")
     POINTS = 5  # per side of a patch; odd, so that there is no tie
 
     @property

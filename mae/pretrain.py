@@ -78,7 +78,7 @@ class Pretraining(Task):
         segments = None
         if listing.source is not None:
             segments = SegmentSource(
-                store=listing.source, donors=listing.train, options=config.method
+                store=listing.source, donors=listing.train, options=config.method, seed=self.seed
             )
         self.train_set = self.images = MaskedImages(
             folder=config.data.in1k_dir / "train",

@@ -47,7 +47,8 @@ def reconstruct_files(
     if images:
         options, _ = parse_settings(checkpoint["config"], checkpoint_path)
         with_own = masks_dir if model.method.uses_segments else None
-        segments = _open_source(with_own, options) if with_own else None
+        seed = checkpoint["config"]["seed"]
+        segments = _open_source(with_own, options, seed) if with_own else None
         samples = [_sample(model, path, n, batch, segments) for n, path in enumerate(images)]
         batch = collate(samples)
     draw_reconstructions(model, batch, out)
@@ -109,13 +110,13 @@ def _sample(
     return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
 
 
-def _open_source(masks_dir: Path, options: MethodConfig) -> SegmentSource:
+def _open_source(masks_dir: Path, options: MethodConfig, seed: int) -> SegmentSource:
     """Segments of given images, which borrow from any image that has some."""
     store = open_segments(masks_dir)
     donors = [f"{key}.jpg" for key in sorted(store.images())]  # any suffix: they are paths
     if options.segments_from == "borrowed":
         check_donors(donors)
-    return SegmentSource(store=store, donors=encode_paths(donors), options=options)
+    return SegmentSource(store=store, donors=encode_paths(donors), options=options, seed=seed)
 
 
 def _key_of(path: Path, store: PackedStore) -> str:

@@ -95,7 +95,7 @@ def make_ours(
     method = make_method(wanted, model)
     listed, segments = encode_paths(paths), None
     if method.uses_segments and source is not None:
-        segments = SegmentSource(store=source, donors=listed, options=wanted)
+        segments = SegmentSource(store=source, donors=listed, options=wanted, seed=0)
     return MaskedImages(
         folder=folder, paths=listed, segments=segments, method=method, seed=0,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from pycocotools import mask as coco_rle
 from pydantic import Field
+from scipy import ndimage
 from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
 
 from common.formats import parsed
@@ -99,9 +100,41 @@ def ordered(segments: Iterable[Segment]) -> list[Segment]:
 
 def nearest(segments: Iterable[Segment], coverage_percent: float) -> Segment | None:
     """The segment whose coverage is closest to the wanted one; on a tie the smaller."""
-    # Of equals `min` takes the first, which is the one that `PackedStore.nearest` finds, too.
+    return next(iter(nearest_first(segments, coverage_percent)), None)
+
+
+def nearest_first(segments: Iterable[Segment], coverage_percent: float) -> list[Segment]:
+    """By the distance of their coverage from the wanted one; on a tie the smaller first."""
+    # Sorting keeps the order of equals: the first is the one that `PackedStore.nearest` finds.
     ranked = sorted(segments, key=_order)
-    return min(ranked, key=lambda s: abs(s.coverage_percent - coverage_percent), default=None)
+    return sorted(ranked, key=lambda s: abs(s.coverage_percent - coverage_percent))
+
+
+def sides_touched(segment: Segment) -> int:
+    """How many of the image's four sides it reaches: 0 to 4. Things usually end within an image."""
+    (runs,) = run_lengths([segment.counts])
+    ends = runs.cumsum()  # outside and inside in turn, down the columns
+    first, last = ends[:-1:2], ends[1::2] - 1  # pixels of each run inside
+    first, last = first[first <= last], last[first <= last]
+    if not len(first):
+        return 0
+    height, turns = segment.height, first // segment.height != last // segment.height
+    left, right = first[0] < height, last[-1] >= height * (segment.width - 1)
+    top, bottom = turns | (first % height == 0), turns | (last % height == height - 1)
+    return int(left) + int(right) + int(top.any()) + int(bottom.any())
+
+
+def count_islands(inside: np.ndarray) -> int:
+    """Parts of [H, W] that do not touch, neither by a side nor by a corner."""
+    return int(ndimage.label(inside, structure=np.ones((3, 3)))[1])
+
+
+def largest_island(segment: Segment) -> Segment:
+    """The largest of these parts alone; the first of those that are equally large."""
+    islands, count = ndimage.label(segment.decode(), structure=np.ones((3, 3)))
+    if count < 2:
+        return segment
+    return segment_from_pixels(islands == 1 + np.bincount(islands.ravel())[1:].argmax())
 
 
 def _order(segment: Segment) -> tuple[float, bytes]:

@@ -1,5 +1,7 @@
 """Controls, held to their definition: as much hidden, by another's segment or no object at all."""
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SHAPES, SegmentSource
 from mae.data import FixedImages, MaskedImages
+from mae.decode import read_crop
 from mae.listing import encode_paths, make_listing
-from mae.transforms import Crop, crop_segment, crop_segments
+from mae.transforms import Crop, crop_segment, crop_segments, random_crop
 from segments.forms import open_segments
 from segments.pack import pack
+from segments.segment import count_islands, segment_from_pixels, sides_touched
 from segments.store import segment_key
 from tests.mae.conftest import make_config, pack_segments, write_image, write_segments
 
@@ -32,7 +36,7 @@ def open_images(train, store, mask_method="segments", **options):
     options = MethodConfig(mask_method=mask_method, **options)
     with_segment = store.images()
     paths = encode_paths([p for p in find_images(train) if segment_key(p) in with_segment])
-    segments = SegmentSource(store=store, donors=paths, options=options)
+    segments = SegmentSource(store=store, donors=paths, options=options, seed=7)
     method = make_method(options, MODEL)
     return MaskedImages(folder=train, paths=paths, segments=segments, method=method, seed=7)
 
@@ -49,42 +53,198 @@ def real(request, in1k_dir, tmp_path_factory):
     return DATA / "train", open_segments(store)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def a_segment(height, width, share):
+    """Of an image of this size, as much of it as `share`; where does not matter."""
+    inside = np.zeros((height, width), np.uint8)
+    inside.reshape(-1)[: round(share * height * width)] = 1
+    return segment_from_pixels(inside)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values())
 @pytest.mark.parametrize("side", [12, 16])
 def test_a_shape_has_exactly_the_pixels_that_are_asked_for(shape, side):
-    rng = np.random.default_rng(0)
+    rng, crop = np.random.default_rng(0), Crop(top=5, left=20, height=30, width=40)
+    own = a_segment(60, 80, 0.2)
     for count in range(side**2 + 1):
-        inside = SHAPES[shape](count, side, rng)
+        inside = shape(own, count, crop, side, rng)
         assert (inside.shape, inside.dtype, inside.max(initial=0)) == (
             (side, side), np.uint8, min(count, 1),
         )  # fmt: skip
         assert inside.sum() == count
 
 
-@pytest.mark.parametrize("share", [0.02, 0.15, 0.5])
+@pytest.mark.parametrize("share", [0.0005, 0.02, 0.15, 0.5])
 def test_a_blob_has_few_islands_and_lies_anywhere(share):
     rng, heat, islands = np.random.default_rng(0), np.zeros((224, 224)), []
+    own = a_segment(224, 224, share)
     for _ in range(200):
-        inside = SHAPES["blob"](round(share * 224**2), 224, rng)
+        inside = SHAPES["blob"](own, round(share * 224**2), whole(224, 224), 224, rng)
         heat += inside
-        islands.append(ndimage.label(inside)[1])
+        islands.append(count_islands(inside))
     assert 1 <= np.mean(islands) <= 5
     quarters = heat.reshape(2, 112, 2, 112).sum(axis=(1, 3)) / heat.sum()
-    assert 0.2 < quarters.min() <= quarters.max() < 0.3
+    assert 0.18 < quarters.min() <= quarters.max() < 0.32
 
 
-def test_a_block_is_a_box_of_many_shapes_whose_last_row_may_be_short():
-    rng, aspects = np.random.default_rng(0), []
-    for _ in range(200):
-        count = int(rng.integers(500, 8000))
-        inside = SHAPES["block"](count, 224, rng)
+def boxes_of(own, crop, side, shares, times=200):
+    """Drawn blocks as (top, left, height, width); each is a box whose last row may be short."""
+    rng, boxes = np.random.default_rng(0), []
+    for _ in range(times):
+        inside = SHAPES["block"](own, int(rng.uniform(*shares) * side**2), crop, side, rng)
         rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
         box = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         assert box[:-1].all()
         assert np.all(np.diff(box[-1].astype(int)) <= 0)
-        aspects.append(box.shape[1] / box.shape[0])
-    assert min(aspects) < 0.45
-    assert max(aspects) > 2.2
+        boxes.append((rows[0], columns[0], *box.shape))
+    return np.array(boxes)
+
+
+def test_a_block_is_a_box_of_many_shapes_at_any_place_to_all_four_edges():
+    boxes = boxes_of(a_segment(224, 224, 0.1), whole(224, 224), 224, (0.1, 0.1))
+    aspects = boxes[:, 3] / boxes[:, 2]
+    assert 1 / 3.2 < aspects.min() < 0.4
+    assert 2.5 < aspects.max() < 3.2
+    assert np.median(aspects) == pytest.approx(1, abs=0.25)  # as wide as high, as often as not
+    free = 224 - boxes[:, 2:]
+    for at in (boxes[:, 0] / free[:, 0], boxes[:, 1] / free[:, 1]):  # uniform from 0 to 1
+        assert at.min() < 0.03
+        assert at.max() > 0.97
+        assert np.histogram(at, 4, (0, 1))[0].min() > 30
+
+
+def test_a_block_is_as_much_wider_as_its_crop_is_stretched():
+    own, crop = a_segment(200, 200, 0.1), Crop(top=0, left=0, height=200, width=100)
+    stretched = boxes_of(own, crop, 64, (0.1, 0.1))
+    assert np.median(stretched[:, 3] / stretched[:, 2]) == pytest.approx(2, rel=0.3)
+
+
+def crops(height, width, count=12):
+    rng = np.random.default_rng(5)
+    return [random_crop(rng, height, width) for _ in range(count)]
+
+
+def test_crops_show_parts_of_one_field_of_noise(monkeypatch):
+    """Both are all that is higher than some height, so one is a part of the other."""
+    own, scale = a_segment(120, 160, 0.15), 1
+    sets = {}
+    for top, left, side, count in ((0, 0, 120, 2000), (0, 40, 120, 3000), (30, 50, 64, 700)):
+        crop = Crop(top=top, left=left, height=side, width=side)
+        inside = SHAPES["blob"](own, count, crop, side * scale, np.random.default_rng(3))
+        everywhere = np.full((120, 160), -1)
+        everywhere[top : top + side, left : left + side] = inside
+        sets[top, left] = everywhere
+    for one, other in itertools.combinations(sets.values(), 2):
+        both = (one >= 0) & (other >= 0)
+        mine, theirs = one[both] == 1, other[both] == 1
+        assert mine.any() and theirs.any()
+        outside = min((mine & ~theirs).sum(), (theirs & ~mine).sum())
+        assert outside <= 0.01 * both.sum()  # heights that are equal when rounded
+
+
+@pytest.mark.parametrize("segments_from", ["own", *CONTROLS])
+def test_a_fixed_segment_is_the_same_in_every_epoch_and_another_one_with_another_seed(
+    real, segments_from
+):
+    images = open_images(*real, segments_from=segments_from)
+    other = replace(images, segments=replace(images.segments, seed=8))
+    assert not images.segments.options.nearest_count
+    different = 0
+    for index in range(len(images)):
+        key, view = cropped(images, index, whole)
+        cuts = [
+            one.segments.cut(images.method, key, view, np.random.default_rng(epoch))
+            for epoch, one in enumerate((images, images, other))
+        ]
+        assert np.array_equal(cuts[0], cuts[1])
+        different += not np.array_equal(cuts[0], cuts[2])
+    assert different > len(images) / 2 or (segments_from == "own" and not different)
+
+
+def cropped(images, index, choose_crop):
+    """Key, and the image as `cut` gets it."""
+    relative = images.paths[index].decode()
+    view = read_crop(images.folder / relative, choose_crop, images.method.image_size)
+    return segment_key(relative), view
+
+
+@pytest.mark.parametrize("segments_from", CONTROLS)
+def test_a_mirrored_crop_mirrors_what_is_hidden(real, segments_from):
+    images = open_images(*real, segments_from=segments_from)
+    key, view = cropped(images, 0, lambda h, w: Crop(top=1, left=2, height=h - 3, width=w - 4))
+    mirrored = replace(view, crop=replace(view.crop, flip=True))
+    straight, other = (
+        images.segments.cut(images.method, key, one, np.random.default_rng(0))
+        for one in (view, mirrored)
+    )
+    assert np.array_equal(other, straight[:, ::-1])
+
+
+def test_own_segments_are_drawn_from_those_nearest_to_the_ratio(real):
+    _, store = real
+    images = open_images(*real, segment_variety="nearest-3")
+    for index in range(0, len(images), 9):
+        key, view = cropped(images, index, whole)
+        by_distance = sorted(store.segments(key), key=lambda s: abs(s.coverage_percent - 15))
+        expected = {cut_whole(s, 64).tobytes() for s in by_distance[:3]}
+        drawn = {
+            images.segments.cut(images.method, key, view, np.random.default_rng(n)).tobytes()
+            for n in range(40)
+        }
+        assert drawn == expected
+
+
+@pytest.mark.parametrize("segments_from", CONTROLS)
+def test_controls_of_nearest_segments_are_drawn_anew_in_every_epoch(real, segments_from):
+    own, control = (
+        open_images(*real, segments_from=name, segment_variety="nearest-1")
+        for name in ("own", segments_from)
+    )
+    fixed = open_images(*real)
+    key, view = cropped(own, 0, whole)
+    patterns = set()
+    for epoch in range(12):
+        rngs = [np.random.default_rng(epoch) for _ in range(3)]
+        alone, drawn, nearest = (
+            images.segments.cut(images.method, key, view, rng)
+            for images, rng in zip((own, control, fixed), rngs, strict=True)
+        )
+        assert np.array_equal(alone, nearest)  # of one there is nothing to choose
+        patterns.add(drawn.tobytes())
+    assert len(patterns) > 6
+
+
+def test_inner_segments_touch_one_side_at_most_and_compact_ones_are_an_island(real):
+    _, store = real
+    chosen = {
+        choice: open_images(*real, segment_choice=choice)
+        for choice in ("nearest", "interior", "compact")
+    }
+    for index in range(0, len(chosen["nearest"]), 5):
+        key, view = cropped(chosen["nearest"], index, whole)
+        segments = store.segments(key)
+        sides = {id(s): sides_by_pixels(s.decode()) for s in segments}
+        assert [sides_touched(s) for s in segments] == [sides[id(s)] for s in segments]
+        allowed = [s for s in segments if sides[id(s)] <= 1]
+        fewest = [s for s in segments if sides[id(s)] == min(sides.values())]
+        inner = min(allowed or fewest, key=lambda s: abs(s.coverage_percent - 15))
+        labelled, count = ndimage.label(inner.decode(), np.ones((3, 3)))
+        sizes = [int((labelled == n + 1).sum()) for n in range(count)]
+        island = segment_from_pixels(labelled == 1 + int(np.argmax(sizes)))
+        for choice, expected in (("interior", inner), ("compact", island)):
+            images = chosen[choice]
+            cut = images.segments.cut(images.method, key, view, np.random.default_rng(0))
+            assert np.array_equal(cut, cut_whole(expected, 64)), (key, choice)
+
+
+def sides_by_pixels(inside):
+    edges = (inside[0], inside[-1], inside[:, 0], inside[:, -1])
+    return sum(int(edge.any()) for edge in edges)
+
+
+@pytest.mark.parametrize("variety", ["nearest", "nearest-0", "fixed-2", "nearest--1", "", "5"])
+def test_another_variety_is_refused(variety):
+    with pytest.raises(ValueError, match=r"--segment-variety is .*; give fixed, or nearest-K"):
+        MethodConfig(segment_variety=variety)
 
 
 @pytest.mark.parametrize("mask_method", ["segments", "segment_patches"])

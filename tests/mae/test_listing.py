@@ -57,7 +57,7 @@ def test_a_held_out_image_hides_its_own_segment_though_a_training_image_has_its_
     listing, config = listing_of(twins, tmp_path / "out")
     assert (len(listing.val), listing.val_left_out) == (2, 0)
     method = make_method(config.method, config.model)
-    source = SegmentSource(store=store, donors=listing.train, options=config.method)
+    source = SegmentSource(store=store, donors=listing.train, options=config.method, seed=0)
     images = MaskedImages(
         folder=twins / "train", paths=listing.train, segments=source, method=method, seed=0
     )

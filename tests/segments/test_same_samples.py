@@ -52,7 +52,9 @@ def samples_of(in1k, masks_dir, ratio, files=None):
     wanted = MethodConfig(mask_method="segments", coverage_ratio=ratio)
     method = make_method(wanted, ModelConfig(model="vit_tiny", image_size=64))
     listing = make_listing(DataConfig(in1k_dir=in1k, masks_dir=masks_dir), wanted)
-    segments = SegmentSource(store=files or listing.source, donors=listing.train, options=wanted)
+    segments = SegmentSource(
+        store=files or listing.source, donors=listing.train, options=wanted, seed=3
+    )
     images = MaskedImages(
         folder=in1k / "train", paths=listing.train, segments=segments, method=method, seed=3
     )
