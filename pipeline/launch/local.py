@@ -176,7 +176,7 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
         # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}",
     }
-    if step.config.run.device == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
+    if step.device == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait by spinning take the cores from those that work: on two busy cores
         # ten times slower than threads that sleep (measured with vit_tiny).
         added["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -67,8 +67,8 @@ def test_the_official_checkpoint_is_fetched_into_an_empty_output_directory(
         chosen = settings("--stack --model vit_base --pretrain-epochs 1")
         fetch, paths = make_plan(chosen)[0], Layout(chosen.data.output_dir)
         url = f"http://127.0.0.1:{server.server_port}/release.pth"
-        words = (*fetch.config.arguments(), "--url", url)
-        assert alternate([replace(fetch, config=replace(fetch.config, words=words))], paths) == 0
+        words = (*fetch.words, "--url", url)
+        assert alternate([replace(fetch, words=words)], paths) == 0
         server.shutdown()
         thread.join()
     assert fetch.outputs[0].read_bytes() == b"9747179"
@@ -142,11 +142,10 @@ from pipeline.launch import local
 from pipeline.plan import steps as plan
 from pipeline.plan.layout import Layout
 root = Path({str(root)!r})
-step = plan.Step(name={name!r}, kind="pretrain", run="patches", epochs=100,
-    program=("tests.pipeline.standin",),
-    config=plan.Arguments(what="nothing", words=("--output-dir", str(root / "x"), "--stop-after",
-        "100", "--seconds", "{seconds}", "--behaviour", {behaviour!r}),
-        run=plan.Place(output_dir=root / "x", device="cpu")),
+step = plan.Step(name={name!r}, kind="pretrain", what="nothing", run="patches", epochs=100,
+    program=("tests.pipeline.standin",), folder=root / "x", device="cpu",
+    words=("--output-dir", str(root / "x"), "--stop-after", "100", "--seconds", "{seconds}",
+        "--behaviour", {behaviour!r}),
     outputs=(root / "x/checkpoint-100.pth",))
 launcher = local.LocalLauncher(Layout(root), overlaps=False, output=io.BytesIO())
 sys.exit(benchmark.alternate([step], launcher, keep_going=True))
