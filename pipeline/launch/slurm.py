@@ -21,8 +21,7 @@ from common.console import EXIT_STOPPED
 from common.files import hold
 from common.interruption import Interruption
 from pipeline.launch import status
-from pipeline.launch.local import LocalLauncher, environment, was_stopped
-from pipeline.launch.process import Child, end_marked
+from pipeline.launch.local import Child, LocalLauncher, end_marked, was_stopped
 from pipeline.plan import records
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import REPO_ROOT
@@ -268,7 +267,7 @@ def _assist(step: Step, paths: Layout, stop: Interruption) -> str:
     """
     node = os.environ["SLURM_NODEID"]
     log = paths.slurm / f"{os.environ['SLURM_JOB_ID']}_node{node}.log"
-    child = Child(step.command, log, f"{paths.root}:{step.name}:node{node}", environment(step))
+    child = Child(step, f"{paths.root}:{step.name}:node{node}", log)
     # Submitit's own handler of SIGUSR2 does nothing on these nodes.
     with Interruption(signals=(signal.SIGUSR2,), ends_process=False) as announced:
         while (exit_code := child.poll()) is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch import slurm, status
-from pipeline.launch.process import marked
+from pipeline.launch.local import marked
 from pipeline.launch.slurm import job_parameters, on_this_cluster
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import Record, read_all_records, read_progress, read_record, write_record
