@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from common import step_files as files
 from common.formats import check_names
@@ -35,33 +35,10 @@ _FLAGS = {
 Facts = PretrainFacts | ScoringFacts
 PartConfig = PretrainConfig | TrainConfig | ProbeConfig
 Kind = Literal["fetch", "pack", "generate", "merge", "pretrain", "probe", "evaluate"]
-# What does a step, by its config.
-_OF_PART: dict[type, tuple[Kind, tuple[str, str]]] = {
-    PretrainConfig: ("pretrain", ("mae", "pretrain")),
-    ProbeConfig: ("probe", ("segmenter", "probe")),
-    TrainConfig: ("evaluate", ("segmenter", "train")),
+_PROGRAMS = {
+    "pretrain": ("mae", "pretrain"), "probe": ("segmenter", "probe"),
+    "evaluate": ("segmenter", "train"),
 }  # fmt: skip
-
-
-class Place(NamedTuple):
-    """Where a step runs, by the names that the parts' configs have for it."""
-
-    output_dir: Path
-    device: Literal["auto", "cpu", "cuda"]
-    workers: int | None = None  # loader processes; None: as many as the cores allow
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """What a step that trains and scores nothing is told."""
-
-    words: tuple[str, ...]
-    what: str  # it does, in a few words
-    run: Place
-
-    def arguments(self) -> list[str]:
-        """The words of its command line."""
-        return list(self.words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +47,17 @@ class Step:
 
     name: str  # unique, usable as a file name: pretrain_four_channels_5
     kind: Kind
+    what: str  # it does, in a few words
     run: str  # the run's name; its folder is called so
     epochs: int = 0  # of pretraining, completed when the step is done
     program: tuple[str, ...]  # Python module and command, such as ("mae", "pretrain")
-    config: PartConfig | Arguments
-    processes: int = 1
+    # What it is told: a part's options, or for a step that trains and scores nothing, words.
+    config: PartConfig | None = None
+    words: tuple[str, ...] = ()
+    folder: Path  # where it writes, console.log included
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    nodes: int = 1  # machines that share it
+    processes: int = 1  # on each
     needs: tuple[str, ...] = ()  # names of steps
     outputs: tuple[Path, ...]  # files that have to be there, and not empty, afterwards
     # All that decides what it makes, plain; paths in the output directory are relative to it.
@@ -84,11 +67,6 @@ class Step:
     # How torchrun's processes find each other; one machine picks a free port by itself.
     rendezvous: tuple[str, ...] = ("--standalone",)
     facts: Facts | None = None  # what its check found, where it was checked and is a part's
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes, console.log included."""
-        return self.config.run.output_dir
 
     @property
     def console_log(self) -> Path:
@@ -103,7 +81,7 @@ class Step:
     @property
     def devices_are_gpus(self) -> bool:
         """Whether it runs on GPUs."""
-        return self.config.run.device == "cuda"
+        return self.device == "cuda"
 
     @property
     def lane(self) -> str:
@@ -113,7 +91,7 @@ class Step:
     @property
     def command(self) -> list[str]:
         """The command line; torchrun's module form when there are several processes."""
-        words = ["-m", *self.program, *self.config.arguments()]
+        words = ["-m", *self.program, *(self.config.arguments() if self.config else self.words)]
         if self.processes > 1 or self.rendezvous != ("--standalone",):
             launch = ["-m", "torch.distributed.run", *self.rendezvous]
             words = [*launch, f"--nproc-per-node={self.processes}", *words]
@@ -121,19 +99,19 @@ class Step:
 
     def with_options(self, **groups: Mapping[str, Any]) -> Self:
         """The same with other options: with_options(data={"masks_dir": path})."""
-        changed = {name: replace(getattr(self.config, name), **groups[name]) for name in groups}
-        return replace(self, config=replace(self.config, **changed))
+        config: Any = self.config
+        changed = {name: replace(getattr(config, name), **groups[name]) for name in groups}
+        return replace(self, config=replace(config, **changed))
 
 
 def step_of_words(
     room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path,
-    device: Literal["auto", "cpu", "cuda"] = "auto", **more: Any,
+    **more: Any,
 ) -> Step:  # fmt: skip
-    """A step that trains and scores nothing; what: it does, in a few words."""
-    run = Place(folder, device)
+    """A step that trains and scores nothing."""
     return Step(
-        name=f"{kind}_{subject}", kind=kind, run=room, program=(room, kind), outputs=(out,),
-        config=Arguments(words=tuple(words), what=what, run=run), **more,
+        name=f"{kind}_{subject}", kind=kind, what=what, run=room, program=(room, kind),
+        words=tuple(words), folder=folder, outputs=(out,), **more,
     )  # fmt: skip
 
 
@@ -249,7 +227,9 @@ class _Planner:
         below = {"use_unmasked_images": True} if is_free else {}
         config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given, below))
         left = (files.checkpoint_path(folder, epochs), files.reconstructions_path(folder, epochs))
-        return self._step(run, epochs, needs, config, *left)
+        what = f"pretrain up to epoch {epochs} of {config.optimisation.epochs}"
+        what += ", without segments too" if config.data.use_unmasked_images else ""
+        return self._step("pretrain", what, run, epochs, needs, config, *left)
 
     def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
         """Probes and finetunes the checkpoint after `epochs`, where that is wanted.
@@ -277,7 +257,9 @@ class _Planner:
             if data.in1k_dir and val.is_dir() and sum(e.is_dir() for e in os.scandir(val)) > 1:
                 below["image_folder"] = val
             groups = _groups(PROBE_GROUPS, "--probe", told, parts.probe, below)
-            yield self._step(run, epochs, needs, ProbeConfig(init=init, **groups), files.RESULT)
+            what = f"probe the frozen encoder, seed {run.seed}"
+            probe = ProbeConfig(init=init, **groups)
+            yield self._step("probe", what, run, epochs, needs, probe, files.RESULT)
 
         # Finetuned once for each seed.
         is_evaluated = always or epochs in experiment.eval_points
@@ -286,14 +268,16 @@ class _Planner:
             told = {**planned, "init": init, "seed": run.seed + eval_seed, "output_dir": folder}
             config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", told, given))
             left = (files.RESULT, files.LOG, files.PREDICTIONS)
-            yield self._step(run, epochs, needs, config, *left)
+            what = f"finetune and score, seed {config.optimisation.seed}"
+            yield self._step("evaluate", what, run, epochs, needs, config, *left)
 
     def _step(
-        self, run: RunId, epochs: int, needs: tuple[str, ...], config: PartConfig, *left: str | Path
-    ) -> Step:
+        self, kind: Kind, what: str, run: RunId, epochs: int, needs: tuple[str, ...],
+        config: PartConfig, *left: str | Path,
+    ) -> Step:  # fmt: skip
         """left: what it leaves in its folder."""
-        kind, program = _OF_PART[type(config)]
-        compute, folder = self.settings.compute, config.run.output_dir
+        compute, cluster = self.settings.compute, self.settings.cluster
+        folder = config.run.output_dir
         name, gpus, processes = folder.name, compute.eval_gpus, compute.gpus_per_eval
         if kind == "pretrain":  # all rounds of a run have one folder
             name = eval_name(run.name, epochs)
@@ -301,12 +285,17 @@ class _Planner:
             processes = compute.num_processes or 1
         if kind == "pretrain" or not gpus:
             gpus = compute.pretrain_gpus
+        is_slurm = cluster.launcher == "slurm"
+        # Only pretraining is spread: a finetuning batch is small.
+        spread = is_slurm and kind == "pretrain" and (processes > 1 or compute.num_gpus)
         return Step(
-            name=f"{kind}_{name}", kind=kind, run=run.name, epochs=epochs, program=program,
-            config=config, needs=needs, outputs=tuple(folder / path for path in left),
+            name=f"{kind}_{name}", kind=kind, what=what, run=run.name, epochs=epochs,
+            program=_PROGRAMS[kind], config=config, folder=folder, device=config.run.device,
+            needs=needs, outputs=tuple(folder / path for path in left),
             # A Slurm job sees its own GPUs only.
-            gpus=gpus if gpus and self.settings.cluster.launcher == "local" else None,
-            processes=processes, settings=self._decisive(config),
+            gpus=gpus if gpus and not is_slurm else None,
+            nodes=cluster.nodes if spread else 1, processes=processes,
+            settings=self._decisive(config),
         )  # fmt: skip
 
     def _decisive(self, config: PartConfig) -> dict[str, Any]:
@@ -337,10 +326,3 @@ def _groups(
         flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise ValueError(f"{section} {name}=... would contradict the plan; use {flag}")
     return make_all(groups, [Layer(given, section), Layer(planned)])
-
-
-def nodes_of(step: Step, settings: Settings) -> int:
-    """Machines of a step. Only pretraining is spread: a finetuning batch is small."""
-    cluster = settings.cluster
-    spread = cluster.launcher == "slurm" and (step.processes > 1 or step.devices_are_gpus)
-    return cluster.nodes if spread and step.kind == "pretrain" else 1

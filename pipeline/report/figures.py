@@ -221,7 +221,7 @@ def _pictures(paths: Layout) -> Iterator[tuple[str, RunId, int, Path]]:
             elif image.name == PREDICTIONS:
                 run, epochs, number = parse_eval_name(image.parent.name)
                 if not number:
-                    yield "Predictions", RunId.parse(run), epochs, image
+                    yield "Predictions", run, epochs, image
 
 
 def _data_uri(path: Path) -> str:

@@ -14,8 +14,7 @@ import pytest
 from common.progress import duration
 from common.step_files import PROGRESS
 from pipeline.launch import status
-from pipeline.launch.local import LocalLauncher, progress_text, shortage
-from pipeline.launch.process import MARK, marked
+from pipeline.launch.local import MARK, LocalLauncher, marked, progress_text, shortage
 from pipeline.launch.slurm import follow
 from pipeline.launch.status import read_status
 from pipeline.plan import machine
