@@ -1,6 +1,7 @@
 """The command line of `python -m mae`. Heavy libraries are imported when a command runs."""
 
 import json
+import logging
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,16 @@ import click
 from common.command import CONTEXT, PATH, TIMED_STEPS, command, dry_run
 from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
 from common.environment import world_size
+from common.files import check_output_file
 from common.options import OptionGroup, option
 from engine.config import PluginConfig
 from engine.vit import IMAGE_CHANNELS
 from mae.config import GROUPS, OFFICIAL_FILES, PretrainConfig
 from mae.masking import METHODS
+
+logger = logging.getLogger(__name__)
+
+RELEASE = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_{}.pth"
 
 
 @click.group(context_settings=CONTEXT)
@@ -129,7 +135,14 @@ class _FetchOptions(OptionGroup):
 @command(cli, options=_FetchOptions)
 def fetch(options: _FetchOptions) -> None:
     """Download an official MAE checkpoint: resumable, and checked against its digest."""
-    from mae.download import fetch_official
+    from common.download import download, has_digest
 
     log_to_stderr()
-    fetch_official(options.model, options.out, url=options.url)
+    digest, out = OFFICIAL_FILES[options.model], options.out
+    check_output_file(out)
+    if not out.exists():
+        download([options.url or RELEASE.format(options.model)], out, digest=digest)
+    elif not has_digest(out, digest):
+        raise ValueError(f"{out} exists, and its digest does not begin with {digest}")
+    else:
+        logger.info("%s is there already", out)

@@ -5,8 +5,6 @@ and ours load there. B images, C channels, H x W pixels, P patch size, N patches
 E decoder width.
 """
 
-from dataclasses import dataclass
-
 import torch
 from timm.layers import LayerNorm  # its eps is 1e-6
 from timm.models.vision_transformer import Block
@@ -18,14 +16,6 @@ from mae.config import ModelConfig
 from mae.masking import MaskedView, MaskingMethod, patchify, unpatchify
 
 PATCH_VARIANCE_EPSILON = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """Pictures [B, C, H, W] of one batch, normalised like the input, and visible [B, 1, H, W]."""
-
-    predicted: Tensor
-    visible: Tensor
 
 
 class MaskedAutoencoder(nn.Module):
@@ -137,7 +127,7 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / deviation
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, pattern: Tensor) -> Reconstruction:
+    def reconstruct(self, images: Tensor, pattern: Tensor) -> Tensor:
         """Predict normalised images [B, C, H, W] from what their patterns show.
 
         Under norm-pix-loss a prediction is relative to its patch; the patch's true mean and
@@ -148,10 +138,7 @@ class MaskedAutoencoder(nn.Module):
         if self.config.norm_pix_loss:
             mean, deviation = _patch_statistics(patchify(images, self.config.patch_pixels))
             predicted = predicted * deviation + mean
-        return Reconstruction(
-            predicted=unpatchify(predicted, self.config.patch_pixels),
-            visible=self.method.visible_map(pattern),
-        )
+        return unpatchify(predicted, self.config.patch_pixels)
 
     def _initialise(self) -> None:
         """Initial weights as MAE has them: Xavier for matrices, 0.02 for tokens."""

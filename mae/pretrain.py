@@ -6,13 +6,14 @@ pretrain(config)    # a round, or what is left of it
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from common.environment import world_size
 from common.images import evenly_spread
@@ -28,15 +29,10 @@ from engine.weights import read_vit_weights
 from mae.check import check_pretraining, look_inside, plan_batches
 from mae.config import OptimisationConfig, PretrainConfig, make_method
 from mae.controls import SegmentSource
-from mae.data import Batch, FixedImages, MaskedImages, collate
+from mae.data import Batch, MaskedImages, collate
 from mae.listing import make_listing
 from mae.model import MaskedAutoencoder, training_flops
-from mae.reconstruct import (
-    FIXED_SET_SIZE,
-    draw_reconstructions,
-    pack_fixed_set,
-    unpack_fixed_set,
-)
+from mae.reconstruct import FIXED_SET_SIZE, draw_reconstructions
 from mae.resume import open_own_checkpoint
 from mae.weights import start_from_official
 
@@ -88,7 +84,9 @@ class Pretraining(Task):
             seed=self.seed,
         )
         self.collate, self.start_worker = collate, leave_signals_to_the_main_process
-        self.heldout = FixedImages(self.images, listing.val_folder, listing.val)
+        self.heldout = replace(
+            self.images, folder=listing.val_folder, paths=listing.val, is_fixed=True
+        )
         self.num_heldout = len(self.heldout)
         self.evaluations = self.total_epochs if self.num_heldout else 0
 
@@ -114,7 +112,7 @@ class Pretraining(Task):
         self.device = accelerator.device
         model = MaskedAutoencoder(self.config.model, self.images.method).to(self.device)
         if checkpoint:
-            self.fixed_set = unpack_fixed_set(checkpoint["fixed_set"])
+            self.fixed_set = Batch(**checkpoint["fixed_set"])
         else:
             self._start_from_init(model)
             self.fixed_set = self._choose_fixed_set()
@@ -132,10 +130,9 @@ class Pretraining(Task):
 
     def _choose_fixed_set(self) -> Batch:
         """The training images that every round's picture shows: evenly spread, with segments."""
-        count = min(FIXED_SET_SIZE, len(self.images))
-        paths = self.images.paths[evenly_spread(range(len(self.images)), count)]
-        fixed = FixedImages(self.images, self.images.folder, paths)
-        return collate([fixed[index] for index in range(count)])
+        paths = self.images.paths[evenly_spread(range(len(self.images)), FIXED_SET_SIZE)]
+        fixed = replace(self.images, paths=paths, is_fixed=True)
+        return collate([fixed[0, index] for index in range(len(fixed))])
 
     def plan(self, processes: int) -> BatchPlan:
         """Equal micro-batches."""
@@ -190,23 +187,25 @@ class Pretraining(Task):
             return None
         accelerator, model = run.accelerator, run.model
         # The plain model: the compiled one would be compiled anew for the last, smaller batch.
-        chosen = evenly_spread(range(self.num_heldout), images)
-        share = Subset(self.heldout, chosen[accelerator.process_index :: accelerator.num_processes])
+        chosen = [(0, index) for index in evenly_spread(range(self.num_heldout), images)]
+        share = chosen[accelerator.process_index :: accelerator.num_processes]
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         model.eval()
-        if len(share):
-            loader: Any = DataLoader(
-                share,
-                batch_size=run.plan.micro_batch_size,
-                num_workers=0 if len(share) <= FEW_IMAGES else self.run.loader_workers,
-                collate_fn=collate,
-                worker_init_fn=leave_signals_to_the_main_process,
-            )
-            for batch in loader:
-                with accelerator.autocast():
-                    errors = model(batch.images.to(sums.device), batch.pattern.to(sums.device))
-                sums[0] += errors.double().sum()
-                sums[1] += batch.hidden_pixels.sum() * IMAGE_CHANNELS
+        loader: Any = DataLoader(
+            self.heldout,
+            sampler=share,
+            batch_size=run.plan.micro_batch_size,
+            num_workers=0 if len(share) <= FEW_IMAGES else self.run.loader_workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals_to_the_main_process,
+        )
+        for batch in loader:
+            for text in batch.unreadable:
+                logger.warning("skipped %s", text)
+            with accelerator.autocast():
+                errors = model(batch.images.to(sums.device), batch.pattern.to(sums.device))
+            sums[0] += errors.double().sum()
+            sums[1] += batch.hidden_pixels.sum() * IMAGE_CHANNELS
         model.train()
         total = accelerator.reduce(sums, reduction="sum")
         return float(total[0] / total[1].clamp(min=1))
@@ -238,7 +237,12 @@ class Pretraining(Task):
         """What drawing and continuing need."""
         return {
             "images": {"count": len(self.images), "digest": self.listing.digest},
-            "fixed_set": pack_fixed_set(self.fixed_set),
+            # With it a checkpoint can draw without the dataset.
+            "fixed_set": {
+                "images": self.fixed_set.images,
+                "pattern": self.fixed_set.pattern,
+                "hidden_pixels": self.fixed_set.hidden_pixels,
+            },
             "learning_rate": self.config.optimisation.learning_rate,
             "processes": run.plan.processes,
         }

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
-from mae.config import MethodConfig, make_method, parse_settings
+from mae.config import MethodConfig, ModelConfig, make_method, parse_group
 from mae.controls import SegmentSource
 from mae.data import Batch, Sample, collate, make_sample
 from mae.decode import read_crop
@@ -43,9 +42,9 @@ def reconstruct_files(
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint, checkpoint_path)
-    batch = unpack_fixed_set(checkpoint["fixed_set"])
+    batch = Batch(**checkpoint["fixed_set"])
     if images:
-        options, _ = parse_settings(checkpoint["config"], checkpoint_path)
+        options = parse_group(MethodConfig, checkpoint["config"], checkpoint_path)
         with_own = masks_dir if model.method.uses_segments else None
         seed = checkpoint["config"]["seed"]
         segments = _open_source(with_own, options, seed) if with_own else None
@@ -58,15 +57,15 @@ def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> 
     """Write one row per image: original, seen, predicted, and predicted pasted where hidden."""
     device, was_training = model.mean.device, model.training
     model.eval()
-    images = model.normalise(batch.images.to(device))  # [B, 3, H, W]
-    result = model.reconstruct(images, batch.pattern.to(device))  # pixels, and what was visible
+    images, pattern = model.normalise(batch.images.to(device)), batch.pattern.to(device)
+    both = images, model.reconstruct(images, pattern)  # [B, 3, H, W]
     model.train(was_training)
     # From normalised pixels to colours, 0 to 1.
-    both = (images, result.predicted)
     original, predicted = ((x.float() * model.std + model.mean).clamp(0, 1) for x in both)
+    is_visible = model.method.visible_map(pattern) > 0  # [B, 1, H, W]
     # What is hidden is 0 after normalising: the mean colour.
-    seen = torch.where(result.visible > 0, original, model.mean)
-    pasted = torch.where(result.visible > 0, original, predicted)
+    seen = torch.where(is_visible, original, model.mean)
+    pasted = torch.where(is_visible, original, predicted)
     pictures = torch.stack([original, seen, predicted, pasted], dim=1)  # [B, 4, 3, H, W]
     pixels = (pictures * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
     rows = [[(picture, "") for picture in row] for row in pixels]
@@ -74,19 +73,10 @@ def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> 
     save_png(contact_sheet(rows, titles=COLUMNS, tile_width=width), path, KIND)
 
 
-def pack_fixed_set(batch: Batch) -> dict[str, Tensor]:
-    """Plain tensors for a checkpoint, so that it can draw its fixed set without the dataset."""
-    return {"images": batch.images, "pattern": batch.pattern, "hidden_pixels": batch.hidden_pixels}
-
-
-def unpack_fixed_set(stored: dict[str, Tensor]) -> Batch:
-    """The inverse of `pack_fixed_set`."""
-    return Batch(**stored, unreadable=[])
-
-
 def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
     """The whole model of the checkpoint at `path`, ready to reconstruct. Raises ValueError."""
-    method, model_config = parse_settings(checkpoint["config"], path)
+    method = parse_group(MethodConfig, checkpoint["config"], path)
+    model_config = parse_group(ModelConfig, checkpoint["config"], path)
     model = MaskedAutoencoder(model_config, make_method(method, model_config))
     load_weights(model, checkpoint["model"], path)
     return model.eval()

@@ -28,14 +28,10 @@ class WholeCheckpoint(Checkpoint):
     fixed_set: dict[str, Tensor]
 
 
-def load_checkpoint(path: Path, *, lazily: bool = False, whole: bool = True) -> dict[str, Any]:
-    """Read a checkpoint of pretraining onto the CPU. Raises ValueError if the file is none.
-
-    whole: with all that continuing and drawing need.
-    """
-    shape = WholeCheckpoint if whole else Checkpoint
+def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of pretraining onto the CPU. Raises ValueError if the file is none."""
     return engine.checkpoint.load_checkpoint(
-        path, program="python -m mae pretrain", shape=shape, lazily=lazily
+        path, program="python -m mae pretrain", shape=WholeCheckpoint, lazily=lazily
     )
 
 

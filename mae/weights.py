@@ -65,7 +65,7 @@ def export_encoder(checkpoint_path: Path, out: Path) -> str:
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
     check_output_file(out, reads=[checkpoint_path], is_own=is_marked(KIND))
     # Lazily: of a checkpoint with its decoder a good part is never read.
-    checkpoint = load_checkpoint(checkpoint_path, lazily=True, whole=False)
+    checkpoint = load_checkpoint(checkpoint_path, lazily=True)
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
     weights = dict(_make_encoder(checkpoint["model"], config, checkpoint_path).state_dict())
     kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
@@ -98,7 +98,7 @@ def _timm_line(config: ModelConfig, path: Path) -> str:
 def load_encoder(checkpoint_path: Path) -> VisionTransformer:
     """The encoder of a checkpoint as timm's ViT with 3 input channels, ready to embed images."""
     # Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
-    checkpoint = load_checkpoint(checkpoint_path, whole=False)
+    checkpoint = load_checkpoint(checkpoint_path)
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
     return _make_encoder(checkpoint["model"], config, checkpoint_path).eval()
 

@@ -201,9 +201,10 @@ def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
         say(f"{what + ':':28}{value}")
     if missing := found.keys() - source.images() - source.listed_empty():
         say(f"{len(missing)} images have no segments and no list says so: {min(missing)} ...")
-    title = f"Segments in {masks_dir.resolve().name} ({source.name})"
-    save_png(draw(statistics, source, found, ratios, title), picture, PICTURE)
-    say(f"wrote {picture}")
+    drawn = {key: found[key] for key in statistics.coverages if key in found}
+    if drawn:
+        save_png(draw(statistics, source, drawn, ratios), picture, PICTURE)
+    say(f"wrote {picture}" if drawn else "no picture: --images has none of the images")
     return 0
 
 

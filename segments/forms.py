@@ -43,8 +43,7 @@ def form_of(path: Path) -> str:
     if os.path.isfile(_store_path(path)):  # noqa: PTH113  (Path's raises where it may not look)
         return PackedStore.name
     with suppress(ValueError):  # whoever opens them will say why
-        form = _form_of_files(path)
-        return form.name if form else "none"
+        return open_folder(path).name
     return "none"
 
 
@@ -68,27 +67,19 @@ def open_any_form(path: Path) -> AnyForm:
 
 def open_folder(root: Path) -> SegmentFolder:
     """Open segments that are kept as files, to pack them. Raises ValueError if there are none."""
-    form = _form_of_files(root)
-    if form is None:
-        raise ValueError(
-            f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, or a "
-            "folder with metadata.csv or table.txt; `python -m segments generate` makes some"
-        )
-    return SegmentFolder(root, form)
+    # The first file that tells decides; a whole walk could take minutes.
+    for _, names in walk(root) if os.path.isdir(root) else ():  # noqa: PTH112
+        for form in FORMS:
+            if any(f"/{n}".endswith(form.ending) for n in names if not n.startswith(".")):
+                return SegmentFolder(root, form)
+    raise ValueError(
+        f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, or a "
+        "folder with metadata.csv or table.txt; `python -m segments generate` makes some"
+    )
 
 
 def _store_path(path: Path) -> Path:
     return path / STORE_NAME if os.path.isdir(path) else path  # noqa: PTH112  (as above)
-
-
-def _form_of_files(root: Path) -> Form | None:
-    if os.path.isdir(root):  # noqa: PTH112
-        # The first file that tells decides; a whole walk could take minutes.
-        for _, names in walk(root):
-            for form in FORMS:
-                if any(f"/{n}".endswith(form.ending) for n in names if not n.startswith(".")):
-                    return form
-    return None
 
 
 class Form(NamedTuple):

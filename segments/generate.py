@@ -28,7 +28,7 @@ from common.step_files import shard_path
 from segments.config import STORE_NAME, VAL, check_made_alike, made_for
 from segments.pack import join
 from segments.parallel import Failure, in_order
-from segments.segment import Segment, ordered
+from segments.segment import Segment
 from segments.store import PackedImage, PackedStore, Summary, pack_image, segment_key, write_store
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class InputImage:
     height: int  # of the image, and of its segments
     width: int
     ratios: tuple[float, ...] = ()  # the nearest to these coverages, in percent; none: all segments
+    damage: str = ""  # why it cannot be read: something blank stands in
 
 
 class Generator(Protocol):
@@ -192,28 +193,28 @@ class Work:
             found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
         yield from (row for rows in found for row in rows if row.key in left)
 
-    def read(self, keys: Sequence[str]) -> list[tuple[InputImage, str]]:
-        """Each image, and why it cannot be read."""
-        images = []
-        for key in keys:
-            # Something blank stands in for what cannot be read: the batch keeps its size.
-            pixels, (height, width), reason = BLANK, BLANK.shape[:2], ""
-            try:
-                pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
-            except ValueError as error:
-                reason = str(error)
-            # What an image has already is merged with what is made now.
-            ratios = tuple(self.missing if key in self.there else self.ratios)
-            image = InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
-            images.append((image, reason))
-        return images
+    def read(self, keys: Sequence[str]) -> list[InputImage]:
+        """The images of a batch, which keeps its size whatever cannot be read."""
+        return [self._read(key) for key in keys]
 
-    def segment(self, images: Sequence[tuple[InputImage, str]]) -> list[PackedImage | Failure]:
+    def _read(self, key: str) -> InputImage:
+        pixels, (height, width), damage = BLANK, BLANK.shape[:2], ""
+        try:
+            pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
+        except ValueError as error:
+            damage = str(error)
+        # What an image has already is merged with what is made now.
+        ratios = tuple(self.missing if key in self.there else self.ratios)
+        return InputImage(
+            key=key, pixels=pixels, height=height, width=width, ratios=ratios, damage=damage
+        )
+
+    def segment(self, images: Sequence[InputImage]) -> list[PackedImage | Failure]:
         """The rows of each image."""
-        found = self.generator.segments([image for image, _ in images])
+        found = self.generator.segments(images)
         return [
-            Failure(image.key, reason) if reason else pack_image(image.key, ordered(segments))
-            for (image, reason), segments in zip(images, found, strict=True)
+            Failure(one.key, one.damage) if one.damage else pack_image(one.key, segments)
+            for one, segments in zip(images, found, strict=True)
         ]
 
 

@@ -257,7 +257,7 @@ def test_a_large_photograph_is_read_reduced_and_its_segments_have_its_size(tmp_p
         Image.fromarray(pixels).save(tmp_path / f"{kind}.{kind}", quality=95)
     generator = Felzenszwalb(FelzenszwalbSettings(longest_side=64))
     work = Work(images_by_key(tmp_path, None), generator)
-    reduced, whole = (work.read([name])[0][0] for name in ("jpg", "png"))
+    reduced, whole = (work.read([name])[0] for name in ("jpg", "png"))
     assert (reduced.pixels.shape, whole.pixels.shape) == ((75, 100, 3), (300, 400, 3))
     assert (reduced.height, reduced.width) == (300, 400)
     for photograph in (reduced, whole):
