@@ -92,8 +92,8 @@ class SegmentSource:
         found = nearest_first(self.store.segments(key), coverage_percent)
         if choice == "nearest":
             return found[:count]
-        inner = islice((one for one in found if sides_touched(one) <= 1), count)
-        chosen = list(inner) or [min(found, key=sides_touched)]
+        inner = islice((one for one in found if sides_touched(one.decode()) <= 1), count)
+        chosen = list(inner) or [min(found, key=lambda one: sides_touched(one.decode()))]
         return [largest_island(one) for one in chosen] if choice == "compact" else chosen
 
     def _borrowed(

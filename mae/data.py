@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from common.images import next_usable
 from engine.schedule import FIXED, SAMPLE, sample_rng
 from mae.controls import SegmentSource
-from mae.decode import read_crop
+from mae.decode import CroppedImage, read_crop
 from mae.masking import MaskingMethod
 from mae.transforms import centre_crop, random_crop
 from segments.store import segment_key
@@ -68,6 +68,12 @@ class MaskedImages(Dataset[Sample]):
         return sample._replace(unreadable=skipped)
 
     def _sample(self, epoch: int, index: int) -> Sample:
+        image, pattern = self.draw(epoch, index)
+        hidden = self.method.hidden_pixels(pattern)
+        return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
+
+    def draw(self, epoch: int, index: int) -> tuple[CroppedImage, np.ndarray]:
+        """The crop of an image and its pattern. Raises ValueError if it cannot be used."""
         rng = sample_rng(self.seed, FIXED if self.is_fixed else SAMPLE, epoch, index)
         choose_crop = centre_crop if self.is_fixed else partial(random_crop, rng)
         relative, segment = self.paths[index].decode(), None
@@ -77,15 +83,7 @@ class MaskedImages(Dataset[Sample]):
                 segment = self.segments.cut(self.method, segment_key(relative), image, rng)
         except ValueError as error:
             raise ValueError(f"{relative} ({error})") from None
-        return make_sample(self.method, image.pixels, rng, segment)
-
-
-def make_sample(
-    method: MaskingMethod, image: Tensor, rng: np.random.Generator, segment: np.ndarray | None
-) -> Sample:
-    """Draw the pattern of an image [C, S, S]; `segment` is what `SegmentSource.cut` gives."""
-    pattern = method.pattern(rng, segment)
-    return Sample(image=image, pattern=pattern, hidden_pixels=method.hidden_pixels(pattern))
+        return image, self.method.pattern(rng, segment)
 
 
 def collate(samples: list[Sample]) -> Batch:

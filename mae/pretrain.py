@@ -30,6 +30,7 @@ from mae.check import check_pretraining, look_inside, plan_batches
 from mae.config import OptimisationConfig, PretrainConfig, make_method
 from mae.controls import SegmentSource
 from mae.data import Batch, MaskedImages, collate
+from mae.hidden import Hidden
 from mae.listing import make_listing
 from mae.model import MaskedAutoencoder, training_flops
 from mae.reconstruct import FIXED_SET_SIZE, draw_reconstructions
@@ -83,6 +84,7 @@ class Pretraining(Task):
             method=make_method(config.method, config.model),
             seed=self.seed,
         )
+        self.hidden = Hidden(self.images)
         self.collate, self.start_worker = collate, leave_signals_to_the_main_process
         self.heldout = replace(
             self.images, folder=listing.val_folder, paths=listing.val, is_fixed=True
@@ -216,6 +218,7 @@ class Pretraining(Task):
         flops = images * training_flops(self.config.model, self.images.method)
         coverage = state.sums["coverage"] / images
         variance = max(0.0, state.sums["coverage_square"] / images - coverage**2)
+        accelerator = run.accelerator
         last_step = state.epochs_completed + (steps - 1) / steps  # a step's rate is its beginning's
         record = {
             "train_loss": state.sums["loss"] / steps,
@@ -223,11 +226,11 @@ class Pretraining(Task):
             "train_lr": self.rate_at(last_step / self.total_epochs),
             "coverage_percent_mean": coverage,
             "coverage_percent_std": math.sqrt(variance),
+            **(self.hidden.in_epoch(state.epochs_completed) if accelerator.is_main_process else {}),
             "train_flops": flops * (state.epochs_completed + 1),
             "unreadable_images": round(state.sums["unreadable_images"]),
             **run.speed(state),
         }
-        accelerator = run.accelerator
         peak = peak_flops(accelerator.device, accelerator.mixed_precision)
         if peak is not None:
             record["mfu"] = flops / state.seconds / (peak * accelerator.num_processes)

@@ -15,7 +15,7 @@ from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
 from mae.config import MethodConfig, ModelConfig, make_method, parse_group
 from mae.controls import SegmentSource
-from mae.data import Batch, Sample, collate, make_sample
+from mae.data import Batch, Sample, collate
 from mae.decode import read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
@@ -92,11 +92,12 @@ def _sample(
         if segments is not None:
             key, rng = _key_of(path, segments.store), np.random.default_rng(number)
             segment = segments.cut(model.method, key, image, rng)
-            return make_sample(model.method, image.pixels, rng, segment)
+            pattern = model.method.pattern(rng, segment)
+        else:
+            pattern = fixed_set.pattern[number % len(fixed_set.images)].numpy()  # in turn
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    row = number % len(fixed_set.images)  # in turn
-    pattern, hidden = fixed_set.pattern[row].numpy(), int(fixed_set.hidden_pixels[row])
+    hidden = model.method.hidden_pixels(pattern)
     return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
 
 

@@ -110,18 +110,10 @@ def nearest_first(segments: Iterable[Segment], coverage_percent: float) -> list[
     return sorted(ranked, key=lambda s: abs(s.coverage_percent - coverage_percent))
 
 
-def sides_touched(segment: Segment) -> int:
-    """How many of the image's four sides it reaches: 0 to 4. Things usually end within an image."""
-    (runs,) = run_lengths([segment.counts])
-    ends = runs.cumsum()  # outside and inside in turn, down the columns
-    first, last = ends[:-1:2], ends[1::2] - 1  # pixels of each run inside
-    first, last = first[first <= last], last[first <= last]
-    if not len(first):
-        return 0
-    height, turns = segment.height, first // segment.height != last // segment.height
-    left, right = first[0] < height, last[-1] >= height * (segment.width - 1)
-    top, bottom = turns | (first % height == 0), turns | (last % height == height - 1)
-    return int(left) + int(right) + int(top.any()) + int(bottom.any())
+def sides_touched(inside: np.ndarray) -> int:
+    """How many of its four sides what is not 0 in [H, W] reaches."""
+    edges = (inside[0], inside[-1], inside[:, 0], inside[:, -1])
+    return sum(bool(edge.any()) for edge in edges)
 
 
 def count_islands(inside: np.ndarray) -> int:
