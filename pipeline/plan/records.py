@@ -109,8 +109,8 @@ def read_record(paths: Layout, step_name: str) -> Record | None:
 
 def read_all_records(paths: Layout) -> list[Record]:
     """All records of an output directory, by name."""
-    found = (read_record(paths, path.stem) for path in sorted(paths.records.glob("*.json")))
-    return [record for record in found if record is not None]
+    files = sorted(paths.records.glob("*.json"))
+    return [record for file in files if (record := read_record(paths, file.stem))]
 
 
 def write_record(paths: Layout, record: Record) -> None:
