@@ -132,19 +132,19 @@ class LocalLauncher:
 
     def _judge(self, child: Child, exit_code: int) -> Record:
         """By exit code and by the files it had to leave."""
-        step, before, what, outputs = child.step, child.record, "", dict[str, int]()
+        step, before, what = child.step, child.record, ""
+        outputs = output_sizes(step, self.paths)
+        missing = [p for p in step.outputs if not outputs[os.path.relpath(p, self.paths.root)]]
         state: StepState = "done"
         if exit_code == EXIT_STOPPED or was_stopped(step):
             state = "stopped"
         elif exit_code != 0:
             state, what = "failed", f"ended with exit code {exit_code}"
-        else:
-            try:
-                outputs = output_sizes(step, self.paths)
-            except FileNotFoundError as error:
-                state, what = "failed", f"ended with exit code 0 but did not leave {error}"
+        elif missing:
+            what = f"ended with exit code 0 but did not leave {', '.join(map(str, missing))}"
+            state = "failed"
         record = replace(
-            before, state=state, outputs=outputs, exit_code=exit_code,
+            before, state=state, outputs=outputs if state == "done" else {}, exit_code=exit_code,
             seconds=before.seconds + time.time() - before.started,
             message=failure_message(step, what) if what else "",
         )  # fmt: skip

@@ -101,7 +101,7 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
 def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[str, Any]:
     """Submitit's parameters of a step's job; `needed` are the jobs that have to succeed before."""
     cluster = settings.cluster
-    gpus = step.devices if step.devices_are_gpus else None
+    gpus = step.devices if step.device == "cuda" else None
     cpus = _cpus_per_task(settings, step, gpus or 0)
     asked_cpus = cluster.sbatch.get("cpus_per_task", cpus)
     given = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}

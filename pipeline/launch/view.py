@@ -51,7 +51,7 @@ def show(settings: Settings, *, verbose: bool) -> None:
 
 def devices_text(step: Step) -> str:
     """What it runs on, in words."""
-    if not step.devices_are_gpus:
+    if step.device != "cuda":
         return "CPU"
     there = len(step.gpus or ())  # of which a score takes some
     several = f"{step.devices} of {there}" if there > step.devices else str(step.devices)

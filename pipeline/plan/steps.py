@@ -76,12 +76,7 @@ class Step:
     @property
     def devices(self) -> int:
         """What it occupies: GPUs, or 1 for the CPU."""
-        return self.processes if self.devices_are_gpus else 1
-
-    @property
-    def devices_are_gpus(self) -> bool:
-        """Whether it runs on GPUs."""
-        return self.device == "cuda"
+        return self.processes if self.device == "cuda" else 1
 
     @property
     def lane(self) -> str:
@@ -122,7 +117,7 @@ def make_plan(settings: Settings) -> list[Step]:
     GPUs are kept for them. Raises ValueError for an option of a part that cannot be.
     """
     experiment, plan = settings.experiment, _Planner(settings)
-    only, baselines = experiment.eval, _baselines(settings)
+    only, baselines = experiment.eval, plan.baselines()
     steps = plan.fetch() if "mae" in baselines or (experiment.stack and only is None) else []
     fetched = tuple(step.name for step in steps)
     for baseline, seed in product(baselines, experiment.seed):
@@ -145,26 +140,6 @@ def make_plan(settings: Settings) -> list[Step]:
     return steps
 
 
-def _baselines(settings: Settings) -> tuple[str, ...]:
-    """What is scored without a pretraining of ours."""
-    experiment = settings.experiment
-    if experiment.eval is not None:
-        return (experiment.eval,) if experiment.eval in BASELINES else ()
-    before = "mae" if experiment.stack else "scratch"  # what pretraining starts from
-    chosen = experiment.baselines
-    if chosen is None:  # a download of gigabytes is not begun without being asked for
-        at_hand = experiment.stack or official_checkpoint(settings).is_file()
-        chosen = BASELINES if at_hand else ("scratch",)
-    wanted = {*chosen, *([before] if 0 in experiment.eval_points else [])}
-    return tuple(name for name in BASELINES if name in wanted)
-
-
-def official_checkpoint(settings: Settings) -> Path:
-    """Where the official MAE checkpoint is, or will be."""
-    experiment, folder = settings.experiment, Layout(settings.data.output_dir).pretrain_output
-    return experiment.mae_checkpoint or folder / f"mae_pretrain_{experiment.model}.pth"
-
-
 def _runs(settings: Settings) -> Iterator[RunId]:
     """Every pretraining; what does not matter to a method does not multiply its runs."""
     experiment = settings.experiment
@@ -180,16 +155,31 @@ class _Planner:
     """Makes single steps from one call's settings."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, experiment = settings, settings.experiment
         self.paths = Layout(settings.data.output_dir)
-        self.official = official_checkpoint(settings)
+        # Where the official MAE checkpoint is, or will be.
+        download = self.paths.pretrain_output / f"mae_pretrain_{experiment.model}.pth"
+        self.official = experiment.mae_checkpoint or download
         # What every part is told.
         self.shared = {
-            "model": settings.experiment.model,
+            "model": experiment.model,
             "device": "cuda" if settings.compute.num_gpus else "cpu",
             "log_with": settings.parts.log_with,
             "plugin": settings.parts.plugin,
         }
+
+    def baselines(self) -> tuple[str, ...]:
+        """What is scored without a pretraining of ours."""
+        experiment = self.settings.experiment
+        if experiment.eval is not None:
+            return (experiment.eval,) if experiment.eval in BASELINES else ()
+        before = "mae" if experiment.stack else "scratch"  # what pretraining starts from
+        chosen = experiment.baselines
+        if chosen is None:  # a download of gigabytes is not begun without being asked for
+            at_hand = experiment.stack or self.official.is_file()
+            chosen = BASELINES if at_hand else ("scratch",)
+        wanted = {*chosen, *([before] if 0 in experiment.eval_points else [])}
+        return tuple(name for name in BASELINES if name in wanted)
 
     def fetch(self) -> list[Step]:
         """Nothing to fetch when a local file was named."""

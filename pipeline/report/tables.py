@@ -109,7 +109,7 @@ def class_tables(lines: Sequence[Line]) -> dict[str, Any]:
         caption += f" First the classes that change most against {reference}."
     names = dict.fromkeys(name for values in iou.values() for name in values)
     rows = [{"class": n, **{label: _shown(iou[label], n) for label in iou}} for n in names]
-    changes = {label: _changes(label, iou[label], reference, iou[reference]) for label in others}
+    changes = {label: _changes(iou, label, reference) for label in others}
     return {"caption": caption, "changes": changes, "all": Table(rows)}
 
 
@@ -123,10 +123,9 @@ def _class_iou(line: Line, epochs: int) -> dict[str, float]:
     return {name: fmean(values) if values else math.nan for name, values in found.items()}
 
 
-def _changes(
-    label: str, values: Mapping[str, float], reference: str, before: Mapping[str, float]
-) -> Table:
-    """The largest changes, gains first."""
+def _changes(iou: Mapping[str, Mapping[str, float]], label: str, reference: str) -> Table:
+    """The largest changes, gains first. iou: by label and class."""
+    values, before = iou[label], iou[reference]
     changes = {name: values[name] - before.get(name, math.nan) for name in values}
     seen = [name for name in changes if abs(changes[name]) >= _LEAST_CHANGE]
     largest = sorted(seen, key=lambda name: -abs(changes[name]))[:_MOST_CLASSES]
