@@ -2,12 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 from pipeline.report.figures import Chart, Point, Series, line_chart
 from pipeline.report.scores import FINETUNING, REFERENCE, Level, Line, Measure, last_common_epochs
-from pipeline.report.statistics import CONFIDENCE, Interval, holm, interval
+from pipeline.report.statistics import (
+    CONFIDENCE,
+    LEAST_IMAGES,
+    LEAST_VARIANCE,
+    Interval,
+    holm,
+    interval,
+)
 from pipeline.report.tables import Table, cost_cells
 
 _LEAST_SPAN = 5.0  # points of a score's axis, unless intervals are narrower
@@ -16,8 +24,10 @@ _EQUAL_COST = 0.02  # share by which training FLOPs may differ
 _VERDICTS = {
     "better": ("Better than", "better"),
     "worse": ("Worse than", "worse"),
+    "higher": ("Higher than", "higher, not the first look"),
+    "lower": ("Lower than", "lower, not the first look"),
     "none": ("No difference shown to", "no difference shown"),
-    "unknown": ("No verdict against", "none: too few seeds"),
+    "unknown": ("No verdict against", "none: "),
 }
 
 
@@ -28,24 +38,22 @@ class Comparison(NamedTuple):
     second: Line
     is_control: bool  # whether they differ in nothing but whose segments are hidden
     seeds: int
-    # first - second; None where they have no seed in common, or nothing gives an interval.
-    difference: Interval | None
-    cost_ratio: float | None  # training FLOPs of the first for one of the second
-    p_value: float = 1.0  # corrected for the number of comparisons with the same question
-
-    @property
-    def question(self) -> str:
-        """What it answers with others: own segments against controls, or all against one line."""
-        return self.first.label if self.is_control else self.second.label
+    value: float | None = None  # first - second; None where they have no seed in common
+    difference: Interval | None = None  # the same with its interval; None where nothing gives one
+    why_not: str = ""  # there is no verdict
+    cost_ratio: float | None = None  # training FLOPs of the first for one of the second
+    p_value: float = 1.0  # corrected for the number of comparisons in the report
+    is_first_look: bool = True  # others are hints: who looks often enough finds something
 
     @property
     def state(self) -> str:
-        """better, worse, none (no difference shown) or unknown (fewer than two seeds)."""
-        if self.difference is None or self.seeds < 2:
+        """better or worse, beyond the first look higher or lower; none (shown), or unknown."""
+        if self.difference is None or self.why_not:
             return "unknown"
         if self.p_value >= 1 - CONFIDENCE:
             return "none"
-        return "better" if self.difference.value > 0 else "worse"
+        words = ("worse", "better") if self.is_first_look else ("lower", "higher")
+        return words[self.difference.value > 0]
 
     @property
     def words(self) -> str:
@@ -53,8 +61,8 @@ class Comparison(NamedTuple):
         control = self.second.label.removeprefix(self.first.label).strip()
         name, found = control if self.is_control else self.first.label, self.difference
         if found is None or self.state == "unknown":
-            said = f"{found.value:+.2f} points from " if found else ""
-            return f"{name} ({said}{self.seeds or 'no'} seed in common)"
+            said = "" if self.value is None else f"{self.value:+.2f} points, "
+            return f"{name} ({said}{self.why_not})"
         within = f"95% interval {found.low:+.2f} to {found.high:+.2f}"
         if self.state != "none":
             return f"{name} (by {abs(found.value):.2f} points, {within})"
@@ -77,8 +85,11 @@ class Answer(NamedTuple):
     levels: Table | None = None
 
 
-def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
-    """Sentences, warnings, tables and chart of one measure; None where nothing was scored by it."""
+def answer(every_line: Sequence[Line], measure: Measure, *, first_look: str = "") -> Answer | None:
+    """Sentences, warnings, tables and chart of one measure; None where nothing was scored by it.
+
+    first_look: what is looked at first, in words, where that is not this.
+    """
     lines = [line for line in every_line if line.epochs(measure)]
     trained = [line for line in lines if not line.is_baseline]
     if not lines:
@@ -91,11 +102,13 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
     best = max(trained, key=lambda line: levels[line.label].score)
     # Without areas by image nothing tells how much the choice of images makes: no comparisons.
     found = _comparisons(lines, best, levels) if measure.areas else []
+    found = [c._replace(is_first_look=not first_look) for c in found]
     controls, others = [c for c in found if c.is_control], [c for c in found if not c.is_control]
-    sentences = [_about_best(best.label, levels[best.label], epochs, measure, len(trained) == 1)]
+    sentences = [_about_best(best.label, levels[best.label], epochs, measure, len(trained))]
     if measure.areas:
-        scratch = next((levels[line.label] for line in lines if line.method == "scratch"), None)
-        sentences += _verdicts(others) + _about_scratch(best.label, levels[best.label], scratch)
+        sentences += _verdicts(others)
+        start = _start_of(best, lines)
+        sentences += _about_chance(best, start, levels) if start else []
         sentences += _about_cost(others)
     level_rows = [
         {"method": label, measure.unit: f"{level.score:.2f}",
@@ -103,8 +116,13 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
          "seeds": str(len(level.scores)), **cost_cells(level.costs)}
         for label, level in levels.items()
     ]  # fmt: skip
+    hint = [
+        f"This is a look beyond the first, which is {first_look}: what differs here is a hint, "
+        "no finding."
+    ] if first_look and found else []  # fmt: skip
+    remarks = hint + _warnings(others)
     return Answer(
-        sentences, measure, chart, _warnings(others), _about_objects(controls), _warnings(controls),
+        sentences, measure, chart, remarks, _about_objects(controls), _warnings(controls),
         found, _difference_table(found) if found else None, Table(level_rows),
     )  # fmt: skip
 
@@ -112,30 +130,60 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
 def _comparisons(
     lines: Sequence[Line], best: Line, levels: Mapping[str, Level]
 ) -> list[Comparison]:
-    """All against the reference, the best against scratch, own segments against their controls."""
+    """Methods with the reference, each with its own start, own segments with their controls.
+
+    All are one family, that of the report: a report makes a false claim in 5% of cases at most. The
+    best of the methods is compared with scratch; as it was selected, all count.
+    """
     trained = {line.label: line for line in lines if not line.is_baseline}
     # A control's family bears the name of its own line; without that line, it is one of the others.
     own = {label: trained.get(line.family, line) for label, line in trained.items()}
     others = [line for label, line in trained.items() if own[label] is line]
     reference = next((line for line in others if line.method == REFERENCE), others[0])
     pairs = [(line, reference, False) for line in others if line is not reference]
-    pairs += [(best, line, False) for line in lines if line.method == "scratch"]
+    starts = [(line, _start_of(line, lines), False) for line in others]
+    pairs += [(line, start, no) for line, start, no in starts if start and start.is_untrained]
+    scratch = next((line for line in lines if line.method == "scratch"), None)
+    pairs += [(line, scratch, False) for line in trained.values() if scratch]
     pairs += [(own[label], line, True) for label, line in trained.items() if own[label] is not line]
-    found, judged = [], []
-    for first, second, is_control in pairs:
-        one, two = levels[first.label], levels[second.label]
-        seeds = sorted(one.scores.keys() & two.scores.keys())
-        # Both were drawn on the same images: differences are paired by seed and by image.
-        drawn = [one.drawn[s] - two.drawn[s] for s in seeds] if one.drawn and two.drawn else None
-        difference = interval([one.scores[seed] - two.scores[seed] for seed in seeds], drawn)
-        cost, other = one.costs["train_flops"], two.costs["train_flops"]
-        ratio = cost / other if cost and other else None
-        found.append(Comparison(first, second, is_control, len(seeds), difference, ratio))
-    for question in dict.fromkeys(c.question for c in found):
-        asked = [c for c in found if c.question == question]
-        p_values = [c.difference.p_value if c.difference and c.seeds > 1 else 1.0 for c in asked]
-        judged += [c._replace(p_value=p) for c, p in zip(asked, holm(p_values), strict=True)]
-    return judged
+    found = [
+        _compared(first, second, is_control, levels, len(pairs))
+        for first, second, is_control in pairs
+    ]
+    p_values = holm(
+        [c.difference.p_value if c.difference and not c.why_not else 1.0 for c in found]
+    )
+    judged = [c._replace(p_value=p) for c, p in zip(found, p_values, strict=True)]
+    return [c for c in judged if c.second is not scratch or c.first is best]
+
+
+def _compared(
+    first: Line, second: Line, is_control: bool, levels: Mapping[str, Level], among: int
+) -> Comparison:
+    """By the seeds that both have; both were drawn on the same images."""
+    one, two = levels[first.label], levels[second.label]
+    seeds = sorted(one.scores.keys() & two.scores.keys())
+    drawn = [one.drawn[s] - two.drawn[s] for s in seeds] if one.drawn and two.drawn else None
+    scores = [one.scores[seed] - two.scores[seed] for seed in seeds]
+    found, in_family = interval(scores, drawn), interval(scores, drawn, among=among)
+    if found and in_family:
+        found = replace(found, detectable=in_family.detectable)
+    why_not = (
+        f"{len(seeds) or 'no'} seed in common" if len(seeds) < 2
+        else f"fewer than {LEAST_IMAGES} validation images" if drawn and not len(drawn[0])
+        else "nothing varies" if found is None else ""
+    )  # fmt: skip
+    cost, other = one.costs["train_flops"], two.costs["train_flops"]
+    return Comparison(
+        first, second, is_control, len(seeds), fmean(scores) if scores else None, found, why_not,
+        cost / other if cost and other else None,
+    )  # fmt: skip
+
+
+def _start_of(line: Line, lines: Sequence[Line]) -> Line | None:
+    """What gains are counted from: the method's model before its first epoch, else scratch."""
+    found = [one for one in lines if one.is_untrained and one.method == line.method]
+    return next(iter(found + [one for one in lines if one.method == "scratch"]), None)
 
 
 def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
@@ -154,24 +202,29 @@ def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     return sentences
 
 
-def _about_best(label: str, level: Level, epochs: int, measure: Measure, is_alone: bool) -> str:
+def _about_best(label: str, level: Level, epochs: int, measure: Measure, methods: int) -> str:
     score = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
-    if level.spread:
-        within = level.spread.within(measure.most)
-        score += f" (95% interval {within}, {len(level.scores)} seeds)"
+    # The highest of several owes something to chance: its interval is one of as many.
+    spread = level.spread and interval(
+        list(level.scores.values()), list(level.drawn.values()) or None, among=methods
+    )
+    if spread:
+        of = "" if methods == 1 else f" as the highest of {methods}"
+        within = spread.within(measure.most)
+        score += f" (95% interval{of} {within}, {len(level.scores)} seeds)"
     after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
-    verb = "reaches" if is_alone else "is highest:"
+    verb = "reaches" if methods == 1 else "is highest:"
     return f"{after}, by {measure.words}, {label} {verb} {score}."
 
 
-def _about_scratch(best: str, level: Level, scratch: Level | None) -> list[str]:
-    """How far pretraining leads out of what the seeds of a random encoder do."""
-    scores = list(scratch.scores.values()) if scratch else []
-    if len(scores) < 3 or not stdev(scores):
+def _about_chance(best: Line, start: Line, levels: Mapping[str, Level]) -> list[str]:
+    """How far pretraining leads out of what the seeds of the initial weights do."""
+    scores = list(levels[start.label].scores.values())
+    if len(scores) < 3 or stdev(scores) ** 2 < LEAST_VARIANCE:
         return []
-    above = (level.score - fmean(scores)) / stdev(scores)
-    where = f"{abs(above):.1f} standard deviations of the {len(scores)} scratch seeds"
-    return [f"{best} lies {where} {'above' if above > 0 else 'below'} their mean."]
+    above = (levels[best.label].score - fmean(scores)) / stdev(scores)
+    where = f"{abs(above):.1f} standard deviations of the {len(scores)} {start.label} seeds"
+    return [f"{best.label} lies {where} {'above' if above > 0 else 'below'} their mean."]
 
 
 def _about_cost(comparisons: Sequence[Comparison]) -> list[str]:
@@ -187,15 +240,17 @@ def _about_cost(comparisons: Sequence[Comparison]) -> list[str]:
 def _about_objects(controls: Sequence[Comparison]) -> list[str]:
     """What it makes that the image's own segment is hidden: a sentence for each method."""
     sentences = []
-    for own in dict.fromkeys(c.question for c in controls):
-        found = [c for c in controls if c.question == own]
+    for own in dict.fromkeys(c.first.label for c in controls):
+        found = [c for c in controls if c.first.label == own]
         states = {c.state for c in found}
+        better, worse = ("better", "worse") if found[0].is_first_look else ("higher", "lower")
         verdict = (
             "not known" if "unknown" in states
-            else "yes, the image's own segment is better than every control" if states == {"better"}
-            else "no, the image's own segment is worse than a control" if "worse" in states
-            else "not shown" if "better" not in states
-            else "in part, the image's own segment is better than some controls"
+            else f"yes, the image's own segment is {better} than every control"
+            if states == {better}
+            else f"no, the image's own segment is {worse} than a control" if worse in states
+            else "not shown" if better not in states
+            else f"in part, the image's own segment is {better} than some controls"
         )  # fmt: skip
         sentences.append(f"{own}: {verdict}. {' '.join(_verdicts(found))}")
     return sentences
@@ -210,6 +265,8 @@ def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
             all_of = "per method" if len(few) == len(comparisons) else f"for {', '.join(few)}"
             why = "so nothing tells a real difference from chance"
             remarks.append(f"{words} in common {all_of}, {why}: run several, such as --seed 0,1,2.")
+    for why in dict.fromkeys(c.why_not for c in comparisons if c.seeds > 1 and c.why_not):
+        remarks.append(f"There are comparisons without a verdict: {why}.")
     if any(c.difference and not c.difference.of_images for c in comparisons):
         remarks.append(
             "Scores of an earlier version came without areas by image: intervals hold chance "
@@ -230,11 +287,11 @@ def _difference_table(comparisons: Sequence[Comparison]) -> Table:
         rows.append({
             "method": c.first.label, "against": c.second.label,
             "": "" if c.second.is_baseline else bar,
-            "difference": f"{d.value:+.2f}" if d else "",
+            "difference": "" if c.value is None else f"{c.value:+.2f}",
             "95% interval": f"{d.low:+.2f} to {d.high:+.2f}" if d else "",
             "detectable": f"{d.detectable:.2f}" if d and c.seeds > 1 else "",
             "seeds": str(c.seeds), "FLOPs": f"{c.cost_ratio:.2f} x" if c.cost_ratio else "",
-            "verdict": _VERDICTS[c.state][1],
+            "verdict": _VERDICTS[c.state][1] + c.why_not,
         })  # fmt: skip
     return Table(rows, [c.state for c in comparisons])
 

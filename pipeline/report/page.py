@@ -45,7 +45,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
             raise ValueError(f"{paths.root} is not the output directory of a run")
     lines = scores.make_lines(all_paths)
     scored = [(line.label, one) for line in lines for one in line.evaluations]
-    first, *others = _answers(lines)
+    first, *others = _answers(lines, _planned_epochs(all_paths))
     settings, differing = tables.provenance(all_paths)
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
@@ -87,9 +87,26 @@ def _progress(paths: Layout) -> str:
     return f"{paths.root.name}: {done} of {len(steps)} steps are done{failure}."
 
 
-def _answers(lines: Sequence[Line]) -> list[Answer]:
-    """What the measures say: complete finetuning first, the probes where there is none yet."""
-    found = [one for measure in MEASURES.values() if (one := answer(lines, measure))]
+def _planned_epochs(all_paths: Sequence[Layout]) -> int:
+    """Where pretraining ends, as the calls said; 0: it is not known."""
+    known = [scores.read_run_yml(paths).get("settings", {}).get("pretrain_epochs") for paths in all_paths]
+    return max((epochs for epochs in known if isinstance(epochs, int)), default=0)
+
+
+def _answers(lines: Sequence[Line], planned_epochs: int) -> list[Answer]:
+    """What the measures say: complete finetuning first, the probes where there is none yet.
+
+    One of them is looked at first, at the end of pretraining: the others say what differs as a hint.
+    """
+    scored = [one for one in MEASURES.values() if any(line.epochs(one) for line in lines)]
+    asked = next((one for one in scored if one.areas), FINETUNING)
+    reached = scores.last_common_epochs(lines, asked)
+    is_early = reached is not None and reached < planned_epochs
+    first_look = f"{asked.words} after {planned_epochs} epochs" if is_early else asked.words
+    found = []
+    for measure in scored:
+        look = "" if measure is asked and not is_early else first_look
+        found += [one for one in [answer(lines, measure, first_look=look)] if one]
     first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
     if not first.sentences:
         first = first._replace(sentences=["No evaluation has finished yet."])

@@ -46,6 +46,7 @@ MEASURES = {
     "finetuning": Measure("complete finetuning", areas=AREAS),
     "linear": Measure("the frozen linear probe", areas=PROBE_AREAS["linear"]),
     "knn": Measure("the frozen kNN probe", areas=PROBE_AREAS["knn"]),
+    "knn_raw": Measure("kNN on raw tokens", areas=PROBE_AREAS["knn_raw"]),
     "image_knn": Measure("kNN over whole images", "accuracy (%)", "accuracy"),
     "rankme": Measure(
         "the spread of its features", "RankMe (features used)", "rankme", most=math.inf
@@ -192,11 +193,12 @@ class Line:
     scored: list[Evaluation] = field(default_factory=list)  # by any measure
     # Folders; an evaluation may have outlived its pretraining, or not have begun.
     pretrainings: list[Path] = field(default_factory=list)
+    is_untrained: bool = False  # the method's own model before its first epoch
 
     @property
     def is_baseline(self) -> bool:
         """Whether nothing was pretrained here."""
-        return self.method in BASELINES
+        return self.is_untrained or self.method in BASELINES
 
     @property
     def evaluations(self) -> list[Evaluation]:
@@ -239,28 +241,32 @@ def names_of(all_paths: Sequence[Layout]) -> list[str]:
 
 
 def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
-    """All runs sorted into lines; baselines come first.
+    """All runs sorted into lines; baselines come first, what is untrained among them.
 
     Directories whose settings differ have lines of their own, which bear the directory's name.
     """
     apart = len(all_paths) > 1 and not made_alike(all_paths)
     lines: dict[str, Line] = {}
 
-    def line_of(run: RunId, suffix: str) -> Line:
+    def line_of(run: RunId, suffix: str, *, is_untrained: bool = False) -> Line:
         label, family = (r.label + suffix for r in (run, replace(run, segments_from=OWN)))
-        return lines.setdefault(label, Line(label=label, family=family, method=run.method))
+        # Ratios and controls change nothing of the model before the first epoch.
+        label = f"untrained {run.method}{suffix}" if is_untrained else label
+        line = Line(label=label, family=family, method=run.method, is_untrained=is_untrained)
+        return lines.setdefault(label, line)
 
     for paths, name in zip(all_paths, names_of(all_paths), strict=True):
         suffix = f" ({name})" if apart else ""
         for one in [*read_evaluations(paths), *read_evaluations(paths, ProbeResult)]:
-            line_of(one.run, suffix).scored.append(one)
+            is_untrained = one.epochs == 0 and one.run.method not in BASELINES
+            line_of(one.run, suffix, is_untrained=is_untrained).scored.append(one)
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name
                 run = RunId.parse(folder.name)
                 line_of(as_recorded(run, records), suffix).pretrainings.append(folder)
     rank = method_rank(all_paths)
-    ordered = sorted(lines.values(), key=lambda line: rank(line.method))
+    ordered = sorted(lines.values(), key=lambda line: (not line.is_baseline, rank(line.method)))
     families = list(dict.fromkeys(line.family for line in ordered))
     for index, line in enumerate(ordered):  # a method and its controls share a colour
         variants = [earlier.family for earlier in ordered[:index]].count(line.family)

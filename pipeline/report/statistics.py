@@ -22,6 +22,9 @@ from scipy import optimize, special
 
 CONFIDENCE, POWER = 0.95, 0.80
 DRAWS = 1000  # of the images; the standard error is then known to 2%
+# With fewer, drawing anew tells too little: of one image, one of seven intervals was wrong.
+LEAST_IMAGES = 10
+LEAST_VARIANCE = 1e-12  # of scores in percent; what is below is rounding
 _GRID = 200  # points of a normal distribution, of equal probability
 
 
@@ -34,7 +37,8 @@ class Interval:
     low: float
     high: float
     p_value: float  # how likely a value so far from 0 is if the true one is 0
-    detectable: float  # the smallest true difference told from 0 with 80% probability
+    # The smallest true difference that is told from 0 with 80% probability.
+    detectable: float
     of_images: bool  # whether chance in the images is part of it
 
     def within(self, most: float) -> str:
@@ -42,12 +46,17 @@ class Interval:
         return f"{max(0.0, self.low):.2f} to {min(most, self.high):.2f}"
 
 
-def interval(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None) -> Interval | None:
+def interval(
+    scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None, *, among: int = 1
+) -> Interval | None:
     """Mean with its interval. scores: one for each seed; drawn: [DRAWS] each, on other images.
 
-    Without `drawn`, chance is that between seeds. None where there is nothing to tell it by.
+    Without `drawn`, chance is that between seeds. among: of how many this is one, so that all such
+    intervals hold their truths in 95% of cases, and as many verdicts are kept apart (Bonferroni).
+    None where nothing tells chance: of one seed without `drawn`, of too few images to draw from,
+    or where nothing varies.
     """
-    if len(scores) < (2 if drawn is None else 1):
+    if len(scores) < (2 if drawn is None else 1) or (drawn is not None and not len(drawn[0])):
         return None
     seeds, value = len(scores), float(np.mean(scores))
     between = float(np.var(scores, ddof=1)) / seeds if seeds > 1 else 0.0
@@ -56,8 +65,10 @@ def interval(scores: Sequence[float], drawn: Sequence[np.ndarray] | None = None)
         covariance = np.atleast_2d(np.cov(drawn))
         off_diagonal = covariance.sum() - covariance.trace()
         shared = float(off_diagonal) / (seeds * (seeds - 1)) if seeds > 1 else covariance[0, 0]
+    if max(between, shared) < LEAST_VARIANCE:
+        return None
     error = _Error(max(between, 1e-18) ** 0.5, max(1, seeds - 1), max(0.0, shared) ** 0.5)
-    half = error.exceeded_by((1 - CONFIDENCE) / 2)
+    half = error.exceeded_by((1 - CONFIDENCE) / 2 / among)
     return Interval(
         value=value, low=value - half, high=value + half, of_images=drawn is not None,
         p_value=min(1.0, 2 * error.tail(abs(value))),
@@ -109,10 +120,13 @@ def mean_iou(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
 def draw_images(path: Path) -> np.ndarray:
     """Mean IoU in percent, had other images been drawn: [DRAWS], a bootstrap of an areas.npz.
 
-    The draws are the same for every file of the same images, so that differences are paired.
+    [0] of fewer than LEAST_IMAGES images. The draws are the same for every file of the same images,
+    so that differences are paired.
     Raises ValueError that names the file if it is damaged.
     """
     names, areas = read_areas(path)
+    if len(names) < LEAST_IMAGES:
+        return np.zeros(0)
     intersection, predicted, label = areas.astype("float32").transpose(1, 0, 2)  # 3 x [N, K]
     counts = _counts(names)  # float32 knows a sum of pixels to one in a million
     union = counts @ (predicted + label - intersection)
