@@ -47,7 +47,7 @@ def evaluate_checkpoint(
     own, wanted = loaded.classes, len(read_classes(description))
     if len(own) != wanted:
         raise ValueError(f"the checkpoint has {len(own)} classes, {description.name} has {wanted}")
-    check_labels(description, pairs, most=MOST_CHECKED, forgiving=True)
+    check_labels(description, pairs, most=MOST_CHECKED)
     target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:
         check_output_folder(target, "--save-predictions", reads=description.reads)
