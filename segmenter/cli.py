@@ -13,6 +13,7 @@ from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
 from common.environment import rank, world_size
 from common.files import check_output_file, write_json
 from common.step_files import RESULT
+from engine.config import DeviceConfig
 from segmenter.config import (
     GROUPS,
     PROBE_GROUPS,
@@ -117,12 +118,12 @@ def evaluate(
         say(f"protocol: {json.dumps(result['protocol'])}")
 
 
-@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)
+@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=DeviceConfig)
 @click.argument("checkpoint", type=PATH)
 @click.argument("images", type=PATH, nargs=-1, required=True)
 def predict(
     checkpoint: Path, images: tuple[Path, ...], pictures: PictureConfig, changes: ProtocolChanges,
-    devices: ScoringConfig,
+    devices: DeviceConfig,
 ) -> None:  # fmt: skip
     """Write label maps and overlays of IMAGES (files or folders)."""
     from segmenter.predict import predict_files

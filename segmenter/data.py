@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from common.images import next_usable
 from common.interruption import leave_signals_to_the_main_process
@@ -153,17 +153,6 @@ def _scale(image_size: int) -> tuple[int, int]:
 
 def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image_bgr[..., ::-1].transpose(2, 0, 1)))
-
-
-def test_images(
-    images: WholeImages, indices: Sequence[int], *, workers: int, pin_memory: bool
-) -> Iterator[TestImage]:
-    """The images with these indices, in this order, one by one: they differ in size."""
-    loader: DataLoader[TestImage] = DataLoader(
-        images, sampler=indices, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=start_worker,
-    )  # fmt: skip
-    return iter(loader)
 
 
 def start_worker(worker: int) -> None:

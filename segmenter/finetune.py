@@ -20,6 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from common.environment import versions
 from common.files import write_json
+from common.formats import parsed_plain
 from common.images import evenly_spread
 from common.interruption import Interruption
 from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
@@ -42,7 +43,7 @@ from segmenter.config import (
 )
 from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import MOST_CHECKED, DatasetDescription, check_labels, read_classes
-from segmenter.encoder import EncoderShape, read_encoder_weights, shape_of, start_encoder
+from segmenter.encoder import EncoderShape, read_encoder, start_encoder
 from segmenter.evaluate import evaluate_model
 from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
@@ -99,7 +100,8 @@ class Finetuning(Task):
         """The model as a checkpoint says, or with the encoder of --init."""
         config = self.config
         if checkpoint:
-            shape = SegmenterShape.from_plain(checkpoint["shape"], self.run.output_dir / CHECKPOINT)
+            source = f"{self.run.output_dir / CHECKPOINT}: shape"
+            shape = parsed_plain(SegmenterShape, checkpoint["shape"], source)
             model = Segmenter(shape, config.model)
         else:
             num_classes = self.dataset.num_classes
@@ -232,8 +234,7 @@ def start_model(
     """A new model, its encoder from `init`; with a linear decoder if only the encoder is given."""
     patch, in_channels = config.patch_size or config.encoder.patch_size, IMAGE_CHANNELS
     if init != RANDOM:
-        weights = read_encoder_weights(init)
-        stored = shape_of(weights, config, init)
+        weights, stored = read_encoder(init, config)
         patch, in_channels = stored.patch_size, stored.in_channels
     whole = config if isinstance(config, ModelConfig) else None
     shape = SegmenterShape(
@@ -243,8 +244,7 @@ def start_model(
         ),
         decoder=whole.decoder if whole else "linear",
         decoder_layers=whole.decoder_layers if whole else 0,
-        num_classes=num_classes,
-        normalization=protocol.normalization,
+        num_classes=num_classes, normalization=protocol.normalization,
     )  # fmt: skip
     model = Segmenter(shape, whole)
     if init == RANDOM:

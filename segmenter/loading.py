@@ -17,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import engine.checkpoint
 from common.files import read_text
-from common.formats import parse_value
+from common.formats import parse_value, parsed_plain
 from engine.checkpoint import Checkpoint, load_weights, read_torch_file, refuse_damaged
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values
@@ -99,7 +99,7 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
 
 def _model(shape: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Segmenter:
     """Raises ValueError if the shape is none, or if the weights do not fit or are damaged."""
-    model = Segmenter(SegmenterShape.from_plain(shape, path))
+    model = Segmenter(parsed_plain(SegmenterShape, shape, f"{path}: shape"))
     load_weights(model, weights, path)
     refuse_damaged(weights, path)
     return model.eval()

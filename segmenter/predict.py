@@ -15,8 +15,9 @@ from PIL import Image
 from common.contact_sheet import GAP, contact_sheet, save_png, stacked, text_size
 from common.files import check_output_file, check_output_folder, is_marked
 from common.images import Unreadable, evenly_spread, load_image
+from engine.config import DeviceConfig
 from engine.devices import make_accelerator
-from segmenter.config import ProtocolChanges, ScoringConfig
+from segmenter.config import ProtocolChanges
 from segmenter.data import WholeImages, scaled_images
 from segmenter.dataset import Classes, read_image
 from segmenter.evaluate import evaluating, predict_classes
@@ -41,7 +42,7 @@ def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
 
 def predict_files(
     checkpoint: Path, images: Sequence[Path], out: Path, changes: ProtocolChanges,
-    devices: ScoringConfig,
+    devices: DeviceConfig,
 ) -> None:  # fmt: skip
     """Write <stem>.png (labels) and <stem>_overlay.png for every image, of folders for each file.
 

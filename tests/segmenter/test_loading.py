@@ -11,8 +11,7 @@ from segmenter.encoder import (
     Encoder,
     EncoderShape,
     check_encoder_file,
-    read_encoder_weights,
-    shape_of,
+    read_encoder,
     start_encoder,
 )
 from segmenter.loading import load_segmenter
@@ -41,8 +40,7 @@ PRETRAINING_ONLY = {
 
 
 def start(path, grid=4):
-    weights = read_encoder_weights(path)
-    shape = shape_of(weights, MODEL, path)
+    weights, shape = read_encoder(path, MODEL)
     encoder = Encoder(
         EncoderShape(
             model="vit_tiny", patch_size=shape.patch_size, in_channels=shape.in_channels, grid=grid

@@ -214,13 +214,14 @@ def test_the_recipe_is_the_published_protocol():
 
 def test_pretrained_weights_give_the_same_features_before_training(tmp_path):
     """Relative positions and scales start without effect; the final norm stays behind."""
-    from segmenter.encoder import read_encoder_weights, start_encoder
+    from engine.weights import read_vit_weights
+    from segmenter.encoder import start_encoder
 
     shape = shape_of_nano().encoder
     plain = Encoder(shape).eval()
     torch.save({"model": plain.state_dict()}, tmp_path / "mae.pth")
     pyramid = Encoder(shape, pyramid=True).eval()
-    weights = read_encoder_weights(tmp_path / "mae.pth")
+    weights = read_vit_weights(tmp_path / "mae.pth")
     assert start_encoder(pyramid, weights, tmp_path / "mae.pth") == []
     pixels = torch.randn(2, 3, 48, 24)  # of another grid, too
     with torch.no_grad():
