@@ -96,15 +96,15 @@ def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
     """Whether there is something that only `look_inside`, or reading a checkpoint, can judge."""
     unusual = isinstance(config, TrainConfig) and config.run.unusual_trackers
     # result.json, where it is there, is read first and takes no torch.
-    return config.init != RANDOM or unusual or _found(config, CHECKPOINT) is not None
+    return config.init != RANDOM or unusual or os.path.lexists(config.run.output_dir / CHECKPOINT)
 
 
 def look_inside(config: TrainConfig | ProbeConfig) -> None:
     """Raise ValueError unless checkpoint and trackers are what the run needs; loads torch."""
     if config.init != RANDOM:
-        from segmenter.encoder import check_encoder_file
+        from segmenter.encoder import read_encoder
 
-        check_encoder_file(config.init, config.model)
+        read_encoder(config.init, config.model, lazily=True)
     if isinstance(config, TrainConfig):
         check_trackers(config.run.log_with)
 
@@ -148,8 +148,9 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
 
     Raises ValueError if it was made with other settings, or is not what --resume asks for.
     """
-    # The result comes last: where it is there, all is done.
-    found = _found(config, RESULT) or _found(config, CHECKPOINT)
+    # The result comes last: where it is there, all is done. A link to nothing is not nothing.
+    paths = (config.run.output_dir / name for name in (RESULT, CHECKPOINT))
+    found = next(filter(os.path.lexists, paths), None)
     config.run.check_folder(config.leaves, is_run=found is not None)
     is_training = isinstance(config, TrainConfig)
     if isinstance(config, TrainConfig):
@@ -165,11 +166,6 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
     older = older_values(*(GROUPS if is_training else PROBE_GROUPS).values())
     check_same(stored, all_settings(config, dataset), older, what=str(found))
     return found
-
-
-def _found(config: TrainConfig | ProbeConfig, name: str) -> Path | None:
-    path = config.run.output_dir / name
-    return path if os.path.lexists(path) else None  # a link to nothing is not nothing
 
 
 def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:

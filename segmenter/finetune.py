@@ -250,7 +250,7 @@ def start_model(
     if init == RANDOM:
         logger.info("the encoder starts from random weights")
     else:
-        fresh = start_encoder(model.encoder, weights, init)
+        fresh = start_encoder(model.encoder, weights)
         logger.info(
             "the encoder starts from %s, %d input channels; fresh: %s",
             init, in_channels, ", ".join([*fresh, "the decoder"]),

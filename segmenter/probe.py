@@ -232,7 +232,7 @@ class ClassFolders(WholeImages):
             image = read_image(pair.image)
         except ValueError as error:
             return TestImage([], label, unreadable=str(error))
-        return TestImage(scaled_images(image[..., ::-1], self.protocol), label)
+        return TestImage(scaled_images(image, self.protocol), label)
 
 
 # --- What is asked of them: a linear classifier, nearest neighbours, their rank ---

@@ -222,14 +222,11 @@ def test_pretrained_weights_give_the_same_features_before_training(tmp_path):
     torch.save({"model": plain.state_dict()}, tmp_path / "mae.pth")
     pyramid = Encoder(shape, pyramid=True).eval()
     weights = read_vit_weights(tmp_path / "mae.pth")
-    assert start_encoder(pyramid, weights, tmp_path / "mae.pth") == []
+    assert start_encoder(pyramid, weights) == []
     pixels = torch.randn(2, 3, 48, 24)  # of another grid, too
     with torch.no_grad():
         last = pyramid(pixels)[-1].flatten(2).transpose(1, 2)
         torch.testing.assert_close(plain.norm(last), plain(pixels))
-    del weights["blocks.1.attn.qkv.weight"]
-    with pytest.raises(ValueError, match=r"does not fit: blocks\.1\.attn\.qkv\.weight is missing"):
-        start_encoder(pyramid, weights, tmp_path / "mae.pth")
 
 
 NAMES, COLOURS = ("ground", "tree", "lake"), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
