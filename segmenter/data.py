@@ -78,7 +78,8 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
         self.seed = seed
         side, ignored = protocol.crop_size, description.ignore_index
         # The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE trained with.
-        resize = RandomResize(_scale(protocol.image_size), ratio_range=(0.5, 2.0), keep_ratio=True)
+        scale = 4 * protocol.image_size, protocol.image_size  # (2048, 512)
+        resize = RandomResize(scale, ratio_range=(0.5, 2.0), keep_ratio=True)
         # A crop with more of one class than that is drawn again, up to ten times.
         crop = RandomCrop((side, side), cat_max_ratio=0.75, ignore_index=ignored)
         self.transform = Compose([resize, crop, RandomFlip(prob=0.5), PhotoMetricDistortion()])
@@ -140,12 +141,9 @@ class WholeImages(_Pairs, Dataset[TestImage]):
 
 def scaled_images(image: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
     """[H, W, 3] uint8 RGB to one [3, h, w] per scale, ratio kept, by mmcv's Resize."""
-    sizes = [_scale(round(protocol.image_size * scale)) for scale in protocol.scales]
-    return [_to_chw(Resize(scale=size, keep_ratio=True)({"img": image})["img"]) for size in sizes]
-
-
-def _scale(image_size: int) -> tuple[int, int]:
-    return 4 * image_size, image_size  # (2048, 512), as mmsegmentation has it
+    sizes = [round(protocol.image_size * scale) for scale in protocol.scales]
+    resizes = [Resize(scale=(4 * size, size), keep_ratio=True) for size in sizes]
+    return [_to_chw(resize({"img": image})["img"]) for resize in resizes]
 
 
 def _to_chw(image: np.ndarray) -> Tensor:

@@ -189,9 +189,6 @@ class Classes:
     names: tuple[str, ...]
     palette: np.ndarray  # [K, 3] uint8 RGB
 
-    def __len__(self) -> int:
-        return len(self.names)
-
 
 def read_classes(description: DatasetDescription) -> Classes:
     """Names and colours: the description's own, or mmsegmentation's. Raises ValueError."""

@@ -45,9 +45,11 @@ def evaluate_checkpoint(
     pairs = description.pairs(evaluation.split)
     accelerator, loaded = make_accelerator(devices), load_segmenter(checkpoint)
     # By their number: other names for the same classes are no reason to refuse.
-    own, wanted = loaded.classes, len(read_classes(description))
-    if len(own) != wanted:
-        raise ValueError(f"the checkpoint has {len(own)} classes, {description.name} has {wanted}")
+    names, wanted = loaded.classes.names, description.num_classes
+    if len(names) != wanted:
+        raise ValueError(
+            f"the checkpoint has {len(names)} classes, {description.name} has {wanted}"
+        )
     check_labels(description, pairs, most=MOST_CHECKED)
     target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:
@@ -64,7 +66,7 @@ def evaluate_checkpoint(
             on_progress=counter.reach if accelerator.is_main_process else None,
         )  # fmt: skip
     assert areas is not None  # nothing interrupts it
-    return _result(areas, own.names, description.name, protocol.described())
+    return _result(areas, names, description.name, protocol.described())
 
 
 @contextmanager
@@ -104,8 +106,8 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
     if folder is None or not folder.is_dir():
         raise ValueError(f"--predictions {folder} is not a folder")
     description = read_description(evaluation.dataset)
-    classes, pairs = read_classes(description), description.pairs(evaluation.split)
-    areas, stored = Areas(len(pairs), len(classes), description.ignore_index), []
+    names, pairs = read_classes(description).names, description.pairs(evaluation.split)
+    areas, stored = Areas(len(pairs), len(names), description.ignore_index), []
     for pair in pairs:
         # .png is what this command saves, whatever the suffix there.
         paths = [folder / f"{pair.name}{end}" for end in (".png", description.annotation_suffix)]
@@ -116,7 +118,7 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
     for index, both in enumerate(zip(stored, pairs, strict=True)):
         predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
         areas.add(index, predicted - first, labels - first)
-    return _result(areas, classes.names, description.name, None)  # of whose protocol nobody knows
+    return _result(areas, names, description.name, None)  # of whose protocol nobody knows
 
 
 def _result(areas: Areas, classes: Sequence[str], dataset: str, protocol: Any) -> dict[str, Any]:

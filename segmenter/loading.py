@@ -201,7 +201,7 @@ def _mmseg_classes(meta: dict[str, Any], num_classes: int) -> tuple[Classes, boo
     descriptions = [read_description(file) for file in sorted(DESCRIPTIONS.glob("*.yml"))]
     for description in descriptions:
         classes = read_classes(description)
-        if len(classes) == num_classes and (not names or tuple(names) == classes.names):
+        if len(classes.names) == num_classes and (not names or tuple(names) == classes.names):
             return classes, description.reduce_zero_label
     if not names or len(names) != num_classes:
         raise ValueError(f"it has {num_classes} classes, but not their names in its meta")

@@ -120,14 +120,14 @@ def draw_predictions(
 def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
     """[H, W, 3] uint8 RGB: the image, coloured by class; labels beyond the classes stay dark."""
     colours = np.zeros((256, 3), dtype=np.float32)  # black
-    colours[: len(classes)] = classes.palette
+    colours[: len(classes.names)] = classes.palette
     mixed = (1 - STRENGTH) * image + STRENGTH * colours[labels]
     return mixed.round().astype(np.uint8)
 
 
 def with_legend(picture: Image.Image, labels: Sequence[int], classes: Classes) -> Image.Image:
     """The picture, and below it a bar in the colour of each given class, under its name."""
-    known = [label for label in labels if label < len(classes)]
+    known = [label for label in labels if label < len(classes.names)]
     bars = [(np.full((1, 12, 3), classes.palette[n]), classes.names[n]) for n in known]
     if not bars:
         return picture

@@ -174,7 +174,7 @@ def test_a_released_segmenter_loads_with_its_variant(tmp_path, distilled):
     path, weights = write_release(tmp_path, distilled)
     assert "python/tuple" in (tmp_path / "variant.yml").read_text()
     loaded = load_segmenter(path)
-    assert len(loaded.classes) == 150
+    assert len(loaded.classes.names) == 150
     assert loaded.reduce_zero_label
     assert (loaded.protocol.window_stride, loaded.protocol.normalization) == (48, "half")
     assert loaded.model.encoder.num_prefix_tokens == 1 + distilled

@@ -298,7 +298,7 @@ def test_relative_positions_of_another_grid_are_resampled(both):
 
 def test_released_checkpoints_without_names_are_known_by_the_number_of_classes(tmp_path):
     loaded = load_segmenter(store(theirs(150), tmp_path / "ade20k.pth"))
-    assert len(loaded.classes) == 150
+    assert len(loaded.classes.names) == 150
     assert loaded.classes.names[0] == "wall"
     assert loaded.reduce_zero_label
     old = store(theirs(2), tmp_path / "old.pth", CLASSES=("a", "b"))  # before mmsegmentation 1.0
