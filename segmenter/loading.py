@@ -197,17 +197,16 @@ def our_name(name: str) -> str:
 def _mmseg_classes(meta: dict[str, Any], num_classes: int) -> tuple[Classes, bool]:
     """Classes by their names in the meta, else by their number; and whether label 0 is none."""
     facts = meta.get("dataset_meta") or {"classes": meta.get("CLASSES")}  # of versions before 1.0
-    names = facts.get("classes")
-    descriptions = [read_description(file) for file in sorted(DESCRIPTIONS.glob("*.yml"))]
-    for description in descriptions:
+    names = tuple(map(str, facts.get("classes") or ()))
+    for description in map(read_description, sorted(DESCRIPTIONS.glob("*.yml"))):
         classes = read_classes(description)
-        if len(classes.names) == num_classes and (not names or tuple(names) == classes.names):
+        if description.num_classes == num_classes and names in ((), classes.names):
             return classes, description.reduce_zero_label
-    if not names or len(names) != num_classes:
+    if len(names) != num_classes:
         raise ValueError(f"it has {num_classes} classes, but not their names in its meta")
     # Of any of them, for a palette where the meta has none.
     own = dataclasses.replace(
-        descriptions[0], classes=tuple(map(str, names)), reduce_zero_label=False,
+        description, classes=names, reduce_zero_label=False,
         palette=tuple(map(tuple, facts.get("palette") or ())),
     )  # fmt: skip
     return read_classes(own), False
