@@ -63,9 +63,7 @@ def _add(ever: np.ndarray, hidden: np.ndarray, crop: Crop, height: int, width: i
     """Marks the points [GRID, GRID] of an image that a crop [S, S] of it hides."""
     side, seen, points = len(hidden), hidden[:, ::-1] if crop.flip else hidden, []
     for length, start, size in ((height, crop.top, crop.height), (width, crop.left, crop.width)):
-        places = (
-            (np.arange(GRID) + 0.5) / GRID * length - start
-        ) / size  # from 0 to 1: in the crop
+        places = ((np.arange(GRID) + 0.5) / GRID * length - start) / size  # from 0 to 1: in the crop
         there = np.flatnonzero((places >= 0) & (places < 1))
         points.append((there, (places[there] * side).astype(int)))
     (rows, of_rows), (columns, of_columns) = points

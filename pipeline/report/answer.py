@@ -127,9 +127,7 @@ def answer(every_line: Sequence[Line], measure: Measure, *, first_look: str = ""
     )  # fmt: skip
 
 
-def _comparisons(
-    lines: Sequence[Line], best: Line, levels: Mapping[str, Level]
-) -> list[Comparison]:
+def _comparisons(lines: Sequence[Line], best: Line, levels: Mapping[str, Level]) -> list[Comparison]:
     """Methods with the reference, each with its own start, own segments with their controls.
 
     All are one family, that of the report: a report makes a false claim in 5% of cases at most. The
@@ -146,13 +144,8 @@ def _comparisons(
     scratch = next((line for line in lines if line.method == "scratch"), None)
     pairs += [(line, scratch, False) for line in trained.values() if scratch]
     pairs += [(own[label], line, True) for label, line in trained.items() if own[label] is not line]
-    found = [
-        _compared(first, second, is_control, levels, len(pairs))
-        for first, second, is_control in pairs
-    ]
-    p_values = holm(
-        [c.difference.p_value if c.difference and not c.why_not else 1.0 for c in found]
-    )
+    found = [_compared(first, second, is_control, levels, len(pairs)) for first, second, is_control in pairs]
+    p_values = holm([c.difference.p_value if c.difference and not c.why_not else 1.0 for c in found])
     judged = [c._replace(p_value=p) for c, p in zip(found, p_values, strict=True)]
     return [c for c in judged if c.second is not scratch or c.first is best]
 
@@ -298,9 +291,7 @@ def _difference_table(comparisons: Sequence[Comparison]) -> Table:
 
 def _chart(lines: Sequence[Line], measure: Measure) -> Chart:
     """Over epochs, device-hours and FLOPs, as far as they are known."""
-    levels = {
-        line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines
-    }
+    levels = {line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines}
     every_level = [level for of_line in levels.values() for level in of_line.values()]
     widths = [level.spread.high - level.spread.low for level in every_level if level.spread]
     least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(every_level) else _LEAST_SPAN

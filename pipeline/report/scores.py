@@ -48,9 +48,7 @@ MEASURES = {
     "knn": Measure("the frozen kNN probe", areas=PROBE_AREAS["knn"]),
     "knn_raw": Measure("kNN on raw tokens", areas=PROBE_AREAS["knn_raw"]),
     "image_knn": Measure("kNN over whole images", "accuracy (%)", "accuracy"),
-    "rankme": Measure(
-        "the spread of its features", "RankMe (features used)", "rankme", most=math.inf
-    ),
+    "rankme": Measure("the spread of its features", "RankMe (features used)", "rankme", most=math.inf),
 }
 FINETUNING = MEASURES["finetuning"]
 

@@ -142,9 +142,7 @@ def test_crops_show_parts_of_one_field_of_noise(monkeypatch):
 
 
 @pytest.mark.parametrize("segments_from", ["own", *CONTROLS])
-def test_a_fixed_segment_is_the_same_in_every_epoch_and_another_one_with_another_seed(
-    real, segments_from
-):
+def test_a_fixed_segment_is_the_same_in_every_epoch_and_another_one_with_another_seed(real, segments_from):
     images = open_images(*real, segments_from=segments_from)
     other = replace(images, segments=replace(images.segments, seed=8))
     assert not images.segments.options.nearest_count
@@ -173,8 +171,7 @@ def test_a_mirrored_crop_mirrors_what_is_hidden(real, segments_from):
     key, view = cropped(images, 0, lambda h, w: Crop(top=1, left=2, height=h - 3, width=w - 4))
     mirrored = replace(view, crop=replace(view.crop, flip=True))
     straight, other = (
-        images.segments.cut(images.method, key, one, np.random.default_rng(0))
-        for one in (view, mirrored)
+        images.segments.cut(images.method, key, one, np.random.default_rng(0)) for one in (view, mirrored)
     )
     assert np.array_equal(other, straight[:, ::-1])
 
@@ -196,8 +193,7 @@ def test_own_segments_are_drawn_from_those_nearest_to_the_ratio(real):
 @pytest.mark.parametrize("segments_from", CONTROLS)
 def test_controls_of_nearest_segments_are_drawn_anew_in_every_epoch(real, segments_from):
     own, control = (
-        open_images(*real, segments_from=name, segment_variety="nearest-1")
-        for name in ("own", segments_from)
+        open_images(*real, segments_from=name, segment_variety="nearest-1") for name in ("own", segments_from)
     )
     fixed = open_images(*real)
     key, view = cropped(own, 0, whole)
@@ -216,8 +212,7 @@ def test_controls_of_nearest_segments_are_drawn_anew_in_every_epoch(real, segmen
 def test_inner_segments_touch_one_side_at_most_and_compact_ones_are_an_island(real):
     _, store = real
     chosen = {
-        choice: open_images(*real, segment_choice=choice)
-        for choice in ("nearest", "interior", "compact")
+        choice: open_images(*real, segment_choice=choice) for choice in ("nearest", "interior", "compact")
     }
     for index in range(0, len(chosen["nearest"]), 5):
         key, view = cropped(chosen["nearest"], index, whole)
@@ -249,12 +244,9 @@ def test_another_variety_is_refused(variety):
 @pytest.mark.parametrize("mask_method", ["segments", "segment_patches"])
 @pytest.mark.parametrize("hide", ["segment", "background"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_hide_as_many_pixels_of_every_image_as_its_own_segment(
-    real, mask_method, hide, shape
-):
+def test_shapes_hide_as_many_pixels_of_every_image_as_its_own_segment(real, mask_method, hide, shape):
     own, control = (
-        open_images(*real, mask_method=mask_method, hide=hide, segments_from=name)
-        for name in ("own", shape)
+        open_images(*real, mask_method=mask_method, hide=hide, segments_from=name) for name in ("own", shape)
     )
     different = 0
     for key in ((epoch, index) for epoch in range(2) for index in range(len(own))):
@@ -374,9 +366,7 @@ def test_one_image_alone_can_borrow_from_nobody(tmp_path):
     write_segments(tmp_path / "masks/0.json", rng)
     pack_segments(tmp_path / "masks")
     for segments_from, mask_method in (("own", "segments"), ("borrowed", "patches")):
-        config = make_config(
-            tmp_path, tmp_path / "out", segments_from=segments_from, mask_method=mask_method
-        )
+        config = make_config(tmp_path, tmp_path / "out", segments_from=segments_from, mask_method=mask_method)
         assert len(listing_of(config).train) == 2
     with pytest.raises(ValueError, match="--segments-from borrowed takes the segments of other"):
         listing_of(make_config(tmp_path, tmp_path / "out", segments_from="borrowed"))

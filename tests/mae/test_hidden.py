@@ -25,9 +25,7 @@ def images_of(in1k_dir, mask_method="segments", **options):
     source = SegmentSource(store=store, donors=paths, options=options, seed=3)
     method = make_method(options, MODEL)
     segments = source if method.uses_segments else None
-    return MaskedImages(
-        folder=in1k_dir / "train", paths=paths, segments=segments, method=method, seed=3
-    )
+    return MaskedImages(folder=in1k_dir / "train", paths=paths, segments=segments, method=method, seed=3)
 
 
 def by_pixels(images, epochs):

@@ -52,16 +52,12 @@ def samples_of(in1k, masks_dir, ratio, files=None):
     wanted = MethodConfig(mask_method="segments", coverage_ratio=ratio)
     method = make_method(wanted, ModelConfig(model="vit_tiny", image_size=64))
     listing = make_listing(DataConfig(in1k_dir=in1k, masks_dir=masks_dir), wanted)
-    segments = SegmentSource(
-        store=files or listing.source, donors=listing.train, options=wanted, seed=3
-    )
+    segments = SegmentSource(store=files or listing.source, donors=listing.train, options=wanted, seed=3)
     images = MaskedImages(
         folder=in1k / "train", paths=listing.train, segments=segments, method=method, seed=3
     )
     return [
-        (images.paths[index], images[epoch, index])
-        for epoch in range(EPOCHS)
-        for index in range(len(images))
+        (images.paths[index], images[epoch, index]) for epoch in range(EPOCHS) for index in range(len(images))
     ]
 
 
