@@ -10,7 +10,7 @@ from typing import Any, NotRequired, Self
 
 import torch
 from accelerate.utils import recursively_apply
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, PositiveFloat, with_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -20,6 +20,14 @@ from common.formats import Count, parsed
 
 FORMAT_VERSION = 1
 MOST_NAMED = 5
+
+
+class LossScaling(TypedDict):
+    """Of fp16, see `GuardedUpdate`: the scale, steps since the last overflow, and overflows."""
+
+    scale: PositiveFloat
+    clean_steps: Count
+    skipped_steps: Count
 
 
 @with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
@@ -32,6 +40,7 @@ class Checkpoint(TypedDict):
     steps_completed: Count
     config: dict[str, Any]
     state: NotRequired[dict[str, Any]]
+    loss_scaling: NotRequired[LossScaling]
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:

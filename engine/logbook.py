@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from common.files import write_text
@@ -16,9 +15,6 @@ from engine.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
-# Keys of log.txt that may differ between equal runs.
-TIMING_KEYS = ("images_per_second", "data_wait_share", "epoch_seconds", "peak_memory_mib", "mfu")
-
 
 class Logbook:
     """Log, trackers and progress of one run, written by the first process only.
@@ -28,14 +24,9 @@ class Logbook:
     """
 
     def __init__(
-        self,
-        config: TrainingConfig,
-        settings: Mapping[str, Any],
-        *,
-        epochs_completed: int,
-        epochs_total: int,
-        images_per_epoch: int,
-    ) -> None:
+        self, config: TrainingConfig, settings: Mapping[str, Any], *, epochs_completed: int,
+        epochs_total: int, images_per_epoch: int,
+    ) -> None:  # fmt: skip
         """settings: what trackers show of the run."""
         self.path = config.output_dir / LOG
         # Epochs that are in no checkpoint are trained, and logged, again.
@@ -43,10 +34,12 @@ class Logbook:
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         self.trackers = Trackers(config.output_dir, config.log_with, settings)
         self.trackers.send(self.records)
-        self.progress = Progress(
-            config.output_dir, epochs_total=epochs_total, images_per_epoch=images_per_epoch
-        )
-        self.progress.epoch = epochs_completed
+        # progress.json, and a bar on a terminal or a line now and then in a file.
+        self.display = Display(epochs_total, config.output_dir / PROGRESS)
+        self.epochs_total, self.images_per_epoch = epochs_total, images_per_epoch
+        self.epoch = float(epochs_completed)
+        self.images_done = 0  # by this call, as are the seconds
+        self.seconds = 0.0  # of training; evaluations are not part of the rate
 
     def add_epoch(self, record: dict[str, Any]) -> None:
         """Append one epoch; on disk when this returns, for the checkpoint that follows."""
@@ -61,36 +54,12 @@ class Logbook:
         """So many epochs are in a checkpoint now."""
         self.trackers.send([r for r in self.records if r["epoch"] <= epochs_completed])
 
-    def close(self, outcome: str) -> None:
-        """The end: done, stopped or failed."""
-        self.trackers.close()
-        self.progress.close(outcome)
-
-
-def send_to_trackers(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
-    """Epochs of the log that no tracker has got: a kill came after their checkpoint was saved."""
-    trackers = Trackers(config.output_dir, config.log_with, settings)
-    trackers.send(read_log(config.output_dir / LOG))
-    trackers.close()
-
-
-class Progress:
-    """progress.json, and a bar on a terminal or a line now and then in a file."""
-
-    def __init__(self, output_dir: Path, *, epochs_total: int, images_per_epoch: int) -> None:
-        self.display = Display(epochs_total, output_dir / PROGRESS)
-        self.epochs_total = epochs_total
-        self.images_per_epoch = images_per_epoch
-        self.images_done = 0
-        self.epoch = 0.0
-        self.seconds = 0.0  # of training; evaluations are not part of the rate
-
     def advance(self, epoch: float, images: int, seconds: float) -> None:
         """Report `images` more in `seconds`; epoch: completed ones, with the share of this one."""
         self.epoch = epoch
         self.images_done += images
         self.seconds += seconds
-        now = self._numbers()
+        now = self._progress()
         rate, left = f"{now['images_per_second']:.1f} images/s", clock(now["seconds_left"] or 0)
         text = f"epoch {epoch:.2f} of {self.epochs_total}, {rate}, {left} left"
         self.display.show(epoch, text, "train", **now)
@@ -98,14 +67,15 @@ class Progress:
     def evaluating(self, done: int, total: int) -> None:
         """Report that `done` of `total` held-out images are scored."""
         text = f"evaluated {done} of {total} images"
-        self.display.show(self.epoch, text, "evaluate", **self._numbers())
+        self.display.show(self.epoch, text, "evaluate", **self._progress())
 
     def close(self, outcome: str) -> None:
-        """Report the end."""
+        """The end: done, stopped or failed."""
+        self.trackers.close()
         self.display.close()
-        self.display.write(outcome, "train", **self._numbers())
+        self.display.write(outcome, "train", **self._progress())
 
-    def _numbers(self) -> dict[str, Any]:
+    def _progress(self) -> dict[str, Any]:
         rate = self.images_done / max(self.seconds, 1e-9)  # mean of this call
         left = max(0.0, (self.epochs_total - self.epoch) * self.images_per_epoch)
         return {
@@ -114,6 +84,13 @@ class Progress:
             "images_per_second": round(rate, 2),
             "seconds_left": round(left / rate, 1) if rate else None,  # nothing was trained yet
         }
+
+
+def send_to_trackers(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
+    """Epochs of the log that no tracker has got: a kill came after their checkpoint was saved."""
+    trackers = Trackers(config.output_dir, config.log_with, settings)
+    trackers.send(read_log(config.output_dir / LOG))
+    trackers.close()
 
 
 def _short(value: Any) -> str:
