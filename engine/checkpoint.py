@@ -43,16 +43,19 @@ class Checkpoint(TypedDict):
     loss_scaling: NotRequired[LossScaling]
 
 
-def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+def save_checkpoint(content: dict[str, Any], path: Path, also: Path | None = None) -> None:
     """Replace `path`; a kill at any moment leaves the old file or the new one.
 
-    Raises RuntimeError if the disk does not take it, or a tensor is not finite.
+    also: a second name that it gets. Raises RuntimeError if the disk does not take it, or a tensor
+    is not finite.
     """
     damage = not_finite(content)
     if damage:
         raise RuntimeError(f"{damage} is not finite; {path} was not saved")
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         torch.save({"format_version": FORMAT_VERSION, **content}, file)
+    if also is not None:
+        also_save_as(path, also)
 
 
 class Saver:
@@ -95,8 +98,9 @@ class Saver:
         the one before could not be written.
         """
         self.settle(wait=True)  # there is never more than one copy in memory
-        copied = recursively_apply(_copy, content)  # training changes the tensors meanwhile
-        self.running = self.thread.submit(_write, copied, path, also)
+        # Training changes the tensors meanwhile.
+        copied = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), content)
+        self.running = self.thread.submit(save_checkpoint, copied, path, also)
         self.afterwards, self.saved_at = afterwards, time.monotonic()
 
     def settle(self, *, wait: bool) -> None:
@@ -107,16 +111,6 @@ class Saver:
         running.result()
         if self.afterwards is not None:
             self.afterwards()
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _write(content: dict[str, Any], path: Path, also: Path | None) -> None:
-    save_checkpoint(content, path)
-    if also is not None:
-        also_save_as(path, also)
 
 
 def load_checkpoint(

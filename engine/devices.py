@@ -194,9 +194,8 @@ def peak_memory_mib(device: torch.device) -> int:
     """Most memory in use so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    status = Path("/proc/self/status")
-    # Linux: getrusage would count the process that started this one, from before the exec.
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    # getrusage would count the process that started this one, too, from before the exec.
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     kibibytes = int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes // 2**10
 
@@ -244,24 +243,20 @@ def examine() -> dict[str, Any]:
 
 
 def _gpu(index: int) -> dict[str, Any]:
-    free = total = 0
-    error, bf16 = "", False
-    try:
-        with torch.cuda.device(index):
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            free, total = torch.cuda.mem_get_info()
-            if (torch.ones(8, device="cuda") + 1).sum().item() != 16:
-                error = "1 + 1 is not 2"
-    except RuntimeError as raised:  # torch.AcceleratorError among them
-        error = str(raised).splitlines()[0]
-    return {
+    told: dict[str, Any] = {
         "name": torch.cuda.get_device_name(index),
         "capability": torch.cuda.get_device_capability(index),
-        "free_bytes": free,
-        "total_bytes": total,
-        "bf16": bf16,
-        "error": error,
-    }
+        "free_bytes": 0, "total_bytes": 0, "bf16": False, "error": "",
+    }  # fmt: skip
+    try:
+        with torch.cuda.device(index):
+            told["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+            told["free_bytes"], told["total_bytes"] = torch.cuda.mem_get_info()
+            if (torch.ones(8, device="cuda") + 1).sum().item() != 16:
+                told["error"] = "1 + 1 is not 2"
+    except RuntimeError as error:  # torch.AcceleratorError among them
+        told["error"] = str(error).splitlines()[0]
+    return told
 
 
 if __name__ == "__main__":

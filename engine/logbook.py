@@ -8,7 +8,7 @@ from typing import Any
 
 from common.files import write_text
 from common.formats import read_log
-from common.progress import Display, clock
+from common.progress import Display, progress_text
 from common.step_files import LOG, PROGRESS
 from engine.config import TrainingConfig
 from engine.trackers import Trackers
@@ -60,9 +60,7 @@ class Logbook:
         self.images_done += images
         self.seconds += seconds
         now = self._progress()
-        rate, left = f"{now['images_per_second']:.1f} images/s", clock(now["seconds_left"] or 0)
-        text = f"epoch {epoch:.2f} of {self.epochs_total}, {rate}, {left} left"
-        self.display.show(epoch, text, "train", **now)
+        self.display.show(epoch, progress_text(now), "train", **now)
 
     def evaluating(self, done: int, total: int) -> None:
         """Report that `done` of `total` held-out images are scored."""

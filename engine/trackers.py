@@ -23,15 +23,19 @@ BUFFERING = {"wandb"}
 LOG_OPTIONS = {"wandb": {"commit": True}}  # it would hold a step back until the next
 
 
+def unusual(names: Sequence[str]) -> set[str]:
+    """Those that only accelerate can judge, which takes seconds to import."""
+    return set(names) - {"tensorboard", NONE}  # always installed
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ValueError for a tracker that accelerate does not know, or whose package is missing."""
-    wanted = [name for name in names if name != NONE]
-    if set(wanted) <= {"tensorboard"}:
-        return  # always installed; accelerate takes seconds to import
+    if not (wanted := unusual(names)):
+        return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     there = {str(name) for name in get_available_trackers()}
-    for name in wanted:
+    for name in sorted(wanted):
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted([*LOGGER_TYPE_TO_CLASS, NONE]))
             raise ValueError(f"--log-with is {name!r}; choose of {known}")

@@ -16,7 +16,7 @@ from common.images import find_images
 from common.options import check_same, older_values
 from common.step_files import CHECKPOINT, RESULT
 from engine.schedule import BatchPlan
-from engine.trackers import check_trackers
+from engine.trackers import check_trackers, unusual
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import (
     AUXILIARY_WIDTH,
@@ -125,9 +125,9 @@ def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
 
 def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
     """Whether there is something that only `look_inside`, or reading a checkpoint, can judge."""
-    unusual = isinstance(config, TrainConfig) and config.run.unusual_trackers
+    trackers = isinstance(config, TrainConfig) and unusual(config.run.log_with)
     # result.json, where it is there, is read first and takes no torch.
-    return config.init != RANDOM or unusual or _found(config, CHECKPOINT) is not None
+    return bool(config.init != RANDOM or trackers or _found(config, CHECKPOINT) is not None)
 
 
 def look_inside(config: TrainConfig | ProbeConfig) -> None:
