@@ -261,9 +261,12 @@ class EpochTrainer:
             errors += part.detach()
         of_all = [sum(column) for column in zip(*counted, strict=True)]
         is_due = accelerator.is_main_process and run.saver is not None and run.saver.is_due
-        own = self._on_device([float(run.interruption.requested), float(is_due), *of_all])
+        own = [float(run.interruption.requested), float(is_due), *of_all]
+        # From page-locked memory a copy does not keep the host waiting.
+        on_host = torch.tensor(own, dtype=torch.float64, pin_memory=self.on_gpu)
+        own_values = on_host.to(self.device, non_blocking=True)
         # The one exchange of numbers: requests of any process, sums of all.
-        total = accelerator.reduce(torch.cat([errors.reshape(1), own]), reduction="sum")
+        total = accelerator.reduce(torch.cat([errors.reshape(1), own_values]), reduction="sum")
         self.requests, num_values = total[1:3], total[3].clamp(min=1)  # no values: loss 0
         loss = total[0] / num_values
         bad_here = ~torch.isfinite(errors) & (self.first_bad_step < 0)
@@ -274,11 +277,6 @@ class EpochTrainer:
         run.update.step(loss, divisor, task.rate_at(progress))
         sums = torch.cat([loss.reshape(1), total[4:]])
         self.sums = sums if self.sums is None else self.sums + sums
-
-    def _on_device(self, values: list[float]) -> Tensor:
-        """[N] float64. From page-locked memory a copy does not keep the host waiting."""
-        on_host = torch.tensor(values, dtype=torch.float64, pin_memory=self.on_gpu)
-        return on_host.to(self.device, non_blocking=True)
 
     def _look(self, state: State, *, exactly: bool) -> tuple[bool, bool]:
         """Read what has happened. Returns whether to stop, and whether to save: all agree on it.

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from common.files import check_output_folder
 from common.step_files import OF_PRETRAINING, find_resumable
+from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
-from engine.trackers import check_trackers, unusual
 from mae.config import PretrainConfig, make_method
 
 Listings = dict[Any, Any]  # what was listed before, so that it is listed once; see `make_listing`

@@ -15,8 +15,8 @@ from common.formats import ProbeResult, Result, read_json
 from common.images import find_images
 from common.options import check_same, older_values
 from common.step_files import CHECKPOINT, RESULT
+from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
-from engine.trackers import check_trackers, unusual
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import (
     AUXILIARY_WIDTH,
