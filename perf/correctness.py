@@ -25,8 +25,8 @@ from mae.masking import METHODS
 from mae.pretrain import pretrain
 from perf.campaign import Bench, Row, Table
 from perf.rehearsal import Rehearsal, afresh, build, rehearse
-from segmenter.check import read_dataset
 from segmenter.config import ProbeConfig, TrainConfig
+from segmenter.dataset import read_description
 from segmenter.evaluate import evaluate_model
 from segmenter.metrics import Areas
 from segmenter.probe import probe
@@ -240,6 +240,6 @@ def _probe(bench: Bench) -> dict[str, Any]:
         config = bench.config(
             ProbeConfig, model=MODEL, probes=("linear",), output_dir=folder, device=device
         )
-        probe(config, read_dataset(config.run.dataset))
+        probe(config, read_description(config.run.dataset))
         scores.append(read_json(folder / RESULT, dict[str, Any])["linear"]["mean_iou"])
     return {**_compared(*scores), "passes": abs(scores[0] - scores[1]) <= MOST_POINTS}

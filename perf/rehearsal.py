@@ -23,8 +23,8 @@ from engine.task import Run, State, Task, load
 from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.pretrain import Pretraining
-from segmenter.check import read_dataset
 from segmenter.config import TrainConfig
+from segmenter.dataset import read_description
 from segmenter.finetune import Finetuning
 
 
@@ -47,7 +47,7 @@ def build(config: PretrainConfig | TrainConfig) -> Run:
     if isinstance(config, PretrainConfig):
         task: Task = Pretraining(config)
     else:
-        task = Finetuning(config, read_dataset(config.run.dataset))
+        task = Finetuning(config, read_description(config.run.dataset))
     return engine.trainer.build(task, make_accelerator(config.run), Interruption())[0]
 
 
