@@ -11,7 +11,7 @@ import pytest
 from pipeline.launch import view
 from pipeline.plan.check import init_of
 from pipeline.plan.settings import Experiment, Settings
-from pipeline.plan.steps import Step, make_plan, nodes_of
+from pipeline.plan.steps import Step, make_plan
 
 Make = Callable[..., Settings]
 
@@ -310,4 +310,4 @@ def test_scores_that_wait_for_the_end_are_mentioned(settings: Make) -> None:
 def test_only_pretraining_is_spread_over_nodes(settings: Make) -> None:
     words = "--pretrain-epochs 1 --launcher slurm --nodes 2 --num-gpus 8 --stack --model vit_base"
     chosen = settings(words)
-    assert [nodes_of(step, chosen) for step in make_plan(chosen)] == [1, 2, 1]
+    assert [step.nodes for step in make_plan(chosen)] == [1, 2, 1]

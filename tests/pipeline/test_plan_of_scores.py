@@ -19,7 +19,7 @@ from pipeline.plan.records import (
     write_record,
 )
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan, official_checkpoint
+from pipeline.plan.steps import Step, make_plan
 from segmenter.config import ProbeConfig
 
 Make = Callable[..., Settings]
@@ -109,7 +109,7 @@ def test_scratch_is_scored_by_default_and_mae_where_its_file_is_at_hand(settings
     made = replace(made, experiment=replace(made.experiment, baselines=None))
     scratch = ["probe_scratch_0", "evaluate_scratch_0"]
     assert names(made)[:3] == [*scratch, "pretrain_patches_1"]
-    official = official_checkpoint(made)
+    official = made.data.output_dir / "pretrain_output/mae_pretrain_vit_large.pth"
     official.parent.mkdir(parents=True)
     official.touch()
     found = [name for name in names(made) if name.endswith("_0")]

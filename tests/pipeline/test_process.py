@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.launch import process
-from pipeline.launch.local import LocalLauncher
+from pipeline.launch.local import LocalLauncher, marked
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import make_plan
@@ -43,4 +42,4 @@ def test_the_workers_of_torchrun_have_the_whole_grace_to_save(
         ended = launcher.poll()
     assert [end.state for end in ended] == ["stopped"]
     assert time.monotonic() - asked < at_most
-    assert process.marked(f"{paths.root}:{step.name}") == []
+    assert marked(f"{paths.root}:{step.name}") == []

@@ -14,8 +14,7 @@ import pytest
 from common.progress import duration, progress_text
 from common.step_files import PROGRESS
 from pipeline.launch import status
-from pipeline.launch.local import LocalLauncher, shortage
-from pipeline.launch.process import MARK, marked
+from pipeline.launch.local import MARK, LocalLauncher, marked, shortage
 from pipeline.launch.slurm import follow
 from pipeline.launch.status import read_status
 from pipeline.plan import machine

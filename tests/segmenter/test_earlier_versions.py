@@ -61,11 +61,11 @@ def test_another_value_of_a_later_setting_is_refused_by_name(
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
     """A run directory of an earlier version and its data; its model comes by a plugin."""
-    from pipeline.plan.sample import SampleSize, write_sample
+    from pipeline.plan.sample import write_sample
 
     folder = tmp_path_factory.mktemp("earlier")
-    size = SampleSize(train=24, val=4, segmentation_train=8, segmentation_val=4)
-    write_sample(folder / "sample", size)
+    size = {"train": 24, "val": 4, "segmentation_train": 8, "segmentation_val": 4}
+    write_sample(folder / "sample", **size)
     shutil.copytree(EARLIER / "run/eval_output", folder / "eval_output")
     (folder / "nano.py").write_text(NANO)
     return folder
