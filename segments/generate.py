@@ -188,9 +188,9 @@ class Work:
         found: Iterable[list[PackedImage | Failure]]
         if self.generator.in_processes:
             make, read = self.segment, self.read
-            found = in_order(lambda k: make(read(k)), batches, processes=self.processes, chunk=1)
+            found = in_order(lambda k: make(read(k)), batches, processes=self.processes)
         else:  # this process has the GPU, others read for it
-            found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
+            found = map(self.segment, in_order(self.read, batches, processes=READERS))
         yield from (row for rows in found for row in rows if row.key in left)
 
     def read(self, keys: Sequence[str]) -> list[InputImage]:
