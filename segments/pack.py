@@ -115,11 +115,9 @@ def join(
     def row(key: str) -> PackedImage | Failure:
         if key in failed:
             return Failure(key, failures[key])
-        having = [store for store, images in there if key in images]
-        if len(having) == 1:
-            return having[0].packed(key)  # as it is: compressing takes most of the time
         # One segment may be the nearest to two ratios.
-        return pack_image(key, ordered({s for store in having for s in store.segments(key)}))
+        found = {one for store, images in there if key in images for one in store.segments(key)}
+        return pack_image(key, ordered(found))
 
     return write_store(
         out, [*sorted(failed), *sorted(keys)], lambda left: (row(key) for key in left),
