@@ -4,7 +4,6 @@ What happens to a sample is a pure function of (seed, epoch, image index), so ne
 nor the process, nor the batch it falls into matters.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ class Batch(NamedTuple):
     images: Tensor
     pattern: Tensor
     hidden_pixels: Tensor
-    unreadable: Sequence[str] = ()
+    unreadable: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,15 +76,8 @@ class MaskedImages(Dataset[Sample]):
                 segment = self.segments.cut(self.method, segment_key(relative), image, rng)
         except ValueError as error:
             raise ValueError(f"{relative} ({error})") from None
-        return make_sample(self.method, image.pixels, rng, segment)
-
-
-def make_sample(
-    method: MaskingMethod, image: Tensor, rng: np.random.Generator, segment: np.ndarray | None
-) -> Sample:
-    """Draw the pattern of an image [C, S, S]; `segment` is what `SegmentSource.cut` gives."""
-    pattern = method.pattern(rng, segment)
-    return Sample(image=image, pattern=pattern, hidden_pixels=method.hidden_pixels(pattern))
+        pattern = self.method.pattern(rng, segment)
+        return Sample(image.pixels, pattern, self.method.hidden_pixels(pattern))
 
 
 def collate(samples: list[Sample]) -> Batch:

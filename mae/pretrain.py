@@ -112,27 +112,17 @@ class Pretraining(Task):
         self.device = accelerator.device
         model = MaskedAutoencoder(self.config.model, self.images.method).to(self.device)
         if checkpoint:
-            self.fixed_set = Batch(**checkpoint["fixed_set"])
+            self.fixed_set = checkpoint["fixed_set"]
         else:
-            self._start_from_init(model)
-            self.fixed_set = self._choose_fixed_set()
+            if (init := self.config.run.init) is not None:
+                fresh = start_from_official(model, read_vit_weights(init))
+                logger.info("started from %s; fresh: %s", init, ", ".join(fresh) or "nothing")
+            # The training images that every round's picture shows: evenly spread, with segments.
+            paths = self.images.paths[evenly_spread(range(len(self.images)), FIXED_SET_SIZE)]
+            fixed = replace(self.images, paths=paths, is_fixed=True)
+            chosen = collate([fixed[0, index] for index in range(len(fixed))])._asdict()
+            self.fixed_set = {n: chosen[n] for n in ("images", "pattern", "hidden_pixels")}
         return Built(model, model, make_optimizer(model, self.config.optimisation))
-
-    def _start_from_init(self, model: MaskedAutoencoder) -> None:
-        init = self.config.run.init
-        if init is None:
-            return
-        try:
-            fresh = start_from_official(model, read_vit_weights(init))
-        except ValueError as error:
-            raise ValueError(f"--init {init}: {error}") from error
-        logger.info("started from %s; fresh: %s", init, ", ".join(fresh) or "nothing")
-
-    def _choose_fixed_set(self) -> Batch:
-        """The training images that every round's picture shows: evenly spread, with segments."""
-        paths = self.images.paths[evenly_spread(range(len(self.images)), FIXED_SET_SIZE)]
-        fixed = replace(self.images, paths=paths, is_fixed=True)
-        return collate([fixed[0, index] for index in range(len(fixed))])
 
     def plan(self, processes: int) -> BatchPlan:
         """Equal micro-batches."""
@@ -152,7 +142,7 @@ class Pretraining(Task):
 
     def example(self, images: int) -> tuple[Tensor, ...]:
         """Copies of an image of the fixed set."""
-        return self.fixed_set.images[[0] * images], self.fixed_set.pattern[[0] * images]
+        return self.fixed_set["images"][[0] * images], self.fixed_set["pattern"][[0] * images]
 
     def describe(self) -> str:
         """Model, method, images, and how the rate follows from the batch."""
@@ -168,23 +158,22 @@ class Pretraining(Task):
         self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
     ) -> Evaluation:
         """The held-out loss, where there are held-out images."""
-        if progress is not None and self.num_heldout:
+        if not self.num_heldout:
+            return Evaluation({})
+        if progress is not None:
             progress.evaluating(0, self.num_heldout)
-        loss = self.heldout_loss(run, self.num_heldout)
-        return Evaluation({} if loss is None else {"val_loss": loss})
+        return Evaluation({"val_loss": self.heldout_loss(run, self.num_heldout)})
 
     def evaluate_some(self, run: Run, images: int) -> None:
         """To see how long it takes."""
         self.heldout_loss(run, images)
 
     @torch.no_grad()
-    def heldout_loss(self, run: Run, images: int) -> float | None:
-        """Mean squared error over all hidden pixels and channels of val/, None if it is empty.
+    def heldout_loss(self, run: Run, images: int) -> float:
+        """Mean squared error over all hidden pixels and channels of so many images of val/.
 
-        Its images are always cropped and hidden in the same way; the processes share them.
+        They are always cropped and hidden in the same way; the processes share them.
         """
-        if not images:
-            return None
         accelerator, model = run.accelerator, run.model
         # The plain model: the compiled one would be compiled anew for the last, smaller batch.
         chosen = [(0, index) for index in evenly_spread(range(self.num_heldout), images)]
@@ -237,12 +226,7 @@ class Pretraining(Task):
         """What drawing and continuing need."""
         return {
             "images": {"count": len(self.images), "digest": self.listing.digest},
-            # With it a checkpoint can draw without the dataset.
-            "fixed_set": {
-                "images": self.fixed_set.images,
-                "pattern": self.fixed_set.pattern,
-                "hidden_pixels": self.fixed_set.hidden_pixels,
-            },
+            "fixed_set": self.fixed_set,
             "learning_rate": self.config.optimisation.learning_rate,
             "processes": run.plan.processes,
         }
