@@ -33,8 +33,7 @@ from mae.data import Batch, MaskedImages, collate
 from mae.listing import make_listing
 from mae.model import MaskedAutoencoder, training_flops
 from mae.reconstruct import FIXED_SET_SIZE, draw_reconstructions
-from mae.resume import open_own_checkpoint
-from mae.weights import start_from_official
+from mae.weights import open_own_checkpoint, start_from_official
 
 logger = logging.getLogger(__name__)
 

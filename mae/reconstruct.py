@@ -19,8 +19,8 @@ from mae.controls import SegmentSource
 from mae.decode import read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.resume import load_checkpoint
 from mae.transforms import centre_crop
+from mae.weights import load_checkpoint
 from segments.forms import open_segments
 from segments.store import PackedStore
 

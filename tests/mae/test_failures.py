@@ -11,7 +11,7 @@ from common.step_files import LOCK
 from engine.checkpoint import save_checkpoint
 from mae.listing import make_listing
 from mae.pretrain import make_optimizer, pretrain
-from mae.resume import load_checkpoint
+from mae.weights import load_checkpoint
 from tests.mae.conftest import (
     make_config,
     pack_segments,
@@ -25,9 +25,9 @@ from tests.processes import until
 def _blind(rank):
     """The second process does not see what is in the folder."""
     if rank == 1:
-        import mae.resume
+        import mae.weights
 
-        mae.resume.find_resumable = lambda folder: None
+        mae.weights.find_resumable = lambda folder: None
 
 
 def test_processes_that_would_go_on_from_different_epochs_do_not_start(
