@@ -146,10 +146,6 @@ class PackedStore:
         """The keys of the images that are known to have none."""
         return self._keys("segments = 0")
 
-    def all_images(self) -> set[str]:
-        """The keys of both."""
-        return self._keys("1")
-
     def failures(self) -> dict[str, str]:
         """Why images are not in the store, by their keys."""
         return dict(self._query("SELECT key, reason FROM failures ORDER BY key"))
