@@ -82,11 +82,10 @@ class MaskedImages(Dataset[Sample]):
 
 def collate(samples: list[Sample]) -> Batch:
     """Samples to a batch."""
+    # Decoded pixels have the channel fastest; turning them costs as much as cropping.
+    pixels = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, S, S, C]
     return Batch(
-        # Decoded pixels have the channel fastest; turning them costs as much as cropping.
-        images=torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(
-            0, 3, 1, 2
-        ),
+        images=pixels.permute(0, 3, 1, 2),
         pattern=torch.from_numpy(np.stack([sample.pattern for sample in samples])),
         hidden_pixels=torch.tensor([sample.hidden_pixels for sample in samples]),
         unreadable=[text for sample in samples for text in sample.unreadable],

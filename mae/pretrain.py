@@ -23,7 +23,7 @@ from engine.devices import peak_flops
 from engine.logbook import Progress
 from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
-from engine.trainer import time_training, train
+from engine.trainer import train
 from engine.vit import IMAGE_CHANNELS
 from engine.weights import read_vit_weights
 from mae.check import check_pretraining, look_inside, plan_batches
@@ -50,11 +50,6 @@ def pretrain(config: PretrainConfig) -> bool:
         return train(Pretraining(config, known), interruption)
 
 
-def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | None:
-    """What an epoch takes here; see `engine.trainer.time_training`."""
-    return time_training(Pretraining(config), steps)
-
-
 class Pretraining(Task):
     """A masked autoencoder on ImageNet's images."""
 
@@ -70,18 +65,13 @@ class Pretraining(Task):
         self.values_per_image = config.model.image_size**2 * IMAGE_CHANNELS
         self.auto_batch = config.run.batch_size == "auto"
         self.listing = listing = make_listing(config.data, config.method, known=known)
-        segments = None
-        if listing.source is not None:
-            segments = SegmentSource(
-                store=listing.source, donors=listing.train, options=config.method
-            )
+        store, donors, segments = listing.source, listing.train, None
+        if store is not None:
+            segments = SegmentSource(store=store, donors=donors, options=config.method)
         self.train_set = self.images = MaskedImages(
-            folder=config.data.in1k_dir / "train",
-            paths=listing.train,
-            segments=segments,
-            method=make_method(config.method, config.model),
-            seed=self.seed,
-        )
+            folder=config.data.in1k_dir / "train", paths=listing.train, segments=segments,
+            method=make_method(config.method, config.model), seed=self.seed,
+        )  # fmt: skip
         self.collate, self.start_worker = collate, leave_signals_to_the_main_process
         self.heldout = replace(
             self.images, folder=listing.val_folder, paths=listing.val, is_fixed=True
@@ -180,13 +170,10 @@ class Pretraining(Task):
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         model.eval()
         loader: Any = DataLoader(
-            self.heldout,
-            sampler=share,
-            batch_size=run.plan.micro_batch_size,
+            self.heldout, sampler=share, batch_size=run.plan.micro_batch_size,
             num_workers=0 if len(share) <= FEW_IMAGES else self.run.loader_workers,
-            collate_fn=collate,
-            worker_init_fn=leave_signals_to_the_main_process,
-        )
+            collate_fn=collate, worker_init_fn=leave_signals_to_the_main_process,
+        )  # fmt: skip
         for batch in loader:
             for text in batch.unreadable:
                 logger.warning("skipped %s", text)

@@ -44,10 +44,15 @@ def reconstruct_files(
     model = load_model(checkpoint, checkpoint_path)
     fixed_set = checkpoint["fixed_set"]
     if images:
-        options = parse_group(MethodConfig, checkpoint["config"], checkpoint_path)
-        with_own = masks_dir if model.method.uses_segments else None
-        segments = _open_source(with_own, options) if with_own else None
-        patterns = fixed_set["pattern"]
+        patterns, segments = fixed_set["pattern"], None
+        if masks_dir and model.method.uses_segments:
+            options = parse_group(MethodConfig, checkpoint["config"], checkpoint_path)
+            store = open_segments(masks_dir)
+            # Any image that has segments lends them; any suffix will do: they are paths.
+            donors = [f"{key}.jpg" for key in sorted(store.images())]
+            if options.segments_from == "borrowed":
+                check_donors(donors)
+            segments = SegmentSource(store=store, donors=encode_paths(donors), options=options)
         pairs = [_hide(model, path, n, patterns, segments) for n, path in enumerate(images)]
         pixels, patterns = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
         fixed_set = {"images": pixels, "pattern": patterns}
@@ -103,15 +108,6 @@ def _hide(
         return image.pixels, torch.from_numpy(model.method.pattern(rng, segment))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _open_source(masks_dir: Path, options: MethodConfig) -> SegmentSource:
-    """Segments of given images, which borrow from any image that has some."""
-    store = open_segments(masks_dir)
-    donors = [f"{key}.jpg" for key in sorted(store.images())]  # any suffix: they are paths
-    if options.segments_from == "borrowed":
-        check_donors(donors)
-    return SegmentSource(store=store, donors=encode_paths(donors), options=options)
 
 
 def _key_of(path: Path, store: PackedStore) -> str:
