@@ -167,10 +167,10 @@ for _name, _group in GENERATORS.items():
     if _group is not SamSettings:
         _text = "Without weights or a GPU: regions of similar colour, at several scales."
         _groups["speed"] = _Speed  # a GPU has one process
-    elif _preset := PRESETS.get(_name):
+    elif _name in PRESETS:
         # `sam` with another default, below --config and the command line.
-        _own = {"model": _preset.model}
-        _text = f"{_preset.model}, {_preset.parameters}M parameters, Apache-2.0."
+        _model, _millions = PRESETS[_name]
+        _own, _text = {"model": _model}, f"{_model}, {_millions}M parameters, Apache-2.0."
     command(generators, _name, own=_own, **_groups)(_generate).help = _text
 
 
