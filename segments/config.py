@@ -22,7 +22,6 @@ VAL = "val"  # the held-out images' folder, and what the keys of their segments 
 SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
 PERCENT: dict[str, Any] = {"at_least": 0, "at_most": 100}
 
-
 # Published checkpoints: the name on the Hugging Face hub, and the parameters in millions. All under
 # Apache-2.0; SAM 3, which has a licence of its own, goes by `sam --model`.
 PRESETS = {
