@@ -98,7 +98,7 @@ def look_inside(config: PretrainConfig, known: Listings | None = None) -> None:
     check_trackers(config.run.log_with)
     if find_resumable(config.run.output_dir) is not None:
         from mae.listing import make_listing
-        from mae.resume import open_own_checkpoint
+        from mae.weights import open_own_checkpoint
 
         listing = make_listing(config.data, config.method, known=known)
         open_own_checkpoint(config, listing, lazily=True)

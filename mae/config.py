@@ -268,14 +268,9 @@ def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:
     )
 
 
-def parse_settings(settings: Mapping[str, Any], path: Path) -> tuple[MethodConfig, ModelConfig]:
-    """Method and model of the `config` of the checkpoint at `path`, also of an earlier version.
+def parse_group(group: type[Group], settings: Mapping[str, Any], path: Path) -> Group:
+    """A group from the `config` of the checkpoint at `path`, also of an earlier version.
 
     Raises ValueError if it holds what is not known here, such as a method of a plugin.
     """
-    return parse_group(MethodConfig, settings, path), parse_group(ModelConfig, settings, path)
-
-
-def parse_group(group: type[Group], settings: Mapping[str, Any], path: Path) -> Group:
-    """The same of one group."""
     return make(group, merge([group], [Layer(older_values(group)), Layer(settings, str(path))]))

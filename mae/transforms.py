@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -106,12 +105,7 @@ def _pixels(
 
 def _nearest(length: int, size: int) -> np.ndarray:
     """Source pixel under the centre of each of `size` target pixels."""
-    return (_centres(size) * (length / size)).astype(np.int64)
-
-
-@lru_cache(maxsize=8)
-def _centres(size: int) -> np.ndarray:
-    return np.arange(size) + 0.5
+    return ((np.arange(size) + 0.5) * (length / size)).astype(np.int64)
 
 
 def _centred(height: int, width: int, box_height: int, box_width: int, flip: bool) -> Crop:

@@ -11,7 +11,7 @@ from common.step_files import LOCK
 from engine.checkpoint import save_checkpoint
 from mae.listing import make_listing
 from mae.pretrain import make_optimizer, pretrain
-from mae.resume import load_checkpoint
+from mae.weights import load_checkpoint
 from tests.mae.conftest import (
     make_config,
     pack_segments,
@@ -25,9 +25,9 @@ from tests.processes import until
 def _blind(rank):
     """The second process does not see what is in the folder."""
     if rank == 1:
-        import mae.resume
+        import mae.weights
 
-        mae.resume.find_resumable = lambda folder: None
+        mae.weights.find_resumable = lambda folder: None
 
 
 def test_processes_that_would_go_on_from_different_epochs_do_not_start(
@@ -212,6 +212,8 @@ def test_killed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
         "epochs_completed": 1,
         "steps_completed": 0,
         "config": {},
+        "images": {"count": 0, "digest": ""},
+        "fixed_set": {},
     }
     path = tmp_path / "last.pth"
     save_checkpoint(content, path)
@@ -222,13 +224,13 @@ def test_killed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", die)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint({**content, "epochs_completed": 2}, path)
-    assert load_checkpoint(path, whole=False)["epochs_completed"] == 1
+    assert load_checkpoint(path)["epochs_completed"] == 1
 
 
 def test_a_save_that_finds_no_room_leaves_the_old_file_alone(tmp_path):
     content = {
         "model": {"weight": torch.zeros(10)}, "optimizer": {}, "epochs_completed": 1,
-        "steps_completed": 0, "config": {},
+        "steps_completed": 0, "config": {}, "images": {"count": 0, "digest": ""}, "fixed_set": {},
     }  # fmt: skip
     save_checkpoint(content, tmp_path / "last.pth")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,7 +243,7 @@ def test_a_save_that_finds_no_room_leaves_the_old_file_alone(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-    assert load_checkpoint(tmp_path / "last.pth", whole=False)["model"]["weight"].shape == (10,)
+    assert load_checkpoint(tmp_path / "last.pth")["model"]["weight"].shape == (10,)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
