@@ -68,9 +68,7 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
     """
     effective = config.optimisation.effective_batch_size
     if num_images < effective:
-        raise ValueError(
-            f"--effective-batch-size {effective}: there are images for at most {num_images}"
-        )
+        raise ValueError(f"--effective-batch-size {effective}: there are images for at most {num_images}")
     if effective % processes:
         raise ValueError(
             f"--effective-batch-size {effective} cannot be split over {processes} processes: "

@@ -33,9 +33,7 @@ class MaskedAutoencoder(nn.Module):
         preencoder = method.preencoder(IMAGE_CHANNELS)
         self.preencoder = preencoder if preencoder is not None else nn.Identity()
         channels = IMAGE_CHANNELS + method.extra_channels
-        self.patch_embed = PatchEmbedding(
-            config.image_size, config.patch_pixels, channels, encoder.width
-        )
+        self.patch_embed = PatchEmbedding(config.image_size, config.patch_pixels, channels, encoder.width)
         # No class is learned, but a finetuned ViT may want the token (as the official encoder).
         self.cls_token = nn.Parameter(torch.zeros(1, 1, encoder.width))
         self.pos_embed = _fixed_positions(num_patches, encoder.width)

@@ -72,9 +72,7 @@ class Pretraining(Task):
             method=make_method(config.method, config.model), seed=self.seed,
         )  # fmt: skip
         self.collate, self.start_worker = collate, leave_signals_to_the_main_process
-        self.heldout = replace(
-            self.images, folder=listing.val_folder, paths=listing.val, is_fixed=True
-        )
+        self.heldout = replace(self.images, folder=listing.val_folder, paths=listing.val, is_fixed=True)
         self.num_heldout = len(self.heldout)
         self.evaluations = self.total_epochs if self.num_heldout else 0
 
@@ -91,9 +89,7 @@ class Pretraining(Task):
         # A kill may have come between the last checkpoint and its picture.
         is_drawn = reconstructions_path(path.parent, self.epochs).is_file()
         is_complete = reached > self.epochs or (reached == self.epochs and is_drawn)
-        return Earlier(
-            path=own if is_complete else path, checkpoint=checkpoint, is_complete=is_complete
-        )
+        return Earlier(path=own if is_complete else path, checkpoint=checkpoint, is_complete=is_complete)
 
     def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built:
         """The autoencoder is its own loss module."""

@@ -59,9 +59,7 @@ def reconstruct_files(
     draw_reconstructions(model, fixed_set, out)
 
 
-def draw_reconstructions(
-    model: MaskedAutoencoder, fixed_set: Mapping[str, Tensor], path: Path
-) -> None:
+def draw_reconstructions(model: MaskedAutoencoder, fixed_set: Mapping[str, Tensor], path: Path) -> None:
     """Write one row per image: original, seen, predicted, and predicted pasted where hidden.
 
     fixed_set: images [B, 3, H, W] uint8, and the pattern [B, ...] that hides each.

@@ -85,9 +85,7 @@ def crop_segment(segment: np.ndarray, crop: Crop, size: int, image: ImageSize) -
     return np.ascontiguousarray(segment.T[columns][:, rows].T)
 
 
-def crop_segments(
-    segments: Sequence[Segment], crop: Crop, size: int, image: ImageSize
-) -> np.ndarray:
+def crop_segments(segments: Sequence[Segment], crop: Crop, size: int, image: ImageSize) -> np.ndarray:
     """The same for all segments of one image at once, where few points will do: [M, size, size]."""
     rows, columns = _pixels(crop, size, image, (segments[0].height, segments[0].width))
     cut = decode_at(segments, rows, columns)

@@ -86,9 +86,7 @@ def start_from_official(model: MaskedAutoencoder, weights: dict[str, Tensor]) ->
     return fresh
 
 
-def fit_official(
-    own: dict[str, Tensor], weights: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def fit_official(own: dict[str, Tensor], weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Official weights in the shapes of a model's state dict, and the parts that start fresh."""
     own = {name: weight for name, weight in own.items() if name != DECODER_POSITIONS}
     adapted = {name: weight for name, weight in weights.items() if name != DECODER_POSITIONS}

@@ -204,9 +204,7 @@ class Bench:
         if kind is not PretrainConfig:
             own |= recipe_values(DEFAULT_RECIPE) | {"init": "random"}
         data = {"in1k_dir": "in1k", "dataset": "segmentation/dataset.yml"}
-        own |= {
-            n: self.sample / path for n, path in data.items() if n in known.keys() - given.keys()
-        }
+        own |= {n: self.sample / path for n, path in data.items() if n in known.keys() - given.keys()}
         own |= {"epochs": 100, "output_dir": self.scratch / "unused"} | given
         own |= TINY if self.tiny else {}
         return {name: value for name, value in own.items() if name in known}

@@ -94,9 +94,7 @@ class FelzenszwalbSettings(_CoverageSettings):
     )  # fmt: skip
     min_coverage: float = option("Drop segments that cover less, percent.", 0.5, **PERCENT)
     max_coverage: float = option("Drop segments that cover more, percent.", 90.0, **PERCENT)
-    duplicate_iou: float = option(
-        "Of two segments that overlap more, the later is dropped.", 0.85, **SHARE
-    )
+    duplicate_iou: float = option("Of two segments that overlap more, the later is dropped.", 0.85, **SHARE)
 
     def __post_init__(self) -> None:
         if self.min_coverage >= self.max_coverage:
@@ -123,9 +121,7 @@ def made_for(*settings: Mapping[str, Any]) -> list[float]:
     return sorted({float(ratio) for some in settings for ratio in some.get("for_coverage", ())})
 
 
-def command_of(
-    settings: Mapping[str, Any], images: Path, out: Path, val_dir: Path | None = None
-) -> str:
+def command_of(settings: Mapping[str, Any], images: Path, out: Path, val_dir: Path | None = None) -> str:
     """The command that makes a store of folders of images with these settings."""
     name = str(settings["generator"])
     words = [name, "--images", images, "--out", out, *(["--val-dir", val_dir] if val_dir else [])]

@@ -206,9 +206,7 @@ class Work:
             damage = str(error)
         # What an image has already is merged with what is made now.
         ratios = tuple(self.missing if key in self.there else self.ratios)
-        return InputImage(
-            key=key, pixels=pixels, height=height, width=width, ratios=ratios, damage=damage
-        )
+        return InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios, damage=damage)
 
     def segment(self, images: Sequence[InputImage]) -> list[PackedImage | Failure]:
         """The rows of each image."""

@@ -101,9 +101,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     return join(stores, out, every, made_for(*(store.settings for store in stores)))
 
 
-def join(
-    stores: Sequence[PackedStore], out: Path, keys: Collection[str], ratios: Sequence[float]
-) -> Summary:
+def join(stores: Sequence[PackedStore], out: Path, keys: Collection[str], ratios: Sequence[float]) -> Summary:
     """Write a store of these images, each with its segments in all of the stores, for these ratios.
 
     `out` may be one of the stores: it is replaced when all is done.

@@ -42,9 +42,7 @@ def test_a_fifth_method_is_one_class(tmp_path: Path) -> None:
     done = run_benchmark(*call, "--plugin", plugin)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = scores(out)
-    assert [(row["method"], row["coverage_ratio"]) for row in rows] == [
-        *(("stripes", ""), ("patches", ""))
-    ]
+    assert [(row["method"], row["coverage_ratio"]) for row in rows] == [*(("stripes", ""), ("patches", ""))]
     page = (out / "report.html").read_text()
     assert "No verdict against patches: stripes" in page
     again = run_benchmark(*call, "--plugin", plugin, "--coverage-ratio", "30")

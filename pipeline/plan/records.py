@@ -162,9 +162,7 @@ def is_done(step: Step, paths: Layout) -> bool:
     return output_sizes(step, paths) == record.outputs
 
 
-def other_settings(
-    wanted: Mapping[str, Any], record: Record, leave_out: Collection[str] = ()
-) -> list[str]:
+def other_settings(wanted: Mapping[str, Any], record: Record, leave_out: Collection[str] = ()) -> list[str]:
     """`name: stored -> wanted` for the settings in which the record's step was made otherwise."""
     compared = {name: value for name, value in wanted.items() if name not in leave_out}
     return differing_settings(_made_with(record), compared, {})

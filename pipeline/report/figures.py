@@ -120,9 +120,7 @@ def ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
     return [float(value) for value in locator.tick_values(low, high)]
 
 
-def _y_ticks(
-    series: Sequence[Series], least_span: float, limits: tuple[float, float]
-) -> list[float]:
+def _y_ticks(series: Sequence[Series], least_span: float, limits: tuple[float, float]) -> list[float]:
     values = [value for line in series for point in line.points for value in point[1:]]
     ends = [min(max(end, limits[0]), limits[1]) for end in values if math.isfinite(end)]
     missing = least_span - (max(ends) - min(ends))

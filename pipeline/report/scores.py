@@ -47,9 +47,7 @@ MEASURES = {
     "linear": Measure("the frozen linear probe", areas=PROBE_AREAS["linear"]),
     "knn": Measure("the frozen kNN probe", areas=PROBE_AREAS["knn"]),
     "image_knn": Measure("kNN over whole images", "accuracy (%)", "accuracy"),
-    "rankme": Measure(
-        "the spread of its features", "RankMe (features used)", "rankme", most=math.inf
-    ),
+    "rankme": Measure("the spread of its features", "RankMe (features used)", "rankme", most=math.inf),
 }
 FINETUNING = MEASURES["finetuning"]
 

@@ -85,9 +85,7 @@ def test_check_says_and_writes_nothing_and_imports_no_torch(settings, tmp_path):
         "assert 'torch' not in sys.modules\n"
     )
     before = sorted(tmp_path.rglob("*"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -126,9 +124,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_written(
     capsys, settings, tmp_path, arguments, message, check
 ):
     out = tmp_path / "out"
-    code, lines = exit_code(
-        capsys, "pretrain", "--config", settings, "--output-dir", out, *arguments, *check
-    )
+    code, lines = exit_code(capsys, "pretrain", "--config", settings, "--output-dir", out, *arguments, *check)
     errors = [line for line in lines if "Error: " in line]
     assert code == 2
     assert len(errors) == 1

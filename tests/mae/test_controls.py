@@ -91,12 +91,9 @@ def test_a_block_is_a_box_of_many_shapes_whose_last_row_may_be_short():
 @pytest.mark.parametrize("mask_method", ["segments", "segment_patches"])
 @pytest.mark.parametrize("hide", ["segment", "background"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_hide_as_many_pixels_of_every_image_as_its_own_segment(
-    real, mask_method, hide, shape
-):
+def test_shapes_hide_as_many_pixels_of_every_image_as_its_own_segment(real, mask_method, hide, shape):
     own, control = (
-        open_images(*real, mask_method=mask_method, hide=hide, segments_from=name)
-        for name in ("own", shape)
+        open_images(*real, mask_method=mask_method, hide=hide, segments_from=name) for name in ("own", shape)
     )
     different = 0
     for key in ((epoch, index) for epoch in range(2) for index in range(len(own))):
@@ -216,9 +213,7 @@ def test_one_image_alone_can_borrow_from_nobody(tmp_path):
     write_segments(tmp_path / "masks/0.json", rng)
     pack_segments(tmp_path / "masks")
     for segments_from, mask_method in (("own", "segments"), ("borrowed", "patches")):
-        config = make_config(
-            tmp_path, tmp_path / "out", segments_from=segments_from, mask_method=mask_method
-        )
+        config = make_config(tmp_path, tmp_path / "out", segments_from=segments_from, mask_method=mask_method)
         assert len(listing_of(config).train) == 2
     with pytest.raises(ValueError, match="--segments-from borrowed takes the segments of other"):
         listing_of(make_config(tmp_path, tmp_path / "out", segments_from="borrowed"))

@@ -93,9 +93,7 @@ def open_images(folder, mask_method="segments", **settings):
         pack_segments(folder / "masks")
         store = open_segments(folder / "masks")
         segments = SegmentSource(store=store, donors=paths, options=method_config)
-    return MaskedImages(
-        folder=folder / "train", paths=paths, segments=segments, method=method, seed=7
-    )
+    return MaskedImages(folder=folder / "train", paths=paths, segments=segments, method=method, seed=7)
 
 
 @pytest.fixture

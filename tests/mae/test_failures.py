@@ -30,9 +30,7 @@ def _blind(rank):
         mae.weights.find_resumable = lambda folder: None
 
 
-def test_processes_that_would_go_on_from_different_epochs_do_not_start(
-    in1k_dir, tmp_path, processes
-):
+def test_processes_that_would_go_on_from_different_epochs_do_not_start(in1k_dir, tmp_path, processes):
     config = make_config(in1k_dir, tmp_path, batch_size=4, stop_after=1)
     assert processes.run(config) == [0]
     before = (tmp_path / "log.txt").read_text()
@@ -82,9 +80,7 @@ def test_biases_norms_and_fixed_parts_do_not_decay(in1k_dir, tmp_path):
     model = MaskedAutoencoder(config.model, make_method(config.method, config.model))
     decayed, plain = make_optimizer(model, config.optimisation).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all(
-        names[id(p)].endswith("weight") or "token" in names[id(p)] for p in decayed["params"]
-    )
+    assert all(names[id(p)].endswith("weight") or "token" in names[id(p)] for p in decayed["params"])
     assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {names[id(p)] for p in decayed["params"] + plain["params"]} == trained
@@ -135,13 +131,9 @@ def test_the_wrong_folder_of_segments_is_refused(few_images, tmp_path):
         (few_images / f"masks/{number:02}.json").unlink()
     pack_segments(few_images / "masks")
     config = make_config(few_images, tmp_path / "out", effective_batch_size=2)
-    with pytest.raises(
-        ValueError, match=r"9 of 12 images have no segment .*00\.jpg.*right --masks-dir"
-    ):
+    with pytest.raises(ValueError, match=r"9 of 12 images have no segment .*00\.jpg.*right --masks-dir"):
         pretrain(config)
-    allowed = make_config(
-        few_images, tmp_path / "out", effective_batch_size=2, allow_missing_segments=True
-    )
+    allowed = make_config(few_images, tmp_path / "out", effective_batch_size=2, allow_missing_segments=True)
     assert len(make_listing(allowed.data, allowed.method).train) == 3
 
 
@@ -236,9 +228,7 @@ def test_a_save_that_finds_no_room_leaves_the_old_file_alone(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(
-            RuntimeError, match=r"last\.pth cannot be written: File too large. Make"
-        ):
+        with pytest.raises(RuntimeError, match=r"last\.pth cannot be written: File too large. Make"):
             save_checkpoint({**content, "model": {"w": torch.rand(90_000)}}, tmp_path / "last.pth")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -246,9 +236,7 @@ def test_a_save_that_finds_no_room_leaves_the_old_file_alone(tmp_path):
     assert load_checkpoint(tmp_path / "last.pth")["model"]["weight"].shape == (10,)
 
 
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
-    in1k_dir, tmp_path, processes
-):
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(in1k_dir, tmp_path, processes):
     config = make_config(in1k_dir, tmp_path, epochs=10000)
     (first,) = processes.start(config)
     try:

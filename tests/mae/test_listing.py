@@ -49,9 +49,7 @@ def listing_of(folder, out, mask_method="segments", **options):
     return make_listing(config.data, config.method), config
 
 
-def test_a_held_out_image_hides_its_own_segment_though_a_training_image_has_its_name(
-    twins, tmp_path
-):
+def test_a_held_out_image_hides_its_own_segment_though_a_training_image_has_its_name(twins, tmp_path):
     store = make_segments(twins, val_dir=twins / "val")
     assert store.images() == {"class0/a", "class0/b", "val/class0/a", "val/class0/b"}
     listing, config = listing_of(twins, tmp_path / "out")

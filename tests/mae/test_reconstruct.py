@@ -80,9 +80,7 @@ def test_bad_inputs_are_named(checkpoint, in1k_dir, tmp_path):
         reconstruct_files(checkpoint, [tmp_path / "bad.jpg"], out=out, masks_dir=None)
     write_image(tmp_path / "unknown.jpg", np.random.default_rng(0))
     with pytest.raises(ValueError, match="no segment"):
-        reconstruct_files(
-            checkpoint, [tmp_path / "unknown.jpg"], out=out, masks_dir=in1k_dir / "masks"
-        )
+        reconstruct_files(checkpoint, [tmp_path / "unknown.jpg"], out=out, masks_dir=in1k_dir / "masks")
     with pytest.raises(ValueError, match="not a folder"):
         reconstruct_files(checkpoint, [], out=tmp_path / "none/out.png", masks_dir=None)
 

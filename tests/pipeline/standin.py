@@ -47,9 +47,7 @@ def work(folder: Path, behaviour: str) -> int:
         sys.stdout.write("the reason\n")
         return 3
     if behaviour == "with-orphan":
-        subprocess.Popen(
-            [sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True
-        )
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
         return 3
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

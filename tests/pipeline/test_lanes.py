@@ -139,9 +139,7 @@ def test_a_score_may_take_several_gpus(
     assert environment(step)["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-def test_one_gpu_alternates(
-    settings: Make, machine_with: Callable[[int], None], locks: Path
-) -> None:
+def test_one_gpu_alternates(settings: Make, machine_with: Callable[[int], None], locks: Path) -> None:
     machine_with(1)
     chosen = settings("--pretrain-epochs 2 --eval-freq 1 --num-gpus 1")
     code, records = run(plan(chosen, locks), chosen)

@@ -25,9 +25,7 @@ def test_names_are_parsed_back_whatever_the_ratio(ratio: float, source: str, see
 def test_names_as_the_design_has_them() -> None:
     paths = Layout(Path("/out"))
     assert RunId(method="four_channels").name == "four_channels"
-    assert RunId(method="four_channels", coverage_ratio=25.0, seed=1).name == (
-        "four_channels-cov25-seed1"
-    )
+    assert RunId(method="four_channels", coverage_ratio=25.0, seed=1).name == ("four_channels-cov25-seed1")
     run = RunId(method="four_channels", coverage_ratio=25.0, segments_from="blob", seed=1)
     assert run.name == "four_channels-cov25-blob-seed1"
     assert paths.probe_dir(run.name, 5) == Path("/out/probe_output") / f"{run.name}_5"

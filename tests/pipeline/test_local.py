@@ -130,9 +130,7 @@ def test_descendants_with_their_own_session_are_ended_with_the_step(settings: Ma
     assert marked(f"{paths.root}:{steps[0].name}") == []
 
 
-def _start_elsewhere(
-    root: Path, name: str, seconds: float, behaviour: str = ""
-) -> subprocess.Popen:
+def _start_elsewhere(root: Path, name: str, seconds: float, behaviour: str = "") -> subprocess.Popen:
     """A benchmark.py-like parent, in a process of its own, with one long step."""
     program = f"""
 import benchmark, io, signal, sys
@@ -157,9 +155,7 @@ sys.exit(benchmark.alternate([step], launcher, keep_going=True))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_save_and_leaves_no_process(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_lets_the_step_save_and_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
     parent.send_signal(number)
     assert parent.wait(240) == 75
@@ -230,9 +226,7 @@ def test_a_step_that_counts_tells_its_launcher_how_far_it_is(
     assert progress_text(read_progress(tmp_path)) == line
 
 
-def test_of_several_processes_the_first_tells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_several_processes_the_first_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / PROGRESS))
     monkeypatch.setenv("RANK", "1")
     Counter("knn", total=96).advance()

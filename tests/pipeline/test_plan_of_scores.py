@@ -72,15 +72,11 @@ def test_a_probe_gets_the_protocol_of_the_finetuning_and_options_of_its_own(
         assert words[words.index(f"--{option}") + 1] == value
     assert "--epochs" not in words
     assert probe.needs == ("pretrain_four_channels-seed4_1",)
-    assert probe.outputs == (
-        made.data.output_dir / "probe_output/four_channels-seed4_1/result.json",
-    )
+    assert probe.outputs == (made.data.output_dir / "probe_output/four_channels-seed4_1/result.json",)
     assert probe.settings["init"] == "pretrain_output/four_channels-seed4/checkpoint-1.pth"
 
 
-def test_images_with_classes_are_probed_too_unless_others_are_named(
-    settings: Make, data: Path
-) -> None:
+def test_images_with_classes_are_probed_too_unless_others_are_named(settings: Make, data: Path) -> None:
     for name in ("disc", "square"):
         (data / "in1k/val" / name).mkdir(parents=True)
     for more, folder in (("", data / "in1k/val"), (" --probe image_folder=/other", Path("/other"))):

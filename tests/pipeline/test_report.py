@@ -95,9 +95,7 @@ def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> No
     with (paths.pretrain_dir("patches") / LOG).open("a") as log:
         log.write('{"epoch": 11, "train_lo')  # is being written, or a kill has cut it
     (paths.eval_dir("patches", 10) / PREDICTIONS).write_bytes(b"\x89PNG half")
-    paths.plan.write_text(
-        json.dumps([{"name": name, "needs": [], "folder": name} for name in "ab"])
-    )
+    paths.plan.write_text(json.dumps([{"name": name, "needs": [], "folder": name} for name in "ab"]))
     write_all(paths)
     words = text_of(paths.report_html)
     assert "0 of 2 steps are done" in words
@@ -150,9 +148,7 @@ def test_methods_stand_in_the_order_of_the_call_then_by_the_alphabet(tmp_path: P
     order = [evaluation.run.method for evaluation in read_evaluations(paths)]
     assert order == ["scratch", "segments", "patches", "ant", "zebra"]
     write_all(paths)
-    assert "against patches: segments 15%" in text_of(paths.report_html), (
-        "the reference, wherever it stands"
-    )
+    assert "against patches: segments 15%" in text_of(paths.report_html), "the reference, wherever it stands"
 
 
 def test_settings_of_the_version_before_are_shown(tmp_path: Path) -> None:

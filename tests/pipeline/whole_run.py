@@ -44,9 +44,7 @@ def write_inputs(folder: Path) -> Path:
     """Writes the data and a config that names them; returns the config's path."""
     write_sample(folder, **SIZE)
     config = folder / "tiny.yml"
-    config.write_text(
-        f"in1k_dir: {folder}/in1k\neval_dataset: {folder}/segmentation/dataset.yml\n{_CONFIG}"
-    )
+    config.write_text(f"in1k_dir: {folder}/in1k\neval_dataset: {folder}/segmentation/dataset.yml\n{_CONFIG}")
     return config
 
 

@@ -46,9 +46,7 @@ def test_a_run_without_a_later_setting_counts_as_its_older_value(dataset, finish
 
 
 @pytest.mark.parametrize("name", ["result.json", "checkpoint.pth"])
-def test_another_value_of_a_later_setting_is_refused_by_name(
-    dataset, finished, tmp_path, command, name
-):
+def test_another_value_of_a_later_setting_is_refused_by_name(dataset, finished, tmp_path, command, name):
     (tmp_path / "run").mkdir()
     shutil.copy(finished / name, tmp_path / "run")
     forget(tmp_path / "run" / name, "seed")

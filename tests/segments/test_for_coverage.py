@@ -160,9 +160,7 @@ def test_felzenszwalb_keeps_the_nearest_of_all(sample, photograph):
     assert set(few) == {nearest(every, 15), nearest(every, 40)}
 
 
-def test_pretraining_refuses_other_ratios_and_says_what_adds_them(
-    made, photographs, tmp_path, capsys
-):
+def test_pretraining_refuses_other_ratios_and_says_what_adds_them(made, photographs, tmp_path, capsys):
     from mae.cli import main
 
     data = tmp_path / "in1k"
@@ -213,9 +211,7 @@ def test_no_upsampled_mask_covers_more_or_less_than_its_bounds(size):
     logits = torch.randn(40, 16, 16, generator=generator) + torch.randn(40, 1, 1)
     reshaped = [round(length * 64 / max(size)) for length in size]
     for processor, fills in ((pad, [side / 64 for side in reshaped]), (stretch, [1.0, 1.0])):
-        full = processor.post_process_masks(
-            [logits[:, None]], [list(size)], reshaped_input_sizes=[reshaped]
-        )
+        full = processor.post_process_masks([logits[:, None]], [list(size)], reshaped_input_sizes=[reshaped])
         percent = full[0][:, 0].double().mean((1, 2)) * 100
         low, high = coverage_bounds(logits, pixel_weights(size, (16, 16), tuple(fills)))
         assert (low <= percent + 1e-3).all()

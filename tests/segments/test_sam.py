@@ -59,13 +59,9 @@ def test_segments_are_those_of_the_transformers_pipeline(kind, tiny_model, photo
     size = (40, 56) if kind in ("sam", "sam_hq") else (56, 56)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
     for overlap, fewest in ((1.0, 5), (0.9, 1)):
-        settings = SamSettings(
-            model=str(tiny_model(kind)), **{**SAM_OPTIONS, "box_nms_thresh": overlap}
-        )
+        settings = SamSettings(model=str(tiny_model(kind)), **{**SAM_OPTIONS, "box_nms_thresh": overlap})
         made = Sam(settings)
-        theirs = pipeline(
-            "mask-generation", model=made.model, image_processor=made.processor, device="cpu"
-        )
+        theirs = pipeline("mask-generation", model=made.model, image_processor=made.processor, device="cpu")
         found = made.segments([photograph(image) for image in images])
         for image, segments in zip(images, found, strict=True):
             expected = theirs(
@@ -90,9 +86,7 @@ def without_a_twin(masks, others):
     """Those that differ from each of the others in more than two pixels."""
     pixels = [np.frombuffer(other, np.uint8) for other in others]
     return [
-        mask
-        for mask in masks
-        if min((np.frombuffer(mask, np.uint8) != other).sum() for other in pixels) > 2
+        mask for mask in masks if min((np.frombuffer(mask, np.uint8) != other).sum() for other in pixels) > 2
     ]
 
 

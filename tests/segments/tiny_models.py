@@ -52,17 +52,13 @@ def processor(t, kind):
 
 
 def sam(t):
-    config = t.SamConfig(
-        vision_config=vit(), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER
-    )
+    config = t.SamConfig(vision_config=vit(), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER)
     return t.SamModel(config)
 
 
 def sam_hq(t):
     decoder = {**DECODER, "vit_dim": 32}
-    config = t.SamHQConfig(
-        vision_config=vit(), prompt_encoder_config=PROMPTS, mask_decoder_config=decoder
-    )
+    config = t.SamHQConfig(vision_config=vit(), prompt_encoder_config=PROMPTS, mask_decoder_config=decoder)
     return t.SamHQModel(config)
 
 
@@ -75,9 +71,7 @@ def vit():
 
 
 def sam2(t):
-    config = t.Sam2Config(
-        vision_config=hiera(t), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER
-    )
+    config = t.Sam2Config(vision_config=hiera(t), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER)
     return t.Sam2Model(config)
 
 
@@ -96,9 +90,7 @@ def hiera(t):
         window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[3], image_size=[64, 64],
         window_positional_embedding_background_size=[4, 4],
     )  # fmt: skip
-    return t.Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16], **FPN
-    )
+    return t.Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16], **FPN)
 
 
 def sam3_tracker(t):
@@ -158,9 +150,7 @@ def repvit(t):
         "embed_dim": [8, 16, 24, 32], "depth": [1, 1, 1, 1],
     }  # fmt: skip
     backbone = t.TimmWrapperConfig(architecture="repvit_m1", model_args=model_args)
-    return t.EdgeTamVisionConfig(
-        backbone_config=backbone, backbone_channel_list=[32, 24, 16, 8], **FPN
-    )
+    return t.EdgeTamVisionConfig(backbone_config=backbone, backbone_channel_list=[32, 24, 16, 8], **FPN)
 
 
 MODELS = {
