@@ -1,7 +1,6 @@
 """The command line of `python -m mae`. Heavy libraries are imported when a command runs."""
 
 import json
-import logging
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from engine.config import PluginConfig
 from engine.vit import IMAGE_CHANNELS
 from mae.config import GROUPS, OFFICIAL_FILES, PretrainConfig
 from mae.masking import METHODS
-
-logger = logging.getLogger(__name__)
 
 RELEASE = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_{}.pth"
 
@@ -49,9 +46,10 @@ def pretrain(dry_run: str | None, **groups: Any) -> int:
         return 0
     log_to_stderr()  # stdout is for the seconds
     if dry_run == "time":
-        from mae.pretrain import time_pretraining
+        from engine.trainer import time_training
+        from mae.pretrain import Pretraining
 
-        seconds = time_pretraining(config, TIMED_STEPS)
+        seconds = time_training(Pretraining(config), TIMED_STEPS)
         if seconds is not None:  # it is the first process
             say(json.dumps(seconds))
         return 0
@@ -145,4 +143,4 @@ def fetch(options: _FetchOptions) -> None:
     elif not has_digest(out, digest):
         raise ValueError(f"{out} exists, and its digest does not begin with {digest}")
     else:
-        logger.info("%s is there already", out)
+        say(f"{out} is there already", err=True)

@@ -4,7 +4,6 @@ What happens to a sample is a pure function of (seed, epoch, image index), so ne
 nor the process, nor the batch it falls into matters.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ class Batch(NamedTuple):
     images: Tensor
     pattern: Tensor
     hidden_pixels: Tensor
-    unreadable: Sequence[str] = ()
+    unreadable: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +69,7 @@ class MaskedImages(Dataset[Sample]):
     def _sample(self, epoch: int, index: int) -> Sample:
         image, pattern = self.draw(epoch, index)
         hidden = self.method.hidden_pixels(pattern)
-        return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
+        return Sample(image.pixels, pattern, hidden)
 
     def draw(self, epoch: int, index: int) -> tuple[CroppedImage, np.ndarray]:
         """The crop of an image and its pattern. Raises ValueError if it cannot be used."""
@@ -88,9 +87,10 @@ class MaskedImages(Dataset[Sample]):
 
 def collate(samples: list[Sample]) -> Batch:
     """Samples to a batch."""
+    # Decoded pixels have the channel fastest; turning them costs as much as cropping.
+    pixels = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, S, S, C]
     return Batch(
-        # Decoded pixels have the channel fastest; turning them costs as much as cropping.
-        images=torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
+        images=pixels.permute(0, 3, 1, 2),
         pattern=torch.from_numpy(np.stack([sample.pattern for sample in samples])),
         hidden_pixels=torch.tensor([sample.hidden_pixels for sample in samples]),
         unreadable=[text for sample in samples for text in sample.unreadable],

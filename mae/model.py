@@ -32,12 +32,8 @@ class MaskedAutoencoder(nn.Module):
 
         preencoder = method.preencoder(IMAGE_CHANNELS)
         self.preencoder = preencoder if preencoder is not None else nn.Identity()
-        self.patch_embed = PatchEmbedding(
-            config.image_size,
-            config.patch_pixels,
-            IMAGE_CHANNELS + method.extra_channels,
-            encoder.width,
-        )
+        channels = IMAGE_CHANNELS + method.extra_channels
+        self.patch_embed = PatchEmbedding(config.image_size, config.patch_pixels, channels, encoder.width)
         # No class is learned, but a finetuned ViT may want the token (as the official encoder).
         self.cls_token = nn.Parameter(torch.zeros(1, 1, encoder.width))
         self.pos_embed = _fixed_positions(num_patches, encoder.width)
@@ -62,8 +58,8 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(config.decoder_width, config.patch_pixels**2 * IMAGE_CHANNELS)
 
         # Constants: they move to the device with the model, and are no part of checkpoints.
-        self.register_buffer("mean", _per_channel(IMAGE_MEAN), persistent=False)
-        self.register_buffer("std", _per_channel(IMAGE_STD), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, -1, 1, 1), persistent=False)
         self._initialise()
 
     def forward(self, images_uint8: Tensor, pattern: Tensor) -> Tensor:
@@ -208,7 +204,3 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return mean, (variance + PATCH_VARIANCE_EPSILON).sqrt()
-
-
-def _per_channel(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values).view(1, -1, 1, 1)

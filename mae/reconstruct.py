@@ -3,24 +3,24 @@
 reconstruct_files(Path("OUT/checkpoint-50.pth"), [photo], out=Path("a.png"), masks_dir=None)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
 from mae.config import MethodConfig, ModelConfig, make_method, parse_group
 from mae.controls import SegmentSource
-from mae.data import Batch, Sample, collate
 from mae.decode import read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.resume import load_checkpoint
 from mae.transforms import centre_crop
+from mae.weights import load_checkpoint
 from segments.forms import open_segments
 from segments.store import PackedStore
 
@@ -42,22 +42,33 @@ def reconstruct_files(
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint, checkpoint_path)
-    batch = Batch(**checkpoint["fixed_set"])
+    fixed_set = checkpoint["fixed_set"]
     if images:
-        options = parse_group(MethodConfig, checkpoint["config"], checkpoint_path)
-        with_own = masks_dir if model.method.uses_segments else None
-        seed = checkpoint["config"]["seed"]
-        segments = _open_source(with_own, options, seed) if with_own else None
-        samples = [_sample(model, path, n, batch, segments) for n, path in enumerate(images)]
-        batch = collate(samples)
-    draw_reconstructions(model, batch, out)
+        patterns, segments = fixed_set["pattern"], None
+        if masks_dir and model.method.uses_segments:
+            options = parse_group(MethodConfig, checkpoint["config"], checkpoint_path)
+            store = open_segments(masks_dir)
+            # Any image that has segments lends them; any suffix will do: they are paths.
+            donors = [f"{key}.jpg" for key in sorted(store.images())]
+            if options.segments_from == "borrowed":
+                check_donors(donors)
+            seed = checkpoint["config"]["seed"]
+            segments = SegmentSource(store=store, donors=encode_paths(donors), options=options, seed=seed)
+        pairs = [_hide(model, path, n, patterns, segments) for n, path in enumerate(images)]
+        pixels, patterns = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        fixed_set = {"images": pixels, "pattern": patterns}
+    draw_reconstructions(model, fixed_set, out)
 
 
-def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> None:
-    """Write one row per image: original, seen, predicted, and predicted pasted where hidden."""
+def draw_reconstructions(model: MaskedAutoencoder, fixed_set: Mapping[str, Tensor], path: Path) -> None:
+    """Write one row per image: original, seen, predicted, and predicted pasted where hidden.
+
+    fixed_set: images [B, 3, H, W] uint8, and the pattern [B, ...] that hides each.
+    """
     device, was_training = model.mean.device, model.training
     model.eval()
-    images, pattern = model.normalise(batch.images.to(device)), batch.pattern.to(device)
+    pattern = fixed_set["pattern"].to(device)
+    images = model.normalise(fixed_set["images"].to(device))
     both = images, model.reconstruct(images, pattern)  # [B, 3, H, W]
     model.train(was_training)
     # From normalised pixels to colours, 0 to 1.
@@ -82,32 +93,20 @@ def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
     return model.eval()
 
 
-def _sample(
-    model: MaskedAutoencoder, path: Path, number: int, fixed_set: Batch,
+def _hide(
+    model: MaskedAutoencoder, path: Path, number: int, patterns: Tensor,
     segments: SegmentSource | None,
-) -> Sample:  # fmt: skip
-    """Centre crop of an image file, hidden by its segment or as one of the fixed set is."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Centre crop of an image file, and its segment's pattern, or the fixed set's in turn."""
     try:
         image = read_crop(path, centre_crop, model.config.image_size)
-        if segments is not None:
-            key, rng = _key_of(path, segments.store), np.random.default_rng(number)
-            segment = segments.cut(model.method, key, image, rng)
-            pattern = model.method.pattern(rng, segment)
-        else:
-            pattern = fixed_set.pattern[number % len(fixed_set.images)].numpy()  # in turn
+        if segments is None:
+            return image.pixels, patterns[number % len(patterns)]
+        key, rng = _key_of(path, segments.store), np.random.default_rng(number)
+        segment = segments.cut(model.method, key, image, rng)
+        return image.pixels, torch.from_numpy(model.method.pattern(rng, segment))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    hidden = model.method.hidden_pixels(pattern)
-    return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
-
-
-def _open_source(masks_dir: Path, options: MethodConfig, seed: int) -> SegmentSource:
-    """Segments of given images, which borrow from any image that has some."""
-    store = open_segments(masks_dir)
-    donors = [f"{key}.jpg" for key in sorted(store.images())]  # any suffix: they are paths
-    if options.segments_from == "borrowed":
-        check_donors(donors)
-    return SegmentSource(store=store, donors=encode_paths(donors), options=options, seed=seed)
 
 
 def _key_of(path: Path, store: PackedStore) -> str:

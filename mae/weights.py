@@ -1,4 +1,4 @@
-"""Weights from others and for others: official MAE files come in, plain 3-channel ViTs go out.
+"""Files of weights: a run's checkpoints; official MAE files come in, plain 3-channel ViTs go out.
 
 print(export_encoder(Path("OUT/checkpoint-50.pth"), Path("encoder.safetensors")))
 encoder = load_encoder(Path("OUT/checkpoint-50.pth"))
@@ -13,14 +13,18 @@ from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import TypedDict
 
+import engine.checkpoint
 from common.files import check_output_file, is_marked, mark, replacing
-from engine.checkpoint import load_weights, refuse_damaged, refuse_misfits
+from common.formats import Count
+from common.step_files import find_resumable
+from engine.checkpoint import Checkpoint, load_weights, refuse_damaged, refuse_misfits
 from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
 from engine.weights import PROJECTION, describe_vit, fold_channels, resample_positions
-from mae.config import ModelConfig, parse_group
+from mae.config import ModelConfig, PretrainConfig, parse_group
+from mae.listing import Listing
 from mae.model import MaskedAutoencoder
-from mae.resume import load_checkpoint
 
 # Parts that an official file may lack: the decoder is in the `_full` files only.
 OPTIONAL = ("decoder_", "mask_token", "preencoder.")
@@ -29,6 +33,50 @@ DECODER_POSITIONS = "decoder_pos_embed"
 # Beginnings of the encoder's names; all else is pretraining's, a plugin's parts among it.
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 KIND = "encoder"
+
+
+class TrainedImages(TypedDict):
+    """How many images a run trains on, and the digest of their list."""
+
+    count: Count
+    digest: str
+
+
+class WholeCheckpoint(Checkpoint):
+    """What is needed to continue, and to draw without the dataset."""
+
+    images: TrainedImages
+    fixed_set: dict[str, Tensor]
+
+
+def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of pretraining onto the CPU. Raises ValueError if the file is none."""
+    return engine.checkpoint.load_checkpoint(
+        path, program="python -m mae pretrain", shape=WholeCheckpoint, lazily=lazily
+    )
+
+
+def open_own_checkpoint(
+    config: PretrainConfig, listing: Listing, *, lazily: bool = False
+) -> dict[str, Any] | None:
+    """The checkpoint that this run continues, if any.
+
+    Raises ValueError if --resume does not allow what is there, if it cannot be read, or if it was
+    made with other settings or another list of training images.
+    """
+    path = find_resumable(config.run.output_dir)
+    config.run.check_resume(path)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path, lazily=lazily)
+    config.check_same(checkpoint["config"], path)
+    trained = checkpoint["images"]
+    if trained["digest"] != listing.digest:
+        raise ValueError(
+            f"the training images are not those of the checkpoint ({trained['count']} then, "
+            f"{len(listing.train)} now, or other names); use another --output-dir"
+        )
+    return checkpoint
 
 
 def start_from_official(model: MaskedAutoencoder, weights: dict[str, Tensor]) -> list[str]:

@@ -18,8 +18,7 @@ from common.formats import read_json, read_log
 from common.step_files import LAST, LOG, RESULT
 from engine.checkpoint import read_torch_file
 from engine.config import DeviceConfig
-from engine.devices import make_accelerator
-from engine.gpus import examine
+from engine.devices import examine, make_accelerator
 from mae.config import PretrainConfig
 from mae.masking import METHODS
 from mae.pretrain import pretrain

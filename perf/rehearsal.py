@@ -52,7 +52,7 @@ def build(config: PretrainConfig | TrainConfig) -> Run:
 
 
 class Laps:
-    """In the place of a run's progress: notes when each step was done, by the device's clock."""
+    """In the place of a run's logbook: notes when each step was done, by the device's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -102,7 +102,8 @@ def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Re
     if resident:
         batches = repeat(on_device(next(batches), device))
     laps: Any = Laps(device)
-    trainer, shown, seconds, waited = EpochTrainer(run, laps), Rehearsal(), 0.0, 0.0
+    run.logbook = laps
+    trainer, shown, seconds, waited = EpochTrainer(run), Rehearsal(), 0.0, 0.0
     for epoch in range(epochs):
         state.begin_epoch(epoch)
         with count_waits(device, shown.waits) if epoch else nullcontext():

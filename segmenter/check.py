@@ -16,8 +16,8 @@ from common.formats import ProbeResult, Result, plain, read_json
 from common.images import find_images
 from common.options import check_same, older_values
 from common.step_files import CHECKPOINT, RESULT
+from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
-from engine.trackers import check_trackers
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import (
     AUXILIARY_WIDTH,
@@ -94,9 +94,10 @@ def plan_batches(config: TrainConfig, dataset: DatasetDescription, processes: in
 
 def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
     """Whether there is something that only `look_inside`, or reading a checkpoint, can judge."""
-    unusual = isinstance(config, TrainConfig) and config.run.unusual_trackers
+    trackers = isinstance(config, TrainConfig) and unusual(config.run.log_with)
     # result.json, where it is there, is read first and takes no torch.
-    return config.init != RANDOM or unusual or os.path.lexists(config.run.output_dir / CHECKPOINT)
+    has_checkpoint = os.path.lexists(config.run.output_dir / CHECKPOINT)
+    return bool(config.init != RANDOM or trackers or has_checkpoint)
 
 
 def look_inside(config: TrainConfig | ProbeConfig) -> None:

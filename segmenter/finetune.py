@@ -6,7 +6,7 @@ finetune(config, dataset)           # all of it, or what is left
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,10 +25,9 @@ from common.images import evenly_spread
 from common.interruption import Interruption
 from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from engine.devices import device_name
-from engine.logbook import Progress
 from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
-from engine.trainer import train
+from engine.trainer import save, train
 from engine.vit import IMAGE_CHANNELS
 from segmenter.check import all_settings, earlier_output, plan_batches
 from segmenter.config import (
@@ -142,19 +141,18 @@ class Finetuning(Task):
             f"recipe {config.run.recipe}"
         )
 
-    def evaluate(
-        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
-    ) -> Evaluation | None:
+    def evaluate(self, run: Run, state: State) -> Evaluation | None:
         """Scores in percent, every so many epochs and at the end; areas are left in a file."""
         number = state.epochs_completed + 1
         if number % self.config.optimisation.eval_every and number != self.epochs:
             return Evaluation({})
-        save()  # it may take longer than the epoch
+        save(run, state)  # it may take longer than the epoch
         # Running means of UPerNet's norms differ by process on CPUs; the first one's are saved.
         broadcast(list(run.model.buffers()))
         areas = evaluate_model(
             run.accelerator, run.model, self.images, self.config.run,
-            on_progress=progress.evaluating if progress else None, interruption=run.interruption,
+            on_progress=run.logbook.evaluating if run.logbook else None,
+            interruption=run.interruption,
         )  # fmt: skip
         if areas is None:
             return None

@@ -139,11 +139,12 @@ def _add_what_it_lacks(base: PackedStore, part: Path, work: "Work") -> Summary:
     if made.interrupted:
         return made
     added, interrupted = PackedStore(aside), False
+    done = added.images() | added.listed_empty()
     # What fails again as before is no reason to write gigabytes anew.
-    news = added.all_images() or not added.failures().items() <= base.failures().items()
+    news = done or not added.failures().items() <= base.failures().items()
     if news or base.path != part:
         # What failed for a new ratio is left out as a whole: the next run tries it for all of them.
-        kept = added.all_images() | (set() if work.missing else work.there)
+        kept = done | (set() if work.missing else work.there)
         interrupted = join([base, added], part, kept, work.ratios).interrupted
     if not interrupted:
         aside.unlink()
@@ -165,7 +166,7 @@ class Work:
         known = base.settings if base else {}
         self.ratios = made_for(generator.settings, known)  # that the store will serve; none: all
         self.missing = [ratio for ratio in self.ratios if ratio not in made_for(known)]
-        self.there = base.all_images() if base else set()
+        self.there = base.images() | base.listed_empty() if base else set()
         # Batches are made before they are shared out: an image is always computed together with the
         # same others, and two shards make exactly what one run makes.
         every, size = list(images), generator.batch_size
@@ -188,9 +189,9 @@ class Work:
         found: Iterable[list[PackedImage | Failure]]
         if self.generator.in_processes:
             make, read = self.segment, self.read
-            found = in_order(lambda k: make(read(k)), batches, processes=self.processes, chunk=1)
+            found = in_order(lambda k: make(read(k)), batches, processes=self.processes)
         else:  # this process has the GPU, others read for it
-            found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
+            found = map(self.segment, in_order(self.read, batches, processes=READERS))
         yield from (row for rows in found for row in rows if row.key in left)
 
     def read(self, keys: Sequence[str]) -> list[InputImage]:

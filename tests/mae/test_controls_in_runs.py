@@ -10,7 +10,7 @@ from mae.cli import main
 from mae.config import make_method
 from mae.masking import METHODS
 from mae.model import training_flops
-from mae.resume import load_checkpoint
+from mae.weights import load_checkpoint
 from tests.mae.conftest import SMALL_RUN, assert_same_weights, make_config, read_epochs
 
 SOURCES = ["own", "borrowed", "blob", "block"]

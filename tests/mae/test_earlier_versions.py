@@ -11,7 +11,7 @@ from mae import config as config_module
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, parse_group
 from mae.model import MaskedAutoencoder
 from mae.pretrain import make_optimizer, pretrain
-from mae.resume import load_checkpoint
+from mae.weights import load_checkpoint
 from tests.mae.conftest import make_config, read_epochs
 
 EARLIER = Path(__file__).resolve().parents[1] / "fixtures/earlier_run/run"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.files import LockedError, hold
+from common.files import hold
 from common.step_files import LOCK
 from engine.checkpoint import save_checkpoint
 from mae.listing import make_listing
 from mae.pretrain import make_optimizer, pretrain
-from mae.resume import load_checkpoint
+from mae.weights import load_checkpoint
 from tests.mae.conftest import (
     make_config,
     pack_segments,
@@ -25,9 +25,9 @@ from tests.processes import until
 def _blind(rank):
     """The second process does not see what is in the folder."""
     if rank == 1:
-        import mae.resume
+        import mae.weights
 
-        mae.resume.find_resumable = lambda folder: None
+        mae.weights.find_resumable = lambda folder: None
 
 
 def test_processes_that_would_go_on_from_different_epochs_do_not_start(in1k_dir, tmp_path, processes):
@@ -241,7 +241,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(in1k
     (first,) = processes.start(config)
     try:
         until((tmp_path / "last.pth").exists)
-        with pytest.raises(LockedError, match=f"process {first.pid} on .* already works in"):
+        with pytest.raises(ValueError, match=f"process {first.pid} on .* already works in"):
             pretrain(config)
         assert first.is_alive()
     finally:

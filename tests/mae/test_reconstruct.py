@@ -12,8 +12,7 @@ from mae.masking import patchify, unpatchify
 from mae.model import MaskedAutoencoder
 from mae.pretrain import pretrain
 from mae.reconstruct import load_model, reconstruct_files
-from mae.resume import load_checkpoint
-from mae.weights import export_encoder
+from mae.weights import export_encoder, load_checkpoint
 from tests.mae.conftest import make_config, write_image
 
 

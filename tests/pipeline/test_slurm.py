@@ -156,5 +156,5 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     keys = merged.images() | merged.listed_empty()
     assert keys == one.images() | one.listed_empty()
     assert len([key for key in keys if key.startswith("val/disc/")]) == 3
-    assert all(merged.packed(key) == one.packed(key) for key in keys)
+    assert all(merged.segments(key) == one.segments(key) for key in keys)
     assert len(merged.images()) >= 18

@@ -306,7 +306,7 @@ def test_a_ratio_is_added_to_all_images_of_a_store_or_refused(add):
     store = add(15.0, val_dir=None)
     assert store.path.read_bytes() == before
     store = add(25.0)
-    assert store.all_images() == {"a", "b", "val/c"}
+    assert store.images() | store.listed_empty() == {"a", "b", "val/c"}
     assert store.settings["for_coverage"] == [15, 25]
 
 
@@ -322,7 +322,10 @@ def test_an_image_that_failed_is_tried_again_for_every_ratio(add, tmp_path, dump
     with pytest.raises(RuntimeError, match="1 of 3 images failed"):
         add(40.0)
     store = PackedStore(tmp_path / "masks.sqlite")
-    assert (store.all_images(), store.failures().keys()) == ({"a", "val/c"}, {"b"})
+    assert (store.images() | store.listed_empty(), store.failures().keys()) == (
+        {"a", "val/c"},
+        {"b"},
+    )
     Image.new("RGB", (60, 40)).save(tmp_path / "train/b.png")
     at_once = tmp_path / "at_once.sqlite"
     assert dump(add(15.0).path) == dump(add(15.0, 25.0, 40.0, out=at_once).path)

@@ -169,8 +169,8 @@ def test_presets_are_listed_with_size_and_licence_and_choose_the_model(
 ):
     code, said = masks_command("generate", "--help")
     assert code == 0
-    for name, preset in PRESETS.items():
-        assert re.search(rf"{name} +{preset.model}, {preset.parameters}M parameters, Apache", said)
+    for name, (model, millions) in PRESETS.items():
+        assert re.search(rf"{name} +{model}, {millions}M parameters, Apache", said)
     loaded = []
 
     def load(name):
@@ -179,7 +179,7 @@ def test_presets_are_listed_with_size_and_licence_and_choose_the_model(
 
     monkeypatch.setattr("segments.sam._load", load)
     masks_command("generate", "sam2-tiny", "--images", images, "--out", tmp_path / "masks.sqlite")
-    assert loaded == [PRESETS["sam2-tiny"].model]
+    assert loaded == [PRESETS["sam2-tiny"][0]]
 
 
 def test_parameters_of_presets_are_counted():
@@ -195,4 +195,4 @@ def test_parameters_of_presets_are_counted():
     large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
              "global_attn_indexes": [5, 11, 17, 23]}  # fmt: skip
     for name, vision in {"sam-base": {}, "sam-large": large}.items():
-        assert round(millions(vision)) == PRESETS[name].parameters
+        assert round(millions(vision)) == PRESETS[name][1]
