@@ -101,7 +101,8 @@ def build(
 def fit(run: Run, state: State) -> bool:
     """Train what is left of the epochs. Returns False if stopped by a signal."""
     task, outcome, stopped = run.task, "failed", False
-    if run.accelerator.is_main_process:
+    # A round that ends before the first epoch saves the model as it starts, and leaves all else.
+    if run.accelerator.is_main_process and task.epochs:
         run.logbook = Logbook(
             task.run, task.settings, epochs_completed=state.epochs_completed,
             epochs_total=task.epochs, images_per_epoch=run.plan.images_per_epoch,
@@ -116,7 +117,7 @@ def fit(run: Run, state: State) -> bool:
                     # A stop that came with the last step need not leave the rest to another call.
                     stopped = not _finish_epoch(run, state) or stopped
             is_done = state.epochs_completed == task.epochs
-            if not is_done:
+            if not is_done or not task.epochs:
                 save(run, state)
             run.saver.settle(wait=True)  # what comes now relies on the checkpoint's being there
             if is_done and run.accelerator.is_main_process:

@@ -212,9 +212,9 @@ class PretrainConfig:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        if not 1 <= self.epochs_this_round <= self.optimisation.epochs:
+        if not 0 <= self.epochs_this_round <= self.optimisation.epochs:
             raise ValueError(
-                f"--stop-after is {self.run.stop_after}; give 1 to the {self.optimisation.epochs} "
+                f"--stop-after is {self.run.stop_after}; give 0 (the model as it starts) to the {self.optimisation.epochs} "
                 "epochs of the whole run (--epochs)"
             )
         if self.data.use_unmasked_images and METHODS[self.method.mask_method].uses_segments:

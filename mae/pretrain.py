@@ -80,12 +80,13 @@ class Pretraining(Task):
 
     def find_earlier(self) -> Earlier:
         """The furthest checkpoint; all is done if it is of this round's end, or beyond."""
-        path = find_resumable(self.run.output_dir)
+        path, own = find_resumable(self.run.output_dir), checkpoint_path(self.run.output_dir, self.epochs)
         checkpoint = open_own_checkpoint(self.config, self.listing)
-        if path is None or checkpoint is None:
+        # The model before the first epoch is made anew, however far the run is.
+        if path is None or checkpoint is None or (self.epochs == 0 and not own.is_file()):
             return Earlier()
         # Rounds may be asked for in any order: this one's end may lie behind us.
-        reached, own = checkpoint["epochs_completed"], checkpoint_path(path.parent, self.epochs)
+        reached = checkpoint["epochs_completed"]
         if reached >= self.epochs and not own.is_file():
             raise ValueError(f"the run is at {reached} epochs already, but {own} is missing")
         # A kill may have come between the last checkpoint and its picture.
@@ -216,7 +217,9 @@ class Pretraining(Task):
     def checkpoint_names(self, epochs_completed: int, *, is_best: bool) -> Sequence[str]:
         """A round's own, and last.pth."""
         own = checkpoint_path(self.run.output_dir, epochs_completed).name
-        return (own, LAST) if epochs_completed == self.epochs else (LAST,)
+        if epochs_completed < self.epochs:
+            return (LAST,)
+        return (own, LAST) if self.epochs else (own,)
 
     def after_round(self, run: Run, state: State) -> None:
         """The picture that belongs to the round's checkpoint."""
