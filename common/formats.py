@@ -195,8 +195,11 @@ class ProbeResult(_Shape):
     format_version: int
     linear: NotRequired[Scores]
     knn: NotRequired[Scores]
+    knn_raw: NotRequired[Scores]
     image_knn: NotRequired[dict[str, Positive]]  # "accuracy", in percent
     rankme: NotRequired[Positive]
+    first_direction_percent: NotRequired[Positive]
+    position_percent: NotRequired[Positive]
     seed: Count
     seconds: dict[str, FiniteFloat]
     settings: dict[str, Any]

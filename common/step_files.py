@@ -16,7 +16,7 @@ PREDICTIONS = "predictions.png"
 AREAS = "areas.npz"  # of each validation image: images [N], areas [N, 3, K] in pixels
 RESULT = "result.json"  # the scores; written last
 # A probe's, beside its result.json: the same areas.
-PROBE_AREAS = {"linear": "areas-linear.npz", "knn": "areas-knn.npz"}
+PROBE_AREAS = {name: f"areas-{name}.npz" for name in ("linear", "knn", "knn_raw")}
 # By which the folders of runs are told from each other, and from a stranger's.
 OF_PRETRAINING = (LAST, "checkpoint-*.pth", "reconstructions-*.png")
 OF_FINETUNING = (CHECKPOINT, BEST, AREAS, RESULT, PREDICTIONS)

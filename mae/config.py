@@ -214,8 +214,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.epochs_this_round <= self.optimisation.epochs:
             raise ValueError(
-                f"--stop-after is {self.run.stop_after}; give 0 (the model as it starts) to the {self.optimisation.epochs} "
-                "epochs of the whole run (--epochs)"
+                f"--stop-after is {self.run.stop_after}; give 0 (the model as it starts) to the "
+                f"{self.optimisation.epochs} epochs of the whole run (--epochs)"
             )
         if self.data.use_unmasked_images and METHODS[self.method.mask_method].uses_segments:
             raise ValueError(

@@ -3,14 +3,16 @@
 Shapes: N tokens of an image, T kept ones of all, D features, K classes, P pixels per patch side.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +38,11 @@ from segmenter.model import Segmenter
 
 MOST_TOKENS = 200_000  # kept of all images together: 0.8 GB of ViT-L's
 MOST_IMAGES = 5000  # of class folders
-# What is learned lies in small directions, which a stronger decay would hide: on CamVid's patches
-# this told 100 epochs of MAE from five random seeds by 28 of their standard deviations, in one to
-# two seconds; 1e-4 by 8, 1e-3 by 4, a ridge classifier (0.1 seconds) by 12.
-WEIGHT_DECAY, MOST_ITERATIONS = 1e-5, 100
+MOST_ITERATIONS = 100
+# What a probe may be made with; a fifth of the training images says which is best for an encoder.
+WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3)  # of the linear one
+DIRECTIONS = (8, 16, 32, 64, 128, 256, 512)  # that kNN looks along
+CHOOSING_TOKENS = 10_000  # at most, of either part
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's evaluation (Caron et al. 2021, arXiv:2104.14294)
 MOST_SIMILARITIES = 2**26  # held at once
 RANKME_TOKENS = 25_600  # as many as its paper takes
@@ -90,19 +93,33 @@ class _Probing:
         protocol = dataclasses.replace(self.config.protocol, multi_scale=False)  # tokens of one
         images = WholeImages(dataset, dataset.train, protocol)
         found = self.tokens("tokens", images)
-        for name, fit in (("linear", fit_linear), ("knn", NearestNeighbours)):
-            if name in asked.probes:
-                answers[name] = self.scores(name, partial(fit, *found, dataset.num_classes))
-                logger.info("%s: mean IoU %.2f", name, answers[name]["mean_iou"])
+        if "linear" in asked.probes:
+            answers["linear"] = self.chosen("linear", fit_linear, WEIGHT_DECAYS, found)
+        if "knn" in asked.probes:
+            fewer = [number for number in DIRECTIONS if number < found.features.shape[1]]
+            answers["knn"] = self.chosen("knn", NearestNeighbours, fewer, found)
+            raw = partial(NearestNeighbours, found.features, found.labels, dataset.num_classes)
+            answers["knn_raw"] = self.scores("knn_raw", raw)
         if "rankme" in asked.probes:
-            answers["rankme"] = rankme(found[0])
-            logger.info("RankMe %.1f of %d", answers["rankme"], found[0].shape[1])
+            answers["rankme"] = rankme(found.features)
+            answers |= spread(found)
+            logger.info(
+                "RankMe %.1f of %d; of the variance, %.0f%% lies along one direction, %.0f%% is position",
+                answers["rankme"], found.features.shape[1], answers["first_direction_percent"],
+                answers["position_percent"],
+            )  # fmt: skip
         if asked.image_folder is not None:
             answers |= self.image_knn(asked.image_folder, images)
         return answers
 
-    def tokens(self, name: str, images: WholeImages) -> tuple[Tensor, Tensor]:
-        """Features and labels of images, the same on every process."""
+    def chosen(self, name: str, fit: Fit, values: Sequence[float], found: TrainingTokens) -> dict[str, Any]:
+        """Scores of a probe that is made with the value that suits the encoder best."""
+        best = choose(fit, values, found, self.dataset.num_classes)
+        decoder = partial(fit, found.features, found.labels, self.dataset.num_classes, best)
+        return {**self.scores(name, decoder), "made_with": best}
+
+    def tokens(self, name: str, images: WholeImages) -> TrainingTokens:
+        """Those of images, the same on every process."""
         tokens = Tokens(self.model, images, self.config.run.seed)
         # Without a decoder, a model's logits are its tokens.
         self.over(name, images, each_group, tokens.add, decoder=nn.Identity)
@@ -116,7 +133,9 @@ class _Probing:
         if self.accelerator.is_main_process:
             path = self.config.run.output_dir / PROBE_AREAS[name]
             areas.save(path, [pair.name for pair in dataset.val])
-        return areas.scores(read_classes(dataset).names)
+        scores: dict[str, Any] = areas.scores(read_classes(dataset).names)
+        logger.info("%s: mean IoU %.2f", name, scores["mean_iou"])
+        return scores
 
     def image_knn(self, folder: Path, like: WholeImages) -> dict[str, Any]:
         """Each image by all but itself, so that one folder serves: no other images are needed."""
@@ -125,7 +144,7 @@ class _Probing:
         if classes < 2:
             logger.info("no image kNN: %s has no two class folders", folder)
             return {}
-        means, labels = self.tokens("image_knn", folders)
+        means, labels, *_ = self.tokens("image_knn", folders)
         predicted = NearestNeighbours(means, labels, classes).of_the_others().argmax(1)
         told = {"accuracy": 100 * (predicted == labels).double().mean().item()}
         return {"image_knn": {**told, "num_images": len(labels), "num_classes": classes}}
@@ -152,6 +171,15 @@ class _Probing:
 # --- What the encoder makes of images: tokens with labels ---
 
 
+class TrainingTokens(NamedTuple):
+    """features [T, D] fp32, class, number of the image, and place in its window [T] of each."""
+
+    features: Tensor
+    labels: Tensor
+    images: Tensor
+    places: Tensor
+
+
 class Tokens:
     """Tokens of images, each with the label that most valid pixels of its patch have.
 
@@ -166,10 +194,11 @@ class Tokens:
         device = model.mean.device
         self.features = torch.zeros(MOST_TOKENS, model.encoder.embed_dim, device=device)
         self.labels = torch.zeros(MOST_TOKENS, dtype=torch.int64)  # from 1; 0: none
+        self.places = torch.zeros(MOST_TOKENS, dtype=torch.int64)
 
     def add(self, usable: list[tuple[int, TestImage]]) -> None:
         """The images of a group, with their indices."""
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in usable]  # by window
+        found: list[list[tuple[Tensor, ...]]] = [[] for _ in usable]  # by window
         scaled = [sample.scaled[0] for _, sample in usable]
         windows = patch_logits(self.model, scaled, self.images.protocol)
         for (image, rows, columns), features in windows:
@@ -178,12 +207,13 @@ class Tokens:
                 size = scaled[image].shape[-2:]
                 fitting = F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
                 labels = self._majority(fitting[rows, columns])
-            found[image].append((features.flatten(1).T.float(), labels))  # [D, h, w] to [N, D]
+            features = features.flatten(1).T.float()  # [D, h, w] to [N, D]
+            found[image].append((features, labels, torch.arange(len(features))))
         for (index, sample), by_window in zip(usable, found, strict=True):
-            features, labels = (torch.cat(parts) for parts in zip(*by_window, strict=True))
+            features, labels, places = (torch.cat(parts) for parts in zip(*by_window, strict=True))
             if sample.labels.dim() == 1:
-                features, labels = features.mean(0, keepdim=True), sample.labels
-            self._keep(index, features, labels)
+                features, labels, places = features.mean(0, keepdim=True), sample.labels, places[:1]
+            self._keep(index, features, labels, places)
 
     def _majority(self, labels: Tensor) -> Tensor:
         """[h, w] uint8 to [N]: 1 + the class of most valid pixels of each patch, 0 if none is."""
@@ -197,22 +227,26 @@ class Tokens:
         most, classes = counts.max(1)
         return torch.where(most > 0, classes + 1, 0)
 
-    def _keep(self, index: int, features: Tensor, labels: Tensor) -> None:
+    def _keep(self, index: int, features: Tensor, labels: Tensor, places: Tensor) -> None:
         first, end = ((index + n) * MOST_TOKENS // len(self.images) for n in (0, 1))
         rng = np.random.default_rng([self.seed, TOKENS, index])
         known = rng.permutation(labels.nonzero()[:, 0].numpy())  # those that have a label
         chosen = torch.from_numpy(known[: end - first])
         place = slice(first, first + len(chosen))
         self.features[place] = features[chosen.to(features.device, non_blocking=True)]
-        self.labels[place] = labels[chosen]
+        self.labels[place], self.places[place] = labels[chosen], places[chosen]
 
-    def total(self, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-        """Features [T, D] fp32 and classes [T] of all processes. RuntimeError if T is 0."""
-        labels = accelerator.reduce(self.labels.to(self.features.device), reduction="sum")
-        kept = labels > 0  # places that no image filled, of small images, stay 0
-        if not kept.any():
+    def total(self, accelerator: Accelerator) -> TrainingTokens:
+        """Those of all processes. RuntimeError if there are none."""
+        features, labels, places = (
+            accelerator.reduce(part.to(self.features.device), reduction="sum")
+            for part in (self.features, self.labels, self.places)
+        )
+        (kept,) = torch.where(labels > 0)  # places that no image filled, of small images, stay 0
+        if not len(kept):
             raise RuntimeError("no pixel of the training images has a label that counts")
-        return accelerator.reduce(self.features, reduction="sum")[kept], labels[kept] - 1
+        images = ((kept + 1) * len(self.images) - 1) // MOST_TOKENS  # whose share a place is of
+        return TrainingTokens(features[kept], labels[kept] - 1, images, places[kept])
 
 
 class ClassFolders(WholeImages):
@@ -237,6 +271,33 @@ class ClassFolders(WholeImages):
 
 # --- What is asked of them: a linear classifier, nearest neighbours, their rank ---
 
+Fit = Callable[[Tensor, Tensor, int, Any], nn.Module]  # of tokens [T, D], labels [T], classes, value
+
+
+def choose(fit: Fit, values: Sequence[float], found: TrainingTokens, num_classes: int) -> float:
+    """The value with which four of five images tell most of the fifth, by mean IoU of its tokens.
+
+    The middle one where there are less than five images. The validation images have no say in it.
+    """
+    held_out = found.images % 5 == 4
+    train, test = (
+        rows[:: -(-len(rows) // CHOOSING_TOKENS) or 1]  # evenly spread
+        for rows in (part.nonzero()[:, 0] for part in (~held_out, held_out))
+    )
+    if not len(train) or not len(test):
+        return values[len(values) // 2]
+    labels, scores = found.labels[test], []
+    for value in values:
+        decoder = fit(found.features[train], found.labels[train], num_classes, value)
+        with torch.no_grad():
+            predicted = decoder(found.features[test][None])[0].argmax(-1)
+        confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+        table = confusion.view(num_classes, num_classes).double()
+        there = table.sum(1) > 0
+        iou = table.diag() / (table.sum(0) + table.sum(1) - table.diag()).clamp(min=1)
+        scores.append(iou[there].mean().item())
+    return values[scores.index(max(scores))]
+
 
 class LinearProbe(LinearDecoder):
     """In fp32: its logits are small differences of large numbers."""
@@ -247,10 +308,10 @@ class LinearProbe(LinearDecoder):
             return super().forward(tokens.float())
 
 
-def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
+def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int, weight_decay: float) -> LinearProbe:
     """Batch norm and linear layer that classify tokens [T, D] with labels [T], as one layer."""
     # Multinomial logistic regression of the standardised tokens: scikit-learn's LogisticRegression
-    # with C = 1 / (WEIGHT_DECAY * T).
+    # with C = 1 / (weight_decay * T).
     mean, deviation = _statistics(tokens)
     features = (tokens - mean) / deviation
     decoder = LinearProbe(tokens.shape[1], num_classes).to(tokens.device)
@@ -263,7 +324,7 @@ def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
 
     def loss() -> Tensor:
         solver.zero_grad()
-        decay = WEIGHT_DECAY / 2 * weight.square().sum()  # the bias does not decay
+        decay = weight_decay / 2 * weight.square().sum()  # the bias does not decay
         value = F.cross_entropy(decoder(features), labels) + decay
         value.backward()
         return value
@@ -278,21 +339,33 @@ def fit_linear(tokens: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
 class NearestNeighbours(nn.Module):
     """Classes of the training tokens that point the same way (Wu et al. 2018, arXiv:1805.01978)."""
 
-    def __init__(self, tokens: Tensor, labels: Tensor, num_classes: int) -> None:
-        """Tokens [T, D] and their labels [T]."""
-        super().__init__()
-        self.mean, self.deviation = _statistics(tokens)
-        self.bank, self.labels, self.num_classes = self.directions(tokens), labels, num_classes
+    def __init__(
+        self, tokens: Tensor, labels: Tensor, num_classes: int, directions: int | None = None
+    ) -> None:
+        """Tokens [T, D] and their labels [T].
 
-    def directions(self, tokens: Tensor) -> Tensor:
-        """[..., D] standardised, to length 1: else what all tokens share outweighs the rest."""
-        return F.normalize((tokens - self.mean) / self.deviation, dim=-1)
+        directions: along so many principal ones, each scaled to the same variance (whitened): else
+        one that has most of it, and tells places and not things, decides who is near. None: each
+        feature is scaled by itself (standardised).
+        """
+        super().__init__()
+        self.mean, deviation = _statistics(tokens)
+        self.projection = deviation.reciprocal().diag()  # [D, D], or [D, directions]
+        if directions is not None:
+            variances, axes = torch.linalg.eigh(_covariance(tokens - self.mean))  # ascending
+            scaled = axes / variances.clamp(min=1e-6 * variances[-1]).sqrt()
+            self.projection = scaled[:, -directions:].float()
+        self.bank, self.labels, self.num_classes = self.project(tokens), labels, num_classes
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """[..., D] to length 1 along what is looked at."""
+        return F.normalize((tokens - self.mean) @ self.projection, dim=-1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] to each class's share of the votes [B, N, K]."""
-        queries = self.directions(tokens.float().flatten(0, 1))
         # In bf16 most neighbours would be equally near.
         with torch.autocast(tokens.device.type, enabled=False):
+            queries = self.project(tokens.float().flatten(0, 1))
             parts = queries.split(max(1, MOST_SIMILARITIES // len(self.bank)))
             votes = [self._votes(part @ self.bank.T) for part in parts]
         return torch.cat(votes).unflatten(0, tokens.shape[:2])
@@ -316,6 +389,32 @@ def _statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [D] of each feature, as batch norm takes them."""
     deviation, mean = torch.std_mean(tokens, dim=0, correction=0)
     return mean, deviation.clamp(min=1e-6)
+
+
+def _covariance(centred: Tensor) -> Tensor:
+    """[D, D] fp64 of tokens [T, D] whose mean is 0."""
+    return (centred.T @ centred / len(centred)).double()
+
+
+def spread(found: TrainingTokens) -> dict[str, float]:
+    """What the variance of standardised tokens consists of, in percent of it.
+
+    first_direction_percent: along their first principal direction. position_percent: between places
+    in the image, less what chance makes of so many places (omega squared, Hays 1963).
+    """
+    mean, deviation = _statistics(found.features)
+    tokens = (found.features - mean) / deviation
+    variances = torch.linalg.eigvalsh(_covariance(tokens))
+    places, of_each = found.places.unique(return_inverse=True)
+    sums = tokens.new_zeros(len(places), tokens.shape[1]).index_add_(0, of_each, tokens)
+    total = tokens.square().sum().item()
+    between = (sums.square().sum(1) / of_each.bincount()).sum().item()
+    within = (total - between) / max(1, len(tokens) - len(places))
+    position = (between - (len(places) - 1) * within) / (total + within)
+    return {
+        "first_direction_percent": 100 * (variances[-1] / variances.sum()).item(),
+        "position_percent": 100 * max(0.0, position),
+    }
 
 
 def rankme(tokens: Tensor) -> float:

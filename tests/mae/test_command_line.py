@@ -103,7 +103,7 @@ def test_exit_codes_are_those_of_the_contract():
         ),
         (["--coverage-ratio", "150"], "--coverage-ratio is '150'; it should be less"),
         (["--epochs", "0"], "--epochs is '0'"),
-        (["--stop-after", "9"], "give 1 to the 4 epochs"),
+        (["--stop-after", "9"], "to the 4 epochs"),
         (["--image-size", "40"], "not a multiple of the patch size 16"),
         (["--decoder-heads", "5"], "cannot be split into 5 heads"),
         (["--model", "vit_giant"], "vit_huge"),

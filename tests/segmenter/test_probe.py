@@ -4,10 +4,12 @@ import json
 import math
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
@@ -21,7 +23,15 @@ from segmenter.data import WholeImages
 from segmenter.dataset import read_description
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.finetune import start_model
-from segmenter.probe import NearestNeighbours, Tokens, fit_linear, rankme
+from segmenter.probe import (
+    NearestNeighbours,
+    Tokens,
+    TrainingTokens,
+    choose,
+    fit_linear,
+    rankme,
+    spread,
+)
 from tests import toy
 from tests.segmenter.boxes import IGNORE, call, run, train_arguments, write_dataset
 
@@ -60,6 +70,9 @@ def probed(dataset, tmp_path_factory):
     return folder
 
 
+a_linear_probe = partial(fit_linear, weight_decay=1e-5)
+
+
 @pytest.fixture
 def features():
     """Tokens of three overlapping classes, of unequal scales; and as many to be classified."""
@@ -73,11 +86,11 @@ def features():
 
 def test_the_linear_probe_is_scikit_learns_logistic_regression(features):
     tokens, labels, others = features
-    decoder = fit_linear(tokens, labels, CLASSES)
+    decoder = fit_linear(tokens, labels, CLASSES, 1e-4)
     mean, deviation = tokens.mean(0), tokens.std(0, correction=0)
-    peer = LogisticRegression(
-        C=1 / (segmenter.probe.WEIGHT_DECAY * len(tokens)), tol=1e-8, max_iter=5000
-    ).fit((tokens - mean) / deviation, labels)
+    peer = LogisticRegression(C=1 / (1e-4 * len(tokens)), tol=1e-8, max_iter=5000).fit(
+        (tokens - mean) / deviation, labels
+    )
     expected = torch.from_numpy(peer.predict_proba((others - mean) / deviation)).float()
     found = decoder(others[None])[0].softmax(-1)
     assert torch.equal(found.argmax(1), expected.argmax(1))
@@ -98,7 +111,69 @@ def test_neighbours_are_scikit_learns(features, monkeypatch, at_once):
     torch.testing.assert_close(votes, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("decoder_of", [fit_linear, NearestNeighbours])
+def test_whitened_neighbours_are_scikit_learns_after_its_pca(features):
+    tokens, labels, others = features
+    votes = NearestNeighbours(tokens, labels, CLASSES, 5)(others[None])[0]
+    pca = PCA(5, whiten=True, svd_solver="full").fit(tokens.double().numpy())
+    weights = lambda distances: np.exp((1 - distances) / segmenter.probe.TEMPERATURE)  # noqa: E731
+    peer = KNeighborsClassifier(segmenter.probe.NEIGHBOURS, metric="cosine", weights=weights)
+    peer.fit(pca.transform(tokens.double().numpy()), labels)
+    expected = torch.from_numpy(peer.predict_proba(pca.transform(others.double().numpy()))).float()
+    torch.testing.assert_close(votes, expected, atol=1e-3, rtol=0)
+
+
+def training_tokens(features, labels, images=None, places=None):
+    count = torch.arange(len(labels))
+    return TrainingTokens(
+        features, labels, count if images is None else images, count if places is None else places
+    )
+
+
+def test_the_value_is_chosen_on_a_fifth_of_the_images_alone():
+    """A class is where the value says, in the images that are held out; elsewhere it is another."""
+    labels = torch.arange(100) % 2
+    images = torch.arange(100) // 4
+    asked = []
+
+    class Told(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, tokens):
+            right = torch.nn.functional.one_hot(tokens[..., 0].long(), 2).float()
+            return right if self.value == 3 else right.flip(-1) if self.value == 1 else right * 0
+
+    def fit(tokens, told, num_classes, value):
+        asked.append((tokens, told, num_classes, value))
+        return Told(value)
+
+    found = training_tokens(torch.stack([labels.float(), images.float()], 1), labels, images)
+    assert choose(fit, (1, 2, 3, 4), found, 2) == 3
+    assert [value for *_, value in asked] == [1, 2, 3, 4]
+    for tokens, told, num_classes, _ in asked:
+        assert set(tokens[:, 1].tolist()) == {n for n in range(25) if n % 5 != 4}
+        assert (len(told), num_classes) == (80, 2)
+    few = training_tokens(found.features[:8], labels[:8], images[:8])
+    assert choose(fit, (1, 2, 3, 4), few, 2) == 3  # nothing is held out: the middle one
+
+
+def test_what_the_variance_consists_of_by_hand():
+    rng = np.random.default_rng(0)
+    places = torch.arange(4).repeat(500)
+    of_place = torch.tensor([-3.0, -1, 1, 3])[places]
+    alone = torch.from_numpy(rng.normal(size=2000)).float()
+    found = training_tokens(torch.stack([of_place, alone], 1), places, places=places)
+    told = spread(found)
+    assert told["position_percent"] == pytest.approx(50, abs=1)  # all of the one, none of the other
+    assert told["first_direction_percent"] == pytest.approx(50, abs=2)
+    chance = training_tokens(torch.from_numpy(rng.normal(size=(2000, 3))).float(), places)
+    assert spread(chance._replace(places=torch.arange(2000) % 400))["position_percent"] < 2
+    line = alone[:, None] * torch.tensor([[1.0, -2, 5]])
+    assert spread(training_tokens(line, places))["first_direction_percent"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("decoder_of", [a_linear_probe, NearestNeighbours])
 def test_half_precision_of_the_encoder_does_not_blur_the_probes(features, decoder_of):
     tokens, labels, others = features
     decoder = decoder_of(tokens, labels, CLASSES)
@@ -166,12 +241,13 @@ def probed_with(dataset, encoder, decoder_of):
     train = WholeImages(description, description.pairs("train"), PROTOCOL)
     tokens = Tokens(model, train, 0)
     each_group(accelerator, model, train, scoring, tokens.add)
-    model.decoder = decoder_of(*tokens.total(accelerator), CLASSES)
+    found = tokens.total(accelerator)
+    model.decoder = decoder_of(found.features, found.labels, CLASSES)
     val = WholeImages(description, description.pairs("val"), PROTOCOL)
     return evaluate_model(accelerator, model, val, scoring)
 
 
-@pytest.mark.parametrize("decoder_of", [fit_linear, NearestNeighbours])
+@pytest.mark.parametrize("decoder_of", [a_linear_probe, NearestNeighbours])
 def test_tokens_that_are_the_labels_score_near_100(dataset, decoder_of):
     scores = probed_with(dataset, Oracle(), decoder_of).scores("gbs")
     assert scores["pixel_accuracy"] > 92  # the borders of patches are not those of boxes
@@ -180,7 +256,7 @@ def test_tokens_that_are_the_labels_score_near_100(dataset, decoder_of):
 
 def test_tokens_of_noise_score_what_the_majority_class_scores(tmp_path):
     dataset = write_dataset(tmp_path, train=60)  # enough tokens for noise to be only that
-    areas = probed_with(dataset, Noise(), fit_linear)
+    areas = probed_with(dataset, Noise(), a_linear_probe)
     labels = areas.by_image.sum(0)[2].double()
     iou_of_majority = 100 * (labels.max() / labels.sum()).item() / CLASSES
     assert areas.scores("gbs")["mean_iou"] == pytest.approx(iou_of_majority, abs=1)
@@ -188,17 +264,18 @@ def test_tokens_of_noise_score_what_the_majority_class_scores(tmp_path):
 
 def test_a_probe_leaves_scores_areas_and_nothing_else(probed, dataset):
     assert {path.name for path in probed.iterdir()} == {
-        "result.json", "areas-linear.npz", "areas-knn.npz", ".lock",
+        "result.json", "areas-linear.npz", "areas-knn.npz", "areas-knn_raw.npz", ".lock",
     }  # fmt: skip
     result = result_of(probed)
     assert set(result) == {
-        "format_version", "linear", "knn", "rankme", "seed", "seconds", "model", "init",
+        "format_version", "linear", "knn", "knn_raw", "rankme", "first_direction_percent",
+        "position_percent", "seed", "seconds", "model", "init",
         "protocol", "dataset", "versions", "device", "num_processes", "settings",
     }  # fmt: skip
     assert (result["init"], result["seed"], result["model"]) == ("random", 0, "vit_toy")
     assert result["protocol"]["window_stride"] == 24
     assert 1 <= result["rankme"] <= 24
-    for name in ("linear", "knn"):
+    for name in ("linear", "knn", "knn_raw"):
         with np.load(probed / f"areas-{name}.npz", allow_pickle=False) as file:
             intersection, predicted, label = file["areas"].sum(0)
             assert file["images"].tolist() == ["100", "101", "102"]
@@ -275,13 +352,14 @@ def test_no_more_tokens_are_kept_than_the_bound_allows(dataset, tmp_path, monkey
     monkeypatch.setattr(segmenter.probe, "MOST_TOKENS", 10)
     kept = []
 
-    def spy(tokens, labels, num_classes):
+    def spy(tokens, labels, num_classes, weight_decay):
         kept.append(tokens)
-        return fit_linear(tokens, labels, num_classes)
+        return fit_linear(tokens, labels, num_classes, weight_decay)
 
     monkeypatch.setattr(segmenter.probe, "fit_linear", spy)
     assert call(*probe_arguments(dataset, tmp_path / "out", probes="linear")).code == 0
-    assert kept[0].shape == (10, 24)
+    assert kept[-1].shape == (10, 24)
+    assert {len(tokens) for tokens in kept[:-1]} < {7, 8, 9}, "a fifth of the images is left out"
 
 
 def test_done_is_done_and_other_settings_are_refused(dataset, probed, command):
