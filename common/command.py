@@ -6,16 +6,7 @@ from typing import Any
 
 import click
 
-from common.options import (
-    REQUIRED,
-    Field,
-    Layer,
-    OptionGroup,
-    absolute_path,
-    fields_of,
-    make_all,
-    read_layer,
-)
+from common.options import REQUIRED, Field, Layer, OptionGroup, absolute_path, fields_of, make_all, read_layer
 
 # Dashes and underscores are the same.
 CONTEXT: dict[str, Any] = {

@@ -66,10 +66,7 @@ def train(task: Task, interruption: Interruption) -> bool:
 
 
 def build(
-    task: Task,
-    accelerator: Accelerator,
-    interruption: Interruption,
-    earlier: Earlier | None = None,
+    task: Task, accelerator: Accelerator, interruption: Interruption, earlier: Earlier | None = None
 ) -> tuple[Run, State]:
     """Everything as the checkpoint has it, or anew. Writes nothing. Raises ValueError."""
     checkpoint, path = (earlier.checkpoint, earlier.path) if earlier else ({}, None)
@@ -155,9 +152,8 @@ def _finish_epoch(run: Run, state: State) -> bool:
 
 
 def save(
-    run: Run, state: State, names: Sequence[str] = (), *,
-    afterwards: Callable[[], None] | None = None,
-) -> None:  # fmt: skip
+    run: Run, state: State, names: Sequence[str] = (), *, afterwards: Callable[[], None] | None = None
+) -> None:
     """The first process saves where the run stands; by default under the rolling name only."""
     if run.saver is None or not run.accelerator.is_main_process:
         return

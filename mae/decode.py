@@ -15,14 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.files import read_bytes
-from common.images import (
-    GREY_OR_COLOUR,
-    JpegHeader,
-    decode_rgb,
-    jpeg_header,
-    load_image,
-    refuse_huge,
-)
+from common.images import GREY_OR_COLOUR, JpegHeader, decode_rgb, jpeg_header, load_image, refuse_huge
 from mae.transforms import Crop, crop_image
 
 FILL = 128  # of all three colours: coefficients of 0

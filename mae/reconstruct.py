@@ -93,9 +93,8 @@ def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
 
 
 def _hide(
-    model: MaskedAutoencoder, path: Path, number: int, patterns: Tensor,
-    segments: SegmentSource | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: MaskedAutoencoder, path: Path, number: int, patterns: Tensor, segments: SegmentSource | None
+) -> tuple[Tensor, Tensor]:
     """Centre crop of an image file, and its segment's pattern, or the fixed set's in turn."""
     try:
         image = read_crop(path, centre_crop, model.config.image_size)

@@ -90,9 +90,8 @@ def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
 @command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH, required=False)
 def evaluate(
-    checkpoint: Path | None, evaluation: EvaluateConfig, changes: ProtocolChanges,
-    devices: ScoringConfig,
-) -> None:  # fmt: skip
+    checkpoint: Path | None, evaluation: EvaluateConfig, changes: ProtocolChanges, devices: ScoringConfig
+) -> None:
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
     if (checkpoint is None) == (evaluation.predictions is None):
         raise click.UsageError("give either a CHECKPOINT or --predictions DIR")

@@ -71,9 +71,8 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
     """Random crops of the training images by (epoch, index)."""
 
     def __init__(
-        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig,
-        seed: int,
-    ) -> None:  # fmt: skip
+        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig, seed: int
+    ) -> None:
         super().__init__(description, pairs, protocol)
         self.seed = seed
         side, ignored = protocol.crop_size, description.ignore_index

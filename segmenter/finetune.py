@@ -189,10 +189,7 @@ class Finetuning(Task):
             "shape": dataclasses.asdict(run.model.shape),
             "classes": list(self.classes.names),
             "palette": self.classes.palette.tolist(),
-            "dataset": {
-                "name": self.dataset.name,
-                "reduce_zero_label": self.dataset.reduce_zero_label,
-            },
+            "dataset": {"name": self.dataset.name, "reduce_zero_label": self.dataset.reduce_zero_label},
             "protocol": self.config.protocol.described(),
         }
 
@@ -222,10 +219,7 @@ class Finetuning(Task):
 
 
 def start_model(
-    init: Path | Literal["random"],
-    config: EncoderConfig,
-    protocol: ProtocolConfig,
-    num_classes: int,
+    init: Path | Literal["random"], config: EncoderConfig, protocol: ProtocolConfig, num_classes: int
 ) -> Segmenter:
     """A new model, its encoder from `init`; with a linear decoder if only the encoder is given."""
     patch, in_channels = config.patch_size or config.encoder.patch_size, IMAGE_CHANNELS
@@ -292,11 +286,7 @@ def depends_on(
         "protocol": config.protocol.described(),
         "model": config.model.model,
         "init": str(config.init),
-        "dataset": {
-            "name": dataset.name,
-            "num_classes": dataset.num_classes,
-            "num_val": len(dataset.val),
-        },
+        "dataset": {"name": dataset.name, "num_classes": dataset.num_classes, "num_val": len(dataset.val)},
         "versions": versions(PACKAGES),
         "device": device_name(accelerator.device),
         "num_processes": accelerator.num_processes,

@@ -41,9 +41,8 @@ def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
 
 
 def predict_files(
-    checkpoint: Path, images: Sequence[Path], out: Path, changes: ProtocolChanges,
-    devices: DeviceConfig,
-) -> None:  # fmt: skip
+    checkpoint: Path, images: Sequence[Path], out: Path, changes: ProtocolChanges, devices: DeviceConfig
+) -> None:
     """Write <stem>.png (labels) and <stem>_overlay.png for every image, of folders for each file.
 
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError

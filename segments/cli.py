@@ -65,9 +65,8 @@ class _InspectOptions(_Speed):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
     coverage_ratio: tuple[float, ...] | None = option(
-        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.", None,
-        **PERCENT,
-    )  # fmt: skip
+        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.", None, **PERCENT
+    )
     against: Path | None = option("Also compare what is chosen with that of these segments.", None)
     out: Path = option("Writes OUT.png.", Path("inspected"))
 
