@@ -17,9 +17,8 @@ from torch.utils.data import Dataset
 from common.images import next_usable
 from engine.schedule import FIXED, SAMPLE, sample_rng
 from mae.controls import SegmentSource
-from mae.decode import read_crop
+from mae.crops import centre_crop, random_crop, read_crop
 from mae.masking import MaskingMethod
-from mae.transforms import centre_crop, random_crop
 from segments.store import segment_key
 
 

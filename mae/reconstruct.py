@@ -16,10 +16,9 @@ from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
 from mae.config import MethodConfig, ModelConfig, make_method, parse_group
 from mae.controls import SegmentSource
-from mae.decode import read_crop
+from mae.crops import centre_crop, read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.transforms import centre_crop
 from mae.weights import load_checkpoint
 from segments.forms import open_segments
 from segments.store import PackedStore
