@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import psutil
 import torch
@@ -33,7 +32,7 @@ from engine.layers import recompute_activations
 from engine.logbook import Logbook, send_to_trackers
 from engine.memory import largest_micro_batch
 from engine.schedule import STEP, derived_seeds
-from engine.task import Earlier, Run, State, Task, load
+from engine.task import Earlier, MicroBatch, Run, State, Task, load
 from engine.update import GuardedUpdate
 
 logger = logging.getLogger(__name__)
@@ -196,7 +195,7 @@ class EpochTrainer:
         self.reads = LateReads(on_gpu=self.on_gpu)
         self.has_stepped = False
 
-    def train_one_epoch(self, state: State, batches: Iterator[Any]) -> bool:
+    def train_one_epoch(self, state: State, batches: Iterator[MicroBatch]) -> bool:
         """Train to the end of the state's epoch, or until a signal. Returns True if stopped.
 
         batches: this process's loader, standing where the state stands. Raises RuntimeError if a
@@ -232,7 +231,7 @@ class EpochTrainer:
         self.has_stepped = True
         return self.run.interruption.shielding_children() if shielding else nullcontext()
 
-    def step(self, state: State, batches: Iterator[Any]) -> None:
+    def step(self, state: State, batches: Iterator[MicroBatch]) -> None:
         """One optimizer step. Each micro-batch is computed while the next is still being loaded."""
         run, task, accelerator = self.run, self.run.task, self.run.accelerator
         rank, steps = accelerator.process_index, run.plan.steps_per_epoch
@@ -245,7 +244,7 @@ class EpochTrainer:
         counted: list[tuple[float, ...]] = []
         for left in reversed(range(run.plan.passes(rank))):
             began = time.monotonic()
-            micro = task.micro_batch(next(batches))
+            micro = next(batches)
             state.waited_seconds += time.monotonic() - began
             run.unreadable.note(micro.unreadable)
             counted.append((micro.num_values, *micro.counts, len(micro.unreadable)))

@@ -26,7 +26,7 @@ from common.interruption import Interruption
 from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from engine.devices import device_name
 from engine.schedule import BatchPlan
-from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
+from engine.task import Built, Earlier, Evaluation, Run, State, Task
 from engine.trainer import save, train
 from engine.vit import IMAGE_CHANNELS
 from segmenter.check import all_settings, earlier_output, plan_batches
@@ -40,7 +40,7 @@ from segmenter.config import (
     ProtocolConfig,
     TrainConfig,
 )
-from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
+from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import MOST_CHECKED, DatasetDescription, check_labels, read_classes
 from segmenter.encoder import EncoderShape, read_encoder, start_encoder
 from segmenter.evaluate import evaluate_model
@@ -115,15 +115,6 @@ class Finetuning(Task):
     def plan(self, processes: int) -> BatchPlan:
         """As many images at once as --device-batch-size allows."""
         return plan_batches(self.config, self.dataset, processes)
-
-    def micro_batch(self, batch: Batch) -> MicroBatch:
-        """The loss is over the pixels whose label counts."""
-        return MicroBatch(
-            inputs=(batch.images, batch.labels, batch.sizes),
-            num_values=batch.valid_pixels.sum().item(),
-            counts=(),
-            unreadable=batch.unreadable,
-        )
 
     def example(self, images: int) -> tuple[Tensor, ...]:
         """Empty crops."""
