@@ -14,7 +14,6 @@ CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
 }
-TIMED_STEPS = 20  # of --dry-run time
 
 
 class PathArgument(click.ParamType):

@@ -12,6 +12,7 @@ it. That number is known when the last micro-batch has come: gradients of the su
 meanwhile, and the optimizer divides them.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor
 
+from common.console import say
 from common.interruption import Interruption
 from engine.checkpoint import Saver, load_optimizer, load_weights, not_finite
 from engine.devices import LateReads, make_accelerator, refuse_disagreement, working_in
@@ -38,6 +40,7 @@ from engine.update import GuardedUpdate
 logger = logging.getLogger(__name__)
 
 PASSES_BETWEEN_LOOKS = 10  # of the host at a GPU; a CPU is looked at after every step
+TIMED_STEPS = 20
 
 
 # A call
@@ -307,16 +310,16 @@ class EpochTrainer:
 # How long it takes
 
 
-def time_training(task: Task, steps: int) -> dict[str, float] | None:
-    """Seconds of setting up, an epoch, an evaluation; None in all processes but the first.
+def time_training(task: Task) -> None:
+    """Print seconds of setting up, an epoch, an evaluation, as JSON: --dry-run time.
 
-    Begins anew whatever lies in the output directory, and writes nothing. The first `steps` steps
+    Begins anew whatever lies in the output directory, and writes nothing. The first TIMED_STEPS
     warm up the loader, the allocator and torch.compile; as many are timed.
     """
     interruption = Interruption()
     run, state = build(task, make_accelerator(task.run), interruption)
     whole = run.plan
-    steps = min(steps, whole.steps_per_epoch)
+    steps = min(TIMED_STEPS, whole.steps_per_epoch)
     # An epoch of so many steps, twice.
     run.plan = replace(whole, num_images=steps * whole.effective_batch_size)
     batches, trainer = load(run, (0, 0), epochs=2), EpochTrainer(run)
@@ -329,9 +332,7 @@ def time_training(task: Task, steps: int) -> dict[str, float] | None:
                 raise RuntimeError("stopped by a signal")
     epoch_seconds = state.seconds * whole.steps_per_epoch / steps
     evaluation_seconds = _evaluation_seconds(run) if task.evaluations else 0.0
-    if not run.accelerator.is_main_process:
-        return None
-    return {
+    told = {
         "setup_seconds": setup_seconds,
         "epoch_seconds": epoch_seconds,
         "evaluation_seconds": evaluation_seconds,
@@ -339,6 +340,8 @@ def time_training(task: Task, steps: int) -> dict[str, float] | None:
         "epochs": task.total_epochs,
         "images_per_second": whole.images_per_epoch / epoch_seconds,
     }
+    if run.accelerator.is_main_process:
+        say(json.dumps(told))
 
 
 def _evaluation_seconds(run: Run) -> float:

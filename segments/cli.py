@@ -1,8 +1,8 @@
 """The command line of `python -m segments`, which `python -m mae masks` is another name of."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,15 +78,13 @@ class _CheckOptions(_Speed):
     out: Path = option("Where offenders are listed.", Path("offenders.txt"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 success, 1 failed, 2 bad input, 75 stopped by a signal."""
-    run_program(masks, "python -m segments", arguments)
-
-
 @click.group(context_settings=CONTEXT)
 def masks() -> None:
     """Make, pack, look at and check the segments of a dataset."""
     log_to_stderr("%(message)s")
+
+
+main = partial(run_program, masks, "python -m segments")
 
 
 @command(masks, "pack", options=_PackOptions)
