@@ -79,9 +79,10 @@ class Pretraining(Task):
     def find_earlier(self) -> Earlier:
         """The furthest checkpoint; all is done if it is of this round's end, or beyond."""
         path = find_resumable(self.run.output_dir)
-        checkpoint = open_own_checkpoint(self.config, self.listing)
-        if path is None or checkpoint is None:
+        self.run.check_resume(path)
+        if path is None:
             return Earlier()
+        checkpoint = open_own_checkpoint(self.config, self.listing, path)
         # Rounds may be asked for in any order: this one's end may lie behind us.
         reached, own = checkpoint["epochs_completed"], checkpoint_path(path.parent, self.epochs)
         if reached >= self.epochs and not own.is_file():
