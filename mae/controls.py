@@ -16,9 +16,8 @@ import torch
 
 from engine.schedule import CONTROL, sample_rng
 from mae.config import MethodConfig
-from mae.decode import CroppedImage
+from mae.crops import Crop, CroppedImage, crop_segment, crop_segments
 from mae.masking import MaskingMethod
-from mae.transforms import Crop, crop_segment, crop_segments
 from segments.segment import Segment, largest_island, nearest_first, sides_touched
 from segments.store import PackedStore, segment_key
 

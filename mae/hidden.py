@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from common.images import evenly_spread
+from mae.crops import Crop
 from mae.data import MaskedImages
-from mae.transforms import Crop
 from segments.segment import count_islands, sides_touched
 
 SAMPLE_SIZE = 32  # images

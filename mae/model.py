@@ -180,6 +180,9 @@ def training_flops(config: ModelConfig, method: MaskingMethod) -> float:
         + 2 * patch_values * (kept * encoder.width + config.num_patches * config.decoder_width)
         + 2 * (kept + 1) * encoder.width * config.decoder_width
     )
+    if (preencoder := method.preencoder(IMAGE_CHANNELS)) is not None:  # each weight at every pixel
+        weights = sum(p.numel() for p in preencoder.parameters() if p.dim() > 1)
+        forward += 2 * config.image_size**2 * weights
     return 3.0 * forward
 
 

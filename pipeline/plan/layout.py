@@ -13,9 +13,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Self
 
+from common.options import MOST_SEED
 from mae.config import MethodConfig, OptimisationConfig, SegmentsFrom
 
 BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking methods
+UNTRAINED = "untrained"  # a reference line of each method's own: its model at epoch 0
+EVAL_SEEDS_APART = 1_000_000  # so that the finetunings of two pretrainings share no seed
 OWN, *CONTROLS = typing.get_args(SegmentsFrom)  # whose segments are hidden
 # What a run's name leaves out: pretraining's own defaults.
 DEFAULT_RATIO, DEFAULT_SEED = MethodConfig.coverage_ratio, OptimisationConfig.seed
@@ -70,6 +73,11 @@ class RunId:
 def ratio_text(ratio: float) -> str:
     """All digits of a ratio: no exponent, whose "-" would stand for a part of the name."""
     return f"{Decimal(repr(ratio)).normalize():f}"
+
+
+def seed_of_eval(seed: int, number: int) -> int:
+    """Of the finetuning with that number, from 0, of a pretraining with that seed."""
+    return (seed + number * EVAL_SEEDS_APART) % (MOST_SEED + 1)
 
 
 def eval_name(run: str, epochs: int, eval_seed: int = 0) -> str:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from common.formats import plain
 from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, RunConfig, SegmentsFrom
-from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN
+from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN, UNTRAINED
 from segmenter.config import DEFAULT_RECIPE
 
 # More than so many of anything that has a process of its own is a slip of the hand.
@@ -79,14 +79,15 @@ class Experiment(OptionGroup):
         "Probe the frozen encoder every so many epochs, too; 0 = no probes at all. "
         "Default: where it is evaluated.", None, at_least=0,
     )  # fmt: skip
-    eval_seeds: int = option("Finetunings of each checkpoint, by SEED, SEED+1, ...", 1, **FROM_ONE)
+    eval_seeds: int = option("Finetunings of each checkpoint, by seeds of their own.", 1, **FROM_ONE)
     recipe: str = option("Finetuning recipe: a name or a YAML file.", DEFAULT_RECIPE)
     stack: bool = option("Start from the official MAE checkpoint.", False)
     mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
     baselines: tuple[str, ...] | None = option(
-        "Reference lines: scratch (a random ViT), mae (the official checkpoint), or none. "
-        "Default: scratch, and mae if that file is at hand.", None,
-        choices=lambda: (*BASELINES, "none"),
+        "Reference lines: untrained (each method's model before its first epoch), scratch (timm's "
+        "random ViT: labels alone), mae (the official checkpoint), or none. "
+        "Default: untrained, scratch, and mae if that file is at hand.", None,
+        choices=lambda: (UNTRAINED, *BASELINES, "none"),
     )  # fmt: skip
     eval: str | None = option("Evaluate only this: N (epochs completed), scratch or mae.", None)
 
@@ -187,9 +188,8 @@ class Cluster(OptionGroup):
     gpus_per_node: int | None = option("0 = CPU. Default: --num-gpus.", None, **FROM_ZERO)
     partition: str | None = option("Where jobs are queued.", None)
     time: str | None = option(
-        "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.",
-        None
-    )  # fmt: skip
+        "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.", None
+    )
     qos: str | None = option("Quality of service.", None)
     sbatch: Mapping[str, Any] = option("A further sbatch parameter.", {})
     wait: bool = option("Follow the jobs to their end.", False)

@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from common import step_files as files
-from common.formats import check_names
+from common.formats import check_names, read_json
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import OFFICIAL_FILES, PretrainConfig, idle_settings
 from mae.masking import METHODS
-from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, OWN, Layout, RunId, eval_name
+from pipeline.plan.layout import (
+    BASELINES,
+    DEFAULT_RATIO,
+    OWN,
+    UNTRAINED,
+    Layout,
+    RunId,
+    eval_name,
+    seed_of_eval,
+)
 from pipeline.plan.settings import Settings
 from segmenter.check import ScoringFacts
 from segmenter.config import GROUPS as FINETUNE_GROUPS
@@ -100,9 +109,8 @@ class Step:
 
 
 def step_of_words(
-    room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path,
-    **more: Any,
-) -> Step:  # fmt: skip
+    room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path, **more: Any
+) -> Step:
     """A step that trains and scores nothing."""
     return Step(
         name=f"{kind}_{subject}", kind=kind, what=what, run=room, program=(room, kind),
@@ -125,13 +133,17 @@ def make_plan(settings: Settings) -> list[Step]:
         steps += plan.score(RunId(method=baseline, seed=seed), 0, needs)
     if only in BASELINES:
         return steps  # there is nothing to pretrain
+    started = set[tuple[str, int]]()  # ratios and controls begin with the same model
     for run in _runs(settings):
         if only is not None:
             steps += plan.score(run, int(only), needs=())
             continue
         previous = fetched if experiment.stack else ()  # what a round starts from
-        scored = {*experiment.eval_points, *experiment.probe_points}
-        for epochs in sorted({*scored, experiment.pretrain_epochs} - {0}):
+        scored = {*experiment.eval_points, *experiment.probe_points, *plan.untrained_points()}
+        if (run.method, run.seed) in started:
+            scored.discard(0)
+        started.add((run.method, run.seed))
+        for epochs in sorted({*scored, experiment.pretrain_epochs}):
             steps.append(plan.pretrain(run, epochs, previous))
             previous = (steps[-1].name,)
             steps += plan.score(run, epochs, needs=previous)
@@ -173,13 +185,17 @@ class _Planner:
         experiment = self.settings.experiment
         if experiment.eval is not None:
             return (experiment.eval,) if experiment.eval in BASELINES else ()
-        before = "mae" if experiment.stack else "scratch"  # what pretraining starts from
         chosen = experiment.baselines
         if chosen is None:  # a download of gigabytes is not begun without being asked for
             at_hand = experiment.stack or self.official.is_file()
             chosen = BASELINES if at_hand else ("scratch",)
-        wanted = {*chosen, *([before] if 0 in experiment.eval_points else [])}
-        return tuple(name for name in BASELINES if name in wanted)
+        return tuple(name for name in BASELINES if name in chosen)
+
+    def untrained_points(self) -> set[int]:
+        """Epoch 0 where each method's own start is probed; finetuned where 0 is to be evaluated."""
+        experiment = self.settings.experiment
+        is_asked = experiment.baselines is None or UNTRAINED in experiment.baselines
+        return {0} if is_asked and experiment.probe_freq != 0 else set()
 
     def fetch(self) -> list[Step]:
         """Nothing to fetch when a local file was named."""
@@ -239,7 +255,8 @@ class _Planner:
         always = run.method in BASELINES or experiment.eval is not None
 
         # The frozen encoder, by the finetuning's protocol unless told otherwise.
-        if experiment.probe_freq != 0 and (always or epochs in experiment.probe_points):
+        is_probed = always or epochs in {*experiment.probe_points, *self.untrained_points()}
+        if experiment.probe_freq != 0 and is_probed:
             folder = self.paths.probe_dir(run.name, epochs)
             told, below = {**planned, "seed": run.seed, "output_dir": folder}, {**given}
             # Of whole images, too, where val/ has a folder for each class.
@@ -255,11 +272,19 @@ class _Planner:
         is_evaluated = always or epochs in experiment.eval_points
         for eval_seed in range(experiment.eval_seeds if is_evaluated else 0):
             folder = self.paths.eval_dir(run.name, epochs, eval_seed)
-            told = {**planned, "init": init, "seed": run.seed + eval_seed, "output_dir": folder}
+            seed = self._seed_of(run, folder.name, eval_seed)
+            told = {**planned, "init": init, "seed": seed, "output_dir": folder}
             config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", told, given))
             left = (files.RESULT, files.LOG, files.PREDICTIONS)
             what = f"finetune and score, seed {config.optimisation.seed}"
             yield self._step("evaluate", what, run, epochs, needs, config, *left)
+
+    def _seed_of(self, run: RunId, name: str, number: int) -> int:
+        """A finetuning that an earlier version began goes on with the seed that it was given."""
+        record, earlier = self.paths.record(f"evaluate_{name}"), run.seed + number
+        made: Any = read_json(record, dict[str, Any]) if record.exists() else {}
+        is_earlier = str(dict(made.get("fingerprint", {})).get("seed")) == str(earlier)
+        return earlier if is_earlier else seed_of_eval(run.seed, number)
 
     def _step(
         self, kind: Kind, what: str, run: RunId, epochs: int, needs: tuple[str, ...],

@@ -12,10 +12,9 @@ from scipy import ndimage
 from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SHAPES, SegmentSource
+from mae.crops import Crop, crop_segment, crop_segments, random_crop, read_crop
 from mae.data import MaskedImages
-from mae.decode import read_crop
 from mae.listing import encode_paths, make_listing
-from mae.transforms import Crop, crop_segment, crop_segments, random_crop
 from segments.forms import open_segments
 from segments.pack import pack
 from segments.segment import count_islands, segment_from_pixels

@@ -7,10 +7,10 @@ from scipy import ndimage
 from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
+from mae.crops import Crop
 from mae.data import MaskedImages
 from mae.hidden import GRID, Hidden
 from mae.listing import encode_paths
-from mae.transforms import Crop
 from segments.forms import open_segments
 from segments.store import segment_key
 
