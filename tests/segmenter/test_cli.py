@@ -163,7 +163,7 @@ def test_wrong_options_are_refused_before_anything_is_written(
 
 def no_annotation(folder):
     (folder / "annotations/training/002.png").unlink()
-    return "002.png"
+    return "1 of 7 train images have no annotation: "
 
 
 def empty_split(folder):
@@ -175,7 +175,7 @@ def empty_split(folder):
 def other_size(folder):
     path = folder / "annotations/training/002.png"
     Image.open(path).resize((9, 9)).save(path)
-    return "002.png is 9 x 9 pixels"
+    return "002.png is 9 x 9 pixels, its image "
 
 
 def outside_label(folder):
@@ -183,7 +183,7 @@ def outside_label(folder):
     labels = np.array(Image.open(path))
     labels[3, 3] = 200
     Image.fromarray(labels).save(path)
-    return "002.png holds label 200"
+    return "002.png holds label 200, "
 
 
 def corrupt_images(folder):

@@ -15,7 +15,6 @@ from segments.forms import form_of, open_any_form, open_segments, read_empty_lis
 from segments.segment import (
     Segment,
     decode_at,
-    nearest,
     run_lengths,
     segment_from_pixels,
     segment_from_rle,
@@ -86,15 +85,6 @@ def test_images_without_segments_are_told_from_images_that_were_forgotten(sample
     assert "n01735189/n01735189_1185" in source.listed_empty()
     assert not source.images() & source.listed_empty()
     assert source.segments("nowhere/nothing") == []
-
-
-def test_the_nearest_is_by_pixels_and_the_smaller_on_a_tie():
-    def square(percent):
-        return Segment(height=10, width=10, coverage_percent=percent, counts=b"")
-
-    assert nearest([square(20.0), square(10.0), square(40.0)], 15).coverage_percent == 10
-    assert nearest([square(20.0), square(10.0)], 15.1).coverage_percent == 20
-    assert nearest([], 15) is None
 
 
 def test_uncompressed_run_lengths_are_read(tmp_path):

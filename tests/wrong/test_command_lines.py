@@ -76,8 +76,6 @@ PRETRAIN = [
     ("another program's file", ["--config", "{w}/data/dataset.yml"], "there is no", None),
     ("a method without segments", ["--masks-dir", "{w}/photos"], "no folder of segments", None),
     ("segments that are not packed", ["--masks-dir", "{w}/loose"], "segments pack", None),
-    ("more images than there are", ["--effective-batch-size", "9"], "images for at most 8", None),
-    ("a stop after the end", ["--stop-after", "3"], "give 1 to the 2 epochs", None),
     ("a tracker that is not there", ["--log-with", "wandb"], "pip install wandb", None),
     ("a device that is not there", ["--device", "cuda"], "has no GPU", None),
 ]  # fmt: skip
