@@ -120,7 +120,7 @@ def _click_option(field: Field, no_default: str) -> click.Option:
     elif field.is_mapping:
         more = {"multiple": True, "metavar": "KEY=VALUE"}
     else:
-        kinds = "|".join([_METAVARS.get(field.kind, "TEXT"), *field.instead])
+        kinds = "|".join([_METAVARS.get(field.kind, "TEXT"), *filter(None, field.instead)])
         metavar = f"[{'|'.join(field.words())}]" if field.words() else kinds
         more = {"metavar": metavar + (",..." if field.several else "")}
     # No default for click: what is not given must not hide what a recipe or --config says.

@@ -59,21 +59,18 @@ def _fetch(url: str, part: Path) -> None:
     while True:
         before = _size(part)
         try:
-            if _fetch_once(url, part, before):
-                return
-            reason: Exception = OSError("the connection closed early")
+            return _fetch_once(url, part, before)
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise  # the server is well and has no such file
-            reason = error
-        failures = 0 if _size(part) > before else failures + 1
-        if failures == ATTEMPTS_WITHOUT_PROGRESS:
-            raise reason
+            failures = 0 if _size(part) > before else failures + 1
+            # Below 500 the server is well and has no such file.
+            has_none = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if has_none or failures == ATTEMPTS_WITHOUT_PROGRESS:
+                raise
         time.sleep(FIRST_PAUSE_SECONDS * 4 ** (failures - 1) if failures else 0)
 
 
-def _fetch_once(url: str, part: Path, start: int) -> bool:
-    """Append what one connection gives. Returns True if the file is complete then."""
+def _fetch_once(url: str, part: Path, start: int) -> None:
+    """Append what one connection gives. Raises OSError if the file is not complete then."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
@@ -82,9 +79,9 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
             raise
         total = error.headers.get("Content-Range", "").rpartition("/")[2]
         if total in ("", str(start)):
-            return True  # there is nothing after what we have; the digest decides
-        part.unlink()  # longer than the file: of something else
-        return False
+            return  # there is nothing after what we have; the digest decides
+        part.unlink()
+        raise OSError("what was kept is longer than the file") from error
     with response:
         resumed = response.status == PARTIAL_CONTENT  # 200: it sends all of it again
         begins = response.headers.get("Content-Range", "")
@@ -104,7 +101,8 @@ def _fetch_once(url: str, part: Path, start: int) -> bool:
                 file.write(chunk)
                 position += len(chunk)
                 mb.reach(position // 10**6)
-    return position >= total_bytes
+    if position < total_bytes:
+        raise OSError("the connection closed early")
 
 
 def _size(part: Path) -> int:

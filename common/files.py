@@ -242,13 +242,9 @@ def walk(
         logger.warning(text, folder, len(left_out), ", ".join(map(shortened, left_out[:3])))
 
 
-class LockedError(ValueError):
-    """Another process works in this output directory."""
-
-
 @contextmanager
 def hold(path: Path, folder: Path) -> Iterator[None]:
-    """Hold the lock file `path`, which stays, while the block runs; or LockedError, at once."""
+    """Hold the lock file `path`, which stays, while the block runs; or ValueError, at once."""
     from filelock import FileLock, Timeout  # slow to import, and needed by runs only
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +261,7 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
             at = json.loads(path.read_text())
             holder = f"process {at['pid']} on {at['host']}, since {at['since']},"
         remedy = "wait for it, or use another --output-dir"
-        raise LockedError(f"{holder} already works in {folder}; {remedy}") from None
+        raise ValueError(f"{holder} already works in {folder}; {remedy}") from None
     with held:  # then the file is left: who waits for it would hold one that has no name
         here = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         path.write_text(json.dumps(here))

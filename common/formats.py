@@ -96,7 +96,7 @@ def read_json(path: Path, shape: Any) -> Any:
     """A JSON file's content as `shape` has it. Raises FileNotFoundError, or a ValueError."""
     if not path.exists():  # often no error: it is not written yet
         raise FileNotFoundError(2, "No such file or directory", str(path))
-    return parsed_text(read_text(path), shape, str(path))
+    return parsed_text(read_text(path), shape, f"{path} is damaged")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def read_json_lines(path: Path, shape: Any) -> Iterator[Any]:
     # What stands behind the last line break is nothing, or what a kill has cut.
     *lines, _ = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
-        yield parsed_text(line, shape, f"{path}:{number}")
+        yield parsed_text(line, shape, f"{path}:{number} is damaged")
 
 
 def parsed(shape: Any, content: Any, source: str) -> Any:
@@ -129,11 +129,7 @@ def parsed_plain(shape: Any, content: Any, source: str) -> Any:
     """The same for plain values, of which `shape` may be a dataclass, too."""
     # By way of JSON: there pydantic makes a dataclass of an object and a tuple of a list, and is
     # strict about all else. What JSON has no word for is of the wrong type as text, too.
-    text = json.dumps(content, default=repr, skipkeys=True)
-    try:
-        return _adapter(shape).validate_json(text, strict=True)
-    except ValidationError as error:
-        raise ValueError(f"{source}: {_said(error)}") from None
+    return parsed_text(json.dumps(content, default=repr, skipkeys=True), shape, source)
 
 
 def parsed_text(text: str | bytes, shape: Any, source: str) -> Any:
@@ -141,7 +137,7 @@ def parsed_text(text: str | bytes, shape: Any, source: str) -> Any:
     try:
         return _adapter(shape).validate_json(text, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{source} is damaged: {_said(error)}") from None
+        raise ValueError(f"{source}: {_said(error)}") from None
 
 
 _adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(TypeAdapter)

@@ -103,7 +103,7 @@ def merge(groups: Iterable[type[OptionGroup]], layers: Iterable[Layer]) -> dict[
     for layer in layers:
         for name, value in layer.values.items():
             # A recipe holds more than a probe asks for; an empty line of YAML says nothing.
-            if name not in fields or (value is None and not fields[name].optional):
+            if name not in fields or (value is None and None not in fields[name].instead):
                 continue
             try:
                 judged = fields[name].judge(value)
@@ -194,16 +194,14 @@ def _fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
         for field in dataclasses.fields(group):
             hint = hints[field.name]
             is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-            parts = typing.get_args(hint) if is_union else (hint,)
-            # The first is what a value is; then come None and words, as in `Path | Literal["x"]`.
-            kind, *others = (part for part in parts if part is not types.NoneType)
+            # The first is what a value is; then come words and None.
+            kind, *others = typing.get_args(hint) if is_union else (hint,)
+            instead = tuple(word for one in others for word in typing.get_args(one) or (None,))
             several = typing.get_origin(kind) is tuple
             kind = typing.get_args(kind)[0] if several else kind
-            instead = tuple(word for literal in others for word in typing.get_args(literal))
             found[field.name] = Field(
-                name=field.name, kind=kind, several=several, optional=types.NoneType in parts,
-                instead=instead, **field.metadata,
-            )  # fmt: skip
+                name=field.name, kind=kind, several=several, instead=instead, **field.metadata
+            )
     return found
 
 
@@ -221,8 +219,7 @@ class Field:
     name: str
     kind: Any  # its type; of a tuple, which is written with commas (`several`), that of the items
     several: bool
-    optional: bool
-    instead: tuple[str, ...]  # of a value, as in `Path | Literal["random"]`
+    instead: tuple[str | None, ...]  # of a value, as in `Path | Literal["random"] | None`
     help: str
     default: Any
     older: Any  # what a file counts as that was written before this option existed
@@ -253,7 +250,7 @@ class Field:
 
     def judge(self, value: Any) -> Any:
         """What was written, as text or as YAML has it, in the field's type; ValueError if not."""
-        if (value is None and self.optional) or value in self.instead:
+        if value in self.instead:
             return value
         if self.is_mapping:
             return self._pairs(value)

@@ -88,19 +88,26 @@ class Counter(AbstractContextManager["Counter"]):
         left = (self.total - self.done) / rate if rate else 0.0
         now: dict[str, Any] = {"stage": self.what, "done": self.done, "total": self.total}
         now |= {"unit": self.unit, "per_second": rate, "seconds_left": left}
-        self.display.show(self.done, count_text(now), **now)
+        self.display.show(self.done, progress_text(now), **now)
 
 
-def count_text(now: Mapping[str, Any]) -> str:
-    """A count as progress.json has it, in words."""
-    rate, left = f"{now['per_second']:.1f}/s", clock(now["seconds_left"])
-    return f"{now['stage']}: {now['done']} of {now['total']} {now['unit']}, {rate}, {left} left"
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+def progress_text(now: Mapping[str, Any]) -> str:
+    """What progress.json holds in words: epoch or count, rate and time left, if they are known."""
+    parts = []
+    if now.keys() >= {"done", "total"}:
+        parts = [f"{now['stage']}: {now['done']} of {now['total']} {now['unit']}"]
+        parts.append(f"{now['per_second']:.1f}/s")
+    elif "epoch" not in now:
+        return "starting"
+    elif now.get("stage") == "evaluate":
+        parts = [f"scoring after epoch {now['epoch']:.1f}"]
+    else:
+        parts = [f"epoch {now['epoch']:.2f} of {now.get('epochs_total', '?')}"]
+    if now.get("images_per_second"):
+        parts.append(f"{now['images_per_second']:.1f} images/s")
+    if now.get("seconds_left") is not None:
+        parts.append(f"{duration(now['seconds_left'])} left")
+    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:

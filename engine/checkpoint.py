@@ -10,7 +10,7 @@ from typing import Any, NotRequired, Self
 
 import torch
 from accelerate.utils import recursively_apply
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, PositiveFloat, with_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -20,6 +20,14 @@ from common.formats import Count, parsed
 
 FORMAT_VERSION = 1
 MOST_NAMED = 5
+
+
+class LossScaling(TypedDict):
+    """Of fp16, see `GuardedUpdate`: the scale, steps since the last overflow, and overflows."""
+
+    scale: PositiveFloat
+    clean_steps: Count
+    skipped_steps: Count
 
 
 @with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
@@ -32,18 +40,22 @@ class Checkpoint(TypedDict):
     steps_completed: Count
     config: dict[str, Any]
     state: NotRequired[dict[str, Any]]
+    loss_scaling: NotRequired[LossScaling]
 
 
-def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+def save_checkpoint(content: dict[str, Any], path: Path, also: Path | None = None) -> None:
     """Replace `path`; a kill at any moment leaves the old file or the new one.
 
-    Raises RuntimeError if the disk does not take it, or a tensor is not finite.
+    also: a second name that it gets. Raises RuntimeError if the disk does not take it, or a tensor
+    is not finite.
     """
     damage = not_finite(content)
     if damage:
         raise RuntimeError(f"{damage} is not finite; {path} was not saved")
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         torch.save({"format_version": FORMAT_VERSION, **content}, file)
+    if also is not None:
+        also_save_as(path, also)
 
 
 class Saver:
@@ -86,8 +98,9 @@ class Saver:
         the one before could not be written.
         """
         self.settle(wait=True)  # there is never more than one copy in memory
-        copied = recursively_apply(_copy, content)  # training changes the tensors meanwhile
-        self.running = self.thread.submit(_write, copied, path, also)
+        # Training changes the tensors meanwhile.
+        copied = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), content)
+        self.running = self.thread.submit(save_checkpoint, copied, path, also)
         self.afterwards, self.saved_at = afterwards, time.monotonic()
 
     def settle(self, *, wait: bool) -> None:
@@ -98,16 +111,6 @@ class Saver:
         running.result()
         if self.afterwards is not None:
             self.afterwards()
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _write(content: dict[str, Any], path: Path, also: Path | None) -> None:
-    save_checkpoint(content, path)
-    if also is not None:
-        also_save_as(path, also)
 
 
 def load_checkpoint(

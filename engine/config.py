@@ -105,11 +105,6 @@ class TrainingConfig(OutputConfig):
         ("tensorboard",), neutral=True,
     )  # fmt: skip
 
-    @property
-    def unusual_trackers(self) -> bool:
-        """Whether some only accelerate can judge; tensorboard is always there."""
-        return not set(self.log_with) <= {"tensorboard", "none"}
-
     def check_resume(self, found: Path | None) -> None:
         """Raise ValueError if `found`, an earlier call's file, is not what --resume asks for."""
         if self.resume == "required" and found is None:

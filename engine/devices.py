@@ -1,21 +1,27 @@
-"""Device, processes and precision, all by accelerate; and what a device can do."""
+"""Device, processes and precision, all by accelerate; and what a device can do.
+
+`python -m engine.devices`: the GPUs here as torch sees them, in JSON for who imports no torch.
+"""
 
 import contextlib
+import json
 import logging
 import os
 import re
 import resource
+import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from common import environment
 from common.environment import CUDA_REMEDY, lacks_to_compile, number_of
 from common.files import hold
 from common.step_files import LOCK
@@ -27,29 +33,28 @@ logger = logging.getLogger(__name__)
 def make_accelerator(config: DeviceConfig) -> Accelerator:
     """Join the process group that torchrun describes, if any, and choose the device.
 
-    Only what trains is compiled.
-
     Raises ValueError if the wanted device is not there.
     """
     _refuse_unconnected_processes()
     on_cuda = choose_device(config.device, number_of("LOCAL_RANK", 0)).type == "cuda"
-    wanted = config.compile if isinstance(config, TrainingConfig) else "off"
-    compiled = wanted == "on"
-    if wanted == "auto" and on_cuda:
-        lacking = lacks_to_compile()
-        compiled = not lacking
-        if lacking:
-            logger.warning("there is no %s here: the model is not compiled", lacking)
     precision = choose_precision(config.precision, on_cuda=on_cuda)
-    if precision == "fp32" and on_cuda and isinstance(config, TrainingConfig):
-        _allow_tf32()
+    compiled, mode = False, None
+    if isinstance(config, TrainingConfig):  # only what trains is compiled
+        compiled, mode = config.compile == "on", config.compile_mode
+        if config.compile == "auto" and on_cuda:
+            lacking = lacks_to_compile()
+            compiled = not lacking
+            if lacking:
+                logger.warning("there is no %s here: the model is not compiled", lacking)
+        # Training multiplies fp32 matrices with 10 bits of mantissa, where a GPU does that faster.
+        # Probes do not: their neighbours would be equally near.
+        if precision == "fp32" and on_cuda and torch.cuda.get_device_capability() >= (8, 0):
+            torch.set_float32_matmul_precision("high")
+            logger.info("fp32 matrix products are computed in TF32")
     accelerator = Accelerator(
         cpu=not on_cuda,
         mixed_precision="no" if precision == "fp32" else precision,
-        dynamo_plugin=TorchDynamoPlugin(
-            backend="inductor" if compiled else "no",
-            mode=config.compile_mode if isinstance(config, TrainingConfig) else None,
-        ),
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor" if compiled else "no", mode=mode),
         # No buffer has a part in training: constants, and running means.
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -153,16 +158,6 @@ def choose_precision(
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def _allow_tf32() -> None:
-    """Training multiplies fp32 matrices with 10 bits of mantissa, where a GPU does that faster.
-
-    Probes do not: their neighbours would be equally near.
-    """
-    if torch.cuda.get_device_capability() >= (8, 0):
-        torch.set_float32_matmul_precision("high")
-        logger.info("fp32 matrix products are computed in TF32")
-
-
 def _refuse_unconnected_processes() -> None:
     """srun alone starts processes that know nothing of each other: each would train on its own."""
     started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -199,16 +194,70 @@ def peak_memory_mib(device: torch.device) -> int:
     """Most memory in use so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    status = Path("/proc/self/status")
-    # Linux: getrusage would count the process that started this one, from before the exec.
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    # getrusage would count the process that started this one, too, from before the exec.
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     kibibytes = int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes // 2**10
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense peak of a known GPU in FLOP/s for "fp16", "bf16" or else fp32 (TF32 where it has it).
+class LateReads:
+    """Values [N] of a device on their way to the host, first in, first out.
 
-    None for any other device, and for bf16 without hardware for it.
+    A host that asks a GPU for a number waits until everything before it is computed, and the GPU
+    then waits for the host's next order. So what is pushed is copied in the background, and read
+    when the next comes: by then it has long arrived. A CPU's is read at once.
     """
-    return environment.peak_flops(device_name(device), precision)
+
+    def __init__(self, *, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.waiting: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, values: Tensor) -> None:
+        """Begin to copy."""
+        on_host = values.to("cpu", non_blocking=True)  # into page-locked memory
+        arrived = torch.cuda.current_stream().record_event() if self.on_gpu else None
+        self.waiting.append((on_host, arrived))
+
+    def pop(self, *, everything: bool) -> list[list[float]]:
+        """What was pushed, but for the newest, unless everything is wanted."""
+        left, read = int(self.on_gpu and not everything), []
+        while len(self.waiting) > left:
+            values, arrived = self.waiting.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            read.append(values.tolist())
+        return read
+
+
+def examine() -> dict[str, Any]:
+    """The build of torch, why it sees no GPU, and each GPU that it sees, tried with one kernel."""
+    is_there = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "archs": torch.cuda.get_arch_list(),
+        "error": "" if is_there else why_no_gpu(),
+        "lacks_to_compile": lacks_to_compile(),
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())] if is_there else [],
+    }
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "name": torch.cuda.get_device_name(index),
+        "capability": torch.cuda.get_device_capability(index),
+        "free_bytes": 0, "total_bytes": 0, "bf16": False, "error": "",
+    }  # fmt: skip
+    try:
+        with torch.cuda.device(index):
+            told["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+            told["free_bytes"], told["total_bytes"] = torch.cuda.mem_get_info()
+            if (torch.ones(8, device="cuda") + 1).sum().item() != 16:
+                told["error"] = "1 + 1 is not 2"
+    except RuntimeError as error:  # torch.AcceleratorError among them
+        told["error"] = str(error).splitlines()[0]
+    return told
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(examine()))

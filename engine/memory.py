@@ -1,10 +1,7 @@
 """How many images a GPU holds at once, from passes over a few of them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -14,26 +11,6 @@ logger = logging.getLogger(__name__)
 
 FEW, MORE = 2, 4  # images of the passes that are measured
 MARGIN = 0.1  # of the card: fragments, other shapes, and what the libraries keep for themselves
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeakMemory:
-    """Bytes in use at the peak of a forward and backward pass: base + per_image x images."""
-
-    base: int
-    per_image: int
-
-    @staticmethod
-    def measured(peak_of: Callable[[int], int]) -> PeakMemory:
-        """peak_of: bytes at the peak of a pass over so many images, which leaves its gradients."""
-        peak_of(MORE)  # with gradients from here on, as all passes but the very first
-        few, more = peak_of(FEW), peak_of(MORE)
-        per_image = max(1, (more - few) // (MORE - FEW))
-        return PeakMemory(base=few - FEW * per_image, per_image=per_image)
-
-    def most_images(self, available: float) -> int:
-        """How many fit into so many bytes; 1 at least."""
-        return max(1, int((available - self.base) / self.per_image))
 
 
 def largest_micro_batch(
@@ -58,7 +35,7 @@ def largest_micro_batch(
         loss.backward()
         return torch.cuda.max_memory_allocated(device)
 
-    peak = PeakMemory.measured(peak_of)
+    base, per_image = measure(peak_of)
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -66,12 +43,24 @@ def largest_micro_batch(
     parameters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     moments = 0 if optimizer.state else 2 * parameters  # AdamW's; they come with the first step
     total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    most = peak.most_images((1 - MARGIN) * total - moments)
+    # One image at least: the error that follows says what to lower.
+    most = max(1, int(((1 - MARGIN) * total - moments - base) / per_image))
     # The GPU with the least decides: all processes have to make equally many passes.
     most = int(accelerator.gather(torch.tensor([most], device=device)).min())
     chosen = next(size for size in range(min(share, most), 0, -1) if share % size == 0)
     logger.info(
         "%d images at once: %.0f MiB, and %.1f for each, of the GPU's %.0f",
-        chosen, (peak.base + moments) / 2**20, peak.per_image / 2**20, total / 2**20,
+        chosen, (base + moments) / 2**20, per_image / 2**20, total / 2**20,
     )  # fmt: skip
     return chosen
+
+
+def measure(peak_of: Callable[[int], int]) -> tuple[int, int]:
+    """Bytes at the peak of a forward and backward pass: what is always there, and of each image.
+
+    peak_of: bytes at the peak of a pass over so many images, which leaves its gradients.
+    """
+    peak_of(MORE)  # with gradients from here on, as all passes but the very first
+    few, more = peak_of(FEW), peak_of(MORE)
+    per_image = max(1, (more - few) // (MORE - FEW))
+    return few - FEW * per_image, per_image

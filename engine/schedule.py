@@ -111,16 +111,3 @@ def half_cosine(done: float, whole: float = 1.0) -> float:
     """From 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
     # Multiplied first, then divided: another order would change the last bit of every run.
     return 0.5 * (1 + math.cos(math.pi * done / whole))
-
-
-def named_epochs(epochs: int, warmup_fraction: float, **more: float) -> dict[float, str]:
-    """The epochs at which the learning rate is worth showing, ascending, and what each is.
-
-    more: name -> epoch; of two at the same place, the one that was named here counts.
-    """
-    named = {epoch: name.replace("_", " ") for name, epoch in more.items()}
-    named |= {
-        epochs / 2: "middle", warmup_fraction * epochs: "end of warm-up",
-        0.0: "start", float(epochs): "end",
-    }  # fmt: skip
-    return dict(sorted(named.items()))

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from common.formats import parsed_plain
 from common.images import Unreadable
 from common.interruption import Interruption
+from engine.checkpoint import Saver
 from engine.config import TrainingConfig
 from engine.devices import peak_memory_mib
-from engine.logbook import Progress
+from engine.logbook import Logbook
 from engine.schedule import BatchPlan
 from engine.update import GuardedUpdate
 
@@ -116,11 +117,9 @@ class Task(Protocol):
     # What is trained on what, in a line.
     def describe(self) -> str: ...
 
-    # Scores of the held-out images, if it is time to; None if told to stop. `save` may be called
-    # before, so that a kill in a long evaluation costs no training.
-    def evaluate(
-        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
-    ) -> Evaluation | None: ...
+    # Scores of the held-out images, if it is time to; None if told to stop. Before a long one the
+    # trainer's `save` may be called, so that a kill in it costs no training.
+    def evaluate(self, run: Run, state: State) -> Evaluation | None: ...
 
     # The same of so many of them, evenly spread, to see how long it takes.
     def evaluate_some(self, run: Run, images: int) -> None: ...
@@ -164,8 +163,13 @@ class State:
         Raises ValueError.
         """
         names = ("loss", *task.counts, "unreadable_images")
-        known = {**vars(cls(sums=dict.fromkeys(names, 0.0))), **_stored_state(checkpoint, names)}
-        return parsed_plain(cls, known, f"{path}: state")
+        place = {name: checkpoint.get(name, 0) for name in ("epochs_completed", "steps_completed")}
+        stored = {"sums": dict.fromkeys(names, 0.0), **checkpoint.get("state", {}), **place}
+        if "loss_sum" in stored:  # of the version in which finetuning kept a state of its own
+            values = [float(stored.get(name, 0)) for name in ("loss_sum", "unreadable_images")]
+            stored["sums"] = dict(zip(names, values, strict=True))
+            stored["best_score"] = stored.get("best_mean_iou")
+        return parsed_plain(cls, stored, f"{path}: state")
 
     def add(self, sums: Sequence[float]) -> None:
         """Those of some steps, in the order of the names."""
@@ -179,27 +183,12 @@ class State:
         self.seconds = self.waited_seconds = 0.0
 
 
-def _stored_state(checkpoint: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What a checkpoint has of `State`; names: of the sums."""
-    stored = dict(checkpoint.get("state", {}))
-    stored |= {n: checkpoint[n] for n in ("epochs_completed", "steps_completed") if n in checkpoint}
-    # Under the names of the versions in which each part kept a state of its own.
-    if "sums" in checkpoint:
-        stored["sums"] = dict(zip(names, checkpoint["sums"].tolist(), strict=True))
-        stored |= {name: checkpoint[name] for name in ("seconds", "waited_seconds")}
-    elif "loss_sum" in stored:
-        values = [float(stored.get(name, 0)) for name in ("loss_sum", "unreadable_images")]
-        stored["sums"] = dict(zip(names, values, strict=True))
-        stored["best_score"] = stored.get("best_mean_iou")
-    return stored
-
-
 @dataclass(kw_only=True)
 class Run:
     """What stays the same during a call.
 
     model and prepared share their weights: plain for saving and evaluating, wrapped (and compiled)
-    for training.
+    for training. logbook: of the first process. Neither it nor a saver: nothing is written.
     """
 
     task: Any  # a `Task`; each part knows which
@@ -210,6 +199,8 @@ class Run:
     prepared: nn.Module
     update: GuardedUpdate
     unreadable: Unreadable = field(default_factory=Unreadable)
+    logbook: Logbook | None = None
+    saver: Saver | None = None
 
     @property
     def values_per_pass(self) -> int:
@@ -238,13 +229,15 @@ class Run:
 
     def speed(self, state: State) -> dict[str, float]:
         """What a line of log.txt says of time and memory; it may differ between equal runs."""
-        return {
+        speed = {
             "images_per_second": self.plan.images_per_epoch / state.seconds,
             "data_wait_share": state.waited_seconds / state.seconds,
             "epoch_seconds": state.seconds,
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),
-            **self.update.for_log(),
         }
+        if kept := self.update.loss_scaling():
+            speed |= {"loss_scale": kept["scale"], "skipped_steps": kept["skipped_steps"]}
+        return speed
 
 
 def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[Any]:

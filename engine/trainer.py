@@ -28,10 +28,9 @@ from torch import Tensor
 
 from common.interruption import Interruption
 from engine.checkpoint import Saver, load_optimizer, load_weights, not_finite
-from engine.devices import make_accelerator, refuse_disagreement, working_in
-from engine.late_reads import LateReads
+from engine.devices import LateReads, make_accelerator, refuse_disagreement, working_in
 from engine.layers import recompute_activations
-from engine.logbook import Logbook, Progress, send_to_trackers
+from engine.logbook import Logbook, send_to_trackers
 from engine.memory import largest_micro_batch
 from engine.schedule import STEP, derived_seeds
 from engine.task import Earlier, Run, State, Task, load
@@ -83,7 +82,7 @@ def build(
         assert path is not None
         load_weights(model, checkpoint["model"], path)
         load_optimizer(optimizer, checkpoint["optimizer"], path)
-        update.continue_from(checkpoint, path)
+        update.continue_from(checkpoint.get("loss_scaling", {}))
     if task.run.activation_checkpointing:
         recompute_activations(model)
     plan = task.plan(accelerator.num_processes)
@@ -102,32 +101,30 @@ def build(
 def fit(run: Run, state: State) -> bool:
     """Train what is left of the epochs. Returns False if stopped by a signal."""
     task, outcome, stopped = run.task, "failed", False
-    logbook = None  # the first process keeps it
     if run.accelerator.is_main_process:
-        logbook = Logbook(
+        run.logbook = Logbook(
             task.run, task.settings, epochs_completed=state.epochs_completed,
             epochs_total=task.epochs, images_per_epoch=run.plan.images_per_epoch,
         )  # fmt: skip
     batches = load(run, (state.epochs_completed, state.steps_completed), task.epochs)
-    with Saver(task.run.save_every_minutes) as saver:
-        save = partial(_save, run, state, saver)
-        trainer = EpochTrainer(run, logbook.progress if logbook else None, saver, save)
+    with Saver(task.run.save_every_minutes) as run.saver:
+        trainer = EpochTrainer(run)
         try:
             while state.epochs_completed < task.epochs and not stopped:
                 stopped = trainer.train_one_epoch(state, batches)
                 if state.steps_completed == run.plan.steps_per_epoch:
                     # A stop that came with the last step need not leave the rest to another call.
-                    stopped = not _finish_epoch(run, state, logbook, saver) or stopped
+                    stopped = not _finish_epoch(run, state) or stopped
             is_done = state.epochs_completed == task.epochs
             if not is_done:
-                save()
-            saver.settle(wait=True)  # what comes now relies on the checkpoint's being there
-            if is_done and logbook is not None:
+                save(run, state)
+            run.saver.settle(wait=True)  # what comes now relies on the checkpoint's being there
+            if is_done and run.accelerator.is_main_process:
                 task.after_round(run, state)
             outcome = "done" if is_done else "stopped"
         finally:
-            if logbook is not None:
-                logbook.close(outcome)
+            if run.logbook is not None:
+                run.logbook.close(outcome)
     if outcome == "stopped":
         logger.warning("stopped by a signal; run the same command again to continue")
     run.accelerator.wait_for_everyone()  # nobody leaves while the first process is still saving
@@ -135,43 +132,37 @@ def fit(run: Run, state: State) -> bool:
     return outcome == "done"
 
 
-def _finish_epoch(run: Run, state: State, logbook: Logbook | None, saver: Saver) -> bool:
+def _finish_epoch(run: Run, state: State) -> bool:
     """Evaluate if it is time to, log and save. Returns False if told to stop while evaluating."""
     task, number = run.task, state.epochs_completed + 1
     damage = not_finite(run.model.state_dict())  # found by all processes
     if damage:
         raise RuntimeError(f"{damage} is not finite after epoch {number}; {task.remedy}")
     began = time.monotonic()
-    progress = logbook.progress if logbook else None
-    evaluation = task.evaluate(run, state, progress, partial(_save, run, state, saver))
+    evaluation = task.evaluate(run, state)
     state.total_seconds += time.monotonic() - began
     if evaluation is None:
         return False
     record = {"epoch": number, **task.record(run, state, evaluation.scores)}
     state.total_seconds += state.seconds
     state.begin_epoch(number)
-    if logbook is not None:
+    if run.logbook is not None:
         # A kill loses nothing in this order: on resume the log is cut back to the checkpoint.
-        logbook.add_epoch(record)
+        run.logbook.add_epoch(record)
         names = task.checkpoint_names(number, is_best=evaluation.is_best)
-        _save(run, state, saver, names, afterwards=partial(logbook.saved, number))
+        save(run, state, names, afterwards=partial(run.logbook.saved, number))
     return True
 
 
-def _save(
-    run: Run,
-    state: State,
-    saver: Saver,
-    names: Sequence[str] = (),
-    *,
+def save(
+    run: Run, state: State, names: Sequence[str] = (), *,
     afterwards: Callable[[], None] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """The first process saves where the run stands; by default under the rolling name only."""
-    if not run.accelerator.is_main_process:
+    if run.saver is None or not run.accelerator.is_main_process:
         return
     task, folder = run.task, run.task.run.output_dir
     content = {
-        **run.update.for_checkpoint(),
         "model": run.model.state_dict(),
         "optimizer": run.update.optimizer.state_dict(),
         "epochs_completed": state.epochs_completed,
@@ -180,11 +171,13 @@ def _save(
         "state": vars(state),
         **task.extra_state(run),
     }
+    if kept := run.update.loss_scaling():
+        content["loss_scaling"] = kept
     # A name of its own comes before the rolling one, so that whatever continues from that can
     # rely on the other being there.
     *own, rolling = names or task.checkpoint_names(state.epochs_completed, is_best=False)[-1:]
     path, also = (folder / own[0], folder / rolling) if own else (folder / rolling, None)
-    saver.save(content, path, also=also, afterwards=afterwards)
+    run.saver.save(content, path, also=also, afterwards=afterwards)
 
 
 # An epoch, and a step
@@ -193,18 +186,9 @@ def _save(
 class EpochTrainer:
     """Trains epochs, and remembers between them what went wrong."""
 
-    def __init__(
-        self,
-        run: Run,
-        progress: Progress | None = None,
-        saver: Saver | None = None,
-        save: Callable[[], None] = lambda: None,
-    ) -> None:
-        """saver: None: nothing is saved. save: what is called when it is due inside an epoch."""
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.device = run.accelerator.device
-        self.progress = progress
-        self.saver, self.save = saver, save
         self.on_gpu = self.device.type == "cuda"
         # Few enough that a signal does not wait longer than saving in time allows.
         self.steps_between_looks = (
@@ -213,7 +197,7 @@ class EpochTrainer:
         self.sums: Tensor | None = None  # loss and counts since the last look
         self.requests = torch.zeros(2, dtype=torch.float64, device=self.device)  # to stop, to save
         self.first_bad_step = torch.full((), -1, device=self.device)  # by this process's own loss
-        self.reads = LateReads(is_late=self.on_gpu)
+        self.reads = LateReads(on_gpu=self.on_gpu)
         self.has_stepped = False
 
     def train_one_epoch(self, state: State, batches: Iterator[Any]) -> bool:
@@ -231,16 +215,16 @@ class EpochTrainer:
             state.steps_completed += 1
             at_end = state.steps_completed == steps
             looks = at_end or state.steps_completed % self.steps_between_looks == 0
-            stop, save = self._look(state, exactly=at_end) if looks else (False, False)
+            stop, is_due = self._look(state, exactly=at_end) if looks else (False, False)
             seconds = time.monotonic() - began
             state.seconds += seconds
-            if save and not (stop or at_end):
-                self.save()
-            if looks and self.saver is not None:
-                self.saver.settle(wait=False)
-            if self.progress is not None:
+            if is_due and not (stop or at_end):
+                save(run, state)
+            if looks and run.saver is not None:
+                run.saver.settle(wait=False)
+            if run.logbook is not None:
                 images = run.plan.effective_batch_size
-                self.progress.advance(run.epochs_done(state), images, seconds)
+                run.logbook.advance(run.epochs_done(state), images, seconds)
             if stop:
                 return True
         return False
@@ -276,10 +260,13 @@ class EpochTrainer:
                 (part * unit).backward()
             errors += part.detach()
         of_all = [sum(column) for column in zip(*counted, strict=True)]
-        is_due = accelerator.is_main_process and self.saver is not None and self.saver.is_due
-        own = self._on_device([float(run.interruption.requested), float(is_due), *of_all])
+        is_due = accelerator.is_main_process and run.saver is not None and run.saver.is_due
+        own = [float(run.interruption.requested), float(is_due), *of_all]
+        # From page-locked memory a copy does not keep the host waiting.
+        on_host = torch.tensor(own, dtype=torch.float64, pin_memory=self.on_gpu)
+        own_values = on_host.to(self.device, non_blocking=True)
         # The one exchange of numbers: requests of any process, sums of all.
-        total = accelerator.reduce(torch.cat([errors.reshape(1), own]), reduction="sum")
+        total = accelerator.reduce(torch.cat([errors.reshape(1), own_values]), reduction="sum")
         self.requests, num_values = total[1:3], total[3].clamp(min=1)  # no values: loss 0
         loss = total[0] / num_values
         bad_here = ~torch.isfinite(errors) & (self.first_bad_step < 0)
@@ -291,11 +278,6 @@ class EpochTrainer:
         sums = torch.cat([loss.reshape(1), total[4:]])
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def _on_device(self, values: list[float]) -> Tensor:
-        """[N] float64. From page-locked memory a copy does not keep the host waiting."""
-        on_host = torch.tensor(values, dtype=torch.float64, pin_memory=self.on_gpu)
-        return on_host.to(self.device, non_blocking=True)
-
     def _look(self, state: State, *, exactly: bool) -> tuple[bool, bool]:
         """Read what has happened. Returns whether to stop, and whether to save: all agree on it.
 
@@ -306,21 +288,15 @@ class EpochTrainer:
         failed = self.run.update.failed.double().reshape(1)
         self.reads.push(torch.cat([failed, self.requests, self.sums]))
         self.sums = None
-        stop, save = self._read(state, everything=exactly)
-        if stop or save:
-            last = self._read(state, everything=True)
-            stop, save = stop or last[0], save or last[1]
-        self.run.unreadable.check(state.sums["unreadable_images"], self.run.plan.num_images)
-        return stop, save
-
-    def _read(self, state: State, *, everything: bool) -> tuple[bool, bool]:
-        stop = save = False
-        for failed, told_to_stop, save_is_due, *sums in self.reads.pop(everything=everything):
-            if failed:
+        seen = self.reads.pop(everything=exactly)
+        if any(stop or is_due for _, stop, is_due, *_ in seen):
+            seen += self.reads.pop(everything=True)
+        for failed_before, _, _, *sums in seen:
+            if failed_before:
                 self._raise_not_finite(state)
-            stop, save = stop or told_to_stop > 0, save or save_is_due > 0
             state.add(sums)
-        return stop, save
+        self.run.unreadable.check(state.sums["unreadable_images"], self.run.plan.num_images)
+        return any(step[1] for step in seen), any(step[2] for step in seen)
 
     def _raise_not_finite(self, state: State) -> None:
         """Name epoch, step and process. All processes come here at the same step."""

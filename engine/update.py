@@ -5,24 +5,13 @@ the gradients are divided by it after (Micikevicius et al. 2018, arXiv:1710.0374
 when they overflow, and doubled after many steps without that.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import PositiveFloat
 from torch import Tensor
-from typing_extensions import TypedDict
-
-from common.formats import Count, parsed
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # as torch's GradScaler has them
-
-
-class LossScaling(TypedDict):
-    """What a checkpoint keeps of it: the scale, steps since the last overflow, and overflows."""
-
-    scale: PositiveFloat
-    clean_steps: Count
-    skipped_steps: Count
 
 
 class GuardedUpdate:
@@ -79,29 +68,12 @@ class GuardedUpdate:
                 self.scale, self.clean_steps, overflow.float(), 2.0, 0.5, GROWTH_INTERVAL
             )
 
-    def loss_scaling(self) -> LossScaling | None:
-        """None without fp16."""
-        if not self.scales_loss:
-            return None
-        return LossScaling(
-            scale=self.scale.item(),
-            clean_steps=int(self.clean_steps.item()),
-            skipped_steps=int(self.skipped_steps.item()),
-        )
+    def loss_scaling(self) -> dict[str, float]:
+        """The scale, steps since the last overflow, and overflows; nothing without fp16."""
+        names = ("scale", "clean_steps", "skipped_steps") if self.scales_loss else ()
+        return {name: getattr(self, name).item() for name in names}
 
-    def for_log(self) -> dict[str, float]:
-        """What a line of log.txt has of it."""
-        kept = self.loss_scaling()
-        return {"loss_scale": kept["scale"], "skipped_steps": kept["skipped_steps"]} if kept else {}
-
-    def for_checkpoint(self) -> dict[str, LossScaling]:
-        """What `continue_from` takes up."""
-        kept = self.loss_scaling()
-        return {"loss_scaling": kept} if kept else {}
-
-    def continue_from(self, checkpoint: dict[str, Any], source: object) -> None:
-        """Take up the scale of a checkpoint, if it has one. Raises ValueError naming the source."""
-        if self.scales_loss and "loss_scaling" in checkpoint:
-            found = parsed(LossScaling, checkpoint["loss_scaling"], f"{source}: loss_scaling")
-            for name, value in found.items():
-                getattr(self, name).fill_(value)
+    def continue_from(self, kept: Mapping[str, float]) -> None:
+        """Take up the `loss_scaling` of a checkpoint."""
+        for name, value in kept.items() if self.scales_loss else ():
+            getattr(self, name).fill_(value)

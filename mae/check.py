@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from common.files import check_output_folder
 from common.step_files import OF_PRETRAINING, find_resumable
-from engine.schedule import BatchPlan, named_epochs
-from engine.trackers import check_trackers
+from engine.logbook import check_trackers, unusual
+from engine.schedule import BatchPlan
 from mae.config import PretrainConfig, make_method
 
 Listings = dict[Any, Any]  # what was listed before, so that it is listed once; see `make_listing`
@@ -49,11 +49,14 @@ def check_pretraining(
     check_output_folder(folder, reads=config.data.reads)
     config.run.check_folder(OF_PRETRAINING, is_run=found is not None)
     config.run.check_resume(found)
-    named = named_epochs(run.epochs, run.warmup_fraction, end_of_this_round=end)
+    named = {  # of two at the same place, the later counts
+        end: "end of this round", run.epochs / 2: "middle",
+        run.warmup_fraction * run.epochs: "end of warm-up", 0: "start", run.epochs: "end",
+    }  # fmt: skip
     return PretrainFacts(
         train=len(listing.train), left_out=listing.left_out, val=len(listing.val),
         val_left_out=listing.val_left_out, plan=plan,
-        learning_rates=tuple((n, run.rate_at(n / run.epochs), what) for n, what in named.items()),
+        learning_rates=tuple((n, run.rate_at(n / run.epochs), named[n]) for n in sorted(named)),
         checkpoint_bytes=config.model.checkpoint_bytes,
     )  # fmt: skip
 
@@ -87,7 +90,7 @@ def needs_torch(config: PretrainConfig) -> bool:
     """Whether there is something that only `look_inside` can judge."""
     # torch takes seconds to import, and a planner has tens of runs.
     run = config.run
-    return bool(run.init or find_resumable(run.output_dir) or run.unusual_trackers)
+    return bool(run.init or find_resumable(run.output_dir) or unusual(run.log_with))
 
 
 def look_inside(config: PretrainConfig, known: Listings | None = None) -> None:

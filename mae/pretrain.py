@@ -5,7 +5,7 @@ pretrain(config)    # a round, or what is left of it
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +14,11 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from common.environment import world_size
+from common.environment import peak_flops, world_size
 from common.images import evenly_spread
 from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.step_files import LAST, checkpoint_path, find_resumable, reconstructions_path
-from engine.devices import peak_flops
-from engine.logbook import Progress
+from engine.devices import device_name
 from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
 from engine.trainer import time_training, train
@@ -167,12 +166,10 @@ class Pretraining(Task):
             f"{optimisation.base_lr:g} x {optimisation.effective_batch_size} / 256"
         )
 
-    def evaluate(
-        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
-    ) -> Evaluation:
+    def evaluate(self, run: Run, state: State) -> Evaluation:
         """The held-out loss, where there are held-out images."""
-        if progress is not None and self.num_heldout:
-            progress.evaluating(0, self.num_heldout)
+        if run.logbook is not None and self.num_heldout:
+            run.logbook.evaluating(0, self.num_heldout)
         loss = self.heldout_loss(run, self.num_heldout)
         return Evaluation({} if loss is None else {"val_loss": loss})
 
@@ -229,7 +226,7 @@ class Pretraining(Task):
             **run.speed(state),
         }
         accelerator = run.accelerator
-        peak = peak_flops(accelerator.device, accelerator.mixed_precision)
+        peak = peak_flops(device_name(accelerator.device), accelerator.mixed_precision)
         if peak is not None:
             record["mfu"] = flops / state.seconds / (peak * accelerator.num_processes)
         return record

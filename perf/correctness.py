@@ -18,15 +18,14 @@ from common.formats import read_json, read_log
 from common.step_files import LAST, LOG, RESULT
 from engine.checkpoint import read_torch_file
 from engine.config import DeviceConfig
-from engine.devices import make_accelerator
-from engine.gpus import examine
+from engine.devices import examine, make_accelerator
 from mae.config import PretrainConfig
 from mae.masking import METHODS
 from mae.pretrain import pretrain
 from perf.campaign import Bench, Row, Table
 from perf.rehearsal import Rehearsal, afresh, build, rehearse
-from segmenter.check import read_dataset
 from segmenter.config import ProbeConfig, TrainConfig
+from segmenter.dataset import read_description
 from segmenter.evaluate import evaluate_model
 from segmenter.metrics import Areas
 from segmenter.probe import probe
@@ -240,6 +239,6 @@ def _probe(bench: Bench) -> dict[str, Any]:
         config = bench.config(
             ProbeConfig, model=MODEL, probes=("linear",), output_dir=folder, device=device
         )
-        probe(config, read_dataset(config.run.dataset))
+        probe(config, read_description(config.run.dataset))
         scores.append(read_json(folder / RESULT, dict[str, Any])["linear"]["mean_iou"])
     return {**_compared(*scores), "passes": abs(scores[0] - scores[1]) <= MOST_POINTS}

@@ -22,8 +22,8 @@ from mae.config import PretrainConfig
 from perf import stall
 from perf.campaign import Bench, Row, Table
 from perf.rehearsal import afresh, build, divide, rehearse, stretch
-from segmenter.check import read_dataset
 from segmenter.config import ProbeConfig, TrainConfig
+from segmenter.dataset import read_description
 from segmenter.evaluate import evaluate_model
 from segmenter.model import segmentation_loss
 from segmenter.probe import probe
@@ -137,7 +137,7 @@ def _finetuning(bench: Bench, batch: int, name: str) -> dict[str, float]:
     run = _segmenter(bench, batch, **options)
     if not loss_inside:
         compiled = run.accelerator.prepare_model(run.model)
-        run.prepared = _LossOutside(compiled, run.task.dataset.description.ignore_index)
+        run.prepared = _LossOutside(compiled, run.task.dataset.ignore_index)
     warm_up, steps = bench.size(WARM_UP), bench.size(MEASURED)
     shown = rehearse(run, epochs=1, steps=warm_up + steps, resident=True)
     seconds = statistics.median(shown.laps[warm_up:])
@@ -175,7 +175,7 @@ def _probe(bench: Bench) -> dict[str, float]:
     afresh()
     config = bench.config(ProbeConfig, model="vit_large", output_dir=bench.scratch / "timed-probe")
     began = time.monotonic()
-    probe(config, read_dataset(config.run.dataset))
+    probe(config, read_description(config.run.dataset))
     whole = time.monotonic() - began
     seconds = read_json(config.run.output_dir / RESULT, dict[str, Any])["seconds"]
     return {"all s": whole, **{f"{name} s": took for name, took in seconds.items()}}

@@ -22,7 +22,8 @@ from torch._inductor.utils import clear_caches, fresh_cache
 from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
-from engine.devices import choose_precision, peak_flops
+from common.environment import peak_flops
+from engine.devices import choose_precision, device_name
 from engine.task import load
 from engine.vit import IMAGE_CHANNELS, VIT_SIZES
 from mae.config import ModelConfig, PretrainConfig, make_method
@@ -131,7 +132,7 @@ def speed(bench: Bench, *, batch: int | str, **options: Any) -> dict[str, Any]:
     shown = rehearse(run, epochs=1, steps=warm_up + measured, resident=True)
     seconds = statistics.median(shown.laps[warm_up:])
     flops = training_flops(config.model, make_method(config.method, config.model))
-    peak = peak_flops(bench.device, run.accelerator.mixed_precision)
+    peak = peak_flops(device_name(bench.device), run.accelerator.mixed_precision)
     figures: dict[str, Any] = {
         "images/s": effective / seconds, "step ms": seconds * 1e3,
         "peak MiB": shown.peak_memory_mib, "first step s": shown.laps[0],

@@ -23,8 +23,8 @@ from engine.task import Run, State, Task, load
 from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.pretrain import Pretraining
-from segmenter.check import read_dataset
 from segmenter.config import TrainConfig
+from segmenter.dataset import read_description
 from segmenter.finetune import Finetuning
 
 
@@ -47,12 +47,12 @@ def build(config: PretrainConfig | TrainConfig) -> Run:
     if isinstance(config, PretrainConfig):
         task: Task = Pretraining(config)
     else:
-        task = Finetuning(config, read_dataset(config.run.dataset))
+        task = Finetuning(config, read_description(config.run.dataset))
     return engine.trainer.build(task, make_accelerator(config.run), Interruption())[0]
 
 
 class Laps:
-    """In the place of a run's progress: notes when each step was done, by the device's clock."""
+    """In the place of a run's logbook: notes when each step was done, by the device's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -102,7 +102,8 @@ def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Re
     if resident:
         batches = repeat(on_device(next(batches), device))
     laps: Any = Laps(device)
-    trainer, shown, seconds, waited = EpochTrainer(run, laps), Rehearsal(), 0.0, 0.0
+    run.logbook = laps
+    trainer, shown, seconds, waited = EpochTrainer(run), Rehearsal(), 0.0, 0.0
     for epoch in range(epochs):
         state.begin_epoch(epoch)
         with count_waits(device, shown.waits) if epoch else nullcontext():

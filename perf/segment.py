@@ -28,6 +28,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import segmenter.evaluate
 from engine.config import DeviceConfig
@@ -36,7 +37,7 @@ from engine.vit import VIT_SIZES
 from perf.campaign import Bench
 from perf.rehearsal import build, steps_of
 from segmenter.config import ProtocolConfig, ScoringConfig, TrainConfig
-from segmenter.data import WholeImages, test_images
+from segmenter.data import TestImage, WholeImages, start_worker
 from segmenter.dataset import (
     TRAIN,
     VAL,
@@ -185,8 +186,9 @@ def evaluate_ours(
 def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: WholeImages) -> float:
     """The usual way: one image, one window at a time; all predictions are kept to the end."""
     kept: list[tuple[Tensor, Tensor]] = []
-    loader = test_images(
-        images, range(len(images)), workers=DeviceConfig().loader_workers, pin_memory=False
+    loader: DataLoader[TestImage] = DataLoader(
+        images, batch_size=None, num_workers=DeviceConfig().loader_workers,
+        worker_init_fn=start_worker,
     )  # fmt: skip
     with evaluating(accelerator, model), mock.patch.object(segmenter.evaluate, "MOST_WINDOWS", 1):
         for sample in loader:

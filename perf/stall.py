@@ -34,7 +34,7 @@ MOST_PERCENT = 2.0  # that the device may be idle
 
 
 class SleepingDevice(nn.Module):
-    """In the place of the model and of the run's progress: busy by the clock, not by computing."""
+    """In the place of the model and of the run's logbook: busy by the clock, not by computing."""
 
     def __init__(self, pass_seconds: float, passes_per_step: int, *, reads_late: bool) -> None:
         super().__init__()
@@ -76,13 +76,13 @@ def stall(
     run = _built(bench, accumulation)
     seconds = SLOWER * seconds_per_batch()
     device = SleepingDevice(seconds, accumulation, reads_late=streamed)
-    run.prepared = device
+    logbook: Any = device
+    run.prepared, run.logbook = device, logbook
     optimizer = torch.optim.AdamW(device.parameters(), fused=True)
     run.update = GuardedUpdate(optimizer, None, scales_loss=False)
-    progress: Any = device
     batches = load(run, (0, 0), 1)
     fetched = batches if streamed else _fetched_first(batches, accumulation)
-    EpochTrainer(run, progress).train_one_epoch(State.of(run.task, {}, None), fetched)
+    EpochTrainer(run).train_one_epoch(State.of(run.task, {}, None), fetched)
     return {
         "idle %": device.idle_percent, "pass ms": seconds * 1e3,
         **({"passes": device.idle_percent < MOST_PERCENT} if streamed and not bench.tiny else {}),

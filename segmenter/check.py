@@ -1,22 +1,23 @@
 """`train --dry-run check`: all that can be known before the work starts. Writes nothing.
 
-`benchmark.py` calls `check_training` and `check_probe` in its own process, which never loads torch:
-what takes torch to look into is judged apart, by `look_inside`.
+`benchmark.py` calls `check_run` in its own process, which never loads torch: what takes torch to
+look into is judged apart, by `look_inside`.
 """
 
+import dataclasses
+import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.files import check_output_folder
-from common.formats import ProbeResult, Result, read_json
+from common.formats import ProbeResult, Result, plain, read_json
 from common.images import find_images
 from common.options import check_same, older_values
 from common.step_files import CHECKPOINT, RESULT
+from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
-from engine.trackers import check_trackers
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import (
     AUXILIARY_WIDTH,
@@ -26,17 +27,7 @@ from segmenter.config import (
     ProbeConfig,
     TrainConfig,
 )
-from segmenter.dataset import TRAIN, VAL, DatasetDescription, Pair, count_classes, read_description
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """The dataset: description, number of classes, and the pairs of both splits."""
-
-    description: DatasetDescription
-    num_classes: int
-    train: Sequence[Pair]
-    val: Sequence[Pair]
+from segmenter.dataset import DatasetDescription, read_description  # noqa: F401  (the plan's)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,47 +39,30 @@ class ScoringFacts:
     checkpoint_bytes: int = 0
 
 
-def read_dataset(path: Path) -> Dataset:
-    """What there is to train on and to score. Raises ValueError for a dataset that is not whole."""
-    description = read_description(path)
-    return Dataset(
-        description=description,
-        num_classes=count_classes(description),
-        train=description.pairs(TRAIN),
-        val=description.pairs(VAL),
-    )
-
-
-def check_training(config: TrainConfig, dataset: Dataset, *, processes: int) -> ScoringFacts:
+def check_run(
+    config: TrainConfig | ProbeConfig, dataset: DatasetDescription, *, processes: int
+) -> ScoringFacts:
     """What the run will be. Raises ValueError for what would stop it at once."""
-    plan = plan_batches(config, dataset, processes)
-    _check_start(config, dataset)
-    _refuse_lone_images(config, plan)
-    size = _checkpoint_bytes(config, dataset.num_classes)  # for the disk, before there is a model
-    return ScoringFacts(train=len(dataset.train), val=len(dataset.val), checkpoint_bytes=size)
-
-
-def check_probe(config: ProbeConfig, dataset: Dataset) -> ScoringFacts:
-    """The same for `probe`."""
-    folder = config.run.image_folder
-    if folder is not None:
-        find_images(folder)
-        check_output_folder(config.run.output_dir, reads=[folder])
-    _check_start(config, dataset)
-    return ScoringFacts(train=len(dataset.train), val=len(dataset.val))
-
-
-def _check_start(config: TrainConfig | ProbeConfig, dataset: Dataset) -> None:
-    check_output_folder(config.run.output_dir, reads=dataset.description.reads)
+    train, val, reads = len(dataset.train), len(dataset.val), list(dataset.reads)
+    flag, checkpoint_bytes = "CHECKPOINT", 0
+    if isinstance(config, TrainConfig):
+        flag = "--init"
+        plan_batches(config, dataset, processes)
+        checkpoint_bytes = _checkpoint_bytes(config, dataset.num_classes)
+    elif config.run.image_folder is not None:
+        find_images(config.run.image_folder)
+        reads.append(config.run.image_folder)
+    check_output_folder(config.run.output_dir, reads=reads)
     if config.init != RANDOM and not config.init.is_file():
-        flag = "--init" if isinstance(config, TrainConfig) else "CHECKPOINT"
         raise ValueError(f"{flag} {config.init} does not exist; give a checkpoint, or {RANDOM}")
+    return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes)
 
 
-def plan_batches(config: TrainConfig, dataset: Dataset, processes: int) -> BatchPlan:
+def plan_batches(config: TrainConfig, dataset: DatasetDescription, processes: int) -> BatchPlan:
     """How the run's batches are split; a dataset smaller than a batch makes one step of an epoch.
 
-    Raises ValueError if a process would have nothing to do.
+    Raises ValueError if a process would have nothing to do, or an image would be alone that may
+    not be.
     """
     effective = min(config.optimisation.batch_size, len(dataset.train))
     if effective < processes:
@@ -96,68 +70,88 @@ def plan_batches(config: TrainConfig, dataset: Dataset, processes: int) -> Batch
             f"a batch of {effective} images cannot be spread over {processes} processes; raise "
             "--batch-size or use fewer processes"
         )
-    share = -(-effective // processes)  # rounded up: of the process that has most
-    return BatchPlan(
-        num_images=len(dataset.train),
-        effective_batch_size=effective,
-        processes=processes,
-        micro_batch_size=min(share, config.run.most_at_once or share),
-        seed=config.optimisation.seed,
-    )
-
-
-def _refuse_lone_images(config: TrainConfig, plan: BatchPlan) -> None:
-    """UPerNet's norms take the mean over a part of a batch, pooled to a pixel per image."""
-    if config.model.decoder != "upernet":
-        return  # the other decoders normalise each token by itself
-    if config.run.device_batch_size == "auto":
+    most = share = -(-effective // processes)  # rounded up: of the process that has most
+    if isinstance(config.run.device_batch_size, int):  # auto is measured later, on a GPU
+        most = min(share, config.run.device_batch_size)
+    # UPerNet's norms take the mean over a part of a batch, pooled to a pixel per image; the other
+    # decoders normalise each token by itself.
+    is_upernet = config.model.decoder == "upernet"
+    if is_upernet and config.run.device_batch_size == "auto":
         raise ValueError(
             "--device-batch-size auto would let the GPU decide what --decoder upernet learns: its "
             "norms are over the images at once; give a number"
         )
-    most = plan.micro_batch_size
-    if plan.processes == 1 and 1 in (most, plan.effective_batch_size % most):
+    if is_upernet and processes == 1 and 1 in (most, effective % most):
         raise ValueError(
-            f"a batch of {plan.effective_batch_size} in parts of {most} leaves an image alone, "
-            "which --decoder upernet cannot train on: change --batch-size or --device-batch-size"
+            f"a batch of {effective} in parts of {most} leaves an image alone, which --decoder "
+            "upernet cannot train on: change --batch-size or --device-batch-size"
         )
+    return BatchPlan(
+        num_images=len(dataset.train), effective_batch_size=effective, processes=processes,
+        micro_batch_size=most, seed=config.optimisation.seed,
+    )  # fmt: skip
 
 
 def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
     """Whether there is something that only `look_inside`, or reading a checkpoint, can judge."""
-    unusual = isinstance(config, TrainConfig) and config.run.unusual_trackers
+    trackers = isinstance(config, TrainConfig) and unusual(config.run.log_with)
     # result.json, where it is there, is read first and takes no torch.
-    return config.init != RANDOM or unusual or _found(config, CHECKPOINT) is not None
+    has_checkpoint = os.path.lexists(config.run.output_dir / CHECKPOINT)
+    return bool(config.init != RANDOM or trackers or has_checkpoint)
 
 
 def look_inside(config: TrainConfig | ProbeConfig) -> None:
     """Raise ValueError unless checkpoint and trackers are what the run needs; loads torch."""
     if config.init != RANDOM:
-        from segmenter.encoder import check_encoder_file
+        from segmenter.encoder import read_encoder
 
-        check_encoder_file(config.init, config.model)
+        read_encoder(config.init, config.model, lazily=True)
     if isinstance(config, TrainConfig):
         check_trackers(config.run.log_with)
 
 
-def all_settings(config: TrainConfig | ProbeConfig, dataset: Dataset) -> dict[str, Any]:
+def all_settings(config: TrainConfig | ProbeConfig, dataset: DatasetDescription) -> dict[str, Any]:
     """What has to stay the same: a checkpoint's `config`, result.json's `settings`."""
+    init = config.init
+    if isinstance(config, TrainConfig):
+        own = dataclasses.asdict(config.optimisation)
+    else:
+        own = {
+            name: plain(getattr(config.run, name)) for name in ("probes", "seed", "image_folder")
+        }
     return {
-        **config.settings(),
-        "dataset": dataset.description.name,
+        **dataclasses.asdict(config.model),
+        **config.protocol.described(),
+        "precision": config.run.precision,
+        "init": init if init == RANDOM else init.name,  # not its folder: runs may be moved
+        "init_fingerprint": None if init == RANDOM else _fingerprint(init),
+        **own,
+        "dataset": dataset.name,
         "num_classes": dataset.num_classes,
         "num_train": len(dataset.train),
         "num_val": len(dataset.val),
     }
 
 
-def earlier_output(config: TrainConfig | ProbeConfig, dataset: Dataset) -> Path | None:
+def _fingerprint(path: Path) -> str:
+    """Short digest of a file's size, first and last MiB: tells checkpoints of one name apart."""
+    size, mib = path.stat().st_size, 2**20
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(mib))
+        file.seek(max(0, size - mib))  # a zip's directory, with checksums, is at its end
+        digest.update(file.read(mib))
+    return digest.hexdigest()[:16]
+
+
+def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescription) -> Path | None:
     """What this call goes on from: result.json (all is done), checkpoint.pth, or nothing.
 
     Raises ValueError if it was made with other settings, or is not what --resume asks for.
     """
-    # The result comes last: where it is there, all is done.
-    found = _found(config, RESULT) or _found(config, CHECKPOINT)
+    # The result comes last: where it is there, all is done. A link to nothing is not nothing.
+    paths = (config.run.output_dir / name for name in (RESULT, CHECKPOINT))
+    found = next(filter(os.path.lexists, paths), None)
     config.run.check_folder(config.leaves, is_run=found is not None)
     is_training = isinstance(config, TrainConfig)
     if isinstance(config, TrainConfig):
@@ -173,11 +167,6 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: Dataset) -> Path 
     older = older_values(*(GROUPS if is_training else PROBE_GROUPS).values())
     check_same(stored, all_settings(config, dataset), older, what=str(found))
     return found
-
-
-def _found(config: TrainConfig | ProbeConfig, name: str) -> Path | None:
-    path = config.run.output_dir / name
-    return path if os.path.lexists(path) else None  # a link to nothing is not nothing
 
 
 def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:

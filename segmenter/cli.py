@@ -13,6 +13,7 @@ from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
 from common.environment import rank, world_size
 from common.files import check_output_file, write_json
 from common.step_files import RESULT
+from engine.config import DeviceConfig
 from segmenter.config import (
     GROUPS,
     PROBE_GROUPS,
@@ -41,22 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @dry_run("check", "time")
 def train(dry_run: str | None, **groups: Any) -> int:
     """Finetune, or continue: the same command goes on where it stopped."""
-    from segmenter.check import check_training, earlier_output, look_inside, read_dataset
+    from segmenter.check import check_run, earlier_output, look_inside
+    from segmenter.dataset import read_description
 
     config = TrainConfig(**groups)
-    dataset = read_dataset(config.run.dataset)
-    check_training(config, dataset, processes=world_size())
+    dataset = read_description(config.run.dataset)
+    check_run(config, dataset, processes=world_size())
     look_inside(config)  # loads torch, if there is something to look into
     found = earlier_output(config, dataset) if dry_run != "time" else None  # which begins anew
     # What is finished is finished: the same command again does nothing.
     if dry_run == "check" or (found is not None and found.name == RESULT):
         return 0
-    from segmenter.finetune import finetune, time_finetuning
+    from engine.trainer import time_training
+    from segmenter.finetune import Finetuning, finetune
 
     log_to_stderr()
     if not dry_run:
         return 0 if finetune(config, dataset) else EXIT_STOPPED
-    seconds = time_finetuning(config, dataset, TIMED_STEPS)
+    seconds = time_training(Finetuning(config, dataset), TIMED_STEPS)
     if seconds is not None:
         say(json.dumps(seconds))
     return 0
@@ -67,13 +70,14 @@ def train(dry_run: str | None, **groups: Any) -> int:
 @dry_run("check")
 def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
     """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
-    from segmenter.check import check_probe, earlier_output, look_inside, read_dataset
+    from segmenter.check import check_run, earlier_output, look_inside
+    from segmenter.dataset import read_description
 
     # An argument, since there is no probe without something to probe.
     init: Any = RANDOM if str(checkpoint) == RANDOM else checkpoint.absolute()
     config = ProbeConfig(init=init, **groups)
-    dataset = read_dataset(config.run.dataset)
-    check_probe(config, dataset)
+    dataset = read_description(config.run.dataset)
+    check_run(config, dataset, processes=world_size())
     look_inside(config)
     if earlier_output(config, dataset) is not None or dry_run:
         return 0
@@ -114,12 +118,12 @@ def evaluate(
         say(f"protocol: {json.dumps(result['protocol'])}")
 
 
-@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=ScoringConfig)
+@command(cli, pictures=PictureConfig, changes=ProtocolChanges, devices=DeviceConfig)
 @click.argument("checkpoint", type=PATH)
 @click.argument("images", type=PATH, nargs=-1, required=True)
 def predict(
     checkpoint: Path, images: tuple[Path, ...], pictures: PictureConfig, changes: ProtocolChanges,
-    devices: ScoringConfig,
+    devices: DeviceConfig,
 ) -> None:  # fmt: skip
     """Write label maps and overlays of IMAGES (files or folders)."""
     from segmenter.predict import predict_files

@@ -5,13 +5,11 @@ have no default here. What is given with a command wins over its recipe.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from common.formats import plain
 from common.options import (
     MOST_EPOCHS,
     MOST_SEED,
@@ -192,11 +190,6 @@ class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
         at_least=1, neutral=True, memory=True,
     )  # fmt: skip
 
-    @property
-    def most_at_once(self) -> int | None:
-        """The same where there is no GPU to measure."""
-        return None if self.device_batch_size == "auto" else self.device_batch_size
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig):
@@ -255,10 +248,6 @@ class TrainConfig:
             del values[name]
         return {"name": Path(self.run.recipe).stem, **values}
 
-    def settings(self) -> dict[str, Any]:
-        """Plain values of all that decides the result, as checkpoints and result.json hold it."""
-        return {**_shared_settings(self), **dataclasses.asdict(self.optimisation)}
-
     def arguments(self) -> list[str]:
         """The words after `python -m segmenter train` that make this again."""
         groups = (self.run, self.model, self.optimisation, self.protocol)
@@ -276,11 +265,6 @@ class ProbeConfig:
 
     leaves = OF_PROBES
 
-    def settings(self) -> dict[str, Any]:
-        """The same as result.json holds it."""
-        own = {name: plain(getattr(self.run, name)) for name in ("probes", "seed", "image_folder")}
-        return {**_shared_settings(self), **own}
-
     def arguments(self) -> list[str]:
         """The words after `python -m segmenter probe` that make this again."""
         below = recipe_values(self.run.recipe)
@@ -289,17 +273,6 @@ class ProbeConfig:
 
 GROUPS = groups_of(TrainConfig)
 PROBE_GROUPS = {name: group for name, group in groups_of(ProbeConfig).items() if name != "init"}
-
-
-def _shared_settings(config: TrainConfig | ProbeConfig) -> dict[str, Any]:
-    init = config.init
-    return {
-        **dataclasses.asdict(config.model),
-        **config.protocol.described(),
-        "precision": config.run.precision,
-        "init": init if init == RANDOM else init.name,  # not its folder: runs may be moved
-        "init_fingerprint": None if init == RANDOM else _fingerprint(init),
-    }
 
 
 def read_recipe(name: str) -> Layer:
@@ -324,14 +297,3 @@ def recipe_names() -> list[str]:
 def recipe_values(name: str) -> dict[str, Any]:
     """A recipe's values in the types of their options."""
     return merge(RECIPE_GROUPS, [read_recipe(name)])
-
-
-def _fingerprint(path: Path) -> str:
-    """Short digest of a file's size, first and last MiB: tells checkpoints of one name apart."""
-    size, mib = path.stat().st_size, 2**20
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(mib))
-        file.seek(max(0, size - mib))  # a zip's directory, with checksums, is at its end
-        digest.update(file.read(mib))
-    return digest.hexdigest()[:16]

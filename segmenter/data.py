@@ -8,12 +8,12 @@ import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from common.images import next_usable
 from common.interruption import leave_signals_to_the_main_process
@@ -58,18 +58,13 @@ class _Pairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def load(self, index: int) -> dict[str, Any]:
-        """What mmsegmentation's transforms start from. Raises ValueError for an unusable pair."""
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """[H, W, 3] uint8 RGB and [H, W] uint8 labels. Raises ValueError for an unusable pair."""
         pair = self.pairs[index]
         image = read_image(pair.image)
         labels = read_labels(pair, image.shape[:2], self.description.allowed)
-        if self.description.reduce_zero_label:
-            labels = labels - 1  # uint8 wraps round: 0 becomes 255, which is ignored
-        return {
-            "img": np.ascontiguousarray(image[..., ::-1]),  # mmcv works in OpenCV's BGR
-            "img_shape": image.shape[:2], "ori_shape": image.shape[:2],
-            "gt_seg_map": labels, "seg_fields": ["gt_seg_map"],
-        }  # fmt: skip
+        # uint8 wraps round: 0 becomes 255, which is ignored.
+        return image, labels - 1 if self.description.reduce_zero_label else labels
 
 
 class TrainingCrops(_Pairs, Dataset[Batch]):
@@ -83,7 +78,8 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
         self.seed = seed
         side, ignored = protocol.crop_size, description.ignore_index
         # The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE trained with.
-        resize = RandomResize(_scale(protocol.image_size), ratio_range=(0.5, 2.0), keep_ratio=True)
+        scale = 4 * protocol.image_size, protocol.image_size  # (2048, 512)
+        resize = RandomResize(scale, ratio_range=(0.5, 2.0), keep_ratio=True)
         # A crop with more of one class than that is drawn again, up to ten times.
         crop = RandomCrop((side, side), cat_max_ratio=0.75, ignore_index=ignored)
         self.transform = Compose([resize, crop, RandomFlip(prob=0.5), PhotoMetricDistortion()])
@@ -97,14 +93,18 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
         return crop._replace(unreadable=list(skipped))
 
     def _crop(self, epoch: int, index: int) -> Batch:
-        loaded = self.load(index)
+        image, labels = self.load(index)
+        sample = {
+            "img": np.ascontiguousarray(image[..., ::-1]),  # mmsegmentation's colours are BGR
+            "img_shape": labels.shape, "gt_seg_map": labels, "seg_fields": ["gt_seg_map"],
+        }  # fmt: skip
         with _seeded(self.seed, epoch, index):
-            sample = self.transform(loaded)
+            sample = self.transform(sample)
         size = torch.tensor(sample["img"].shape[:2])
         sample = self.pad(sample)
-        labels = torch.from_numpy(sample["gt_seg_map"])
-        valid_pixels = (labels != self.description.ignore_index).sum()
-        return Batch(_to_chw_rgb(sample["img"]), labels, size, valid_pixels, [])
+        cropped = torch.from_numpy(sample["gt_seg_map"])
+        valid_pixels = (cropped != self.description.ignore_index).sum()
+        return Batch(_to_chw(sample["img"][..., ::-1]), cropped, size, valid_pixels, [])
 
 
 @contextlib.contextmanager
@@ -133,37 +133,21 @@ class WholeImages(_Pairs, Dataset[TestImage]):
 
     def __getitem__(self, index: int) -> TestImage:
         try:
-            sample = self.load(index)
+            image, labels = self.load(index)
         except ValueError as error:  # evaluating goes on without it, and names it
             return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
-        scaled = scaled_images(sample["img"], self.protocol)
-        return TestImage(scaled, torch.from_numpy(sample["gt_seg_map"]))
+        return TestImage(scaled_images(image, self.protocol), torch.from_numpy(labels))
 
 
-def scaled_images(image_bgr: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
-    """[H, W, 3] uint8 BGR to one [3, h, w] RGB per scale, ratio kept, by mmcv's Resize."""
-    image = {"img": np.ascontiguousarray(image_bgr)}  # OpenCV asks for it
-    sizes = [_scale(round(protocol.image_size * scale)) for scale in protocol.scales]
-    return [_to_chw_rgb(Resize(scale=size, keep_ratio=True)({**image})["img"]) for size in sizes]
+def scaled_images(image: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
+    """[H, W, 3] uint8 RGB to one [3, h, w] per scale, ratio kept, by mmcv's Resize."""
+    sizes = [round(protocol.image_size * scale) for scale in protocol.scales]
+    resizes = [Resize(scale=(4 * size, size), keep_ratio=True) for size in sizes]
+    return [_to_chw(resize({"img": image})["img"]) for resize in resizes]
 
 
-def _scale(image_size: int) -> tuple[int, int]:
-    return 4 * image_size, image_size  # (2048, 512), as mmsegmentation has it
-
-
-def _to_chw_rgb(image_bgr: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image_bgr[..., ::-1].transpose(2, 0, 1)))
-
-
-def test_images(
-    images: WholeImages, indices: Sequence[int], *, workers: int, pin_memory: bool
-) -> Iterator[TestImage]:
-    """The images with these indices, in this order, one by one: they differ in size."""
-    loader: DataLoader[TestImage] = DataLoader(
-        images, sampler=indices, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-        worker_init_fn=start_worker,
-    )  # fmt: skip
-    return iter(loader)
+def _to_chw(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def start_worker(worker: int) -> None:

@@ -2,8 +2,8 @@
 
 A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are relative to it:
 
-    description = read_description(Path("camvid.yml"))
-    pairs, classes = description.pairs("train"), read_classes(description)
+    dataset = read_description(Path("camvid.yml"))
+    pairs, classes = dataset.train, read_classes(dataset)
 """
 
 import contextlib
@@ -86,11 +86,28 @@ class DatasetDescription:
         return (*self.images.values(), *self.annotations.values())
 
     @cached_property
+    def num_classes(self) -> int:
+        """How many there are. Raises ValueError for an unknown dataset of mmsegmentation."""
+        if not isinstance(self.classes, str):
+            return len(self.classes)
+        return NUM_CLASSES.get(self.classes) or len(read_classes(self).names)
+
+    @cached_property
+    def train(self) -> list[Pair]:
+        """What there is to train on, as `pairs` finds it."""
+        return self.pairs(TRAIN)
+
+    @cached_property
+    def val(self) -> list[Pair]:
+        """What is scored."""
+        return self.pairs(VAL)
+
+    @cached_property
     def allowed(self) -> np.ndarray:
         """[256] bool: which labels an annotation file may hold."""
         # An array, since indexing it by labels is the fastest way to judge every pixel. With
         # reduce_zero_label, the file's 0 stands before the classes.
-        allowed = np.arange(256) < count_classes(self) + self.reduce_zero_label
+        allowed = np.arange(256) < self.num_classes + self.reduce_zero_label
         if not self.reduce_zero_label:
             allowed[self.ignore_index] = True
         return allowed
@@ -172,9 +189,6 @@ class Classes:
     names: tuple[str, ...]
     palette: np.ndarray  # [K, 3] uint8 RGB
 
-    def __len__(self) -> int:
-        return len(self.names)
-
 
 def read_classes(description: DatasetDescription) -> Classes:
     """Names and colours: the description's own, or mmsegmentation's. Raises ValueError."""
@@ -190,13 +204,6 @@ def read_classes(description: DatasetDescription) -> Classes:
     if not len(palette):  # the same colours in every run
         palette = np.random.default_rng(42).integers(32, 256, (len(names), 3)).tolist()
     return Classes(tuple(names), np.array(palette, dtype=np.uint8))
-
-
-def count_classes(description: DatasetDescription) -> int:
-    """How many classes there are. Raises ValueError for an unknown dataset of mmsegmentation."""
-    if not isinstance(description.classes, str):
-        return len(description.classes)
-    return NUM_CLASSES.get(description.classes) or len(read_classes(description))
 
 
 @contextlib.contextmanager
@@ -218,19 +225,19 @@ class MisfitError(ValueError):
 
 def check_labels(
     description: DatasetDescription, pairs: Sequence[Pair], *, most: int | None = None,
-    completely: bool = False, forgiving: bool = False,
+    completely: bool = False,
 ) -> None:  # fmt: skip
     """Raise ValueError about the first pair that does not fit, and how many there are.
 
-    most: so many, evenly spaced, are looked at. completely: images are decoded, too. forgiving:
-    files that cannot be read are left to whoever will skip them, unless they are too many.
+    most: so many, evenly spaced, are looked at; those that cannot be read are left to whoever will
+    skip them, unless they are too many. completely: images are decoded, too.
     """
     looked_at = pairs[:: max(1, len(pairs) // most) if most else 1]
     judge = partial(_problem_of, allowed=description.allowed, completely=completely)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         found = [error for error in pool.map(judge, looked_at) if error is not None]
     misfits = [error for error in found if isinstance(error, MisfitError)]
-    is_forgiven = forgiving and not too_many(len(found) - len(misfits), len(looked_at))
+    is_forgiven = most is not None and not too_many(len(found) - len(misfits), len(looked_at))
     problems = misfits if is_forgiven else found
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""

@@ -110,13 +110,14 @@ def depths_of(depth: int) -> list[int]:
     return [max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
 
 
-def read_encoder_weights(path: Path, *, lazily: bool = False) -> dict[str, Tensor]:
-    """Weights of a ViT by their official names. Raises ValueError for any other file."""
-    return read_vit_weights(path, ignored=IGNORED, lazily=lazily)
+def read_encoder(
+    path: Path, config: EncoderConfig, *, lazily: bool = False
+) -> tuple[dict[str, Tensor], EncoderShape]:
+    """Weights of a ViT by their official names, and what they say about it.
 
-
-def shape_of(weights: dict[str, Tensor], config: EncoderConfig, path: Path) -> EncoderShape:
-    """What the weights say about their encoder. Raises ValueError if it is not the wanted one."""
+    Raises ValueError for any other file, and if it is not the wanted encoder. lazily: for a look.
+    """
+    weights = read_vit_weights(path, ignored=IGNORED, lazily=lazily)
     found, wanted = describe_vit(weights, path), config.encoder.width
     patch, channels, asked = found.patch_size, found.in_channels, config.patch_size
     if found.width != wanted:
@@ -126,25 +127,21 @@ def shape_of(weights: dict[str, Tensor], config: EncoderConfig, path: Path) -> E
         raise ValueError(f"{path} has patches of {patch} pixels, --patch-size is {asked}")
     if channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
         raise ValueError(f"{path} has {channels} input channels; 3 or 4 are possible")
-    return EncoderShape(model=config.model, patch_size=patch, in_channels=channels, grid=found.grid)
+    shape = EncoderShape(
+        model=config.model, patch_size=patch, in_channels=channels, grid=found.grid
+    )
+    with torch.device("meta"):  # no memory is taken, no random number drawn
+        own = Encoder(shape).state_dict()
+    refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)
+    return weights, shape
 
 
-def start_encoder(encoder: Encoder, weights: dict[str, Tensor], path: Path) -> list[str]:
-    """Copy the weights; return the names of those that start fresh. Raises ValueError."""
+def start_encoder(encoder: Encoder, weights: dict[str, Tensor]) -> list[str]:
+    """Copy what `read_encoder` found; return the names of the weights that start fresh."""
     weights = resample_positions(weights, encoder.shape.grid)
     own = encoder.state_dict()
     if encoder.depths:  # UPerNet's has no final norm, and parts that are new
         weights = {n: weight for n, weight in weights.items() if not n.startswith(OPTIONAL)}
         own = {n: weight for n, weight in own.items() if not n.endswith(WITHOUT_EFFECT)}
-    refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)
     encoder.load_state_dict(weights, strict=False)
     return [name for name in own if name not in weights]
-
-
-def check_encoder_file(path: Path, config: EncoderConfig) -> None:
-    """Raise ValueError unless `start_encoder` would take the file. Allocates no weights."""
-    weights = read_encoder_weights(path, lazily=True)
-    shape = shape_of(weights, config, path)
-    with torch.device("meta"):
-        own = Encoder(shape).state_dict()
-    refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from common.files import NOTHING_WRITTEN, beside, check_output_folder
 from common.images import Unreadable
@@ -26,7 +27,7 @@ from common.interruption import Interruption
 from common.progress import Counter
 from engine.devices import make_accelerator
 from segmenter.config import EvaluateConfig, ProtocolChanges, ProtocolConfig, ScoringConfig
-from segmenter.data import TestImage, WholeImages, test_images
+from segmenter.data import TestImage, WholeImages, start_worker
 from segmenter.dataset import Pair, check_labels, read_classes, read_description, read_label_file
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
@@ -44,10 +45,12 @@ def evaluate_checkpoint(
     pairs = description.pairs(evaluation.split)
     accelerator, loaded = make_accelerator(devices), load_segmenter(checkpoint)
     # By their number: other names for the same classes are no reason to refuse.
-    own, wanted = loaded.classes, len(read_classes(description))
-    if len(own) != wanted:
-        raise ValueError(f"the checkpoint has {len(own)} classes, {description.name} has {wanted}")
-    check_labels(description, pairs, most=MOST_CHECKED, forgiving=True)
+    names, wanted = loaded.classes.names, description.num_classes
+    if len(names) != wanted:
+        raise ValueError(
+            f"the checkpoint has {len(names)} classes, {description.name} has {wanted}"
+        )
+    check_labels(description, pairs, most=MOST_CHECKED)
     target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:
         check_output_folder(target, "--save-predictions", reads=description.reads)
@@ -63,7 +66,7 @@ def evaluate_checkpoint(
             on_progress=counter.reach if accelerator.is_main_process else None,
         )  # fmt: skip
     assert areas is not None  # nothing interrupts it
-    return _result(areas, own.names, description.name, protocol.described())
+    return _result(areas, names, description.name, protocol.described())
 
 
 @contextmanager
@@ -103,8 +106,8 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
     if folder is None or not folder.is_dir():
         raise ValueError(f"--predictions {folder} is not a folder")
     description = read_description(evaluation.dataset)
-    classes, pairs = read_classes(description), description.pairs(evaluation.split)
-    areas, stored = Areas(len(pairs), len(classes), description.ignore_index), []
+    names, pairs = read_classes(description).names, description.pairs(evaluation.split)
+    areas, stored = Areas(len(pairs), len(names), description.ignore_index), []
     for pair in pairs:
         # .png is what this command saves, whatever the suffix there.
         paths = [folder / f"{pair.name}{end}" for end in (".png", description.annotation_suffix)]
@@ -115,7 +118,7 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
     for index, both in enumerate(zip(stored, pairs, strict=True)):
         predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
         areas.add(index, predicted - first, labels - first)
-    return _result(areas, classes.names, description.name, None)  # of whose protocol nobody knows
+    return _result(areas, names, description.name, None)  # of whose protocol nobody knows
 
 
 def _result(areas: Areas, classes: Sequence[str], dataset: str, protocol: Any) -> dict[str, Any]:
@@ -183,10 +186,12 @@ def each_group(
     per_round, offset = size * accelerator.num_processes, size * accelerator.process_index
     # This process's group of each round: the last one may be smaller, or empty.
     rounds = [everything[first + offset :][:size] for first in everything[::per_round]]
-    samples = test_images(
-        images, [index for group in rounds for index in group],
-        workers=scoring.loader_workers, pin_memory=accelerator.device.type == "cuda",
+    loader: DataLoader[TestImage] = DataLoader(  # one by one: they differ in size
+        images, sampler=[index for group in rounds for index in group], batch_size=None,
+        num_workers=scoring.loader_workers, pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=start_worker,
     )  # fmt: skip
+    samples = iter(loader)
     with evaluating(accelerator, model):
         for number, group in enumerate(rounds, start=1):
             loaded = [(index, next(samples)) for index in group]
@@ -203,23 +208,16 @@ def each_group(
 
 @contextmanager
 def evaluating(accelerator: Accelerator, model: Segmenter) -> Iterator[None]:
-    """Evaluation mode, no gradients, the run's precision; training mode is restored."""
-    training = model.training
+    """Evaluation mode, in which the model stays; no gradients, the run's precision."""
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
         yield
-    model.train(training)
 
 
 # --- Sliding windows, those of several images in one batch ---
 
 
-class Window(NamedTuple):
-    """Where a window lies in an image of a group: the image's number, and its pixels."""
-
-    image: int
-    rows: slice
-    columns: slice
+Window = tuple[int, slice, slice]  # an image's number in its group, and rows and columns of it
 
 
 def predict_classes(
@@ -252,7 +250,7 @@ def window_logits(
     model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig
 ) -> list[Tensor]:
     """Class logits [K, h, w] of images [3, h, w], averaged where windows overlap."""
-    canvases: dict[int, Tensor] = {}
+    canvases, counts = dict[int, Tensor](), dict[int, Tensor]()  # counts: windows over each pixel
     for (image, rows, columns), logits in patch_logits(model, images, protocol):
         # One window at a time: full-size logits of all of them would be the peak of memory.
         height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -265,17 +263,12 @@ def window_logits(
             # The decoder's output has the classes innermost, which is what interpolation and
             # argmax over many classes like best: the canvas keeps that order in memory.
             canvases[image] = full.new_zeros(*size, len(full)).permute(2, 0, 1)
+            counts[image] = full.new_zeros(size)
         canvases[image][:, rows, columns].add_(full)
-    return [_average(canvases[image], protocol) for image in range(len(images))]
-
-
-def _average(canvas: Tensor, protocol: ProtocolConfig) -> Tensor:
-    """Divide by the number of windows over each pixel."""
-    rows, columns = counts = [torch.zeros(side, device=canvas.device) for side in canvas.shape[-2:]]
-    for count in counts:
-        for span in spans(len(count), protocol):
-            count[span] += 1
-    return canvas.div_(rows[:, None] * columns)
+        counts[image][rows, columns].add_(1)
+    for image, count in counts.items():
+        canvases[image].div_(count)
+    return [canvases[image] for image in range(len(images))]
 
 
 def patch_logits(
@@ -289,7 +282,7 @@ def patch_logits(
         height, width = pixels.shape[-2:]
         for rows, columns in product(spans(height, protocol), spans(width, protocol)):
             part = pixels[:, rows, columns]
-            by_size[part.shape].append((Window(number, rows, columns), part))
+            by_size[part.shape].append(((number, rows, columns), part))
     for same_size in by_size.values():
         for first in range(0, len(same_size), MOST_WINDOWS):
             windows, parts = zip(*same_size[first : first + MOST_WINDOWS], strict=True)

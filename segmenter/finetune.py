@@ -1,12 +1,12 @@
 """Finetuning: what a segmentation model gives the trainer. Read engine/trainer.py first.
 
-dataset = read_dataset(config.run.dataset)
+dataset = read_description(config.run.dataset)
 finetune(config, dataset)           # all of it, or what is left
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,16 +20,16 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from common.environment import versions
 from common.files import write_json
+from common.formats import parsed_plain
 from common.images import evenly_spread
 from common.interruption import Interruption
 from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from engine.devices import device_name
-from engine.logbook import Progress
 from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
-from engine.trainer import time_training, train
+from engine.trainer import save, train
 from engine.vit import IMAGE_CHANNELS
-from segmenter.check import Dataset, all_settings, earlier_output, plan_batches
+from segmenter.check import all_settings, earlier_output, plan_batches
 from segmenter.config import (
     RANDOM,
     SCORES,
@@ -41,8 +41,8 @@ from segmenter.config import (
     TrainConfig,
 )
 from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
-from segmenter.dataset import MOST_CHECKED, check_labels, read_classes
-from segmenter.encoder import EncoderShape, read_encoder_weights, shape_of, start_encoder
+from segmenter.dataset import MOST_CHECKED, DatasetDescription, check_labels, read_classes
+from segmenter.encoder import EncoderShape, read_encoder, start_encoder
 from segmenter.evaluate import evaluate_model
 from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
@@ -54,25 +54,17 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation"
 ADAM_BETA2 = 0.999
 
 
-def finetune(config: TrainConfig, dataset: Dataset) -> bool:
-    """Run a finetuning, or what is left of it; see `engine.trainer.train`.
-
-    dataset: what `read_dataset` found.
-    """
+def finetune(config: TrainConfig, dataset: DatasetDescription) -> bool:
+    """Run a finetuning, or what is left of it; see `engine.trainer.train`."""
     with Interruption() as interruption:
         check_some_labels(dataset)
         return train(Finetuning(config, dataset), interruption)
 
 
-def time_finetuning(config: TrainConfig, dataset: Dataset, steps: int) -> dict[str, float] | None:
-    """What an epoch and an evaluation take here; see `engine.trainer.time_training`."""
-    return time_training(Finetuning(config, dataset), steps)
-
-
-def check_some_labels(dataset: Dataset) -> None:
+def check_some_labels(dataset: DatasetDescription) -> None:
     """Raise ValueError if labels of either split are none of this dataset."""
     for pairs in (dataset.train, dataset.val):
-        check_labels(dataset.description, pairs, most=MOST_CHECKED, forgiving=True)
+        check_labels(dataset, pairs, most=MOST_CHECKED)
 
 
 class Finetuning(Task):
@@ -81,8 +73,8 @@ class Finetuning(Task):
     counts: ClassVar[tuple[str, ...]] = ()
     remedy = "the last checkpoint is from before. A lower --lr or --clip-grad 1 may help"
 
-    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
-        optimisation, description = config.optimisation, dataset.description
+    def __init__(self, config: TrainConfig, dataset: DatasetDescription) -> None:
+        optimisation = config.optimisation
         self.config, self.run, self.dataset = config, config.run, dataset
         self.settings = all_settings(config, dataset)
         self.seed, self.clip_grad = optimisation.seed, optimisation.clip_grad
@@ -91,10 +83,10 @@ class Finetuning(Task):
         self.values_per_image = config.protocol.crop_size**2
         self.auto_batch = config.run.device_batch_size == "auto"
         self.evaluations, self.num_heldout = optimisation.evaluations, len(dataset.val)
-        self.classes = read_classes(description)
+        self.classes = read_classes(dataset)
         self.collate, self.start_worker = collate, start_worker
-        self.train_set = TrainingCrops(description, dataset.train, config.protocol, self.seed)
-        self.images = WholeImages(description, dataset.val, config.protocol)
+        self.train_set = TrainingCrops(dataset, dataset.train, config.protocol, self.seed)
+        self.images = WholeImages(dataset, dataset.val, config.protocol)
 
     def find_earlier(self) -> Earlier:
         """result.json, with which all is done, or checkpoint.pth."""
@@ -107,7 +99,8 @@ class Finetuning(Task):
         """The model as a checkpoint says, or with the encoder of --init."""
         config = self.config
         if checkpoint:
-            shape = SegmenterShape.from_plain(checkpoint["shape"], self.run.output_dir / CHECKPOINT)
+            source = f"{self.run.output_dir / CHECKPOINT}: shape"
+            shape = parsed_plain(SegmenterShape, checkpoint["shape"], source)
             model = Segmenter(shape, config.model)
         else:
             num_classes = self.dataset.num_classes
@@ -116,7 +109,7 @@ class Finetuning(Task):
             # UPerNet's means are over the batch of all GPUs; on CPUs torch has no such layer.
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(accelerator.device)
-        loss = TrainingLoss(model, self.dataset.description.ignore_index)
+        loss = TrainingLoss(model, self.dataset.ignore_index)
         return Built(model, loss, make_optimizer(model, config.optimisation))
 
     def plan(self, processes: int) -> BatchPlan:
@@ -142,25 +135,24 @@ class Finetuning(Task):
         """Model, dataset and recipe."""
         config, dataset, optimisation = self.config, self.dataset, self.config.optimisation
         return (
-            f"{config.model.model} with {config.model.decoder}, {dataset.description.name}: "
+            f"{config.model.model} with {config.model.decoder}, {dataset.name}: "
             f"{len(dataset.train)} training and {len(dataset.val)} test images, "
             f"{dataset.num_classes} classes; {optimisation.optimizer}, rate {optimisation.lr:g}; "
             f"recipe {config.run.recipe}"
         )
 
-    def evaluate(
-        self, run: Run, state: State, progress: Progress | None, save: Callable[[], None]
-    ) -> Evaluation | None:
+    def evaluate(self, run: Run, state: State) -> Evaluation | None:
         """Scores in percent, every so many epochs and at the end; areas are left in a file."""
         number = state.epochs_completed + 1
         if number % self.config.optimisation.eval_every and number != self.epochs:
             return Evaluation({})
-        save()  # it may take longer than the epoch
+        save(run, state)  # it may take longer than the epoch
         # Running means of UPerNet's norms differ by process on CPUs; the first one's are saved.
         broadcast(list(run.model.buffers()))
         areas = evaluate_model(
             run.accelerator, run.model, self.images, self.config.run,
-            on_progress=progress.evaluating if progress else None, interruption=run.interruption,
+            on_progress=run.logbook.evaluating if run.logbook else None,
+            interruption=run.interruption,
         )  # fmt: skip
         if areas is None:
             return None
@@ -175,7 +167,7 @@ class Finetuning(Task):
     def evaluate_some(self, run: Run, images: int) -> None:
         """To see how long it takes."""
         pairs = evenly_spread(self.dataset.val, images)
-        some = WholeImages(self.dataset.description, pairs, self.config.protocol)
+        some = WholeImages(self.dataset, pairs, self.config.protocol)
         evaluate_model(run.accelerator, run.model, some, self.config.run)
 
     def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]:
@@ -193,14 +185,13 @@ class Finetuning(Task):
 
     def extra_state(self, run: Run) -> dict[str, Any]:
         """What evaluating and predicting need without the dataset."""
-        description = self.dataset.description
         return {
             "shape": dataclasses.asdict(run.model.shape),
             "classes": list(self.classes.names),
             "palette": self.classes.palette.tolist(),
             "dataset": {
-                "name": description.name,
-                "reduce_zero_label": description.reduce_zero_label,
+                "name": self.dataset.name,
+                "reduce_zero_label": self.dataset.reduce_zero_label,
             },
             "protocol": self.config.protocol.described(),
         }
@@ -210,17 +201,13 @@ class Finetuning(Task):
         return (BEST, CHECKPOINT) if is_best else (CHECKPOINT,)
 
     def after_round(self, run: Run, state: State) -> None:
-        """Draw, and write the result last."""
+        """Draw; then the last epoch's scores (percent, 0 to 100) and all that they depend on."""
         folder = self.run.output_dir
         draw_predictions(
             run.accelerator, run.model, self.images, self.classes, folder / PREDICTIONS
         )
-        write_json(folder / RESULT, self._result(run, state))
-
-    def _result(self, run: Run, state: State) -> dict[str, Any]:
-        """result.json: the last epoch's scores (percent, 0 to 100) and all that they depend on."""
         assert state.scores is not None
-        return {
+        result = {
             "format_version": 1,
             "epochs": self.epochs,
             "num_updates": self.epochs * run.plan.steps_per_epoch,
@@ -233,6 +220,7 @@ class Finetuning(Task):
             "recipe": self.config.recipe(),
             **depends_on(self.config, run.accelerator, self.dataset),
         }
+        write_json(folder / RESULT, result)
 
 
 def start_model(
@@ -244,8 +232,7 @@ def start_model(
     """A new model, its encoder from `init`; with a linear decoder if only the encoder is given."""
     patch, in_channels = config.patch_size or config.encoder.patch_size, IMAGE_CHANNELS
     if init != RANDOM:
-        weights = read_encoder_weights(init)
-        stored = shape_of(weights, config, init)
+        weights, stored = read_encoder(init, config)
         patch, in_channels = stored.patch_size, stored.in_channels
     whole = config if isinstance(config, ModelConfig) else None
     shape = SegmenterShape(
@@ -255,14 +242,13 @@ def start_model(
         ),
         decoder=whole.decoder if whole else "linear",
         decoder_layers=whole.decoder_layers if whole else 0,
-        num_classes=num_classes,
-        normalization=protocol.normalization,
+        num_classes=num_classes, normalization=protocol.normalization,
     )  # fmt: skip
     model = Segmenter(shape, whole)
     if init == RANDOM:
         logger.info("the encoder starts from random weights")
     else:
-        fresh = start_encoder(model.encoder, weights, init)
+        fresh = start_encoder(model.encoder, weights)
         logger.info(
             "the encoder starts from %s, %d input channels; fresh: %s",
             init, in_channels, ", ".join([*fresh, "the decoder"]),
@@ -301,7 +287,7 @@ def make_optimizer(model: Segmenter, optimisation: OptimisationConfig) -> Optimi
 
 
 def depends_on(
-    config: TrainConfig | ProbeConfig, accelerator: Accelerator, dataset: Dataset
+    config: TrainConfig | ProbeConfig, accelerator: Accelerator, dataset: DatasetDescription
 ) -> dict[str, Any]:
     """What scores depend on, in every result.json."""
     return {
@@ -309,7 +295,7 @@ def depends_on(
         "model": config.model.model,
         "init": str(config.init),
         "dataset": {
-            "name": dataset.description.name,
+            "name": dataset.name,
             "num_classes": dataset.num_classes,
             "num_val": len(dataset.val),
         },

@@ -17,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import engine.checkpoint
 from common.files import read_text
-from common.formats import parse_value
+from common.formats import parse_value, parsed_plain
 from engine.checkpoint import Checkpoint, load_weights, read_torch_file, refuse_damaged
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values
@@ -99,7 +99,7 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
 
 def _model(shape: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Segmenter:
     """Raises ValueError if the shape is none, or if the weights do not fit or are damaged."""
-    model = Segmenter(SegmenterShape.from_plain(shape, path))
+    model = Segmenter(parsed_plain(SegmenterShape, shape, f"{path}: shape"))
     load_weights(model, weights, path)
     refuse_damaged(weights, path)
     return model.eval()
@@ -197,17 +197,16 @@ def our_name(name: str) -> str:
 def _mmseg_classes(meta: dict[str, Any], num_classes: int) -> tuple[Classes, bool]:
     """Classes by their names in the meta, else by their number; and whether label 0 is none."""
     facts = meta.get("dataset_meta") or {"classes": meta.get("CLASSES")}  # of versions before 1.0
-    names = facts.get("classes")
-    descriptions = [read_description(file) for file in sorted(DESCRIPTIONS.glob("*.yml"))]
-    for description in descriptions:
+    names = tuple(map(str, facts.get("classes") or ()))
+    for description in map(read_description, sorted(DESCRIPTIONS.glob("*.yml"))):
         classes = read_classes(description)
-        if len(classes) == num_classes and (not names or tuple(names) == classes.names):
+        if description.num_classes == num_classes and names in ((), classes.names):
             return classes, description.reduce_zero_label
-    if not names or len(names) != num_classes:
+    if len(names) != num_classes:
         raise ValueError(f"it has {num_classes} classes, but not their names in its meta")
     # Of any of them, for a palette where the meta has none.
     own = dataclasses.replace(
-        descriptions[0], classes=tuple(map(str, names)), reduce_zero_label=False,
+        description, classes=names, reduce_zero_label=False,
         palette=tuple(map(tuple, facts.get("palette") or ())),
     )  # fmt: skip
     return read_classes(own), False

@@ -4,15 +4,13 @@ Shapes: B images, H x W pixels, K classes, P pixels per patch side.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.formats import parsed_plain
 from engine.vit import IMAGE_MEAN, IMAGE_STD
 from segmenter.config import Decoder, ModelConfig, Normalization
 from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet
@@ -31,11 +29,6 @@ class SegmenterShape:
     decoder_layers: Annotated[int, Field(ge=0, le=1024)]  # of the mask transformer alone
     num_classes: Annotated[int, Field(ge=1, le=256)]
     normalization: Normalization
-
-    @classmethod
-    def from_plain(cls, values: dict[str, Any], path: Path) -> Self:
-        """The inverse of `dataclasses.asdict`, from a checkpoint. Raises ValueError."""
-        return parsed_plain(cls, values, f"{path}: shape")
 
 
 class Segmenter(nn.Module):

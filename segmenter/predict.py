@@ -15,8 +15,9 @@ from PIL import Image
 from common.contact_sheet import GAP, contact_sheet, save_png, stacked, text_size
 from common.files import check_output_file, check_output_folder, is_marked
 from common.images import Unreadable, evenly_spread, load_image
+from engine.config import DeviceConfig
 from engine.devices import make_accelerator
-from segmenter.config import ProtocolChanges, ScoringConfig
+from segmenter.config import ProtocolChanges
 from segmenter.data import WholeImages, scaled_images
 from segmenter.dataset import Classes, read_image
 from segmenter.evaluate import evaluating, predict_classes
@@ -34,14 +35,14 @@ logger = logging.getLogger(__name__)
 @torch.inference_mode()
 def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
     """The class of every pixel, [H, W] uint8, of an image [H, W, 3] uint8 RGB."""
-    scaled = scaled_images(image[..., ::-1], loaded.protocol)  # BGR, as mmcv wants it
+    scaled = scaled_images(image, loaded.protocol)
     (classes,) = predict_classes(loaded.model, [scaled], [image.shape[:2]], loaded.protocol)
     return classes.cpu().numpy()
 
 
 def predict_files(
     checkpoint: Path, images: Sequence[Path], out: Path, changes: ProtocolChanges,
-    devices: ScoringConfig,
+    devices: DeviceConfig,
 ) -> None:  # fmt: skip
     """Write <stem>.png (labels) and <stem>_overlay.png for every image, of folders for each file.
 
@@ -119,14 +120,14 @@ def draw_predictions(
 def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
     """[H, W, 3] uint8 RGB: the image, coloured by class; labels beyond the classes stay dark."""
     colours = np.zeros((256, 3), dtype=np.float32)  # black
-    colours[: len(classes)] = classes.palette
+    colours[: len(classes.names)] = classes.palette
     mixed = (1 - STRENGTH) * image + STRENGTH * colours[labels]
     return mixed.round().astype(np.uint8)
 
 
 def with_legend(picture: Image.Image, labels: Sequence[int], classes: Classes) -> Image.Image:
     """The picture, and below it a bar in the colour of each given class, under its name."""
-    known = [label for label in labels if label < len(classes)]
+    known = [label for label in labels if label < len(classes.names)]
     bars = [(np.full((1, 12, 3), classes.palette[n]), classes.names[n]) for n in known]
     if not bars:
         return picture

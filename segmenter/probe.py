@@ -25,10 +25,10 @@ from common.progress import Counter
 from common.step_files import PROBE_AREAS, RESULT
 from engine.devices import working_in
 from engine.schedule import TOKENS
-from segmenter.check import Dataset, earlier_output
+from segmenter.check import earlier_output
 from segmenter.config import ProbeConfig
 from segmenter.data import TestImage, WholeImages, scaled_images
-from segmenter.dataset import Pair, read_classes, read_image
+from segmenter.dataset import DatasetDescription, Pair, read_classes, read_image
 from segmenter.decoder import LinearDecoder
 from segmenter.evaluate import each_group, evaluate_model, patch_logits
 from segmenter.finetune import check_some_labels, depends_on, start_model
@@ -51,7 +51,7 @@ class _StoppedError(Exception):
     """A signal came."""
 
 
-def probe(config: ProbeConfig, dataset: Dataset) -> bool:
+def probe(config: ProbeConfig, dataset: DatasetDescription) -> bool:
     """Leave areas and, last, result.json. False if stopped by a signal. Raises ValueError."""
     check_some_labels(dataset)
     with Interruption() as interruption, working_in(config.run) as accelerator:
@@ -78,7 +78,7 @@ def probe(config: ProbeConfig, dataset: Dataset) -> bool:
 @dataclass
 class _Probing:
     config: ProbeConfig
-    dataset: Dataset
+    dataset: DatasetDescription
     accelerator: Accelerator
     interruption: Interruption
     model: Segmenter
@@ -88,7 +88,7 @@ class _Probing:
         """What result.json says of each probe."""
         asked, dataset, answers = self.config.run, self.dataset, dict[str, Any]()
         protocol = dataclasses.replace(self.config.protocol, multi_scale=False)  # tokens of one
-        images = WholeImages(dataset.description, dataset.train, protocol)
+        images = WholeImages(dataset, dataset.train, protocol)
         found = self.tokens("tokens", images)
         for name, fit in (("linear", fit_linear), ("knn", NearestNeighbours)):
             if name in asked.probes:
@@ -111,12 +111,12 @@ class _Probing:
     def scores(self, name: str, decoder: Callable[[], nn.Module]) -> dict[str, Any]:
         """Of the validation images, as `train` scores them; leaves their areas."""
         dataset = self.dataset
-        images = WholeImages(dataset.description, dataset.val, self.config.protocol)
+        images = WholeImages(dataset, dataset.val, self.config.protocol)
         areas = self.over(name, images, evaluate_model, decoder=decoder)
         if self.accelerator.is_main_process:
             path = self.config.run.output_dir / PROBE_AREAS[name]
             areas.save(path, [pair.name for pair in dataset.val])
-        return areas.scores(read_classes(dataset.description).names)
+        return areas.scores(read_classes(dataset).names)
 
     def image_knn(self, folder: Path, like: WholeImages) -> dict[str, Any]:
         """Each image by all but itself, so that one folder serves: no other images are needed."""
@@ -232,7 +232,7 @@ class ClassFolders(WholeImages):
             image = read_image(pair.image)
         except ValueError as error:
             return TestImage([], label, unreadable=str(error))
-        return TestImage(scaled_images(image[..., ::-1], self.protocol), label)
+        return TestImage(scaled_images(image, self.protocol), label)
 
 
 # --- What is asked of them: a linear classifier, nearest neighbours, their rank ---

@@ -13,7 +13,7 @@ from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, run_program
 from common.files import check_output_file, check_output_folder, is_marked
 from common.images import IMAGE_SUFFIXES, find_images
 from common.options import MOST_PROCESSES, OptionGroup, option
-from common.progress import clock
+from common.progress import duration
 from segments.check import check
 from segments.config import GENERATORS, PERCENT, PRESETS, SamSettings, made_for
 from segments.forms import open_any_form
@@ -152,10 +152,11 @@ def _generate(options: _GenerateOptions, settings: Any, speed: _Speed | None = N
 def _price_text(price: dict[str, Any]) -> str:
     points = price["points_per_image"]
     visited = "" if points is None else f", {points:.0f} points an image"
+    hours, rate = price["seconds"] / 3600, 1 / price["seconds_per_image"]
     return (
-        f"{price['images']} images: {clock(price['seconds'])} here, {price['seconds'] / 3600:.2f} "
-        f"hours of this device; {1 / price['seconds_per_image']:.1f} images/s{visited}; a store of "
-        f"{price['bytes'] / 2**20:.0f} MiB. N devices (--shard I/N) take 1/N of the time"
+        f"{price['images']} images: {duration(price['seconds'])} here, {hours:.2f} hours of this "
+        f"device; {rate:.1f} images/s{visited}; a store of {price['bytes'] / 2**20:.0f} MiB. "
+        "N devices (--shard I/N) take 1/N of the time"
     )
 
 

@@ -118,7 +118,7 @@ class PackedStore:
         _check_format(path, self.meta)
         # How the segments were made, as far as is known.
         settings = str(self.meta.get("settings"))
-        self.settings = parsed_text(settings, dict[str, Any], f"{path}: how it was made")
+        self.settings = parsed_text(settings, dict[str, Any], f"{path}: how it was made is damaged")
         if self.meta.get("complete") != "1":
             raise ValueError(f"{path} was not finished; run the command that writes it again")
 

@@ -20,8 +20,8 @@ from PIL import Image
 import benchmark
 from common.console import run_program
 from common.formats import read_log
-from engine.logbook import TIMING_KEYS
 from tests import toy
+from tests.equal_runs import TIMING_KEYS
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
 from tests.pipeline.whole_run import scores, write_inputs

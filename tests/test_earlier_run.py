@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from common.formats import read_log
-from engine.logbook import TIMING_KEYS
 from pipeline.plan.sample import SampleSize, write_sample
+from tests.equal_runs import TIMING_KEYS
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 EARLIER = REPO_ROOT / "tests/fixtures/earlier_run"

@@ -86,7 +86,7 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
 def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
     """What the installed torch makes of the GPUs that the driver has."""
     try:  # in a process of its own: no torch here
-        torch = json.loads(ask([([sys.executable, "-m", "engine.gpus"], {})])[0])
+        torch = json.loads(ask([([sys.executable, "-m", "engine.devices"], {})])[0])
     except ValueError as error:
         yield Finding("torch on GPUs", "it cannot be asked", str(error).replace("\n", "; "))
         return

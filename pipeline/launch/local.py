@@ -9,12 +9,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
-from common.progress import count_text, duration
+from common.progress import progress_text
 from common.step_files import PROGRESS
 from pipeline.launch import process
 from pipeline.plan import machine
@@ -100,7 +99,8 @@ class LocalLauncher:
                 self.running.remove(running)
                 finished.append(self._judge(running, exit_code))
         if self.running and self.output.isatty():  # one line for what runs now, drawn over itself
-            parts = [f"{r.step.name} {progress_text(r.step.folder)}" for r in self.running]
+            steps = [running.step for running in self.running]
+            parts = [f"{step.name} {progress_text(read_progress(step.folder))}" for step in steps]
             line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
             self._write(_CLEAR_LINE + line.encode())
             self._line_drawn = True
@@ -191,23 +191,6 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
 def was_stopped(step: Step) -> bool:
     """Whether it saved because it was told to: torchrun makes 1 of a worker's exit code 75."""
     return read_progress(step.folder).get("state") == "stopped"
-
-
-def progress_text(folder: Path) -> str:
-    """Epoch or count, rate and time left in words, as far as they are known."""
-    now = read_progress(folder)
-    if now.keys() >= {"done", "total"}:
-        return count_text(now)
-    if "epoch" not in now:
-        return "starting"
-    parts = [f"epoch {now['epoch']:.2f} of {now.get('epochs_total', '?')}"]
-    if now.get("stage") == "evaluate":
-        parts = [f"scoring after epoch {now['epoch']:.1f}"]
-    if now.get("images_per_second"):
-        parts.append(f"{now['images_per_second']:.0f} images/s")
-    if now.get("seconds_left") is not None:
-        parts.append(f"{duration(now['seconds_left'])} left")
-    return ", ".join(parts)
 
 
 def failure_message(step: Step, what: str) -> str:

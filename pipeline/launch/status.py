@@ -12,12 +12,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-from common.progress import duration
-from pipeline.launch.local import progress_text
+from common.progress import duration, progress_text
 from pipeline.launch.process import marked
 from pipeline.launch.view import step_table
 from pipeline.plan.layout import Layout
-from pipeline.plan.records import PlannedStep, Record, read_plan, read_record
+from pipeline.plan.records import PlannedStep, Record, read_plan, read_progress, read_record
 
 _UNFINISHED = ("submitted", "running", "stopped")  # recorded states of which the queue knows more
 _RETRY_SECONDS = 2.0
@@ -70,7 +69,7 @@ def _status(
         return StepStatus(step["name"], "waiting", detail)
     state = _state(paths, record, queue)
     details = {
-        "running": progress_text(paths.root / step["folder"]),
+        "running": progress_text(read_progress(paths.root / step["folder"])),
         "done": f"took {duration(record.seconds)}",
         "failed": f"exit code {record.exit_code}, see {step['folder']}/console.log",
         "submitted": (queue or {}).get(record.job_id, "").lower(),

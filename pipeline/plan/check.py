@@ -28,7 +28,7 @@ from pipeline.plan.records import differences, is_done, read_progress
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Arguments, Facts, Step, make_plan, nodes_of
-from segmenter.config import RANDOM, ProbeConfig, TrainConfig
+from segmenter.config import RANDOM, ProbeConfig
 
 # A command, and what its environment has beside this process's own.
 Question = tuple[Sequence[str], Mapping[str, str]]
@@ -146,7 +146,7 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
     """What each part says of its steps, by name: those of a run differ in the epoch only."""
     found, questions = dict[Any, Facts](), dict[Any, Question]()
     # Each dataset is listed once: ImageNet takes minutes on a disk that is far away.
-    known, read_dataset = dict[Any, Any](), functools.cache(segmenter.check.read_dataset)
+    known, read_dataset = dict[Any, Any](), functools.cache(segmenter.check.read_description)
     makes_segments = any(step.kind in MAKING for step in waiting)
     for step in waiting:
         if isinstance(step.config, Arguments) or (step.kind, step.run) in found:
@@ -165,10 +165,7 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
         else:
             config = now.config
             dataset, asks = read_dataset(config.run.dataset), segmenter.check.needs_torch(config)
-            if isinstance(config, TrainConfig):
-                facts = segmenter.check.check_training(config, dataset, processes=processes)
-            else:
-                facts = segmenter.check.check_probe(config, dataset)
+            facts = segmenter.check.check_run(config, dataset, processes=processes)
             if not asks:  # else the part says it, too
                 segmenter.check.earlier_output(config, dataset)
         found[step.kind, step.run] = facts

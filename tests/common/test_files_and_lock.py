@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import files
-from common.files import LockedError, also_save_as, beside, hold, replacing, write_json, write_text
+from common.files import also_save_as, beside, hold, replacing, write_json, write_text
 from common.formats import read_log
 from common.step_files import checkpoint_path, epochs_of, find_resumable, reconstructions_path
 
@@ -96,7 +96,7 @@ def start_holder(folder):
 def test_a_second_holder_is_refused_by_name_and_a_killed_one_lets_go(tmp_path):
     process = start_holder(tmp_path)
     try:
-        refused = pytest.raises(LockedError, match=f"process {process.pid} on .*already works in")
+        refused = pytest.raises(ValueError, match=f"process {process.pid} on .*already works in")
         with refused, hold(tmp_path / ".lock", tmp_path):
             pass
     finally:

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend
 
-from engine import devices, gpus
+from engine import devices
 from engine.config import DeviceConfig, TrainingConfig
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
@@ -82,17 +82,15 @@ def test_a_card_with_kernels_is_taken(v100, monkeypatch):
 
 @NO_GPU
 def test_each_gpu_is_tried_and_its_error_told(v100):
-    (gpu,) = gpus.examine()["gpus"]
+    (gpu,) = devices.examine()["gpus"]
     assert gpu["error"]
     assert (gpu["capability"], gpu["free_bytes"], gpu["bf16"]) == ((7, 0), 2**34, False)
 
 
 @NO_GPU
 def test_gpus_are_told_in_json():
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "engine.gpus"], cwd=root, capture_output=True, text=True, check=True
-    )
+    root, words = Path(__file__).resolve().parents[2], [sys.executable, "-m", "engine.devices"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
     assert told["torch"] == torch.__version__
     assert told["archs"] == torch.cuda.get_arch_list()

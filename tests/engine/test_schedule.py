@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.schedule import BatchPlan, derived_seeds, half_cosine, learning_rate, named_epochs
+from engine.schedule import BatchPlan, derived_seeds, half_cosine, learning_rate
 
 
 def plan_of(**changed):
@@ -63,13 +63,6 @@ def test_the_rate_rises_linearly_then_falls():
 
 def test_without_warmup_it_starts_at_the_peak():
     assert learning_rate(0.0, peak=2.0, least=0, warmup_fraction=0.0, fall=half_cosine) == 2.0
-
-
-def test_the_epochs_that_matter_are_named():
-    warm = named_epochs(10, 0.2, end_of_this_round=4)
-    names = ["start", "end of warm-up", "end of this round", "middle", "end"]
-    assert warm == dict(zip([0.0, 2.0, 4, 5.0, 10.0], names, strict=True))
-    assert list(named_epochs(10, 0.0).values()) == ["start", "middle", "end"]
 
 
 def test_every_step_and_process_has_its_own_seed():

@@ -6,8 +6,7 @@ import pytest
 
 from common.formats import read_log
 from engine.config import TrainingConfig
-from engine.logbook import Logbook
-from engine.trackers import check_trackers
+from engine.logbook import Logbook, check_trackers
 from tests.tensorboard_events import scalars
 
 

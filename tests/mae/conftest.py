@@ -97,7 +97,7 @@ def make_config(in1k_dir, output_dir, **options):
 
 def read_epochs(output_dir):
     """log.txt without what may differ between equal runs."""
-    from engine.logbook import TIMING_KEYS
+    from tests.equal_runs import TIMING_KEYS
 
     lines = (Path(output_dir) / "log.txt").read_text().splitlines()
     records = [json.loads(line) for line in lines]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.files import LockedError, hold
+from common.files import hold
 from common.step_files import LOCK
 from mae.listing import make_listing
 from mae.pretrain import pretrain
@@ -181,7 +181,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
     (first,) = processes.start(config)
     try:
         until((tmp_path / "last.pth").exists)
-        with pytest.raises(LockedError, match=f"process {first.pid} on .* already works in"):
+        with pytest.raises(ValueError, match=f"process {first.pid} on .* already works in"):
             pretrain(config)
         assert first.is_alive()
     finally:

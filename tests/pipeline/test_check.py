@@ -45,11 +45,11 @@ def test_a_new_plan_lists_each_dataset_once_and_starts_no_process(
     tiny: Callable[[str], Settings], asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked, read = [], []
-    find_images, whole_dataset = listing.find_images, check.segmenter.check.read_dataset
+    find_images, whole_dataset = listing.find_images, check.segmenter.check.read_description
     monkeypatch.setattr(listing, "find_images", lambda f: walked.append(f.name) or find_images(f))
     monkeypatch.setattr(
         check.segmenter.check,
-        "read_dataset",
+        "read_description",
         lambda path: read.append(path.name) or whole_dataset(path),
     )
     steps = checked_plan(tiny(METHODS + " --pretrain-epochs 4 --eval-freq 1 --probe-freq 1"))

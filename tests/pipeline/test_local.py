@@ -16,12 +16,12 @@ import pytest
 
 import benchmark
 from common.environment import PROGRESS_FILE
-from common.progress import Counter
+from common.progress import Counter, progress_text
 from common.step_files import PROGRESS
 from pipeline.launch import process
-from pipeline.launch.local import LocalLauncher, failure_message, progress_text
+from pipeline.launch.local import LocalLauncher, failure_message
 from pipeline.plan.layout import Layout
-from pipeline.plan.records import is_done, read_record, write_record
+from pipeline.plan.records import is_done, read_progress, read_record, write_record
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import REPO_ROOT, standin
@@ -217,7 +217,7 @@ def test_a_record_names_the_process_while_it_runs(tmp_path: Path) -> None:
 def test_a_step_that_counts_tells_its_launcher_how_far_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert progress_text(tmp_path) == "starting"
+    assert progress_text(read_progress(tmp_path)) == "starting"
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / PROGRESS))
     counter = Counter("generate", total=96, done=3)
     counter.display.seconds_per_line = 0.0
@@ -225,9 +225,9 @@ def test_a_step_that_counts_tells_its_launcher_how_far_it_is(
         counter.advance(2)
     [line] = caplog.messages
     assert line.startswith("generate: 5 of 96 images, ")
-    assert progress_text(tmp_path) == line
+    assert progress_text(read_progress(tmp_path)) == line
     counter.advance(2)  # at once: whoever watches is told every two seconds
-    assert progress_text(tmp_path) == line
+    assert progress_text(read_progress(tmp_path)) == line
 
 
 def test_of_several_processes_the_first_tells(
@@ -236,4 +236,4 @@ def test_of_several_processes_the_first_tells(
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / PROGRESS))
     monkeypatch.setenv("RANK", "1")
     Counter("knn", total=96).advance()
-    assert progress_text(tmp_path) == "starting"
+    assert progress_text(read_progress(tmp_path)) == "starting"

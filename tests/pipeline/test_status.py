@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from common.progress import duration
+from common.progress import duration, progress_text
 from common.step_files import PROGRESS
 from pipeline.launch import status
-from pipeline.launch.local import LocalLauncher, progress_text, shortage
+from pipeline.launch.local import LocalLauncher, shortage
 from pipeline.launch.process import MARK, marked
 from pipeline.launch.slurm import follow
 from pipeline.launch.status import read_status
@@ -24,6 +24,7 @@ from pipeline.plan.records import (
     Record,
     differences,
     read_plan,
+    read_progress,
     read_record,
     write_record,
     write_run_files,
@@ -107,7 +108,7 @@ def test_a_running_step_shows_epoch_rate_and_time_left(started: Layout) -> None:
     finally:
         process.kill()
         process.wait()
-    assert (step.state, step.detail) == ("running", "epoch 0.50 of 1, 210 images/s, 13 min left")
+    assert (step.state, step.detail) == ("running", "epoch 0.50 of 1, 210.4 images/s, 13 min left")
 
 
 def record_job(paths: Layout, name: str, job: str, state: str, **more: object) -> None:
@@ -212,7 +213,7 @@ def test_the_status_command_works_while_another_run_holds_the_lock(started: Layo
 
 def test_scoring_is_told_from_training(tmp_path: Path) -> None:
     (tmp_path / PROGRESS).write_text(json.dumps({"epoch": 2.0, "stage": "evaluate"}))
-    assert progress_text(tmp_path) == "scoring after epoch 2.0"
+    assert progress_text(read_progress(tmp_path)) == "scoring after epoch 2.0"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
-from segmenter.check import check_training, plan_batches, read_dataset
+from segmenter.check import check_run, plan_batches
 from segmenter.config import RECIPES, recipe_names, recipe_values
+from segmenter.dataset import read_description
 from tests.segmenter.boxes import REPOSITORY, config_of, train_arguments
 
 
@@ -49,8 +50,8 @@ def test_check_prints_nothing_and_writes_nothing(dataset, tmp_path, command):
 
 
 def test_what_a_run_will_be_is_known_before(dataset, finished, tmp_path):
-    config, task = config_of(train_arguments(dataset, tmp_path / "run")), read_dataset(dataset)
-    facts = check_training(config, task, processes=1)
+    config, task = config_of(train_arguments(dataset, tmp_path / "run")), read_description(dataset)
+    facts = check_run(config, task, processes=1)
     assert (facts.train, facts.val) == (7, 3)
     size = (finished / "checkpoint.pth").stat().st_size
     assert facts.checkpoint_bytes == pytest.approx(size, rel=0.15)  # of so small a file
@@ -70,7 +71,7 @@ def test_a_batch_is_split_over_as_many_processes_as_there_will_be(
     dataset, tmp_path, command, monkeypatch
 ):
     arguments = train_arguments(dataset, tmp_path / "run", batch_size=5, device_batch_size=2)
-    plan = plan_batches(config_of(arguments), read_dataset(dataset), processes=2)
+    plan = plan_batches(config_of(arguments), read_description(dataset), processes=2)
     assert (plan.micro_batch_size, plan.accumulation_steps, plan.steps_per_epoch) == (2, 2, 1)
     monkeypatch.setenv("WORLD_SIZE", "16")
     outcome = command(*arguments, "--dry-run", "check")

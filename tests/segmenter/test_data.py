@@ -9,10 +9,9 @@ import torch
 from engine.schedule import BatchPlan
 from engine.task import load
 from segmenter.config import ProtocolConfig
-from segmenter.data import TrainingCrops, WholeImages, collate, start_worker, test_images
+from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import read_description
 
-test_images.__test__ = False  # a loader, not a test
 PROTOCOL = ProtocolConfig(
     image_size=40, crop_size=48, window_size=32, window_stride=24, normalization="imagenet"
 )
@@ -96,7 +95,7 @@ def test_test_images_keep_their_ratio_and_the_labels_their_size(dataset):
     images = WholeImages(
         description, description.pairs("val"), dataclasses.replace(PROTOCOL, multi_scale=True)
     )
-    sample = next(test_images(images, [1], workers=0, pin_memory=False))
+    sample = images[1]
     assert sample.labels.shape == (56, 40)  # the second size of the generated pairs
     assert [tuple(scaled.shape[1:]) for scaled in sample.scaled] == [
         (28, 20), (42, 30), (56, 40), (70, 50), (84, 60), (98, 70)

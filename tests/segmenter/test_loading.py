@@ -10,9 +10,7 @@ from segmenter.config import ModelConfig
 from segmenter.encoder import (
     Encoder,
     EncoderShape,
-    check_encoder_file,
-    read_encoder_weights,
-    shape_of,
+    read_encoder,
     start_encoder,
 )
 from segmenter.loading import load_segmenter
@@ -41,14 +39,13 @@ PRETRAINING_ONLY = {
 
 
 def start(path, grid=4):
-    weights = read_encoder_weights(path)
-    shape = shape_of(weights, MODEL, path)
+    weights, shape = read_encoder(path, MODEL)
     encoder = Encoder(
         EncoderShape(
             model="vit_tiny", patch_size=shape.patch_size, in_channels=shape.in_channels, grid=grid
         )
     )
-    return encoder, start_encoder(encoder, weights, path)
+    return encoder, start_encoder(encoder, weights)
 
 
 @pytest.mark.parametrize("in_channels", [3, 4])
@@ -102,7 +99,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change, message):
     change(weights)
     torch.save({"model": weights}, path)
     with pytest.raises(ValueError, match=message):
-        check_encoder_file(path, MODEL)
+        read_encoder(path, MODEL)
 
 
 def test_another_model_or_patch_is_named(tmp_path):
@@ -111,16 +108,16 @@ def test_another_model_or_patch_is_named(tmp_path):
     path = tmp_path / "mae.pth"
     torch.save({"model": encoder_weights()}, path)
     with pytest.raises(ValueError, match="192 wide, vit_small is 384 wide; it may be a vit_tiny"):
-        check_encoder_file(path, dataclasses.replace(MODEL, model="vit_small"))
+        read_encoder(path, dataclasses.replace(MODEL, model="vit_small"))
     with pytest.raises(ValueError, match="patches of 16 pixels, --patch-size is 8"):
-        check_encoder_file(path, dataclasses.replace(MODEL, patch_size=8))
+        read_encoder(path, dataclasses.replace(MODEL, patch_size=8))
 
 
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path):
     path = tmp_path / "mae.pth"
     path.write_text("hello")
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
-        check_encoder_file(path, MODEL)
+        read_encoder(path, MODEL)
 
 
 RELEASE_BLOCK = {
@@ -177,7 +174,7 @@ def test_a_released_segmenter_loads_with_its_variant(tmp_path, distilled):
     path, weights = write_release(tmp_path, distilled)
     assert "python/tuple" in (tmp_path / "variant.yml").read_text()
     loaded = load_segmenter(path)
-    assert len(loaded.classes) == 150
+    assert len(loaded.classes.names) == 150
     assert loaded.reduce_zero_label
     assert (loaded.protocol.window_stride, loaded.protocol.normalization) == (48, "half")
     assert loaded.model.encoder.num_prefix_tokens == 1 + distilled

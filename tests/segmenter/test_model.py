@@ -1,10 +1,10 @@
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from common.formats import parsed_plain
 from segmenter.dataset import quiet_imports
 from segmenter.decoder import LinearDecoder, MaskTransformer
 from segmenter.encoder import EncoderShape
@@ -157,4 +157,4 @@ def test_the_loss_sums_over_the_pixels_that_count():
 
 
 def test_a_shape_survives_its_plain_form():
-    assert SegmenterShape.from_plain(dataclasses.asdict(SHAPE), Path("a.pth")) == SHAPE
+    assert parsed_plain(SegmenterShape, dataclasses.asdict(SHAPE), "a.pth") == SHAPE

@@ -12,8 +12,8 @@ import torch
 import engine.checkpoint
 import segmenter.model
 from common.formats import read_log
-from engine.logbook import TIMING_KEYS
 from engine.trainer import EpochTrainer
+from tests.equal_runs import TIMING_KEYS
 from tests.segmenter.boxes import call, run, train_arguments
 from tests.tensorboard_events import scalars
 

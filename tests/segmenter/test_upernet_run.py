@@ -7,7 +7,8 @@ import torch
 
 from engine import trainer
 from engine.vit import VIT_SIZES, VitSize
-from segmenter.check import check_training, read_dataset
+from segmenter.check import check_run
+from segmenter.dataset import read_description
 from tests.segmenter.boxes import call, config_of, train_arguments
 from tests.segmenter.boxes import run as run_in
 
@@ -49,7 +50,7 @@ def test_a_run_is_trained_scored_and_drawn_from_its_file(dataset, run, tmp_path,
 
 def test_the_size_of_a_checkpoint_counts_the_decoder(dataset, run, tmp_path):
     config = config_of(train_arguments(dataset, tmp_path / "other", **RUN))
-    facts = check_training(config, read_dataset(dataset), processes=1)
+    facts = check_run(config, read_description(dataset), processes=1)
     size = sum(w.numel() for w in torch.load(run / "best.pth", weights_only=True)["model"].values())
     assert facts.checkpoint_bytes == pytest.approx(3 * 4 * size, rel=0.1)
 

@@ -53,13 +53,13 @@ class Images:
 
 
 def waits_of_scoring(monkeypatch, multi_scale, **more):
-    def loaded(images, indices, **_):
-        return iter([images[index] for index in indices])
+    def loaded(images, sampler, **_):
+        return [images[index] for index in sampler]
 
     def reduce(tensor, reduction):
         return tensor if tensor.dim() else SimpleNamespace(item=lambda: 0.0)
 
-    monkeypatch.setattr(evaluate, "test_images", loaded)
+    monkeypatch.setattr(evaluate, "DataLoader", loaded)
     accelerator = SimpleNamespace(
         device=GPU, num_processes=1, process_index=0, autocast=contextlib.nullcontext, reduce=reduce
     )
