@@ -203,15 +203,8 @@ def test_bad_data_is_refused_before_anything_is_written(own_dataset, tmp_path, c
     assert_refused(command("prepare", "check", own_dataset), message)
 
 
-def test_bad_checkpoints_are_refused(dataset, tmp_path, command):
-    path = tmp_path / "init.pth"
-    path.write_bytes(b"")
-    arguments = train_arguments(dataset, tmp_path / "run", init=path)
-    assert_refused(command(*arguments, "--dry-run", "check"), "cannot be read as a checkpoint")
-    torch.save({"model": {"surprise": torch.zeros(1)}}, path)
-    assert_refused(command(*arguments), "is not a checkpoint of a ViT encoder")
-    evaluate = ["evaluate", path, "--dataset", dataset]
-    assert_refused(command(*evaluate), "is not a checkpoint of `python -m segmenter train`")
+def test_a_run_does_not_go_on_from_a_broken_checkpoint(dataset, tmp_path, command):
+    """Nor start from one, nor score it: tests/wrong/test_files.py."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoint.pth").write_bytes(b"broken")
     arguments = train_arguments(dataset, tmp_path / "run")

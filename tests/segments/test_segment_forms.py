@@ -145,46 +145,6 @@ def test_a_wrong_table_is_reported_and_the_pixels_count(table_folder, sample, ca
     assert str(table.parent) in caplog.text
 
 
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def wrong_length(path):
-    content = json.loads(path.read_text())
-    for entry in content:
-        entry["segmentation"]["size"][0] += 1
-        del entry["area"]
-    path.write_text(json.dumps(content))
-
-
-def ends_inside_a_number(path):
-    content = json.loads(path.read_text())
-    for entry in content:
-        entry["segmentation"]["counts"] = entry["segmentation"]["counts"][:-1] + "o"
-    path.write_text(json.dumps(content))
-
-
-def not_segments(path):
-    path.write_text(json.dumps({"images": [1, 2, 3], "padding": "x" * 500}))
-
-
-def not_even_text(path):
-    path.write_bytes(bytes(range(256)) * 4)
-
-
-@pytest.mark.parametrize(
-    "damage", [cut_short, wrong_length, ends_inside_a_number, not_segments, not_even_text]
-)
-def test_damaged_json_is_named_never_read(json_folder, damage):
-    path = sorted(json_folder.rglob("*.json"))[2]
-    key = path.relative_to(json_folder).with_suffix("").as_posix()
-    damage(path)
-    source = open_any_form(json_folder)
-    assert key in source.images()
-    with pytest.raises(ValueError, match=path.name):
-        source.segments(key)
-
-
 def test_counts_that_are_no_code_are_refused_before_c_code_sees_them():
     for counts in ("", "é", "\x00", "oooo", 17, None, [-1, 5], [5, "x"]):
         with pytest.raises(ValueError):
