@@ -114,9 +114,7 @@ def also_save_as(existing: Path, path: Path) -> None:
             shutil.copyfile(existing, second)
 
 
-def check_output_folder(
-    folder: Path, flag: str = "--output-dir", *, reads: Iterable[Path] = ()
-) -> None:
+def check_output_folder(folder: Path, flag: str = "--output-dir", *, reads: Iterable[Path] = ()) -> None:
     """Raise ValueError unless the folder can be written to, or made, outside `reads`, the input."""
     with _refusing(flag, folder):
         nearest = folder.absolute() / ("x" * 64)  # about what is written into it
@@ -197,9 +195,7 @@ def relative_files(folder: Path) -> set[str]:
     return {below + name for below, names in walk(folder) for name in names}
 
 
-def walk(
-    folder: Path, enter: Callable[[str], bool] = lambda below: True
-) -> Iterator[tuple[str, list[str]]]:
+def walk(folder: Path, enter: Callable[[str], bool] = lambda below: True) -> Iterator[tuple[str, list[str]]]:
     """Yields where each folder is, "" or "below/folder/", and the names of its files, sorted.
 
     Links to folders come last, and lead nowhere if what they name was visited by its own name. A

@@ -225,9 +225,7 @@ def evenly_spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def next_usable(
-    load: Callable[[int], Item], index: int, images: int
-) -> tuple[Item, tuple[str, ...]]:
+def next_usable(load: Callable[[int], Item], index: int, images: int) -> tuple[Item, tuple[str, ...]]:
     """What `load` makes of the image, or of the next one without a ValueError; and those errors."""
     skipped: list[str] = []
     for offset in range(min(images, MOST_IN_A_ROW)):

@@ -134,9 +134,7 @@ def decisive_values(*groups: OptionGroup) -> dict[str, Any]:
     return {name: plain(getattr(group, name)) for group, name in decide}
 
 
-def differences(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], older: Mapping[str, Any]
-) -> list[str]:
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], older: Mapping[str, Any]) -> list[str]:
     """`name: stored -> wanted` for each that differs; older: what one not stored counts as."""
     pairs = {name: (stored.get(name, older.get(name)), wanted[name]) for name in wanted}
     unlike = {name: (a, b) for name, (a, b) in pairs.items() if _normal(a) != _normal(b)}

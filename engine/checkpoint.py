@@ -113,9 +113,7 @@ class Saver:
             self.afterwards()
 
 
-def load_checkpoint(
-    path: Path, *, program: str, shape: Any, lazily: bool = False
-) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, program: str, shape: Any, lazily: bool = False) -> dict[str, Any]:
     """Read a checkpoint of `program` onto the CPU. Raises ValueError if the file is none.
 
     shape: a TypedDict of what it has to hold. lazily: tensors come from disk when they are used,
@@ -159,9 +157,7 @@ def refuse_damaged(content: Any, path: Path) -> None:
     """Raise ValueError naming a tensor that holds NaN or infinity: nothing can be made of it."""
     damage = not_finite(content)
     if damage:
-        raise ValueError(
-            f"{path}: {damage} is not finite (NaN or infinity), or no plain tensor; use another"
-        )
+        raise ValueError(f"{path}: {damage} is not finite (NaN or infinity), or no plain tensor; use another")
 
 
 def not_finite(content: Any, name: str = "") -> str:

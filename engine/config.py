@@ -28,9 +28,7 @@ class DeviceConfig(PluginConfig):
     """Where a command runs; only `precision` changes more than the rounding."""
 
     title: ClassVar[str] = "Devices"
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto: a GPU if there is one.", "auto", neutral=True
-    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto: a GPU if there is one.", "auto", neutral=True)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.",
         "auto",
@@ -84,9 +82,7 @@ class OutputConfig(DeviceConfig):
 class TrainingConfig(OutputConfig):
     """How a training is kept."""
 
-    compile: Literal["auto", "on", "off"] = option(
-        "torch.compile; auto: on a GPU.", "auto", neutral=True
-    )
+    compile: Literal["auto", "on", "off"] = option("torch.compile; auto: on a GPU.", "auto", neutral=True)
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
         "What torch.compile aims at.", "default", neutral=True
     )
@@ -94,9 +90,7 @@ class TrainingConfig(OutputConfig):
         "Keep a block's input only, and compute it twice: much less memory, a third slower.", False,
         neutral=True, memory=True,
     )  # fmt: skip
-    resume: Literal["auto", "never", "required"] = option(
-        "Continue what is there?", "auto", neutral=True
-    )
+    resume: Literal["auto", "never", "required"] = option("Continue what is there?", "auto", neutral=True)
     save_every_minutes: float | None = option(
         "Also save inside an epoch. Default: after epochs only.", None, above=0, neutral=True
     )

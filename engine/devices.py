@@ -115,9 +115,7 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -
     Raises ValueError if a wanted one is not there, or torch has no kernels for it.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device cuda: {why_no_gpu()}; use --device cpu, or see ./run_benchmark.sh doctor"
-        )
+        raise ValueError(f"--device cuda: {why_no_gpu()}; use --device cpu, or see ./run_benchmark.sh doctor")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -27,9 +27,7 @@ VIT_SIZES: dict[str, VitSize] = {
     "vit_small": VitSize(width=384, depth=12, heads=6, timm_name="vit_small_patch16_224"),
     "vit_base": VitSize(width=768, depth=12, heads=12, timm_name="vit_base_patch16_224"),
     "vit_large": VitSize(width=1024, depth=24, heads=16, timm_name="vit_large_patch16_224"),
-    "vit_huge": VitSize(
-        width=1280, depth=32, heads=16, patch_size=14, timm_name="vit_huge_patch14_224"
-    ),
+    "vit_huge": VitSize(width=1280, depth=32, heads=16, patch_size=14, timm_name="vit_huge_patch14_224"),
 }
 
 

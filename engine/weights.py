@@ -35,9 +35,7 @@ class VitFacts(NamedTuple):
     grid: int  # patches per side that the position embeddings are stored for
 
 
-def read_vit_weights(
-    path: Path, *, ignored: tuple[str, ...] = (), lazily: bool = False
-) -> dict[str, Tensor]:
+def read_vit_weights(path: Path, *, ignored: tuple[str, ...] = (), lazily: bool = False) -> dict[str, Tensor]:
     """The state dict of a file, by itself or under 'model'. Raises ValueError for any other file.
 
     ignored: beginnings of names that are left out.
@@ -55,9 +53,7 @@ def read_vit_weights(
     return weights
 
 
-def describe_vit(
-    weights: Mapping[str, Tensor], source: object, *, prefix_tokens: int = 1
-) -> VitFacts:
+def describe_vit(weights: Mapping[str, Tensor], source: object, *, prefix_tokens: int = 1) -> VitFacts:
     """What they say of their ViT. Raises ValueError about the source if they are of none.
 
     prefix_tokens: before the patches, the class token among them.

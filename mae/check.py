@@ -68,9 +68,7 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
     """
     effective = config.optimisation.effective_batch_size
     if num_images < effective:
-        raise ValueError(
-            f"--effective-batch-size {effective}: there are images for at most {num_images}"
-        )
+        raise ValueError(f"--effective-batch-size {effective}: there are images for at most {num_images}")
     if effective % processes:
         raise ValueError(
             f"--effective-batch-size {effective} cannot be split over {processes} processes: "
@@ -98,7 +96,7 @@ def look_inside(config: PretrainConfig, known: Listings | None = None) -> None:
     check_trackers(config.run.log_with)
     if find_resumable(config.run.output_dir) is not None:
         from mae.listing import make_listing
-        from mae.resume import open_own_checkpoint
+        from mae.weights import open_own_checkpoint
 
         listing = make_listing(config.data, config.method, known=known)
         open_own_checkpoint(config, listing, lazily=True)

@@ -12,11 +12,14 @@ import click
 from common.command import CONTEXT, PATH, TIMED_STEPS, command, dry_run
 from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
 from common.environment import world_size
+from common.files import check_output_file
 from common.options import OptionGroup, option
 from engine.config import PluginConfig
 from engine.vit import IMAGE_CHANNELS
 from mae.config import GROUPS, OFFICIAL_FILES, PretrainConfig
 from mae.masking import METHODS
+
+RELEASE = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_{}.pth"
 
 
 @click.group(context_settings=CONTEXT)
@@ -43,9 +46,10 @@ def pretrain(dry_run: str | None, **groups: Any) -> int:
         return 0
     log_to_stderr()  # stdout is for the seconds
     if dry_run == "time":
-        from mae.pretrain import time_pretraining
+        from engine.trainer import time_training
+        from mae.pretrain import Pretraining
 
-        seconds = time_pretraining(config, TIMED_STEPS)
+        seconds = time_training(Pretraining(config), TIMED_STEPS)
         if seconds is not None:  # it is the first process
             say(json.dumps(seconds))
         return 0
@@ -129,7 +133,14 @@ class _FetchOptions(OptionGroup):
 @command(cli, options=_FetchOptions)
 def fetch(options: _FetchOptions) -> None:
     """Download an official MAE checkpoint: resumable, and checked against its digest."""
-    from mae.download import fetch_official
+    from common.download import download, has_digest
 
     log_to_stderr()
-    fetch_official(options.model, options.out, url=options.url)
+    digest, out = OFFICIAL_FILES[options.model], options.out
+    check_output_file(out)
+    if not out.exists():
+        download([options.url or RELEASE.format(options.model)], out, digest=digest)
+    elif not has_digest(out, digest):
+        raise ValueError(f"{out} exists, and its digest does not begin with {digest}")
+    else:
+        say(f"{out} is there already", err=True)

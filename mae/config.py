@@ -38,9 +38,7 @@ class DataConfig(OptionGroup):
 
     title: ClassVar[str] = "Data"
     in1k_dir: Path = option("Folder with train/, and perhaps val/ and masks/.")
-    masks_dir: Path | None = option(
-        "Packed segments, or their folder. Default: IN1K_DIR/masks.", None
-    )
+    masks_dir: Path | None = option("Packed segments, or their folder. Default: IN1K_DIR/masks.", None)
     allow_missing_segments: bool = option(
         "Go on if more than half of the images have no segment.", False, neutral=True
     )
@@ -63,16 +61,12 @@ class MethodConfig(OptionGroup):
     """What is hidden."""
 
     title: ClassVar[str] = "Masking"
-    mask_method: str = option(
-        "What is hidden from the encoder.", "patches", choices=lambda: METHODS
-    )
+    mask_method: str = option("What is hidden from the encoder.", "patches", choices=lambda: METHODS)
     coverage_ratio: float = option(
         "Wanted coverage of the segment, percent of the image.", 15.0, at_least=0, at_most=100
     )
     hide: Literal["segment", "background"] = option("Which side of the segment.", "segment")
-    segments_from: SegmentsFrom = option(
-        "Whose: the image's, another's like it, or a shape as large.", "own"
-    )
+    segments_from: SegmentsFrom = option("Whose: the image's, another's like it, or a shape as large.", "own")
     mask_ratio: float = option(
         "Share of the patches that is removed, where some are.", 0.75, at_least=0, below=1
     )
@@ -85,9 +79,7 @@ class ModelConfig(OptionGroup):
     title: ClassVar[str] = "Model"
     model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
     image_size: int = option("Pixels per side.", 224, at_least=1, at_most=16384)
-    patch_size: int | None = option(
-        "Pixels per side of a patch. Default: the model's.", None, at_least=1
-    )
+    patch_size: int | None = option("Pixels per side of a patch. Default: the model's.", None, at_least=1)
     decoder_width: int = option("Width of the decoder.", 512, at_least=1, at_most=65536)
     decoder_depth: int = option("Blocks of the decoder.", 8, at_least=1, at_most=1024)
     decoder_heads: int = option("Attention heads of the decoder.", 16, at_least=1)
@@ -96,8 +88,7 @@ class ModelConfig(OptionGroup):
     def __post_init__(self) -> None:
         if self.image_size % self.patch_pixels:
             raise ValueError(
-                f"--image-size {self.image_size} is not a multiple of the patch size "
-                f"{self.patch_pixels}"
+                f"--image-size {self.image_size} is not a multiple of the patch size {self.patch_pixels}"
             )
         # Sines and cosines of rows and columns share the width of the positions.
         for name, width in (("the model", self.encoder.width), ("the decoder", self.decoder_width)):
@@ -144,14 +135,10 @@ class OptimisationConfig(OptionGroup):
     epochs: int = option(
         "Epochs of the whole run; the schedule ends there.", 50, at_least=1, at_most=MOST_EPOCHS
     )
-    warmup_fraction: float = option(
-        "Share of the run in which the rate rises.", 0.05, at_least=0, below=1
-    )
+    warmup_fraction: float = option("Share of the run in which the rate rises.", 0.05, at_least=0, below=1)
     base_lr: float = option("Learning rate per 256 images.", 1.5e-4, above=0)
     min_lr: float = option("Learning rate at the end.", 0.0, at_least=0)
-    weight_decay: float = option(
-        "Of weight matrices; biases and norms have none.", 0.05, at_least=0
-    )
+    weight_decay: float = option("Of weight matrices; biases and norms have none.", 0.05, at_least=0)
     clip_grad: float | None = option("Largest gradient norm. Default: off.", None, above=0)
     effective_batch_size: int = option(
         "Images per optimizer step, on any number of devices.", 4096, at_least=1
@@ -210,8 +197,7 @@ class PretrainConfig:
             )
         if self.data.use_unmasked_images and METHODS[self.method.mask_method].uses_segments:
             raise ValueError(
-                f"--use-unmasked-images is for methods without segments; {self.method.mask_method} "
-                "needs them"
+                f"--use-unmasked-images is for methods without segments; {self.method.mask_method} needs them"
             )
 
     @property
@@ -268,14 +254,9 @@ def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:
     )
 
 
-def parse_settings(settings: Mapping[str, Any], path: Path) -> tuple[MethodConfig, ModelConfig]:
-    """Method and model of the `config` of the checkpoint at `path`, also of an earlier version.
+def parse_group(group: type[Group], settings: Mapping[str, Any], path: Path) -> Group:
+    """A group from the `config` of the checkpoint at `path`, also of an earlier version.
 
     Raises ValueError if it holds what is not known here, such as a method of a plugin.
     """
-    return parse_group(MethodConfig, settings, path), parse_group(ModelConfig, settings, path)
-
-
-def parse_group(group: type[Group], settings: Mapping[str, Any], path: Path) -> Group:
-    """The same of one group."""
     return make(group, merge([group], [Layer(older_values(group)), Layer(settings, str(path))]))

@@ -4,9 +4,6 @@ What happens to a sample is a pure function of (seed, epoch, image index), so ne
 nor the process, nor the batch it falls into matters.
 """
 
-import dataclasses
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +19,8 @@ from engine.schedule import FIXED, SAMPLE, sample_rng
 from mae.controls import SegmentSource
 from mae.decode import read_crop
 from mae.masking import MaskingMethod
-from mae.transforms import Crop, centre_crop, random_crop
+from mae.transforms import centre_crop, random_crop
 from segments.store import segment_key
-
-logger = logging.getLogger(__name__)
-
-ChooseCrop = Callable[[int, int], Crop]  # from height and width
 
 
 class Sample(NamedTuple):
@@ -50,9 +43,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskedImages(Dataset[Sample]):
-    """Training samples by (epoch, index): random crop and flip, the pattern of the method.
+    """Samples by (epoch, index): random crop and flip, the pattern of the method.
 
     paths: relative to folder, as bytes. segments: None if the method does without.
+    is_fixed: centre crop, and the same pattern whenever the epoch is the same.
     An unreadable image is replaced by the next one in the list and named in the sample.
     """
 
@@ -61,6 +55,7 @@ class MaskedImages(Dataset[Sample]):
     segments: SegmentSource | None
     method: MaskingMethod
     seed: int
+    is_fixed: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,64 +67,25 @@ class MaskedImages(Dataset[Sample]):
         return sample._replace(unreadable=skipped)
 
     def _sample(self, epoch: int, index: int) -> Sample:
-        rng = sample_rng(self.seed, SAMPLE, epoch, index)
+        rng = sample_rng(self.seed, FIXED if self.is_fixed else SAMPLE, epoch, index)
+        choose_crop = centre_crop if self.is_fixed else partial(random_crop, rng)
+        relative, segment = self.paths[index].decode(), None
         try:
-            return self.load(index, partial(random_crop, rng), rng)
+            image = read_crop(f"{self.folder}/{relative}", choose_crop, self.method.image_size)
+            if self.segments is not None:
+                segment = self.segments.cut(self.method, segment_key(relative), image, rng)
         except ValueError as error:
-            raise ValueError(f"{self.relative_path(index)} ({error})") from None
-
-    def relative_path(self, index: int) -> str:
-        """Path of an image relative to its folder."""
-        return self.paths[index].decode()
-
-    def load(self, index: int, choose_crop: ChooseCrop, rng: np.random.Generator) -> Sample:
-        """One image, cropped as `choose_crop` says. Raises ValueError if it cannot be used."""
-        relative = self.relative_path(index)
-        image = read_crop(f"{self.folder}/{relative}", choose_crop, self.method.image_size)
-        segment = None
-        if self.segments is not None:
-            segment = self.segments.cut(self.method, segment_key(relative), image, rng)
-        return make_sample(self.method, image.pixels, rng, segment)
-
-
-class FixedImages(Dataset[Sample]):
-    """Samples without chance, by index: centre crop, the same pattern every time.
-
-    An image that cannot be used is replaced by the next one.
-    """
-
-    def __init__(self, images: MaskedImages, folder: Path, paths: np.ndarray) -> None:
-        self.images = dataclasses.replace(images, folder=folder, paths=paths)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:
-        for offset in range(len(self)):
-            candidate = (index + offset) % len(self)
-            try:
-                rng = sample_rng(self.images.seed, FIXED, 0, candidate)
-                return self.images.load(candidate, centre_crop, rng)
-            except ValueError as error:
-                logger.warning("skipped %s: %s", self.images.relative_path(candidate), error)
-        raise RuntimeError(f"no image in {self.images.folder} can be used")
-
-
-def make_sample(
-    method: MaskingMethod, image: Tensor, rng: np.random.Generator, segment: np.ndarray | None
-) -> Sample:
-    """Draw the pattern of an image [C, S, S]; `segment` is what `SegmentSource.cut` gives."""
-    pattern = method.pattern(rng, segment)
-    return Sample(image=image, pattern=pattern, hidden_pixels=method.hidden_pixels(pattern))
+            raise ValueError(f"{relative} ({error})") from None
+        pattern = self.method.pattern(rng, segment)
+        return Sample(image.pixels, pattern, self.method.hidden_pixels(pattern))
 
 
 def collate(samples: list[Sample]) -> Batch:
     """Samples to a batch."""
+    # Decoded pixels have the channel fastest; turning them costs as much as cropping.
+    pixels = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, S, S, C]
     return Batch(
-        # Decoded pixels have the channel fastest; turning them costs as much as cropping.
-        images=torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(
-            0, 3, 1, 2
-        ),
+        images=pixels.permute(0, 3, 1, 2),
         pattern=torch.from_numpy(np.stack([sample.pattern for sample in samples])),
         hidden_pixels=torch.tensor([sample.hidden_pixels for sample in samples]),
         unreadable=[text for sample in samples for text in sample.unreadable],

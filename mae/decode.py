@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.files import open_regular
+from common.files import read_bytes
 from common.images import (
     GREY_OR_COLOUR,
     JpegHeader,
@@ -44,7 +44,7 @@ def read_crop(path: Path | str, choose_crop: Callable[[int, int], Crop], size: i
     Of an upright JPEG no rows below the crop are decoded, and where it is going to be shrunk by 2
     or more, only 1/2, 1/4 or 1/8 of the size. Raises ValueError as `decode_rgb`.
     """
-    content = _read(path)
+    content = bytearray(read_bytes(path))
     header = jpeg_header(content)
     if header is not None and header.is_upright and header.channels in GREY_OR_COLOUR:
         refuse_huge(header.height, header.width)  # by what it claims: before anything is decoded
@@ -57,14 +57,6 @@ def read_crop(path: Path | str, choose_crop: Callable[[int, int], Crop], size: i
     crop = choose_crop(height, width)  # a second time where only this decoder could
     pixels = crop_image(image, crop, size)
     return CroppedImage(pixels=pixels, crop=crop, height=height, width=width)
-
-
-def _read(path: Path | str) -> bytearray:
-    try:
-        with open_regular(path) as file:
-            return bytearray(file.read())
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from error
 
 
 def _decode_crop(content: bytearray, header: JpegHeader, crop: Crop, size: int) -> Tensor | None:

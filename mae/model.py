@@ -5,8 +5,6 @@ and ours load there. B images, C channels, H x W pixels, P patch size, N patches
 E decoder width.
 """
 
-from dataclasses import dataclass
-
 import torch
 from timm.layers import LayerNorm  # its eps is 1e-6
 from timm.models.vision_transformer import Block
@@ -18,14 +16,6 @@ from mae.config import ModelConfig
 from mae.masking import MaskedView, MaskingMethod, patchify, unpatchify
 
 PATCH_VARIANCE_EPSILON = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """Pictures [B, C, H, W] of one batch, normalised like the input, and visible [B, 1, H, W]."""
-
-    predicted: Tensor
-    visible: Tensor
 
 
 class MaskedAutoencoder(nn.Module):
@@ -42,12 +32,8 @@ class MaskedAutoencoder(nn.Module):
 
         preencoder = method.preencoder(IMAGE_CHANNELS)
         self.preencoder = preencoder if preencoder is not None else nn.Identity()
-        self.patch_embed = PatchEmbedding(
-            config.image_size,
-            config.patch_pixels,
-            IMAGE_CHANNELS + method.extra_channels,
-            encoder.width,
-        )
+        channels = IMAGE_CHANNELS + method.extra_channels
+        self.patch_embed = PatchEmbedding(config.image_size, config.patch_pixels, channels, encoder.width)
         # No class is learned, but a finetuned ViT may want the token (as the official encoder).
         self.cls_token = nn.Parameter(torch.zeros(1, 1, encoder.width))
         self.pos_embed = _fixed_positions(num_patches, encoder.width)
@@ -72,8 +58,8 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(config.decoder_width, config.patch_pixels**2 * IMAGE_CHANNELS)
 
         # Constants: they move to the device with the model, and are no part of checkpoints.
-        self.register_buffer("mean", _per_channel(IMAGE_MEAN), persistent=False)
-        self.register_buffer("std", _per_channel(IMAGE_STD), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, -1, 1, 1), persistent=False)
         self._initialise()
 
     def forward(self, images_uint8: Tensor, pattern: Tensor) -> Tensor:
@@ -137,7 +123,7 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / deviation
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, pattern: Tensor) -> Reconstruction:
+    def reconstruct(self, images: Tensor, pattern: Tensor) -> Tensor:
         """Predict normalised images [B, C, H, W] from what their patterns show.
 
         Under norm-pix-loss a prediction is relative to its patch; the patch's true mean and
@@ -148,10 +134,7 @@ class MaskedAutoencoder(nn.Module):
         if self.config.norm_pix_loss:
             mean, deviation = _patch_statistics(patchify(images, self.config.patch_pixels))
             predicted = predicted * deviation + mean
-        return Reconstruction(
-            predicted=unpatchify(predicted, self.config.patch_pixels),
-            visible=self.method.visible_map(pattern),
-        )
+        return unpatchify(predicted, self.config.patch_pixels)
 
     def _initialise(self) -> None:
         """Initial weights as MAE has them: Xavier for matrices, 0.02 for tokens."""
@@ -221,7 +204,3 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return mean, (variance + PATCH_VARIANCE_EPSILON).sqrt()
-
-
-def _per_channel(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values).view(1, -1, 1, 1)

@@ -6,13 +6,14 @@ pretrain(config)    # a round, or what is left of it
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from common.environment import peak_flops, world_size
 from common.images import evenly_spread
@@ -21,23 +22,17 @@ from common.step_files import LAST, checkpoint_path, find_resumable, reconstruct
 from engine.devices import device_name
 from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
-from engine.trainer import time_training, train
+from engine.trainer import train
 from engine.vit import IMAGE_CHANNELS
 from engine.weights import read_vit_weights
 from mae.check import check_pretraining, look_inside, plan_batches
 from mae.config import OptimisationConfig, PretrainConfig, make_method
 from mae.controls import SegmentSource
-from mae.data import Batch, FixedImages, MaskedImages, collate
+from mae.data import Batch, MaskedImages, collate
 from mae.listing import make_listing
 from mae.model import MaskedAutoencoder, training_flops
-from mae.reconstruct import (
-    FIXED_SET_SIZE,
-    draw_reconstructions,
-    pack_fixed_set,
-    unpack_fixed_set,
-)
-from mae.resume import open_own_checkpoint
-from mae.weights import start_from_official
+from mae.reconstruct import FIXED_SET_SIZE, draw_reconstructions
+from mae.weights import open_own_checkpoint, start_from_official
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +47,6 @@ def pretrain(config: PretrainConfig) -> bool:
         check_pretraining(config, processes=world_size(), known=known)  # before anything is written
         look_inside(config, known)
         return train(Pretraining(config, known), interruption)
-
-
-def time_pretraining(config: PretrainConfig, steps: int) -> dict[str, float] | None:
-    """What an epoch takes here; see `engine.trainer.time_training`."""
-    return time_training(Pretraining(config), steps)
 
 
 class Pretraining(Task):
@@ -74,20 +64,15 @@ class Pretraining(Task):
         self.values_per_image = config.model.image_size**2 * IMAGE_CHANNELS
         self.auto_batch = config.run.batch_size == "auto"
         self.listing = listing = make_listing(config.data, config.method, known=known)
-        segments = None
-        if listing.source is not None:
-            segments = SegmentSource(
-                store=listing.source, donors=listing.train, options=config.method
-            )
+        store, donors, segments = listing.source, listing.train, None
+        if store is not None:
+            segments = SegmentSource(store=store, donors=donors, options=config.method)
         self.train_set = self.images = MaskedImages(
-            folder=config.data.in1k_dir / "train",
-            paths=listing.train,
-            segments=segments,
-            method=make_method(config.method, config.model),
-            seed=self.seed,
-        )
+            folder=config.data.in1k_dir / "train", paths=listing.train, segments=segments,
+            method=make_method(config.method, config.model), seed=self.seed,
+        )  # fmt: skip
         self.collate, self.start_worker = collate, leave_signals_to_the_main_process
-        self.heldout = FixedImages(self.images, listing.val_folder, listing.val)
+        self.heldout = replace(self.images, folder=listing.val_folder, paths=listing.val, is_fixed=True)
         self.num_heldout = len(self.heldout)
         self.evaluations = self.total_epochs if self.num_heldout else 0
 
@@ -104,37 +89,24 @@ class Pretraining(Task):
         # A kill may have come between the last checkpoint and its picture.
         is_drawn = reconstructions_path(path.parent, self.epochs).is_file()
         is_complete = reached > self.epochs or (reached == self.epochs and is_drawn)
-        return Earlier(
-            path=own if is_complete else path, checkpoint=checkpoint, is_complete=is_complete
-        )
+        return Earlier(path=own if is_complete else path, checkpoint=checkpoint, is_complete=is_complete)
 
     def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built:
         """The autoencoder is its own loss module."""
         self.device = accelerator.device
         model = MaskedAutoencoder(self.config.model, self.images.method).to(self.device)
         if checkpoint:
-            self.fixed_set = unpack_fixed_set(checkpoint["fixed_set"])
+            self.fixed_set = checkpoint["fixed_set"]
         else:
-            self._start_from_init(model)
-            self.fixed_set = self._choose_fixed_set()
+            if (init := self.config.run.init) is not None:
+                fresh = start_from_official(model, read_vit_weights(init))
+                logger.info("started from %s; fresh: %s", init, ", ".join(fresh) or "nothing")
+            # The training images that every round's picture shows: evenly spread, with segments.
+            paths = self.images.paths[evenly_spread(range(len(self.images)), FIXED_SET_SIZE)]
+            fixed = replace(self.images, paths=paths, is_fixed=True)
+            chosen = collate([fixed[0, index] for index in range(len(fixed))])._asdict()
+            self.fixed_set = {n: chosen[n] for n in ("images", "pattern", "hidden_pixels")}
         return Built(model, model, make_optimizer(model, self.config.optimisation))
-
-    def _start_from_init(self, model: MaskedAutoencoder) -> None:
-        init = self.config.run.init
-        if init is None:
-            return
-        try:
-            fresh = start_from_official(model, read_vit_weights(init))
-        except ValueError as error:
-            raise ValueError(f"--init {init}: {error}") from error
-        logger.info("started from %s; fresh: %s", init, ", ".join(fresh) or "nothing")
-
-    def _choose_fixed_set(self) -> Batch:
-        """The training images that every round's picture shows: evenly spread, with segments."""
-        count = min(FIXED_SET_SIZE, len(self.images))
-        paths = self.images.paths[evenly_spread(range(len(self.images)), count)]
-        fixed = FixedImages(self.images, self.images.folder, paths)
-        return collate([fixed[index] for index in range(count)])
 
     def plan(self, processes: int) -> BatchPlan:
         """Equal micro-batches."""
@@ -154,7 +126,7 @@ class Pretraining(Task):
 
     def example(self, images: int) -> tuple[Tensor, ...]:
         """Copies of an image of the fixed set."""
-        return self.fixed_set.images[[0] * images], self.fixed_set.pattern[[0] * images]
+        return self.fixed_set["images"][[0] * images], self.fixed_set["pattern"][[0] * images]
 
     def describe(self) -> str:
         """Model, method, images, and how the rate follows from the batch."""
@@ -168,42 +140,40 @@ class Pretraining(Task):
 
     def evaluate(self, run: Run, state: State) -> Evaluation:
         """The held-out loss, where there are held-out images."""
-        if run.logbook is not None and self.num_heldout:
+        if not self.num_heldout:
+            return Evaluation({})
+        if run.logbook is not None:
             run.logbook.evaluating(0, self.num_heldout)
-        loss = self.heldout_loss(run, self.num_heldout)
-        return Evaluation({} if loss is None else {"val_loss": loss})
+        return Evaluation({"val_loss": self.heldout_loss(run, self.num_heldout)})
 
     def evaluate_some(self, run: Run, images: int) -> None:
         """To see how long it takes."""
         self.heldout_loss(run, images)
 
     @torch.no_grad()
-    def heldout_loss(self, run: Run, images: int) -> float | None:
-        """Mean squared error over all hidden pixels and channels of val/, None if it is empty.
+    def heldout_loss(self, run: Run, images: int) -> float:
+        """Mean squared error over all hidden pixels and channels of so many images of val/.
 
-        Its images are always cropped and hidden in the same way; the processes share them.
+        They are always cropped and hidden in the same way; the processes share them.
         """
-        if not images:
-            return None
         accelerator, model = run.accelerator, run.model
         # The plain model: the compiled one would be compiled anew for the last, smaller batch.
-        chosen = evenly_spread(range(self.num_heldout), images)
-        share = Subset(self.heldout, chosen[accelerator.process_index :: accelerator.num_processes])
+        chosen = [(0, index) for index in evenly_spread(range(self.num_heldout), images)]
+        share = chosen[accelerator.process_index :: accelerator.num_processes]
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         model.eval()
-        if len(share):
-            loader: Any = DataLoader(
-                share,
-                batch_size=run.plan.micro_batch_size,
-                num_workers=0 if len(share) <= FEW_IMAGES else self.run.loader_workers,
-                collate_fn=collate,
-                worker_init_fn=leave_signals_to_the_main_process,
-            )
-            for batch in loader:
-                with accelerator.autocast():
-                    errors = model(batch.images.to(sums.device), batch.pattern.to(sums.device))
-                sums[0] += errors.double().sum()
-                sums[1] += batch.hidden_pixels.sum() * IMAGE_CHANNELS
+        loader: Any = DataLoader(
+            self.heldout, sampler=share, batch_size=run.plan.micro_batch_size,
+            num_workers=0 if len(share) <= FEW_IMAGES else self.run.loader_workers,
+            collate_fn=collate, worker_init_fn=leave_signals_to_the_main_process,
+        )  # fmt: skip
+        for batch in loader:
+            for text in batch.unreadable:
+                logger.warning("skipped %s", text)
+            with accelerator.autocast():
+                errors = model(batch.images.to(sums.device), batch.pattern.to(sums.device))
+            sums[0] += errors.double().sum()
+            sums[1] += batch.hidden_pixels.sum() * IMAGE_CHANNELS
         model.train()
         total = accelerator.reduce(sums, reduction="sum")
         return float(total[0] / total[1].clamp(min=1))
@@ -235,7 +205,7 @@ class Pretraining(Task):
         """What drawing and continuing need."""
         return {
             "images": {"count": len(self.images), "digest": self.listing.digest},
-            "fixed_set": pack_fixed_set(self.fixed_set),
+            "fixed_set": self.fixed_set,
             "learning_rate": self.config.optimisation.learning_rate,
             "processes": run.plan.processes,
         }

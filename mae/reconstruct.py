@@ -3,7 +3,7 @@
 reconstruct_files(Path("OUT/checkpoint-50.pth"), [photo], out=Path("a.png"), masks_dir=None)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from torch import Tensor
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
-from mae.config import MethodConfig, make_method, parse_settings
+from mae.config import MethodConfig, ModelConfig, make_method, parse_group
 from mae.controls import SegmentSource
-from mae.data import Batch, Sample, collate, make_sample
 from mae.decode import read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.resume import load_checkpoint
 from mae.transforms import centre_crop
+from mae.weights import load_checkpoint
 from segments.forms import open_segments
 from segments.store import PackedStore
 
@@ -43,29 +42,40 @@ def reconstruct_files(
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint, checkpoint_path)
-    batch = unpack_fixed_set(checkpoint["fixed_set"])
+    fixed_set = checkpoint["fixed_set"]
     if images:
-        options, _ = parse_settings(checkpoint["config"], checkpoint_path)
-        with_own = masks_dir if model.method.uses_segments else None
-        segments = _open_source(with_own, options) if with_own else None
-        samples = [_sample(model, path, n, batch, segments) for n, path in enumerate(images)]
-        batch = collate(samples)
-    draw_reconstructions(model, batch, out)
+        patterns, segments = fixed_set["pattern"], None
+        if masks_dir and model.method.uses_segments:
+            options = parse_group(MethodConfig, checkpoint["config"], checkpoint_path)
+            store = open_segments(masks_dir)
+            # Any image that has segments lends them; any suffix will do: they are paths.
+            donors = [f"{key}.jpg" for key in sorted(store.images())]
+            if options.segments_from == "borrowed":
+                check_donors(donors)
+            segments = SegmentSource(store=store, donors=encode_paths(donors), options=options)
+        pairs = [_hide(model, path, n, patterns, segments) for n, path in enumerate(images)]
+        pixels, patterns = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        fixed_set = {"images": pixels, "pattern": patterns}
+    draw_reconstructions(model, fixed_set, out)
 
 
-def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> None:
-    """Write one row per image: original, seen, predicted, and predicted pasted where hidden."""
+def draw_reconstructions(model: MaskedAutoencoder, fixed_set: Mapping[str, Tensor], path: Path) -> None:
+    """Write one row per image: original, seen, predicted, and predicted pasted where hidden.
+
+    fixed_set: images [B, 3, H, W] uint8, and the pattern [B, ...] that hides each.
+    """
     device, was_training = model.mean.device, model.training
     model.eval()
-    images = model.normalise(batch.images.to(device))  # [B, 3, H, W]
-    result = model.reconstruct(images, batch.pattern.to(device))  # pixels, and what was visible
+    pattern = fixed_set["pattern"].to(device)
+    images = model.normalise(fixed_set["images"].to(device))
+    both = images, model.reconstruct(images, pattern)  # [B, 3, H, W]
     model.train(was_training)
     # From normalised pixels to colours, 0 to 1.
-    both = (images, result.predicted)
     original, predicted = ((x.float() * model.std + model.mean).clamp(0, 1) for x in both)
+    is_visible = model.method.visible_map(pattern) > 0  # [B, 1, H, W]
     # What is hidden is 0 after normalising: the mean colour.
-    seen = torch.where(result.visible > 0, original, model.mean)
-    pasted = torch.where(result.visible > 0, original, predicted)
+    seen = torch.where(is_visible, original, model.mean)
+    pasted = torch.where(is_visible, original, predicted)
     pictures = torch.stack([original, seen, predicted, pasted], dim=1)  # [B, 4, 3, H, W]
     pixels = (pictures * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
     rows = [[(picture, "") for picture in row] for row in pixels]
@@ -73,49 +83,29 @@ def draw_reconstructions(model: MaskedAutoencoder, batch: Batch, path: Path) -> 
     save_png(contact_sheet(rows, titles=COLUMNS, tile_width=width), path, KIND)
 
 
-def pack_fixed_set(batch: Batch) -> dict[str, Tensor]:
-    """Plain tensors for a checkpoint, so that it can draw its fixed set without the dataset."""
-    return {"images": batch.images, "pattern": batch.pattern, "hidden_pixels": batch.hidden_pixels}
-
-
-def unpack_fixed_set(stored: dict[str, Tensor]) -> Batch:
-    """The inverse of `pack_fixed_set`."""
-    return Batch(**stored, unreadable=[])
-
-
 def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
     """The whole model of the checkpoint at `path`, ready to reconstruct. Raises ValueError."""
-    method, model_config = parse_settings(checkpoint["config"], path)
+    method = parse_group(MethodConfig, checkpoint["config"], path)
+    model_config = parse_group(ModelConfig, checkpoint["config"], path)
     model = MaskedAutoencoder(model_config, make_method(method, model_config))
     load_weights(model, checkpoint["model"], path)
     return model.eval()
 
 
-def _sample(
-    model: MaskedAutoencoder, path: Path, number: int, fixed_set: Batch,
+def _hide(
+    model: MaskedAutoencoder, path: Path, number: int, patterns: Tensor,
     segments: SegmentSource | None,
-) -> Sample:  # fmt: skip
-    """Centre crop of an image file, hidden by its segment or as one of the fixed set is."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Centre crop of an image file, and its segment's pattern, or the fixed set's in turn."""
     try:
         image = read_crop(path, centre_crop, model.config.image_size)
-        if segments is not None:
-            key, rng = _key_of(path, segments.store), np.random.default_rng(number)
-            segment = segments.cut(model.method, key, image, rng)
-            return make_sample(model.method, image.pixels, rng, segment)
+        if segments is None:
+            return image.pixels, patterns[number % len(patterns)]
+        key, rng = _key_of(path, segments.store), np.random.default_rng(number)
+        segment = segments.cut(model.method, key, image, rng)
+        return image.pixels, torch.from_numpy(model.method.pattern(rng, segment))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    row = number % len(fixed_set.images)  # in turn
-    pattern, hidden = fixed_set.pattern[row].numpy(), int(fixed_set.hidden_pixels[row])
-    return Sample(image=image.pixels, pattern=pattern, hidden_pixels=hidden)
-
-
-def _open_source(masks_dir: Path, options: MethodConfig) -> SegmentSource:
-    """Segments of given images, which borrow from any image that has some."""
-    store = open_segments(masks_dir)
-    donors = [f"{key}.jpg" for key in sorted(store.images())]  # any suffix: they are paths
-    if options.segments_from == "borrowed":
-        check_donors(donors)
-    return SegmentSource(store=store, donors=encode_paths(donors), options=options)
 
 
 def _key_of(path: Path, store: PackedStore) -> str:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -86,9 +85,7 @@ def crop_segment(segment: np.ndarray, crop: Crop, size: int, image: ImageSize) -
     return np.ascontiguousarray(segment.T[columns][:, rows].T)
 
 
-def crop_segments(
-    segments: Sequence[Segment], crop: Crop, size: int, image: ImageSize
-) -> np.ndarray:
+def crop_segments(segments: Sequence[Segment], crop: Crop, size: int, image: ImageSize) -> np.ndarray:
     """The same for all segments of one image at once, where few points will do: [M, size, size]."""
     rows, columns = _pixels(crop, size, image, (segments[0].height, segments[0].width))
     cut = decode_at(segments, rows, columns)
@@ -106,12 +103,7 @@ def _pixels(
 
 def _nearest(length: int, size: int) -> np.ndarray:
     """Source pixel under the centre of each of `size` target pixels."""
-    return (_centres(size) * (length / size)).astype(np.int64)
-
-
-@lru_cache(maxsize=8)
-def _centres(size: int) -> np.ndarray:
-    return np.arange(size) + 0.5
+    return ((np.arange(size) + 0.5) * (length / size)).astype(np.int64)
 
 
 def _centred(height: int, width: int, box_height: int, box_width: int, flip: bool) -> Crop:

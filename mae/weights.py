@@ -1,4 +1,4 @@
-"""Weights from others and for others: official MAE files come in, plain 3-channel ViTs go out.
+"""Files of weights: a run's checkpoints; official MAE files come in, plain 3-channel ViTs go out.
 
 print(export_encoder(Path("OUT/checkpoint-50.pth"), Path("encoder.safetensors")))
 encoder = load_encoder(Path("OUT/checkpoint-50.pth"))
@@ -13,14 +13,18 @@ from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import TypedDict
 
+import engine.checkpoint
 from common.files import check_output_file, is_marked, mark, replacing
-from engine.checkpoint import load_weights, refuse_damaged, refuse_misfits
+from common.formats import Count
+from common.step_files import find_resumable
+from engine.checkpoint import Checkpoint, load_weights, refuse_damaged, refuse_misfits
 from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
 from engine.weights import PROJECTION, describe_vit, fold_channels, resample_positions
-from mae.config import ModelConfig, parse_group
+from mae.config import ModelConfig, PretrainConfig, parse_group
+from mae.listing import Listing
 from mae.model import MaskedAutoencoder
-from mae.resume import load_checkpoint
 
 # Parts that an official file may lack: the decoder is in the `_full` files only.
 OPTIONAL = ("decoder_", "mask_token", "preencoder.")
@@ -31,6 +35,50 @@ ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 KIND = "encoder"
 
 
+class TrainedImages(TypedDict):
+    """How many images a run trains on, and the digest of their list."""
+
+    count: Count
+    digest: str
+
+
+class WholeCheckpoint(Checkpoint):
+    """What is needed to continue, and to draw without the dataset."""
+
+    images: TrainedImages
+    fixed_set: dict[str, Tensor]
+
+
+def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of pretraining onto the CPU. Raises ValueError if the file is none."""
+    return engine.checkpoint.load_checkpoint(
+        path, program="python -m mae pretrain", shape=WholeCheckpoint, lazily=lazily
+    )
+
+
+def open_own_checkpoint(
+    config: PretrainConfig, listing: Listing, *, lazily: bool = False
+) -> dict[str, Any] | None:
+    """The checkpoint that this run continues, if any.
+
+    Raises ValueError if --resume does not allow what is there, if it cannot be read, or if it was
+    made with other settings or another list of training images.
+    """
+    path = find_resumable(config.run.output_dir)
+    config.run.check_resume(path)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path, lazily=lazily)
+    config.check_same(checkpoint["config"], path)
+    trained = checkpoint["images"]
+    if trained["digest"] != listing.digest:
+        raise ValueError(
+            f"the training images are not those of the checkpoint ({trained['count']} then, "
+            f"{len(listing.train)} now, or other names); use another --output-dir"
+        )
+    return checkpoint
+
+
 def start_from_official(model: MaskedAutoencoder, weights: dict[str, Tensor]) -> list[str]:
     """Copy official weights into the model; the parts that start fresh, in words. ValueError."""
     adapted, fresh = fit_official(model.state_dict(), weights)
@@ -38,9 +86,7 @@ def start_from_official(model: MaskedAutoencoder, weights: dict[str, Tensor]) ->
     return fresh
 
 
-def fit_official(
-    own: dict[str, Tensor], weights: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def fit_official(own: dict[str, Tensor], weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Official weights in the shapes of a model's state dict, and the parts that start fresh."""
     own = {name: weight for name, weight in own.items() if name != DECODER_POSITIONS}
     adapted = {name: weight for name, weight in weights.items() if name != DECODER_POSITIONS}
@@ -65,7 +111,7 @@ def export_encoder(checkpoint_path: Path, out: Path) -> str:
         raise ValueError(f"--out {out}: give a name that ends in .safetensors or .pth")
     check_output_file(out, reads=[checkpoint_path], is_own=is_marked(KIND))
     # Lazily: of a checkpoint with its decoder a good part is never read.
-    checkpoint = load_checkpoint(checkpoint_path, lazily=True, whole=False)
+    checkpoint = load_checkpoint(checkpoint_path, lazily=True)
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
     weights = dict(_make_encoder(checkpoint["model"], config, checkpoint_path).state_dict())
     kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
@@ -98,7 +144,7 @@ def _timm_line(config: ModelConfig, path: Path) -> str:
 def load_encoder(checkpoint_path: Path) -> VisionTransformer:
     """The encoder of a checkpoint as timm's ViT with 3 input channels, ready to embed images."""
     # Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
-    checkpoint = load_checkpoint(checkpoint_path, whole=False)
+    checkpoint = load_checkpoint(checkpoint_path)
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
     return _make_encoder(checkpoint["model"], config, checkpoint_path).eval()
 

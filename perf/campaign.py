@@ -24,7 +24,7 @@ from common.options import Layer, fields_of, make_all
 from engine.devices import choose_device, device_name
 from mae.config import PretrainConfig
 from pipeline.plan.machine import gpus
-from pipeline.plan.sample import SampleSize, write_sample
+from pipeline.plan.sample import write_sample
 from segmenter.config import DEFAULT_RECIPE, ProbeConfig, TrainConfig, recipe_values
 from segments.forms import form_of
 from segments.pack import pack
@@ -174,7 +174,7 @@ class Bench:
         """Generated in1k/, packed, and segmentation/ with 150 classes."""
         folder = self.scratch / "sample"
         counts = {"train": 600, "val": 8, "segmentation_train": 48, "segmentation_val": 40}
-        write_sample(folder, SampleSize(**{n: self.size(c, 10) for n, c in counts.items()}))
+        write_sample(folder, **{n: self.size(c, 10) for n, c in counts.items()})
         pack(folder / "in1k/masks", None, overwrite=True, allow_damaged=False, processes=None)
         path = folder / "segmentation/dataset.yml"
         description = yaml.safe_load(path.read_text())
@@ -204,9 +204,7 @@ class Bench:
         if kind is not PretrainConfig:
             own |= recipe_values(DEFAULT_RECIPE) | {"init": "random"}
         data = {"in1k_dir": "in1k", "dataset": "segmentation/dataset.yml"}
-        own |= {
-            n: self.sample / path for n, path in data.items() if n in known.keys() - given.keys()
-        }
+        own |= {n: self.sample / path for n, path in data.items() if n in known.keys() - given.keys()}
         own |= {"epochs": 100, "output_dir": self.scratch / "unused"} | given
         own |= TINY if self.tiny else {}
         return {name: value for name, value in own.items() if name in known}

@@ -236,9 +236,7 @@ def _probe(bench: Bench) -> dict[str, Any]:
     for device in (bench.device.type, "cpu"):
         afresh()
         folder = bench.scratch / f"probe-{len(scores)}"
-        config = bench.config(
-            ProbeConfig, model=MODEL, probes=("linear",), output_dir=folder, device=device
-        )
+        config = bench.config(ProbeConfig, model=MODEL, probes=("linear",), output_dir=folder, device=device)
         probe(config, read_description(config.run.dataset))
         scores.append(read_json(folder / RESULT, dict[str, Any])["linear"]["mean_iou"])
     return {**_compared(*scores), "passes": abs(scores[0] - scores[1]) <= MOST_POINTS}

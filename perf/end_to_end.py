@@ -127,9 +127,7 @@ def _with_loader(bench: Bench, model: str, method: str) -> dict[str, float]:
 
 def _segmenter(bench: Bench, batch: int, **options: Any) -> Run:
     """A finetuning of 150 classes, built."""
-    return build(
-        bench.config(TrainConfig, model="vit_large", batch_size=bench.size(batch, 1), **options)
-    )
+    return build(bench.config(TrainConfig, model="vit_large", batch_size=bench.size(batch, 1), **options))
 
 
 def _finetuning(bench: Bench, batch: int, name: str) -> dict[str, float]:
@@ -184,9 +182,7 @@ def _probe(bench: Bench) -> dict[str, float]:
 def _checkpoint(bench: Bench) -> dict[str, float]:
     """How long training stands still for it, and how long until it is on disk."""
     batch = bench.size(64)
-    config = bench.config(
-        PretrainConfig, model="vit_large", batch_size=batch, effective_batch_size=batch
-    )
+    config = bench.config(PretrainConfig, model="vit_large", batch_size=batch, effective_batch_size=batch)
     run: Any = build(config)
     rehearse(run, epochs=1, steps=1)  # AdamW's moments come with the first step
     path, marks = bench.scratch / "timed.pth", [time.monotonic()]

@@ -72,9 +72,7 @@ def make_peer_of_patches(folder: Path) -> ImageFolder:
     """The usual MAE loader: ImageFolder, PIL, ToTensor, Normalize."""
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(
-                SIZE, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC
-            ),
+            transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(IMAGE_MEAN, IMAGE_STD),

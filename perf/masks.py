@@ -96,9 +96,7 @@ def time_generators(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def time_generator(
-    folder: Path, generator: Generator, most_images: int, ratios: tuple[float, ...]
-) -> Row:
+def time_generator(folder: Path, generator: Generator, most_images: int, ratios: tuple[float, ...]) -> Row:
     """One row; the GPU's column stays empty where there is none."""
     work = Work(images_by_key(folder, None), generator)
     batches = work.batches[: -(-most_images // generator.batch_size)]
@@ -220,8 +218,7 @@ def count_bytes(forms: dict[str, Path]) -> list[Row]:
         for name, path in forms.items()
     }
     sizes = {
-        name: sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in paths)
-        for name, paths in files.items()
+        name: sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in paths) for name, paths in files.items()
     }
     return [
         {

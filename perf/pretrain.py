@@ -124,9 +124,7 @@ def speed(bench: Bench, *, batch: int | str, **options: Any) -> dict[str, Any]:
     """
     size = batch if batch == MOST else bench.size(int(batch))
     effective = bench.size(512 if batch == MOST else int(batch))
-    config = bench.config(
-        PretrainConfig, batch_size=size, effective_batch_size=effective, **options
-    )
+    config = bench.config(PretrainConfig, batch_size=size, effective_batch_size=effective, **options)
     run = build(config)
     warm_up, measured = bench.size(WARM_UP), bench.size(MEASURED)
     shown = rehearse(run, epochs=1, steps=warm_up + measured, resident=True)
@@ -202,9 +200,7 @@ def _parts(bench: Bench) -> Iterator[Row]:
         yield Row(work=name, measure=partial(_layer_ms, bench, make, shape))
 
 
-def _layer_ms(
-    bench: Bench, make: Callable[[], nn.Module], shape: tuple[int, ...]
-) -> dict[str, float]:
+def _layer_ms(bench: Bench, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, float]:
     """Median of a forward and backward pass in the run's precision."""
     layer = make().to(bench.device)
     inputs = torch.randn(shape, device=bench.device, requires_grad=True)
@@ -253,9 +249,7 @@ def compare(config: PretrainConfig, *, rounds: int, steps: int) -> dict[str, flo
     }
 
 
-def make_peer(
-    config: ModelConfig, images: Tensor, accelerator: Any, steps: int
-) -> Callable[[], None]:
+def make_peer(config: ModelConfig, images: Tensor, accelerator: Any, steps: int) -> Callable[[], None]:
     """Some training steps of transformers' ViTMAE on normalised images."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 

@@ -137,9 +137,7 @@ def make_peer(model: str, protocol: ProtocolConfig, num_classes: int) -> Encoder
 
 def our_step(arguments: argparse.Namespace, dataset: Path) -> Callable[[], None]:
     """One step of the real trainer, without dropout, as the peer has none."""
-    size = dict.fromkeys(
-        ("image_size", "crop_size", "window_size", "window_stride"), arguments.size
-    )
+    size = dict.fromkeys(("image_size", "crop_size", "window_size", "window_stride"), arguments.size)
     bench = Bench(wanted=arguments.device, tiny=False, scratch=dataset.parent)
     config = bench.config(
         TrainConfig, dataset=dataset, model=arguments.model, batch_size=arguments.batch,
@@ -148,9 +146,7 @@ def our_step(arguments: argparse.Namespace, dataset: Path) -> Callable[[], None]
     return steps_of(build(config), 1)
 
 
-def peer_step(
-    accelerator: Accelerator, peer: EncoderDecoder, images: Tensor, labels: Tensor
-) -> Any:
+def peer_step(accelerator: Accelerator, peer: EncoderDecoder, images: Tensor, labels: Tensor) -> Any:
     """The same by mmsegmentation, with the same fused optimizer."""
     optimizer = torch.optim.SGD(peer.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
@@ -174,9 +170,7 @@ def peer_step(
     return step
 
 
-def evaluate_ours(
-    accelerator: Accelerator, model: Segmenter, images: WholeImages, group_size: int
-) -> float:
+def evaluate_ours(accelerator: Accelerator, model: Segmenter, images: WholeImages, group_size: int) -> float:
     """Mean IoU, as `segmenter evaluate` gets it."""
     areas = evaluate_model(accelerator, model, images, ScoringConfig(eval_batch_size=group_size))
     assert areas is not None
@@ -226,9 +220,7 @@ def evaluate_peer(
             batch = {"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]}
             outputs = peer.test_step(batch)
             metric.process({}, [output.to_dict() for output in outputs])
-    metrics = metric.total_area_to_metrics(
-        *(sum(parts) for parts in zip(*metric.results, strict=True))
-    )
+    metrics = metric.total_area_to_metrics(*(sum(parts) for parts in zip(*metric.results, strict=True)))
     return float(np.nanmean(metrics["IoU"])) * 100
 
 
@@ -291,9 +283,7 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Measure and print a table."""
     arguments = _parse()
-    accelerator = make_accelerator(
-        DeviceConfig(device=arguments.device, precision=arguments.precision)
-    )
+    accelerator = make_accelerator(DeviceConfig(device=arguments.device, precision=arguments.precision))
     protocol = ProtocolConfig(
         image_size=arguments.size, crop_size=arguments.size, window_size=arguments.size,
         window_stride=arguments.stride, normalization="imagenet",

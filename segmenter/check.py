@@ -116,9 +116,7 @@ def all_settings(config: TrainConfig | ProbeConfig, dataset: DatasetDescription)
     if isinstance(config, TrainConfig):
         own = dataclasses.asdict(config.optimisation)
     else:
-        own = {
-            name: plain(getattr(config.run, name)) for name in ("probes", "seed", "image_folder")
-        }
+        own = {name: plain(getattr(config.run, name)) for name in ("probes", "seed", "image_folder")}
     return {
         **dataclasses.asdict(config.model),
         **config.protocol.described(),

@@ -127,9 +127,7 @@ def read_encoder(
         raise ValueError(f"{path} has patches of {patch} pixels, --patch-size is {asked}")
     if channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
         raise ValueError(f"{path} has {channels} input channels; 3 or 4 are possible")
-    shape = EncoderShape(
-        model=config.model, patch_size=patch, in_channels=channels, grid=found.grid
-    )
+    shape = EncoderShape(model=config.model, patch_size=patch, in_channels=channels, grid=found.grid)
     with torch.device("meta"):  # no memory is taken, no random number drawn
         own = Encoder(shape).state_dict()
     refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)

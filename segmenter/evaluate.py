@@ -47,9 +47,7 @@ def evaluate_checkpoint(
     # By their number: other names for the same classes are no reason to refuse.
     names, wanted = loaded.classes.names, description.num_classes
     if len(names) != wanted:
-        raise ValueError(
-            f"the checkpoint has {len(names)} classes, {description.name} has {wanted}"
-        )
+        raise ValueError(f"the checkpoint has {len(names)} classes, {description.name} has {wanted}")
     check_labels(description, pairs, most=MOST_CHECKED)
     target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:
@@ -246,9 +244,7 @@ def predict_classes(
         yield total.argmax(0).to(torch.uint8)
 
 
-def window_logits(
-    model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig
-) -> list[Tensor]:
+def window_logits(model: Segmenter, images: Sequence[Tensor], protocol: ProtocolConfig) -> list[Tensor]:
     """Class logits [K, h, w] of images [3, h, w], averaged where windows overlap."""
     canvases, counts = dict[int, Tensor](), dict[int, Tensor]()  # counts: windows over each pixel
     for (image, rows, columns), logits in patch_logits(model, images, protocol):

@@ -203,9 +203,7 @@ class Finetuning(Task):
     def after_round(self, run: Run, state: State) -> None:
         """Draw; then the last epoch's scores (percent, 0 to 100) and all that they depend on."""
         folder = self.run.output_dir
-        draw_predictions(
-            run.accelerator, run.model, self.images, self.classes, folder / PREDICTIONS
-        )
+        draw_predictions(run.accelerator, run.model, self.images, self.classes, folder / PREDICTIONS)
         assert state.scores is not None
         result = {
             "format_version": 1,

@@ -74,9 +74,7 @@ class Segmenter(nn.Module):
         names = ("encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "decoder.cls_emb")
         return set() if self.shape.decoder == "upernet" else set(names)
 
-    def forward(
-        self, images: Tensor, sizes: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """[B, 3, H, W] uint8 RGB to class logits [B, K, H, W]; UPerNet in training: to a pair.
 
         sizes [B, 2]: height and width that are image; the rest is padding and counts as the mean.
@@ -129,9 +127,7 @@ class TrainingLoss(nn.Module):
         return segmentation_loss(self.model(images, sizes), labels, self.ignore_index)
 
 
-def segmentation_loss(
-    logits: Tensor | tuple[Tensor, Tensor], labels: Tensor, ignore_index: int
-) -> Tensor:
+def segmentation_loss(logits: Tensor | tuple[Tensor, Tensor], labels: Tensor, ignore_index: int) -> Tensor:
     """Sum of the cross entropy over all pixels whose label counts; 0 if there are none.
 
     logits [B, K, H, W], or a pair: the second has `AUXILIARY_WEIGHT`. labels [B, H, W], integers.

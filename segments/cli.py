@@ -168,10 +168,10 @@ for _name, _group in GENERATORS.items():
     if _group is not SamSettings:
         _text = "Without weights or a GPU: regions of similar colour, at several scales."
         _groups["speed"] = _Speed  # a GPU has one process
-    elif _preset := PRESETS.get(_name):
+    elif _name in PRESETS:
         # `sam` with another default, below --config and the command line.
-        _own = {"model": _preset.model}
-        _text = f"{_preset.model}, {_preset.parameters}M parameters, Apache-2.0."
+        _model, _millions = PRESETS[_name]
+        _own, _text = {"model": _model}, f"{_model}, {_millions}M parameters, Apache-2.0."
     command(generators, _name, own=_own, **_groups)(_generate).help = _text
 
 
@@ -202,9 +202,10 @@ def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
         say(f"{what + ':':28}{value}")
     if missing := found.keys() - source.images() - source.listed_empty():
         say(f"{len(missing)} images have no segments and no list says so: {min(missing)} ...")
-    title = f"Segments in {masks_dir.resolve().name} ({source.name})"
-    save_png(draw(statistics, source, found, ratios, title), picture, PICTURE)
-    say(f"wrote {picture}")
+    drawn = {key: found[key] for key in statistics.coverages if key in found}
+    if drawn:
+        save_png(draw(statistics, source, drawn, ratios), picture, PICTURE)
+    say(f"wrote {picture}" if drawn else "no picture: --images has none of the images")
     return 0
 
 

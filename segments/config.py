@@ -6,7 +6,7 @@ Free of torch, so that `benchmark.py` plans with it.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from common.options import (
     OptionGroup,
@@ -22,24 +22,17 @@ VAL = "val"  # the held-out images' folder, and what the keys of their segments 
 SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
 PERCENT: dict[str, Any] = {"at_least": 0, "at_most": 100}
 
-
-class Preset(NamedTuple):
-    """A published checkpoint. model: on the Hugging Face hub; parameters: in millions."""
-
-    model: str
-    parameters: int
-
-
-# All under Apache-2.0; SAM 3, which has a licence of its own, goes by `sam --model`.
+# Published checkpoints: the name on the Hugging Face hub, and the parameters in millions. All under
+# Apache-2.0; SAM 3, which has a licence of its own, goes by `sam --model`.
 PRESETS = {
-    "sam-base": Preset("facebook/sam-vit-base", 94),
-    "sam-large": Preset("facebook/sam-vit-large", 312),
-    "sam-huge": Preset("facebook/sam-vit-huge", 641),
-    "sam2-tiny": Preset("facebook/sam2.1-hiera-tiny", 39),
-    "sam2-small": Preset("facebook/sam2.1-hiera-small", 46),
-    "sam2-base": Preset("facebook/sam2.1-hiera-base-plus", 81),
-    "sam2-large": Preset("facebook/sam2.1-hiera-large", 224),
-    "edgetam": Preset("yonigozlan/EdgeTAM-hf", 14),
+    "sam-base": ("facebook/sam-vit-base", 94),
+    "sam-large": ("facebook/sam-vit-large", 312),
+    "sam-huge": ("facebook/sam-vit-huge", 641),
+    "sam2-tiny": ("facebook/sam2.1-hiera-tiny", 39),
+    "sam2-small": ("facebook/sam2.1-hiera-small", 46),
+    "sam2-base": ("facebook/sam2.1-hiera-base-plus", 81),
+    "sam2-large": ("facebook/sam2.1-hiera-large", 224),
+    "edgetam": ("yonigozlan/EdgeTAM-hf", 14),
 }
 
 
@@ -101,9 +94,7 @@ class FelzenszwalbSettings(_CoverageSettings):
     )  # fmt: skip
     min_coverage: float = option("Drop segments that cover less, percent.", 0.5, **PERCENT)
     max_coverage: float = option("Drop segments that cover more, percent.", 90.0, **PERCENT)
-    duplicate_iou: float = option(
-        "Of two segments that overlap more, the later is dropped.", 0.85, **SHARE
-    )
+    duplicate_iou: float = option("Of two segments that overlap more, the later is dropped.", 0.85, **SHARE)
 
     def __post_init__(self) -> None:
         if self.min_coverage >= self.max_coverage:
@@ -130,9 +121,7 @@ def made_for(*settings: Mapping[str, Any]) -> list[float]:
     return sorted({float(ratio) for some in settings for ratio in some.get("for_coverage", ())})
 
 
-def command_of(
-    settings: Mapping[str, Any], images: Path, out: Path, val_dir: Path | None = None
-) -> str:
+def command_of(settings: Mapping[str, Any], images: Path, out: Path, val_dir: Path | None = None) -> str:
     """The command that makes a store of folders of images with these settings."""
     name = str(settings["generator"])
     words = [name, "--images", images, "--out", out, *(["--val-dir", val_dir] if val_dir else [])]

@@ -43,8 +43,7 @@ def form_of(path: Path) -> str:
     if os.path.isfile(_store_path(path)):  # noqa: PTH113  (Path's raises where it may not look)
         return PackedStore.name
     with suppress(ValueError):  # whoever opens them will say why
-        form = _form_of_files(path)
-        return form.name if form else "none"
+        return open_folder(path).name
     return "none"
 
 
@@ -68,27 +67,19 @@ def open_any_form(path: Path) -> AnyForm:
 
 def open_folder(root: Path) -> SegmentFolder:
     """Open segments that are kept as files, to pack them. Raises ValueError if there are none."""
-    form = _form_of_files(root)
-    if form is None:
-        raise ValueError(
-            f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, or a "
-            "folder with metadata.csv or table.txt; `python -m segments generate` makes some"
-        )
-    return SegmentFolder(root, form)
+    # The first file that tells decides; a whole walk could take minutes.
+    for _, names in walk(root) if os.path.isdir(root) else ():  # noqa: PTH112
+        for form in FORMS:
+            if any(f"/{n}".endswith(form.ending) for n in names if not n.startswith(".")):
+                return SegmentFolder(root, form)
+    raise ValueError(
+        f"{root} is no folder of segments: expected {STORE_NAME}, or per image a .json, or a "
+        "folder with metadata.csv or table.txt; `python -m segments generate` makes some"
+    )
 
 
 def _store_path(path: Path) -> Path:
     return path / STORE_NAME if os.path.isdir(path) else path  # noqa: PTH112  (as above)
-
-
-def _form_of_files(root: Path) -> Form | None:
-    if os.path.isdir(root):  # noqa: PTH112
-        # The first file that tells decides; a whole walk could take minutes.
-        for _, names in walk(root):
-            for form in FORMS:
-                if any(f"/{n}".endswith(form.ending) for n in names if not n.startswith(".")):
-                    return form
-    return None
 
 
 class Form(NamedTuple):
@@ -97,8 +88,8 @@ class Form(NamedTuple):
     name: str
     ending: str  # of the file's path, behind the image's key
     bytes_of_none: int  # a file without segments is not longer
-    # Yields a file's segments, where each comes from, and its stated coverage in percent.
-    read: Callable[[Path], Iterator[tuple[Segment, str, float | None]]]
+    # Yields a file's segments, each with the coverage that is stated for it, in percent.
+    read: Callable[[Path], Iterator[tuple[Segment, float | None]]]
 
 
 class SegmentFolder:
@@ -128,12 +119,12 @@ class SegmentFolder:
         try:
             if not file.exists():
                 return []
-            for segment, what, percent in self.form.read(file):
+            for number, (segment, percent) in enumerate(self.form.read(file)):
                 found.append(segment)
                 counted = segment.coverage_percent
                 if percent is not None and abs(percent - counted) > COVERAGE_TOLERANCE:
-                    pixels = f"its pixels are {counted:.3f} %; the pixels count"
-                    report(f"{what} is said to cover {percent:.3f} % of the image, {pixels}")
+                    what = f"{file}: entry {number} is said to cover {percent:.3f} % of the image"
+                    report(f"{what}, its pixels are {counted:.3f} %; the pixels count")
             return ordered(found)
         except (OSError, ValueError) as error:
             inside = str(error).startswith(str(self.root))
@@ -173,23 +164,22 @@ class _Annotations(TypedDict):  # of SA-1B
     annotations: list[_Annotation]
 
 
-def _read_json(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+def _read_json(file: Path) -> Iterator[tuple[Segment, float | None]]:
     content = read_json(file, list[_Annotation] | _Annotations)
     entries = content["annotations"] if isinstance(content, dict) else content
     for number, entry in enumerate(entries):
-        what = f"{file}: entry {number}"
         try:
             segment = segment_from_rle(entry["segmentation"])
         except ValueError as error:
-            raise ValueError(f"{what} is damaged: {error}") from None
-        yield segment, what, _percent(entry["area"], segment) if "area" in entry else None
+            raise ValueError(f"{file}: entry {number} is damaged: {error}") from None
+        yield segment, _percent(entry["area"], segment) if "area" in entry else None
 
 
 def _percent(area: float, segment: Segment) -> float:
     return 100 * area / (segment.height * segment.width)
 
 
-def _read_table(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+def _read_table(file: Path) -> Iterator[tuple[Segment, float | None]]:
     """A line `<coverage percent> <file>` per segment."""
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
@@ -200,11 +190,10 @@ def _read_table(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
                 raise ValueError(f"{file}:{number}: not '<coverage percent> <file>'") from None
             if not 0 <= stated <= 100:  # NaN, too
                 raise ValueError(f"{file}:{number}: a coverage of {percent} percent")
-            png = path_below(file.parent, name.strip(), f"{file}:{number}")
-            yield _read_png(png), str(png), stated
+            yield _read_png(path_below(file.parent, name.strip(), f"{file}:{number}")), stated
 
 
-def _read_metadata(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
+def _read_metadata(file: Path) -> Iterator[tuple[Segment, float | None]]:
     try:
         rows = list(csv.DictReader(_lines(file)))
         if any(None in row.values() for row in rows):
@@ -218,7 +207,7 @@ def _read_metadata(file: Path) -> Iterator[tuple[Segment, str, float | None]]:
         raise ValueError(f"{file}: does not list {min(unlisted).name}; it was cut short")
     for png, area in areas.items():
         segment = _read_png(png)
-        yield segment, str(png), _percent(area, segment)
+        yield segment, _percent(area, segment)
 
 
 def _read_png(path: Path) -> Segment:

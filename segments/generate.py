@@ -28,7 +28,7 @@ from common.step_files import shard_path
 from segments.config import STORE_NAME, VAL, check_made_alike, made_for
 from segments.pack import join
 from segments.parallel import Failure, in_order
-from segments.segment import Segment, ordered
+from segments.segment import Segment
 from segments.store import PackedImage, PackedStore, Summary, pack_image, segment_key, write_store
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class InputImage:
     height: int  # of the image, and of its segments
     width: int
     ratios: tuple[float, ...] = ()  # the nearest to these coverages, in percent; none: all segments
+    damage: str = ""  # why it cannot be read: something blank stands in
 
 
 class Generator(Protocol):
@@ -138,11 +139,12 @@ def _add_what_it_lacks(base: PackedStore, part: Path, work: "Work") -> Summary:
     if made.interrupted:
         return made
     added, interrupted = PackedStore(aside), False
+    done = added.images() | added.listed_empty()
     # What fails again as before is no reason to write gigabytes anew.
-    news = added.all_images() or not added.failures().items() <= base.failures().items()
+    news = done or not added.failures().items() <= base.failures().items()
     if news or base.path != part:
         # What failed for a new ratio is left out as a whole: the next run tries it for all of them.
-        kept = added.all_images() | (set() if work.missing else work.there)
+        kept = done | (set() if work.missing else work.there)
         interrupted = join([base, added], part, kept, work.ratios).interrupted
     if not interrupted:
         aside.unlink()
@@ -164,7 +166,7 @@ class Work:
         known = base.settings if base else {}
         self.ratios = made_for(generator.settings, known)  # that the store will serve; none: all
         self.missing = [ratio for ratio in self.ratios if ratio not in made_for(known)]
-        self.there = base.all_images() if base else set()
+        self.there = base.images() | base.listed_empty() if base else set()
         # Batches are made before they are shared out: an image is always computed together with the
         # same others, and two shards make exactly what one run makes.
         every, size = list(images), generator.batch_size
@@ -187,33 +189,31 @@ class Work:
         found: Iterable[list[PackedImage | Failure]]
         if self.generator.in_processes:
             make, read = self.segment, self.read
-            found = in_order(lambda k: make(read(k)), batches, processes=self.processes, chunk=1)
+            found = in_order(lambda k: make(read(k)), batches, processes=self.processes)
         else:  # this process has the GPU, others read for it
-            found = map(self.segment, in_order(self.read, batches, processes=READERS, chunk=1))
+            found = map(self.segment, in_order(self.read, batches, processes=READERS))
         yield from (row for rows in found for row in rows if row.key in left)
 
-    def read(self, keys: Sequence[str]) -> list[tuple[InputImage, str]]:
-        """Each image, and why it cannot be read."""
-        images = []
-        for key in keys:
-            # Something blank stands in for what cannot be read: the batch keeps its size.
-            pixels, (height, width), reason = BLANK, BLANK.shape[:2], ""
-            try:
-                pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
-            except ValueError as error:
-                reason = str(error)
-            # What an image has already is merged with what is made now.
-            ratios = tuple(self.missing if key in self.there else self.ratios)
-            image = InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios)
-            images.append((image, reason))
-        return images
+    def read(self, keys: Sequence[str]) -> list[InputImage]:
+        """The images of a batch, which keeps its size whatever cannot be read."""
+        return [self._read(key) for key in keys]
 
-    def segment(self, images: Sequence[tuple[InputImage, str]]) -> list[PackedImage | Failure]:
+    def _read(self, key: str) -> InputImage:
+        pixels, (height, width), damage = BLANK, BLANK.shape[:2], ""
+        try:
+            pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
+        except ValueError as error:
+            damage = str(error)
+        # What an image has already is merged with what is made now.
+        ratios = tuple(self.missing if key in self.there else self.ratios)
+        return InputImage(key=key, pixels=pixels, height=height, width=width, ratios=ratios, damage=damage)
+
+    def segment(self, images: Sequence[InputImage]) -> list[PackedImage | Failure]:
         """The rows of each image."""
-        found = self.generator.segments([image for image, _ in images])
+        found = self.generator.segments(images)
         return [
-            Failure(image.key, reason) if reason else pack_image(image.key, ordered(segments))
-            for (image, reason), segments in zip(images, found, strict=True)
+            Failure(one.key, one.damage) if one.damage else pack_image(one.key, segments)
+            for one, segments in zip(images, found, strict=True)
         ]
 
 

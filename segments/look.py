@@ -1,12 +1,10 @@
 """Looking at the segments of a dataset: numbers, and one picture."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as coco_rle
 
@@ -118,30 +116,26 @@ def _spread(values: np.ndarray | list[int], unit: str, digits: int) -> str:
 
 
 def draw(
-    statistics: Statistics, source: AnyForm, images: Mapping[str, Path], ratios: Sequence[float],
-    title: str,
-) -> Image.Image:  # fmt: skip
-    """Three charts above contact sheets: what each coverage would hide of some images, and of those
-    whose nearest segment is farthest from it.
+    statistics: Statistics, source: AnyForm, images: Mapping[str, Path], ratios: Sequence[float]
+) -> Image.Image:
+    """Contact sheets: what each coverage would hide of some images, and of those whose nearest
+    segment is farthest from it.
 
-    images: the files by key, perhaps not all.
+    images: the files by key, of images that were looked at.
     """
-    known = [key for key in statistics.coverages if key in images]
-    width = max(1 + len(ratios), WORST) * TILE_WIDTH
-    parts = [_charts(statistics, ratios, title, width)]
 
     def tiles(keys: Sequence[str], shown: Sequence[float | None]) -> list[Tile]:
         return [tile for key in keys for tile in _tiles(source, key, images[key], shown)]
 
-    if known:
-        spread = [tiles([key], [None, *ratios]) for key in evenly_spread(known, MOST_DRAWN)]
-        worst = [tiles(farthest(statistics, known, ratio), [ratio]) for ratio in ratios]
-        for text, rows in (
-            ("What --hide segment hides at each --coverage-ratio, asked: found", spread),
-            ("The images that are farthest from each --coverage-ratio", worst),
-        ):
-            parts.append(contact_sheet([], titles=[text], tile_width=width))
-            parts.append(contact_sheet(rows, tile_width=TILE_WIDTH))
+    spread = [tiles([key], [None, *ratios]) for key in evenly_spread([*images], MOST_DRAWN)]
+    worst = [tiles(farthest(statistics, [*images], ratio), [ratio]) for ratio in ratios]
+    parts, width = [], max(1 + len(ratios), WORST) * TILE_WIDTH
+    for text, rows in (
+        ("What --hide segment hides at each --coverage-ratio, asked: found", spread),
+        ("The images that are farthest from each --coverage-ratio", worst),
+    ):
+        parts.append(contact_sheet([], titles=[text], tile_width=width))
+        parts.append(contact_sheet(rows, tile_width=TILE_WIDTH))
     return stacked(parts)
 
 
@@ -170,32 +164,3 @@ def _tiles(source: AnyForm, key: str, path: Path, ratios: Sequence[float | None]
             hidden = (image * (1 - tint) + HIDDEN_COLOUR * tint).astype(np.uint8)
             tiles.append((hidden, f"{ratio:g}: {segment.coverage_percent:.1f} %"))
     return tiles
-
-
-def _charts(statistics: Statistics, ratios: Sequence[float], title: str, width: int) -> Image.Image:
-    """Segments of an image, their coverages, and how near these come to each ratio."""
-    # One below the other: on a phone, text of 10 points is as large as on a page 6 inches wide.
-    figure = Figure(figsize=(6, 9), dpi=width / 6, layout="constrained")
-    figure.suptitle(title)
-    numbers, coverages, distances = figure.subplots(3, 1)
-    counted = np.array([*map(len, statistics.coverages.values())])
-    step = counted.max() // 30 + 1  # at most 30 bars
-    numbers.hist(counted, bins=np.arange(0.5, counted.max() + step + 1, step))
-    numbers.set(xlabel="segments of an image", ylabel="images", xlim=(0, counted.max() + step))
-    numbers.set_title(f"{statistics.without} more images are known to have none", fontsize=10)
-    coverages.hist(np.concatenate([*statistics.coverages.values()]), bins=np.arange(0, 101, 2))
-    coverages.set(xlabel="coverage, % of the image", ylabel="segments", yscale="log", xlim=(0, 100))
-    coverages.set_title("dashed: the coverage ratios asked for", fontsize=10)
-    # The cumulative distribution: how many of the images come so near.
-    share = np.linspace(0, 100, len(statistics.coverages) + 1)[1:]
-    for number, ratio in enumerate(ratios, 1):
-        colour, near = f"C{number}", np.sort(statistics.distances(ratio))
-        coverages.axvline(ratio, color=colour, linestyle="--", linewidth=1.5)
-        distances.plot(near, share, color=colour, label=f"{ratio:g} %", linewidth=2)
-    distances.set(xlabel="distance to the nearest segment, points", xlim=(0, 30))
-    distances.set(ylabel="% of images within it", ylim=(0, 101))
-    distances.grid(alpha=0.3)
-    distances.legend(title="coverage ratio", fontsize=9)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    return Image.open(drawn).convert("RGB")

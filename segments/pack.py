@@ -49,7 +49,7 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     """Write every image's segments as RLE JSON again; what is there is kept."""
     check_output_folder(out, "OUT")
     store = PackedStore(store_path)
-    keys = sorted(store.all_images())
+    keys = sorted(store.images() | store.listed_empty())
     # Every name is judged before anything is written: a store may come from anywhere.
     files = {key: path_below(out, f"{key}.json", str(store_path)) for key in keys}
     todo = [key for key, path in files.items() if not path.exists()]
@@ -86,7 +86,7 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
         check_made_alike(store.path, store.settings, stores[0].settings, for_any_ratio=True)
         # Stores for the same ratios are shards of each other.
         owner = owners[tuple(made_for(store.settings))]
-        for key in store.all_images():
+        for key in store.images() | store.listed_empty():
             other = owner.setdefault(key, store)
             if other is not store and other.segments(key) != store.segments(key):
                 raise ValueError(f"{other.path} and {store.path} disagree about {key}")
@@ -101,25 +101,21 @@ def merge(shards: Sequence[Path], out: Path, *, overwrite: bool) -> Summary:
     return join(stores, out, every, made_for(*(store.settings for store in stores)))
 
 
-def join(
-    stores: Sequence[PackedStore], out: Path, keys: Collection[str], ratios: Sequence[float]
-) -> Summary:
+def join(stores: Sequence[PackedStore], out: Path, keys: Collection[str], ratios: Sequence[float]) -> Summary:
     """Write a store of these images, each with its segments in all of the stores, for these ratios.
 
     `out` may be one of the stores: it is replaced when all is done.
     """
-    there = [(store, store.all_images()) for store in stores]
+    there = [(store, store.images()) for store in stores]
     failures = {key: why for store in stores for key, why in store.failures().items()}
     failed = failures.keys() - set(keys)
 
     def row(key: str) -> PackedImage | Failure:
         if key in failed:
             return Failure(key, failures[key])
-        having = [store for store, images in there if key in images]
-        if len(having) == 1:
-            return having[0].packed(key)  # as it is: compressing takes most of the time
         # One segment may be the nearest to two ratios.
-        return pack_image(key, ordered({s for store in having for s in store.segments(key)}))
+        found = {one for store, images in there if key in images for one in store.segments(key)}
+        return pack_image(key, ordered(found))
 
     return write_store(
         out, [*sorted(failed), *sorted(keys)], lambda left: (row(key) for key in left),

@@ -20,8 +20,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CHUNK = 8  # images that a process gets at once: passing them on takes time, too
-AHEAD = 4  # chunks that wait for each process; more would only take memory
+AHEAD = 8  # items that wait for each process; more would only take memory
 
 
 class Failure(NamedTuple):
@@ -63,9 +62,8 @@ def each(
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None,
-    chunk: int = CHUNK,
-) -> Generator[Result, None, None]:  # fmt: skip
+    work: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None
+) -> Generator[Result, None, None]:
     """Yields `work(item)` for each item; what it raises is raised here.
 
     processes: None: one per core. They end with the generator, and when this process is killed.
@@ -76,19 +74,18 @@ def in_order(
     if processes <= 1:
         yield from map(work, items)
         return
-    chunk = min(chunk, len(items) // processes)  # few items occupy every process, too
-    waiting: deque[Future[list[Result]]] = deque()
+    waiting: deque[Future[Result]] = deque()
     # Forked, so that `work` and all that it holds, say a million keys, is never pickled.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(work,))
     try:
-        for start in range(0, len(items), chunk):
-            waiting.append(pool.submit(_do, items[start : start + chunk]))
+        for item in items:
+            waiting.append(pool.submit(_do, item))
             # Results are taken in order, however they come; a slow reader stops the others.
             if len(waiting) > AHEAD * processes:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -102,5 +99,5 @@ def _begin(work: Callable[[Any], Any]) -> None:
     leave_signals_to_the_main_process(0)  # Ctrl-C reaches the whole group
 
 
-def _do(items: Sequence[Any]) -> list[Any]:
-    return [_work(item) for item in items]
+def _do(item: Any) -> Any:
+    return _work(item)

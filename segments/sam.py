@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import nms
@@ -98,7 +99,7 @@ class Sam:
         while active and visited < self.options.points_per_side**2:
             until = visited + size * max(1, self.batch_size // len(active))
             points = torch.stack([images[number].points[visited:until] for number in active])
-            left = {name: _take(feature, active) for name, feature in features.items()}
+            left = recursively_apply(lambda feature, some: feature[some], features, active)
             logits, quality = self.decode(left, points)
             for number, masks, scores in zip(active, logits, quality, strict=True):
                 for step in zip(masks.split(3 * size), scores.split(3 * size), strict=True):
@@ -345,10 +346,3 @@ def _load(name: str) -> tuple[Any, Any]:
         what = f"{len(missing)} weights for mask generation: {min(missing)} ..."
         raise ValueError(f"--model {name} lacks {what}")
     return processor, model
-
-
-def _take(feature: Any, numbers: list[int]) -> Any:
-    """Some images' part of a feature, which may be several tensors."""
-    if isinstance(feature, Tensor):
-        return feature[numbers]
-    return [_take(one, numbers) for one in feature]

@@ -146,21 +146,9 @@ class PackedStore:
         """The keys of the images that are known to have none."""
         return self._keys("segments = 0")
 
-    def all_images(self) -> set[str]:
-        """The keys of both."""
-        return self._keys("1")
-
     def failures(self) -> dict[str, str]:
         """Why images are not in the store, by their keys."""
         return dict(self._query("SELECT key, reason FROM failures ORDER BY key"))
-
-    def packed(self, key: str) -> PackedImage:
-        """The rows of an image, for copying; what cannot be read is not copied."""
-        rows = self._query(ALL, key)
-        for row in rows:
-            self._segment(key, row)
-        height, width = rows[0][:2] if rows else (None, None)
-        return PackedImage(key, height, width, [row[2:] for row in rows])
 
     def _keys(self, condition: str) -> set[str]:
         keys = {key for (key,) in self._query(f"SELECT key FROM images WHERE {condition}")}

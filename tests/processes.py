@@ -19,9 +19,7 @@ _server.set_forkserver_preload(
 )
 
 
-def start(
-    work: Callable[[int], int], processes: int = 1, output: Path | None = None
-) -> list[BaseProcess]:
+def start(work: Callable[[int], int], processes: int = 1, output: Path | None = None) -> list[BaseProcess]:
     """Processes that end with the exit code of work(rank), connected as torchrun connects them.
 
     output: a file for all that they print.

@@ -98,9 +98,7 @@ def test_the_same_command_again_does_nothing(reference: Path, config: Path) -> N
 
 
 @pytest.mark.slow
-def test_other_settings_in_the_same_directory_are_refused_by_name(
-    reference: Path, config: Path
-) -> None:
+def test_other_settings_in_the_same_directory_are_refused_by_name(reference: Path, config: Path) -> None:
     before = files_below(reference)
     done = run_benchmark(
         *("--config", config, "--output-dir", reference, *ROUNDS, "--pretrain", "base_lr=0.05")
@@ -247,9 +245,7 @@ def _is_running(out: Path, job: str) -> bool:
     return any(r["job_id"] == job and r["state"] == "running" for r in records)
 
 
-def test_dry_run_shows_the_plan_on_a_screen_and_changes_nothing(
-    config: Path, tmp_path: Path
-) -> None:
+def test_dry_run_shows_the_plan_on_a_screen_and_changes_nothing(config: Path, tmp_path: Path) -> None:
     before = files_below(config.parent)
     out = tmp_path / "out"
     call = ("--config", config, "--output-dir", out, *ROUNDS, "--dry-run")
@@ -280,11 +276,10 @@ def test_segments_that_cannot_be_written_beside_go_into_the_output_directory(
     told = capsys.readouterr()
     assert end.value.code == 0, told.err
     assert told.out.count(f"--masks-dir {out / 'segments.sqlite'}") == 2
-    assert (
-        f"segments pack {config.parent / 'in1k/masks'} --out {out / 'segments.sqlite'}" in told.out
-    )
+    assert f"segments pack {config.parent / 'in1k/masks'} --out {out / 'segments.sqlite'}" in told.out
 
 
+@pytest.mark.slow
 def test_a_finished_run_packs_nothing(reference: Path, config: Path, tmp_path: Path) -> None:
     store = config.parent / "in1k/masks/masks.sqlite"
     aside = store.rename(tmp_path / "aside.sqlite")

@@ -10,17 +10,17 @@ import pytest
 import yaml
 
 from common.formats import read_log
-from pipeline.plan.sample import SampleSize, write_sample
+from pipeline.plan.sample import write_sample
 from tests.equal_runs import TIMING_KEYS
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 EARLIER = REPO_ROOT / "tests/fixtures/earlier_run"
-SIZE = SampleSize(train=24, val=4, segmentation_train=8, segmentation_val=4)
+SIZE = {"train": 24, "val": 4, "segmentation_train": 8, "segmentation_val": 4}
 
 
 def put_there(folder: Path) -> Path:
     """The run, its data and its command's file, all in `folder`; returns the output directory."""
-    write_sample(folder / "sample", SIZE)
+    write_sample(folder / "sample", **SIZE)
     run = folder / "run"
     shutil.copytree(EARLIER / "run", run)
     shutil.copy(EARLIER / "run.yml", folder / "run.yml")

@@ -36,9 +36,7 @@ def test_what_is_planned_is_shown_and_nothing_is_made(config: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_photographs_alone_end_in_a_report_and_the_same_call_goes_on(
-    config: Path, tmp_path: Path
-) -> None:
+def test_photographs_alone_end_in_a_report_and_the_same_call_goes_on(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     call = ("--config", config, "--output-dir", out, *CALL)
     done = run_benchmark(*call)

@@ -72,9 +72,7 @@ def output(data: Path) -> Path:
     return data / "output"
 
 
-def test_the_segments_are_packed_and_the_table_has_a_row_per_method(
-    data: Path, output: Path
-) -> None:
+def test_the_segments_are_packed_and_the_table_has_a_row_per_method(data: Path, output: Path) -> None:
     assert (data / "in1k/masks/masks.sqlite").is_file()
     with (output / "results.csv").open() as file:
         rows = [(row["method"], int(row["epochs"])) for row in csv.DictReader(file)]

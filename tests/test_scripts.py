@@ -45,12 +45,8 @@ def path_with_old_python(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("script", ["run_benchmark.sh", "run_tests.sh"])
-def test_too_old_a_python_is_one_clear_line(
-    script: str, path_with_old_python: str, tmp_path: Path
-) -> None:
-    result = run_script(
-        script, PATH=path_with_old_python, PYTHON="", VENV_DIR=str(tmp_path / "venv")
-    )
+def test_too_old_a_python_is_one_clear_line(script: str, path_with_old_python: str, tmp_path: Path) -> None:
+    result = run_script(script, PATH=path_with_old_python, PYTHON="", VENV_DIR=str(tmp_path / "venv"))
     assert result.returncode == 2
     assert result.stderr == (
         "Error: SegMAE needs Python 3.11, 3.12 or 3.13 on the PATH; python3 here is: 3.8.18.\n"
@@ -165,9 +161,7 @@ def indexes(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_torch_comes_from_another_index_and_the_rest_from_the_lock(
-    indexes: str, tmp_path: Path
-) -> None:
+def test_torch_comes_from_another_index_and_the_rest_from_the_lock(indexes: str, tmp_path: Path) -> None:
     tree, served = tmp_path / "tree", tmp_path / "indexes"
     tree.mkdir()
     for name in ("environment.sh", "run_benchmark.sh"):

@@ -14,7 +14,6 @@ from common.console import aligned
 from common.environment import CUDA_REMEDY, least_driver
 from mae.check import PretrainFacts
 from pipeline.launch.estimate import kept_bytes
-from pipeline.launch.view import what_it_does
 from pipeline.plan import machine
 from pipeline.plan.check import ask, checked_plan
 from pipeline.plan.machine import GIB
@@ -143,7 +142,7 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
         return
     yield Finding("flags", f"a plan of {len(steps)} steps")
     if making := [step for step in steps if step.kind in MAKING]:  # which comes first
-        yield Finding("segments", f"{what_it_does(making[0])} ({len(making)} steps)")
+        yield Finding("segments", f"{making[0].what} ({len(making)} steps)")
     facts = {step.kind: step.facts for step in reversed(steps) if step.facts}
     if isinstance(images := facts.get("pretrain"), PretrainFacts):
         counts = f"{images.train} train, {images.left_out} left out, {images.val} val"

@@ -1,24 +1,37 @@
-"""Runs steps on this machine: starts them, shows their output, records how they end."""
+"""Runs steps on this machine: starts them, shows their output, records how they end.
 
+A step's process gets its own session, so that a signal reaches it exactly once, through `stop`. Its
+output goes straight into console.log and is shown by reading that file: it neither blocks nor
+breaks when this process dies. On Linux the kernel then sends the child SIGTERM, so it saves and
+ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
 import os
 import shlex
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import BinaryIO, NamedTuple
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
 
 from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
 from common.progress import progress_text
 from common.step_files import PROGRESS
-from pipeline.launch import process
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout
-from pipeline.plan.machine import GIB
+from pipeline.plan.machine import GIB, REPO_ROOT
 from pipeline.plan.records import (
     Record,
     StepState,
@@ -29,16 +42,17 @@ from pipeline.plan.records import (
 )
 from pipeline.plan.steps import Step
 
+MARK = "SEGMAE_STEP"  # environment variable, inherited by every descendant: which step it works for
+GRACE_SECONDS = 120.0  # between SIGTERM and SIGKILL: time to finish a step and save
+_PR_SET_PDEATHSIG = 1
+# Loaded here: between fork and exec, another thread's lock on the loader would never be released.
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _TAIL_LINES, _SEARCHED_LINES = 12, 200  # of console.log, for the message of a failure
 _LOGS_BYTES = 50 * 2**20  # what a step writes beside checkpoints, generously
 _CLEAR_LINE = b"\r\x1b[2K"  # back to its beginning, and erase it
 
 
-class _Running(NamedTuple):
-    step: Step
-    child: process.Child
-    record: Record
-    gpus: Sequence[int]
+# The launcher ------------------------------------------------------------------------------------
 
 
 class LocalLauncher:
@@ -49,7 +63,7 @@ class LocalLauncher:
         self.paths = paths
         self.overlaps = overlaps
         self.output = output or sys.stdout.buffer
-        self.running: list[_Running] = []
+        self.running: list[Child] = []
         self._line_drawn = False  # of progress; the next output goes in its place
         self._shown = ""  # the step whose output was shown last
 
@@ -57,11 +71,11 @@ class LocalLauncher:
         """Whether the step could start now."""
         if step.gpus is not None:  # one for each of its processes
             return len(self._free(step)) >= step.processes
-        return all(self.overlaps and r.step.lane != step.lane for r in self.running)
+        return all(self.overlaps and child.step.lane != step.lane for child in self.running)
 
     def _free(self, step: Step) -> list[int]:
         """The GPUs that it may use and no running step has."""
-        taken = {gpu for running in self.running for gpu in running.gpus}
+        taken = {gpu for child in self.running for gpu in child.gpus}
         return [gpu for gpu in step.gpus or () if gpu not in taken]
 
     def start(self, step: Step) -> Record:
@@ -72,67 +86,67 @@ class LocalLauncher:
         if lacking := shortage(step):  # not written: the record of an earlier attempt says more
             return Record.of(step, "failed", None, message=lacking)
         mark = f"{self.paths.root}:{step.name}"
-        process.end_orphans(mark)
+        end_orphans(mark)
         for output in step.outputs:
             output.parent.mkdir(parents=True, exist_ok=True)
         # A rolling progress file of the round before would be taken for this one's.
         (step.folder / PROGRESS).unlink(missing_ok=True)
         gpus = self._free(step)[: step.processes]
-        child = process.Child(step.command, step.console_log, mark, environment(step, gpus))
-        record = Record.of(
+        child = Child(step, mark, step.console_log, gpus)
+        child.record = record = Record.of(
             step, "running", read_record(self.paths, step.name), started=time.time(),
             host=socket.gethostname(), pid=child.pid, job_id=os.environ.get("SLURM_JOB_ID", ""),
         )  # fmt: skip
         write_record(self.paths, record)
-        self.running.append(_Running(step, child, record, gpus))
+        self.running.append(child)
         self._shown = step.name  # benchmark.py has said so
         return record
 
     def poll(self) -> list[Record]:
         """Shows new output; returns the steps that ended since the last call, recorded."""
         finished = []
-        for running in list(self.running):
-            exit_code = running.child.poll()  # before its last output is read
-            self._show(running.child.new_output(), running.step)
+        for child in list(self.running):
+            exit_code = child.poll()  # before its last output is read
+            self._show(child.new_output(), child.step)
             if exit_code is not None:
-                process.end_marked(running.child.mark)
-                self.running.remove(running)
-                finished.append(self._judge(running, exit_code))
+                end_marked(child.mark)
+                self.running.remove(child)
+                finished.append(self._judge(child, exit_code))
         if self.running and self.output.isatty():  # one line for what runs now, drawn over itself
-            steps = [running.step for running in self.running]
+            steps = [child.step for child in self.running]
             parts = [f"{step.name} {progress_text(read_progress(step.folder))}" for step in steps]
             line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
             self._write(_CLEAR_LINE + line.encode())
             self._line_drawn = True
         return finished
 
-    def stop(self, *, at_once: bool = False, grace_seconds: float = process.GRACE_SECONDS) -> None:
+    def stop(self, *, at_once: bool = False, grace_seconds: float = GRACE_SECONDS) -> None:
         """Asks all running steps to save and end, or ends them at once.
 
         Called again, it ends steps that have not ended `grace_seconds` after they were asked.
         """
-        for running in self.running:
+        for child in self.running:
             if at_once:
-                running.child.kill()
+                child.kill()
             else:
-                running.child.stop(grace_seconds)
+                child.stop(grace_seconds)
 
-    def _judge(self, running: _Running, exit_code: int) -> Record:
+    def _judge(self, child: Child, exit_code: int) -> Record:
         """By exit code and by the files it had to leave."""
-        step, what, outputs = running.step, "", dict[str, int]()
+        step, before, what = child.step, child.record, ""
+        outputs = output_sizes(step, self.paths)
+        missing = [p for p in step.outputs if not outputs[os.path.relpath(p, self.paths.root)]]
         state: StepState = "done"
         if exit_code == EXIT_STOPPED or was_stopped(step):
             state = "stopped"
         elif exit_code != 0:
             state, what = "failed", f"ended with exit code {exit_code}"
-        else:
-            try:
-                outputs = output_sizes(step, self.paths)
-            except FileNotFoundError as error:
-                state, what = "failed", f"ended with exit code 0 but did not leave {error}"
+        elif missing:
+            what = f"ended with exit code 0 but did not leave {', '.join(map(str, missing))}"
+            state = "failed"
         record = replace(
-            running.record, state=state, outputs=outputs, exit_code=exit_code,
-            seconds=running.record.seconds + time.time() - running.record.started,
+            before, state=state, outputs=outputs if state == "done" else {}, exit_code=exit_code,
+            seconds=before.seconds + time.time() - before.started,
             message=failure_message(step, what) if what else "",
         )  # fmt: skip
         write_record(self.paths, record)
@@ -174,9 +188,9 @@ def environment(step: Step, gpus: Sequence[int] = ()) -> dict[str, str]:
     added = {
         PROGRESS_FILE: str(step.folder / PROGRESS),
         # torchrun would end its workers 30 s after a SIGTERM, in the middle of a long save.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{process.GRACE_SECONDS:.0f}",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{GRACE_SECONDS:.0f}",
     }
-    if step.config.run.device == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
+    if step.device == "cpu" and "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait by spinning take the cores from those that work: on two busy cores
         # ten times slower than threads that sleep (measured with vit_tiny).
         added["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -204,3 +218,94 @@ def failure_message(step: Step, what: str) -> str:
         f"step {step.name} {what}{reason}\n  command: {shlex.join(step.command)}\n"
         f"  log: {step.console_log}, which ends:{tail or ' (empty)'}"
     )
+
+
+# A step's process --------------------------------------------------------------------------------
+
+
+class Child(subprocess.Popen[bytes]):
+    """A running step; `poll` gives its exit code, negative for a signal, or None while it runs."""
+
+    record: Record  # the launcher's, of this attempt
+
+    def __init__(self, step: Step, mark: str, console_log: Path, gpus: Sequence[int] = ()):
+        """Starts the step in the repository root, appending its output to `console_log`.
+
+        mark: names it for `end_orphans`. gpus: see `environment`.
+        """
+        console_log.parent.mkdir(parents=True, exist_ok=True)
+        self.step, self.mark, self.console_log, self.gpus = step, mark, console_log, gpus
+        self._stop_asked: float | None = None
+        added = {"PYTHONUNBUFFERED": "1", **environment(step, gpus), MARK: mark}
+        with console_log.open("ab") as output:
+            self._shown_bytes = output.tell()
+            super().__init__(
+                step.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                cwd=REPO_ROOT, start_new_session=True, preexec_fn=_in_child,
+                env={**os.environ, **added},
+            )  # fmt: skip
+
+    def new_output(self) -> bytes:
+        """What it printed since the last call."""
+        with self.console_log.open("rb") as stream:
+            stream.seek(self._shown_bytes)
+            output = stream.read()
+        self._shown_bytes += len(output)
+        return output
+
+    def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
+        """Asks it (once) to save and end; after `grace_seconds` of further calls, ends it."""
+        if self._stop_asked is None:
+            self._stop_asked = time.monotonic()
+            self._signal_all(signal.SIGTERM)
+        elif time.monotonic() - self._stop_asked > grace_seconds:
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends it and all its descendants at once."""
+        self._signal_all(signal.SIGKILL)
+        self.wait()
+        end_marked(self.mark)
+
+    def _signal_all(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # it has just ended (macOS: a zombie)
+            os.killpg(self.pid, number)  # it leads its session's group
+
+
+def _in_child() -> None:
+    """In the new child, before its program begins."""
+    # Submitit's way to tell a Slurm job that its end is near. Slurm sends it to all processes of
+    # the job; it is meant for the wrapper alone, which then asks the step to save.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if _LIBC is not None:
+        # The kernel's signal when benchmark.py dies: not SIGKILL, since torchrun can end its
+        # workers only if it is asked to.
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes with that mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        # Another user's process, one that has just ended, or a zombie.
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def end_marked(mark: str) -> None:
+    """Ends every process that inherited `mark` (torchrun's workers have sessions of their own)."""
+    for process in marked(mark):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def end_orphans(mark: str, grace_seconds: float = GRACE_SECONDS) -> None:
+    """Waits for the processes of a step whose benchmark.py died; after the grace, ends them."""
+    # The kernel asked them to end when benchmark.py died: they are saving if they still live.
+    deadline = time.monotonic() + grace_seconds
+    while marked(mark):
+        if time.monotonic() > deadline:
+            end_marked(mark)
+        time.sleep(0.1)

@@ -21,14 +21,13 @@ from common.console import EXIT_STOPPED
 from common.files import hold
 from common.interruption import Interruption
 from pipeline.launch import status
-from pipeline.launch.local import LocalLauncher, environment, was_stopped
-from pipeline.launch.process import Child, end_marked
+from pipeline.launch.local import Child, LocalLauncher, end_marked, was_stopped
 from pipeline.plan import records
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import REPO_ROOT
 from pipeline.plan.records import Record, is_done, other_settings, read_record, write_record
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, nodes_of
+from pipeline.plan.steps import Step
 
 _POLL_SECONDS = 0.2
 _FOLLOW_SECONDS = 2.0
@@ -91,7 +90,7 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
         executor = submitit.SlurmExecutor(folder=paths.slurm, max_num_timeout=10_000)
         executor.update_parameters(**job_parameters(settings, step, needed))
         try:
-            job = executor.submit(StepJob(paths.root, step, nodes_of(step, settings)))
+            job = executor.submit(StepJob(paths.root, step))
         except FailedJobError as error:
             raise ValueError(f"{step.name} was refused: {' '.join(str(error).split())}") from None
         job_ids[step.name] = job.job_id
@@ -101,8 +100,8 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
 
 def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[str, Any]:
     """Submitit's parameters of a step's job; `needed` are the jobs that have to succeed before."""
-    cluster, nodes = settings.cluster, nodes_of(step, settings)
-    gpus = step.devices if step.devices_are_gpus else None
+    cluster = settings.cluster
+    gpus = step.devices if step.device == "cuda" else None
     cpus = _cpus_per_task(settings, step, gpus or 0)
     asked_cpus = cluster.sbatch.get("cpus_per_task", cpus)
     given = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
@@ -112,7 +111,7 @@ def job_parameters(settings: Settings, step: Step, needed: list[str]) -> dict[st
         additional |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     chosen: dict[str, Any] = {
         "job_name": step.name, "partition": cluster.partition, "qos": cluster.qos,
-        "time": cluster.minutes, "nodes": nodes, "gpus_per_node": gpus, "cpus_per_task": cpus,
+        "time": cluster.minutes, "nodes": step.nodes, "gpus_per_node": gpus, "cpus_per_task": cpus,
         "ntasks_per_node": 1,  # torchrun starts a node's processes
         # Since Slurm 22.05 srun does not take it over from sbatch: the task would get one core.
         "srun_args": asked_cpus and [f"--cpus-per-task={asked_cpus}"],
@@ -127,7 +126,7 @@ def _cpus_per_task(settings: Settings, step: Step, gpus: int) -> int | None:
 
     None leaves it to the user's --sbatch, or for a single process on the CPU to the site.
     """
-    cluster, workers = settings.cluster, step.config.run.workers
+    cluster, workers = settings.cluster, step.config.run.workers if step.config else None
     if {"cpus_per_task", "cpus_per_gpu"} & cluster.sbatch.keys():
         return None
     if not gpus and step.processes == 1:
@@ -198,7 +197,6 @@ class StepJob:
 
     root: Path
     step: Step
-    nodes: int
     _launcher: LocalLauncher | None = None
 
     def __call__(self) -> str:
@@ -209,7 +207,7 @@ class StepJob:
             if is_done(self.step, paths):
                 return "done"
             self._await_record(paths, stop)
-            step = on_this_cluster(self.step, self.nodes)
+            step = on_this_cluster(self.step)
             if os.environ.get("SLURM_NODEID", "0") != "0":
                 return _assist(step, paths, stop)
             self._launcher = LocalLauncher(paths, overlaps=False)
@@ -236,7 +234,7 @@ class StepJob:
             self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
             self._launcher.poll()
             time.sleep(_POLL_SECONDS)
-        return DelayedSubmission(StepJob(self.root, self.step, self.nodes))
+        return DelayedSubmission(StepJob(self.root, self.step))
 
     def _await_record(self, paths: Layout, stop: Interruption) -> None:
         """Returns when the step's record names this job; ends the job if it does not come to.
@@ -269,7 +267,7 @@ def _assist(step: Step, paths: Layout, stop: Interruption) -> str:
     """
     node = os.environ["SLURM_NODEID"]
     log = paths.slurm / f"{os.environ['SLURM_JOB_ID']}_node{node}.log"
-    child = Child(step.command, log, f"{paths.root}:{step.name}:node{node}", environment(step))
+    child = Child(step, f"{paths.root}:{step.name}:node{node}", log)
     # Submitit's own handler of SIGUSR2 does nothing on these nodes.
     with Interruption(signals=(signal.SIGUSR2,), ends_process=False) as announced:
         while (exit_code := child.poll()) is None:
@@ -284,13 +282,13 @@ def _assist(step: Step, paths: Layout, stop: Interruption) -> str:
     raise RuntimeError(f"{step.name} ended with exit code {exit_code} on this node, see {log}")
 
 
-def on_this_cluster(step: Step, nodes: int) -> Step:
+def on_this_cluster(step: Step) -> Step:
     """The step as this node starts it: across nodes, torchrun meets at the job's first node.
 
     MASTER_ADDR and MASTER_PORT are taken as they are where the site sets them; else the port
     follows from the number of the job.
     """
-    if nodes == 1 or step.kind != "pretrain":
+    if step.nodes == 1:
         return step
     from submitit.helpers import TorchDistributedEnvironment
 
@@ -298,5 +296,5 @@ def on_this_cluster(step: Step, nodes: int) -> Step:
     address = os.environ.get("MASTER_ADDR") or agreed.master_addr
     port = os.environ.get("MASTER_PORT") or agreed.master_port
     node = f"--node-rank={os.environ.get('SLURM_NODEID', '0')}"
-    meet = (f"--nnodes={nodes}", node, f"--master-addr={address}", f"--master-port={port}")
+    meet = (f"--nnodes={step.nodes}", node, f"--master-addr={address}", f"--master-port={port}")
     return replace(step, rendezvous=meet)

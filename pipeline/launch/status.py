@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from common.progress import duration, progress_text
-from pipeline.launch.process import marked
+from pipeline.launch.local import marked
 from pipeline.launch.view import step_table
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import PlannedStep, Record, read_plan, read_progress, read_record

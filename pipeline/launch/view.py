@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.console import aligned, say
-from mae.config import PretrainConfig
 from pipeline.plan.check import checked_plan
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import is_done
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Arguments, Step
+from pipeline.plan.steps import Step
 
 
 def step_table(
@@ -33,7 +32,7 @@ def show(settings: Settings, *, verbose: bool) -> None:
     say(f"{len(steps)} steps, {len(done)} done, in {paths.root}\n")
     numbers = {step.name: str(number) for number, step in enumerate(steps, start=1)}
     columns = {
-        "what it does": [what_it_does(step) for step in steps],
+        "what it does": [step.what for step in steps],
         "on": [devices_text(step) for step in steps],
         "after": [", ".join(numbers[need] for need in step.needs) or "-" for step in steps],
         "": ["done" if step.name in done else "to do" for step in steps],
@@ -50,21 +49,9 @@ def show(settings: Settings, *, verbose: bool) -> None:
         say("\n--verbose shows the commands")
 
 
-def what_it_does(step: Step) -> str:
-    """In a few words."""
-    config = step.config
-    if isinstance(config, Arguments):
-        return config.what
-    if isinstance(config, PretrainConfig):
-        more = ", without segments too" if config.data.use_unmasked_images else ""
-        return f"pretrain up to epoch {step.epochs} of {config.optimisation.epochs}{more}"
-    what = "probe the frozen encoder" if step.kind == "probe" else "finetune and score"
-    return f"{what}, seed {step.settings['seed']}"
-
-
 def devices_text(step: Step) -> str:
     """What it runs on, in words."""
-    if not step.devices_are_gpus:
+    if step.device != "cuda":
         return "CPU"
     there = len(step.gpus or ())  # of which a score takes some
     several = f"{step.devices} of {there}" if there > step.devices else str(step.devices)

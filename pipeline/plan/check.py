@@ -27,7 +27,7 @@ from pipeline.plan.machine import REPO_ROOT, visible_gpus
 from pipeline.plan.records import differences, is_done, read_progress
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Arguments, Facts, Step, make_plan, nodes_of
+from pipeline.plan.steps import Facts, Step, make_plan
 from segmenter.config import RANDOM, ProbeConfig
 
 # A command, and what its environment has beside this process's own.
@@ -112,8 +112,8 @@ def _check_possible(step: Step, made: Collection[Path]) -> None:
 
 def init_of(step: Step) -> Path | None:
     """The checkpoint that it starts from."""
-    config: Any = step.config
-    if isinstance(config, Arguments):
+    config = step.config
+    if config is None:
         return None
     init = config.run.init if isinstance(config, PretrainConfig) else config.init
     return None if init == RANDOM else init
@@ -149,9 +149,9 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
     known, read_dataset = dict[Any, Any](), functools.cache(segmenter.check.read_description)
     makes_segments = any(step.kind in MAKING for step in waiting)
     for step in waiting:
-        if isinstance(step.config, Arguments) or (step.kind, step.run) in found:
+        if step.config is None or (step.kind, step.run) in found:
             continue
-        processes, now = step.processes * nodes_of(step, settings), startable(step)
+        processes, now = step.processes * step.nodes, startable(step)
         facts: Facts
         if isinstance(step.config, PretrainConfig):
             packed = not (makes_segments and reads_segments(step))

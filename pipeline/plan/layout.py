@@ -13,14 +13,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Self
 
-from common.options import fields_of
 from mae.config import MethodConfig, OptimisationConfig, SegmentsFrom
 
 BASELINES = ("scratch", "mae")  # evaluated at epoch 0, shared by all masking methods
 OWN, *CONTROLS = typing.get_args(SegmentsFrom)  # whose segments are hidden
 # What a run's name leaves out: pretraining's own defaults.
-DEFAULT_RATIO: float = fields_of(MethodConfig)["coverage_ratio"].default
-DEFAULT_SEED: int = fields_of(OptimisationConfig)["seed"].default
+DEFAULT_RATIO, DEFAULT_SEED = MethodConfig.coverage_ratio, OptimisationConfig.seed
 # The controls are known by name, so that a folder that somebody copied aside is no run.
 _RUN_NAME = re.compile(
     r"(?P<method>[A-Za-z]\w*)(-cov(?P<coverage>\d+(\.\d+)?))?"
@@ -37,7 +35,7 @@ class RunId:
     """
 
     method: str
-    coverage_ratio: float = DEFAULT_RATIO
+    coverage_ratio: float | None = DEFAULT_RATIO  # None: it is known that the method uses none
     segments_from: str = OWN
     seed: int = DEFAULT_SEED
 
@@ -45,9 +43,17 @@ class RunId:
     def name(self) -> str:
         """The method, and what is not the default."""
         ratio, source, seed = self.coverage_ratio, self.segments_from, self.seed
-        text = self.method + ("" if ratio == DEFAULT_RATIO else f"-cov{ratio_text(ratio)}")
+        text = self.method
+        text += "" if ratio in (DEFAULT_RATIO, None) else f"-cov{ratio_text(ratio)}"
         text += "" if source == OWN else f"-{source}"
         return text + ("" if seed == DEFAULT_SEED else f"-seed{seed}")
+
+    @property
+    def label(self) -> str:
+        """In words: what the runs of all seeds have in common."""
+        ratio, source = self.coverage_ratio, self.segments_from
+        text = self.method + ("" if ratio is None else f" {ratio_text(ratio)}%")
+        return text + ("" if source == OWN else f" {source}")
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -71,13 +77,12 @@ def eval_name(run: str, epochs: int, eval_seed: int = 0) -> str:
     return f"{run}_{epochs}" + (f"-evalseed{eval_seed}" if eval_seed else "")
 
 
-def parse_eval_name(name: str) -> tuple[str, int, int]:
+def parse_eval_name(name: str) -> tuple[RunId, int, int]:
     """The inverse: run, epochs completed, eval_seed; ValueError for a name that is none."""
     match = _EVAL_NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is not an evaluation such as four_channels_5")
-    RunId.parse(match["run"])
-    return match["run"], int(match["epochs"]), int(match["eval_seed"] or 0)
+    return RunId.parse(match["run"]), int(match["epochs"]), int(match["eval_seed"] or 0)
 
 
 class Layout:

@@ -109,8 +109,8 @@ def read_record(paths: Layout, step_name: str) -> Record | None:
 
 def read_all_records(paths: Layout) -> list[Record]:
     """All records of an output directory, by name."""
-    found = (read_record(paths, path.stem) for path in sorted(paths.records.glob("*.json")))
-    return [record for record in found if record is not None]
+    files = sorted(paths.records.glob("*.json"))
+    return [record for file in files if (record := read_record(paths, file.stem))]
 
 
 def write_record(paths: Layout, record: Record) -> None:
@@ -148,11 +148,9 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def output_sizes(step: Step, paths: Layout) -> dict[str, int]:
-    """Sizes of the step's outputs; raises FileNotFoundError naming those missing or empty."""
-    missing = [path for path in step.outputs if not path.is_file() or path.stat().st_size == 0]
-    if missing:
-        raise FileNotFoundError(", ".join(str(path) for path in missing))
-    return {os.path.relpath(path, paths.root): path.stat().st_size for path in step.outputs}
+    """The step's outputs, by paths relative to the output directory: bytes, 0 for one missing."""
+    sizes = {path: path.stat().st_size if path.is_file() else 0 for path in step.outputs}
+    return {os.path.relpath(path, paths.root): size for path, size in sizes.items()}
 
 
 def is_done(step: Step, paths: Layout) -> bool:
@@ -161,15 +159,10 @@ def is_done(step: Step, paths: Layout) -> bool:
     # A step of an earlier call may bear the name: then it was made otherwise, and is done again.
     if record is None or record.state != "done" or other_settings(step.settings, record):
         return False
-    try:
-        return output_sizes(step, paths) == record.outputs
-    except FileNotFoundError:
-        return False
+    return output_sizes(step, paths) == record.outputs
 
 
-def other_settings(
-    wanted: Mapping[str, Any], record: Record, leave_out: Collection[str] = ()
-) -> list[str]:
+def other_settings(wanted: Mapping[str, Any], record: Record, leave_out: Collection[str] = ()) -> list[str]:
     """`name: stored -> wanted` for the settings in which the record's step was made otherwise."""
     compared = {name: value for name, value in wanted.items() if name not in leave_out}
     return differing_settings(_made_with(record), compared, {})

@@ -9,7 +9,6 @@ seed gives the same files.
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,16 +29,6 @@ _PALETTE = [
 _HEIGHT, _WIDTH = 96, 128  # pixels
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleSize:
-    """Number of images."""
-
-    train: int = 256
-    val: int = 32
-    segmentation_train: int = 192
-    segmentation_val: int = 48
-
-
 class Scene(NamedTuple):
     """One generated picture."""
 
@@ -49,29 +38,34 @@ class Scene(NamedTuple):
     main_class: str  # the largest shape's
 
 
-def write_sample(folder: Path, size: SampleSize | None = None, seed: int = 0) -> None:
+def write_sample(
+    folder: Path, *, train: int = 256, val: int = 32, segmentation_train: int = 192,
+    segmentation_val: int = 48, seed: int = 0,
+) -> None:  # fmt: skip
     """Writes in1k/ and segmentation/ into `folder`; each appears complete or not at all.
 
     What is there already is left alone, so that a run on it can be continued.
     """
-    size = size or SampleSize()
     folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (("in1k", _write_in1k), ("segmentation", _write_segmentation)):
+    for name, write, counts in (
+        ("in1k", _write_in1k, (train, val)),
+        ("segmentation", _write_segmentation, (segmentation_train, segmentation_val)),
+    ):
         if (folder / name).exists():
             continue
         aside = folder / f".{name}.{os.getpid()}"
         try:
-            write(aside, size, np.random.default_rng([seed, len(name)]))
+            write(aside, *counts, np.random.default_rng([seed, len(name)]))
             aside.rename(folder / name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_in1k(folder: Path, size: SampleSize, rng: np.random.Generator) -> None:
+def _write_in1k(folder: Path, train: int, val: int, rng: np.random.Generator) -> None:
     stems = []
-    for number in range(size.train + size.val):
-        is_val = number >= size.train
-        split, index = ("val", number - size.train) if is_val else ("train", number)
+    for number in range(train + val):
+        is_val = number >= train
+        split, index = ("val", number - train) if is_val else ("train", number)
         scene = _draw_scene(rng)
         image = Image.fromarray(scene.image_hwc)
         stems.append(f"{scene.main_class}{'_val' if is_val else ''}_{index:04d}")
@@ -91,9 +85,8 @@ def _write_in1k(folder: Path, size: SampleSize, rng: np.random.Generator) -> Non
     )
 
 
-def _write_segmentation(folder: Path, size: SampleSize, rng: np.random.Generator) -> None:
-    counts = {"training": size.segmentation_train, "validation": size.segmentation_val}
-    for split, count in counts.items():
+def _write_segmentation(folder: Path, train: int, val: int, rng: np.random.Generator) -> None:
+    for split, count in (("training", train), ("validation", val)):
         for index in range(count):
             scene, within = _draw_scene(rng), f"{split}/{split}_{index:04d}"
             _save_image(Image.fromarray(scene.image_hwc), folder / f"images/{within}.jpg")

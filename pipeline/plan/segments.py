@@ -23,9 +23,7 @@ from segments.config import GENERATORS, STORE_NAME
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store
 
 
-def with_segments(
-    steps: Sequence[Step], settings: Settings, done: Collection[str] = ()
-) -> list[Step]:
+def with_segments(steps: Sequence[Step], settings: Settings, done: Collection[str] = ()) -> list[Step]:
     """The plan, begun by what leaves the segments that its pretrainings read.
 
     done: names of steps for which nothing is made. Raises ValueError for an unknown generator, also

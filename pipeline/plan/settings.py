@@ -153,9 +153,7 @@ class Compute(OptionGroup):
         if self.eval_gpus and not gpus:
             raise ValueError("--eval-gpus leaves no GPU for pretraining")
         if self.gpus_per_eval > max(most, 1):
-            raise ValueError(
-                f"--gpus-per-eval {self.gpus_per_eval}: to evaluate on are {most} GPUs"
-            )
+            raise ValueError(f"--gpus-per-eval {self.gpus_per_eval}: to evaluate on are {most} GPUs")
         if gpus and self.num_processes not in (None, gpus):
             raise ValueError(
                 f"--num-processes {self.num_processes}: each of the {gpus} GPUs that pretrain has "

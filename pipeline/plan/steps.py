@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from common import step_files as files
 from common.formats import check_names
@@ -35,33 +35,10 @@ _FLAGS = {
 Facts = PretrainFacts | ScoringFacts
 PartConfig = PretrainConfig | TrainConfig | ProbeConfig
 Kind = Literal["fetch", "pack", "generate", "merge", "pretrain", "probe", "evaluate"]
-# What does a step, by its config.
-_OF_PART: dict[type, tuple[Kind, tuple[str, str]]] = {
-    PretrainConfig: ("pretrain", ("mae", "pretrain")),
-    ProbeConfig: ("probe", ("segmenter", "probe")),
-    TrainConfig: ("evaluate", ("segmenter", "train")),
+_PROGRAMS = {
+    "pretrain": ("mae", "pretrain"), "probe": ("segmenter", "probe"),
+    "evaluate": ("segmenter", "train"),
 }  # fmt: skip
-
-
-class Place(NamedTuple):
-    """Where a step runs, by the names that the parts' configs have for it."""
-
-    output_dir: Path
-    device: Literal["auto", "cpu", "cuda"]
-    workers: int | None = None  # loader processes; None: as many as the cores allow
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """What a step that trains and scores nothing is told."""
-
-    words: tuple[str, ...]
-    what: str  # it does, in a few words
-    run: Place
-
-    def arguments(self) -> list[str]:
-        """The words of its command line."""
-        return list(self.words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +47,17 @@ class Step:
 
     name: str  # unique, usable as a file name: pretrain_four_channels_5
     kind: Kind
+    what: str  # it does, in a few words
     run: str  # the run's name; its folder is called so
     epochs: int = 0  # of pretraining, completed when the step is done
     program: tuple[str, ...]  # Python module and command, such as ("mae", "pretrain")
-    config: PartConfig | Arguments
-    processes: int = 1
+    # What it is told: a part's options, or for a step that trains and scores nothing, words.
+    config: PartConfig | None = None
+    words: tuple[str, ...] = ()
+    folder: Path  # where it writes, console.log included
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    nodes: int = 1  # machines that share it
+    processes: int = 1  # on each
     needs: tuple[str, ...] = ()  # names of steps
     outputs: tuple[Path, ...]  # files that have to be there, and not empty, afterwards
     # All that decides what it makes, plain; paths in the output directory are relative to it.
@@ -86,11 +69,6 @@ class Step:
     facts: Facts | None = None  # what its check found, where it was checked and is a part's
 
     @property
-    def folder(self) -> Path:
-        """Where it writes, console.log included."""
-        return self.config.run.output_dir
-
-    @property
     def console_log(self) -> Path:
         """What the step printed."""
         return self.folder / files.CONSOLE_LOG
@@ -98,12 +76,7 @@ class Step:
     @property
     def devices(self) -> int:
         """What it occupies: GPUs, or 1 for the CPU."""
-        return self.processes if self.devices_are_gpus else 1
-
-    @property
-    def devices_are_gpus(self) -> bool:
-        """Whether it runs on GPUs."""
-        return self.config.run.device == "cuda"
+        return self.processes if self.device == "cuda" else 1
 
     @property
     def lane(self) -> str:
@@ -113,7 +86,7 @@ class Step:
     @property
     def command(self) -> list[str]:
         """The command line; torchrun's module form when there are several processes."""
-        words = ["-m", *self.program, *self.config.arguments()]
+        words = ["-m", *self.program, *(self.config.arguments() if self.config else self.words)]
         if self.processes > 1 or self.rendezvous != ("--standalone",):
             launch = ["-m", "torch.distributed.run", *self.rendezvous]
             words = [*launch, f"--nproc-per-node={self.processes}", *words]
@@ -121,19 +94,19 @@ class Step:
 
     def with_options(self, **groups: Mapping[str, Any]) -> Self:
         """The same with other options: with_options(data={"masks_dir": path})."""
-        changed = {name: replace(getattr(self.config, name), **groups[name]) for name in groups}
-        return replace(self, config=replace(self.config, **changed))
+        config: Any = self.config
+        changed = {name: replace(getattr(config, name), **groups[name]) for name in groups}
+        return replace(self, config=replace(config, **changed))
 
 
 def step_of_words(
     room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path,
-    device: Literal["auto", "cpu", "cuda"] = "auto", **more: Any,
+    **more: Any,
 ) -> Step:  # fmt: skip
-    """A step that trains and scores nothing; what: it does, in a few words."""
-    run = Place(folder, device)
+    """A step that trains and scores nothing."""
     return Step(
-        name=f"{kind}_{subject}", kind=kind, run=room, program=(room, kind), outputs=(out,),
-        config=Arguments(words=tuple(words), what=what, run=run), **more,
+        name=f"{kind}_{subject}", kind=kind, what=what, run=room, program=(room, kind),
+        words=tuple(words), folder=folder, outputs=(out,), **more,
     )  # fmt: skip
 
 
@@ -144,7 +117,7 @@ def make_plan(settings: Settings) -> list[Step]:
     GPUs are kept for them. Raises ValueError for an option of a part that cannot be.
     """
     experiment, plan = settings.experiment, _Planner(settings)
-    only, baselines = experiment.eval, _baselines(settings)
+    only, baselines = experiment.eval, plan.baselines()
     steps = plan.fetch() if "mae" in baselines or (experiment.stack and only is None) else []
     fetched = tuple(step.name for step in steps)
     for baseline, seed in product(baselines, experiment.seed):
@@ -167,26 +140,6 @@ def make_plan(settings: Settings) -> list[Step]:
     return steps
 
 
-def _baselines(settings: Settings) -> tuple[str, ...]:
-    """What is scored without a pretraining of ours."""
-    experiment = settings.experiment
-    if experiment.eval is not None:
-        return (experiment.eval,) if experiment.eval in BASELINES else ()
-    before = "mae" if experiment.stack else "scratch"  # what pretraining starts from
-    chosen = experiment.baselines
-    if chosen is None:  # a download of gigabytes is not begun without being asked for
-        at_hand = experiment.stack or official_checkpoint(settings).is_file()
-        chosen = BASELINES if at_hand else ("scratch",)
-    wanted = {*chosen, *([before] if 0 in experiment.eval_points else [])}
-    return tuple(name for name in BASELINES if name in wanted)
-
-
-def official_checkpoint(settings: Settings) -> Path:
-    """Where the official MAE checkpoint is, or will be."""
-    experiment, folder = settings.experiment, Layout(settings.data.output_dir).pretrain_output
-    return experiment.mae_checkpoint or folder / f"mae_pretrain_{experiment.model}.pth"
-
-
 def _runs(settings: Settings) -> Iterator[RunId]:
     """Every pretraining; what does not matter to a method does not multiply its runs."""
     experiment = settings.experiment
@@ -202,16 +155,31 @@ class _Planner:
     """Makes single steps from one call's settings."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, experiment = settings, settings.experiment
         self.paths = Layout(settings.data.output_dir)
-        self.official = official_checkpoint(settings)
+        # Where the official MAE checkpoint is, or will be.
+        download = self.paths.pretrain_output / f"mae_pretrain_{experiment.model}.pth"
+        self.official = experiment.mae_checkpoint or download
         # What every part is told.
         self.shared = {
-            "model": settings.experiment.model,
+            "model": experiment.model,
             "device": "cuda" if settings.compute.num_gpus else "cpu",
             "log_with": settings.parts.log_with,
             "plugin": settings.parts.plugin,
         }
+
+    def baselines(self) -> tuple[str, ...]:
+        """What is scored without a pretraining of ours."""
+        experiment = self.settings.experiment
+        if experiment.eval is not None:
+            return (experiment.eval,) if experiment.eval in BASELINES else ()
+        before = "mae" if experiment.stack else "scratch"  # what pretraining starts from
+        chosen = experiment.baselines
+        if chosen is None:  # a download of gigabytes is not begun without being asked for
+            at_hand = experiment.stack or self.official.is_file()
+            chosen = BASELINES if at_hand else ("scratch",)
+        wanted = {*chosen, *([before] if 0 in experiment.eval_points else [])}
+        return tuple(name for name in BASELINES if name in wanted)
 
     def fetch(self) -> list[Step]:
         """Nothing to fetch when a local file was named."""
@@ -249,7 +217,9 @@ class _Planner:
         below = {"use_unmasked_images": True} if is_free else {}
         config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given, below))
         left = (files.checkpoint_path(folder, epochs), files.reconstructions_path(folder, epochs))
-        return self._step(run, epochs, needs, config, *left)
+        what = f"pretrain up to epoch {epochs} of {config.optimisation.epochs}"
+        what += ", without segments too" if config.data.use_unmasked_images else ""
+        return self._step("pretrain", what, run, epochs, needs, config, *left)
 
     def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
         """Probes and finetunes the checkpoint after `epochs`, where that is wanted.
@@ -277,7 +247,9 @@ class _Planner:
             if data.in1k_dir and val.is_dir() and sum(e.is_dir() for e in os.scandir(val)) > 1:
                 below["image_folder"] = val
             groups = _groups(PROBE_GROUPS, "--probe", told, parts.probe, below)
-            yield self._step(run, epochs, needs, ProbeConfig(init=init, **groups), files.RESULT)
+            what = f"probe the frozen encoder, seed {run.seed}"
+            probe = ProbeConfig(init=init, **groups)
+            yield self._step("probe", what, run, epochs, needs, probe, files.RESULT)
 
         # Finetuned once for each seed.
         is_evaluated = always or epochs in experiment.eval_points
@@ -286,14 +258,16 @@ class _Planner:
             told = {**planned, "init": init, "seed": run.seed + eval_seed, "output_dir": folder}
             config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", told, given))
             left = (files.RESULT, files.LOG, files.PREDICTIONS)
-            yield self._step(run, epochs, needs, config, *left)
+            what = f"finetune and score, seed {config.optimisation.seed}"
+            yield self._step("evaluate", what, run, epochs, needs, config, *left)
 
     def _step(
-        self, run: RunId, epochs: int, needs: tuple[str, ...], config: PartConfig, *left: str | Path
-    ) -> Step:
+        self, kind: Kind, what: str, run: RunId, epochs: int, needs: tuple[str, ...],
+        config: PartConfig, *left: str | Path,
+    ) -> Step:  # fmt: skip
         """left: what it leaves in its folder."""
-        kind, program = _OF_PART[type(config)]
-        compute, folder = self.settings.compute, config.run.output_dir
+        compute, cluster = self.settings.compute, self.settings.cluster
+        folder = config.run.output_dir
         name, gpus, processes = folder.name, compute.eval_gpus, compute.gpus_per_eval
         if kind == "pretrain":  # all rounds of a run have one folder
             name = eval_name(run.name, epochs)
@@ -301,12 +275,17 @@ class _Planner:
             processes = compute.num_processes or 1
         if kind == "pretrain" or not gpus:
             gpus = compute.pretrain_gpus
+        is_slurm = cluster.launcher == "slurm"
+        # Only pretraining is spread: a finetuning batch is small.
+        spread = is_slurm and kind == "pretrain" and (processes > 1 or compute.num_gpus)
         return Step(
-            name=f"{kind}_{name}", kind=kind, run=run.name, epochs=epochs, program=program,
-            config=config, needs=needs, outputs=tuple(folder / path for path in left),
+            name=f"{kind}_{name}", kind=kind, what=what, run=run.name, epochs=epochs,
+            program=_PROGRAMS[kind], config=config, folder=folder, device=config.run.device,
+            needs=needs, outputs=tuple(folder / path for path in left),
             # A Slurm job sees its own GPUs only.
-            gpus=gpus if gpus and self.settings.cluster.launcher == "local" else None,
-            processes=processes, settings=self._decisive(config),
+            gpus=gpus if gpus and not is_slurm else None,
+            nodes=cluster.nodes if spread else 1, processes=processes,
+            settings=self._decisive(config),
         )  # fmt: skip
 
     def _decisive(self, config: PartConfig) -> dict[str, Any]:
@@ -337,10 +316,3 @@ def _groups(
         flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise ValueError(f"{section} {name}=... would contradict the plan; use {flag}")
     return make_all(groups, [Layer(given, section), Layer(planned)])
-
-
-def nodes_of(step: Step, settings: Settings) -> int:
-    """Machines of a step. Only pretraining is spread: a finetuning batch is small."""
-    cluster = settings.cluster
-    spread = cluster.launcher == "slurm" and (step.processes > 1 or step.devices_are_gpus)
-    return cluster.nodes if spread and step.kind == "pretrain" else 1

@@ -109,9 +109,7 @@ def answer(every_line: Sequence[Line], measure: Measure) -> Answer | None:
     )  # fmt: skip
 
 
-def _comparisons(
-    lines: Sequence[Line], best: Line, levels: Mapping[str, Level]
-) -> list[Comparison]:
+def _comparisons(lines: Sequence[Line], best: Line, levels: Mapping[str, Level]) -> list[Comparison]:
     """All against the reference, the best against scratch, own segments against their controls."""
     trained = {line.label: line for line in lines if not line.is_baseline}
     # A control's family bears the name of its own line; without that line, it is one of the others.
@@ -241,9 +239,7 @@ def _difference_table(comparisons: Sequence[Comparison]) -> Table:
 
 def _chart(lines: Sequence[Line], measure: Measure) -> Chart:
     """Over epochs, device-hours and FLOPs, as far as they are known."""
-    levels = {
-        line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines
-    }
+    levels = {line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines}
     every_level = [level for of_line in levels.values() for level in of_line.values()]
     widths = [level.spread.high - level.spread.low for level in every_level if level.spread]
     least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(every_level) else _LEAST_SPAN

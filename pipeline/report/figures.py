@@ -47,7 +47,6 @@ _NOISE = re.compile(
     re.DOTALL,
 )
 _LONG_NUMBER = re.compile(r'(?<=[" ])-?\d+\.\d{2,}')  # of an attribute, not of a label
-_MARKER = re.compile(r'(style="fill: #\w+")/>')  # ticks are markers, too, but have a stroke
 
 
 class Point(NamedTuple):
@@ -99,9 +98,9 @@ def line_chart(
             # The wide one first: the page hides the one that follows it.
             for look, size in (("wide", _WIDE), ("narrow", _NARROW))[not is_wide :]:
                 figure = Figure((size[0] / 72, size[1] / 72))
-                titles = _plot(figure, series, title, y_title, y_ticks)
+                _plot(figure, series, title, y_title, y_ticks)
                 attributes = f'class="plot {look}" role="img" aria-label="{escape(caption)}"'
-                drawn += _svg(figure, f"{chart.name}{title}{look}", attributes, titles)
+                drawn += _svg(figure, f"{chart.name}{title}{look}", attributes)
             chart.views[title] = drawn
             for line in series:  # several seeds: one entry
                 sample = Figure((40 / 72, 14 / 72))
@@ -121,9 +120,7 @@ def ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
     return [float(value) for value in locator.tick_values(low, high)]
 
 
-def _y_ticks(
-    series: Sequence[Series], least_span: float, limits: tuple[float, float]
-) -> list[float]:
+def _y_ticks(series: Sequence[Series], least_span: float, limits: tuple[float, float]) -> list[float]:
     values = [value for line in series for point in line.points for value in point[1:]]
     ends = [min(max(end, limits[0]), limits[1]) for end in values if math.isfinite(end)]
     missing = least_span - (max(ends) - min(ends))
@@ -135,8 +132,8 @@ def _y_ticks(
 
 def _plot(
     figure: Figure, series: Sequence[Series], x_title: str, y_title: str, y_ticks: Sequence[float]
-) -> list[str]:
-    """Draws axes and lines; returns what to say of each of the markers."""
+) -> None:
+    """Draws axes and lines."""
     width, height = figure.get_size_inches() * 72
     inner = (1 - (_LEFT + _RIGHT) / width, 1 - (_BELOW + _ABOVE) / height)
     axes = figure.add_axes((_LEFT / width, _BELOW / height, *inner))
@@ -148,26 +145,24 @@ def _plot(
     figure.text(6 / width, 1 - 6 / height, y_title, va="top")
     # Bars at the same place stand beside each other.
     has_bars = any(point.low < point.high for line in series for point in line.points)
-    step, titles = min(4.0, 24 / len(series)) if has_bars else 0.0, []
+    step = min(4.0, 24 / len(series)) if has_bars else 0.0
     for index, line in enumerate(series):
-        titles += _draw(line, axes, step * (index - (len(series) - 1) / 2))
-    return titles
+        _draw(line, axes, step * (index - (len(series) - 1) / 2))
 
 
-def _draw(line: Series, axes: Axes, beside: float) -> list[str]:
-    """Draws a line with its bars, `beside` pixels to the right; returns its markers' titles."""
+def _draw(line: Series, axes: Axes, beside: float) -> None:
+    """Draws a line with its bars, `beside` pixels to the right."""
     x, *levels = np.array(line.points).T  # 4 x [N]: x, y, low, high
     y, low, high = np.clip(levels, *axes.get_ylim())  # what lies beyond the axis is at its end
     place = axes.transData + ScaledTranslation(beside / 72, 0, axes.figure.dpi_scale_trans)
     look = _look(line.style)
     if len(line.points) > _MOST_MARKERS:
         axes.plot(x, y, transform=place, **{**look, "marker": ""})
-        return []
+        return
     # One path for all bars, with a gap after each.
     ends = np.stack([low, high, np.full(len(x), math.nan)], axis=1)
     axes.plot(np.repeat(x, 3), ends.ravel(), color=look["color"], transform=place)
     axes.plot(x, y, transform=place, **look)
-    return [f"{line.label}: {point.y:.4g} at {point.x:g}" for point in line.points]
 
 
 def _look(style: tuple[int, int]) -> dict[str, Any]:
@@ -177,11 +172,8 @@ def _look(style: tuple[int, int]) -> dict[str, Any]:
     return {"color": _COLORS[color], "ls": dashes, "marker": marker, "markersize": pixels}
 
 
-def _svg(figure: Figure, name: str, attributes: str, titles: Sequence[str] = ()) -> Markup:
-    """matplotlib's file as an element of the page, with `attributes`, and a third of its size.
-
-    titles: of the markers; a browser shows the one that is pointed at.
-    """
+def _svg(figure: Figure, name: str, attributes: str) -> Markup:
+    """matplotlib's file as an element of the page, with `attributes`, and a third of its size."""
     for artist in figure.findobj():  # a marker at the end of an axis is not cut in two
         artist.set_clip_on(False)
     stream = io.StringIO()
@@ -192,8 +184,6 @@ def _svg(figure: Figure, name: str, attributes: str, titles: Sequence[str] = ())
     inside = stream.getvalue().partition("<svg")[2].partition(">")[2]
     inside = " ".join(_NOISE.sub("", inside).split()).replace("> <", "><")
     inside = _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}", inside)
-    said = iter(titles)
-    inside = _MARKER.sub(lambda m: f"{m[1]}><title>{escape(next(said, ''))}</title></use>", inside)
     width, height = figure.get_size_inches() * 72
     return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" {attributes}>{inside}')
 
@@ -221,7 +211,7 @@ def _pictures(paths: Layout) -> Iterator[tuple[str, RunId, int, Path]]:
             elif image.name == PREDICTIONS:
                 run, epochs, number = parse_eval_name(image.parent.name)
                 if not number:
-                    yield "Predictions", RunId.parse(run), epochs, image
+                    yield "Predictions", run, epochs, image
 
 
 def _data_uri(path: Path) -> str:

@@ -102,9 +102,7 @@ def _answers(lines: Sequence[Line]) -> list[Answer]:
 def _training_charts(lines: Sequence[Line]) -> list[Chart]:
     """Pretraining loss, held-out loss and rate per run; finetuning loss of each last evaluation."""
     pretraining = [(line, read_log(folder / LOG)) for line in lines for folder in line.pretrainings]
-    last = [
-        (line, read_log(line.evaluations[-1].folder / LOG)) for line in lines if line.evaluations
-    ]
+    last = [(line, read_log(line.evaluations[-1].folder / LOG)) for line in lines if line.evaluations]
     scored = [(line, log) for line, log in last if sum("val_mean_iou" in e for e in log) > 1]
     charts = []
     for logs, work, key, y_title, caption in (

@@ -10,7 +10,7 @@ seed and source of segments are read off it. What they cost stands in records an
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing_extensions import TypedDict
 
 from common.formats import ProbeResult, Result, parsed, read_json, read_log, read_yaml
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
-from pipeline.plan import layout
 from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, made_alike, read_all_records
 from pipeline.report.statistics import Interval, draw_images, interval
@@ -48,26 +47,9 @@ MEASURES = {
     "linear": Measure("the frozen linear probe", areas=PROBE_AREAS["linear"]),
     "knn": Measure("the frozen kNN probe", areas=PROBE_AREAS["knn"]),
     "image_knn": Measure("kNN over whole images", "accuracy (%)", "accuracy"),
-    "rankme": Measure(
-        "the spread of its features", "RankMe (features used)", "rankme", most=math.inf
-    ),
+    "rankme": Measure("the spread of its features", "RankMe (features used)", "rankme", most=math.inf),
 }
 FINETUNING = MEASURES["finetuning"]
-
-
-class Variant(NamedTuple):
-    """What was pretrained: a method with its choices, or a baseline."""
-
-    method: str
-    coverage_ratio: float | None  # wanted percent hidden; None where the method uses none
-    segments_from: str  # whose segments were hidden: the image's own, or those of a control
-
-    @property
-    def label(self) -> str:
-        """In words."""
-        method, ratio, source = self
-        ratio_words = "" if ratio is None else f" {layout.ratio_text(ratio)}%"
-        return method + ratio_words + ("" if source == OWN else f" {source}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +57,7 @@ class Evaluation:
     """One finished score of a checkpoint; in percent but for RankMe."""
 
     folder: Path
-    variant: Variant
-    seed: int  # of pretraining
+    run: RunId  # the pretraining, or a baseline
     eval_seed: int  # of finetuning
     epochs: int  # of pretraining, completed
     minutes: float  # of finetuning and scoring, and of the pretraining round before it
@@ -109,18 +90,18 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
     for file in parent.glob(f"*/{RESULT}"):  # written last: it is finished
         folder = file.parent
         try:
-            name, epochs, number = parse_eval_name(folder.name)
+            run, epochs, number = parse_eval_name(folder.name)
         except ValueError:
             continue  # somebody else's folder
-        run, result = RunId.parse(name), read_json(file, shape)
+        result = read_json(file, shape)
         # Of several finetunings of a checkpoint, the first bears its pretraining.
-        steps = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{name}_{epochs}"])]
+        steps = [f"evaluate_{folder.name}", *([] if number else [f"pretrain_{run.name}_{epochs}"])]
         timed = [seconds[step] for step in steps if step in seconds]
         common: dict[str, Any] = {
-            "folder": folder, "variant": variant_of(run, records),
-            "seed": run.seed, "eval_seed": run.seed + number, "epochs": epochs,
+            "folder": folder, "run": as_recorded(run, records),
+            "eval_seed": run.seed + number, "epochs": epochs,
             "minutes": sum(timed) / 60 if timed else float(result.get("minutes") or 0),
-            "costs": {cost: known.get(epochs) for cost, known in costs(name).items()},
+            "costs": {cost: known.get(epochs) for cost, known in costs(run.name).items()},
         }  # fmt: skip
         # A finetuning's file is one score. A probe's has several: dictionaries, or bare numbers.
         parts = {"finetuning": result} if shape is Result else result
@@ -130,8 +111,9 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
                 found.append(Evaluation(**common, result=part, measure=measure))
 
     def place(one: Evaluation) -> tuple[Any, ...]:
-        method, ratio, source = one.variant
-        return rank(method), ratio or 0, source != OWN, source, one.seed, one.eval_seed, one.epochs
+        run, is_control = one.run, one.run.segments_from != OWN
+        ratio, source = run.coverage_ratio or 0, run.segments_from
+        return rank(run.method), ratio, is_control, source, run.seed, one.eval_seed, one.epochs
 
     return sorted(found, key=place)
 
@@ -149,15 +131,15 @@ def _costs(paths: Layout, run: str, records: Iterable[Record]) -> dict[str, dict
     return {"device_hours": dict(hours), "train_flops": flops}
 
 
-def variant_of(run: RunId, records: Iterable[Record]) -> Variant:
-    """What a run's name says, and whether its method uses a ratio, which its records tell.
+def as_recorded(run: RunId, records: Iterable[Record]) -> RunId:
+    """The run without a ratio where its method uses none, which its records tell.
 
     The name leaves the default out, and run.yml is of the latest call, perhaps of other methods.
     """
     made = [one for one in records if one.kind == "pretrain" and one.run == run.name]
-    is_named = run.coverage_ratio != layout.DEFAULT_RATIO
+    is_named = run.coverage_ratio != RunId.coverage_ratio
     is_used = "coverage_ratio" in made[-1].fingerprint if made else is_named
-    return Variant(run.method, run.coverage_ratio if is_used else None, run.segments_from)
+    return run if is_used else replace(run, coverage_ratio=None)
 
 
 class RunYml(TypedDict, total=False):
@@ -230,7 +212,7 @@ class Line:
         by_seed: dict[int, list[Evaluation]] = {}
         for one in there:
             if one.measure is measure and one.score is not None:
-                by_seed.setdefault(one.seed, []).append(one)
+                by_seed.setdefault(one.run.seed, []).append(one)
         scores = {seed: fmean(e.result[measure.key] for e in by_seed[seed]) for seed in by_seed}
         images: dict[int, Any] = {seed: [e.drawn for e in by_seed[seed]] for seed in by_seed}
         has_areas = all(one is not None for several in images.values() for one in several)
@@ -262,19 +244,19 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
     apart = len(all_paths) > 1 and not made_alike(all_paths)
     lines: dict[str, Line] = {}
 
-    def line_of(variant: Variant, suffix: str) -> Line:
-        label, family = (v.label + suffix for v in (variant, variant._replace(segments_from=OWN)))
-        return lines.setdefault(label, Line(label=label, family=family, method=variant.method))
+    def line_of(run: RunId, suffix: str) -> Line:
+        label, family = (r.label + suffix for r in (run, replace(run, segments_from=OWN)))
+        return lines.setdefault(label, Line(label=label, family=family, method=run.method))
 
     for paths, name in zip(all_paths, names_of(all_paths), strict=True):
         suffix = f" ({name})" if apart else ""
         for one in [*read_evaluations(paths), *read_evaluations(paths, ProbeResult)]:
-            line_of(one.variant, suffix).scored.append(one)
+            line_of(one.run, suffix).scored.append(one)
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name
                 run = RunId.parse(folder.name)
-                line_of(variant_of(run, records), suffix).pretrainings.append(folder)
+                line_of(as_recorded(run, records), suffix).pretrainings.append(folder)
     rank = method_rank(all_paths)
     ordered = sorted(lines.values(), key=lambda line: rank(line.method))
     families = list(dict.fromkeys(line.family for line in ordered))

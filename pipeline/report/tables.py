@@ -45,8 +45,8 @@ def write_results_csv(paths: Layout) -> None:
 
 
 def _csv_row(evaluation: Evaluation) -> dict[str, str]:
-    known = evaluation.result | vars(evaluation) | evaluation.variant._asdict() | evaluation.costs
-    if (ratio := evaluation.variant.coverage_ratio) is not None:
+    known = evaluation.result | vars(evaluation) | vars(evaluation.run) | evaluation.costs
+    if (ratio := evaluation.run.coverage_ratio) is not None:
         known["coverage_ratio"] = ratio_text(ratio)
     known = {name: value for name, value in known.items() if value is not None}
     return {n: f"{known[n]:{form}}" if n in known else "" for n, form in COLUMNS.items()}
@@ -54,7 +54,7 @@ def _csv_row(evaluation: Evaluation) -> dict[str, str]:
 
 def terminal_table(evaluations: Sequence[Evaluation]) -> str:
     """The scores as aligned text, a line per evaluation; with the cost where it fits."""
-    rows = score_table([(evaluation.variant.label, evaluation) for evaluation in evaluations]).rows
+    rows = score_table([(evaluation.run.label, evaluation) for evaluation in evaluations]).rows
     cells = [list(rows[0]), *(list(row.values()) for row in rows)]
     text = aligned(cells, right=range(1, len(cells[0])))
     if len(text.split("\n")[0]) > _WIDEST:
@@ -67,7 +67,7 @@ def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
     """The cells of each evaluation, whose label comes first; the best by mean IoU stands out."""
     titles = {name: name.replace("_", " ").replace("iou", "IoU") for name in SCORES[:3]}
     rows = [
-        {"method": label, "seed": str(one.seed), "eval seed": str(one.eval_seed),
+        {"method": label, "seed": str(one.run.seed), "eval seed": str(one.eval_seed),
          "epochs": str(one.epochs),
          **{title: f"{one.result[name]:.2f}" for name, title in titles.items()},
          "minutes": f"{one.minutes:.1f}", **cost_cells(one.costs)}
@@ -109,7 +109,7 @@ def class_tables(lines: Sequence[Line]) -> dict[str, Any]:
         caption += f" First the classes that change most against {reference}."
     names = dict.fromkeys(name for values in iou.values() for name in values)
     rows = [{"class": n, **{label: _shown(iou[label], n) for label in iou}} for n in names]
-    changes = {label: _changes(label, iou[label], reference, iou[reference]) for label in others}
+    changes = {label: _changes(iou, label, reference) for label in others}
     return {"caption": caption, "changes": changes, "all": Table(rows)}
 
 
@@ -123,10 +123,9 @@ def _class_iou(line: Line, epochs: int) -> dict[str, float]:
     return {name: fmean(values) if values else math.nan for name, values in found.items()}
 
 
-def _changes(
-    label: str, values: Mapping[str, float], reference: str, before: Mapping[str, float]
-) -> Table:
-    """The largest changes, gains first."""
+def _changes(iou: Mapping[str, Mapping[str, float]], label: str, reference: str) -> Table:
+    """The largest changes, gains first. iou: by label and class."""
+    values, before = iou[label], iou[reference]
     changes = {name: values[name] - before.get(name, math.nan) for name in values}
     seen = [name for name in changes if abs(changes[name]) >= _LEAST_CHANGE]
     largest = sorted(seen, key=lambda name: -abs(changes[name]))[:_MOST_CLASSES]

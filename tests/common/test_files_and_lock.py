@@ -114,9 +114,7 @@ def test_the_lock_file_stays_so_that_nobody_holds_a_name_that_is_gone(tmp_path):
     try:
         process = start_holder(tmp_path)
         try:
-            assert (
-                (tmp_path / ".lock").stat().st_ino == inode == os.fstat(opened_by_a_waiter).st_ino
-            )
+            assert (tmp_path / ".lock").stat().st_ino == inode == os.fstat(opened_by_a_waiter).st_ino
         finally:
             process.kill()
             process.wait()

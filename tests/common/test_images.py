@@ -137,9 +137,7 @@ def jpeg(**options):
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_jpeg_that_ends_too_early_with_the_mark_of_its_end_is_damaged(
-    tmp_path, progressive, share
-):
+def test_a_jpeg_that_ends_too_early_with_the_mark_of_its_end_is_damaged(tmp_path, progressive, share):
     content = jpeg(progressive=progressive)
     (tmp_path / "a.jpg").write_bytes(content[: int(len(content) * share)] + b"\xff\xd9")
     with pytest.raises(ValueError, match=r"a\.jpg cannot be read as an image: .*premature end"):
@@ -241,9 +239,7 @@ def test_a_name_that_is_not_utf8_is_named_and_left_out(tmp_path, caplog):
     assert "1 names are no regular files, or not UTF-8, and left out: b\\udcffd.jpg" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("side", "shape"), [(10, (10, 15)), (15, (15, 23)), (20, (20, 30)), (21, (40, 60))]
-)
+@pytest.mark.parametrize(("side", "shape"), [(10, (10, 15)), (15, (15, 23)), (20, (20, 30)), (21, (40, 60))])
 def test_a_large_jpeg_is_read_reduced_but_never_below_the_wanted_side(tmp_path, side, shape):
     Image.fromarray(gradient()).save(tmp_path / "a.jpg", quality=95)
     pixels, size = read_reduced(tmp_path / "a.jpg", side)

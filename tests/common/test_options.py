@@ -71,9 +71,7 @@ def test_defaults_are_those_of_the_fields():
 
 
 def test_dashes_and_underscores_are_equal_in_names_and_choices():
-    _, small = run(
-        "--folder", "/data", "--kind", "four-channels", "--ratios", "1, 2.5", "--no_wide"
-    )
+    _, small = run("--folder", "/data", "--kind", "four-channels", "--ratios", "1, 2.5", "--no_wide")
     assert (small.kind, small.ratios, small.wide) == ("four_channels", (1.0, 2.5), False)
 
 

@@ -123,9 +123,7 @@ def test_an_attention_that_is_not_here_is_refused_and_leaves_the_others():
 def test_the_compile_mode_reaches_torch(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr(torch, "compile", lambda model, **how: asked.update(how) or model)
-    config = TrainingConfig(
-        output_dir=tmp_path, device="cpu", compile="on", compile_mode="reduce-overhead"
-    )
+    config = TrainingConfig(output_dir=tmp_path, device="cpu", compile="on", compile_mode="reduce-overhead")
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has one for all
     try:
         devices.make_accelerator(config).prepare_model(torch.nn.Linear(1, 1))

@@ -15,16 +15,12 @@ def plan_of(**changed):
 @pytest.mark.parametrize("processes", [1, 2, 4, 5])
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
 def test_a_step_has_the_same_images_however_it_is_split(effective, processes, micro_batch_size):
-    plan = plan_of(
-        effective_batch_size=effective, processes=processes, micro_batch_size=micro_batch_size
-    )
+    plan = plan_of(effective_batch_size=effective, processes=processes, micro_batch_size=micro_batch_size)
     parts = [plan.micro_batches(rank, (0, 0), 2) for rank in range(processes)]
     for epoch in range(2):
         order = np.random.default_rng([0, 0, epoch]).permutation(50)
         for step in range(3):
-            keys = [
-                [next(part) for _ in range(plan.passes(rank))] for rank, part in enumerate(parts)
-            ]
+            keys = [[next(part) for _ in range(plan.passes(rank))] for rank, part in enumerate(parts)]
             assert all(0 < len(batch) <= micro_batch_size for passes in keys for batch in passes)
             taken = [key for passes in keys for batch in passes for key in batch]
             assert {key[0] for key in taken} == {epoch}
@@ -56,9 +52,7 @@ def test_the_rate_rises_linearly_then_falls():
     assert at(0.55) == pytest.approx(1.25)
     assert at(0.1 + 0.9 / 4) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + 0.5**0.5))
     assert at(1.0) == pytest.approx(0.5)
-    assert at(0.55, fall=lambda done, whole: (1 - done / whole) ** 2) == pytest.approx(
-        0.5 + 1.5 / 4
-    )
+    assert at(0.55, fall=lambda done, whole: (1 - done / whole) ** 2) == pytest.approx(0.5 + 1.5 / 4)
 
 
 def test_without_warmup_it_starts_at_the_peak():
@@ -66,6 +60,4 @@ def test_without_warmup_it_starts_at_the_peak():
 
 
 def test_every_step_and_process_has_its_own_seed():
-    assert (
-        len({derived_seeds(0, 2, step, rank)[0] for step in range(50) for rank in range(4)}) == 200
-    )
+    assert len({derived_seeds(0, 2, step, rank)[0] for step in range(50) for rank in range(4)}) == 200

@@ -23,9 +23,7 @@ def test_tensorboard_has_every_value_of_the_log_once(tmp_path):
         logbook.add_epoch({"epoch": epoch, "train_loss": 1 / epoch, "val_loss": None})
         logbook.saved(epoch)
     logbook.close("done")
-    assert scalars(tmp_path) == {
-        "train_loss": [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3, abs=1e-4))]
-    }
+    assert scalars(tmp_path) == {"train_loss": [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3, abs=1e-4))]}
     assert [record["epoch"] for record in read_log(tmp_path / "log.txt")] == [1, 2, 3]
 
 

@@ -107,9 +107,7 @@ def test_patches_has_the_loss_prediction_and_gradients_of_transformers(model_nam
 
 def test_position_embeddings_are_sines_and_cosines_of_column_then_row():
     """timm has the same values as sines of row and column, then cosines of row and column."""
-    sine_row, sine_column, cosine_row, cosine_column = build_sincos2d_pos_embed([5, 5], 64).chunk(
-        4, 1
-    )
+    sine_row, sine_column, cosine_row, cosine_column = build_sincos2d_pos_embed([5, 5], 64).chunk(4, 1)
     expected = torch.cat([sine_column, cosine_column, sine_row, cosine_row], dim=1)
     positions = sincos_positions(5, 64)
     assert torch.equal(positions[0], torch.zeros(64))

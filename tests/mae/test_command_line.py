@@ -109,9 +109,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_written(
     capsys, settings, tmp_path, arguments, message, check
 ):
     out = tmp_path / "out"
-    code, lines = exit_code(
-        capsys, "pretrain", "--config", settings, "--output-dir", out, *arguments, *check
-    )
+    code, lines = exit_code(capsys, "pretrain", "--config", settings, "--output-dir", out, *arguments, *check)
     errors = [line for line in lines if "Error: " in line]
     assert code == 2
     assert len(errors) == 1

@@ -1,5 +1,6 @@
 """Controls, held to their definition: as much hidden, by another's segment or no object at all."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy import ndimage
 from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SHAPES, SegmentSource
-from mae.data import FixedImages, MaskedImages
+from mae.data import MaskedImages
 from mae.listing import encode_paths, make_listing
 from mae.transforms import Crop, crop_segment, crop_segments
 from segments.forms import open_segments
@@ -90,12 +91,9 @@ def test_a_block_is_a_box_of_many_shapes_whose_last_row_may_be_short():
 @pytest.mark.parametrize("mask_method", ["segments", "segment_patches"])
 @pytest.mark.parametrize("hide", ["segment", "background"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_hide_as_many_pixels_of_every_image_as_its_own_segment(
-    real, mask_method, hide, shape
-):
+def test_shapes_hide_as_many_pixels_of_every_image_as_its_own_segment(real, mask_method, hide, shape):
     own, control = (
-        open_images(*real, mask_method=mask_method, hide=hide, segments_from=name)
-        for name in ("own", shape)
+        open_images(*real, mask_method=mask_method, hide=hide, segments_from=name) for name in ("own", shape)
     )
     different = 0
     for key in ((epoch, index) for epoch in range(2) for index in range(len(own))):
@@ -139,15 +137,16 @@ def asked_of(store, name, monkeypatch):
 def test_a_borrowed_segment_is_another_images_and_covers_nearly_as_much(real, ratio, monkeypatch):
     train, store = real
     images = open_images(train, store, segments_from="borrowed", coverage_ratio=ratio)
-    keys = [segment_key(images.relative_path(index)) for index in range(len(images))]
+    keys = [segment_key(images.paths[index].decode()) for index in range(len(images))]
     everything = [(key, segment) for key in keys for segment in store.segments(key)]
     owners = np.array([key for key, _ in everything])
     coverage = np.array([segment.coverage_percent for _, segment in everything])
     cut = np.stack([cut_whole(segment, 64) for _, segment in everything])
     asked, off = asked_of(store, "nearest", monkeypatch), []
+    monkeypatch.setattr("mae.data.random_crop", lambda rng, *size: whole(*size))
     for index, key in enumerate(keys):
         asked.clear()
-        pattern = images.load(index, whole, np.random.default_rng(index)).pattern
+        pattern = images[0, index].pattern
         assert asked[0] == key
         assert key not in asked[1:]
         alike = np.where(owners == key, 0, (cut == 1 - pattern).mean(axis=(1, 2)))
@@ -169,7 +168,7 @@ def test_all_segments_are_borrowed_from_one_other_image(real, monkeypatch):
     for index in range(len(images)):
         images[(0, index)]
     own, others = asked[::2], asked[1::2]
-    assert own == [segment_key(images.relative_path(index)) for index in range(len(images))]
+    assert own == [segment_key(images.paths[index].decode()) for index in range(len(images))]
     assert all(mine != other for mine, other in zip(own, others, strict=True))
     assert len(set(others)) > len(images) / 3
 
@@ -201,9 +200,9 @@ def test_held_out_images_are_always_hidden_in_the_same_way(in1k_dir, segments_fr
     store = open_segments(in1k_dir / "masks")
     images = open_images(in1k_dir / "train", store, segments_from=segments_from)
     val = encode_paths(find_images(in1k_dir / "val"))
-    fixed = FixedImages(images, in1k_dir / "val", val)
-    first = [fixed[index].pattern for index in range(len(val))]
-    assert all(np.array_equal(fixed[index].pattern, first[index]) for index in (4, 2, 0))
+    fixed = replace(images, folder=in1k_dir / "val", paths=val, is_fixed=True)
+    first = [fixed[0, index].pattern for index in range(len(val))]
+    assert all(np.array_equal(fixed[0, index].pattern, first[index]) for index in (4, 2, 0))
     assert all(0 < pattern.mean() < 1 for pattern in first)
 
 
@@ -214,9 +213,7 @@ def test_one_image_alone_can_borrow_from_nobody(tmp_path):
     write_segments(tmp_path / "masks/0.json", rng)
     pack_segments(tmp_path / "masks")
     for segments_from, mask_method in (("own", "segments"), ("borrowed", "patches")):
-        config = make_config(
-            tmp_path, tmp_path / "out", segments_from=segments_from, mask_method=mask_method
-        )
+        config = make_config(tmp_path, tmp_path / "out", segments_from=segments_from, mask_method=mask_method)
         assert len(listing_of(config).train) == 2
     with pytest.raises(ValueError, match="--segments-from borrowed takes the segments of other"):
         listing_of(make_config(tmp_path, tmp_path / "out", segments_from="borrowed"))

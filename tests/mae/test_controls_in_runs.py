@@ -10,7 +10,7 @@ from mae.cli import main
 from mae.config import make_method
 from mae.masking import METHODS
 from mae.model import training_flops
-from mae.resume import load_checkpoint
+from mae.weights import load_checkpoint
 from tests.mae.conftest import SMALL_RUN, assert_same_weights, make_config, read_epochs
 
 SOURCES = ["own", "borrowed", "blob", "block"]
@@ -54,9 +54,7 @@ def test_rounds_workers_and_processes_change_nothing(
     options = {"mask_method": mask_method, "segments_from": segments_from, "epochs": 2}
     assert processes.run(make_config(in1k_dir, one, batch_size=2, **options)) == [0]
     for stop_after in (1, 2):
-        config = make_config(
-            in1k_dir, rounds, batch_size=2, workers=2, stop_after=stop_after, **options
-        )
+        config = make_config(in1k_dir, rounds, batch_size=2, workers=2, stop_after=stop_after, **options)
         assert processes.run(config) == [0]
     assert read_epochs(rounds) == read_epochs(one)
     assert_same_weights(rounds / "checkpoint-2.pth", one / "checkpoint-2.pth")

@@ -1,5 +1,7 @@
 """Crops that line up, and samples that hang on nothing but their index."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
-from mae.data import FixedImages, MaskedImages
+from mae.data import MaskedImages
 from mae.listing import make_listing
 from mae.transforms import Crop, crop_image, crop_segment, random_crop
 from segments.forms import open_segments
@@ -91,9 +93,7 @@ def open_images(folder, mask_method="segments", **settings):
         pack_segments(folder / "masks")
         store = open_segments(folder / "masks")
         segments = SegmentSource(store=store, donors=paths, options=method_config)
-    return MaskedImages(
-        folder=folder / "train", paths=paths, segments=segments, method=method, seed=7
-    )
+    return MaskedImages(folder=folder / "train", paths=paths, segments=segments, method=method, seed=7)
 
 
 @pytest.fixture
@@ -136,8 +136,8 @@ def test_a_segment_of_another_size_is_named_not_stretched(folder):
 
 def test_fixed_images_never_change(folder):
     images = open_images(folder)
-    fixed = FixedImages(images, folder / "train", np.array([b"1.jpg", b"4.jpg"]))
-    one, two = fixed[1], fixed[1]
+    fixed = replace(images, paths=np.array([b"1.jpg", b"4.jpg"]), is_fixed=True)
+    one, two = fixed[0, 1], fixed[0, 1]
     assert torch.equal(one.image, two.image)
     assert np.array_equal(one.pattern, two.pattern)
     assert 0 < one.hidden_pixels < 64 * 64
@@ -149,9 +149,10 @@ def test_a_held_out_image_hides_its_own_segment(folder):
     (folder / "val").mkdir()
     Image.fromarray(np.repeat(inside[..., None] * 255, 3, 2)).save(folder / "val/own.png")
     (folder / "masks/own.json").write_text(as_text([as_annotation(inside)]))
-    fixed = FixedImages(open_images(folder), folder / "val", np.array([b"own.png"]))
-    white = fixed[0].image[0].numpy() > 127
-    assert ((fixed[0].pattern == 0) == white).mean() > 0.97
+    images, paths = open_images(folder), np.array([b"own.png"])
+    sample = replace(images, folder=folder / "val", paths=paths, is_fixed=True)[0, 0]
+    white = sample.image[0].numpy() > 127
+    assert ((sample.pattern == 0) == white).mean() > 0.97
 
 
 def test_held_out_images_without_segments_are_left_to_methods_that_need_none(folder, tmp_path):

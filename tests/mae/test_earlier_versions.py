@@ -8,10 +8,10 @@ import torch
 
 from common.options import make, option
 from mae import config as config_module
-from mae.config import ModelConfig, OptimisationConfig, parse_settings
+from mae.config import MethodConfig, ModelConfig, OptimisationConfig, parse_group
 from mae.model import MaskedAutoencoder
 from mae.pretrain import make_optimizer, pretrain
-from mae.resume import load_checkpoint
+from mae.weights import load_checkpoint
 from tests.mae.conftest import make_config, read_epochs
 
 EARLIER = Path(__file__).resolve().parents[1] / "fixtures/earlier_run/run"
@@ -46,14 +46,12 @@ def test_a_checkpoint_without_a_later_setting_of_the_model_can_be_drawn(monkeypa
     class Later(ModelConfig):
         drop_path: float = option("Came later.", 0.1, at_least=0, older=0.0)
 
-    monkeypatch.setattr(config_module, "ModelConfig", Later)
     stored = torch.load(EARLIER / "pretrain_output/four_channels/last.pth", weights_only=True)
     from engine.vit import VIT_SIZES, VitSize
 
     nano = VitSize(width=16, depth=2, heads=2, patch_size=8)
     monkeypatch.setitem(VIT_SIZES, "vit_nano", nano)
-    method, model = parse_settings(stored["config"], Path("a.pth"))
-    assert (method.mask_method, model.drop_path) == ("four_channels", 0.0)
+    assert parse_group(Later, stored["config"], Path("a.pth")).drop_path == 0.0
 
 
 def test_the_optimizer_of_an_earlier_version_fits(monkeypatch):
@@ -62,7 +60,9 @@ def test_the_optimizer_of_an_earlier_version_fits(monkeypatch):
 
     monkeypatch.setitem(VIT_SIZES, "vit_nano", VitSize(width=16, depth=2, heads=2, patch_size=8))
     stored = load_checkpoint(EARLIER / "pretrain_output/four_channels/last.pth")
-    method, model_config = parse_settings(stored["config"], Path("a.pth"))
+    method, model_config = (
+        parse_group(group, stored["config"], Path("a.pth")) for group in (MethodConfig, ModelConfig)
+    )
     model = MaskedAutoencoder(model_config, config_module.make_method(method, model_config))
     optimizer = make_optimizer(model, make(OptimisationConfig, {}))
     optimizer.load_state_dict(stored["optimizer"])
@@ -72,7 +72,7 @@ def test_the_optimizer_of_an_earlier_version_fits(monkeypatch):
 
 @pytest.mark.parametrize("weight_decay", [0.05, 0.0])
 def test_matrices_decay_and_vectors_do_not(weight_decay):
-    method, config = parse_settings({"model": "vit_tiny", "mask_method": "patches"}, Path("a.pth"))
+    method, config = MethodConfig(), ModelConfig(model="vit_tiny")
     with torch.device("meta"):
         model = MaskedAutoencoder(config, config_module.make_method(method, config))
     decayed, kept = make_optimizer(

@@ -8,7 +8,7 @@ from common.files import hold
 from common.step_files import LOCK
 from mae.listing import make_listing
 from mae.pretrain import pretrain
-from mae.resume import load_checkpoint
+from mae.weights import load_checkpoint
 from tests.mae.conftest import (
     make_config,
     pack_segments,
@@ -22,14 +22,12 @@ from tests.processes import until
 def _blind(rank):
     """The second process does not see what is in the folder."""
     if rank == 1:
-        import mae.resume
+        import mae.weights
 
-        mae.resume.find_resumable = lambda folder: None
+        mae.weights.find_resumable = lambda folder: None
 
 
-def test_processes_that_would_go_on_from_different_epochs_do_not_start(
-    in1k_dir, tmp_path, processes
-):
+def test_processes_that_would_go_on_from_different_epochs_do_not_start(in1k_dir, tmp_path, processes):
     config = make_config(in1k_dir, tmp_path, batch_size=4, stop_after=1)
     assert processes.run(config) == [0]
     before = (tmp_path / "log.txt").read_text()
@@ -110,13 +108,9 @@ def test_the_wrong_folder_of_segments_is_refused(few_images, tmp_path):
         (few_images / f"masks/{number:02}.json").unlink()
     pack_segments(few_images / "masks")
     config = make_config(few_images, tmp_path / "out", effective_batch_size=2)
-    with pytest.raises(
-        ValueError, match=r"9 of 12 images have no segment .*00\.jpg.*right --masks-dir"
-    ):
+    with pytest.raises(ValueError, match=r"9 of 12 images have no segment .*00\.jpg.*right --masks-dir"):
         pretrain(config)
-    allowed = make_config(
-        few_images, tmp_path / "out", effective_batch_size=2, allow_missing_segments=True
-    )
+    allowed = make_config(few_images, tmp_path / "out", effective_batch_size=2, allow_missing_segments=True)
     assert len(make_listing(allowed.data, allowed.method).train) == 3
 
 
@@ -174,9 +168,7 @@ def test_resume_never_and_required_keep_their_word(in1k_dir, finished, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
-    in1k_dir, tmp_path, processes
-):
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(in1k_dir, tmp_path, processes):
     config = make_config(in1k_dir, tmp_path, epochs=10000)
     (first,) = processes.start(config)
     try:

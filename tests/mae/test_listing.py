@@ -9,7 +9,7 @@ from PIL import Image
 from mae import listing
 from mae.config import make_method
 from mae.controls import SegmentSource
-from mae.data import FixedImages, MaskedImages
+from mae.data import MaskedImages
 from mae.listing import find_images, make_listing
 from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
@@ -49,20 +49,18 @@ def listing_of(folder, out, mask_method="segments", **options):
     return make_listing(config.data, config.method), config
 
 
-def test_a_held_out_image_hides_its_own_segment_though_a_training_image_has_its_name(
-    twins, tmp_path
-):
+def test_a_held_out_image_hides_its_own_segment_though_a_training_image_has_its_name(twins, tmp_path):
     store = make_segments(twins, val_dir=twins / "val")
     assert store.images() == {"class0/a", "class0/b", "val/class0/a", "val/class0/b"}
     listing, config = listing_of(twins, tmp_path / "out")
     assert (len(listing.val), listing.val_left_out) == (2, 0)
     method = make_method(config.method, config.model)
     source = SegmentSource(store=store, donors=listing.train, options=config.method)
-    images = MaskedImages(
-        folder=twins / "train", paths=listing.train, segments=source, method=method, seed=0
-    )
-    fixed = FixedImages(images, listing.val_folder, listing.val)
-    for sample in (fixed[0], fixed[1]):
+    fixed = MaskedImages(
+        folder=listing.val_folder, paths=listing.val, segments=source, method=method, seed=0,
+        is_fixed=True,
+    )  # fmt: skip
+    for sample in (fixed[0, 0], fixed[0, 1]):
         white = sample.image[0].numpy() > 127
         assert white.any()
         assert ((sample.pattern == 0) == white).mean() > 0.97

@@ -57,9 +57,7 @@ def test_loss_is_the_squared_error_of_the_hidden_pixels_alone(name):
     for row in range(5, 18):
         for column in range(11, 21):
             for channel in range(3):
-                by_hand += (
-                    predicted[0, channel, row, column] - images[0, channel, row, column]
-                ).item() ** 2
+                by_hand += (predicted[0, channel, row, column] - images[0, channel, row, column]).item() ** 2
     assert model.squared_error(images, visible).item() == pytest.approx(by_hand, rel=1e-5)
 
 

@@ -35,9 +35,7 @@ def plan(effective, images, processes, batch_size="auto"):
         (7, 1, 4, 7, 1),
     ],
 )
-def test_accumulation_follows_from_the_effective_batch(
-    effective, processes, batch_size, accumulation, micro
-):
+def test_accumulation_follows_from_the_effective_batch(effective, processes, batch_size, accumulation, micro):
     found = plan(effective, 10000, processes, batch_size)
     assert (found.accumulation_steps, found.micro_batch_size) == (accumulation, micro)
 

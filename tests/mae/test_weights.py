@@ -26,7 +26,8 @@ def save_run(model, mask_method, path, /, **options):
     settings = make_config(".", ".", mask_method=mask_method, **options)
     content = {"model": model.state_dict(), "optimizer": {}, "config": settings.settings()}
     progress = {"epochs_completed": 3, "steps_completed": 0, "format_version": 1}
-    torch.save({**content, **progress}, path)
+    for_drawing = {"images": {"count": 0, "digest": ""}, "fixed_set": {}}
+    torch.save({**content, **progress, **for_drawing}, path)
 
 
 @pytest.mark.parametrize("mask_method", METHODS)

@@ -116,9 +116,7 @@ def write_pretraining(paths: Layout, run: RunId, epochs: tuple[int, ...]) -> Non
 def _record(
     paths: Layout, name: str, kind: str, run: RunId, made_with: dict[str, object], seconds: int = 90
 ) -> None:
-    record = Record(
-        name=name, state="done", run=run.name, kind=kind, fingerprint=made_with, seconds=seconds
-    )
+    record = Record(name=name, state="done", run=run.name, kind=kind, fingerprint=made_with, seconds=seconds)
     write_record(paths, record)
 
 

@@ -47,9 +47,7 @@ def work(folder: Path, behaviour: str) -> int:
         sys.stdout.write("the reason\n")
         return 3
     if behaviour == "with-orphan":
-        subprocess.Popen(
-            [sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True
-        )
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
         return 3
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -66,7 +64,9 @@ def work(folder: Path, behaviour: str) -> int:
             stream.write(json.dumps({"epoch": epoch + 1}) + "\n")
         state = "stopped" if stop_asked else "running"
         progress = {"state": state, "epoch": epoch + 1, "epochs_total": epochs}
-        (folder / "progress.json").write_text(json.dumps(progress))
+        # As the parts write it: whoever reads it finds the one before or this one, whole.
+        (folder / "progress.part").write_text(json.dumps(progress))
+        (folder / "progress.part").rename(folder / "progress.json")
         if stop_asked and epoch + 1 < epochs:
             return 75
     if behaviour != "leaves-nothing":

@@ -91,9 +91,7 @@ def test_without_areas_the_interval_is_of_seeds_and_that_is_said(tmp_path: Path)
     paths = write_run(tmp_path / "run", seeds=THREE, chance=0.5)
     next(paths.eval_output.glob(f"segments_10/{AREAS}")).unlink()
     found = answered(paths)
-    assert [c.first.label for c in found.comparisons if not c.difference.of_images] == [
-        "segments 15%"
-    ]
+    assert [c.first.label for c in found.comparisons if not c.difference.of_images] == ["segments 15%"]
     assert "without areas by image" in " ".join(found.remarks)
 
 
@@ -107,9 +105,7 @@ def test_the_fixture_of_the_version_before_has_a_report(tmp_path: Path) -> None:
 
 def test_own_segments_are_compared_with_their_controls_only(tmp_path: Path) -> None:
     sources = ("own", "borrowed", "blob")
-    paths = write_run(
-        tmp_path / "run", ("patches", "segments"), seeds=THREE, sources=sources, chance=0.05
-    )
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=THREE, sources=sources, chance=0.05)
     found = answered(paths)
     pairs = [(c.first.label, c.second.label) for c in found.comparisons]
     assert pairs == [
@@ -119,8 +115,7 @@ def test_own_segments_are_compared_with_their_controls_only(tmp_path: Path) -> N
         ("segments 15%", "segments 15% borrowed"),
     ]
     assert found.objects[0].startswith(
-        "segments 15%: yes, the image's own segment is better than every control. "
-        "Better than: blob (by 2."
+        "segments 15%: yes, the image's own segment is better than every control. Better than: blob (by 2."
     )
 
 
@@ -144,9 +139,7 @@ def test_equal_cost_is_told_from_equal_epochs(tmp_path: Path) -> None:
 
 def test_probes_answer_where_no_finetuning_has_been_scored(tmp_path: Path) -> None:
     methods, seeds = ("patches", "four_channels"), THREE
-    paths = write_run(
-        tmp_path / "a", methods, seeds=seeds, chance=0.3, probes=True, finetuned=False
-    )
+    paths = write_run(tmp_path / "a", methods, seeds=seeds, chance=0.3, probes=True, finetuned=False)
     write_all(paths)
     words = text_of(paths.report_html)
     assert "No finetuning has been scored yet" in words

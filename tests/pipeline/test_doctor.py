@@ -70,9 +70,7 @@ def test_what_to_fix_is_marked_with_its_remedy() -> None:
     ]
 
 
-@pytest.mark.skipif(
-    not (cuda or "").startswith("13."), reason="torch is not the lock's, but of TORCH_INDEX"
-)
+@pytest.mark.skipif(not (cuda or "").startswith("13."), reason="torch is not the lock's, but of TORCH_INDEX")
 def test_eight_v100_with_the_locked_torch_are_told_the_cause_and_the_command(
     cards_here: Callable[..., None],
 ) -> None:
@@ -89,9 +87,7 @@ def test_eight_v100_with_the_locked_torch_are_told_the_cause_and_the_command(
 
 
 @pytest.fixture
-def on(
-    cards_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., dict[str, Finding]]:
+def on(cards_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Finding]]:
     """What is found on one card where torch answers so."""
 
     def find(card: Gpu, **torch: object) -> dict[str, Finding]:

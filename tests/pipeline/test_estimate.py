@@ -142,7 +142,5 @@ def test_the_estimate_says_what_running_beside_each_other_gains(
 
 def test_what_is_kept_is_counted_by_the_sizes_that_the_parts_give(settings: Make) -> None:
     steps = make_plan(settings("--pretrain-epochs 2 --eval-freq 1"))
-    steps = [
-        replace(step, facts=ScoringFacts(train=1, val=1, checkpoint_bytes=100)) for step in steps
-    ]
+    steps = [replace(step, facts=ScoringFacts(train=1, val=1, checkpoint_bytes=100)) for step in steps]
     assert kept_bytes(steps) == 2 * 100 + 2 * 2 * 100

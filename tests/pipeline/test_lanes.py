@@ -199,9 +199,7 @@ def test_names_of_gpus_are_handed_on_as_they_were_given(
     launcher.stop(at_once=True)
 
 
-def test_steps_beside_each_other_share_the_cores(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_beside_each_other_share_the_cores(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     (step,) = plan(8, "--eval scratch").steps
     for name, value in environment(step).items():
         monkeypatch.setenv(name, value)

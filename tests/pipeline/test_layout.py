@@ -19,15 +19,13 @@ def test_names_are_parsed_back_whatever_the_ratio(ratio: float, source: str, see
     assert RunId.parse(run.name) == run
     for eval_seed in (0, 2):
         folder = Layout(Path("/out")).eval_dir(run.name, 5, eval_seed)
-        assert parse_eval_name(folder.name) == (run.name, 5, eval_seed)
+        assert parse_eval_name(folder.name) == (run, 5, eval_seed)
 
 
 def test_names_as_the_design_has_them() -> None:
     paths = Layout(Path("/out"))
     assert RunId(method="four_channels").name == "four_channels"
-    assert RunId(method="four_channels", coverage_ratio=25.0, seed=1).name == (
-        "four_channels-cov25-seed1"
-    )
+    assert RunId(method="four_channels", coverage_ratio=25.0, seed=1).name == ("four_channels-cov25-seed1")
     run = RunId(method="four_channels", coverage_ratio=25.0, segments_from="blob", seed=1)
     assert run.name == "four_channels-cov25-blob-seed1"
     assert paths.probe_dir(run.name, 5) == Path("/out/probe_output") / f"{run.name}_5"
@@ -38,7 +36,7 @@ def test_names_as_the_design_has_them() -> None:
 def test_a_method_of_ones_own_may_have_any_name() -> None:
     run = RunId(method="Blocks_v2_5", coverage_ratio=30.0)
     assert RunId.parse(run.name) == run
-    assert parse_eval_name("Blocks_v2_5-cov30_10")[0] == run.name
+    assert parse_eval_name("Blocks_v2_5-cov30_10")[0] == run
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ import benchmark
 from common.environment import PROGRESS_FILE
 from common.progress import Counter, progress_text
 from common.step_files import PROGRESS
-from pipeline.launch import process
-from pipeline.launch.local import LocalLauncher, failure_message
+from pipeline.launch.local import LocalLauncher, end_orphans, failure_message, marked
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import is_done, read_progress, read_record, write_record
 from pipeline.plan.settings import Settings
@@ -67,8 +66,8 @@ def test_the_official_checkpoint_is_fetched_into_an_empty_output_directory(
         chosen = settings("--stack --model vit_base --pretrain-epochs 1")
         fetch, paths = make_plan(chosen)[0], Layout(chosen.data.output_dir)
         url = f"http://127.0.0.1:{server.server_port}/release.pth"
-        words = (*fetch.config.arguments(), "--url", url)
-        assert alternate([replace(fetch, config=replace(fetch.config, words=words))], paths) == 0
+        words = (*fetch.words, "--url", url)
+        assert alternate([replace(fetch, words=words)], paths) == 0
         server.shutdown()
         thread.join()
     assert fetch.outputs[0].read_bytes() == b"9747179"
@@ -126,12 +125,10 @@ def test_overlapping_evaluations_run_beside_the_next_round(settings: Make) -> No
 def test_descendants_with_their_own_session_are_ended_with_the_step(settings: Make) -> None:
     steps, paths = plan(settings("--pretrain-epochs 1"), behaviour="with-orphan")
     assert alternate(steps, paths) == 1
-    assert process.marked(f"{paths.root}:{steps[0].name}") == []
+    assert marked(f"{paths.root}:{steps[0].name}") == []
 
 
-def _start_elsewhere(
-    root: Path, name: str, seconds: float, behaviour: str = ""
-) -> subprocess.Popen:
+def _start_elsewhere(root: Path, name: str, seconds: float, behaviour: str = "") -> subprocess.Popen:
     """A benchmark.py-like parent, in a process of its own, with one long step."""
     program = f"""
 import benchmark, io, signal, sys
@@ -140,11 +137,10 @@ from pipeline.launch import local
 from pipeline.plan import steps as plan
 from pipeline.plan.layout import Layout
 root = Path({str(root)!r})
-step = plan.Step(name={name!r}, kind="pretrain", run="patches", epochs=100,
-    program=("tests.pipeline.standin",),
-    config=plan.Arguments(what="nothing", words=("--output-dir", str(root / "x"), "--stop-after",
-        "100", "--seconds", "{seconds}", "--behaviour", {behaviour!r}),
-        run=plan.Place(output_dir=root / "x", device="cpu")),
+step = plan.Step(name={name!r}, kind="pretrain", what="nothing", run="patches", epochs=100,
+    program=("tests.pipeline.standin",), folder=root / "x", device="cpu",
+    words=("--output-dir", str(root / "x"), "--stop-after", "100", "--seconds", "{seconds}",
+        "--behaviour", {behaviour!r}),
     outputs=(root / "x/checkpoint-100.pth",))
 launcher = local.LocalLauncher(Layout(root), overlaps=False, output=io.BytesIO())
 sys.exit(benchmark.alternate([step], launcher, keep_going=True))
@@ -157,14 +153,12 @@ sys.exit(benchmark.alternate([step], launcher, keep_going=True))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_save_and_leaves_no_process(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_lets_the_step_save_and_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
     parent.send_signal(number)
     assert parent.wait(240) == 75
     assert read_record(Layout(tmp_path), "long").state == "stopped"
-    assert process.marked(f"{tmp_path}:long") == []
+    assert marked(f"{tmp_path}:long") == []
 
 
 def test_a_second_signal_ends_a_step_that_does_not_listen(tmp_path: Path) -> None:
@@ -175,7 +169,7 @@ def test_a_second_signal_ends_a_step_that_does_not_listen(tmp_path: Path) -> Non
         assert parent.poll() is None
     parent.send_signal(signal.SIGINT)
     assert parent.wait(240) == 75
-    assert process.marked(f"{tmp_path}:long") == []
+    assert marked(f"{tmp_path}:long") == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
@@ -183,7 +177,7 @@ def test_a_killed_parent_takes_its_step_along(tmp_path: Path) -> None:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1)
     parent.kill()
     parent.wait(240)
-    until(lambda: not process.marked(f"{tmp_path}:long"))
+    until(lambda: not marked(f"{tmp_path}:long"))
     assert len((tmp_path / "x/log.txt").read_text().splitlines()) < 100
 
 
@@ -191,9 +185,9 @@ def test_an_orphan_that_does_not_end_is_ended_before_its_step_restarts(tmp_path:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1, behaviour="stubborn")
     parent.kill()
     parent.wait(240)
-    assert process.marked(f"{tmp_path}:long")
-    process.end_orphans(f"{tmp_path}:long", grace_seconds=0.2)
-    assert process.marked(f"{tmp_path}:long") == []
+    assert marked(f"{tmp_path}:long")
+    end_orphans(f"{tmp_path}:long", grace_seconds=0.2)
+    assert marked(f"{tmp_path}:long") == []
 
 
 def test_a_damaged_record_is_named(settings: Make) -> None:
@@ -230,9 +224,7 @@ def test_a_step_that_counts_tells_its_launcher_how_far_it_is(
     assert progress_text(read_progress(tmp_path)) == line
 
 
-def test_of_several_processes_the_first_tells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_several_processes_the_first_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / PROGRESS))
     monkeypatch.setenv("RANK", "1")
     Counter("knn", total=96).advance()

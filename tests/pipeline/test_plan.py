@@ -11,7 +11,7 @@ import pytest
 from pipeline.launch import view
 from pipeline.plan.check import init_of
 from pipeline.plan.settings import Experiment, Settings
-from pipeline.plan.steps import Step, make_plan, nodes_of
+from pipeline.plan.steps import Step, make_plan
 
 Make = Callable[..., Settings]
 
@@ -149,9 +149,7 @@ def test_the_table_says_what_each_step_runs_on(
     chosen = settings("--pretrain-epochs 1 --num-gpus 4 --eval-gpus 2,3")
     monkeypatch.setattr(view, "checked_plan", make_plan)
     view.show(chosen, verbose=False)
-    pretrain, evaluate = (
-        re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[3:5]
-    )
+    pretrain, evaluate = (re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[3:5])
     assert "2 GPUs" in pretrain
     assert "1 of 2 GPUs" in evaluate
 
@@ -261,18 +259,14 @@ def test_config_gives_defaults_and_the_command_line_wins(settings: Make, tmp_pat
         ("pretrain: 3\n", "option: value"),
     ],
 )
-def test_a_config_with_mistakes_is_refused(
-    settings: Make, tmp_path: Path, text: str, said: str
-) -> None:
+def test_a_config_with_mistakes_is_refused(settings: Make, tmp_path: Path, text: str, said: str) -> None:
     config = tmp_path / "c.yml"
     config.write_text(text)
     with pytest.raises(ValueError, match=re.escape(said)):
         settings(f"--config {config}")
 
 
-def test_times_and_words_in_a_config_stay_as_they_are_written(
-    settings: Make, tmp_path: Path
-) -> None:
+def test_times_and_words_in_a_config_stay_as_they_are_written(settings: Make, tmp_path: Path) -> None:
     config = tmp_path / "cluster.yml"
     config.write_text(
         "time: 24:00:00\nlauncher: slurm\nnum_gpus: 0\nfinetune: {compile: off}\n"
@@ -306,4 +300,4 @@ def test_scores_that_wait_for_the_end_are_mentioned(settings: Make) -> None:
 def test_only_pretraining_is_spread_over_nodes(settings: Make) -> None:
     words = "--pretrain-epochs 1 --launcher slurm --nodes 2 --num-gpus 8 --stack --model vit_base"
     chosen = settings(words)
-    assert [nodes_of(step, chosen) for step in make_plan(chosen)] == [1, 2, 1]
+    assert [step.nodes for step in make_plan(chosen)] == [1, 2, 1]

@@ -19,7 +19,7 @@ from pipeline.plan.records import (
     write_record,
 )
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan, official_checkpoint
+from pipeline.plan.steps import Step, make_plan
 from segmenter.config import ProbeConfig
 
 Make = Callable[..., Settings]
@@ -72,15 +72,11 @@ def test_a_probe_gets_the_protocol_of_the_finetuning_and_options_of_its_own(
         assert words[words.index(f"--{option}") + 1] == value
     assert "--epochs" not in words
     assert probe.needs == ("pretrain_four_channels-seed4_1",)
-    assert probe.outputs == (
-        made.data.output_dir / "probe_output/four_channels-seed4_1/result.json",
-    )
+    assert probe.outputs == (made.data.output_dir / "probe_output/four_channels-seed4_1/result.json",)
     assert probe.settings["init"] == "pretrain_output/four_channels-seed4/checkpoint-1.pth"
 
 
-def test_images_with_classes_are_probed_too_unless_others_are_named(
-    settings: Make, data: Path
-) -> None:
+def test_images_with_classes_are_probed_too_unless_others_are_named(settings: Make, data: Path) -> None:
     for name in ("disc", "square"):
         (data / "in1k/val" / name).mkdir(parents=True)
     for more, folder in (("", data / "in1k/val"), (" --probe image_folder=/other", Path("/other"))):
@@ -109,7 +105,7 @@ def test_scratch_is_scored_by_default_and_mae_where_its_file_is_at_hand(settings
     made = replace(made, experiment=replace(made.experiment, baselines=None))
     scratch = ["probe_scratch_0", "evaluate_scratch_0"]
     assert names(made)[:3] == [*scratch, "pretrain_patches_1"]
-    official = official_checkpoint(made)
+    official = made.data.output_dir / "pretrain_output/mae_pretrain_vit_large.pth"
     official.parent.mkdir(parents=True)
     official.touch()
     found = [name for name in names(made) if name.endswith("_0")]

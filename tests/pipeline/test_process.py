@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.launch import process
-from pipeline.launch.local import LocalLauncher, environment
+from pipeline.launch import local
+from pipeline.launch.local import LocalLauncher, environment, marked
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import make_plan
@@ -33,11 +33,11 @@ def test_the_workers_of_torchrun_have_the_whole_grace_to_save_and_no_more(
     step = standin(make_plan(chosen)[0], seconds=60, save_seconds=save_seconds)
     paths, ended = Layout(chosen.data.output_dir), []
     assert environment(step)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "120"
-    monkeypatch.setattr(process, "GRACE_SECONDS", grace_seconds)
+    monkeypatch.setattr(local, "GRACE_SECONDS", grace_seconds)
     launcher = LocalLauncher(paths, overlaps=False, output=io.BytesIO())
     launcher.start(step)
     until(lambda: launcher.poll() or step.console_log.read_text().count("started") == 2)
     launcher.stop()
     until(lambda: ended.extend(launcher.poll()) or ended)
     assert [end.state for end in ended] == [state]
-    assert process.marked(f"{paths.root}:{step.name}") == []
+    assert marked(f"{paths.root}:{step.name}") == []

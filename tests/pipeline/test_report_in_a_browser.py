@@ -16,9 +16,7 @@ from PIL import Image
 from pipeline.report.page import write_all
 from tests.pipeline.finished_run import write_run
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 MEASURE = """

@@ -69,9 +69,7 @@ def test_segments_in_the_output_directory_are_the_same_segments(
     assert pretrain.settings == make_plan(chosen)[0].settings
 
 
-def test_only_what_reads_segments_waits_until_they_are_made(
-    settings: Make, none_there: Path
-) -> None:
+def test_only_what_reads_segments_waits_until_they_are_made(settings: Make, none_there: Path) -> None:
     words = "--mask-method patches,segments,four_channels --eval-freq 1 --pretrain-epochs 2"
     steps = planned(settings(f"{MAKE} {words} --baselines scratch"))
     assert next(iter(steps)) == "generate_segments"
@@ -126,9 +124,7 @@ def test_only_what_is_near_the_ratios_of_the_plan_is_made(settings: Make, none_t
     assert wanted(MAKE) == ("15.0", [15.0])
 
 
-def test_where_the_model_comes_from_and_runs(
-    settings: Make, none_there: Path, tmp_path: Path
-) -> None:
+def test_where_the_model_comes_from_and_runs(settings: Make, none_there: Path, tmp_path: Path) -> None:
     def made_by(words: str) -> str:
         step = planned(settings(f"--pretrain-epochs 1 --make-segments {words}"))
         return " ".join(step["generate_segments"].command[3:])
@@ -162,9 +158,7 @@ def test_where_segments_are_there_none_are_made(settings: Make, none_there: Path
     assert list(planned(settings(MAKE))) == ["pretrain_four_channels_1", "evaluate_four_channels_1"]
 
 
-def test_nothing_is_made_for_what_is_done_and_a_later_round_waits(
-    settings: Make, none_there: Path
-) -> None:
+def test_nothing_is_made_for_what_is_done_and_a_later_round_waits(settings: Make, none_there: Path) -> None:
     chosen = settings(MAKE + "--pretrain-epochs 2 --eval-freq 1")
     rounds = [f"pretrain_four_channels_{epochs}" for epochs in (1, 2)]
     needs = {s.name: s.needs for s in with_segments(make_plan(chosen), chosen, rounds[:1])}

@@ -100,9 +100,7 @@ def test_several_processes_have_a_core_each(settings: Make, cluster: SlurmCluste
     until(lambda: read_status(paths)[0].state == "done")
 
 
-def test_a_job_that_was_replaced_leaves_the_step_alone(
-    settings: Make, cluster: SlurmCluster
-) -> None:
+def test_a_job_that_was_replaced_leaves_the_step_alone(settings: Make, cluster: SlurmCluster) -> None:
     chosen = settings("--launcher slurm --pretrain-epochs 1 --sbatch begin=now+1hour")
     steps, paths = submit(chosen)
     record = read_record(paths, steps[0].name)
@@ -134,8 +132,7 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     chosen = settings(words + " --mask-method patches,segments --sbatch cpus-per-task=1")
     paths, store = Layout(chosen.data.output_dir), data / "in1k/masks/masks.sqlite"
     steps = [
-        step if step.kind in MAKING else standin(step)
-        for step in with_segments(make_plan(chosen), chosen)
+        step if step.kind in MAKING else standin(step) for step in with_segments(make_plan(chosen), chosen)
     ]
     whole = with_segments(steps[4:], settings("--make-segments felzenszwalb"))[0]
     write_run_files(chosen, steps, paths)
@@ -160,5 +157,5 @@ def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     keys = merged.images() | merged.listed_empty()
     assert keys == one.images() | one.listed_empty()
     assert len([key for key in keys if key.startswith("val/disc/")]) == 3
-    assert all(merged.packed(key) == one.packed(key) for key in keys)
+    assert all(merged.segments(key) == one.segments(key) for key in keys)
     assert len(merged.images()) >= 18

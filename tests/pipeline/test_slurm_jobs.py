@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch import slurm, status
-from pipeline.launch.process import marked
+from pipeline.launch.local import marked
 from pipeline.launch.slurm import job_parameters, on_this_cluster
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import Record, read_all_records, read_progress, read_record, write_record
@@ -94,12 +94,12 @@ def test_across_nodes_the_sites_master_address_is_taken_as_it_is(
     on_node("1")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
     monkeypatch.setenv("MASTER_PORT", "29511")
-    command = on_this_cluster(step, nodes=2).command
+    command = on_this_cluster(replace(step, nodes=2)).command
     assert command[1:8] == [
         *("-m", "torch.distributed.run", "--nnodes=2", "--node-rank=1"),
         *("--master-addr=10.0.0.7", "--master-port=29511", "--nproc-per-node=4"),
     ]
-    assert on_this_cluster(step, nodes=1) is step
+    assert on_this_cluster(step) is step
 
 
 def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
@@ -109,7 +109,7 @@ def test_all_nodes_of_a_job_meet_at_the_same_port_of_the_first(
     met = []
     for node in ("0", "1"):
         on_node(node)
-        met.append(on_this_cluster(step, nodes=2).rendezvous)
+        met.append(on_this_cluster(replace(step, nodes=2)).rendezvous)
     assert [found[1] for found in met] == ["--node-rank=0", "--node-rank=1"]
     assert met[0][2:] == met[1][2:]
     assert met[0][2] == "--master-addr=n3"
@@ -215,7 +215,7 @@ def test_fetching_takes_one_node_and_no_gpu(settings: Make, programs: Path) -> N
     parameters = job_parameters(chosen, fetch, [])
     assert parameters["nodes"] == 1
     assert not {"gpus_per_node", "cpus_per_task", "srun_args"} & parameters.keys()
-    assert on_this_cluster(fetch, nodes=2) is fetch
+    assert on_this_cluster(fetch) is fetch
     assert job_parameters(chosen, pretrain, [])["nodes"] == 2
 
 
@@ -245,7 +245,7 @@ def test_a_job_that_its_record_does_not_name_does_nothing(
     monkeypatch.setenv("SLURM_JOB_ID", "11")
     monkeypatch.setattr(slurm, "_RECORD_SECONDS", 0.3)
     with pytest.raises(SystemExit, match=f"job 11 does nothing: .* names {owner or 'a local'}"):
-        slurm.StepJob(paths.root, step, 1)()
+        slurm.StepJob(paths.root, step)()
     assert not step.folder.exists()
     assert read_record(paths, step.name).job_id == owner
 
@@ -255,7 +255,7 @@ import pickle, sys
 from pathlib import Path
 from pipeline.launch.slurm import StepJob
 root, step = pickle.loads(bytes.fromhex(sys.argv[1]))
-print(StepJob(root, step, 1)())
+print(StepJob(root, step)())
 """
 
 

@@ -14,8 +14,7 @@ import pytest
 from common.progress import duration, progress_text
 from common.step_files import PROGRESS
 from pipeline.launch import status
-from pipeline.launch.local import LocalLauncher, shortage
-from pipeline.launch.process import MARK, marked
+from pipeline.launch.local import MARK, LocalLauncher, marked, shortage
 from pipeline.launch.slurm import follow
 from pipeline.launch.status import read_status
 from pipeline.plan import machine
@@ -234,9 +233,7 @@ def test_other_settings_are_named_with_both_values(settings: Make) -> None:
     before, now = settings("--pretrain-epochs 2 --seed 0"), settings("--pretrain-epochs 3 --seed 1")
     paths = all_made(before)
     assert differences(make_plan(before), paths) == []
-    assert differences(make_plan(now), paths) == [
-        "four_channels-seed1: epochs: 2 -> 3 (of four_channels)"
-    ]
+    assert differences(make_plan(now), paths) == ["four_channels-seed1: epochs: 2 -> 3 (of four_channels)"]
 
 
 def test_methods_of_one_directory_have_to_be_made_alike(settings: Make) -> None:
@@ -340,9 +337,7 @@ def test_a_nearly_full_disk_stops_a_step_before_it_starts(
     settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings("--pretrain-epochs 1 --model vit_huge")
-    step = replace(
-        make_plan(chosen)[0], facts=ScoringFacts(train=1, val=1, checkpoint_bytes=8 * 10**9)
-    )
+    step = replace(make_plan(chosen)[0], facts=ScoringFacts(train=1, val=1, checkpoint_bytes=8 * 10**9))
     paths = Layout(chosen.data.output_dir)
     monkeypatch.setattr(machine, "free_bytes", lambda folder: 10**9)
     refused = LocalLauncher(paths, overlaps=False).start(step)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from pipeline.plan.sample import SampleSize, write_sample
+from pipeline.plan.sample import write_sample
 from tests import toy
 
 TIMES = ("minutes", "device_hours")
-SIZE = SampleSize(train=12, val=4, segmentation_train=8, segmentation_val=6)
+SIZE = {"train": 12, "val": 4, "segmentation_train": 8, "segmentation_val": 6}
 _CONFIG = f"""
 plugin: {toy.PLUGIN}
 model: vit_toy
@@ -42,11 +42,9 @@ finetune:
 
 def write_inputs(folder: Path) -> Path:
     """Writes the data and a config that names them; returns the config's path."""
-    write_sample(folder, SIZE)
+    write_sample(folder, **SIZE)
     config = folder / "tiny.yml"
-    config.write_text(
-        f"in1k_dir: {folder}/in1k\neval_dataset: {folder}/segmentation/dataset.yml\n{_CONFIG}"
-    )
+    config.write_text(f"in1k_dir: {folder}/in1k\neval_dataset: {folder}/segmentation/dataset.yml\n{_CONFIG}")
     return config
 
 

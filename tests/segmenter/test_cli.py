@@ -67,9 +67,7 @@ def test_a_config_prints_the_command_line_that_makes_it(dataset, tmp_path):
     assert "--schedule" not in words, "it is the recipe's"
 
 
-def test_a_batch_is_split_over_as_many_processes_as_there_will_be(
-    dataset, tmp_path, command, monkeypatch
-):
+def test_a_batch_is_split_over_as_many_processes_as_there_will_be(dataset, tmp_path, command, monkeypatch):
     arguments = train_arguments(dataset, tmp_path / "run", batch_size=5, device_batch_size=2)
     plan = plan_batches(config_of(arguments), read_description(dataset), processes=2)
     assert (plan.micro_batch_size, plan.accumulation_steps, plan.steps_per_epoch) == (2, 2, 1)
@@ -122,9 +120,7 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"lr": None}, ["own.yml lacks lr"]),
     ):
         recipe.write_text(yaml.safe_dump({**values, **change}))
-        outcome = command(
-            *train_arguments(dataset, tmp_path / "run", recipe=recipe), "--dry-run", "check"
-        )
+        outcome = command(*train_arguments(dataset, tmp_path / "run", recipe=recipe), "--dry-run", "check")
         if messages is None:
             assert (outcome.code, outcome.err) == (0, "")
         else:
@@ -152,9 +148,7 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ({"device": "cuda"}, ["--device cuda", "has no GPU"]),
     ],
 )
-def test_wrong_options_are_refused_before_anything_is_written(
-    dataset, tmp_path, command, changes, messages
-):
+def test_wrong_options_are_refused_before_anything_is_written(dataset, tmp_path, command, changes, messages):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     outcome = command(*train_arguments(dataset, tmp_path / "run", **changes))
@@ -193,9 +187,7 @@ def corrupt_images(folder):
     return "101.jpg cannot be read as an image: it is no image (2 of "
 
 
-@pytest.mark.parametrize(
-    "breaking", [no_annotation, empty_split, other_size, outside_label, corrupt_images]
-)
+@pytest.mark.parametrize("breaking", [no_annotation, empty_split, other_size, outside_label, corrupt_images])
 def test_bad_data_is_refused_before_anything_is_written(own_dataset, tmp_path, command, breaking):
     message = breaking(own_dataset.parent)
     assert_refused(command(*train_arguments(own_dataset, tmp_path / "run")), message)

@@ -92,9 +92,7 @@ def test_an_ade20k_folder_is_used_where_it_lies(ade20k):
         description.pairs("train")
 
 
-@pytest.mark.parametrize(
-    ("name", "number"), [("ade20k", 150), ("cityscapes", 19), ("pascal_context", 60)]
-)
+@pytest.mark.parametrize(("name", "number"), [("ade20k", 150), ("cityscapes", 19), ("pascal_context", 60)])
 def test_the_datasets_that_come_along_have_their_classes(name, number):
     description = read_description(DESCRIPTIONS / f"{name}.yml")
     assert len(read_classes(description).names) == description.num_classes == number

@@ -41,9 +41,7 @@ def test_a_run_without_a_later_setting_counts_as_its_older_value(dataset, finish
 
 
 @pytest.mark.parametrize("name", ["result.json", "checkpoint.pth"])
-def test_another_value_of_a_later_setting_is_refused_by_name(
-    dataset, finished, tmp_path, command, name
-):
+def test_another_value_of_a_later_setting_is_refused_by_name(dataset, finished, tmp_path, command, name):
     (tmp_path / "run").mkdir()
     shutil.copy(finished / name, tmp_path / "run")
     forget(tmp_path / "run" / name, "seed")
@@ -56,11 +54,11 @@ def test_another_value_of_a_later_setting_is_refused_by_name(
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
     """A run directory of an earlier version and its data; its model comes by a plugin."""
-    from pipeline.plan.sample import SampleSize, write_sample
+    from pipeline.plan.sample import write_sample
 
     folder = tmp_path_factory.mktemp("earlier")
-    size = SampleSize(train=24, val=4, segmentation_train=8, segmentation_val=4)
-    write_sample(folder / "sample", size)
+    size = {"train": 24, "val": 4, "segmentation_train": 8, "segmentation_val": 4}
+    write_sample(folder / "sample", **size)
     shutil.copytree(EARLIER / "run/eval_output", folder / "eval_output")
     return folder
 

@@ -96,12 +96,8 @@ def test_images_of_every_mode_and_size_are_predicted(finished, command, tmp_path
         "grey.png": Image.fromarray(rng.integers(0, 255, (30, 50), dtype=np.uint8)),
         "alpha.png": Image.fromarray(rng.integers(0, 255, (33, 31, 4), dtype=np.uint8)),
         "deep.png": Image.fromarray(rng.integers(0, 65535, (20, 90)).astype(np.uint16)),
-        "cmyk.jpg": Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).convert(
-            "CMYK"
-        ),
-        "palette.gif": Image.fromarray(rng.integers(0, 255, (17, 23, 3), dtype=np.uint8)).convert(
-            "P"
-        ),
+        "cmyk.jpg": Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).convert("CMYK"),
+        "palette.gif": Image.fromarray(rng.integers(0, 255, (17, 23, 3), dtype=np.uint8)).convert("P"),
         "pixel.png": Image.new("1", (1, 1)),
     }
     for name, image in sources.items():

@@ -23,9 +23,7 @@ MODEL = ModelConfig(
 
 def encoder_weights(in_channels=3, grid=4, patch_size=16):
     torch.manual_seed(0)
-    shape = EncoderShape(
-        model="vit_tiny", patch_size=patch_size, in_channels=in_channels, grid=grid
-    )
+    shape = EncoderShape(model="vit_tiny", patch_size=patch_size, in_channels=in_channels, grid=grid)
     return Encoder(shape).state_dict()
 
 
@@ -41,9 +39,7 @@ PRETRAINING_ONLY = {
 def start(path, grid=4):
     weights, shape = read_encoder(path, MODEL)
     encoder = Encoder(
-        EncoderShape(
-            model="vit_tiny", patch_size=shape.patch_size, in_channels=shape.in_channels, grid=grid
-        )
+        EncoderShape(model="vit_tiny", patch_size=shape.patch_size, in_channels=shape.in_channels, grid=grid)
     )
     return encoder, start_encoder(encoder, weights)
 
@@ -150,9 +146,7 @@ def write_release(folder, distilled):
         shapes |= {f"encoder.blocks.{number}.{name}": shape for number in range(12)}
         shapes |= {f"decoder.blocks.{number}.{name}": shape for number in range(2)}
     generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()
-    }
+    weights = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
     torch.save({"model": weights, "epoch": 63, "n_cls": 150}, folder / "checkpoint.pth")
     variant = {
         "net_kwargs": {

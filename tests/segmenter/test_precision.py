@@ -16,9 +16,7 @@ def own_state():
 
 
 @pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
-def test_finetuning_in_fp16_is_that_in_fp32_and_keeps_its_scale(
-    dataset, tmp_path, monkeypatch, decoder
-):
+def test_finetuning_in_fp16_is_that_in_fp32_and_keeps_its_scale(dataset, tmp_path, monkeypatch, decoder):
     """From a scale that fits: at 2^16 the few tokens of so small images overflow at first."""
     monkeypatch.setattr(update, "FIRST_SCALE", 2.0**10)
     logs = []

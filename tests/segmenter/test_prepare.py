@@ -80,9 +80,7 @@ def test_a_full_disk_is_noticed_first(server, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ade20k_is_downloaded_unpacked_checked_and_then_used(
-    server, tmp_path, command, monkeypatch
-):
+def test_ade20k_is_downloaded_unpacked_checked_and_then_used(server, tmp_path, command, monkeypatch):
     server.content = archive()
     monkeypatch.setattr(prepare, "ADE20K_PAIRS", {"train": 3, "val": 2})
     arguments = ["prepare", "ade20k", tmp_path, "--url", server.url, "--digest"]

@@ -311,9 +311,7 @@ def test_check_says_what_is_wrong_and_writes_nothing(dataset, tmp_path, command)
 
 
 @pytest.mark.parametrize("at", ["tokens", "linear"])
-def test_a_signal_ends_it_and_leaves_nothing_half_written(
-    dataset, probed, tmp_path, monkeypatch, at
-):
+def test_a_signal_ends_it_and_leaves_nothing_half_written(dataset, probed, tmp_path, monkeypatch, at):
     original = segmenter.probe._Probing.over
 
     def interrupted(run, name, *arguments, **more):

@@ -70,9 +70,7 @@ def assert_gradients(checkpoint, model):
     stored = torch.load(checkpoint, weights_only=True)["optimizer"]
     assert len(stored["param_groups"]) == 1  # so they are in the order of the model
     largest = 0.0
-    for (name, parameter), state in zip(
-        model.named_parameters(), stored["state"].values(), strict=True
-    ):
+    for (name, parameter), state in zip(model.named_parameters(), stored["state"].values(), strict=True):
         assert torch.allclose(state["momentum_buffer"], parameter.grad, atol=1e-5), name
         largest = max(largest, parameter.grad.abs().max().item())
     assert largest > 1e-2

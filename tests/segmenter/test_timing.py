@@ -14,9 +14,7 @@ KEYS = {
 
 @pytest.mark.parametrize(("epochs", "schedule"), [(5, "cosine"), (1, "poly")])
 def test_seconds_are_told_and_nothing_is_written(dataset, tmp_path, command, epochs, schedule):
-    arguments = train_arguments(
-        dataset, tmp_path / "run", epochs=epochs, eval_every=2, schedule=schedule
-    )
+    arguments = train_arguments(dataset, tmp_path / "run", epochs=epochs, eval_every=2, schedule=schedule)
     outcome = command(*arguments, "--dry-run", "time")
     assert outcome.code == 0, outcome.err
     told = json.loads(outcome.out)

@@ -277,9 +277,7 @@ def test_what_mmengines_runner_saved_is_scored(tmp_path):
     pixels = torch.randn(1, 3, SIDE, SIDE)
     with torch.no_grad():
         expected = model.eval()(pixels, mode="tensor")
-        torch.testing.assert_close(
-            loaded.model.patch_logits(pixels), expected, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(loaded.model.patch_logits(pixels), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_relative_positions_of_another_grid_are_resampled(both):

@@ -77,9 +77,7 @@ def test_an_image_alone_is_refused(dataset, tmp_path, command):
 
 
 def test_no_gpu_decides_over_how_many_images_the_norms_are(dataset, tmp_path, command):
-    outcome = command(
-        *train_arguments(dataset, tmp_path / "run", **{**RUN, "device_batch_size": "auto"})
-    )
+    outcome = command(*train_arguments(dataset, tmp_path / "run", **{**RUN, "device_batch_size": "auto"}))
     assert outcome.code == 2
     assert "--device-batch-size auto would let the GPU decide what --decoder upernet" in outcome.err
 

@@ -31,9 +31,7 @@ def on_a_fake_gpu(model, trained=False):
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                held[name] = torch.nn.Parameter(
-                    torch.empty(tensor.shape, device=GPU), requires_grad=trained
-                )
+                held[name] = torch.nn.Parameter(torch.empty(tensor.shape, device=GPU), requires_grad=trained)
     return model
 
 
@@ -107,9 +105,7 @@ def test_a_step_of_finetuning_does_not_wait_for_the_device(dataset, tmp_path, mo
     """The segmenter's own run, its model and update on the fake GPU."""
     runs = []
     monkeypatch.setattr(trainer, "fit", lambda run, state: runs.append((run, state)) or True)
-    arguments = train_arguments(
-        dataset, tmp_path, decoder=decoder, batch_size=4, device_batch_size=2
-    )
+    arguments = train_arguments(dataset, tmp_path, decoder=decoder, batch_size=4, device_batch_size=2)
     assert call(*arguments).code == 0
     ((run, state),) = runs
     loaded = [run.task.micro_batch(batch) for batch in islice(load(run, (0, 0), 1), 2)]

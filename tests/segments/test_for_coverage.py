@@ -160,9 +160,7 @@ def test_felzenszwalb_keeps_the_nearest_of_all(sample, photograph):
     assert set(few) == {nearest(every, 15), nearest(every, 40)}
 
 
-def test_pretraining_refuses_other_ratios_and_says_what_adds_them(
-    made, photographs, tmp_path, capsys
-):
+def test_pretraining_refuses_other_ratios_and_says_what_adds_them(made, photographs, tmp_path, capsys):
     from mae.cli import main
 
     data = tmp_path / "in1k"
@@ -213,9 +211,7 @@ def test_no_upsampled_mask_covers_more_or_less_than_its_bounds(size):
     logits = torch.randn(40, 16, 16, generator=generator) + torch.randn(40, 1, 1)
     reshaped = [round(length * 64 / max(size)) for length in size]
     for processor, fills in ((pad, [side / 64 for side in reshaped]), (stretch, [1.0, 1.0])):
-        full = processor.post_process_masks(
-            [logits[:, None]], [list(size)], reshaped_input_sizes=[reshaped]
-        )
+        full = processor.post_process_masks([logits[:, None]], [list(size)], reshaped_input_sizes=[reshaped])
         percent = full[0][:, 0].double().mean((1, 2)) * 100
         low, high = coverage_bounds(logits, pixel_weights(size, (16, 16), tuple(fills)))
         assert (low <= percent + 1e-3).all()
@@ -257,7 +253,7 @@ def test_a_large_photograph_is_read_reduced_and_its_segments_have_its_size(tmp_p
         Image.fromarray(pixels).save(tmp_path / f"{kind}.{kind}", quality=95)
     generator = Felzenszwalb(FelzenszwalbSettings(longest_side=64))
     work = Work(images_by_key(tmp_path, None), generator)
-    reduced, whole = (work.read([name])[0][0] for name in ("jpg", "png"))
+    reduced, whole = (work.read([name])[0] for name in ("jpg", "png"))
     assert (reduced.pixels.shape, whole.pixels.shape) == ((75, 100, 3), (300, 400, 3))
     assert (reduced.height, reduced.width) == (300, 400)
     for photograph in (reduced, whole):
@@ -310,7 +306,7 @@ def test_a_ratio_is_added_to_all_images_of_a_store_or_refused(add):
     store = add(15.0, val_dir=None)
     assert store.path.read_bytes() == before
     store = add(25.0)
-    assert store.all_images() == {"a", "b", "val/c"}
+    assert store.images() | store.listed_empty() == {"a", "b", "val/c"}
     assert store.settings["for_coverage"] == [15, 25]
 
 
@@ -326,7 +322,10 @@ def test_an_image_that_failed_is_tried_again_for_every_ratio(add, tmp_path, dump
     with pytest.raises(RuntimeError, match="1 of 3 images failed"):
         add(40.0)
     store = PackedStore(tmp_path / "masks.sqlite")
-    assert (store.all_images(), store.failures().keys()) == ({"a", "val/c"}, {"b"})
+    assert (store.images() | store.listed_empty(), store.failures().keys()) == (
+        {"a", "val/c"},
+        {"b"},
+    )
     Image.new("RGB", (60, 40)).save(tmp_path / "train/b.png")
     at_once = tmp_path / "at_once.sqlite"
     assert dump(add(15.0).path) == dump(add(15.0, 25.0, 40.0, out=at_once).path)

@@ -58,9 +58,7 @@ def test_segments_have_the_size_of_a_large_image_and_no_near_copies(sample, phot
     assert (overlap - np.eye(len(found))).max() <= 0.85
 
 
-def test_a_store_says_how_it_was_made_and_unpacks_to_what_packs_again(
-    images, tmp_path, masks_command, dump
-):
+def test_a_store_says_how_it_was_made_and_unpacks_to_what_packs_again(images, tmp_path, masks_command, dump):
     store = tmp_path / "masks.sqlite"
     arguments = ["--images", images, "--out", store, *FAST_OPTIONS]
     code, said = masks_command("generate", "felzenszwalb", *arguments)
@@ -112,9 +110,7 @@ def forget_setting(path, name):
         (text,) = connection.execute("SELECT value FROM meta WHERE name = 'settings'").fetchone()
         settings = json.loads(text)
         del settings[name]
-        connection.execute(
-            "UPDATE meta SET value = ? WHERE name = 'settings'", (json.dumps(settings),)
-        )
+        connection.execute("UPDATE meta SET value = ? WHERE name = 'settings'", (json.dumps(settings),))
     connection.close()
 
 
@@ -244,9 +240,7 @@ def test_trying_a_broken_image_again_leaves_the_finished_store_to_its_readers(im
         (["--images", "/nowhere/at/all"], "is not a folder"),
     ],
 )
-def test_bad_options_are_one_line_and_write_nothing(
-    images, tmp_path, masks_command, arguments, said
-):
+def test_bad_options_are_one_line_and_write_nothing(images, tmp_path, masks_command, arguments, said):
     out = tmp_path / "out"
     basic = ["generate", "felzenszwalb", "--images", images, "--out", out]
     code, text = masks_command(*basic, *arguments)

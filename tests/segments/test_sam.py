@@ -59,13 +59,9 @@ def test_segments_are_those_of_the_transformers_pipeline(kind, tiny_model, photo
     size = (40, 56) if kind in ("sam", "sam_hq") else (56, 56)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(2)]
     for overlap, fewest in ((1.0, 5), (0.9, 1)):
-        settings = SamSettings(
-            model=str(tiny_model(kind)), **{**SAM_OPTIONS, "box_nms_thresh": overlap}
-        )
+        settings = SamSettings(model=str(tiny_model(kind)), **{**SAM_OPTIONS, "box_nms_thresh": overlap})
         made = Sam(settings)
-        theirs = pipeline(
-            "mask-generation", model=made.model, image_processor=made.processor, device="cpu"
-        )
+        theirs = pipeline("mask-generation", model=made.model, image_processor=made.processor, device="cpu")
         found = made.segments([photograph(image) for image in images])
         for image, segments in zip(images, found, strict=True):
             expected = theirs(
@@ -90,9 +86,7 @@ def without_a_twin(masks, others):
     """Those that differ from each of the others in more than two pixels."""
     pixels = [np.frombuffer(other, np.uint8) for other in others]
     return [
-        mask
-        for mask in masks
-        if min((np.frombuffer(mask, np.uint8) != other).sum() for other in pixels) > 2
+        mask for mask in masks if min((np.frombuffer(mask, np.uint8) != other).sum() for other in pixels) > 2
     ]
 
 
@@ -175,8 +169,8 @@ def test_presets_are_listed_with_size_and_licence_and_choose_the_model(
 ):
     code, said = masks_command("generate", "--help")
     assert code == 0
-    for name, preset in PRESETS.items():
-        assert re.search(rf"{name} +{preset.model}, {preset.parameters}M parameters, Apache", said)
+    for name, (model, millions) in PRESETS.items():
+        assert re.search(rf"{name} +{model}, {millions}M parameters, Apache", said)
     loaded = []
 
     def load(name):
@@ -185,7 +179,7 @@ def test_presets_are_listed_with_size_and_licence_and_choose_the_model(
 
     monkeypatch.setattr("segments.sam._load", load)
     masks_command("generate", "sam2-tiny", "--images", images, "--out", tmp_path / "masks.sqlite")
-    assert loaded == [PRESETS["sam2-tiny"].model]
+    assert loaded == [PRESETS["sam2-tiny"][0]]
 
 
 def test_parameters_of_presets_are_counted():
@@ -201,4 +195,4 @@ def test_parameters_of_presets_are_counted():
     large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
              "global_attn_indexes": [5, 11, 17, 23]}  # fmt: skip
     for name, vision in {"sam-base": {}, "sam-large": large}.items():
-        assert round(millions(vision)) == PRESETS[name].parameters
+        assert round(millions(vision)) == PRESETS[name][1]

@@ -57,9 +57,7 @@ def samples_of(in1k, masks_dir, ratio, files=None):
         folder=in1k / "train", paths=listing.train, segments=segments, method=method, seed=3
     )
     return [
-        (images.relative_path(index), images[epoch, index])
-        for epoch in range(EPOCHS)
-        for index in range(len(images))
+        (images.paths[index], images[epoch, index]) for epoch in range(EPOCHS) for index in range(len(images))
     ]
 
 

@@ -174,9 +174,7 @@ def test_segments_of_different_sizes_in_one_image_are_refused(table_folder):
         open_any_form(table_folder).segments(table.parent.relative_to(table_folder).as_posix())
 
 
-@pytest.mark.parametrize(
-    "line", ["15.0", "much 0.png", "150 0.png", "-1 0.png", "nan 0.png"], ids=str
-)
+@pytest.mark.parametrize("line", ["15.0", "much 0.png", "150 0.png", "-1 0.png", "nan 0.png"], ids=str)
 def test_a_bad_line_of_a_table_is_named(table_folder, line):
     table = sorted(table_folder.rglob("table.txt"))[0]
     table.write_text(f"{line}\n")

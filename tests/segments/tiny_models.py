@@ -83,9 +83,7 @@ def hiera(t):
         window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[3], image_size=[64, 64],
         window_positional_embedding_background_size=[4, 4],
     )  # fmt: skip
-    return t.Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16], **FPN
-    )
+    return t.Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16], **FPN)
 
 
 def sam3_video(t):
@@ -121,9 +119,7 @@ def repvit(t):
         "embed_dim": [8, 16, 24, 32], "depth": [1, 1, 1, 1],
     }  # fmt: skip
     backbone = t.TimmWrapperConfig(architecture="repvit_m1", model_args=model_args)
-    return t.EdgeTamVisionConfig(
-        backbone_config=backbone, backbone_channel_list=[32, 24, 16, 8], **FPN
-    )
+    return t.EdgeTamVisionConfig(backbone_config=backbone, backbone_channel_list=[32, 24, 16, 8], **FPN)
 
 
 MODELS = {

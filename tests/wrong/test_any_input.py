@@ -32,18 +32,14 @@ from segments.forms import open_folder, read_empty_list
 from segments.segment import segment_from_rle
 from segments.store import PackedStore
 
-ANY = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
     st.sampled_from([10**400, -(10**30), "~nosuchuser/x", "\0", "x" * 300, "1e400", "٣", "NaN"]),
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
 GROUPS = [
@@ -91,9 +87,7 @@ def test_yaml_files_of_any_bytes(content, tmp_path):
     value_or_named(lambda: read_yaml(tmp_path / "a.yml"), "a.yml")
 
 
-RUNS = st.one_of(
-    st.text(max_size=40), st.lists(st.integers(-5, 5000), max_size=12), st.integers(), st.none()
-)
+RUNS = st.one_of(st.text(max_size=40), st.lists(st.integers(-5, 5000), max_size=12), st.integers(), st.none())
 
 
 @ANY
@@ -194,9 +188,7 @@ def columns_of(connection, table):
 
 
 @ANY
-@given(
-    content=st.binary(max_size=400), start=st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n"])
-)
+@given(content=st.binary(max_size=400), start=st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n"]))
 def test_pictures(content, start):
     with contextlib.suppress(ValueError):
         assert decode_rgb(start + content + b"\xff\xd9").shape[2] == 3

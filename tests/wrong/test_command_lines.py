@@ -125,9 +125,7 @@ def test_a_command_that_cannot_be_meant(case, world, capsys):
     check(case, world, capsys)
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "says", "prepare"), PRETRAIN, ids=[row[0] for row in PRETRAIN]
-)
+@pytest.mark.parametrize(("name", "more", "says", "prepare"), PRETRAIN, ids=[row[0] for row in PRETRAIN])
 def test_a_pretraining_that_cannot_be_meant(name, more, says, prepare, world, capsys):
     check(Case(name, [*pretrain_words(world), *more], says, prepare=prepare), world, capsys)
 

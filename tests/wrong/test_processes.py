@@ -105,9 +105,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half_made(
-    command, world, capsys, full_disk
-):
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half_made(command, world, capsys, full_disk):
     run_directory(world)
     (world / "out").mkdir()
     words = COMMANDS[command].replace("{w}", str(world)).split()
