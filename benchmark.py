@@ -117,10 +117,7 @@ class _RunByDefault(click.Group):
 
 
 @click.group(
-    cls=_RunByDefault,
-    context_settings=CONTEXT,
-    options_metavar="FLAGS",
-    subcommand_metavar="| COMMAND ...",
+    cls=_RunByDefault, context_settings=CONTEXT, options_metavar="FLAGS", subcommand_metavar="| COMMAND ..."
 )
 def main() -> None:
     """Does hiding objects make masked-autoencoder pretraining better for dense prediction?

@@ -6,16 +6,7 @@ from typing import Any
 
 import click
 
-from common.options import (
-    REQUIRED,
-    Field,
-    Layer,
-    OptionGroup,
-    absolute_path,
-    fields_of,
-    make_all,
-    read_layer,
-)
+from common.options import REQUIRED, Field, Layer, OptionGroup, absolute_path, fields_of, make_all, read_layer
 
 # Dashes and underscores are the same.
 CONTEXT: dict[str, Any] = {
@@ -23,7 +14,6 @@ CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
 }
-TIMED_STEPS = 20  # of --dry-run time
 
 
 class PathArgument(click.ParamType):

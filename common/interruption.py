@@ -20,9 +20,8 @@ class Interruption:
     """As a context: the first stop signal sets `requested`; a second ends the process at once."""
 
     def __init__(
-        self, *, signals: Collection[int] = STOP_SIGNALS, notice: str = "",
-        ends_process: bool = True,
-    ) -> None:  # fmt: skip
+        self, *, signals: Collection[int] = STOP_SIGNALS, notice: str = "", ends_process: bool = True
+    ) -> None:
         """notice: printed at the first signal. ends_process: else a second sets `repeated` only."""
         self.requested = self.repeated = False
         self._signals, self._notice, self._ends_process = signals, notice, ends_process

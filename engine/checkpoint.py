@@ -204,10 +204,7 @@ def read_torch_file(path: Path, *, lazily: bool = False) -> Any:
 
 
 def refuse_misfits(
-    own: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    complaint: str,
-    optional: tuple[str, ...] = (),
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], complaint: str, optional: tuple[str, ...] = ()
 ) -> None:
     """Raise ValueError, with the complaint, that lists what keeps weights from being loaded.
 

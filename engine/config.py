@@ -18,9 +18,8 @@ class PluginConfig(OptionGroup):
 
     title: ClassVar[str] = "Options"
     plugin: Path | None = option(
-        "Python file with masking methods or models of your own.", None,
-        neutral=True, early=load_plugin,
-    )  # fmt: skip
+        "Python file with masking methods or models of your own.", None, neutral=True, early=load_plugin
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,7 @@ class DeviceConfig(PluginConfig):
     title: ClassVar[str] = "Devices"
     device: Literal["auto", "cpu", "cuda"] = option("auto: a GPU if there is one.", "auto", neutral=True)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.",
-        "auto",
+        "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.", "auto"
     )
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
         "torch's kernel that comes first; math does what it cannot. auto: torch's order.", "auto",

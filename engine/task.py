@@ -33,14 +33,14 @@ class MicroBatch(NamedTuple):
     """What goes through the model at once.
 
     inputs: of the loss module, which gives sums of errors. num_values: that they are over.
-    counts: what is summed over an epoch beside the loss, as the task's `counts` name it.
-    unreadable: images that others stand in for, and why.
+    unreadable: images that others stand in for, and why. counts: what is summed over an epoch
+    beside the loss, as the task's `counts` name it.
     """
 
-    inputs: tuple[Tensor, ...]
+    inputs: Sequence[Tensor]
     num_values: float
-    counts: tuple[float, ...]
     unreadable: Sequence[str]
+    counts: Sequence[float] = ()
 
 
 class Built(NamedTuple):
@@ -94,7 +94,7 @@ class Task(Protocol):
     values_per_image: int  # about: errors are divided by it for fp16's sake
     auto_batch: bool  # whether the micro-batch is to be as large as a GPU's memory lets it
     train_set: Dataset[Any]  # by (epoch, index)
-    collate: Callable[[list[Any]], Any]
+    collate: Callable[[list[Any]], MicroBatch]
     start_worker: Callable[[int], None]  # what a loader process begins with
     evaluations: int  # over the whole run
     num_heldout: int  # images that an evaluation looks at
@@ -107,9 +107,6 @@ class Task(Protocol):
 
     # How a batch is split. Raises ValueError if it cannot be.
     def plan(self, processes: int) -> BatchPlan: ...
-
-    # What the loader gave, as the trainer needs it.
-    def micro_batch(self, batch: Any) -> MicroBatch: ...
 
     # Inputs of the loss module, of any images, to measure memory by.
     def example(self, images: int) -> tuple[Tensor, ...]: ...
@@ -240,7 +237,7 @@ class Run:
         return speed
 
 
-def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[Any]:
+def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[MicroBatch]:
     """This process's micro-batches of training, from (epoch, step) on.
 
     One loader for all epochs: workers read on across their ends.

@@ -12,13 +12,13 @@ it. That number is known when the last micro-batch has come: gradients of the su
 meanwhile, and the optimizer divides them.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import psutil
 import torch
@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor
 
+from common.console import say
 from common.interruption import Interruption
 from engine.checkpoint import Saver, load_optimizer, load_weights, not_finite
 from engine.devices import LateReads, make_accelerator, refuse_disagreement, working_in
@@ -33,12 +34,13 @@ from engine.layers import recompute_activations
 from engine.logbook import Logbook, send_to_trackers
 from engine.memory import largest_micro_batch
 from engine.schedule import STEP, derived_seeds
-from engine.task import Earlier, Run, State, Task, load
+from engine.task import Earlier, MicroBatch, Run, State, Task, load
 from engine.update import GuardedUpdate
 
 logger = logging.getLogger(__name__)
 
 PASSES_BETWEEN_LOOKS = 10  # of the host at a GPU; a CPU is looked at after every step
+TIMED_STEPS = 20
 
 
 # A call
@@ -66,10 +68,7 @@ def train(task: Task, interruption: Interruption) -> bool:
 
 
 def build(
-    task: Task,
-    accelerator: Accelerator,
-    interruption: Interruption,
-    earlier: Earlier | None = None,
+    task: Task, accelerator: Accelerator, interruption: Interruption, earlier: Earlier | None = None
 ) -> tuple[Run, State]:
     """Everything as the checkpoint has it, or anew. Writes nothing. Raises ValueError."""
     checkpoint, path = (earlier.checkpoint, earlier.path) if earlier else ({}, None)
@@ -155,9 +154,8 @@ def _finish_epoch(run: Run, state: State) -> bool:
 
 
 def save(
-    run: Run, state: State, names: Sequence[str] = (), *,
-    afterwards: Callable[[], None] | None = None,
-) -> None:  # fmt: skip
+    run: Run, state: State, names: Sequence[str] = (), *, afterwards: Callable[[], None] | None = None
+) -> None:
     """The first process saves where the run stands; by default under the rolling name only."""
     if run.saver is None or not run.accelerator.is_main_process:
         return
@@ -200,7 +198,7 @@ class EpochTrainer:
         self.reads = LateReads(on_gpu=self.on_gpu)
         self.has_stepped = False
 
-    def train_one_epoch(self, state: State, batches: Iterator[Any]) -> bool:
+    def train_one_epoch(self, state: State, batches: Iterator[MicroBatch]) -> bool:
         """Train to the end of the state's epoch, or until a signal. Returns True if stopped.
 
         batches: this process's loader, standing where the state stands. Raises RuntimeError if a
@@ -236,7 +234,7 @@ class EpochTrainer:
         self.has_stepped = True
         return self.run.interruption.shielding_children() if shielding else nullcontext()
 
-    def step(self, state: State, batches: Iterator[Any]) -> None:
+    def step(self, state: State, batches: Iterator[MicroBatch]) -> None:
         """One optimizer step. Each micro-batch is computed while the next is still being loaded."""
         run, task, accelerator = self.run, self.run.task, self.run.accelerator
         rank, steps = accelerator.process_index, run.plan.steps_per_epoch
@@ -249,7 +247,7 @@ class EpochTrainer:
         counted: list[tuple[float, ...]] = []
         for left in reversed(range(run.plan.passes(rank))):
             began = time.monotonic()
-            micro = task.micro_batch(next(batches))
+            micro = next(batches)
             state.waited_seconds += time.monotonic() - began
             run.unreadable.note(micro.unreadable)
             counted.append((micro.num_values, *micro.counts, len(micro.unreadable)))
@@ -312,16 +310,16 @@ class EpochTrainer:
 # How long it takes
 
 
-def time_training(task: Task, steps: int) -> dict[str, float] | None:
-    """Seconds of setting up, an epoch, an evaluation; None in all processes but the first.
+def time_training(task: Task) -> None:
+    """Print seconds of setting up, an epoch, an evaluation, as JSON: --dry-run time.
 
-    Begins anew whatever lies in the output directory, and writes nothing. The first `steps` steps
+    Begins anew whatever lies in the output directory, and writes nothing. The first TIMED_STEPS
     warm up the loader, the allocator and torch.compile; as many are timed.
     """
     interruption = Interruption()
     run, state = build(task, make_accelerator(task.run), interruption)
     whole = run.plan
-    steps = min(steps, whole.steps_per_epoch)
+    steps = min(TIMED_STEPS, whole.steps_per_epoch)
     # An epoch of so many steps, twice.
     run.plan = replace(whole, num_images=steps * whole.effective_batch_size)
     batches, trainer = load(run, (0, 0), epochs=2), EpochTrainer(run)
@@ -334,9 +332,7 @@ def time_training(task: Task, steps: int) -> dict[str, float] | None:
                 raise RuntimeError("stopped by a signal")
     epoch_seconds = state.seconds * whole.steps_per_epoch / steps
     evaluation_seconds = _evaluation_seconds(run) if task.evaluations else 0.0
-    if not run.accelerator.is_main_process:
-        return None
-    return {
+    told = {
         "setup_seconds": setup_seconds,
         "epoch_seconds": epoch_seconds,
         "evaluation_seconds": evaluation_seconds,
@@ -344,6 +340,8 @@ def time_training(task: Task, steps: int) -> dict[str, float] | None:
         "epochs": task.total_epochs,
         "images_per_second": whole.images_per_epoch / epoch_seconds,
     }
+    if run.accelerator.is_main_process:
+        say(json.dumps(told))
 
 
 def _evaluation_seconds(run: Run) -> float:

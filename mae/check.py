@@ -94,12 +94,12 @@ def needs_torch(config: PretrainConfig) -> bool:
 def look_inside(config: PretrainConfig, known: Listings | None = None) -> None:
     """Raise ValueError unless checkpoints and trackers are what the run needs; loads torch."""
     check_trackers(config.run.log_with)
-    if find_resumable(config.run.output_dir) is not None:
+    if (path := find_resumable(config.run.output_dir)) is not None:
         from mae.listing import make_listing
         from mae.weights import open_own_checkpoint
 
         listing = make_listing(config.data, config.method, known=known)
-        open_own_checkpoint(config, listing, lazily=True)
+        open_own_checkpoint(config, listing, path, lazily=True)
     elif config.run.init is not None:  # a run that goes on does not look at it again
         _check_init(config, config.run.init)
 

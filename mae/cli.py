@@ -1,15 +1,14 @@
 """The command line of `python -m mae`. Heavy libraries are imported when a command runs."""
 
-import json
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
-from common.command import CONTEXT, PATH, TIMED_STEPS, command, dry_run
+from common.command import CONTEXT, PATH, command, dry_run
 from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
 from common.environment import world_size
 from common.files import check_output_file
@@ -27,9 +26,7 @@ def cli() -> None:
     """Masked-autoencoder pretraining with random patches or Segment-Anything segments hidden."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 success, 1 failed, 2 bad input, 75 stopped by a signal."""
-    run_program(cli, "python -m mae", arguments)
+main = partial(run_program, cli, "python -m mae")
 
 
 @command(cli, **GROUPS)
@@ -49,9 +46,7 @@ def pretrain(dry_run: str | None, **groups: Any) -> int:
         from engine.trainer import time_training
         from mae.pretrain import Pretraining
 
-        seconds = time_training(Pretraining(config), TIMED_STEPS)
-        if seconds is not None:  # it is the first process
-            say(json.dumps(seconds))
+        time_training(Pretraining(config))
         return 0
     from mae.pretrain import pretrain as train
 

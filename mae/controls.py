@@ -12,9 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from mae.config import MethodConfig
-from mae.decode import CroppedImage
+from mae.crops import CroppedImage, crop_segment, crop_segments
 from mae.masking import MaskingMethod
-from mae.transforms import crop_segment, crop_segments
 from segments.segment import Segment
 from segments.store import PackedStore, segment_key
 

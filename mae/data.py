@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 
 from common.images import next_usable
 from engine.schedule import FIXED, SAMPLE, sample_rng
+from engine.task import MicroBatch
+from engine.vit import IMAGE_CHANNELS
 from mae.controls import SegmentSource
-from mae.decode import read_crop
+from mae.crops import centre_crop, random_crop, read_crop
 from mae.masking import MaskingMethod
-from mae.transforms import centre_crop, random_crop
 from segments.store import segment_key
 
 
@@ -30,15 +31,6 @@ class Sample(NamedTuple):
     pattern: np.ndarray
     hidden_pixels: int
     unreadable: tuple[str, ...] = ()
-
-
-class Batch(NamedTuple):
-    """images [B, C, S, S] uint8, pattern [B, ...], hidden_pixels [B] int64, skipped files."""
-
-    images: Tensor
-    pattern: Tensor
-    hidden_pixels: Tensor
-    unreadable: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,13 +72,17 @@ class MaskedImages(Dataset[Sample]):
         return Sample(image.pixels, pattern, self.method.hidden_pixels(pattern))
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Samples to a batch."""
+def collate(samples: list[Sample]) -> MicroBatch:
+    """Samples to a batch: images [B, C, S, S] uint8, patterns [B, ...]; the loss is on what is hidden."""
     # Decoded pixels have the channel fastest; turning them costs as much as cropping.
     pixels = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, S, S, C]
-    return Batch(
-        images=pixels.permute(0, 3, 1, 2),
-        pattern=torch.from_numpy(np.stack([sample.pattern for sample in samples])),
-        hidden_pixels=torch.tensor([sample.hidden_pixels for sample in samples]),
+    patterns = torch.from_numpy(np.stack([sample.pattern for sample in samples]))
+    hidden = torch.tensor([sample.hidden_pixels for sample in samples]).double()
+    coverage = hidden * (100 / pixels.shape[1] ** 2)  # percent
+    return MicroBatch(
+        inputs=(pixels.permute(0, 3, 1, 2), patterns),
+        num_values=hidden.sum().item() * IMAGE_CHANNELS,
         unreadable=[text for sample in samples for text in sample.unreadable],
+        # Sums and squares: mean and deviation over the epoch come from them at its end.
+        counts=(coverage.sum().item(), coverage.square().sum().item()),
     )

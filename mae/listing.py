@@ -41,9 +41,8 @@ class Listing:
 
 
 def make_listing(
-    data: DataConfig, options: MethodConfig, *, packed: bool = True,
-    known: dict[Any, Any] | None = None,
-) -> Listing:  # fmt: skip
+    data: DataConfig, options: MethodConfig, *, packed: bool = True, known: dict[Any, Any] | None = None
+) -> Listing:
     """Find the images of a run, and their segments. Raises ValueError for what it cannot train on.
 
     packed: False where segments of any form, or none, will do: they are packed or made before the

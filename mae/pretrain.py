@@ -21,14 +21,14 @@ from common.interruption import Interruption, leave_signals_to_the_main_process
 from common.step_files import LAST, checkpoint_path, find_resumable, reconstructions_path
 from engine.devices import device_name
 from engine.schedule import BatchPlan
-from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
+from engine.task import Built, Earlier, Evaluation, Run, State, Task
 from engine.trainer import train
 from engine.vit import IMAGE_CHANNELS
 from engine.weights import read_vit_weights
 from mae.check import check_pretraining, look_inside, plan_batches
 from mae.config import OptimisationConfig, PretrainConfig, make_method
 from mae.controls import SegmentSource
-from mae.data import Batch, MaskedImages, collate
+from mae.data import MaskedImages, collate
 from mae.listing import make_listing
 from mae.model import MaskedAutoencoder, training_flops
 from mae.reconstruct import FIXED_SET_SIZE, draw_reconstructions
@@ -79,9 +79,10 @@ class Pretraining(Task):
     def find_earlier(self) -> Earlier:
         """The furthest checkpoint; all is done if it is of this round's end, or beyond."""
         path = find_resumable(self.run.output_dir)
-        checkpoint = open_own_checkpoint(self.config, self.listing)
-        if path is None or checkpoint is None:
+        self.run.check_resume(path)
+        if path is None:
             return Earlier()
+        checkpoint = open_own_checkpoint(self.config, self.listing, path)
         # Rounds may be asked for in any order: this one's end may lie behind us.
         reached, own = checkpoint["epochs_completed"], checkpoint_path(path.parent, self.epochs)
         if reached >= self.epochs and not own.is_file():
@@ -104,25 +105,15 @@ class Pretraining(Task):
             # The training images that every round's picture shows: evenly spread, with segments.
             paths = self.images.paths[evenly_spread(range(len(self.images)), FIXED_SET_SIZE)]
             fixed = replace(self.images, paths=paths, is_fixed=True)
-            chosen = collate([fixed[0, index] for index in range(len(fixed))])._asdict()
-            self.fixed_set = {n: chosen[n] for n in ("images", "pattern", "hidden_pixels")}
+            samples = [fixed[0, index] for index in range(len(fixed))]
+            hidden = torch.tensor([sample.hidden_pixels for sample in samples])
+            images, pattern = collate(samples).inputs
+            self.fixed_set = {"images": images, "pattern": pattern, "hidden_pixels": hidden}
         return Built(model, model, make_optimizer(model, self.config.optimisation))
 
     def plan(self, processes: int) -> BatchPlan:
         """Equal micro-batches."""
         return plan_batches(self.config, len(self.images), processes)
-
-    def micro_batch(self, batch: Batch) -> MicroBatch:
-        """The loss is over the hidden pixels and their channels."""
-        hidden = batch.hidden_pixels.double()
-        coverage = hidden * (100 / self.config.model.image_size**2)  # percent
-        # Sums and squares: mean and deviation over the epoch come from them at its end.
-        return MicroBatch(
-            inputs=(batch.images, batch.pattern),
-            num_values=hidden.sum().item() * IMAGE_CHANNELS,
-            counts=(coverage.sum().item(), coverage.square().sum().item()),
-            unreadable=batch.unreadable,
-        )
 
     def example(self, images: int) -> tuple[Tensor, ...]:
         """Copies of an image of the fixed set."""
@@ -171,9 +162,9 @@ class Pretraining(Task):
             for text in batch.unreadable:
                 logger.warning("skipped %s", text)
             with accelerator.autocast():
-                errors = model(batch.images.to(sums.device), batch.pattern.to(sums.device))
+                errors = model(*(tensor.to(sums.device) for tensor in batch.inputs))
             sums[0] += errors.double().sum()
-            sums[1] += batch.hidden_pixels.sum() * IMAGE_CHANNELS
+            sums[1] += batch.num_values
         model.train()
         total = accelerator.reduce(sums, reduction="sum")
         return float(total[0] / total[1].clamp(min=1))

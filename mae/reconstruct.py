@@ -16,10 +16,9 @@ from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
 from mae.config import MethodConfig, ModelConfig, make_method, parse_group
 from mae.controls import SegmentSource
-from mae.decode import read_crop
+from mae.crops import centre_crop, read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.transforms import centre_crop
 from mae.weights import load_checkpoint
 from segments.forms import open_segments
 from segments.store import PackedStore
@@ -93,9 +92,8 @@ def load_model(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
 
 
 def _hide(
-    model: MaskedAutoencoder, path: Path, number: int, patterns: Tensor,
-    segments: SegmentSource | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: MaskedAutoencoder, path: Path, number: int, patterns: Tensor, segments: SegmentSource | None
+) -> tuple[Tensor, Tensor]:
     """Centre crop of an image file, and its segment's pattern, or the fixed set's in turn."""
     try:
         image = read_crop(path, centre_crop, model.config.image_size)

@@ -4,6 +4,7 @@ print(export_encoder(Path("OUT/checkpoint-50.pth"), Path("encoder.safetensors"))
 encoder = load_encoder(Path("OUT/checkpoint-50.pth"))
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from typing_extensions import TypedDict
 import engine.checkpoint
 from common.files import check_output_file, is_marked, mark, replacing
 from common.formats import Count
-from common.step_files import find_resumable
 from engine.checkpoint import Checkpoint, load_weights, refuse_damaged, refuse_misfits
 from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
 from engine.weights import PROJECTION, describe_vit, fold_channels, resample_positions
@@ -49,25 +49,20 @@ class WholeCheckpoint(Checkpoint):
     fixed_set: dict[str, Tensor]
 
 
-def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of pretraining onto the CPU. Raises ValueError if the file is none."""
-    return engine.checkpoint.load_checkpoint(
-        path, program="python -m mae pretrain", shape=WholeCheckpoint, lazily=lazily
-    )
+# Reads a checkpoint of pretraining: load_checkpoint(path, lazily=False).
+load_checkpoint = partial(
+    engine.checkpoint.load_checkpoint, program="python -m mae pretrain", shape=WholeCheckpoint
+)
 
 
 def open_own_checkpoint(
-    config: PretrainConfig, listing: Listing, *, lazily: bool = False
-) -> dict[str, Any] | None:
-    """The checkpoint that this run continues, if any.
+    config: PretrainConfig, listing: Listing, path: Path, *, lazily: bool = False
+) -> dict[str, Any]:
+    """The checkpoint that this run continues.
 
-    Raises ValueError if --resume does not allow what is there, if it cannot be read, or if it was
-    made with other settings or another list of training images.
+    Raises ValueError if it cannot be read, or was made with other settings or another list of
+    training images.
     """
-    path = find_resumable(config.run.output_dir)
-    config.run.check_resume(path)
-    if path is None:
-        return None
     checkpoint = load_checkpoint(path, lazily=lazily)
     config.check_same(checkpoint["config"], path)
     trained = checkpoint["images"]

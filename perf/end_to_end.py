@@ -112,7 +112,7 @@ def _with_loader(bench: Bench, model: str, method: str) -> dict[str, float]:
     for _ in islice(batches, warm_up):
         pass
     began = time.monotonic()
-    loaded = sum(len(loaded) for loaded in batches) / (time.monotonic() - began)
+    loaded = sum(len(loaded.inputs[0]) for loaded in batches) / (time.monotonic() - began)
     laps = {
         resident: rehearse(run, epochs=1, steps=warm_up + steps, resident=resident)
         for resident in (True, False)

@@ -230,7 +230,7 @@ def compare(config: PretrainConfig, *, rounds: int, steps: int) -> dict[str, flo
     run: Any = build(config)
     device = run.accelerator.device
     ours = steps_of(run, steps)
-    batch = next(load(run, (0, 0), 1)).images.to(device)
+    batch = next(load(run, (0, 0), 1)).inputs[0].to(device)
     theirs = make_peer(config.model, run.model.normalise(batch), run.accelerator, steps)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: list[tuple[float, ...]] = []

@@ -19,7 +19,7 @@ import engine.trainer
 from common.interruption import Interruption
 from engine.devices import make_accelerator, peak_memory_mib
 from engine.schedule import BatchPlan
-from engine.task import Run, State, Task, load
+from engine.task import MicroBatch, Run, State, Task, load
 from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
 from mae.pretrain import Pretraining
@@ -151,10 +151,9 @@ def divide(run: Run, *, passes: int, images: int) -> None:
     run.plan = replace(run.plan, effective_batch_size=passes * images, micro_batch_size=images)
 
 
-def on_device(batch: Any, device: torch.device) -> Any:
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """A batch of either part, with what the model gets of it there already."""
-    names = {"images", "pattern", "labels", "sizes"}.intersection(batch._fields)
-    return batch._replace(**{name: getattr(batch, name).to(device) for name in names})
+    return batch._replace(inputs=[tensor.to(device) for tensor in batch.inputs])
 
 
 @contextmanager

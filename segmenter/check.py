@@ -19,14 +19,7 @@ from common.step_files import CHECKPOINT, RESULT
 from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
-from segmenter.config import (
-    AUXILIARY_WIDTH,
-    GROUPS,
-    PROBE_GROUPS,
-    RANDOM,
-    ProbeConfig,
-    TrainConfig,
-)
+from segmenter.config import AUXILIARY_WIDTH, GROUPS, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 from segmenter.dataset import DatasetDescription, read_description  # noqa: F401  (the plan's)
 
 

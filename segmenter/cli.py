@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from common.command import CONTEXT, PATH, TIMED_STEPS, command, dry_run
+from common.command import CONTEXT, PATH, command, dry_run
 from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
 from common.environment import rank, world_size
 from common.files import check_output_file, write_json
@@ -33,9 +33,7 @@ def cli() -> None:
     """Finetune a ViT for semantic segmentation, score it, and predict with it."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 success, 1 failed, 2 bad input, 75 stopped by a signal."""
-    run_program(cli, "python -m segmenter", arguments)
+main = partial(run_program, cli, "python -m segmenter")
 
 
 @command(cli, **GROUPS)
@@ -59,9 +57,7 @@ def train(dry_run: str | None, **groups: Any) -> int:
     log_to_stderr()
     if not dry_run:
         return 0 if finetune(config, dataset) else EXIT_STOPPED
-    seconds = time_training(Finetuning(config, dataset), TIMED_STEPS)
-    if seconds is not None:
-        say(json.dumps(seconds))
+    time_training(Finetuning(config, dataset))
     return 0
 
 
@@ -90,9 +86,8 @@ def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
 @command(cli, evaluation=EvaluateConfig, changes=ProtocolChanges, devices=ScoringConfig)
 @click.argument("checkpoint", type=PATH, required=False)
 def evaluate(
-    checkpoint: Path | None, evaluation: EvaluateConfig, changes: ProtocolChanges,
-    devices: ScoringConfig,
-) -> None:  # fmt: skip
+    checkpoint: Path | None, evaluation: EvaluateConfig, changes: ProtocolChanges, devices: ScoringConfig
+) -> None:
     """Score CHECKPOINT, or the label maps given by --predictions, on a dataset."""
     if (checkpoint is None) == (evaluation.predictions is None):
         raise click.UsageError("give either a CHECKPOINT or --predictions DIR")

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from common.images import next_usable
 from common.interruption import leave_signals_to_the_main_process
 from engine.schedule import SAMPLE, derived_seeds
+from engine.task import MicroBatch
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair, quiet_imports, read_image, read_labels
 
@@ -26,16 +27,15 @@ with quiet_imports():
     from mmseg.datasets.transforms import PhotoMetricDistortion, RandomCrop, RandomFlip, Resize
 
 
-class Batch(NamedTuple):
-    """images [B, 3, S, S] uint8 RGB; labels [B, S, S] uint8; sizes [B, 2]: height and width that
-    are image, the rest is padding; valid_pixels [B]: labels that count in the loss; unreadable:
-    images that others stand in for, and why. One crop is the same without B."""
+class Crop(NamedTuple):
+    """image [3, S, S] uint8 RGB; labels [S, S] uint8; size [2]: height and width that are image, the
+    rest is padding; valid_pixels: labels that count; unreadable: images it stands in for, and why."""
 
-    images: Tensor
+    image: Tensor
     labels: Tensor
-    sizes: Tensor
+    size: Tensor
     valid_pixels: Tensor
-    unreadable: list[str]
+    unreadable: tuple[str, ...] = ()
 
 
 class TestImage(NamedTuple):
@@ -67,13 +67,12 @@ class _Pairs:
         return image, labels - 1 if self.description.reduce_zero_label else labels
 
 
-class TrainingCrops(_Pairs, Dataset[Batch]):
+class TrainingCrops(_Pairs, Dataset[Crop]):
     """Random crops of the training images by (epoch, index)."""
 
     def __init__(
-        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig,
-        seed: int,
-    ) -> None:  # fmt: skip
+        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig, seed: int
+    ) -> None:
         super().__init__(description, pairs, protocol)
         self.seed = seed
         side, ignored = protocol.crop_size, description.ignore_index
@@ -83,16 +82,16 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
         # A crop with more of one class than that is drawn again, up to ten times.
         crop = RandomCrop((side, side), cat_max_ratio=0.75, ignore_index=ignored)
         self.transform = Compose([resize, crop, RandomFlip(prob=0.5), PhotoMetricDistortion()])
-        # Padding comes last and by itself, so that its size is known: see `Batch.sizes`.
+        # Padding comes last and by itself, so that its size is known: see `Crop.size`.
         self.pad = Pad(size=(side, side), pad_val={"img": 0, "seg": ignored})
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
+    def __getitem__(self, key: tuple[int, int]) -> Crop:
         epoch, index = key
         # A pair that cannot be used is replaced by the next one, and named in the crop.
         crop, skipped = next_usable(partial(self._crop, epoch), index, len(self))
-        return crop._replace(unreadable=list(skipped))
+        return crop._replace(unreadable=skipped)
 
-    def _crop(self, epoch: int, index: int) -> Batch:
+    def _crop(self, epoch: int, index: int) -> Crop:
         image, labels = self.load(index)
         sample = {
             "img": np.ascontiguousarray(image[..., ::-1]),  # mmsegmentation's colours are BGR
@@ -104,7 +103,7 @@ class TrainingCrops(_Pairs, Dataset[Batch]):
         sample = self.pad(sample)
         cropped = torch.from_numpy(sample["gt_seg_map"])
         valid_pixels = (cropped != self.description.ignore_index).sum()
-        return Batch(_to_chw(sample["img"][..., ::-1]), cropped, size, valid_pixels, [])
+        return Crop(_to_chw(sample["img"][..., ::-1]), cropped, size, valid_pixels)
 
 
 @contextlib.contextmanager
@@ -121,11 +120,11 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
         random.setstate(states[1])
 
 
-def collate(crops: list[Batch]) -> Batch:
-    """Crops to a batch."""
+def collate(crops: list[Crop]) -> MicroBatch:
+    """Crops to a batch: the loss is over the pixels whose label counts."""
     *tensors, unreadable = zip(*crops, strict=True)
-    images, labels, sizes, valid_pixels = map(torch.stack, tensors)  # each [B, ...]
-    return Batch(images, labels, sizes, valid_pixels, [text for one in unreadable for text in one])
+    *inputs, valid_pixels = map(torch.stack, tensors)  # images, labels and sizes, each [B, ...]
+    return MicroBatch(inputs, valid_pixels.sum().item(), [text for one in unreadable for text in one])
 
 
 class WholeImages(_Pairs, Dataset[TestImage]):

@@ -38,9 +38,8 @@ class MaskTransformer(nn.Module):
     """Class embeddings travel with the patches through a few blocks; their products are logits."""
 
     def __init__(
-        self, width: int, num_classes: int, *, layers: int = 2, drop_path: float = 0.0,
-        dropout: float = 0.0,
-    ) -> None:  # fmt: skip
+        self, width: int, num_classes: int, *, layers: int = 2, drop_path: float = 0.0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         block: dict[str, Any] = {

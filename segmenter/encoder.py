@@ -57,9 +57,8 @@ class Encoder(VisionTransformer):
     # pyramid: as UPerNet wants it. depths: the blocks whose results come out then, else none.
 
     def __init__(
-        self, shape: EncoderShape, *, drop_path: float = 0.0, dropout: float = 0.0,
-        pyramid: bool = False,
-    ) -> None:  # fmt: skip
+        self, shape: EncoderShape, *, drop_path: float = 0.0, dropout: float = 0.0, pyramid: bool = False
+    ) -> None:
         size = vit_size(shape.model)
         super().__init__(
             img_size=shape.grid * shape.patch_size, dynamic_img_size=True, embed_dim=size.width,

@@ -26,7 +26,7 @@ from common.interruption import Interruption
 from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from engine.devices import device_name
 from engine.schedule import BatchPlan
-from engine.task import Built, Earlier, Evaluation, MicroBatch, Run, State, Task
+from engine.task import Built, Earlier, Evaluation, Run, State, Task
 from engine.trainer import save, train
 from engine.vit import IMAGE_CHANNELS
 from segmenter.check import all_settings, earlier_output, plan_batches
@@ -40,7 +40,7 @@ from segmenter.config import (
     ProtocolConfig,
     TrainConfig,
 )
-from segmenter.data import Batch, TrainingCrops, WholeImages, collate, start_worker
+from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import MOST_CHECKED, DatasetDescription, check_labels, read_classes
 from segmenter.encoder import EncoderShape, read_encoder, start_encoder
 from segmenter.evaluate import evaluate_model
@@ -116,15 +116,6 @@ class Finetuning(Task):
         """As many images at once as --device-batch-size allows."""
         return plan_batches(self.config, self.dataset, processes)
 
-    def micro_batch(self, batch: Batch) -> MicroBatch:
-        """The loss is over the pixels whose label counts."""
-        return MicroBatch(
-            inputs=(batch.images, batch.labels, batch.sizes),
-            num_values=batch.valid_pixels.sum().item(),
-            counts=(),
-            unreadable=batch.unreadable,
-        )
-
     def example(self, images: int) -> tuple[Tensor, ...]:
         """Empty crops."""
         side = self.config.protocol.crop_size
@@ -189,10 +180,7 @@ class Finetuning(Task):
             "shape": dataclasses.asdict(run.model.shape),
             "classes": list(self.classes.names),
             "palette": self.classes.palette.tolist(),
-            "dataset": {
-                "name": self.dataset.name,
-                "reduce_zero_label": self.dataset.reduce_zero_label,
-            },
+            "dataset": {"name": self.dataset.name, "reduce_zero_label": self.dataset.reduce_zero_label},
             "protocol": self.config.protocol.described(),
         }
 
@@ -222,10 +210,7 @@ class Finetuning(Task):
 
 
 def start_model(
-    init: Path | Literal["random"],
-    config: EncoderConfig,
-    protocol: ProtocolConfig,
-    num_classes: int,
+    init: Path | Literal["random"], config: EncoderConfig, protocol: ProtocolConfig, num_classes: int
 ) -> Segmenter:
     """A new model, its encoder from `init`; with a linear decoder if only the encoder is given."""
     patch, in_channels = config.patch_size or config.encoder.patch_size, IMAGE_CHANNELS
@@ -292,11 +277,7 @@ def depends_on(
         "protocol": config.protocol.described(),
         "model": config.model.model,
         "init": str(config.init),
-        "dataset": {
-            "name": dataset.name,
-            "num_classes": dataset.num_classes,
-            "num_val": len(dataset.val),
-        },
+        "dataset": {"name": dataset.name, "num_classes": dataset.num_classes, "num_val": len(dataset.val)},
         "versions": versions(PACKAGES),
         "device": device_name(accelerator.device),
         "num_processes": accelerator.num_processes,

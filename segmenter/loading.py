@@ -7,6 +7,7 @@ those of mmsegmentation's UPerNet on MAE.
 import contextlib
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -60,11 +61,10 @@ class FinetunedCheckpoint(Checkpoint):
     protocol: dict[str, Any]
 
 
-def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """Read what `train` saved onto the CPU. Raises ValueError if the file is none."""
-    return engine.checkpoint.load_checkpoint(
-        path, program="python -m segmenter train", shape=FinetunedCheckpoint, lazily=lazily
-    )
+# Reads what `train` saved: load_checkpoint(path, lazily=False).
+load_checkpoint = partial(
+    engine.checkpoint.load_checkpoint, program="python -m segmenter train", shape=FinetunedCheckpoint
+)
 
 
 class LoadedSegmenter(NamedTuple):

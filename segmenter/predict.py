@@ -41,9 +41,8 @@ def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
 
 
 def predict_files(
-    checkpoint: Path, images: Sequence[Path], out: Path, changes: ProtocolChanges,
-    devices: DeviceConfig,
-) -> None:  # fmt: skip
+    checkpoint: Path, images: Sequence[Path], out: Path, changes: ProtocolChanges, devices: DeviceConfig
+) -> None:
     """Write <stem>.png (labels) and <stem>_overlay.png for every image, of folders for each file.
 
     Label maps are numbered like the annotations that the model was trained on. Raises ValueError
@@ -97,18 +96,15 @@ def draw_predictions(
     accelerator: Accelerator, model: Segmenter, images: WholeImages, classes: Classes, path: Path
 ) -> None:
     """Image, annotation and prediction of a few test images, one row each, with a legend."""
+    loaded = LoadedSegmenter(model, classes, images.protocol, images.description.reduce_zero_label)
     rows, present = [], set()
-    for sample in (images[index] for index in evenly_spread(range(len(images)), SHEET_IMAGES)):
-        if sample.unreadable:
+    for index in evenly_spread(range(len(images)), SHEET_IMAGES):
+        try:
+            image, labels = images.load(index)
+        except ValueError:  # evaluating has named it
             continue
-        height, width = sample.labels.shape
         with evaluating(accelerator, model):
-            scaled = [sample.scaled]
-            (predicted,) = predict_classes(model, scaled, [(height, width)], images.protocol)
-        # The image at its own size again: what is shown is what was scored.
-        photo = Image.fromarray(sample.scaled[0].permute(1, 2, 0).numpy())
-        image = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
-        labels, guess = sample.labels.numpy(), predicted.cpu().numpy()
+            guess = predict_image(loaded, image)
         # Both in one legend, so that what was missed is named, too.
         present |= {*np.unique(labels).tolist(), *np.unique(guess).tolist()}
         overlays = (overlay(image, numbers, classes) for numbers in (labels, guess))

@@ -97,9 +97,7 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
             file.extractall(unfinished)
         (unfinished / name).replace(folder / name)
     # What is in a damaged archive can make zipfile raise anything; RuntimeError: it is encrypted.
-    except (
-        OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError,
-    ) as error:  # fmt: skip
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             text = f"{folder} cannot be written to: {error.strerror}. Make room and run this again"
             raise RuntimeError(text) from error

@@ -1,8 +1,8 @@
 """The command line of `python -m segments`, which `python -m mae masks` is another name of."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,9 +65,8 @@ class _InspectOptions(_Speed):
     title: ClassVar[str] = "Input and output"
     images: Path | None = option("Folder of the images. Default: train beside masks.", None)
     coverage_ratio: tuple[float, ...] | None = option(
-        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.", None,
-        **PERCENT,
-    )  # fmt: skip
+        "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.", None, **PERCENT
+    )
     against: Path | None = option("Also compare what is chosen with that of these segments.", None)
     out: Path = option("Writes OUT.png.", Path("inspected"))
 
@@ -79,15 +78,13 @@ class _CheckOptions(_Speed):
     out: Path = option("Where offenders are listed.", Path("offenders.txt"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 success, 1 failed, 2 bad input, 75 stopped by a signal."""
-    run_program(masks, "python -m segments", arguments)
-
-
 @click.group(context_settings=CONTEXT)
 def masks() -> None:
     """Make, pack, look at and check the segments of a dataset."""
     log_to_stderr("%(message)s")
+
+
+main = partial(run_program, masks, "python -m segments")
 
 
 @command(masks, "pack", options=_PackOptions)

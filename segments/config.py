@@ -8,14 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import (
-    OptionGroup,
-    as_arguments,
-    check_same,
-    decisive_values,
-    older_values,
-    option,
-)
+from common.options import OptionGroup, as_arguments, check_same, decisive_values, older_values, option
 
 STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
 VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
@@ -41,9 +34,8 @@ class _CoverageSettings(OptionGroup):
     """For which coverage ratios segments are made."""
 
     for_coverage: tuple[float, ...] = option(
-        "Make only the segments nearest to these coverages, percent. Default: all segments.", (),
-        **PERCENT,
-    )  # fmt: skip
+        "Make only the segments nearest to these coverages, percent. Default: all segments.", (), **PERCENT
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

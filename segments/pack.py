@@ -16,9 +16,8 @@ from segments.store import PackedImage, PackedStore, Summary, pack_image, write_
 
 
 def pack(
-    masks_dir: Path, out: Path | None, *, overwrite: bool, allow_damaged: bool,
-    processes: int | None,
-) -> Summary:  # fmt: skip
+    masks_dir: Path, out: Path | None, *, overwrite: bool, allow_damaged: bool, processes: int | None
+) -> Summary:
     """Write a packed store of a folder of any form, or go on writing it.
 
     Images whose files are damaged are named, recorded and left out; RuntimeError if those are more

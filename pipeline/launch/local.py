@@ -32,14 +32,7 @@ from common.step_files import PROGRESS
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import GIB, REPO_ROOT
-from pipeline.plan.records import (
-    Record,
-    StepState,
-    output_sizes,
-    read_progress,
-    read_record,
-    write_record,
-)
+from pipeline.plan.records import Record, StepState, output_sizes, read_progress, read_record, write_record
 from pipeline.plan.steps import Step
 
 MARK = "SEGMAE_STEP"  # environment variable, inherited by every descendant: which step it works for

@@ -22,9 +22,7 @@ _UNFINISHED = ("submitted", "running", "stopped")  # recorded states of which th
 _RETRY_SECONDS = 2.0
 # States in which a job is yet to start, or to start again; and in which it may still work.
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
-LIVE = _WAITING | {
-    *("RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"),
-}
+LIVE = _WAITING | {"RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
 
 
 class StepStatus(NamedTuple):

@@ -187,9 +187,8 @@ class Cluster(OptionGroup):
     gpus_per_node: int | None = option("0 = CPU. Default: --num-gpus.", None, **FROM_ZERO)
     partition: str | None = option("Where jobs are queued.", None)
     time: str | None = option(
-        "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.",
-        None
-    )  # fmt: skip
+        "Limit of a job, which then continues in a new one: minutes or D-HH:MM:SS. Default: a day.", None
+    )
     qos: str | None = option("Quality of service.", None)
     sbatch: Mapping[str, Any] = option("A further sbatch parameter.", {})
     wait: bool = option("Follow the jobs to their end.", False)

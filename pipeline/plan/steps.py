@@ -100,9 +100,8 @@ class Step:
 
 
 def step_of_words(
-    room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path,
-    **more: Any,
-) -> Step:  # fmt: skip
+    room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path, **more: Any
+) -> Step:
     """A step that trains and scores nothing."""
     return Step(
         name=f"{kind}_{subject}", kind=kind, what=what, run=room, program=(room, kind),

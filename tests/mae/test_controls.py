@@ -11,9 +11,9 @@ from scipy import ndimage
 from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SHAPES, SegmentSource
+from mae.crops import Crop, crop_segment, crop_segments
 from mae.data import MaskedImages
 from mae.listing import encode_paths, make_listing
-from mae.transforms import Crop, crop_segment, crop_segments
 from segments.forms import open_segments
 from segments.pack import pack
 from segments.store import segment_key

@@ -10,9 +10,9 @@ from PIL import Image
 from common.images import find_images
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
+from mae.crops import Crop, crop_image, crop_segment, random_crop
 from mae.data import MaskedImages
 from mae.listing import make_listing
-from mae.transforms import Crop, crop_image, crop_segment, random_crop
 from segments.forms import open_segments
 from tests.mae.conftest import (
     as_annotation,

@@ -28,9 +28,10 @@ def built(config):
 def first_step(in1k_dir, folder, **options):
     """A model as training starts with, and the normalised images and patterns of its step 0."""
     run = built(make_config(in1k_dir, folder, **ONE_STEP, **options))
-    batch = collate([run.task.images[0, index] for index in run.plan.order(0)[:16].tolist()])
+    order = run.plan.order(0)[:16].tolist()
+    images, pattern = collate([run.task.images[0, index] for index in order]).inputs
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
-    return run.model, (batch.images / 255 - mean) / deviation, batch.pattern
+    return run.model, (images / 255 - mean) / deviation, pattern
 
 
 def trained(processes, in1k_dir, folder, split, **options):

@@ -75,14 +75,14 @@ def test_workers_and_processes_change_no_batch(dataset):
     whole = batches()
     assert len(whole) == 4
     for one, other in zip(whole, batches(workers=2), strict=True):
-        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.inputs[0], other.inputs[0])
     for one, other in zip(whole[3:], batches(start=(1, 1)), strict=True):
-        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.inputs[1], other.inputs[1])
     first, second = batches(0, 2), batches(1, 2)
     for one, *parts in zip(whole, first, second, strict=True):
-        assert one.valid_pixels.sum() == sum(part.valid_pixels.sum() for part in parts)
-        assert torch.equal(one.images[0::2], parts[0].images)
-        assert torch.equal(one.images[1::2], parts[1].images)
+        assert one.num_values == sum(part.num_values for part in parts)
+        assert torch.equal(one.inputs[0][0::2], parts[0].inputs[0])
+        assert torch.equal(one.inputs[0][1::2], parts[1].inputs[0])
 
 
 def test_camvid_void_is_neither_class_nor_255(camvid):
@@ -130,5 +130,5 @@ def test_a_pair_that_cannot_be_used_is_named_and_replaced_by_the_next(own_datase
     crop = crops(own_dataset)[0, 4]
     assert len(crop.unreadable) == 1
     assert "004." in crop.unreadable[0]
-    assert torch.equal(crop.images, whole.images)
+    assert torch.equal(crop.image, whole.image)
     assert torch.equal(crop.labels, whole.labels)

@@ -48,11 +48,11 @@ def test_a_step_is_cross_entropy_over_the_valid_pixels_of_the_whole_batch(
     loaded, description = load_segmenter(tmp_path / "run/checkpoint.pth"), read_description(uneven)
     crops = TrainingCrops(description, description.pairs("train"), loaded.protocol, seed=3)
     batch = [crops[0, index] for index in range(4)]
-    images = torch.stack([crop.images for crop in batch]) / 255
+    images = torch.stack([crop.image for crop in batch]) / 255
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     images = (images - mean) / deviation
     for image, crop in zip(images, batch, strict=True):
-        image[:, crop.sizes[0] :], image[:, :, crop.sizes[1] :] = 0, 0  # padding is the mean
+        image[:, crop.size[0] :], image[:, :, crop.size[1] :] = 0, 0  # padding is the mean
     labels = torch.stack([crop.labels for crop in batch]).long()
     assert (labels != IGNORE).sum(dim=(1, 2)).double().std() > 100
     model = loaded.model

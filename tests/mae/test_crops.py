@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mae.decode import read_crop
-from mae.transforms import Crop, crop_image
+from mae.crops import Crop, crop_image, read_crop
 from tests.common.test_images import gradient, read_image
 
 
