@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import pytest
 
 from pipeline.launch import view
 from pipeline.plan.check import init_of
+from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Experiment, Settings
 from pipeline.plan.steps import Step, make_plan
 
@@ -60,10 +62,13 @@ def test_a_shorter_last_round_is_added_where_epochs_do_not_divide(
 def test_evaluation_points_as_a_list_with_the_untrained_model(settings: Make) -> None:
     found = names(settings("--pretrain-epochs 5 --eval-epochs 0,1 --mask-method patches,segments"))
     assert found == [
-        "evaluate_scratch_0",
+        "pretrain_patches_0",
+        "evaluate_patches_0",
         "pretrain_patches_1",
         "evaluate_patches_1",
         "pretrain_patches_5",
+        "pretrain_segments_0",
+        "evaluate_segments_0",
         "pretrain_segments_1",
         "evaluate_segments_1",
         "pretrain_segments_5",
@@ -78,8 +83,11 @@ def test_several_ratios_and_seeds_share_what_does_not_depend_on_them(settings: M
         "pretrain_segments_1",
     ]
     seeded = names(settings(call + " --seed 0,1 --eval-epochs 0,1"))
-    assert seeded[:2] == ["evaluate_scratch_0", "evaluate_scratch-seed1_0"]
-    assert len(seeded) == len(set(seeded)) == 2 + 2 * 6
+    # A ratio begins with the same model as another, and so does a control.
+    untrained = {f"evaluate_{run}_0" for run in ("patches", "patches-seed1")}
+    untrained |= {f"evaluate_{run}_0" for run in ("segments-cov10", "segments-cov10-seed1")}
+    assert {name for name in seeded if name.startswith("evaluate") and "_0" in name} == untrained
+    assert len(seeded) == len(set(seeded)) == 2 * 4 + 2 * 6
     assert "pretrain_segments-cov10-seed1_1" in seeded
     assert "pretrain_segments_1" in seeded
 
@@ -89,11 +97,10 @@ def test_stack_fetches_the_official_checkpoint_once_and_starts_from_it(settings:
     steps = by_name(settings(call + " --eval-epochs 0,1"))
     official = steps["fetch_vit_base"].outputs[0]
     assert official.name == "mae_pretrain_vit_base.pth"
-    assert init_of(steps["evaluate_mae_0"]) == official
     for method in ("patches", "segments"):
-        first = steps[f"pretrain_{method}_1"]
-        assert init_of(first) == official
-        assert first.needs == ("fetch_vit_base",)
+        start, first = steps[f"pretrain_{method}_0"], steps[f"pretrain_{method}_1"]
+        assert init_of(start) == init_of(first) == official
+        assert (start.needs, first.needs) == (("fetch_vit_base",), (start.name,))
 
 
 def test_a_local_official_checkpoint_needs_no_fetching(settings: Make, tmp_path: Path) -> None:
@@ -181,15 +188,34 @@ def test_finetuning_seeds_are_evaluations_of_one_checkpoint(settings: Make) -> N
     steps = make_plan(settings("--pretrain-epochs 1 --eval-epochs 0,1 --eval-seeds 3 --seed 2"))
     found = {step.name: step for step in steps}
     assert list(found) == [
-        *("evaluate_scratch-seed2_0", "evaluate_scratch-seed2_0-evalseed1"),
-        *("evaluate_scratch-seed2_0-evalseed2", "pretrain_four_channels-seed2_1"),
+        *("pretrain_four_channels-seed2_0", "evaluate_four_channels-seed2_0"),
+        *("evaluate_four_channels-seed2_0-evalseed1", "evaluate_four_channels-seed2_0-evalseed2"),
+        *("pretrain_four_channels-seed2_1",),
         *("evaluate_four_channels-seed2_1", "evaluate_four_channels-seed2_1-evalseed1"),
         "evaluate_four_channels-seed2_1-evalseed2",
     ]
     last = found["evaluate_four_channels-seed2_1-evalseed2"]
-    assert last.settings["seed"] == 4
+    assert last.settings["seed"] == 2_000_002
     assert last.needs == ("pretrain_four_channels-seed2_1",)
     assert last.folder.name == "four_channels-seed2_1-evalseed2"
+
+
+def test_finetunings_of_two_pretrainings_share_no_seed(settings: Make) -> None:
+    call = "--pretrain-epochs 1 --eval-seeds 3 --seed 0,1,2,4294967295"
+    steps = make_plan(settings(call))
+    seeds = [step.settings["seed"] for step in steps if step.kind == "evaluate"]
+    assert len(set(seeds)) == len(seeds) == 12
+    assert max(seeds) == 4294967295
+
+
+def test_a_finetuning_that_an_earlier_version_began_keeps_its_seed(settings: Make) -> None:
+    call = "--pretrain-epochs 1 --eval-seeds 2 --seed 1"
+    made = settings(call)
+    paths, name = Layout(made.data.output_dir), "evaluate_four_channels-seed1_1-evalseed1"
+    paths.records.mkdir(parents=True)
+    for earlier, expected in ((2, 2), ("2", 2), (1_000_001, 1_000_001), (7, 1_000_001)):
+        paths.record(name).write_text(json.dumps({"fingerprint": {"seed": earlier}}))
+        assert by_name(made)[name].settings["seed"] == expected
 
 
 def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_path: Path) -> None:
@@ -205,7 +231,6 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--mask-method pathces", "patches, segments, four_channels, preencoder"),
         ("--coverage-ratio 101", "less than or equal to 100"),
         ("--coverage-ratio many", "should be a valid number"),
         ("--eval-epochs 3 --pretrain-epochs 2", "eval-epochs"),
@@ -213,13 +238,11 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
         ("--pretrain-epochs 0", "greater than or equal to 1"),
         ("--eval-seeds 0", "greater than or equal to 1"),
         ("--seed 1,1", "twice"),
-        ("--eval last", "scratch or mae"),
         ("--pretrain lr", "KEY=VALUE"),
         ("--num-gpus 2 --eval-gpus 2", "GPUs 0 to 1"),
         ("--eval-gpus 0 --num-gpus 1", "leaves no GPU"),
         ("--num-gpus 4 --eval-gpus 3 --gpus-per-eval 2", "to evaluate on are 1"),
         ("--num-gpus 0 --gpus-per-eval 2", "to evaluate on are 0"),
-        ("--stack --mae-checkpoint /nowhere", "is not a file"),
         ("--mae-checkpoint /nowhere", "is not a file"),
         ("--segments-from mine", "choose one of own, borrowed, blob, block"),
         ("--segments-from own,own", "twice"),
@@ -232,7 +255,6 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
         ("--pretrain seed=9", "use --seed"),
         ("--finetune init=random", "contradict the plan"),
         ("--num-gpus 0 --eval-gpus 1", "there is no GPU here"),
-        ("--ade20k-dir /a --eval-dataset /b.yml", "not both"),
     ],
 )
 def test_bad_input_is_named_with_what_is_allowed(settings: Make, words: str, said: str) -> None:

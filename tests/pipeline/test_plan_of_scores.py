@@ -99,17 +99,21 @@ def test_several_processes_of_a_probe_keep_its_operand(settings: Make) -> None:
     assert words[at + 2].endswith("checkpoint-1.pth")
 
 
-def test_scratch_is_scored_by_default_and_mae_where_its_file_is_at_hand(settings: Make) -> None:
+def test_scratch_and_each_start_are_scored_by_default_and_mae_where_its_file_is_at_hand(
+    settings: Make,
+) -> None:
     call = "--pretrain-epochs 1 --mask-method patches,segments --probe-freq 1 --baselines scratch"
     made = settings(call)
     made = replace(made, experiment=replace(made.experiment, baselines=None))
     scratch = ["probe_scratch_0", "evaluate_scratch_0"]
-    assert names(made)[:3] == [*scratch, "pretrain_patches_1"]
+    start = ["pretrain_patches_0", "probe_patches_0"]
+    assert names(made)[:5] == [*scratch, *start, "pretrain_patches_1"]
     official = made.data.output_dir / "pretrain_output/mae_pretrain_vit_large.pth"
     official.parent.mkdir(parents=True)
     official.touch()
     found = [name for name in names(made) if name.endswith("_0")]
-    assert found == [*scratch, "probe_mae_0", "evaluate_mae_0"]
+    started = [*start, "pretrain_segments_0", "probe_segments_0"]
+    assert found == [*scratch, "probe_mae_0", "evaluate_mae_0", *started]
 
 
 @pytest.mark.parametrize(
@@ -117,8 +121,19 @@ def test_scratch_is_scored_by_default_and_mae_where_its_file_is_at_hand(settings
     [
         ("--baselines none", []),
         ("--baselines mae", ["fetch_vit_large", "evaluate_mae_0"]),
-        ("--baselines none --eval-epochs 0,1", ["evaluate_scratch_0"]),
-        ("--baselines none --eval-epochs 0,1 --stack", ["fetch_vit_large", "evaluate_mae_0"]),
+        (
+            "--baselines none --eval-epochs 0,1",
+            ["pretrain_four_channels_0", "evaluate_four_channels_0"],
+        ),
+        ("--baselines untrained", []),  # it is probed, and here are no probes
+        (
+            "--baselines untrained --probe-freq 1 --segments-from own,blob",
+            ["pretrain_four_channels_0", "probe_four_channels_0"],
+        ),
+        (
+            "--baselines none --eval-epochs 0,1 --stack",
+            ["fetch_vit_large", "pretrain_four_channels_0", "evaluate_four_channels_0"],
+        ),
         ("--baselines scratch --seed 0,1", ["evaluate_scratch_0", "evaluate_scratch-seed1_0"]),
     ],
 )
