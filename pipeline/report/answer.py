@@ -116,6 +116,8 @@ def answer(every_line: Sequence[Line], measure: Measure, *, first_look: str = ""
          "seeds": str(len(level.scores)), **cost_cells(level.costs)}
         for label, level in levels.items()
     ]  # fmt: skip
+    known = {name for row in level_rows for name, cell in row.items() if cell}
+    level_rows = [{name: row[name] for name in row if name in known} for row in level_rows]
     hint = [
         f"This is a look beyond the first, which is {first_look}: what differs here is a hint, "
         "no finding."

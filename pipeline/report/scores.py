@@ -24,10 +24,14 @@ from common.formats import ProbeResult, Result, parsed, read_json, read_log, rea
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
 from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, made_alike, read_all_records
+from pipeline.plan.segments import MAKING
 from pipeline.report.statistics import Interval, draw_images, interval
 
 # Of pretraining: columns of results.csv, and how they are called for people.
-COSTS = {"device_hours": "device-hours", "train_flops": "train FLOPs"}
+COSTS = {
+    "device_hours": "device-hours", "train_flops": "train FLOPs",
+    "device_hours_with_segments": "device-hours with segments",
+}  # fmt: skip
 REFERENCE = "patches"  # plain MAE, what the others are compared with
 
 
@@ -100,12 +104,14 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
         timed = [seconds[step] for step in steps if step in seconds]
         common: dict[str, Any] = {
             "folder": folder, "run": as_recorded(run, records),
-            "eval_seed": run.seed + number, "epochs": epochs,
+            "eval_seed": result["seed"], "epochs": epochs,
             "minutes": sum(timed) / 60 if timed else float(result.get("minutes") or 0),
             "costs": {cost: known.get(epochs) for cost, known in costs(run.name).items()},
         }  # fmt: skip
         # A finetuning's file is one score. A probe's has several: dictionaries, or bare numbers.
         parts = {"finetuning": result} if shape is Result else result
+        if "knn" in parts and "knn_raw" not in parts:  # an earlier version whitened nothing
+            parts = {**parts, "knn_raw": parts["knn"], "knn": None}
         for key, measure in MEASURES.items():
             if (part := parts.get(key)) is not None:
                 part = part if isinstance(part, dict) else {key: part}
@@ -126,10 +132,18 @@ def _costs(paths: Layout, run: str, records: Iterable[Record]) -> dict[str, dict
         for record in records
         if record.kind == "pretrain" and record.run == run
     )
-    hours = zip((end for end, _ in rounds), accumulate(hours for _, hours in rounds), strict=True)
+    ends, hours = [end for end, _ in rounds], list(accumulate(hours for _, hours in rounds))
+    # Whoever hides segments has to make them once, or to find them made: then that is not known.
+    making = [record for record in records if record.kind in MAKING]
+    made = sum(record.seconds * record.devices for record in making) / 3600
+    needs = any("segments_from" in r.fingerprint for r in records if (r.kind, r.run) == ("pretrain", run))
+    in_all = [spent + made * needs for spent in hours] if making else []
     log = read_log(paths.pretrain_dir(run) / LOG)  # counts FLOPs from the start on
     flops = {entry["epoch"]: entry["train_flops"] for entry in log if "train_flops" in entry}
-    return {"device_hours": dict(hours), "train_flops": flops}
+    return {
+        "device_hours": dict(zip(ends, hours, strict=True)), "train_flops": flops,
+        "device_hours_with_segments": dict(zip(ends, in_all, strict=False)),
+    }  # fmt: skip
 
 
 def as_recorded(run: RunId, records: Iterable[Record]) -> RunId:

@@ -20,7 +20,7 @@ SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
 COLUMNS = {
     "method": "", "coverage_ratio": "", "segments_from": "", "seed": "", "eval_seed": "",
     "epochs": "", **dict.fromkeys(SCORES, ".4f"), "minutes": ".2f", "device_hours": ".4f",
-    "train_flops": ".6g",
+    "train_flops": ".6g", "device_hours_with_segments": ".4f",
 }  # fmt: skip
 _WIDEST = 110  # characters of a table on a terminal
 _LEAST_CHANGE = 0.05  # in points; less is shown as 0.0

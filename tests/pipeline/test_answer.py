@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from common.step_files import AREAS, LOG, RESULT
 from pipeline.plan.layout import Layout, RunId
@@ -16,7 +17,7 @@ from pipeline.report.answer import Answer, answer
 from pipeline.report.figures import Chart, Point, Series, line_chart
 from pipeline.report.page import write_all, write_report
 from pipeline.report.scores import FINETUNING, MEASURES, make_lines, read_evaluations
-from pipeline.report.statistics import mean_iou, read_areas
+from pipeline.report.statistics import interval, mean_iou, read_areas
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT
 from tests.pipeline.test_report import text_of
@@ -156,13 +157,116 @@ def test_probes_of_one_score_only_are_no_error_and_damaged_ones_are_named(tmp_pa
     probe = paths.probe_dir("patches", 10)
     result = json.loads((probe / RESULT).read_text())
     result |= {"rankme": 12, "image_knn": {"accuracy": 40.0}}
-    del result["knn"]
+    del result["knn"], result["knn_raw"]
     (probe / RESULT).write_text(json.dumps(result))
     assert said(answered(paths, "image_knn")).endswith("patches reaches 40.00%.")
     assert said(answered(paths, "rankme")).endswith("patches reaches 12.00.")
     (paths.probe_dir("patches", 5) / "areas-knn.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match=r"patches_5/areas-knn\.npz is damaged"):
         write_all(paths)
+
+
+def test_gains_are_counted_from_each_methods_own_start(tmp_path: Path) -> None:
+    sources, methods = ("own", "blob"), ("patches", "segments")
+    paths = write_run(tmp_path / "run", methods, seeds=THREE, chance=0.05, sources=sources, untrained=True)
+    found = answered(paths)
+    pairs = {(c.first.label, c.second.label): c for c in found.comparisons}
+    assert list(pairs) == [
+        ("segments 15%", "patches"),
+        ("patches", "untrained patches"),
+        ("segments 15%", "untrained segments"),
+        ("segments 15%", "scratch"),
+        ("segments 15%", "segments 15% blob"),
+    ]
+    assert pairs["patches", "untrained patches"].value == pytest.approx(8, abs=0.3)
+    assert pairs["segments 15%", "untrained segments"].value == pytest.approx(10, abs=0.3)
+    assert "Better than untrained patches: patches (by" in said(found)
+    assert re.search(r"lies [\d.]+ standard deviations of the 3 untrained segments seeds", said(found))
+    write_all(paths)
+    assert "untrained segments" in text_of(paths.report_html)
+
+
+def test_all_comparisons_of_a_report_are_one_family(tmp_path: Path) -> None:
+    """Also those of scratch with methods that are not the best, which nobody is told of."""
+    paths = write_run(
+        tmp_path / "run", ("patches", "segments", "preencoder"), seeds=THREE, chance=0.5,
+        sources=("own", "blob"), untrained=True,
+    )  # fmt: skip
+    lines = make_lines([paths])
+    levels = {line.label: line.level(10, FINETUNING) for line in lines}
+    trained = [line.label for line in lines if not line.is_baseline]
+    own = [label for label in trained if "blob" not in label]
+    pairs = [(label, "patches") for label in own if label != "patches"]
+    pairs += [(label, f"untrained {label.split()[0]}") for label in own]
+    pairs += [(label, "scratch") for label in trained]
+    pairs += [(label, f"{label} blob") for label in own if label != "patches"]
+    alone = []
+    for first, second in pairs:
+        one, two = levels[first], levels[second]
+        drawn = [one.drawn[seed] - two.drawn[seed] for seed in THREE]
+        alone.append(interval([one.scores[s] - two.scores[s] for s in THREE], drawn).p_value)
+    expected: dict[tuple[str, str], float] = {}
+    ranked = sorted(range(len(pairs)), key=alone.__getitem__)
+    largest = 0.0
+    for rank, index in enumerate(ranked):
+        largest = max(largest, min(1.0, alone[index] * (len(pairs) - rank)))
+        expected[pairs[index]] = largest
+    for c in answered(paths).comparisons:
+        assert c.p_value == pytest.approx(expected[c.first.label, c.second.label])
+
+
+def test_the_highest_of_several_has_an_interval_as_one_of_them(tmp_path: Path) -> None:
+    level = {}
+    for count, methods in ((1, ("segments",)), (3, ("segments", "preencoder", "patches"))):
+        paths = write_run(tmp_path / str(count), methods, seeds=THREE, chance=0.5)
+        [low, high] = re.findall(r"95% interval[a-z 0-9]* ([\d.]+) to ([\d.]+), 3", said(answered(paths)))[0]
+        level[count] = (float(low), float(high))
+        assert ("as the highest of 3" in said(answered(paths))) == (count == 3)
+    assert level[3][1] - level[3][0] > 1.3 * (level[1][1] - level[1][0])
+
+
+def test_few_images_and_no_variance_give_no_verdict(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "few", ("patches", "segments"), seeds=THREE, chance=0.2)
+    for file in paths.eval_output.glob(f"*/{AREAS}"):
+        names, areas = read_areas(file)
+        np.savez(file, images=np.array(names[:9]), areas=areas[:9])
+    found = answered(paths)
+    assert {c.state for c in found.comparisons} == {"unknown"}
+    assert {c.why_not for c in found.comparisons} == {"fewer than 10 validation images"}
+    assert re.search(
+        r"No verdict against patches: segments 15% \(\+\d\.\d\d points, fewer than 10", said(found)
+    )
+    assert "without a verdict: fewer than 10 validation images." in " ".join(found.remarks)
+    paths = write_run(tmp_path / "same", ("patches", "segments"), seeds=THREE)
+    areas = (paths.eval_dir("patches", 10) / AREAS).read_bytes()
+    for file in paths.eval_output.glob(f"*_10/{AREAS}"):
+        file.write_bytes(areas)  # nothing varies between images, and nothing between seeds
+    [c] = [c for c in answered(paths).comparisons if c.second.label == "patches"]
+    assert (c.state, c.why_not, c.difference) == ("unknown", "nothing varies", None)
+    assert c.value == pytest.approx(2)
+
+
+def test_only_the_first_look_finds_others_give_hints(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=THREE, chance=0.05, probes=True)
+    write_all(paths)
+    words = text_of(paths.report_html)
+    first, *others = re.split("This is a look beyond the first, which is complete finetuning", words)
+    assert len(others) == 3
+    assert "Better than patches: segments" in first
+    assert all("Higher than patches: segments" in other for other in others)
+    assert not any(re.search("(Better|Worse) than", other) for other in others)
+
+
+def test_a_look_before_the_end_of_pretraining_is_not_the_first(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=THREE, chance=0.05)
+    planned = yaml.safe_load(paths.run_yml.read_text())
+    planned["settings"]["pretrain_epochs"] = 50
+    paths.run_yml.write_text(yaml.safe_dump(planned))
+    write_all(paths)
+    words = text_of(paths.report_html)
+    assert "beyond the first, which is complete finetuning after 50 epochs" in words
+    assert "Better than" not in words
+    assert "Higher than patches: segments 15%" in words
 
 
 def test_the_axis_of_scores_spans_5_points_unless_intervals_are_narrower(tmp_path: Path) -> None:

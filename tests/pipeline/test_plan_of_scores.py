@@ -99,7 +99,7 @@ def test_several_processes_of_a_probe_keep_its_operand(settings: Make) -> None:
     assert words[at + 2].endswith("checkpoint-1.pth")
 
 
-def test_scratch_and_each_start_are_scored_by_default_and_mae_where_its_file_is_at_hand(
+def test_scratch_and_each_start_are_scored_by_default_and_mae_where_its_file_is(
     settings: Make,
 ) -> None:
     call = "--pretrain-epochs 1 --mask-method patches,segments --probe-freq 1 --baselines scratch"
