@@ -241,6 +241,9 @@ def test_few_images_and_no_variance_give_no_verdict(tmp_path: Path) -> None:
     areas = (paths.eval_dir("patches", 10) / AREAS).read_bytes()
     for file in paths.eval_output.glob(f"*_10/{AREAS}"):
         file.write_bytes(areas)  # nothing varies between images, and nothing between seeds
+        result = json.loads((file.parent / RESULT).read_text())
+        score = 32 if "segments" in file.parent.name else 30
+        (file.parent / RESULT).write_text(json.dumps({**result, "mean_iou": score}))
     [c] = [c for c in answered(paths).comparisons if c.second.label == "patches"]
     assert (c.state, c.why_not, c.difference) == ("unknown", "nothing varies", None)
     assert c.value == pytest.approx(2)
