@@ -58,6 +58,7 @@ def _child(
 ) -> None:
     import torch
 
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' processes, as in a real run
     if output is not None:
         stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(stream, 1)

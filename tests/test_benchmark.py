@@ -27,6 +27,24 @@ from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
 from tests.pipeline.whole_run import scores, write_inputs
 from tests.processes import until
 
+STRIPES = '''
+import numpy as np
+
+from mae.masking import MaskingMethod
+from tests import toy
+
+
+class Stripes(MaskingMethod):
+    """Every other column of patches is set to the mean colour."""
+
+    name = "stripes"
+    uses_segments = False
+    settings = ()
+
+    def pattern(self, rng, segment):
+        columns = np.arange(self.image_size) // self.patch_size % 2
+        return np.tile(columns.astype(np.uint8), (self.image_size, 1))
+'''
 ROUNDS = ("--mask-method", "four_channels", "--pretrain-epochs", "2", "--eval-freq", "1")
 
 
@@ -90,15 +108,15 @@ def test_other_settings_in_the_same_directory_are_refused_by_name(reference: Pat
     assert files_below(reference) == before
 
 
-@pytest.mark.slow
-def test_two_methods_beside_each_other_killed_again_and_again_end_in_one_report(
-    reference: Path, config: Path, tmp_path: Path
-) -> None:
-    """Neither kills, nor the cut into rounds, nor what ran beside it makes a difference."""
-    out = tmp_path / "out"
+@pytest.fixture(scope="session")
+def killed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The output directory of a run of two methods that was killed twice, and its plugin."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    plugin = out.parent / "stripes.py"
+    plugin.write_text(STRIPES)
     command = [sys.executable, str(REPO_ROOT / "benchmark.py"), "--config", str(config)]
-    command += ["--mask_method", "four-channels,preencoder", "--overlap", "--pretrain-epochs", "2"]
-    command += ["--eval-epochs", "2", "--output-dir", str(out)]
+    command += ["--mask_method", "four-channels,stripes", "--overlap", "--pretrain-epochs", "2"]
+    command += ["--eval-epochs", "2", "--output-dir", str(out), "--plugin", str(plugin)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for kill, working in (
         (_kill_step, "pretrain_output/four_channels"),
@@ -110,12 +128,37 @@ def test_two_methods_beside_each_other_killed_again_and_again_end_in_one_report(
         assert parent.wait(240) != 0
     done = run_benchmark(*command[2:])
     assert done.returncode == 0, done.stderr
+    return out, plugin
+
+
+@pytest.mark.slow
+def test_two_methods_beside_each_other_killed_again_and_again_end_in_one_report(
+    reference: Path, killed: tuple[Path, Path]
+) -> None:
+    """Neither kills, nor the cut into rounds, nor what ran beside it makes a difference."""
+    out = killed[0]
     rows = scores(out)
-    assert [row["method"] for row in rows] == ["four_channels", "preencoder"]
+    assert [row["method"] for row in rows] == ["four_channels", "stripes"]
     assert rows[0] == scores(reference)[1]
     logs = [folder / "pretrain_output/four_channels/log.txt" for folder in (out, reference)]
     assert _results_in(logs[0]) == _results_in(logs[1])
     assert all(row["method"] in (out / "report.html").read_text() for row in rows)
+
+
+@pytest.mark.slow
+def test_a_method_of_ones_own_is_one_class_from_the_command_line_to_the_report(
+    config: Path, killed: tuple[Path, Path]
+) -> None:
+    out, plugin = killed
+    rows = scores(out)
+    assert (rows[1]["method"], rows[1]["coverage_ratio"]) == ("stripes", "")
+    call = ("--config", config, "--output-dir", out, "--mask-method", "stripes", "--dry-run")
+    call = (*call, "--pretrain-epochs", "2", "--eval-epochs", "2", "--coverage-ratio", "30")
+    refused = run_benchmark(*call)
+    assert refused.returncode == 2
+    assert "--mask-method is 'stripes'; choose one of patches, segments" in refused.stderr
+    again = run_benchmark(*call, "--plugin", plugin)
+    assert "2 steps, 2 done" in again.stdout, "no setting of a method without a ratio"
 
 
 def _kill_parent(parent: subprocess.Popen[bytes], out: Path) -> None:
@@ -236,6 +279,7 @@ def test_segments_that_cannot_be_written_beside_go_into_the_output_directory(
     assert f"segments pack {config.parent / 'in1k/masks'} --out {out / 'segments.sqlite'}" in told.out
 
 
+@pytest.mark.slow
 def test_a_finished_run_packs_nothing(reference: Path, config: Path, tmp_path: Path) -> None:
     store = config.parent / "in1k/masks/masks.sqlite"
     aside = store.rename(tmp_path / "aside.sqlite")
@@ -286,32 +330,24 @@ def test_sample_data_that_are_not_used_are_not_made(config: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_estimate_times_the_parts_and_leaves_nothing(tmp_path: Path) -> None:
-    """Also without segments; with those of the sample, which are not packed: below."""
-    config, out = write_inputs(tmp_path / "data"), tmp_path / "out"
-    shutil.rmtree(tmp_path / "data/in1k/masks")
-    call = ("--config", config, "--output-dir", out, *ROUNDS, "--make-segments", "felzenszwalb")
+    """Also without segments, and without the sample's data that the run would use."""
+    shutil.rmtree(write_inputs(tmp_path / "data").parent / "in1k/masks")
     before = files_below(tmp_path)
-    done = run_benchmark(*call, "--estimate")
+    done = run_benchmark(
+        *("--config", REPO_ROOT / "configs/sample.yml", "--in1k-dir", tmp_path / "data/in1k"),
+        *("--plugin", toy.PLUGIN, "--model", "vit_toy", "--pretrain", "effective_batch_size=4"),
+        *("--mask-method", "four_channels", "--make-segments", "felzenszwalb", "--estimate"),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert files_below(tmp_path) == before
-    rows = [line.split() for line in done.stdout.splitlines() if "four_channels" in line]
-    assert [row[1] for row in rows] == [
-        *("pretrain_four_channels_1", "evaluate_four_channels_1"),
-        *("pretrain_four_channels_2", "evaluate_four_channels_2"),
+    rows = [line.split()[1] for line in done.stdout.splitlines() if "four_channels" in line]
+    assert rows == [
+        *("pretrain_four_channels_3", "probe_four_channels_3", "pretrain_four_channels_6"),
+        *("probe_four_channels_6", "evaluate_four_channels_6"),
     ]
-    assert "wall time: " in done.stdout
-    assert "will be kept" in done.stdout
-
-
-@pytest.mark.slow
-def test_estimate_makes_no_sample_data(tmp_path: Path) -> None:
-    call = ("--config", REPO_ROOT / "configs/sample.yml", "--mask-method", "four_channels")
-    small = ("--plugin", toy.PLUGIN, "--model", "vit_toy")
-    done = run_benchmark(*call, *small, "--estimate", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for step in ("pretrain_four_channels_3", "evaluate_four_channels_6", "evaluate_scratch_0"):
-        assert step in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    for text in ("generate_segments", "evaluate_scratch_0", "wall time: ", "will be kept"):
+        assert text in done.stdout
 
 
 def test_doctor_looks_at_the_data_through_the_parts(config: Path, tmp_path: Path) -> None:
@@ -333,37 +369,14 @@ def test_epochs_that_do_not_divide_are_told_what_happens(config: Path, tmp_path:
     assert "a shorter last round ends at 5" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--mask-method pathces", "patches, segments, four_channels, preencoder"),
-        ("--in1k-dir /nowhere", "/nowhere/train is not a folder"),
-        ("--masks-dir /nowhere", "/nowhere is no folder of segments"),
-        ("--eval-dataset /nowhere.yml", "/nowhere.yml"),
-        ("--coverage-ratio -3", "greater than or equal to 0"),
-        ("--pretrain patch_size=5", "patch"),
-        ("--pretrain no_such_option=1", "there is no 'no_such_option'"),
-        ("--finetune decoder=deep", "decoder"),
-        ("--recipe nonsense", "recipe"),
-        ("--eval 7", "does not exist"),
-        ("--launcher cloud", "slurm"),
-        ("--mae-checkpoint dataset.yml --stack", "cannot be read as a checkpoint"),
-        ("--num-processes 3", "cannot be split over 3 processes"),
-        ("--num-processes 4 --finetune batch_size=2", "cannot be spread over 4 processes"),
-        ("--num-gpus 2", "there are 0 here"),
-        ("--launcher slurm --num-gpus 0 --time 1h", "--time 1h: give minutes"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(
-    config: Path, tmp_path: Path, words: str, said: str
-) -> None:
-    words = words.replace("dataset.yml", str(config))
+def test_bad_input_is_one_line_and_leaves_nothing(config: Path, tmp_path: Path) -> None:
+    """More of it in this process: tests/wrong/test_command_lines.py."""
     out = tmp_path / "out"
-    done = run_benchmark("--config", config, "--output-dir", out, *words.split())
+    done = run_benchmark("--config", config, "--output-dir", out, "--eval", "7")
     assert done.returncode == 2
-    assert said in done.stderr
     assert done.stderr.startswith("Error: ")
-    assert len(done.stderr.splitlines()) <= 2
+    assert "checkpoint-7.pth, which does not exist" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert not out.exists()
 
 

@@ -16,11 +16,6 @@ from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 EARLIER = REPO_ROOT / "tests/fixtures/earlier_run"
 SIZE = {"train": 24, "val": 4, "segmentation_train": 8, "segmentation_val": 4}
-PLUGIN = """
-from engine.vit import VIT_SIZES, VitSize
-
-VIT_SIZES["vit_nano"] = VitSize(width=16, depth=2, heads=2, patch_size=8)
-"""
 
 
 def put_there(folder: Path) -> Path:
@@ -36,7 +31,6 @@ def put_there(folder: Path) -> Path:
         record = json.loads(path.read_text())
         record["outputs"] = {name: (run / name).stat().st_size for name in record["outputs"]}
         path.write_text(json.dumps(record))
-    (folder / "nano.py").write_text(PLUGIN)
     return run
 
 
@@ -50,7 +44,7 @@ def test_a_run_of_the_version_before_is_finished_with_the_same_numbers(tmp_path:
     done_before = {name: r for name, r in records(run).items() if r["state"] == "done"}
     assert len(done_before) == 3
     # Without what is scored by default since then.
-    call = ("--config", tmp_path / "run.yml", "--plugin", tmp_path / "nano.py")
+    call = ("--config", tmp_path / "run.yml", "--plugin", EARLIER / "nano.py")
     call = (*call, "--baselines", "none", "--probe-freq", "0")
     done = run_benchmark(*call)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,7 +71,7 @@ def test_other_settings_than_those_of_the_version_before_are_refused(tmp_path: P
     config["pretrain"]["base_lr"] = 0.02
     config["finetune"]["epochs"] = 4
     (tmp_path / "run.yml").write_text(yaml.safe_dump(config))
-    call = ("--config", tmp_path / "run.yml", "--plugin", tmp_path / "nano.py")
+    call = ("--config", tmp_path / "run.yml", "--plugin", EARLIER / "nano.py")
     done = run_benchmark(*call)
     assert done.returncode == 2
     assert "base_lr: 0.01 -> 0.02" in done.stderr

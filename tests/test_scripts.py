@@ -160,6 +160,7 @@ def indexes(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_torch_comes_from_another_index_and_the_rest_from_the_lock(indexes: str, tmp_path: Path) -> None:
     tree, served = tmp_path / "tree", tmp_path / "indexes"
     tree.mkdir()

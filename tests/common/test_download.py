@@ -53,39 +53,24 @@ def server(monkeypatch):
     running.server_close()
 
 
-def test_a_whole_file_is_downloaded_at_once(server, tmp_path):
-    out = tmp_path / "out.pth"
-    download([server.url], out, digest=DIGEST)
-    assert out.read_bytes() == CONTENT
-    assert len(server.ranges) == 1
+@pytest.mark.parametrize(
+    ("part", "server_has", "ranges"),
+    [
+        (None, {}, [None]),
+        (None, {"most_bytes": 300_000}, [None, *(f"bytes={n}00000-" for n in (3, 6, 9))]),
+        (CONTENT[:1234], {}, ["bytes=1234-"]),  # of an earlier call
+        (CONTENT, {}, [f"bytes={len(CONTENT)}-"]),  # which is only checked
+        (b"something", {"knows_ranges": False}, ["bytes=9-"]),
+    ],
+)
+def test_a_download_goes_on_where_it_ended(server, tmp_path, part, server_has, ranges):
+    vars(server).update(server_has)
+    if part is not None:
+        (tmp_path / "out.pth.segmae-part").write_bytes(part)
+    download([server.url], tmp_path / "out.pth", digest=DIGEST)
+    assert (tmp_path / "out.pth").read_bytes() == CONTENT
+    assert server.ranges == ranges
     assert [path.name for path in tmp_path.iterdir()] == ["out.pth"]
-
-
-def test_a_dropped_connection_is_taken_up_where_it_ended(server, tmp_path):
-    server.most_bytes = 300_000
-    download([server.url], tmp_path / "out.pth", digest=DIGEST)
-    assert (tmp_path / "out.pth").read_bytes() == CONTENT
-    assert server.ranges == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
-
-
-def test_a_later_call_goes_on_from_the_part(server, tmp_path):
-    (tmp_path / "out.pth.segmae-part").write_bytes(CONTENT[:1234])
-    download([server.url], tmp_path / "out.pth", digest=DIGEST)
-    assert (tmp_path / "out.pth").read_bytes() == CONTENT
-    assert server.ranges == ["bytes=1234-"]
-
-
-def test_a_complete_part_is_only_checked(server, tmp_path):
-    (tmp_path / "out.pth.segmae-part").write_bytes(CONTENT)
-    download([server.url], tmp_path / "out.pth", digest=DIGEST)
-    assert (tmp_path / "out.pth").read_bytes() == CONTENT
-
-
-def test_a_server_without_ranges_sends_everything_again(server, tmp_path):
-    server.knows_ranges = False
-    (tmp_path / "out.pth.segmae-part").write_bytes(b"something")
-    download([server.url], tmp_path / "out.pth", digest=DIGEST)
-    assert (tmp_path / "out.pth").read_bytes() == CONTENT
 
 
 def test_a_server_that_stops_fails_and_keeps_the_part(server, tmp_path):

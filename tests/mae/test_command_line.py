@@ -61,32 +61,23 @@ def test_real_photographs_with_real_segments(tmp_path, masks):
     assert 0 < record["train_loss"] < 10
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("pretrain", "--help"), ("export", "--help")])
-def test_help_comes_without_torch(arguments):
+def test_help_and_check_say_and_write_nothing_and_import_no_torch(settings, tmp_path):
     code = (
         "import sys\n"
         "from mae.cli import main\n"
-        f"sys.argv[1:] = {list(arguments)!r}\n"
-        "try:\n    main()\n"
-        "except SystemExit as end:\n    assert end.code == 0\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
-
-
-def test_check_says_and_writes_nothing_and_imports_no_torch(settings, tmp_path):
-    code = (
-        "import sys\n"
-        "from mae.cli import main\n"
-        f"sys.argv[1:] = ['pretrain', '--dry-run', 'check', '--config', {str(settings)!r}, "
-        f"'--output-dir', {str(tmp_path / 'new/out')!r}]\n"
-        "try:\n    main()\n"
-        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "for words in (['--help'], ['pretrain', '--help'], ['export', '--help'], sys.argv[1:]):\n"
+        "    print('--', flush=True)\n"
+        "    try:\n        main(words)\n"
+        "    except SystemExit as end:\n        assert end.code == 0, end.code\n"
         "assert 'torch' not in sys.modules\n"
     )
     before = sorted(tmp_path.rglob("*"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    words = f"pretrain --dry-run check --config {settings} --output-dir {tmp_path / 'new/out'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n--\n"), "the check printed something"
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -97,10 +88,7 @@ def test_exit_codes_are_those_of_the_contract():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--mask-method", "segment"],
-            "choose one of patches, segments, four_channels, preencoder",
-        ),
+        (["--mask-method", "segment"], "choose one of patches, segments, four_channels"),
         (["--coverage-ratio", "150"], "--coverage-ratio is '150'; it should be less"),
         (["--epochs", "0"], "--epochs is '0'"),
         (["--stop-after", "9"], "give 1 to the 4 epochs"),
@@ -113,10 +101,7 @@ def test_exit_codes_are_those_of_the_contract():
         (["--init", "/nowhere.pth"], "/nowhere.pth does not exist"),
         (["--resume", "required"], "there is no checkpoint"),
         (["--use-unmasked-images"], "four_channels needs them"),
-        (["--base-lr", "fast"], "--base-lr is 'fast'; it should be a valid number"),
         (["--base-lr", "nan"], "--base-lr is 'nan'; it should be a finite number"),
-        (["--log-with", "tensorbord"], "--log-with is 'tensorbord'"),
-        (["--no-such-option"], "No such option"),
     ],
 )
 @pytest.mark.parametrize("check", [[], ["--dry-run", "check"]])
@@ -132,39 +117,12 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_written(
     assert not out.exists()
 
 
-def test_images_of_a_missing_or_empty_folder(capsys, settings, tmp_path):
-    (tmp_path / "in1k/train").mkdir(parents=True)
-    code, lines = exit_code(
-        capsys, "pretrain", "--config", settings, "--in1k-dir", tmp_path / "in1k",
-        "--output-dir", tmp_path / "out", "--dry-run", "check",
-    )  # fmt: skip
-    assert code == 2
-    assert "no image below" in lines[-1]
-
-
 def test_an_output_directory_that_is_a_file(capsys, settings, tmp_path):
     (tmp_path / "out").write_text("a file")
-    code, lines = exit_code(
-        capsys,
-        "pretrain",
-        "--config",
-        settings,
-        "--output-dir",
-        tmp_path / "out",
-        "--dry-run",
-        "check",
-    )
+    words = ("--config", settings, "--output-dir", tmp_path / "out", "--dry-run", "check")
+    code, lines = exit_code(capsys, "pretrain", *words)
     assert code == 2
     assert "is not a folder" in lines[-1]
-
-
-def test_dashes_and_underscores_are_equal(capsys, settings, tmp_path):
-    for option, value in (("--mask_method", "four-channels"), ("--mask-method", "four_channels")):
-        code, lines = exit_code(
-            capsys, "pretrain", "--config", settings, "--output_dir", tmp_path / "out",
-            option, value, "--dry-run", "check",
-        )  # fmt: skip
-        assert (code, lines) == (0, [])
 
 
 def test_what_a_run_will_be_is_known_before(in1k_dir, tmp_path):
@@ -238,13 +196,6 @@ def test_processes_that_srun_started_without_torchrun_are_refused(capsys, settin
     code, lines = exit_code(capsys, "pretrain", "--config", settings, "--output-dir", "out")
     assert code == 2
     assert "srun started 2 processes, which are not connected" in lines[0]
-
-
-def test_config_file_with_an_unknown_key_names_near_ones(capsys, tmp_path):
-    (tmp_path / "a.yml").write_text("mask-metod: patches\n")
-    code, lines = exit_code(capsys, "pretrain", "--config", tmp_path / "a.yml")
-    assert code == 2
-    assert "there is no 'mask_metod'; did you mean mask_method" in lines[-1]
 
 
 def test_every_option_has_help_and_a_field(settings):

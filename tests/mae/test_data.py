@@ -169,12 +169,6 @@ def test_held_out_images_without_segments_are_left_to_methods_that_need_none(fol
     assert held_out == {"patches": [b"none.jpg", b"own.jpg"], "segments": [b"own.jpg"]}
 
 
-def test_a_folder_of_segments_that_are_not_packed_is_refused_with_the_command(folder, tmp_path):
-    config = make_config(folder, tmp_path / "out", mask_method="segments")
-    with pytest.raises(ValueError, match="python -m segments pack"):
-        make_listing(config.data, config.method)
-
-
 def test_images_without_segments_are_left_out_for_all_methods_alike(in1k_dir, tmp_path):
     listings = {}
     for mask_method in ("patches", "segments"):

@@ -79,6 +79,8 @@ def test_matrices_decay_and_vectors_do_not(weight_decay):
         model, make(OptimisationConfig, {"weight_decay": weight_decay})
     ).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (weight_decay, 0.0)
+    assert decayed["betas"] == (0.9, 0.95)
+    assert not model.pos_embed.requires_grad
     assert {p.ndim for p in kept["params"]} == {1}
     assert min(p.ndim for p in decayed["params"]) == 2
     trained = [p for p in model.parameters() if p.requires_grad]

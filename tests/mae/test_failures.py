@@ -1,16 +1,13 @@
 """Runs that must not go on, and what they leave behind."""
 
-import resource
-
 import numpy as np
 import pytest
 import torch
 
 from common.files import hold
 from common.step_files import LOCK
-from engine.checkpoint import save_checkpoint
 from mae.listing import make_listing
-from mae.pretrain import make_optimizer, pretrain
+from mae.pretrain import pretrain
 from mae.weights import load_checkpoint
 from tests.mae.conftest import (
     make_config,
@@ -70,26 +67,6 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_process(in1k_dir, tmp_pa
     assert kept["epochs_completed"] == 2
     assert all(torch.isfinite(weight).all() for weight in kept["model"].values())
     assert '"state": "failed"' in (tmp_path / "progress.json").read_text()
-
-
-def test_biases_norms_and_fixed_parts_do_not_decay(in1k_dir, tmp_path):
-    from mae.config import make_method
-    from mae.model import MaskedAutoencoder
-
-    config = make_config(in1k_dir, tmp_path)
-    model = MaskedAutoencoder(config.model, make_method(config.method, config.model))
-    decayed, plain = make_optimizer(model, config.optimisation).param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all(names[id(p)].endswith("weight") or "token" in names[id(p)] for p in decayed["params"])
-    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {names[id(p)] for p in decayed["params"] + plain["params"]} == trained
-    assert "pos_embed" not in trained
-    assert (decayed["betas"], decayed["weight_decay"], plain["weight_decay"]) == (
-        (0.9, 0.95),
-        0.05,
-        0,
-    )
 
 
 @pytest.fixture
@@ -189,51 +166,6 @@ def test_resume_never_and_required_keep_their_word(in1k_dir, finished, tmp_path)
     with pytest.raises(ValueError, match="required: there is no checkpoint"):
         pretrain(make_config(in1k_dir, tmp_path, epochs=2, resume="required"))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_checkpoint_is_no_fresh_start(in1k_dir, tmp_path):
-    (tmp_path / "last.pth").write_bytes(b"PK damaged")
-    with pytest.raises(ValueError, match=r"last\.pth cannot be read as a checkpoint"):
-        pretrain(make_config(in1k_dir, tmp_path))
-
-
-def test_killed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    content = {
-        "model": {},
-        "optimizer": {},
-        "epochs_completed": 1,
-        "steps_completed": 0,
-        "config": {},
-        "images": {"count": 0, "digest": ""},
-        "fixed_set": {},
-    }
-    path = tmp_path / "last.pth"
-    save_checkpoint(content, path)
-
-    def die(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.fsync", die)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint({**content, "epochs_completed": 2}, path)
-    assert load_checkpoint(path)["epochs_completed"] == 1
-
-
-def test_a_save_that_finds_no_room_leaves_the_old_file_alone(tmp_path):
-    content = {
-        "model": {"weight": torch.zeros(10)}, "optimizer": {}, "epochs_completed": 1,
-        "steps_completed": 0, "config": {}, "images": {"count": 0, "digest": ""}, "fixed_set": {},
-    }  # fmt: skip
-    save_checkpoint(content, tmp_path / "last.pth")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(RuntimeError, match=r"last\.pth cannot be written: File too large. Make"):
-            save_checkpoint({**content, "model": {"w": torch.rand(90_000)}}, tmp_path / "last.pth")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-    assert load_checkpoint(tmp_path / "last.pth")["model"]["weight"].shape == (10,)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(in1k_dir, tmp_path, processes):

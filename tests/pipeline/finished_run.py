@@ -192,6 +192,6 @@ def write_areas(path: Path, name: str, score: float) -> dict[str, object]:
 
 
 def _picture(path: Path, text: str) -> None:
-    image = Image.new("RGB", (1200, 400), (90, 120, 160))
+    image = Image.new("RGB", (300, 100), (90, 120, 160))  # larger ones take most of a report
     ImageDraw.Draw(image).text((20, 20), text)
     image.save(path)

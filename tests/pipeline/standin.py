@@ -52,17 +52,21 @@ def work(folder: Path, behaviour: str) -> int:
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log = folder / "log.txt"
-    epochs = int(value("--stop-after", "1"))
+    epochs, event = int(value("--stop-after", "1")), Path(value("--until", "."))
     first = len(log.read_text().splitlines()) if log.exists() else 0
     for epoch in range(first, epochs):
         deadline = time.monotonic() + float(value("--seconds", "0.05"))
-        while time.monotonic() < deadline:
+        while (time.monotonic() < deadline or not event.exists()) and not stop_asked:
             time.sleep(0.01)
+        if stop_asked:
+            time.sleep(float(value("--save-seconds", "0")))
         with log.open("a") as stream:
             stream.write(json.dumps({"epoch": epoch + 1}) + "\n")
         state = "stopped" if stop_asked else "running"
         progress = {"state": state, "epoch": epoch + 1, "epochs_total": epochs}
-        (folder / "progress.json").write_text(json.dumps(progress))
+        # As the parts write it: whoever reads it finds the one before or this one, whole.
+        (folder / "progress.part").write_text(json.dumps(progress))
+        (folder / "progress.part").rename(folder / "progress.json")
         if stop_asked and epoch + 1 < epochs:
             return 75
     if behaviour != "leaves-nothing":

@@ -205,7 +205,6 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--mask-method pathces", "patches, segments, four_channels, preencoder"),
         ("--coverage-ratio 101", "less than or equal to 100"),
         ("--coverage-ratio many", "should be a valid number"),
         ("--eval-epochs 3 --pretrain-epochs 2", "eval-epochs"),
@@ -213,13 +212,11 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
         ("--pretrain-epochs 0", "greater than or equal to 1"),
         ("--eval-seeds 0", "greater than or equal to 1"),
         ("--seed 1,1", "twice"),
-        ("--eval last", "scratch or mae"),
         ("--pretrain lr", "KEY=VALUE"),
         ("--num-gpus 2 --eval-gpus 2", "GPUs 0 to 1"),
         ("--eval-gpus 0 --num-gpus 1", "leaves no GPU"),
         ("--num-gpus 4 --eval-gpus 3 --gpus-per-eval 2", "to evaluate on are 1"),
         ("--num-gpus 0 --gpus-per-eval 2", "to evaluate on are 0"),
-        ("--stack --mae-checkpoint /nowhere", "is not a file"),
         ("--mae-checkpoint /nowhere", "is not a file"),
         ("--segments-from mine", "choose one of own, borrowed, blob, block"),
         ("--segments-from own,own", "twice"),
@@ -232,7 +229,6 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
         ("--pretrain seed=9", "use --seed"),
         ("--finetune init=random", "contradict the plan"),
         ("--num-gpus 0 --eval-gpus 1", "there is no GPU here"),
-        ("--ade20k-dir /a --eval-dataset /b.yml", "not both"),
     ],
 )
 def test_bad_input_is_named_with_what_is_allowed(settings: Make, words: str, said: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipeline.report.page import write_all
 from tests.pipeline.finished_run import write_run
@@ -72,6 +73,8 @@ def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = write_run(tmp_path_factory.mktemp("report") / "run", seeds=(0, 1))
+    for picture in paths.root.rglob("*.png"):
+        Image.new("RGB", (1200, 400), (90, 120, 160)).save(picture)  # wider than a phone
     write_all(paths)
     return paths.report_html
 

@@ -118,6 +118,7 @@ def test_output_of_the_step_is_in_its_console_log(settings: Make, cluster: Slurm
     assert "started" in Path(steps[0].console_log).read_text()
 
 
+@pytest.mark.slow
 def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     settings: Make, cluster: SlurmCluster, data: Path, tmp_path: Path
 ) -> None:

@@ -12,11 +12,6 @@ from tests.segmenter.boxes import REPOSITORY, call, run, train_arguments
 from tests.segmenter.test_train import assert_same_run, log_of, result_of
 
 EARLIER = REPOSITORY / "tests/fixtures/earlier_run"
-NANO = """
-from engine.vit import VIT_SIZES, VitSize
-
-VIT_SIZES["vit_nano"] = VitSize(width=16, depth=2, heads=2, patch_size=8)
-"""
 
 
 def forget(path, name):
@@ -65,13 +60,12 @@ def earlier(tmp_path_factory):
     size = {"train": 24, "val": 4, "segmentation_train": 8, "segmentation_val": 4}
     write_sample(folder / "sample", **size)
     shutil.copytree(EARLIER / "run/eval_output", folder / "eval_output")
-    (folder / "nano.py").write_text(NANO)
     return folder
 
 
 def earlier_arguments(folder, epochs):
     return [
-        "train", "--plugin", str(folder / "nano.py"), "--model", "vit_nano", "--recipe", "fast",
+        "train", "--plugin", str(EARLIER / "nano.py"), "--model", "vit_nano", "--recipe", "fast",
         "--dataset", str(folder / "sample/segmentation/dataset.yml"),
         "--init", str(EARLIER / f"run/pretrain_output/four_channels/checkpoint-{epochs}.pth"),
         "--output-dir", str(folder / f"eval_output/four_channels_{epochs}"),

@@ -15,7 +15,6 @@ from segments.forms import form_of, open_any_form, open_segments, read_empty_lis
 from segments.segment import (
     Segment,
     decode_at,
-    nearest,
     run_lengths,
     segment_from_pixels,
     segment_from_rle,
@@ -88,15 +87,6 @@ def test_images_without_segments_are_told_from_images_that_were_forgotten(sample
     assert source.segments("nowhere/nothing") == []
 
 
-def test_the_nearest_is_by_pixels_and_the_smaller_on_a_tie():
-    def square(percent):
-        return Segment(height=10, width=10, coverage_percent=percent, counts=b"")
-
-    assert nearest([square(20.0), square(10.0), square(40.0)], 15).coverage_percent == 10
-    assert nearest([square(20.0), square(10.0)], 15.1).coverage_percent == 20
-    assert nearest([], 15) is None
-
-
 def test_uncompressed_run_lengths_are_read(tmp_path):
     inside = np.zeros((3, 4), np.uint8)
     inside[1:, 1:3] = 1
@@ -153,46 +143,6 @@ def test_a_wrong_table_is_reported_and_the_pixels_count(table_folder, sample, ca
     expected = open_any_form(sample / "masks-amg-rle").segments(key)
     assert open_any_form(table_folder).segments(key) == expected
     assert str(table.parent) in caplog.text
-
-
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def wrong_length(path):
-    content = json.loads(path.read_text())
-    for entry in content:
-        entry["segmentation"]["size"][0] += 1
-        del entry["area"]
-    path.write_text(json.dumps(content))
-
-
-def ends_inside_a_number(path):
-    content = json.loads(path.read_text())
-    for entry in content:
-        entry["segmentation"]["counts"] = entry["segmentation"]["counts"][:-1] + "o"
-    path.write_text(json.dumps(content))
-
-
-def not_segments(path):
-    path.write_text(json.dumps({"images": [1, 2, 3], "padding": "x" * 500}))
-
-
-def not_even_text(path):
-    path.write_bytes(bytes(range(256)) * 4)
-
-
-@pytest.mark.parametrize(
-    "damage", [cut_short, wrong_length, ends_inside_a_number, not_segments, not_even_text]
-)
-def test_damaged_json_is_named_never_read(json_folder, damage):
-    path = sorted(json_folder.rglob("*.json"))[2]
-    key = path.relative_to(json_folder).with_suffix("").as_posix()
-    damage(path)
-    source = open_any_form(json_folder)
-    assert key in source.images()
-    with pytest.raises(ValueError, match=path.name):
-        source.segments(key)
 
 
 def test_counts_that_are_no_code_are_refused_before_c_code_sees_them():

@@ -222,42 +222,27 @@ def test_stores_that_disagree_are_not_merged(json_folder, tmp_path, read_json):
         merge([tmp_path / "one.sqlite", tmp_path / "two.sqlite"], tmp_path / "m", overwrite=False)
 
 
-def damage_version(path):
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET value = '2' WHERE name = 'format_version'")
-    connection.close()
+def changed(*statements):
+    def damage(path):
+        with closing(sqlite3.connect(path)) as connection, connection:
+            for statement in statements:
+                connection.execute(statement)
+
+    return damage
 
 
-def damage_length(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def damage_nature(path):
-    path.write_bytes(b"PNG and not a store" * 100)
-
-
-def damage_schema(path):
-    path.unlink()
-    with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE other (a)")
-    connection.close()
-
-
-def damage_completeness(path):
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET value = '0' WHERE name = 'complete'")
-    connection.close()
+OTHER = ("CREATE TABLE other (a)", *(f"DROP TABLE {name}" for name in ("images", "meta")))
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (damage_version, "newer than this code"),
-        (damage_length, "cut short"),
+        (changed("UPDATE meta SET value = '2' WHERE name = 'format_version'"), "newer than this"),
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "cut short"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is cut short: it was"),
-        (damage_nature, "not a packed store"),
-        (damage_schema, "not a packed store"),
-        (damage_completeness, "not finished"),
+        (lambda path: path.write_bytes(b"PNG and not a store" * 100), "not a packed store"),
+        (changed(*OTHER), "not a packed store"),
+        (changed("UPDATE meta SET value = '0' WHERE name = 'complete'"), "not finished"),
         (lambda path: path.write_bytes(b""), "not a packed store"),
     ],
 )

@@ -51,15 +51,21 @@ def processor(t, kind):
     return make(size={"height": side, "width": side}, mask_size={"height": 16, "width": 16})
 
 
-def sam(t):
-    config = t.SamConfig(vision_config=vit(), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER)
-    return t.SamModel(config)
+def image_model(t, name, vision, prompts=PROMPTS, **decoder):
+    """Of an encoder of images, one of prompts and a decoder: the shape of every type."""
+    config = getattr(t, f"{name}Config")(
+        vision_config=vision, prompt_encoder_config=prompts,
+        mask_decoder_config={**DECODER, **decoder},
+    )  # fmt: skip
+    return getattr(t, f"{name}Model")(config)
 
 
-def sam_hq(t):
-    decoder = {**DECODER, "vit_dim": 32}
-    config = t.SamHQConfig(vision_config=vit(), prompt_encoder_config=PROMPTS, mask_decoder_config=decoder)
-    return t.SamHQModel(config)
+def video_config(t, name, vision, prompts=PROMPTS, **more):
+    """The same with a memory of earlier frames."""
+    return getattr(t, f"{name}Config")(
+        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=DECODER,
+        image_size=prompts["image_size"], **MEMORY, **more,
+    )  # fmt: skip
 
 
 def vit():
@@ -68,19 +74,6 @@ def vit():
         "num_hidden_layers": 2, "num_attention_heads": 2, "window_size": 2,
         "global_attn_indexes": [1], "mlp_dim": 64, "num_pos_feats": 16,
     }  # fmt: skip
-
-
-def sam2(t):
-    config = t.Sam2Config(vision_config=hiera(t), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER)
-    return t.Sam2Model(config)
-
-
-def sam2_video(t):
-    config = t.Sam2VideoConfig(
-        vision_config=hiera(t), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER,
-        image_size=64, memory_attention_feed_forward_hidden_size=32, **MEMORY,
-    )  # fmt: skip
-    return t.Sam2VideoModel(config)
 
 
 def hiera(t):
@@ -93,19 +86,10 @@ def hiera(t):
     return t.Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16], **FPN)
 
 
-def sam3_tracker(t):
-    config = t.Sam3TrackerConfig(
-        vision_config=sam3_vision(t), prompt_encoder_config=SAM3_PROMPTS,
-        mask_decoder_config=DECODER,
-    )  # fmt: skip
-    return t.Sam3TrackerModel(config)
-
-
 def sam3_video(t):
-    tracker = t.Sam3TrackerVideoConfig(
-        vision_config=sam3_vision(t), prompt_encoder_config=SAM3_PROMPTS,
-        mask_decoder_config=DECODER, image_size=56,
-        memory_attention_feed_forward_hidden_size=32, **MEMORY,
+    tracker = video_config(
+        t, "Sam3TrackerVideo", sam3_vision(t), SAM3_PROMPTS,
+        memory_attention_feed_forward_hidden_size=32,
     )  # fmt: skip
     text = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -129,21 +113,6 @@ def sam3_vision(t):
     return t.Sam3VisionConfig(backbone_config=backbone, **FPN)
 
 
-def edgetam(t):
-    config = t.EdgeTamConfig(
-        vision_config=repvit(t), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER
-    )
-    return t.EdgeTamModel(config)
-
-
-def edgetam_video(t):
-    config = t.EdgeTamVideoConfig(
-        vision_config=repvit(t), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER,
-        image_size=64, memory_attention_mlp_hidden_size=32, **MEMORY, **PERCEIVER,
-    )  # fmt: skip
-    return t.EdgeTamVideoModel(config)
-
-
 def repvit(t):
     model_args = {
         "in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3],
@@ -154,8 +123,14 @@ def repvit(t):
 
 
 MODELS = {
-    make.__name__: make
-    for make in (
-        sam, sam_hq, sam2, sam2_video, sam3_tracker, sam3_video, edgetam, edgetam_video,
-    )
+    "sam": lambda t: image_model(t, "Sam", vit()),
+    "sam_hq": lambda t: image_model(t, "SamHQ", vit(), vit_dim=32),
+    "sam2": lambda t: image_model(t, "Sam2", hiera(t)),
+    "sam2_video": lambda t: t.Sam2VideoModel(
+        video_config(t, "Sam2Video", hiera(t), memory_attention_feed_forward_hidden_size=32)),
+    "sam3_tracker": lambda t: image_model(t, "Sam3Tracker", sam3_vision(t), SAM3_PROMPTS),
+    "sam3_video": sam3_video,
+    "edgetam": lambda t: image_model(t, "EdgeTam", repvit(t)),
+    "edgetam_video": lambda t: t.EdgeTamVideoModel(video_config(
+        t, "EdgeTamVideo", repvit(t), memory_attention_mlp_hidden_size=32, **PERCEIVER)),
 }  # fmt: skip

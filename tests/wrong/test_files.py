@@ -295,7 +295,7 @@ def json_of(content):
     return prepare
 
 
-GOOD = {"size": [48, 60], "counts": [0, 2880]}
+GOOD, CODE = {"size": [48, 60], "counts": [0, 2880]}, "0Pj2"  # and the same compressed
 LOOSE = {
     "no JSON": json_of("{"), "no list": json_of({"a": 1}), "a number": json_of(7),
     "SA-1B without annotations": json_of({"image": {"width": 60, "height": 48}}),
@@ -309,6 +309,8 @@ LOOSE = {
     "runs that are too few": json_of([{"segmentation": {**GOOD, "counts": [1, 2]}}]),
     "runs of text": json_of([{"segmentation": {**GOOD, "counts": ["a"]}}]),
     "a code of noise": json_of([{"segmentation": {**GOOD, "counts": "ooooooooooooo"}}]),
+    "a code of another size": json_of([{"segmentation": {"size": [49, 60], "counts": CODE}}]),
+    "an unfinished code": json_of([{"segmentation": {**GOOD, "counts": CODE[:-1] + "o"}}]),
     "an empty code": json_of([{"segmentation": {**GOOD, "counts": ""}}]),
     "deep": json_of("[" * 9000), "no UTF-8": lambda w: (
         w / "loose/class0/image_0.json").write_bytes(b"\xff\xfe[]"),
