@@ -22,9 +22,9 @@ from tests.processes import until
 def _blind(rank):
     """The second process does not see what is in the folder."""
     if rank == 1:
-        import mae.weights
+        import mae.pretrain
 
-        mae.weights.find_resumable = lambda folder: None
+        mae.pretrain.find_resumable = lambda folder: None
 
 
 def test_processes_that_would_go_on_from_different_epochs_do_not_start(in1k_dir, tmp_path, processes):
