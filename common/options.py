@@ -122,10 +122,10 @@ def make(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: values[name] for name in fields if name in values})
 
 
-def older_values(*groups: type[OptionGroup]) -> dict[str, Any]:
-    """What each option counts as in a file that was written before it existed."""
+def older_values(*groups: type[OptionGroup], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What each option counts as in a file with these values, which is older than the option."""
     fields = fields_of(*groups).items()
-    return {name: field.older for name, field in fields if field.older is not REQUIRED}
+    return {name: field.counts_as(stored) for name, field in fields if field.older is not REQUIRED}
 
 
 def decisive_values(*groups: OptionGroup) -> dict[str, Any]:
@@ -220,7 +220,8 @@ class Field:
     instead: tuple[str | None, ...]  # of a value, as in `Path | Literal["random"] | None`
     help: str
     default: Any
-    older: Any  # what a file counts as that was written before this option existed
+    # What a file counts as that was written before this option existed, or a function of its values.
+    older: Any
     choices: Callable[[], Iterable[str]] | None = None
     at_least: float | None = None
     above: float = -LARGEST
@@ -229,6 +230,10 @@ class Field:
     neutral: bool = False  # it decides speed or place, not what comes out
     memory: bool = False  # a lower number of it, or the switch, needs less of a device's memory
     early: Callable[[Any], Layer | None] | None = None
+
+    def counts_as(self, stored: Mapping[str, Any]) -> Any:
+        """What it was in a file of these values that does not know it."""
+        return self.older(stored) if callable(self.older) else self.older
 
     @property
     def flag(self) -> str:

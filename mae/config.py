@@ -72,6 +72,8 @@ class MethodConfig(OptionGroup):
     segment_variety: str = option(
         "One for each image (fixed), or drawn in every epoch from those nearest to the ratio "
         "(nearest-K); controls likewise.", "fixed",
+        # Controls were drawn anew in every epoch when there was no choice.
+        older=lambda stored: "fixed" if stored.get("segments_from", "own") == "own" else "nearest-1",
     )  # fmt: skip
     segment_choice: Literal["nearest", "interior", "compact"] = option(
         "The nearest to the ratio of all segments, of those that touch one side of the image at "
@@ -248,7 +250,7 @@ class PretrainConfig:
         """
         idle = idle_settings(self.method.mask_method)
         wanted = {name: value for name, value in self.settings().items() if name not in idle}
-        check_same(stored, wanted, older_values(*GROUPS.values()), what=str(path))
+        check_same(stored, wanted, older_values(*GROUPS.values(), stored=stored), what=str(path))
 
     def arguments(self) -> list[str]:
         """The words after `python -m mae pretrain` that make this again."""
@@ -281,4 +283,6 @@ def parse_group(group: type[Group], settings: Mapping[str, Any], path: Path) -> 
 
     Raises ValueError if it holds what is not known here, such as a method of a plugin.
     """
-    return make(group, merge([group], [Layer(older_values(group)), Layer(settings, str(path))]))
+    return make(
+        group, merge([group], [Layer(older_values(group, stored=settings)), Layer(settings, str(path))])
+    )

@@ -155,7 +155,7 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
         from segmenter.loading import load_checkpoint
 
         stored = load_checkpoint(found, lazily=True)["config"]
-    older = older_values(*(GROUPS if is_training else PROBE_GROUPS).values())
+    older = older_values(*(GROUPS if is_training else PROBE_GROUPS).values(), stored={})
     check_same(stored, all_settings(config, dataset), older, what=str(found))
     return found
 

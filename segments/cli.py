@@ -191,7 +191,7 @@ def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
     other = open_any_form(options.against) if options.against else None
     ratios = options.coverage_ratio or made_for(source.settings) or (5.0, 15.0, 30.0, 50.0)
     found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
-    statistics = collect(source, processes=options.processes)
+    statistics = collect(source, ratios, processes=options.processes)
     if statistics is None:
         return EXIT_STOPPED
     compared = compare(source, other, ratios, processes=options.processes) if other else {}

@@ -136,7 +136,7 @@ def check_made_alike(
         stored = {**stored, "for_coverage": wanted["for_coverage"]}
     # Stores that were packed from files have no generator, and no settings.
     group = GENERATORS.get(str(wanted.get("generator")))
-    older = older_values(group) if group else {}
+    older = older_values(group, stored=stored) if group else {}
     every = {**dict.fromkeys(stored), **older, **wanted}
     remedy = "use those, remove it, or name another --out"
     check_same(stored, every, older, what=str(path), remedy=remedy)

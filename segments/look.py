@@ -12,7 +12,7 @@ from common.contact_sheet import Tile, contact_sheet, stacked
 from common.images import evenly_spread, read_rgb
 from segments.forms import AnyForm
 from segments.parallel import Failure, each, in_order, one_pass
-from segments.segment import Segment, nearest
+from segments.segment import Segment, count_islands, nearest, sides_touched
 
 MOST_READ = 2000  # images whose segments are counted
 MOST_DRAWN = 8  # images on a contact sheet
@@ -29,6 +29,8 @@ class Statistics:
     """Of the images that were looked at."""
 
     coverages: dict[str, np.ndarray]  # percent, ascending, of the segments of each that has some
+    # [images, 2] by ratio: sides of the image that the nearest segment touches, and its islands.
+    shapes: dict[float, np.ndarray]
     images: int  # in the whole source, those with segments,
     without: int  # and those known to have none
     damaged: list[str]  # what could not be read, and why
@@ -38,24 +40,31 @@ class Statistics:
         return np.array([np.abs(coverage - ratio).min() for coverage in self.coverages.values()])
 
 
-def collect(source: AnyForm, *, processes: int | None) -> Statistics | None:
+def collect(source: AnyForm, ratios: Sequence[float] = (), *, processes: int | None) -> Statistics | None:
     """Of at most `MOST_READ` images; None: a signal asked to stop. ValueError if there are none."""
     images = source.images()
     chosen = evenly_spread(sorted(images), MOST_READ)
 
-    def read(key: str) -> np.ndarray:
-        return np.array([segment.coverage_percent for segment in source.segments(key)])
+    def read(key: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        segments = source.segments(key)
+        hidden = [one.decode() for ratio in ratios if (one := nearest(segments, ratio))]
+        shapes = [(sides_touched(inside), count_islands(inside)) for inside in hidden]
+        return np.array([segment.coverage_percent for segment in segments]), shapes
 
     found = list(one_pass("inspect", each(read, chosen, processes=processes), total=len(chosen)))
     if len(found) < len(chosen):
         return None  # numbers of a part would look like those of all
     damaged = [one.reason for one in found if isinstance(one, Failure)]
     pairs = zip(chosen, found, strict=True)
-    coverages = {key: one for key, one in pairs if not isinstance(one, Failure) and len(one)}
+    usable = {key: one for key, one in pairs if not isinstance(one, Failure) and len(one[0])}
+    coverages = {key: one for key, (one, _) in usable.items()}
+    shapes = {r: np.array([of[n] for _, of in usable.values()]) for n, r in enumerate(ratios)}
     if not coverages:
         raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged")
     without = len(source.listed_empty())
-    return Statistics(coverages=coverages, images=len(images), without=without, damaged=damaged)
+    return Statistics(
+        coverages=coverages, shapes=shapes, images=len(images), without=without, damaged=damaged
+    )
 
 
 def describe(statistics: Statistics, ratios: Sequence[float]) -> dict[str, str]:
@@ -73,6 +82,12 @@ def describe(statistics: Statistics, ratios: Sequence[float]) -> dict[str, str]:
         within = ", ".join(f"{(distances <= w).mean() * 100:.0f} % within {w}" for w in WITHIN)
         spread = _spread(distances, " points", 1)
         lines[f"nearest to {ratio:g} %"] = f"off by {spread}; of images, {within}"
+        if ratio in statistics.shapes:
+            sides, islands = statistics.shapes[ratio].T
+            lines[f"shape of that near {ratio:g} %"] = (
+                f"touches an edge of the image in {(sides > 0).mean() * 100:.0f} %, two or more in "
+                f"{(sides > 1).mean() * 100:.0f} %; islands: {_spread(islands, '', 0)}"
+            )
     return lines
 
 

@@ -205,7 +205,7 @@ def _made_with(record: Record) -> dict[str, Any]:
     recipe, made = _recipe(str(record.fingerprint.get("recipe"))), dict[str, Any]()
     for name, known in fields_of(*_GROUPS.get(record.kind, {}).values()).items():
         is_new = known.older != known.default
-        value = known.older if is_new else recipe.get(name, known.default)
+        value = known.counts_as(record.fingerprint) if is_new else recipe.get(name, known.default)
         made[name] = None if value is REQUIRED else value
     return {**made, **record.fingerprint}
 

@@ -71,7 +71,7 @@ class Experiment(OptionGroup):
     seed: tuple[int, ...] = option_of(OptimisationConfig, "seed", (DEFAULT_SEED,))
     model: str = option_of(ModelConfig, "model", ModelConfig.model)
     pretrain_epochs: int = option_of(OptimisationConfig, "epochs", OptimisationConfig.epochs)
-    eval_freq: int = option("Evaluate every so many epochs, and at the end.", 5, at_least=1)
+    eval_freq: int = option("Evaluate every so many epochs, and at the end; 0 = probes only.", 5, at_least=0)
     eval_epochs: tuple[int, ...] | None = option(
         "Evaluate at these instead; 0 = before pretraining.", None, at_least=0
     )
@@ -110,6 +110,8 @@ class Experiment(OptionGroup):
         """Epochs completed at which to evaluate, ascending; 0 = before any pretraining."""
         if self.eval_epochs is not None:
             return tuple(sorted(self.eval_epochs))
+        if self.eval_freq == 0:
+            return ()
         every = range(self.eval_freq, self.pretrain_epochs, self.eval_freq)
         return (*every, self.pretrain_epochs)  # the last round may be shorter
 
@@ -119,7 +121,8 @@ class Experiment(OptionGroup):
         if self.probe_freq == 0:
             return ()
         freq = self.probe_freq or self.pretrain_epochs + 1  # beyond the end: none of its own
-        return tuple(sorted({*range(freq, self.pretrain_epochs + 1, freq), *self.eval_points}))
+        own = {*range(freq, self.pretrain_epochs + 1, freq), *self.eval_points}
+        return tuple(sorted(own or {self.pretrain_epochs}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +257,7 @@ class Settings:
         """What a user may not expect; nothing of it is wrong."""
         experiment, is_local = self.experiment, self.cluster.launcher == "local"
         epochs, rounds = experiment.pretrain_epochs, experiment.eval_freq
-        if experiment.eval_epochs is None and experiment.eval is None and epochs % rounds:
+        if experiment.eval_epochs is None and experiment.eval is None and rounds and epochs % rounds:
             yield (
                 f"{epochs} epochs are not a multiple of --eval-freq {rounds}: a shorter last round "
                 f"ends at {epochs}"
