@@ -121,8 +121,8 @@ class Experiment(OptionGroup):
         if self.probe_freq == 0:
             return ()
         freq = self.probe_freq or self.pretrain_epochs + 1  # beyond the end: none of its own
-        own = {*range(freq, self.pretrain_epochs + 1, freq), *self.eval_points}
-        return tuple(sorted(own or {self.pretrain_epochs}))
+        last = self.eval_points or (self.pretrain_epochs,)
+        return tuple(sorted({*range(freq, self.pretrain_epochs + 1, freq), *last}))
 
 
 @dataclass(frozen=True, kw_only=True)

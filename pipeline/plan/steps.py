@@ -269,7 +269,8 @@ class _Planner:
             yield self._step("probe", what, run, epochs, needs, probe, files.RESULT)
 
         # Finetuned once for each seed.
-        is_evaluated = always or epochs in experiment.eval_points
+        is_asked = bool(experiment.eval_points) or experiment.eval is not None
+        is_evaluated = (always and is_asked) or epochs in experiment.eval_points
         for eval_seed in range(experiment.eval_seeds if is_evaluated else 0):
             folder = self.paths.eval_dir(run.name, epochs, eval_seed)
             seed = self._seed_of(run, folder.name, eval_seed)

@@ -206,8 +206,8 @@ def test_an_option_of_another_group_keeps_its_range_and_may_be_left_out():
 
 
 def test_an_older_file_counts_as_what_the_option_says():
-    assert older_values(Small)["later"] == 7
-    assert "folder" not in older_values(Small)  # every file has it
+    assert older_values(Small, stored={})["later"] == 7
+    assert "folder" not in older_values(Small, stored={})  # every file has it
 
 
 def test_a_command_line_holds_what_a_process_would_not_have_by_itself():

@@ -234,7 +234,7 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
         ("--coverage-ratio 101", "less than or equal to 100"),
         ("--coverage-ratio many", "should be a valid number"),
         ("--eval-epochs 3 --pretrain-epochs 2", "eval-epochs"),
-        ("--eval-freq 0", "greater than or equal to 1"),
+        ("--eval-freq -1", "greater than or equal to 0"),
         ("--pretrain-epochs 0", "greater than or equal to 1"),
         ("--eval-seeds 0", "greater than or equal to 1"),
         ("--seed 1,1", "twice"),

@@ -58,6 +58,14 @@ def test_by_default_what_is_evaluated_is_probed(settings: Make) -> None:
     assert experiment.probe_points == experiment.eval_points == (2, 4)
 
 
+def test_a_plan_may_be_of_probes_only(settings: Make) -> None:
+    call = "--pretrain-epochs 4 --eval-freq 0 --baselines untrained,scratch"
+    for freq, points in (("2", (2, 4)), ("3", (3, 4)), ("9", (4,))):
+        kinds = [name for name in names(settings(f"{call} --probe-freq {freq}")) if "pretrain" not in name]
+        expected = ["probe_scratch_0", *(f"probe_four_channels_{n}" for n in (0, *points))]
+        assert kinds == expected
+
+
 def test_a_probe_gets_the_protocol_of_the_finetuning_and_options_of_its_own(
     settings: Make,
 ) -> None:
