@@ -43,7 +43,10 @@ def tables(bench: Bench, out: Path) -> list[Table]:
         Table(
             title="finetuning steps, Segmenter ViT-L at 512, 150 classes", turn=6,
             columns=("images/s", "step ms", "first step s", "peak MiB"),
-            rows=[_finetuning_row(bench, 8, name) for name in ("eager", "compiled", "compiled, interpolation")],
+            rows=[
+                _finetuning_row(bench, 8, name)
+                for name in ("eager", "compiled", "compiled, interpolation")
+            ],
         ),
         Table(
             title=f"pretraining with its loader, batch {AT_ONCE}", turn=7,
