@@ -30,7 +30,7 @@ from pipeline.report.statistics import Interval, draw_images, interval
 # Of pretraining: columns of results.csv, and how they are called for people.
 COSTS = {
     "device_hours": "device-hours", "train_flops": "train FLOPs",
-    "device_hours_with_segments": "device-hours with segments",
+    "device_hours_with_segments": "with segments",
 }  # fmt: skip
 REFERENCE = "patches"  # plain MAE, what the others are compared with
 
