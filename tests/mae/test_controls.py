@@ -1,6 +1,7 @@
 """Controls, held to their definition: as much hidden, by another's segment or no object at all."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from segments.forms import open_segments
 from segments.pack import pack
 from segments.segment import count_islands, segment_from_pixels
 from segments.store import segment_key
-from tests.mae.conftest import make_config, pack_segments, write_image, write_segments
+from tests.mae.conftest import as_annotation, make_config, pack_segments, write_image, write_segments
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/imagenet-sample"
 MODEL = ModelConfig(model="vit_tiny", image_size=64, patch_size=16)
@@ -109,6 +110,28 @@ def test_a_block_is_a_box_of_many_shapes_at_any_place_to_all_four_edges():
         assert at.min() < 0.03
         assert at.max() > 0.97
         assert np.histogram(at, 4, (0, 1))[0].min() > 30
+
+
+class Drawn:
+    """Random numbers that are known: how wide, how far down, how far to the right, each 0 to 1."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def random(self, count):
+        return np.array(self.numbers[:count])
+
+
+@pytest.mark.parametrize(("in_aspect", "height", "width"), [(0.0, 36, 12), (0.5, 21, 21), (1.0, 12, 36)])
+@pytest.mark.parametrize("at", itertools.product((0.0, 1.0), repeat=2))
+def test_a_block_reaches_every_edge_in_every_shape(in_aspect, height, width, at):
+    """Of 432 pixels: three times as high as wide to three times as wide as high."""
+    own = a_segment(60, 60, 432 / 3600)
+    inside = SHAPES["block"](own, 432, whole(60, 60), 60, Drawn(in_aspect, *at))
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (height, width)
+    assert rows[-1] == 59 if at[0] else rows[0] == 0
+    assert columns[-1] == 59 if at[1] else columns[0] == 0
 
 
 def test_a_block_is_as_much_wider_as_its_crop_is_stretched():
@@ -306,6 +329,27 @@ def test_a_borrowed_segment_is_another_images_and_covers_nearly_as_much(real, ra
         own = store.nearest(key, ratio)
         off.append(np.abs(coverage[alike > 0.97] - own.coverage_percent).min())
     assert np.median(off) < 2  # of 100; one of four, and few images have any near 40
+
+
+def test_a_borrowed_segment_is_as_large_as_the_own_one_and_not_as_the_ratio_says(tmp_path):
+    """One image has a small segment only, the others have one as small, and one as is wanted."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        write_image(tmp_path / f"train/{number}.png", rng)
+        segments = []
+        for side in (12,) if number == 0 else (12, 21):  # 5 % and 15 % of 48 x 60 pixels
+            inside = np.zeros((48, 60), np.uint8)
+            inside[number : number + side, number : number + side] = 1
+            segments.append(as_annotation(inside))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        (tmp_path / f"masks/{number}.json").write_text(json.dumps(segments))
+    pack_segments(tmp_path / "masks")
+    store = open_segments(tmp_path / "masks")
+    images = open_images(tmp_path / "train", store, segments_from="borrowed", segment_variety="nearest-1")
+    key, view = cropped(images, 0, whole)
+    for epoch in range(8):
+        cut = images.segments.cut(images.method, key, view, np.random.default_rng(epoch))
+        assert 100 * cut.mean() == pytest.approx(5, abs=0.7)
 
 
 def cut_whole(segment, size):
