@@ -331,20 +331,38 @@ def test_a_borrowed_segment_is_another_images_and_covers_nearly_as_much(real, ra
     assert np.median(off) < 2  # of 100; one of four, and few images have any near 40
 
 
+def boxed(folder, boxes):
+    """A store of images of 48 x 60 pixels, their segments given as (top, left, height, width)."""
+    rng = np.random.default_rng(0)
+    (folder / "masks").mkdir()
+    for name, of_image in boxes.items():
+        write_image(folder / f"train/{name}.png", rng)
+        segments = []
+        for top, left, height, width in of_image:
+            inside = np.zeros((48, 60), np.uint8)
+            inside[top : top + height, left : left + width] = 1
+            segments.append(as_annotation(inside))
+        (folder / f"masks/{name}.json").write_text(json.dumps(segments))
+    pack_segments(folder / "masks")
+    return open_segments(folder / "masks")
+
+
+def test_where_all_segments_touch_two_sides_the_one_that_touches_fewest_is_chosen(tmp_path):
+    strip, corner = (0, 0, 7, 60), (0, 0, 20, 20)  # of 15 % and of 14 %, at three sides and at two
+    store = boxed(tmp_path, {"a": [strip, corner, (0, 0, 48, 50)]})
+    for choice, (top, left, height, width) in (("nearest", strip), ("interior", corner)):
+        images = open_images(tmp_path / "train", store, segment_choice=choice)
+        key, view = cropped(images, 0, whole)
+        inside = np.zeros((48, 60), np.uint8)
+        inside[top : top + height, left : left + width] = 1
+        cut = images.segments.cut(images.method, key, view, np.random.default_rng(0))
+        assert np.array_equal(cut, cut_whole(segment_from_pixels(inside), 64))
+
+
 def test_a_borrowed_segment_is_as_large_as_the_own_one_and_not_as_the_ratio_says(tmp_path):
     """One image has a small segment only, the others have one as small, and one as is wanted."""
-    rng = np.random.default_rng(0)
-    for number in range(6):
-        write_image(tmp_path / f"train/{number}.png", rng)
-        segments = []
-        for side in (12,) if number == 0 else (12, 21):  # 5 % and 15 % of 48 x 60 pixels
-            inside = np.zeros((48, 60), np.uint8)
-            inside[number : number + side, number : number + side] = 1
-            segments.append(as_annotation(inside))
-        (tmp_path / "masks").mkdir(exist_ok=True)
-        (tmp_path / f"masks/{number}.json").write_text(json.dumps(segments))
-    pack_segments(tmp_path / "masks")
-    store = open_segments(tmp_path / "masks")
+    boxes = {n: [(n, n, 12, 12), (n, n, 21, 21)] for n in range(6)}  # 5 % and 15 %
+    store = boxed(tmp_path, {**boxes, 0: boxes[0][:1]})
     images = open_images(tmp_path / "train", store, segments_from="borrowed", segment_variety="nearest-1")
     key, view = cropped(images, 0, whole)
     for epoch in range(8):
