@@ -134,6 +134,16 @@ def test_a_block_reaches_every_edge_in_every_shape(in_aspect, height, width, at)
     assert columns[-1] == 59 if at[1] else columns[0] == 0
 
 
+@pytest.mark.parametrize(("top", "left"), [(0, 4), (10, 20), (5, 15)])
+def test_a_block_stays_at_its_place_of_the_image_whatever_the_crop(top, left):
+    own, middle = a_segment(60, 60, 400 / 3600), (0.5, 0.4, 0.6)
+    everything = SHAPES["block"](own, 400, whole(60, 60), 60, Drawn(*middle))
+    crop = Crop(top=top, left=left, height=40, width=40)
+    part = everything[top : top + 40, left : left + 40]
+    assert part.sum() == 400  # it shows all of it
+    assert np.array_equal(SHAPES["block"](own, 400, crop, 40, Drawn(*middle)), part)
+
+
 def test_a_block_is_as_much_wider_as_its_crop_is_stretched():
     own, crop = a_segment(200, 200, 0.1), Crop(top=0, left=0, height=200, width=100)
     stretched = boxes_of(own, crop, 64, (0.1, 0.1))
