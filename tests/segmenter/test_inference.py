@@ -103,27 +103,19 @@ def test_with_flips_a_mirrored_image_gives_the_mirrored_prediction(model):
 
 
 @torch.no_grad()
-def test_with_scales_and_flips_probabilities_are_summed(model):
+def test_with_scales_and_flips_probabilities_are_summed(model, monkeypatch):
     """Not logits: one version that is sure of a class would outvote all others."""
+    as_they_are = model.patch_logits
+    monkeypatch.setattr(model, "patch_logits", lambda pixels: 100 * as_they_are(pixels))
     protocol = dataclasses.replace(PROTOCOL, multi_scale=True)
     versions = [picture(round(48 * scale), round(60 * scale)) for scale in protocol.scales]
     total = torch.zeros(4, 48, 60)
     for version in versions:
         for flips in (False, True):
             (logits,) = window_logits(model, [version.flip(-1) if flips else version], protocol)
-            resized = F.interpolate(100 * logits[None], (48, 60), mode="bilinear")[0].softmax(0)
-            total += resized.flip(-1) if flips else resized
-
-    class Sure:
-        """The same model, with logits a hundred times as far apart."""
-
-        mean, shape, normalise, upsample = model.mean, model.shape, model.normalise, model.upsample
-
-        @staticmethod
-        def patch_logits(pixels):
-            return 100 * model.patch_logits(pixels)
-
-    (classes,) = predict_classes(Sure(), [versions], [(48, 60)], protocol)
+            probabilities = F.interpolate(logits[None], (48, 60), mode="bilinear")[0].softmax(0)
+            total += probabilities.flip(-1) if flips else probabilities
+    (classes,) = predict_classes(model, [versions], [(48, 60)], protocol)
     assert (classes == total.argmax(0)).float().mean() > 0.995
 
 
