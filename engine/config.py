@@ -32,7 +32,7 @@ class DeviceConfig(PluginConfig):
         "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.", "auto"
     )
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
-        "torch's kernel that comes first; math does what it cannot. auto: torch's order.", "auto",
+        "torch's kernel that comes first; others do what it cannot. auto: cudnn on Hopper.", "auto",
         neutral=True,
     )  # fmt: skip
     workers: int | None = option(
@@ -96,6 +96,16 @@ class TrainingConfig(OutputConfig):
         "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
         ("tensorboard",), neutral=True,
     )  # fmt: skip
+
+    def check_passes(self, passes: int) -> None:
+        """Raise ValueError if so many forward passes per step cannot be compiled as asked for."""
+        # A CUDA graph may take over the buffers that gradients are added to: of four passes the last
+        # one counts (https://github.com/pytorch/pytorch/issues/169545).
+        if passes > 1 and self.compile_mode == "reduce-overhead" and self.compile != "off":
+            raise ValueError(
+                f"--compile-mode reduce-overhead: gradients of {passes} passes per step would be lost; "
+                "give a larger batch per device, or leave it out"
+            )
 
     def check_resume(self, found: Path | None) -> None:
         """Raise ValueError if `found`, an earlier call's file, is not what --resume asks for."""

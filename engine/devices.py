@@ -80,7 +80,7 @@ def working_in(config: OutputConfig) -> Iterator[Accelerator]:
         yield accelerator
 
 
-ATTENTION = {
+ATTENTION = {  # in an order of preference, on Hopper
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -90,12 +90,15 @@ _preferred = contextlib.ExitStack()  # torch's choice is one of the process, and
 
 
 def prefer_attention(wanted: str, accelerator: Accelerator) -> None:
-    """Compute attention by this kernel from now on; what it cannot do (fp32, masks) by plain math.
+    """Compute attention by this kernel from now on; what it cannot do (fp32, masks) by the others.
 
-    Raises ValueError if it can do nothing here.
+    Raises ValueError if it can do nothing here. auto: torch's order, with cuDNN's kernel first on
+    Hopper, whose instructions it uses.
     """
     _preferred.close()
     if wanted == "auto":
+        if accelerator.device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+            _preferred.enter_context(sdpa_kernel([*ATTENTION.values()], set_priority=True))
         return
     query = torch.zeros(1, 1, 8, 64, device=accelerator.device)
     try:
@@ -106,7 +109,9 @@ def prefer_attention(wanted: str, accelerator: Accelerator) -> None:
             f"--attention {wanted}: torch has no such kernel for {device_name(accelerator.device)} "
             f"in {accelerator.mixed_precision.replace('no', 'fp32')}; leave it out"
         ) from None
-    _preferred.enter_context(sdpa_kernel([ATTENTION[wanted], SDPBackend.MATH], set_priority=True))
+    # Plain math can do everything: after it there is no other.
+    others = [kernel for name, kernel in ATTENTION.items() if wanted not in (name, "math")]
+    _preferred.enter_context(sdpa_kernel([ATTENTION[wanted], *others], set_priority=True))
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:

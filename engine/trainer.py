@@ -90,6 +90,7 @@ def build(
         share = plan.effective_batch_size // plan.processes
         size = largest_micro_batch(accelerator, loss, optimizer, task.example, share=share)
         plan = replace(plan, micro_batch_size=size)
+    task.run.check_passes(plan.accumulation_steps)
     run = Run(
         task=task, accelerator=accelerator, interruption=interruption, plan=plan, model=model,
         prepared=accelerator.prepare_model(loss), update=update,

@@ -78,10 +78,12 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
     accumulation = math.ceil(share / config.run.most_at_once)
     while share % accumulation:  # equal parts, so that each weighs the same
         accumulation += 1
-    return BatchPlan(
+    plan = BatchPlan(
         num_images=num_images, effective_batch_size=effective, processes=processes,
         micro_batch_size=share // accumulation, seed=config.optimisation.seed,
     )  # fmt: skip
+    config.run.check_passes(plan.accumulation_steps)
+    return plan
 
 
 def needs_torch(config: PretrainConfig) -> bool:

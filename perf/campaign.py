@@ -5,8 +5,12 @@ A row runs the project's own code: its configurations, `build_run`, `EpochTraine
 
 import json
 import platform
+import re
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +22,7 @@ import yaml
 import mae.config
 import segmenter.config
 from common.console import EXIT_FAILED, EXIT_STOPPED
-from common.files import write_json
+from common.files import write_json, write_text
 from common.formats import check_names
 from common.options import Layer, fields_of, make_all
 from engine.devices import choose_device, device_name
@@ -34,6 +38,7 @@ TINY: dict[str, Any] = {  # in place of the models and sizes that are asked for
     "window_stride": 32, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4,
     "workers": 0,
 }  # fmt: skip
+ROW_SECONDS = 200  # after which a row is given up
 TIMES_SMALLER = 32  # batches, numbers of images and steps of --tiny
 GROUPS_OF: dict[type, Mapping[str, Any]] = {
     PretrainConfig: mae.config.GROUPS, TrainConfig: segmenter.config.GROUPS,
@@ -53,9 +58,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows that answer one question. columns: names of their figures, with the unit."""
+    """Rows that answer one question. columns: names of their figures, with the unit.
+
+    turn: tables with a lower one are measured first.
+    """
 
     title: str
+    turn: int = 0
     columns: Sequence[str]
     rows: Sequence[Row]
 
@@ -73,22 +82,30 @@ class Results:
         wanted = {"table": table.title, "work": row.work, **self.machine}
         return next((known for known in self.rows if wanted.items() <= known.items()), {})
 
-    def measure(self, tables: Sequence[Table], *, until: float) -> None:
+    def measure(self, tables: Sequence[Table], *, until: float, wanted: str = "", again: bool = True) -> bool:
         """Measure what is missing, in order; none begins after `until` on the monotonic clock.
 
         What a row raises is its answer (a batch that does not fit, an option that the card has
-        not), but is tried again by the next call.
+        not), but is tried `again` by the next call. wanted: found in "table: work". Returns False
+        if the card is lost to this process.
         """
-        for table in tables:
-            for row in table.rows:
-                if "figures" in self.find(table, row) or time.monotonic() >= until:
-                    continue
-                began = time.monotonic()
-                try:
+        for table, row in [(one, row) for one in tables for row in one.rows]:
+            known = self.find(table, row)
+            if "figures" in known or (known and not again) or time.monotonic() >= until:
+                continue
+            if not re.search(wanted, f"{table.title}: {row.work}"):
+                continue
+            began = time.monotonic()
+            try:
+                with _giving_up_after(ROW_SECONDS):
                     answer: dict[str, Any] = {"figures": row.measure()}
-                except (ValueError, RuntimeError) as error:
-                    answer = {"error": str(error).splitlines()[0]}
-                self._keep(table, row, answer, time.monotonic() - began)
+            except Exception as error:
+                answer = _told(error)
+            self._keep(table, row, answer, time.monotonic() - began)
+            write_text(self.path.with_suffix(".md"), self.markdown(tables))
+            if "CUDA error" in answer.get("said", ""):  # all that follows would fail, too
+                return False
+        return True
 
     def _keep(self, table: Table, row: Row, answer: dict[str, Any], seconds: float) -> None:
         about = {"table": table.title, "work": row.work, **self.machine}
@@ -123,6 +140,33 @@ class Results:
                 lines.append(_line([row.work, *cells, *([row.predicted] if predicts else [])]))
             lines.append("")
         return "\n".join(lines)
+
+
+@contextmanager
+def _giving_up_after(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """What to mend it by: the message, and where it came from."""
+    said = str(error) or type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
+    return {
+        "error": said.splitlines()[0], "type": type(error).__name__, "said": said[:2000],
+        "frames": where[-12:],
+    }  # fmt: skip
 
 
 def _line(cells: Sequence[str]) -> str:

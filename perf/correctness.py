@@ -1,9 +1,11 @@
-"""Part A of the campaign: what a GPU computes is right, and what is promised of runs holds there.
+"""What a GPU computes is right, and what is promised of runs holds there.
 
 Each row says whether it passes; `pytest -m gpu` asks the same.
 """
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import time
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.console import EXIT_STOPPED
 from common.formats import read_json, read_log
@@ -21,23 +23,23 @@ from engine.config import DeviceConfig
 from engine.devices import examine, make_accelerator
 from mae.config import PretrainConfig
 from mae.masking import METHODS
-from mae.pretrain import pretrain
 from perf.campaign import Bench, Row, Table
 from perf.rehearsal import Rehearsal, afresh, build, rehearse
 from segmenter.config import ProbeConfig, TrainConfig
-from segmenter.dataset import read_description
-from segmenter.evaluate import evaluate_model
-from segmenter.metrics import Areas
-from segmenter.probe import probe
+
+if TYPE_CHECKING:
+    from segmenter.metrics import Areas
 
 EPOCHS, STEPS = 4, 5  # 20 steps (4 in --tiny), and a mean loss of every five
 MODEL = "vit_base"
-PRECISIONS = {
+PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32", "compile": "off"},
     "bf16": {"precision": "bf16", "compile": "off"},
     "fp16": {"precision": "fp16", "compile": "off"},
-    "bf16, compiled": {"precision": "bf16", "compile": "auto"},
+    "bf16, compiled, two passes": {"precision": "bf16", "compile": "auto", "batch_size": 32},
 }
+COMPILED = "bf16, compiled, two passes"  # takes half a minute: of one method only
+WORKERS = 4  # loader processes, which take time to start
 MOST_PERCENT = 1.0  # that a loss may differ from fp32's
 MOST_POINTS = 1.0  # that a score may differ from a CPU's
 NEAR = 1e-3  # relative, of what a GPU adds up in another order
@@ -51,37 +53,41 @@ WITHOUT_HEADER = (
 
 
 def tables(bench: Bench, out: Path) -> list[Table]:
-    """All of part A. out: not used, rows are all that is left."""
+    """Tables of verdicts. out: not used, rows are all that is left."""
     losses = cache(partial(_losses, bench))
+    cells = [(method, precision) for method in METHODS for precision in PRECISIONS if precision != COMPILED]
     runs = {
         "stopped and gone on with": partial(_resume, bench),
-        "SIGTERM to all of it while it compiles": partial(_stop, bench),
         "no C compiler": partial(_hidden, bench, {"PATH": "/nowhere", "CC": ""}, AS_IT_IS),
         "no Python.h": partial(_hidden, bench, {}, WITHOUT_HEADER),
     }
     return [
         Table(
-            title="torch for the card", columns=("capability", "archs", "error", "passes"),
+            title="torch for the card",
+            columns=("capability", "archs", "lacks to compile", "shared memory MiB", "error", "passes"),
             rows=[Row(work="one kernel", measure=_card)],
         ),
         Table(
-            title=f"{EPOCHS * STEPS} steps of {MODEL}",
+            title=f"{EPOCHS * STEPS} steps of {MODEL}", turn=2,
             columns=("loss", "off fp32 %", "graphs", "breaks", "waits", "passes"),
             rows=[
                 Row(
                     work=f"{method}, {precision}",
                     measure=partial(_steps, losses, method, precision),
                 )
-                for method in METHODS
-                for precision in PRECISIONS
+                for method, precision in [*cells, ("four_channels", COMPILED)]
             ],
         ),
         Table(
-            title="runs", columns=("exit code", "seconds", "off %", "passes"),
+            title="told to stop", turn=8, columns=("exit code", "seconds", "passes"),
+            rows=[Row(work="SIGTERM to all of it while it compiles", measure=partial(_stop, bench))],
+        ),
+        Table(
+            title="runs", turn=14, columns=("exit code", "seconds", "off %", "passes"),
             rows=[Row(work=work, measure=measure) for work, measure in runs.items()],
         ),
         Table(
-            title="scores against a CPU's",
+            title="scores against a CPU's", turn=12,
             columns=("loss", "waits", "mean IoU", "CPU's", "off", "passes"),
             rows=[
                 Row(work="finetuning, evaluation", measure=partial(_finetuning, bench)),
@@ -98,15 +104,19 @@ def _card() -> dict[str, Any]:
     capability = ".".join(map(str, gpus[0][0])) if gpus else None
     error = "; ".join(error for _, error in gpus if error)
     archs = " ".join(found["archs"])
-    return {"capability": capability, "archs": archs, "error": error, "passes": not error}
+    return {
+        "capability": capability, "archs": archs, "lacks to compile": found["lacks_to_compile"],
+        "shared memory MiB": shutil.disk_usage("/dev/shm").free // 2**20, "error": error,
+        "passes": not error,
+    }  # fmt: skip
 
 
 def _losses(bench: Bench, method: str, precision: str) -> Rehearsal:
-    batch = bench.size(64)
+    options = {"batch_size": 64, "workers": WORKERS} | PRECISIONS[precision]
+    options["batch_size"] = bench.size(options["batch_size"], 1)
     config = bench.config(
-        PretrainConfig, model=MODEL, mask_method=method, batch_size=batch,
-        effective_batch_size=batch, **PRECISIONS[precision],
-    )  # fmt: skip
+        PretrainConfig, model=MODEL, mask_method=method, effective_batch_size=bench.size(64), **options
+    )
     return rehearse(build(config), epochs=EPOCHS, steps=bench.size(STEPS, 1))
 
 
@@ -134,6 +144,8 @@ def _named(waits: list[str]) -> str:
 
 def _resume(bench: Bench) -> dict[str, Any]:
     """Two epochs in one call, and in two."""
+    from mae.pretrain import pretrain
+
     batch, logs, began = bench.size(64), [], time.monotonic()
     for name, calls in (("whole", [2]), ("parts", [1, 2])):
         folder = bench.scratch / name
@@ -142,7 +154,7 @@ def _resume(bench: Bench) -> dict[str, Any]:
             config = bench.config(
                 PretrainConfig, model=MODEL, mask_method="four_channels", epochs=2,
                 stop_after=stop_after, batch_size=batch, effective_batch_size=batch,
-                output_dir=folder,
+                output_dir=folder, workers=WORKERS, compile="off",
             )  # fmt: skip
             pretrain(config)
         logs.append([record["train_loss"] for record in read_log(folder / LOG)])
@@ -184,19 +196,36 @@ def _stop(bench: Bench) -> dict[str, Any]:
         compiles = bench.device.type != "cuda" or any(compiled.rglob("*.py"))
         return compiles and "effective batch" in log.read_text()
 
-    while not has_begun() and process.poll() is None:
-        time.sleep(0.05)
-    began = time.monotonic()
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-    code = process.wait()
-    return {"exit code": code, "seconds": time.monotonic() - began, "passes": code == EXIT_STOPPED}
+    try:
+        while not has_begun() and process.poll() is None:
+            time.sleep(0.05)
+        began = time.monotonic()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        code = process.wait()
+    finally:
+        _end(process)
+    seconds, lines = time.monotonic() - began, log.read_text().splitlines()
+    return {
+        "exit code": code, "seconds": seconds, "passes": code == EXIT_STOPPED,
+        "said": "\n".join(lines[-5:]),
+    }  # fmt: skip
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """What a row that is given up leaves would take the card's time."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _hidden(bench: Bench, environment: dict[str, str], program: str) -> dict[str, Any]:
     """Training goes on uncompiled where something to compile with is missing, and says so."""
     name, began = f"hidden-{len(environment)}", time.monotonic()
-    code = _start(bench, name, environment, program, epochs=1).wait()
+    process = _start(bench, name, environment, program, epochs=1)
+    try:
+        code = process.wait()
+    finally:
+        _end(process)
     says = "the model is not compiled" in (bench.scratch / f"{name}.log").read_text()
     return {
         "exit code": code, "seconds": time.monotonic() - began,
@@ -206,7 +235,9 @@ def _hidden(bench: Bench, environment: dict[str, str], program: str) -> dict[str
 
 def _finetuning(bench: Bench) -> dict[str, Any]:
     """20 steps, then the same weights scored here and in fp32 on a CPU."""
-    config = bench.config(TrainConfig, model=MODEL, batch_size=bench.size(8))
+    from segmenter.evaluate import evaluate_model
+
+    config = bench.config(TrainConfig, model=MODEL, batch_size=bench.size(8), workers=WORKERS, compile="off")
     run = build(config)
     found = rehearse(run, epochs=EPOCHS, steps=bench.size(STEPS, 1))
     here = evaluate_model(run.accelerator, run.model, run.task.images, config.run)
@@ -221,7 +252,7 @@ def _finetuning(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mean_iou(areas: Areas | None, names: tuple[str, ...]) -> float:
+def _mean_iou(areas: "Areas | None", names: tuple[str, ...]) -> float:
     assert areas is not None
     return float(areas.scores(names)["mean_iou"])
 
@@ -232,6 +263,9 @@ def _compared(here: float, there: float) -> dict[str, float]:
 
 def _probe(bench: Bench) -> dict[str, Any]:
     """The linear probe of the same random weights."""
+    from segmenter.dataset import read_description
+    from segmenter.probe import probe
+
     scores: list[float] = []
     for device in (bench.device.type, "cpu"):
         afresh()

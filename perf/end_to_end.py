@@ -1,9 +1,10 @@
-"""Part C of the campaign: what a whole run does beside computing steps of pretraining."""
+"""What a whole run does beside computing steps of pretraining."""
 
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -12,40 +13,43 @@ from unittest import mock
 
 from torch import Tensor, nn
 
-import segmenter.evaluate
 from common.formats import read_json
 from common.step_files import RESULT
 from engine.checkpoint import Saver
 from engine.devices import peak_memory_mib
 from engine.task import Run, load
 from mae.config import PretrainConfig
-from perf import stall
 from perf.campaign import Bench, Row, Table
 from perf.rehearsal import afresh, build, divide, rehearse, stretch
 from segmenter.config import ProbeConfig, TrainConfig
-from segmenter.dataset import read_description
-from segmenter.evaluate import evaluate_model
-from segmenter.model import segmentation_loss
-from segmenter.probe import probe
 
-WARM_UP, MEASURED = 20, 50  # steps
+WARM_UP, MEASURED = 10, 20  # steps
+AT_ONCE = 256  # as pretraining is measured: what it has compiled is compiled
 # What is made, and what perf.masks says of it.
 SEGMENTS = ("all", "for 15%"), ("images_per_s", "points_per_image", "imagenet_gpu_hours")
 FEW = 8  # images, of which any dataset has so many
-# By name: options, and whether the loss is part of what is compiled.
-FINETUNING: dict[str, tuple[dict[str, Any], bool]] = {
-    "eager": ({"compile": "off"}, True),
-    "compiled": ({}, True),
-    "compiled, loss outside": ({}, False),
-    "compiled, graphs": ({"compile_mode": "reduce-overhead"}, True),
+FINETUNING: dict[str, dict[str, Any]] = {  # options by name
+    "eager": {"compile": "off"},
+    "compiled": {},
+    "compiled, interpolation": {},  # logits are upsampled as by F.interpolate
+    "compiled, loss outside": {},  # it is no part of what is compiled
+    "compiled, graphs": {"compile_mode": "reduce-overhead"},
 }
 
 
 def tables(bench: Bench, out: Path) -> list[Table]:
-    """All of part C. out: not used, rows are all that is left."""
+    """What decides most first. out: not used, rows are all that is left."""
     return [
         Table(
-            title="pretraining with its loader, batch 128",
+            title="finetuning steps, Segmenter ViT-L at 512, 150 classes", turn=6,
+            columns=("images/s", "step ms", "first step s", "peak MiB"),
+            rows=[
+                _finetuning_row(bench, 8, name)
+                for name in ("eager", "compiled", "compiled, interpolation")
+            ],
+        ),
+        Table(
+            title=f"pretraining with its loader, batch {AT_ONCE}", turn=7,
             columns=(
                 "loader images/s", "resident images/s", "training images/s", "idle %", "waited %"
             ),
@@ -54,44 +58,42 @@ def tables(bench: Bench, out: Path) -> list[Table]:
                     work=f"{model} {method}", measure=partial(_with_loader, bench, model, method),
                     predicted="idle 0.1-2.8%",
                 )
-                for model, method in (
-                    ("vit_large", "four_channels"), ("vit_base", "four_channels"),
-                    ("vit_base", "patches"),
-                )
-            ],
-        ),
-        stall.table(bench),
-        Table(
-            title="finetuning steps, Segmenter ViT-L at 512, 150 classes",
-            columns=("images/s", "step ms", "first step s", "peak MiB"),
-            rows=[
-                Row(work=f"batch {batch}, {name}", measure=partial(_finetuning, bench, batch, name))
-                for batch in (8, 1)
-                for name in FINETUNING
+                for model, method in (("vit_base", "patches"), ("vit_base", "four_channels"))
             ],
         ),
         Table(
-            title="evaluation, Segmenter ViT-L at 512", columns=("images/s", "peak MiB"),
+            title="checkpoint of ViT-L's pretraining", turn=9, columns=("copy s", "write s", "MB"),
+            rows=[Row(work="weights and AdamW's moments", measure=partial(_checkpoint, bench))],
+        ),
+        Table(
+            title="evaluation, Segmenter ViT-L at 512", turn=10, columns=("images/s", "peak MiB"),
             rows=[
                 Row(
                     work=f"{group} image(s) together, at most {windows} windows",
                     measure=partial(_evaluation, bench, group, windows),
                 )
-                for group in (1, 4, 8)
-                for windows in (8, 32)
+                for group, windows in ((8, 32), (1, 8), (4, 8))
             ],
         ),
         Table(
-            title="probe of ViT-L, 48 and 40 images",
+            title="probe of ViT-L, 48 and 40 images", turn=11,
             columns=("tokens s", "linear s", "knn s", "all s"),
             rows=[Row(work="random weights", measure=partial(_probe, bench))],
         ),
         Table(
-            title="checkpoint of ViT-L's pretraining", columns=("copy s", "write s", "MB"),
-            rows=[Row(work="weights and AdamW's moments", measure=partial(_checkpoint, bench))],
+            title="finetuning steps in other ways", turn=19,
+            columns=("images/s", "step ms", "first step s", "peak MiB"),
+            rows=[
+                *(_finetuning_row(bench, 8, name) for name in ("compiled, loss outside", "compiled, graphs")),
+                *(_finetuning_row(bench, 1, name) for name in ("eager", "compiled")),
+            ],
         ),
         *([_making_segments(bench)] if bench.sam else []),
     ]  # fmt: skip
+
+
+def _finetuning_row(bench: Bench, batch: int, name: str) -> Row:
+    return Row(work=f"batch {batch}, {name}", measure=partial(_finetuning, bench, batch, name))
 
 
 def _with_loader(bench: Bench, model: str, method: str) -> dict[str, float]:
@@ -99,7 +101,7 @@ def _with_loader(bench: Bench, model: str, method: str) -> dict[str, float]:
 
     idle: of the device, by how much longer a step takes with the loader.
     """
-    batch, warm_up, steps = bench.size(128), bench.size(WARM_UP), bench.size(MEASURED)
+    batch, warm_up, steps = bench.size(AT_ONCE), bench.size(WARM_UP), bench.size(MEASURED)
     run = build(
         bench.config(
             PretrainConfig, model=model, mask_method=method, batch_size=FEW,
@@ -131,18 +133,28 @@ def _segmenter(bench: Bench, batch: int, **options: Any) -> Run:
 
 
 def _finetuning(bench: Bench, batch: int, name: str) -> dict[str, float]:
-    options, loss_inside = FINETUNING[name]
-    run = _segmenter(bench, batch, **options)
-    if not loss_inside:
+    from segmenter.model import Segmenter
+
+    run = _segmenter(bench, batch, workers=0, **FINETUNING[name])
+    if "outside" in name:
         compiled = run.accelerator.prepare_model(run.model)
         run.prepared = _LossOutside(compiled, run.task.dataset.ignore_index)
     warm_up, steps = bench.size(WARM_UP), bench.size(MEASURED)
-    shown = rehearse(run, epochs=1, steps=warm_up + steps, resident=True)
+    interpolation = mock.patch.object(Segmenter, "upsample", _interpolated)
+    with interpolation if "interpolation" in name else nullcontext():
+        shown = rehearse(run, epochs=1, steps=warm_up + steps, resident=True)
     seconds = statistics.median(shown.laps[warm_up:])
     return {
         "images/s": run.plan.effective_batch_size / seconds, "step ms": seconds * 1e3,
         "first step s": shown.laps[0], "peak MiB": shown.peak_memory_mib,
     }  # fmt: skip
+
+
+def _interpolated(model: Any, patch_logits: Tensor, height: int, width: int) -> Tensor:
+    """In the place of `Segmenter.upsample`, which takes two products where gradients flow."""
+    patch = model.shape.encoder.patch_size
+    logits = nn.functional.interpolate(patch_logits.float(), scale_factor=patch, mode="bilinear")
+    return logits[..., :height, :width]
 
 
 class _LossOutside(nn.Module):
@@ -153,11 +165,16 @@ class _LossOutside(nn.Module):
         self.model, self.ignore_index = model, ignore_index
 
     def forward(self, images: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+        from segmenter.model import segmentation_loss
+
         return segmentation_loss(self.model(images, sizes), labels, self.ignore_index)
 
 
 def _evaluation(bench: Bench, group: int, windows: int) -> dict[str, float]:
     """The second pass over the images is timed."""
+    import segmenter.evaluate
+    from segmenter.evaluate import evaluate_model
+
     run = _segmenter(bench, 8, eval_batch_size=group)
     with mock.patch.object(segmenter.evaluate, "MOST_WINDOWS", windows):
         for _ in range(2):
@@ -170,6 +187,9 @@ def _evaluation(bench: Bench, group: int, windows: int) -> dict[str, float]:
 
 
 def _probe(bench: Bench) -> dict[str, float]:
+    from segmenter.dataset import read_description
+    from segmenter.probe import probe
+
     afresh()
     config = bench.config(ProbeConfig, model="vit_large", output_dir=bench.scratch / "timed-probe")
     began = time.monotonic()
@@ -182,7 +202,10 @@ def _probe(bench: Bench) -> dict[str, float]:
 def _checkpoint(bench: Bench) -> dict[str, float]:
     """How long training stands still for it, and how long until it is on disk."""
     batch = bench.size(64)
-    config = bench.config(PretrainConfig, model="vit_large", batch_size=batch, effective_batch_size=batch)
+    config = bench.config(
+        PretrainConfig, model="vit_large", batch_size=batch, effective_batch_size=batch, workers=0,
+        compile="off",
+    )  # fmt: skip
     run: Any = build(config)
     rehearse(run, epochs=1, steps=1)  # AdamW's moments come with the first step
     path, marks = bench.scratch / "timed.pth", [time.monotonic()]
@@ -203,7 +226,7 @@ def _checkpoint(bench: Bench) -> dict[str, float]:
 def _making_segments(bench: Bench) -> Table:
     """By checkpoint and points."""
     return Table(
-        title="making segments", columns=[f"{name}, {key}" for name, key in product(*SEGMENTS)],
+        title="making segments", turn=20, columns=[f"{name}, {key}" for name, key in product(*SEGMENTS)],
         rows=[
             Row(
                 work=f"{Path(model).name}, {points} x {points} points",

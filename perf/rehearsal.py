@@ -22,10 +22,7 @@ from engine.schedule import BatchPlan
 from engine.task import MicroBatch, Run, State, Task, load
 from engine.trainer import EpochTrainer
 from mae.config import PretrainConfig
-from mae.pretrain import Pretraining
 from segmenter.config import TrainConfig
-from segmenter.dataset import read_description
-from segmenter.finetune import Finetuning
 
 
 def afresh() -> None:
@@ -45,8 +42,13 @@ def build(config: PretrainConfig | TrainConfig) -> Run:
     """The run as a training of either part begins with it."""
     afresh()
     if isinstance(config, PretrainConfig):
+        from mae.pretrain import Pretraining
+
         task: Task = Pretraining(config)
-    else:
+    else:  # a row of the one part needs none of the other's packages
+        from segmenter.dataset import read_description
+        from segmenter.finetune import Finetuning
+
         task = Finetuning(config, read_description(config.run.dataset))
     return engine.trainer.build(task, make_accelerator(config.run), Interruption())[0]
 
@@ -107,7 +109,8 @@ def rehearse(run: Run, *, epochs: int, steps: int, resident: bool = False) -> Re
     for epoch in range(epochs):
         state.begin_epoch(epoch)
         with count_waits(device, shown.waits) if epoch else nullcontext():
-            trainer.train_one_epoch(state, batches)
+            if trainer.train_one_epoch(state, batches):
+                raise RuntimeError("stopped by a signal")
         shown.losses.append(state.sums["loss"] / steps)
         seconds, waited = seconds + state.seconds, waited + state.waited_seconds
     shown.laps, shown.waited_share = laps.seconds(), waited / seconds

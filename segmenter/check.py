@@ -79,10 +79,12 @@ def plan_batches(config: TrainConfig, dataset: DatasetDescription, processes: in
             f"a batch of {effective} in parts of {most} leaves an image alone, which --decoder "
             "upernet cannot train on: change --batch-size or --device-batch-size"
         )
-    return BatchPlan(
+    plan = BatchPlan(
         num_images=len(dataset.train), effective_batch_size=effective, processes=processes,
         micro_batch_size=most, seed=config.optimisation.seed,
     )  # fmt: skip
+    config.run.check_passes(plan.accumulation_steps)
+    return plan
 
 
 def needs_torch(config: TrainConfig | ProbeConfig) -> bool:

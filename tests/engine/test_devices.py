@@ -111,6 +111,33 @@ def test_the_wanted_attention_comes_first_until_another_is_asked_for(wanted):
     assert torch._fused_sdp_choice(query, query, query) == usual
 
 
+def test_what_the_wanted_attention_cannot_do_others_do_before_plain_math():
+    """A bias that is trained, as UPerNet's encoder has: math would store every attention map."""
+    queries = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
+    kernels = (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled)
+    try:
+        devices.make_accelerator(DeviceConfig(device="cpu", attention="flash"))
+        assert all(is_allowed() for is_allowed in kernels)
+        order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
+        assert order[0] == SDPBackend.FLASH_ATTENTION
+        assert order.index(SDPBackend.EFFICIENT_ATTENTION) < order.index(SDPBackend.MATH)
+        assert torch.nn.functional.scaled_dot_product_attention(queries, queries, queries).shape
+    finally:
+        devices.make_accelerator(DeviceConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("compile_mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("compiling", ["auto", "off"])
+def test_graphs_that_would_lose_gradients_are_refused_by_name(tmp_path, passes, compile_mode, compiling):
+    config = TrainingConfig(output_dir=tmp_path, compile=compiling, compile_mode=compile_mode)
+    if (passes, compile_mode, compiling) == (2, "reduce-overhead", "auto"):
+        with pytest.raises(ValueError, match="--compile-mode reduce-overhead: gradients of 2 passes"):
+            config.check_passes(passes)
+    else:
+        config.check_passes(passes)
+
+
 def test_an_attention_that_is_not_here_is_refused_and_leaves_the_others():
     with pytest.raises(ValueError, match="--attention cudnn: torch has no such kernel for cpu in"):
         devices.make_accelerator(DeviceConfig(device="cpu", attention="cudnn"))

@@ -53,7 +53,7 @@ def test_a_run_leaves_log_checkpoint_pictures_and_progress(whole):
 
 
 def test_rounds_give_the_weights_and_log_of_one_run(whole, in1k_dir, tmp_path, processes):
-    for epochs in (1, 3, 4):
+    for epochs in (0, 1, 3, 4):
         config = make_config(in1k_dir, tmp_path, stop_after=epochs, **SPLIT)
         assert processes.run(config) == [0]
         assert (tmp_path / f"checkpoint-{epochs}.pth").is_file()
@@ -61,6 +61,30 @@ def test_rounds_give_the_weights_and_log_of_one_run(whole, in1k_dir, tmp_path, p
     assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")
     assert processes.run(config) == [0]  # a finished round has nothing to do
     assert read_epochs(tmp_path) == read_epochs(whole)
+
+
+def test_the_model_as_it_starts_is_saved_whenever_it_is_asked_for(whole, in1k_dir, tmp_path, processes):
+    early, late = tmp_path / "early", tmp_path / "late"
+    shutil.copytree(whole, late)
+    before = content_of(late)
+    for folder in (early, late):
+        assert processes.run(make_config(in1k_dir, folder, stop_after=0, **SPLIT)) == [0]
+    found = {path.name for path in early.iterdir()}
+    assert found == {"checkpoint-0.pth", "reconstructions-0.png", ".lock"}
+    left = content_of(late)
+    assert left.keys() - before.keys() == {"checkpoint-0.pth", "reconstructions-0.png"}
+    assert before.items() <= left.items()  # log, checkpoints and progress of the run stay
+    assert_same_weights(early / "checkpoint-0.pth", late / "checkpoint-0.pth")
+    checkpoint = torch.load(early / "checkpoint-0.pth", weights_only=True)
+    assert (checkpoint["epochs_completed"], checkpoint["steps_completed"]) == (0, 0)
+    seen = (late / "checkpoint-0.pth").stat().st_mtime_ns
+    assert processes.run(make_config(in1k_dir, late, stop_after=0, **SPLIT)) == [0]
+    assert (late / "checkpoint-0.pth").stat().st_mtime_ns == seen, "it is there already"
+
+
+def content_of(folder):
+    files = (path for path in folder.iterdir() if path.is_file() and path.name != ".lock")
+    return {path.name: path.read_bytes() for path in files}
 
 
 def test_what_another_call_saved_before_it_let_go_is_not_trained_again(

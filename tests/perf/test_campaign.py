@@ -60,10 +60,11 @@ def test_rows_of_another_card_stay_and_do_not_count(tmp_path):
     assert [row["card"] for row in json.loads(path.read_text())] == ["H100", "A100"]
 
 
-def test_no_row_begins_when_the_time_is_up(tmp_path):
+def test_no_row_begins_when_the_time_is_up_or_it_is_not_wanted(tmp_path):
     measured, results = [], Results(tmp_path / "gpu.json", CARD)
     table = table_of(first=partial(gives, measured, "first"))
     results.measure([table], until=0.0)
+    results.measure([table], until=FOREVER, wanted="speed: second")
     assert measured == []
     assert "| first |  |  | 1-2 |" in results.markdown([table])
 
@@ -101,7 +102,7 @@ def test_steps_pass_by_their_losses_graphs_and_waits(shown, passes):
 
 
 def run_campaign(out):
-    command = [sys.executable, "-m", "perf.gpu", "a", "b", "c", "--device", "cpu", "--tiny"]
+    command = [sys.executable, "-m", "perf.gpu", "--device", "cpu", "--tiny"]
     done = subprocess.run(
         [*command, "--out", out], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -115,13 +116,12 @@ def run_campaign(out):
 def test_the_tiny_campaign_runs_on_a_cpu(tmp_path):
     printed = run_campaign(tmp_path)
     rows = json.loads((tmp_path / "gpu.json").read_text())
-    assert len({(row["table"], row["work"]) for row in rows}) == len(rows) >= 90
+    assert len({(row["table"], row["work"]) for row in rows}) == len(rows) >= 75
     for row in rows:
         assert row["card"].startswith("CPU") and row["torch"] and row["tiny"]
-        assert "figures" in row or "cudnn" in row["error"], row  # for which a CPU has no kernel
+        assert "figures" in row or "cudnn" in row["work"], row  # for which a CPU has no kernel
         assert row.get("figures", {}).get("passes", True)
-    parts = [(tmp_path / f"{part}.md").read_text() for part in "abc"]
-    assert all(part in printed for part in parts)
-    assert all(f"| {row['work']} |" in "".join(parts) for row in rows)
+    found = (tmp_path / "gpu.md").read_text()
+    assert found in printed and all(f"| {row['work']} |" in found for row in rows)
     steps = [row["figures"] for row in rows if "images/s" in row.get("figures", {})]
     assert len(steps) >= 20 and all(figures["images/s"] > 0 for figures in steps)

@@ -1,4 +1,4 @@
-"""`pytest -m gpu`: what part A of the campaign asks of a card, as tests."""
+"""`pytest -m gpu`: what the campaign's verdicts ask of a card, as tests."""
 
 from pathlib import Path
 

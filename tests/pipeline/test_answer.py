@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -14,9 +15,18 @@ import yaml
 from common.step_files import AREAS, LOG, RESULT
 from pipeline.plan.layout import Layout, RunId
 from pipeline.report.answer import Answer, answer
+from pipeline.report.answer import _comparisons as comparisons_of
 from pipeline.report.figures import Chart, Point, Series, line_chart
 from pipeline.report.page import write_all, write_report
-from pipeline.report.scores import FINETUNING, MEASURES, make_lines, read_evaluations
+from pipeline.report.scores import (
+    COSTS,
+    FINETUNING,
+    MEASURES,
+    Level,
+    Line,
+    make_lines,
+    read_evaluations,
+)
 from pipeline.report.statistics import interval, mean_iou, read_areas
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT
@@ -326,3 +336,33 @@ def test_methods_without_a_common_epoch_get_no_verdict(tmp_path: Path) -> None:
     found = answered(paths)
     assert found.sentences == ["The methods have not been evaluated at a common epoch yet."]
     assert FINETUNING is found.measure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_a_whole_report_seldom_claims_what_is_not(seeds: int) -> None:
+    """Four methods, three controls, starts and scratch, all alike, on the same images."""
+    methods = ("patches", "segments", "four_channels", "preencoder")
+    lines = [Line(label="scratch", family="scratch", method="scratch")]
+    for method in methods:
+        untrained = f"untrained {method}"
+        lines.append(Line(label=untrained, family=method, method=method, is_untrained=True))
+        controls = () if method == "patches" else ("borrowed", "blob", "block")
+        for label in (method, *(f"{method} {control}" for control in controls)):
+            lines.append(Line(label=label, family=method, method=method))
+    rng, claims, experiments = np.random.default_rng(seeds), 0, 100
+    for _ in range(experiments):
+        images = rng.normal(size=400)  # what all owe to the choice of images
+        levels = {}
+        for line in lines:
+            own = 0.3 * rng.normal(size=400)  # what this line owes to it
+            luck = own[0]  # the draw that came true is as likely as the others
+            scores = {s: 30 + luck + 0.3 * rng.normal() for s in range(seeds)}
+            drawn = dict.fromkeys(range(seeds), 30 + images + own)
+            levels[line.label] = Level(fmean(scores.values()), None, scores, drawn, dict.fromkeys(COSTS))
+        best = max(
+            (line for line in lines if not line.is_baseline), key=lambda line: levels[line.label].score
+        )
+        states = {c.state for c in comparisons_of(lines, best, levels)}
+        claims += not states <= {"none", "unknown"}
+    assert claims <= 0.06 * experiments

@@ -2,6 +2,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
 from common.formats import parsed_plain
@@ -178,3 +181,40 @@ def test_every_rate_of_dropout_and_drop_path_reaches_its_layers(decoder):
 
 def test_a_shape_survives_its_plain_form():
     assert parsed_plain(SegmenterShape, dataclasses.asdict(SHAPE), "a.pth") == SHAPE
+
+
+def test_upsampling_with_gradients_is_interpolation():
+    """As two products: values, and the gradients that F.interpolate has."""
+    torch.manual_seed(0)
+    model = make_model(encoder={"patch_size": 4})
+    logits = torch.randn(2, 5, 7, 9, requires_grad=True)
+    weights = torch.randn(2, 5, 27, 35)
+    found = model.upsample(logits, 27, 35)
+    expected = F.interpolate(logits, (28, 36), mode="bilinear", align_corners=False)[..., :27, :35]
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad((one * weights).sum(), logits)[0] for one in (found, expected)]
+    torch.testing.assert_close(*grads)
+    with torch.no_grad():  # scores are those of interpolation itself
+        assert torch.equal(model.upsample(logits, 27, 35), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.upsample(logits, 27, 35), found)
+
+
+def test_the_compiled_loss_adds_no_gradient_place_by_place():
+    """Inductor's graphs: index_put is many small additions on a CPU, atomic ones on a GPU."""
+    model = make_model(encoder={"patch_size": 4})
+    used = set()
+
+    def look(graph, inputs):
+        used.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, decompositions=select_decomp_table())
+    labels = torch.zeros(2, 28, 36, dtype=torch.long)
+
+    def loss(logits):
+        return segmentation_loss(model.upsample(logits, 28, 36), labels, 255)
+
+    torch.compile(loss, backend=backend)(torch.randn(2, 5, 7, 9, requires_grad=True)).backward()
+    assert any("bmm" in name or "mm" in name for name in used)
+    assert not any("index_put" in name or "upsample" in name for name in used), used
