@@ -40,11 +40,11 @@ main = partial(run_program, cli, "python -m segmenter")
 @dry_run("check", "time")
 def train(dry_run: str | None, **groups: Any) -> int:
     """Finetune, or continue: the same command goes on where it stopped."""
-    from segmenter.check import check_run, earlier_output, look_inside
-    from segmenter.dataset import read_description
+    from segmenter.check import check_run, earlier_output, look_inside, read_dataset
 
     config = TrainConfig(**groups)
-    dataset = read_description(config.run.dataset)
+    log_to_stderr()
+    dataset = read_dataset(config.run.dataset)
     check_run(config, dataset, processes=world_size())
     look_inside(config)  # loads torch, if there is something to look into
     found = earlier_output(config, dataset) if dry_run != "time" else None  # which begins anew
@@ -54,7 +54,6 @@ def train(dry_run: str | None, **groups: Any) -> int:
     from engine.trainer import time_training
     from segmenter.finetune import Finetuning, finetune
 
-    log_to_stderr()
     if not dry_run:
         return 0 if finetune(config, dataset) else EXIT_STOPPED
     time_training(Finetuning(config, dataset))
@@ -66,20 +65,19 @@ def train(dry_run: str | None, **groups: Any) -> int:
 @dry_run("check")
 def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
     """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
-    from segmenter.check import check_run, earlier_output, look_inside
-    from segmenter.dataset import read_description
+    from segmenter.check import check_run, earlier_output, look_inside, read_dataset
 
     # An argument, since there is no probe without something to probe.
     init: Any = RANDOM if str(checkpoint) == RANDOM else checkpoint.absolute()
     config = ProbeConfig(init=init, **groups)
-    dataset = read_description(config.run.dataset)
+    log_to_stderr()
+    dataset = read_dataset(config.run.dataset)
     check_run(config, dataset, processes=world_size())
     look_inside(config)
     if earlier_output(config, dataset) is not None or dry_run:
         return 0
     from segmenter.probe import probe as run_probes
 
-    log_to_stderr()
     return 0 if run_probes(config, dataset) else EXIT_STOPPED
 
 
