@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from common.files import beside, shortened
 from common.progress import Counter
@@ -32,7 +33,7 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
     or the disk is too small.
     """
     for url in urls:
-        if not ADDRESS.fullmatch(url):
+        if not _is_address(url):
             raise ValueError(f"{shortened(url)} is no address; give one that begins with http:// or https://")
     part = beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +51,14 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
             logger.warning("%s", problems[-1])
     kept = f"; {part} is kept, run again to go on from there" if part.exists() else ""
     raise RuntimeError(f"{path.name} could not be downloaded: {'; '.join(problems)}{kept}")
+
+
+def _is_address(url: str) -> bool:
+    try:  # a port that is no number, or brackets around what is no IPv6, is a ValueError
+        parts = urlsplit(url)
+        return bool(ADDRESS.fullmatch(url) and parts.hostname and parts.port != 0)
+    except ValueError:
+        return False
 
 
 def has_digest(path: Path, digest: str) -> bool:

@@ -307,7 +307,10 @@ def check_split(
     # A score of one class says nothing where another one may be hidden behind what is ignored.
     if len(absent) == len(classes) - 1 and (split == TRAIN or len(ignored)):
         (one,) = np.intersect1d(classes, there)
-        hint = f"; {ignored[0]} is ignored: did you mean {absent[0]}?" if len(ignored) else ""
+        hint = ""
+        if len(ignored):
+            meant = absent[0] if ignored[-1] == description.ignore_index else "reduce_zero_label: false"
+            hint = f"; {ignored[-1]} is ignored: did you mean {meant}?"
         raise ValueError(f"{about}, and label {one} is the only class in them{hint}")
     if len(absent):
         names = [

@@ -85,7 +85,10 @@ def test_a_server_that_says_no_length_is_read_to_the_end(server, tmp_path, lengt
     assert (tmp_path / "out.pth").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("url", ["garbage", "", "http://", "ftp://a/b", "file:///etc/hosts", "http://a b"])
+@pytest.mark.parametrize(
+    "url",
+    ["garbage", "", "http://", "ftp://a/b", "file:///etc/hosts", "http://a b", "http://[x/", "http://a:b/"],
+)
 def test_what_is_no_address_is_refused_before_a_folder_is_made(tmp_path, url):
     with pytest.raises(ValueError, match="is no address; give one that begins with http"):
         download([url, "http://127.0.0.1:9/"], tmp_path / "new/out.pth", digest=None)

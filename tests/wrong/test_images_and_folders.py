@@ -122,6 +122,10 @@ UNTRUSTED = {
         r"7 of 7 train .* looked at, and label 0 is the only class .*; 255 is ignored: did you mean 1\?",
     ),
     "one class": (relabelled("training", lambda n: n * 0), "label 0 is the only class in them$"),
+    "a zero that is ignored": (
+        relabelled("training", lambda n: n % 2, ignore_index=255, reduce_zero_label=True),
+        "label 1 is the only class in them; 0 is ignored: did you mean reduce_zero_label: false",
+    ),
     "one class and no other": (relabelled("validation", lambda n: n // 3 * 3), "val.* 3 is ignored: did"),
     "nothing to train on": (relabelled("training", lambda n: n * 0 + 3), "train.*no pixel counts: 3 is all"),
     "nothing to score": (relabelled("validation", lambda n: n * 0 + 3), "val.*no pixel counts: 3 is all"),
