@@ -34,12 +34,17 @@ class ScoringFacts:
     checkpoint_bytes: int = 0
 
 
-def read_dataset(path: Path) -> DatasetDescription:
-    """A dataset to train on and score by; some of its labels are looked at. Raises ValueError."""
+def read_checked(path: Path) -> DatasetDescription:
+    """A dataset some of whose labels were looked at. Raises ValueError."""
     dataset = read_description(path)
+    check_some_labels(dataset)
+    return dataset
+
+
+def check_some_labels(dataset: DatasetDescription) -> None:
+    """Raise ValueError if there is nothing to train on, or to score by."""
     check_split(dataset, TRAIN, dataset.train, most=MOST_CHECKED)
     check_split(dataset, VAL, dataset.val, most=MOST_CHECKED)
-    return dataset
 
 
 def check_run(

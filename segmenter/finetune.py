@@ -1,6 +1,6 @@
 """Finetuning: what a segmentation model gives the trainer. Read engine/trainer.py first.
 
-dataset = read_dataset(config.run.dataset)
+dataset = read_description(config.run.dataset)
 finetune(config, dataset)           # all of it, or what is left
 """
 
