@@ -79,14 +79,21 @@ class Evaluation:
     @cached_property
     def drawn(self) -> np.ndarray | None:
         """[DRAWS] scores on other images; None where an earlier version did not keep the areas."""
-        file = self.folder / self.measure.areas
-        return draw_images(file) if self.measure.areas and file.exists() else None
+        return draw_images(self.areas) if self.areas else None
 
     @cached_property
     def images(self) -> int | None:
         """Tells the validation images from others; None where no areas were kept."""
-        file = self.folder / self.measure.areas
-        return images_of(file) if self.measure.areas and file.exists() else None
+        return images_of(self.areas) if self.areas else None
+
+    @property
+    def areas(self) -> Path | None:
+        """The file of areas by image; None where none were kept."""
+        names = [self.measure.areas]
+        if self.measure is MEASURES["knn_raw"]:  # an earlier version knew no other kNN
+            names.append(PROBE_AREAS["knn"])
+        files = (self.folder / name for name in names if name)
+        return next(filter(Path.exists, files), None)
 
 
 def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
