@@ -24,14 +24,7 @@ from pydantic import Field
 
 from common.files import read_text, relative_files, shortened
 from common.formats import check_names, parsed_plain, read_yaml
-from common.images import (
-    IMAGE_SUFFIXES,
-    MOST_UNREADABLE,
-    ORIENTATION,
-    load_image,
-    read_rgb,
-    too_many,
-)
+from common.images import IMAGE_SUFFIXES, MOST_UNREADABLE, ORIENTATION, load_image, read_rgb, too_many
 
 logger = logging.getLogger(__name__)
 
@@ -313,12 +306,10 @@ def check_split(
             hint = f"; {ignored[-1]} is ignored: did you mean {meant}?"
         raise ValueError(f"{about}, and label {one} is the only class in them{hint}")
     if len(absent):
-        names = [
-            str(n) if isinstance(description.classes, str) else description.classes[n - classes[0]]
-            for n in absent
-        ]
-        text = "%s; %d of %d classes are in none of them: %s. Means leave them out unless they are predicted"
-        logger.warning(text, about, len(absent), len(classes), _some(names))
+        known = description.classes  # a word: their names would take torch
+        names = [str(n) if isinstance(known, str) else known[n - classes[0]] for n in absent]
+        what = f"{len(absent)} of {len(classes)} classes are in none of them: {_some(names)}"
+        logger.warning("%s; %s. Means leave them out unless they are predicted", about, what)
 
 
 def check_labels(
