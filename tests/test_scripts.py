@@ -332,7 +332,7 @@ def test_a_set_up_that_is_stopped_leaves_it_too_and_starts_over(
         assert not beside.exists()
 
 
-def test_what_a_kill_between_the_two_last_steps_left_is_put_back(checkout: Checkout, quick_python: str) -> None:
+def test_what_a_kill_between_the_last_steps_left_is_put_back(checkout: Checkout, quick_python: str) -> None:
     beside = checkout.venv.with_name("venv.segmae-part")
     a_working_environment(beside)
     before = a_working_environment(beside / "replaced")
@@ -344,7 +344,7 @@ def test_what_a_kill_between_the_two_last_steps_left_is_put_back(checkout: Check
 PLACES = {
     "a folder of the user's": lambda c: c.folder.parent / "mine",
     "a link to it": lambda c: c.folder.parent / "link",
-    "the checkout": lambda c: Path("."),
+    "the checkout": lambda c: Path(),
     "the folder above": lambda c: Path(".."),
     "an environment of the user's": lambda c: c.folder.parent / "own",
     "a file": lambda c: c.folder / "benchmark.py",
