@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.files import beside
+from common.files import beside, check_written_alone, open_regular
 from common.progress import Counter
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,11 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
 
     What has arrived stays in `<path>.segmae-part` and is continued by the next call. digest:
     "md5:..." or "sha256:...", perhaps its first digits only; a file of another digest is thrown
-    away. Raises RuntimeError if no address works, the digest differs, or the disk is too small.
+    away. Raises RuntimeError if no address works, the digest differs, or the disk is too small,
+    ValueError for a link where the file would grow.
     """
     part = beside(path)
+    check_written_alone(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     problems = []
     for url in urls:
@@ -49,7 +51,7 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
 def has_digest(path: Path, digest: str) -> bool:
     """Whether the file's digest begins so; digest: `md5:` or `sha256:`, then hexadecimal digits."""
     algorithm, _, digits = digest.partition(":")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, algorithm).hexdigest().startswith(digits.lower())
 
 

@@ -60,7 +60,8 @@ def collect(source: AnyForm, ratios: Sequence[float] = (), *, processes: int | N
     coverages = {key: one for key, (one, _) in usable.items()}
     shapes = {r: np.array([of[n] for _, of in usable.values()]) for n, r in enumerate(ratios)}
     if not coverages:
-        raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged")
+        why = f": {damaged[0]}" if damaged else ""
+        raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged{why}")
     without = len(source.listed_empty())
     return Statistics(
         coverages=coverages, shapes=shapes, images=len(images), without=without, damaged=damaged

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, special
 
+from common.files import open_regular
+
 CONFIDENCE, POWER = 0.95, 0.80
 DRAWS = 1000  # of the images; the standard error is then known to 2%
 # With fewer, drawing anew tells too little: of one image, one of seven intervals was wrong.
@@ -143,9 +145,10 @@ def _counts(names: tuple[str, ...]) -> np.ndarray:
 def read_areas(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the images and their areas [N, 3, K] in pixels: intersection, prediction, label."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open_regular(path) as file, np.lib.npyio.NpzFile(file) as stored:
             names, areas = stored["images"], stored["areas"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # A MemoryError: numpy makes room for as many values as the file claims to hold.
+    except (ValueError, KeyError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {str(error) or type(error).__name__}") from None
     fits = areas.ndim == 3 and areas.shape[:2] == (len(names), 3) and areas.size
     if not fits or areas.dtype.kind not in "iu" or (areas < 0).any():

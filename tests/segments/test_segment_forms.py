@@ -127,7 +127,7 @@ def test_codes_that_do_not_fill_the_image_are_not_decoded_in_part(counts):
 def test_a_wrong_area_is_reported_and_the_pixels_count(json_folder, read_json, caplog):
     path = sorted(json_folder.rglob("*.json"))[0]
     content = read_json(path)
-    content[0]["area"] *= 3
+    content[0]["area"] *= 1.5
     path.write_text(json.dumps(content))
     key = path.relative_to(json_folder).with_suffix("").as_posix()
     open_any_form(json_folder).segments(key)
@@ -138,9 +138,10 @@ def test_a_wrong_area_is_reported_and_the_pixels_count(json_folder, read_json, c
 def test_a_wrong_table_is_reported_and_the_pixels_count(table_folder, sample, caplog):
     table = sorted(table_folder.rglob("table.txt"))[0]
     names = [line.split()[1] for line in table.read_text().splitlines()]
-    table.write_text("".join(f"{15 + i / 1e6:.6f} {name}\n" for i, name in enumerate(names)))
     key = table.parent.relative_to(table_folder).as_posix()
     expected = open_any_form(sample / "masks-amg-rle").segments(key)
+    off = [f"{abs(segment.coverage_percent - 0.5):.6f}" for segment in expected]
+    table.write_text("".join(f"{percent} {name}\n" for percent, name in zip(off, names, strict=True)))
     assert open_any_form(table_folder).segments(key) == expected
     assert str(table.parent) in caplog.text
 
