@@ -318,7 +318,8 @@ def absolute_path(value: Any, flag: str) -> Path:
         raise _refusal(flag, value, "give a path")
     try:
         path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
-        path.exists()  # raises OSError for a name that no disk takes
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # whoever reads it will say so
+            path.stat()  # OSError for a name that no disk takes, a link to itself, a folder that is closed
     except (RuntimeError, OSError) as error:  # the former: ~ of nobody
         raise _refusal(flag, value, f"give a path: {getattr(error, 'strerror', error)}") from None
     return path
