@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.files import check_output_folder
+from common.images import evenly_spread
 from common.step_files import OF_PRETRAINING, find_resumable
 from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
 from mae.config import PretrainConfig, make_method
 
+SOME = 4  # images that `doctor` opens
 Listings = dict[Any, Any]  # what was listed before, so that it is listed once; see `make_listing`
 
 
@@ -30,6 +32,7 @@ class PretrainFacts:
     # (epoch, rate, what is there) at the epochs that matter, ascending.
     learning_rates: tuple[tuple[float, float, str], ...]
     checkpoint_bytes: int  # about the size of one
+    some_images: tuple[Path, ...]  # training images, evenly spread
 
 
 def check_pretraining(
@@ -58,6 +61,10 @@ def check_pretraining(
         val_left_out=listing.val_left_out, plan=plan,
         learning_rates=tuple((n, run.rate_at(n / run.epochs), named[n]) for n in sorted(named)),
         checkpoint_bytes=config.model.checkpoint_bytes,
+        some_images=tuple(
+            config.data.in1k_dir / "train" / listing.train[index].decode()
+            for index in evenly_spread(range(len(listing.train)), SOME)
+        ),
     )  # fmt: skip
 
 

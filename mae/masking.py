@@ -11,6 +11,7 @@ A *pattern* is what is drawn for one sample on the CPU and decides what is hidde
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Filled by `MaskingMethod.__init_subclass__`; the order of definition is the order in --help.
 METHODS: dict[str, type[MaskingMethod]] = {}
+NO_METHODS = ("scratch", "mae", "untrained", "none")  # lines of the report that bear such a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,16 @@ class MaskingMethod:
 
     def __init_subclass__(cls) -> None:
         """A class with a name of its own is a method that can be chosen."""
-        if "name" in vars(cls):  # its own, not one that it inherits
-            METHODS[cls.name] = cls
+        if "name" not in vars(cls):  # of its own, not one that it inherits
+            return
+        # It becomes a part of folders' names, and stands for its line in the report.
+        if not re.fullmatch(r"[A-Za-z]\w*", cls.name, re.ASCII) or cls.name in (*METHODS, *NO_METHODS):
+            taken = ", ".join((*METHODS, *NO_METHODS))
+            raise ValueError(
+                f"a method cannot be called {cls.name!r}: give a word of letters, digits and _ that is "
+                f"none of {taken}"
+            )
+        METHODS[cls.name] = cls
 
     def __init__(self, *, image_size: int, patch_size: int, mask_ratio: float, hide: str) -> None:
         self.image_size = image_size

@@ -197,7 +197,10 @@ class Work:
     def _read(self, key: str) -> InputImage:
         pixels, (height, width), damage = BLANK, BLANK.shape[:2], ""
         try:
-            pixels, (height, width) = read_reduced(self.images[key], self.generator.read_side)
+            read, (high, wide) = read_reduced(self.images[key], self.generator.read_side)
+            if min(high, wide) * self.generator.read_side < max(high, wide):  # less than a pixel is left
+                raise ValueError(f"{self.images[key]}: {wide} x {high} pixels are too thin for segments")
+            pixels, height, width = read, high, wide
         except ValueError as error:
             damage = str(error)
         # What an image has already is merged with what is made now.

@@ -50,7 +50,7 @@ class _Image:
     def __init__(
         self, given: InputImage, input_size: list[int], whole: tuple[int, ...], options: SamSettings
     ) -> None:
-        self.size = given.height, given.width  # H, W
+        self.key, self.size = given.key, (given.height, given.width)  # H, W
         self.most_at_once = max(1, MOST_PIXELS_AT_ONCE // (given.height * given.width))
         # SAM pads an image, its successors stretch it: points are for what it really fills.
         self.input_size = input_size  # pixels, high and wide
@@ -114,7 +114,9 @@ class Sam:
     def encode(self, given: Sequence[InputImage]) -> tuple[list[_Image], dict[str, Any]]:
         """The images, and what the decoder needs of them: tensors [B, ...], or lists of those."""
         arrays = [image.pixels for image in given]
-        inputs = self.processor(images=arrays, return_tensors="pt", device=self.device)
+        inputs = self.processor(
+            images=arrays, return_tensors="pt", device=self.device, input_data_format="channels_last"
+        )
         pixels = inputs["pixel_values"].to(self.device)  # [B, 3, side, side]
         with self.autocast:
             features = self.model.get_image_embeddings(pixels)
@@ -134,7 +136,13 @@ class Sam:
         return out.pred_masks.flatten(1, 2), out.iou_scores.flatten(1, 2).float()
 
     def judge(self, image: _Image, logits: Tensor, quality: Tensor) -> None:
-        """Give to the searches which of [K, h, w] are good enough, and may be what they want."""
+        """Give to the searches which of [K, h, w] are good enough, and may be what they want.
+
+        Raises RuntimeError where the model computes what is no number: nothing would be good enough.
+        """
+        if not (logits.isfinite().all() and quality.isfinite().all()):
+            other = "damaged weights" if self.precision == "fp32" else "give --precision fp32, or bf16"
+            raise RuntimeError(f"{image.key}: the model's masks are not finite in {self.precision}: {other}")
         # From the cheapest test to the dearest: quality, bounds of the coverage, full size.
         good = quality > self.options.pred_iou_thresh
         logits, quality = logits[good], quality[good]
@@ -327,22 +335,31 @@ def _load(name: str) -> tuple[Any, Any]:
     except ImportError:
         what = "`generate sam` needs transformers, `generate felzenszwalb` does not"
         raise ValueError(f"{what}: pip install transformers") from None
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        what = "cannot be loaded (a folder, or a name on the hub)"
-        raise ValueError(f"--model {name} {what}: {reason}") from None
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()  # the error below says once what each try would
+    config = _loaded(name, transformers.AutoConfig)
     # Judged before gigabytes of weights are downloaded.
     if type(config) not in transformers.MODEL_FOR_MASK_GENERATION_MAPPING:
         known = transformers.models.auto.modeling_auto.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
         allowed = ", ".join(sorted(known))
         raise ValueError(f"--model {name} is of type {config.model_type}; allowed: {allowed}")
-    processor = transformers.AutoImageProcessor.from_pretrained(name)
-    model, loaded = transformers.AutoModelForMaskGeneration.from_pretrained(
-        name, key_mapping=NAMES_OF_WEIGHTS.get(config.model_type), output_loading_info=True
-    )
+    processor = _loaded(name, transformers.AutoImageProcessor)
+    model, loaded = _loaded(
+        name, transformers.AutoModelForMaskGeneration,
+        key_mapping=NAMES_OF_WEIGHTS.get(config.model_type), output_loading_info=True,
+    )  # fmt: skip
     if missing := loaded["missing_keys"]:  # transformers would go on with random weights
         what = f"{len(missing)} weights for mask generation: {min(missing)} ..."
         raise ValueError(f"--model {name} lacks {what}")
     return processor, model
+
+
+def _loaded(name: str, kind: Any, **options: Any) -> Any:
+    """A part of the model. Raises ValueError if it cannot be had."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as error:  # what is in a damaged folder can make the library raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = "cannot be loaded (a folder, or a name on the hub)"
+        raise ValueError(f"--model {name} {what}: {reason}") from None

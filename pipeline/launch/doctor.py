@@ -12,6 +12,7 @@ import psutil
 
 from common.console import aligned
 from common.environment import CUDA_REMEDY, least_driver
+from common.images import read_rgb
 from mae.check import PretrainFacts
 from pipeline.launch.estimate import kept_bytes
 from pipeline.plan import machine
@@ -133,6 +134,17 @@ def _misfits(torch: Mapping[str, Any], gpus: list[machine.Gpu]) -> Iterator[Find
             yield Finding(gpu.name, "; ".join(causes), CUDA_REMEDY)
 
 
+def _unreadable(images: PretrainFacts) -> str:
+    """What is wrong where none of some images can be read; training replaces single ones."""
+    found = []
+    for path in images.some_images:
+        try:
+            read_rgb(path)
+        except ValueError as error:
+            found.append(str(error).replace("\n", "; "))
+    return found[0] if found and len(found) == len(images.some_images) else ""
+
+
 def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
     """The run itself: the parts' own judgement of flags and data, and disk space."""
     try:
@@ -146,7 +158,7 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
     facts = {step.kind: step.facts for step in reversed(steps) if step.facts}
     if isinstance(images := facts.get("pretrain"), PretrainFacts):
         counts = f"{images.train} train, {images.left_out} left out, {images.val} val"
-        yield Finding("images", f"{counts}, {images.val_left_out} val left out")
+        yield Finding("images", f"{counts}, {images.val_left_out} val left out", _unreadable(images))
     if (dataset := facts.get("evaluate")) is not None:
         yield Finding("dataset", f"{dataset.train} train, {dataset.val} val")
     kept, free = kept_bytes(steps), machine.free_bytes(settings.data.output_dir)

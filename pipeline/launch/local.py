@@ -59,6 +59,7 @@ class LocalLauncher:
         self.running: list[Child] = []
         self._line_drawn = False  # of progress; the next output goes in its place
         self._shown = ""  # the step whose output was shown last
+        self._place = _place(paths.root)
 
     def has_room_for(self, step: Step) -> bool:
         """Whether the step could start now."""
@@ -76,7 +77,10 @@ class LocalLauncher:
 
         When the disk is nearly full nothing is started, and that failure is returned.
         """
-        if lacking := shortage(step):  # not written: the record of an earlier attempt says more
+        lacking = shortage(step)
+        if self._place not in (None, _place(self.paths.root)):  # to begin anew there would look like success
+            lacking = f"{self.paths.root} is not what it was when the run began: put it back and call again"
+        if lacking:  # not written: the record of an earlier attempt says more
             return Record.of(step, "failed", None, message=lacking)
         mark = f"{self.paths.root}:{step.name}"
         end_orphans(mark)
@@ -156,6 +160,13 @@ class LocalLauncher:
         with suppress(OSError):  # nobody may be listening; it stands in console.log
             self.output.write(output)
             self.output.flush()
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """What a folder is, whatever it is called; None if it is not there."""
+    with suppress(FileNotFoundError):
+        return (found := folder.stat()).st_dev, found.st_ino
+    return None
 
 
 def shortage(step: Step) -> str:

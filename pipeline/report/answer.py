@@ -165,6 +165,7 @@ def _compared(
         found = replace(found, detectable=in_family.detectable)
     why_not = (
         f"{len(seeds) or 'no'} seed in common" if len(seeds) < 2
+        else "scored on different validation images" if len((one.images | two.images) - {None}) > 1
         else f"fewer than {LEAST_IMAGES} validation images" if drawn and not len(drawn[0])
         else "nothing varies" if found is None else ""
     )  # fmt: skip

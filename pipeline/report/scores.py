@@ -25,12 +25,12 @@ from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
 from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, made_alike, read_all_records
 from pipeline.plan.segments import MAKING
-from pipeline.report.statistics import Interval, draw_images, interval
+from pipeline.report.statistics import Interval, draw_images, images_of, interval
 
 # Of pretraining: columns of results.csv, and how they are called for people.
 COSTS = {
     "device_hours": "device-hours", "train_flops": "train FLOPs",
-    "device_hours_with_segments": "device-hours with segments",
+    "device_hours_with_segments": "with segments",
 }  # fmt: skip
 REFERENCE = "patches"  # plain MAE, what the others are compared with
 
@@ -79,8 +79,21 @@ class Evaluation:
     @cached_property
     def drawn(self) -> np.ndarray | None:
         """[DRAWS] scores on other images; None where an earlier version did not keep the areas."""
-        file = self.folder / self.measure.areas
-        return draw_images(file) if self.measure.areas and file.exists() else None
+        return draw_images(self.areas) if self.areas else None
+
+    @cached_property
+    def images(self) -> int | None:
+        """Tells the validation images from others; None where no areas were kept."""
+        return images_of(self.areas) if self.areas else None
+
+    @property
+    def areas(self) -> Path | None:
+        """The file of areas by image; None where none were kept."""
+        names = [self.measure.areas]
+        if self.measure is MEASURES["knn_raw"]:  # an earlier version knew no other kNN
+            names.append(PROBE_AREAS["knn"])
+        files = (self.folder / name for name in names if name)
+        return next(filter(Path.exists, files), None)
 
 
 def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
@@ -192,6 +205,7 @@ class Level(NamedTuple):
     scores: dict[int, float]
     drawn: dict[int, Any]  # [DRAWS] on other images; empty where areas were not kept
     costs: dict[str, float | None]  # device_hours and train_flops, means over its pretrainings
+    images: frozenset[int | None] = frozenset()  # on which it was scored: one, unless they differ
 
 
 @dataclass(kw_only=True)
@@ -237,7 +251,8 @@ class Line:
         spent = {n: [cost for e in there if (cost := e.costs[n]) is not None] for n in COSTS}
         costs = {name: fmean(known) if known else None for name, known in spent.items()}
         spread = spread if len(scores) > 1 else None
-        return Level(fmean(scores.values()), spread, scores, drawn, costs)
+        scored_on = frozenset(e.images for several in by_seed.values() for e in several)
+        return Level(fmean(scores.values()), spread, scores, drawn, costs, scored_on)
 
 
 def last_common_epochs(lines: Sequence[Line], measure: Measure = FINETUNING) -> int | None:

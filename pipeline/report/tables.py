@@ -56,10 +56,10 @@ def terminal_table(evaluations: Sequence[Evaluation]) -> str:
     """The scores as aligned text, a line per evaluation; with the cost where it fits."""
     rows = score_table([(evaluation.run.label, evaluation) for evaluation in evaluations]).rows
     cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    text = aligned(cells, right=range(1, len(cells[0])))
-    if len(text.split("\n")[0]) > _WIDEST:
-        most = cells[0].index("minutes") + 1
+    for most in range(len(cells[0]), 0, -1):  # costs come last
         text = aligned([row[:most] for row in cells], right=range(1, most))
+        if len(text.split("\n")[0]) <= _WIDEST:
+            break
     return text
 
 

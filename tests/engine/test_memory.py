@@ -57,18 +57,19 @@ class Card:
 
 
 @pytest.mark.parametrize(
-    ("gib", "share", "others_most", "expected"),
+    ("gib", "share", "others_most", "goes_on", "expected"),
     [
-        (20, 64, 99, 16),  # 29 fit: (0.9 * 20 - 3) * 2, were it not for the moments
-        (20, 58, 99, 29),
-        (20, 60, 11, 10),  # another process has room for 11
-        (80, 24, 99, 24),  # all of them
-        (20, 31, 99, 1),
-        (2, 64, 99, 1),  # none fits: the error that follows says what to lower
+        (20, 64, 99, False, 16),  # 29 fit: (0.9 * 20 - 3) * 2, were it not for the moments
+        (20, 58, 99, False, 29),
+        (20, 60, 99, True, 30),  # the moments of a checkpoint are in the memory that was measured
+        (20, 60, 11, False, 10),  # another process has room for 11
+        (80, 24, 99, False, 24),  # all of them
+        (20, 31, 99, False, 1),
+        (2, 64, 99, False, 1),  # none fits: the error that follows says what to lower
     ],
 )
 def test_the_largest_part_that_divides_the_share_and_fits_everywhere(
-    monkeypatch, gib, share, others_most, expected
+    monkeypatch, gib, share, others_most, goes_on, expected
 ):
     card, model = Card(monkeypatch, gib * GIB), torch.nn.Linear(1, 1)
     accelerator = SimpleNamespace(
@@ -81,6 +82,10 @@ def test_the_largest_part_that_divides_the_share_and_fits_everywhere(
         return (torch.ones(images, 1),)
 
     optimizer = torch.optim.AdamW(model.parameters())
+    if goes_on:
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     found = largest_micro_batch(accelerator, model, optimizer, example, share=share)
     assert found == expected
     assert max(card.passes) <= 4

@@ -1,6 +1,7 @@
 """Controls, held to their definition: as much hidden, by another's segment or no object at all."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from segments.forms import open_segments
 from segments.pack import pack
 from segments.segment import count_islands, segment_from_pixels
 from segments.store import segment_key
-from tests.mae.conftest import make_config, pack_segments, write_image, write_segments
+from tests.mae.conftest import as_annotation, make_config, pack_segments, write_image, write_segments
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/imagenet-sample"
 MODEL = ModelConfig(model="vit_tiny", image_size=64, patch_size=16)
@@ -109,6 +110,38 @@ def test_a_block_is_a_box_of_many_shapes_at_any_place_to_all_four_edges():
         assert at.min() < 0.03
         assert at.max() > 0.97
         assert np.histogram(at, 4, (0, 1))[0].min() > 30
+
+
+class Drawn:
+    """Random numbers that are known: how wide, how far down, how far to the right, each 0 to 1."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def random(self, count):
+        return np.array(self.numbers[:count])
+
+
+@pytest.mark.parametrize(("in_aspect", "height", "width"), [(0.0, 36, 12), (0.5, 21, 21), (1.0, 12, 36)])
+@pytest.mark.parametrize("at", itertools.product((0.0, 1.0), repeat=2))
+def test_a_block_reaches_every_edge_in_every_shape(in_aspect, height, width, at):
+    """Of 432 pixels: three times as high as wide to three times as wide as high."""
+    own = a_segment(60, 60, 432 / 3600)
+    inside = SHAPES["block"](own, 432, whole(60, 60), 60, Drawn(in_aspect, *at))
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (height, width)
+    assert rows[-1] == 59 if at[0] else rows[0] == 0
+    assert columns[-1] == 59 if at[1] else columns[0] == 0
+
+
+@pytest.mark.parametrize(("top", "left"), [(0, 4), (10, 20), (5, 15)])
+def test_a_block_stays_at_its_place_of_the_image_whatever_the_crop(top, left):
+    own, middle = a_segment(60, 60, 400 / 3600), (0.5, 0.4, 0.6)
+    everything = SHAPES["block"](own, 400, whole(60, 60), 60, Drawn(*middle))
+    crop = Crop(top=top, left=left, height=40, width=40)
+    part = everything[top : top + 40, left : left + 40]
+    assert part.sum() == 400  # it shows all of it
+    assert np.array_equal(SHAPES["block"](own, 400, crop, 40, Drawn(*middle)), part)
 
 
 def test_a_block_is_as_much_wider_as_its_crop_is_stretched():
@@ -306,6 +339,45 @@ def test_a_borrowed_segment_is_another_images_and_covers_nearly_as_much(real, ra
         own = store.nearest(key, ratio)
         off.append(np.abs(coverage[alike > 0.97] - own.coverage_percent).min())
     assert np.median(off) < 2  # of 100; one of four, and few images have any near 40
+
+
+def boxed(folder, boxes):
+    """A store of images of 48 x 60 pixels, their segments given as (top, left, height, width)."""
+    rng = np.random.default_rng(0)
+    (folder / "masks").mkdir()
+    for name, of_image in boxes.items():
+        write_image(folder / f"train/{name}.png", rng)
+        segments = []
+        for top, left, height, width in of_image:
+            inside = np.zeros((48, 60), np.uint8)
+            inside[top : top + height, left : left + width] = 1
+            segments.append(as_annotation(inside))
+        (folder / f"masks/{name}.json").write_text(json.dumps(segments))
+    pack_segments(folder / "masks")
+    return open_segments(folder / "masks")
+
+
+def test_where_all_segments_touch_two_sides_the_one_that_touches_fewest_is_chosen(tmp_path):
+    strip, corner = (0, 0, 7, 60), (0, 0, 20, 20)  # of 15 % and of 14 %, at three sides and at two
+    store = boxed(tmp_path, {"a": [strip, corner, (0, 0, 48, 50)]})
+    for choice, (top, left, height, width) in (("nearest", strip), ("interior", corner)):
+        images = open_images(tmp_path / "train", store, segment_choice=choice)
+        key, view = cropped(images, 0, whole)
+        inside = np.zeros((48, 60), np.uint8)
+        inside[top : top + height, left : left + width] = 1
+        cut = images.segments.cut(images.method, key, view, np.random.default_rng(0))
+        assert np.array_equal(cut, cut_whole(segment_from_pixels(inside), 64))
+
+
+def test_a_borrowed_segment_is_as_large_as_the_own_one_and_not_as_the_ratio_says(tmp_path):
+    """One image has a small segment only, the others have one as small, and one as is wanted."""
+    boxes = {n: [(n, n, 12, 12), (n, n, 21, 21)] for n in range(6)}  # 5 % and 15 %
+    store = boxed(tmp_path, {**boxes, 0: boxes[0][:1]})
+    images = open_images(tmp_path / "train", store, segments_from="borrowed", segment_variety="nearest-1")
+    key, view = cropped(images, 0, whole)
+    for epoch in range(8):
+        cut = images.segments.cut(images.method, key, view, np.random.default_rng(epoch))
+        assert 100 * cut.mean() == pytest.approx(5, abs=0.7)
 
 
 def cut_whole(segment, size):

@@ -33,6 +33,17 @@ def test_reading_at_reduced_scale_changes_neither_crop_nor_colours(tmp_path, hei
     assert (reduced.pixels.float() - full).abs().mean() < shifted / 3
 
 
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (20, 24)])
+def test_a_crop_is_resized_as_pillow_does(height, width):
+    """Bicubic, and over all pixels where it is shrunk."""
+    pixels = np.random.default_rng(0).integers(0, 256, (130, 150, 3), dtype=np.uint8)
+    crop = Crop(top=7, left=11, height=height, width=width)
+    box = (11, 7, 11 + width, 7 + height)
+    expected = Image.fromarray(pixels).crop(box).resize((32, 32), Image.Resampling.BICUBIC)
+    found = crop_image(torch.from_numpy(pixels).permute(2, 0, 1), crop, 32).permute(1, 2, 0)
+    assert np.abs(found.numpy().astype(int) - np.asarray(expected)).max() <= 1
+
+
 JPEG_KINDS = {
     "one sample a colour": {"subsampling": "4:4:4"},
     "half the columns": {"subsampling": "4:2:2"},

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from common.images import find_images
+from engine.schedule import sample_rng
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
-from mae.crops import Crop, crop_image, crop_segment, random_crop
+from mae.crops import Crop, centre_crop, crop_image, crop_segment, random_crop
 from mae.data import MaskedImages
 from mae.listing import make_listing
 from segments.forms import open_segments
@@ -39,6 +40,27 @@ def test_crops_are_inside_and_cover_the_areas_of_mae():
     assert shares.max() < 1.001
     assert 0.50 < np.mean(shares) < 0.60  # uniform from 0.2, the largest rejected now and then
     assert 0.45 < np.mean([crop.flip for crop in crops]) < 0.55
+
+
+def test_shapes_and_places_of_crops_are_those_of_mae():
+    """Three quarters to four thirds, as wide as often as high; from the first pixel to the last."""
+    rng = np.random.default_rng(0)
+    crops = [random_crop(rng, 300, 300) for _ in range(3000)]
+    aspects = np.log([crop.width / crop.height for crop in crops])
+    assert 0.95 * np.log(4 / 3) < np.abs(aspects).max() < 1.05 * np.log(4 / 3)
+    assert abs(np.median(aspects)) < 0.02
+    assert 0.45 < np.mean(np.abs(aspects) < np.log(4 / 3) / 2) < 0.6  # uniform in the logarithm
+    small = [random_crop(rng, 6, 6) for _ in range(300)]
+    for at, size in (("top", "height"), ("left", "width")):
+        cropped = [crop for crop in small if getattr(crop, size) < 6]
+        assert any(getattr(crop, at) == 0 for crop in cropped)
+        assert any(getattr(crop, at) + getattr(crop, size) == 6 for crop in cropped)
+
+
+def test_held_out_images_show_the_usual_middle_square():
+    """224 of 256 pixels of the shorter side."""
+    assert centre_crop(256, 320) == Crop(top=16, left=48, height=224, width=224)
+    assert centre_crop(64, 32) == Crop(top=18, left=2, height=28, width=28)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -103,6 +125,13 @@ def folder(tmp_path):
         write_image(tmp_path / f"train/{number}.jpg", rng)
         write_segments(tmp_path / f"masks/{number}.json", rng)
     return tmp_path
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"stream": 2}, {"epoch": 3}, {"index": 4}])
+def test_every_sample_of_a_seed_an_epoch_and_a_stream_has_numbers_of_its_own(changed):
+    place = {"seed": 0, "stream": 1, "epoch": 0, "index": 0}
+    one, other = (sample_rng(**values).random(8) for values in (place, {**place, **changed}))
+    assert not np.intersect1d(one, other).size
 
 
 @pytest.mark.parametrize("mask_method", ["patches", "segments"])

@@ -182,6 +182,20 @@ def test_norm_pix_loss_has_targets_of_mean_0_and_deviation_1():
     assert torch.allclose(target.std(dim=-1), torch.ones(2, 16), atol=1e-4)
 
 
+def test_pretraining_starts_from_the_weights_of_the_official_release():
+    """Xavier's for matrices, the patch embedding's among them as one; what gains are counted from."""
+    model = make_model("patches")
+    matrices = {n: p for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1}
+    for name, weight in matrices.items():
+        fan_out, fan_in = len(weight), weight[0].numel()
+        bound = (6 / (fan_in + fan_out)) ** 0.5
+        assert 0.98 * bound < weight.abs().max() <= bound, name
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+    assert model.cls_token.detach().std().item() == pytest.approx(0.02, rel=0.2)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_trained_parameter_gets_a_gradient(name):
     """DDP is used without a search for unused parameters."""

@@ -85,3 +85,14 @@ def test_a_plugin_that_fails_is_one_line(tmp_path, run):
         assert (code, printed) == (2, "")
         assert len(errors.splitlines()) == 1
         assert message in errors
+
+
+@pytest.mark.parametrize("name", ["patches", "scratch", "mae", "untrained", "../../x", "a b", "", "-x", "é"])
+def test_a_method_cannot_take_a_name_that_stands_for_something_else(tmp_path, run, name):
+    before = dict(METHODS)
+    plugin = tmp_path / "named.py"
+    plugin.write_text(STRIPES.replace('"stripes"', repr(name)))
+    code, _, said = run("methods", "--plugin", plugin)
+    assert code == 2
+    assert f"--plugin {plugin}: ValueError: a method cannot be called {name!r}: give a word" in said
+    assert before == METHODS

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae.check import plan_batches
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method
 from mae.model import MaskedAutoencoder, training_flops
+from mae.pretrain import make_optimizer
 from tests.mae.conftest import make_config
 
 RATES = {"epochs": 10, "warmup_fraction": 0.1, "base_lr": 1e-3, "min_lr": 1e-5}
@@ -47,6 +48,22 @@ def test_impossible_batches_are_refused():
         plan(512, 1000, 3)
 
 
+def test_matrices_decay_and_biases_norms_and_tokens_do_not():
+    """AdamW as He et al. (2022) use it, table 8."""
+    config = ModelConfig(model="vit_tiny", image_size=32, decoder_depth=1)
+    model = MaskedAutoencoder(config, make_method(MethodConfig(mask_method="patches"), config))
+    optimizer = make_optimizer(model, OptimisationConfig(weight_decay=0.07))
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter not in decays, name
+        else:
+            is_matrix = name.endswith("weight") and parameter.dim() > 1
+            is_token = name in ("cls_token", "mask_token")
+            assert decays[parameter] == (0.07 if is_matrix or is_token else 0), name
+
+
 @pytest.mark.parametrize("mask_method", ["patches", "segments"])
 def test_training_flops_are_what_torch_counts(mask_method):
     """Up to the patch embedding's and the class token's small change."""
@@ -59,3 +76,14 @@ def test_training_flops_are_what_torch_counts(mask_method):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(images, pattern).sum().backward()
     assert training_flops(config, method) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_the_preencoder_costs_what_torch_counts_of_its_convolution():
+    config = ModelConfig(model="vit_tiny", image_size=64, patch_size=8, decoder_depth=2)
+    with_it, without = (
+        make_method(MethodConfig(mask_method=name), config) for name in ("preencoder", "segments")
+    )
+    with FlopCounterMode(display=False) as counter:
+        MaskedAutoencoder(config, with_it).preencoder(torch.zeros(1, 4, 64, 64))
+    added = training_flops(config, with_it) - training_flops(config, without)
+    assert added == 3 * counter.get_total_flops() > 0

@@ -69,6 +69,12 @@ def test_without_a_segment_that_owns_a_patch_it_is_patches():
     assert np.array_equal(pattern, patches.pattern(np.random.default_rng(5), None))
 
 
+@pytest.mark.parametrize(("mask_ratio", "kept"), [(0.75, 49), (0.9, 19), (0.6, 78)])
+def test_the_number_of_kept_patches_is_rounded_down_as_mae_does(mask_ratio, kept):
+    """Of 196 patches 49, 19.6 and 78.4 would be kept."""
+    assert make("patches", mask_ratio=mask_ratio).num_kept == kept
+
+
 @pytest.mark.parametrize("mask_ratio", [0.5, 0.75, 0.9])
 def test_exactly_as_many_tokens_are_encoded_as_by_patches(mask_ratio):
     method, patches = (make(n, mask_ratio=mask_ratio) for n in ("segment_patches", "patches"))
@@ -95,12 +101,13 @@ def test_segments_that_fit_are_hidden_completely_and_the_order_is_random():
     assert 10 < sum(hidden_first) < 30
 
 
-@pytest.mark.parametrize(("rows", "belongs"), [(2, False), (3, True)])
-def test_a_patch_belongs_to_a_segment_with_more_than_half_of_its_points(rows, belongs):
+@pytest.mark.parametrize(("inside", "belongs"), [(10, False), (12, False), (13, True), (15, True)])
+def test_a_patch_belongs_to_a_segment_with_more_than_half_of_its_points(inside, belongs):
     method = make("segment_patches", mask_ratio=1 / 196)
     stack = np.zeros((1, method.segment_side, method.segment_side), np.uint8)
-    at = 5 * method.POINTS
-    stack[0, at : at + rows, at : at + method.POINTS] = 1
+    assert method.POINTS == 5
+    for point in range(inside):
+        stack[0, 5 * 5 + point // 5, 5 * 5 + point % 5] = 1
     patch, rng = 5 * 14 + 5, np.random.default_rng(1)
     for _ in range(20):
         pattern = method.pattern(rng, stack)

@@ -259,6 +259,18 @@ def test_few_images_and_no_variance_give_no_verdict(tmp_path: Path) -> None:
     assert c.value == pytest.approx(2)
 
 
+def test_scores_on_other_images_are_not_compared(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=THREE, chance=0.2)
+    for file in paths.eval_output.glob(f"segments*_10/{AREAS}"):
+        names, areas = read_areas(file)
+        np.savez(file, images=np.array([*names[:-1], "another"]), areas=areas)
+    by_second = {c.second.label: c for c in answered(paths).comparisons}
+    against = by_second["patches"]
+    assert (against.state, against.why_not) == ("unknown", "scored on different validation images")
+    assert by_second["scratch"].state == "unknown"
+    assert "without a verdict: scored on different validation images" in " ".join(answered(paths).remarks)
+
+
 def test_only_the_first_look_finds_others_give_hints(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=THREE, chance=0.05, probes=True)
     write_all(paths)

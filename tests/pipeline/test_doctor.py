@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from torch.version import cuda
 
 from common.environment import CUDA_REMEDY
+from mae.check import PretrainFacts
 from pipeline.launch import doctor
 from pipeline.launch.doctor import Finding, examine, findings_text
 from pipeline.plan.machine import Gpu
@@ -61,6 +63,20 @@ def test_segments_that_the_plan_will_make_are_named(
     groups = {name: getattr(chosen, name) for name in GROUPS}
     found = {finding.subject: finding.text for finding in examine(lambda: chosen, groups)}
     assert found["segments"] == "make segments by felzenszwalb (3 steps)"
+
+
+def test_images_of_which_none_can_be_read_are_found(data: Path) -> None:
+    """One that cannot is replaced while training, and named there."""
+    folder = data / "in1k/train"
+    facts = dict.fromkeys(("train", "left_out", "val", "val_left_out", "checkpoint_bytes"), 0)
+    paths = [folder / f"{number}.jpg" for number in range(3)]
+    for path in paths:
+        Image.new("RGB", (8, 8)).save(path)
+    images = PretrainFacts(**facts, plan=None, learning_rates=(), some_images=tuple(paths))
+    for number, path in enumerate(paths):
+        assert doctor._unreadable(images) == ""
+        path.write_bytes(b"P6 30000 30000 255\n" if number else b"cut")  # a bomb of 2.7 GB
+    assert "cannot be read as an image" in doctor._unreadable(images)
 
 
 def test_what_to_fix_is_marked_with_its_remedy() -> None:

@@ -20,7 +20,7 @@ from common.progress import Counter, progress_text
 from common.step_files import PROGRESS
 from pipeline.launch.local import LocalLauncher, end_orphans, failure_message, marked
 from pipeline.plan.layout import Layout
-from pipeline.plan.records import is_done, read_progress, read_record, write_record
+from pipeline.plan.records import Record, is_done, read_progress, read_record, write_record
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
 from tests.pipeline.programs import REPO_ROOT, standin
@@ -106,6 +106,31 @@ def test_fail_fast_starts_nothing_more(settings: Make) -> None:
     steps[0] = standin(steps[0], behaviour="fail")
     assert alternate(steps, paths, keep_going=False) == 1
     assert read_record(paths, steps[2].name) is None
+
+
+def test_a_moved_output_folder_ends_the_run(
+    settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To make it again would end with exit code 0, without what was done before."""
+    steps, paths = plan(settings("--pretrain-epochs 1 --mask-method patches,segments"))
+    paths.root.mkdir()
+    launcher = LocalLauncher(paths, overlaps=False, output=io.BytesIO())
+    start = launcher.start
+
+    def moving(step: Step) -> Record:
+        if step is steps[2]:
+            paths.root.rename(tmp_path / "moved")
+            paths.root.mkdir()  # as a step that is still running may do
+        return start(step)
+
+    launcher.start = moving  # type: ignore[method-assign]
+    assert benchmark.alternate(steps, launcher, keep_going=True) == 1
+    assert "is not what it was when the run began: put it back" in capsys.readouterr().err
+    assert not any(paths.root.iterdir())
+    assert is_done(steps[1], Layout(paths.root)) is False
+    paths.root.rmdir()
+    (tmp_path / "moved").rename(paths.root)
+    assert alternate(steps, paths) == 0
 
 
 def test_exit_code_0_without_its_files_is_a_failure(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mae.config import PretrainConfig
 from pipeline.launch import view
 from pipeline.plan.check import init_of
 from pipeline.plan.layout import Layout
@@ -182,6 +183,13 @@ def test_settings_of_a_step_are_all_that_changes_its_result(settings: Make) -> N
     assert made_with("", 1)["init"] == "pretrain_output/four_channels/checkpoint-1.pth"
     patches = made_with("--mask-method patches --coverage-ratio 30")
     assert patches == made_with("--mask-method patches")
+
+
+def test_all_methods_train_on_the_images_with_segments_where_there_are_any(settings: Make) -> None:
+    """Else a difference between methods could be one between images."""
+    for step in make_plan(settings("--pretrain-epochs 1 --mask-method patches,segment_patches,segments")):
+        if isinstance(step.config, PretrainConfig):
+            assert not step.config.data.use_unmasked_images, step.name
 
 
 def test_finetuning_seeds_are_evaluations_of_one_checkpoint(settings: Make) -> None:

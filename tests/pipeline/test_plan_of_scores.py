@@ -20,7 +20,7 @@ from pipeline.plan.records import (
 )
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
-from segmenter.config import ProbeConfig
+from segmenter.config import ProbeConfig, TrainConfig
 
 Make = Callable[..., Settings]
 
@@ -85,8 +85,10 @@ def test_a_probe_gets_the_protocol_of_the_finetuning_and_options_of_its_own(
 
 
 def test_images_with_classes_are_probed_too_unless_others_are_named(settings: Make, data: Path) -> None:
-    for name in ("disc", "square"):
-        (data / "in1k/val" / name).mkdir(parents=True)
+    (data / "in1k/val/disc").mkdir(parents=True)
+    one_class = probe_of(settings("--pretrain-epochs 1 --probe-freq 1"), "probe_four_channels_1").config
+    assert isinstance(one_class, ProbeConfig) and one_class.run.image_folder is None
+    (data / "in1k/val/square").mkdir()
     for more, folder in (("", data / "in1k/val"), (" --probe image_folder=/other", Path("/other"))):
         steps = make_plan(settings("--pretrain-epochs 1 --probe-freq 1" + more))
         [config] = [step.config for step in steps if isinstance(step.config, ProbeConfig)]
@@ -148,6 +150,20 @@ def test_scratch_and_each_start_are_scored_by_default_and_mae_where_its_file_is(
 def test_baselines_as_they_are_asked_for(settings: Make, words: str, expected: list[str]) -> None:
     found = names(settings(f"--pretrain-epochs 1 {words}"))
     assert [n for n in found if "_0" in n or "fetch" in n] == expected
+
+
+def test_scratch_has_patches_of_the_size_that_the_methods_have(settings: Make) -> None:
+    """A checkpoint tells its own; another size would be another cost, and another score."""
+    call = "--pretrain-epochs 1 --probe-freq 1 --baselines scratch --pretrain patch_size=8"
+    for more, expected in (("", 8), (" --finetune patch_size=32", 32)):
+        scores = {
+            step.name: step.config.model.patch_size
+            for step in make_plan(settings(call + more))
+            if isinstance(step.config, ProbeConfig | TrainConfig)
+        }
+        assert scores["probe_scratch_0"] == scores["evaluate_scratch_0"] == expected
+        told = None if not more else 32
+        assert scores["probe_four_channels_1"] == scores["evaluate_four_channels_1"] == told
 
 
 def test_a_baseline_is_one_step_however_many_methods_there_are(settings: Make) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.formats import ProbeResult
 from common.step_files import LOG, PREDICTIONS, RESULT
 from pipeline.plan.layout import Layout, RunId, is_results_csv
-from pipeline.plan.records import read_record, write_record
+from pipeline.plan.records import Record, read_record, write_record
 from pipeline.report.figures import Point, Series, line_chart, ticks
 from pipeline.report.page import write_all, write_report
-from pipeline.report.scores import read_evaluations
+from pipeline.report.scores import MEASURES, read_evaluations
 from pipeline.report.tables import COLUMNS, terminal_table, write_results_csv
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
@@ -72,6 +73,38 @@ def test_cost_adds_up_over_the_rounds_and_is_left_out_where_it_is_not_known(tmp_
     assert [row["train_flops"] for row in rows] == ["1.44e+18", "2.88e+18", "4.32e+18"]
     (paths.pretrain_dir("four_channels") / LOG).unlink()
     assert {e.costs["train_flops"] for e in read_evaluations(paths)} == {None}
+
+
+def test_making_segments_is_a_cost_of_the_methods_that_hide_them(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches", "segments"), epochs=(2, 4))
+
+    def with_segments() -> list[str]:
+        with write_csv(paths).open() as stream:
+            return [row["device_hours_with_segments"] for row in csv.DictReader(stream)][1:]
+
+    assert with_segments() == [""] * 4, "they were there: what they cost is not known"
+    for epochs in (2, 4):
+        record = read_record(paths, f"pretrain_segments_{epochs}")
+        assert record is not None
+        fingerprint = {**record.fingerprint, "segments_from": "own"}
+        write_record(paths, replace(record, fingerprint=fingerprint))
+    made = Record(name="generate_masks", state="done", run="masks", kind="generate", fingerprint={})
+    write_record(paths, replace(made, seconds=3600, devices=2))
+    hours = [*(90 / 3600, 180 / 3600), *(2 + 216 / 3600, 2 + 432 / 3600)]
+    assert with_segments() == [f"{one:.4f}" for one in hours]
+
+
+def test_a_probe_of_an_earlier_version_whitened_nothing(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",), epochs=(5,), probes=True)
+    file = paths.probe_dir("patches", 5) / RESULT
+    result = json.loads(file.read_text())
+    del result["knn_raw"]
+    file.write_text(json.dumps(result))
+    found = {
+        one.measure: one.score for one in read_evaluations(paths, ProbeResult) if one.folder == file.parent
+    }
+    assert MEASURES["knn"] not in found
+    assert found[MEASURES["knn_raw"]] == result["knn"]["mean_iou"]
 
 
 def test_results_of_earlier_versions_are_recognised() -> None:

@@ -100,6 +100,20 @@ def test_a_single_score_has_the_interval_of_its_images_or_none() -> None:
     assert interval([]) is None
 
 
+@pytest.mark.parametrize(("scores", "deviation"), [([5.0, 5.0, 5.0], 0.3), ([4.0, 5.0, 6.0], 0.0)])
+def test_what_varies_in_one_way_alone_has_an_interval(scores: list[float], deviation: float) -> None:
+    """Seeds that agree by chance say nothing against the chance in the images, nor images that agree."""
+    images = deviation * np.random.default_rng(0).normal(size=DRAWS)
+    assert interval(scores, [images] * 3)
+    assert interval([5.0, 5.0, 5.0], [images * 0] * 3) is None
+
+
+def test_ten_images_are_enough_to_draw_from_and_nine_are_not(tmp_path: Path) -> None:
+    areas = np.random.default_rng(0).integers(1, 9, size=(10, 3, 4))
+    assert len(draw_images(write(tmp_path / "ten.npz", areas))) == DRAWS
+    assert len(draw_images(write(tmp_path / "nine.npz", areas[:9]))) == 0
+
+
 def test_holm_corrects_as_its_paper_says() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]

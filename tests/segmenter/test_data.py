@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from engine.schedule import BatchPlan
 from engine.task import load
 from segmenter.config import ProtocolConfig
 from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import read_description
+from tests.segmenter.boxes import write_dataset
 
 PROTOCOL = ProtocolConfig(
     image_size=40, crop_size=48, window_size=32, window_stride=24, normalization="imagenet"
@@ -33,6 +35,47 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(dataset):
     assert equal(first, crops(dataset)[3, 2])
     assert not equal(first, crops(dataset)[4, 2])
     assert not equal(first, crops(dataset, seed=1)[3, 2])
+
+
+def red_squares(folder, *by_column):
+    """A dataset of red images of 48 x 48 pixels; by_column: the labels [48] of each."""
+    path = write_dataset(folder, train=len(by_column))
+    for number, labels in enumerate(by_column):
+        pixels = np.full((48, 48, 3), (120, 60, 60), np.uint8)
+        Image.fromarray(pixels).save(folder / f"images/training/{number:03d}.jpg", quality=100)
+        labels = np.repeat(np.array(labels, np.uint8)[None], 48, 0)
+        Image.fromarray(labels).save(folder / f"annotations/training/{number:03d}.png")
+    return path
+
+
+def test_crops_are_scaled_mirrored_and_coloured_as_mmsegmentations_for_ade20k(tmp_path):
+    """Half to twice the size, one of two mirrored, other colours; read as RGB."""
+    stripes = np.arange(48) // 4 % 3  # 0, 1, 2 from left to right, each 4 pixels wide
+    protocol = dataclasses.replace(PROTOCOL, image_size=48, crop_size=24)
+    found = crops(red_squares(tmp_path, stripes), protocol=protocol)
+    widths, mirrored, colours = [], [], []
+    for epoch in range(60):
+        crop = found[epoch, 0]
+        row = crop.labels[0].int()
+        steps = row.diff()
+        at = steps.nonzero()[:, 0]
+        widths.append((at[-1] - at[0]).item() / (len(at) - 1))
+        mirrored.append(steps[at[0]].item() % 3 == 2)
+        colours.append(crop.image.double().mean((1, 2)))
+    assert 1.8 < min(widths) < 2.8
+    assert 6 < max(widths) < 9
+    assert 0.3 < np.mean(mirrored) < 0.7
+    by_channel = torch.stack(colours).T
+    assert (by_channel[0] > by_channel[1:].max(0).values).double().mean() > 0.9
+    assert by_channel.std(1).min() > 8
+
+
+def test_crops_of_one_class_are_drawn_again(tmp_path):
+    """Three quarters of a class at most, if ten tries find that."""
+    protocol = dataclasses.replace(PROTOCOL, image_size=48, crop_size=24)
+    found = crops(red_squares(tmp_path, np.arange(48) // 34), protocol=protocol)
+    shares = [(found[epoch, 0].labels == 0).double().mean().item() for epoch in range(60)]
+    assert np.mean([0.2 < share < 0.8 for share in shares]) > 0.8
 
 
 def test_drawing_a_sample_leaves_the_global_generators_alone(dataset):
@@ -103,8 +146,6 @@ def test_test_images_keep_their_ratio_and_the_labels_their_size(dataset):
 
 
 def test_ade20k_labels_are_shifted_and_0_is_ignored(ade20k):
-    from PIL import Image
-
     description = read_description(ade20k)
     pairs = description.pairs("val")
     images = WholeImages(description, pairs, PROTOCOL)
@@ -116,8 +157,6 @@ def test_ade20k_labels_are_shifted_and_0_is_ignored(ade20k):
 
 @pytest.mark.parametrize("broken", ["no image", "other size", "outside label"])
 def test_a_pair_that_cannot_be_used_is_named_and_replaced_by_the_next(own_dataset, broken):
-    from PIL import Image
-
     whole = crops(own_dataset)[0, 5]
     image = own_dataset.parent / "images/training/004.jpg"
     annotation = own_dataset.parent / "annotations/training/004.png"

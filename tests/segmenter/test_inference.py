@@ -102,6 +102,23 @@ def test_with_flips_a_mirrored_image_gives_the_mirrored_prediction(model):
     assert len(one.unique()) > 1
 
 
+@torch.no_grad()
+def test_with_scales_and_flips_probabilities_are_summed(model, monkeypatch):
+    """Not logits: one version that is sure of a class would outvote all others."""
+    as_they_are = model.patch_logits
+    monkeypatch.setattr(model, "patch_logits", lambda pixels: 100 * as_they_are(pixels))
+    protocol = dataclasses.replace(PROTOCOL, multi_scale=True)
+    versions = [picture(round(48 * scale), round(60 * scale)) for scale in protocol.scales]
+    total = torch.zeros(4, 48, 60)
+    for version in versions:
+        for flips in (False, True):
+            (logits,) = window_logits(model, [version.flip(-1) if flips else version], protocol)
+            probabilities = F.interpolate(logits[None], (48, 60), mode="bilinear")[0].softmax(0)
+            total += probabilities.flip(-1) if flips else probabilities
+    (classes,) = predict_classes(model, [versions], [(48, 60)], protocol)
+    assert (classes == total.argmax(0)).float().mean() > 0.995
+
+
 def test_scores_a_hand_can_compute():
     areas = Areas(1, 3, ignore_index=9)
     labels = torch.tensor([[0, 0, 0, 1], [1, 1, 9, 9]], dtype=torch.uint8)

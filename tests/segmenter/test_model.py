@@ -8,6 +8,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
 from common.formats import parsed_plain
+from segmenter.config import ModelConfig
 from segmenter.dataset import quiet_imports
 from segmenter.decoder import LinearDecoder, MaskTransformer
 from segmenter.encoder import EncoderShape
@@ -157,6 +158,25 @@ def test_the_loss_sums_over_the_pixels_that_count():
     picked = -torch.log_softmax(logits, 1)
     expected = picked[0, 0, 0, 0] + picked[0, 4, 0, 1] + picked[0, 2, 1, 1]
     torch.testing.assert_close(segmentation_loss(logits, labels, 5), expected)
+
+
+@pytest.mark.parametrize("decoder", ["mask_transformer", "upernet"])
+def test_every_rate_of_dropout_and_drop_path_reaches_its_layers(decoder):
+    rates = {"drop_path": 0.3, "dropout": 0.1, "decoder_drop_path": 0.2, "decoder_dropout": 0.4}
+    config = ModelConfig(model="vit_tiny", decoder=decoder, decoder_layers=2, **rates)
+    model = Segmenter(dataclasses.replace(SHAPE, decoder=decoder), config)
+    depth = len(model.encoder.blocks)
+    for number, block in enumerate(model.encoder.blocks):  # rising from 0 to the rate
+        expected = pytest.approx(0.3 * number / (depth - 1))
+        assert getattr(block.drop_path1, "drop_prob", 0.0) == expected
+        assert block.mlp.drop1.p == 0.1
+    if decoder == "upernet":  # whole maps, before the classifiers
+        for head in (model.decoder.decode_head, model.decoder.auxiliary_head):
+            assert head.dropout.p == 0.4
+    else:
+        assert [block.mlp.drop1.p for block in model.decoder.blocks] == [0.4, 0.4]
+        assert getattr(model.decoder.blocks[0].drop_path1, "drop_prob", 0.0) == 0
+        assert model.decoder.blocks[1].drop_path1.drop_prob == pytest.approx(0.2)
 
 
 def test_a_shape_survives_its_plain_form():

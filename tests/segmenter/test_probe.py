@@ -104,8 +104,7 @@ def test_neighbours_are_scikit_learns(features, monkeypatch, at_once):
     votes = NearestNeighbours(tokens, labels, CLASSES)(others.unflatten(0, (4, 25))).flatten(0, 1)
     mean, deviation = tokens.mean(0), tokens.std(0, correction=0)
     peer = KNeighborsClassifier(
-        segmenter.probe.NEIGHBOURS, metric="cosine",
-        weights=lambda distances: np.exp((1 - distances) / segmenter.probe.TEMPERATURE),
+        20, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.07)  # DINO's
     ).fit((tokens - mean) / deviation, labels)  # fmt: skip
     expected = torch.from_numpy(peer.predict_proba((others - mean) / deviation)).float()
     torch.testing.assert_close(votes, expected, atol=1e-4, rtol=0)
@@ -156,6 +155,85 @@ def test_the_value_is_chosen_on_a_fifth_of_the_images_alone():
         assert (len(told), num_classes) == (80, 2)
     few = training_tokens(found.features[:8], labels[:8], images[:8])
     assert choose(fit, (1, 2, 3, 4), few, 2) == 3  # nothing is held out: the middle one
+
+
+def test_the_value_is_chosen_by_mean_iou_not_by_accuracy_nor_by_recall():
+    """Of 90 tokens of a class and 10 of another, one value finds nine more and takes 30 too many."""
+    labels = torch.arange(100) // 90
+    predicted = {
+        "most": labels * 0,
+        "greedy": torch.where(torch.arange(100) < 60, 0, 1),
+        "careful": torch.where(torch.arange(100) < 85, 0, 1) * torch.where(torch.arange(100) < 96, 1, 0),
+    }
+
+    class Told(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, tokens):
+            return torch.nn.functional.one_hot(predicted[self.value], 2).float()[None]
+
+    held_out = training_tokens(torch.zeros(100, 3), labels, torch.full((100,), 4))
+    train = training_tokens(torch.zeros(5, 3), labels[:5], torch.arange(4).repeat(2)[:5])
+    found = TrainingTokens(*(torch.cat(parts) for parts in zip(train, held_out, strict=True)))
+    fit = lambda tokens, told, num_classes, value: Told(value)  # noqa: E731
+    assert choose(fit, ("most", "greedy", "careful"), found, 2) == "careful"
+
+
+@pytest.fixture
+def kept(dataset, monkeypatch):
+    """Tokens of three images of 50 places each, room for 10 in all: 3, 3 and 4."""
+    monkeypatch.setattr(segmenter.probe, "MOST_TOKENS", 10)
+    description = read_description(dataset)
+    model = start_model("random", EncoderConfig(model="vit_toy"), PROTOCOL, CLASSES)
+
+    def keep(seed=0):
+        tokens = Tokens(model, WholeImages(description, description.pairs("train")[:3], PROTOCOL), seed)
+        for index in range(3):
+            labels = (torch.arange(50) >= 8) * (1 + index)  # the first 8 have none
+            features = torch.arange(50.0)[:, None] + 100 * index
+            tokens._keep(index, features.expand(-1, model.encoder.embed_dim), labels, torch.arange(50))
+        return tokens.total(make_accelerator(DeviceConfig(device="cpu")))
+
+    return keep
+
+
+def test_each_image_keeps_its_share_of_tokens_drawn_from_all_that_have_a_label(kept):
+    found = kept()
+    assert found.images.tolist() == found.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert torch.equal(found.features[:, 0], found.places + 100.0 * found.images)
+    assert found.places.min() >= 8
+    assert all(torch.equal(one, other) for one, other in zip(found, kept(), strict=True))
+    by_image = [set(found.places[found.images == number].tolist()) for number in range(3)]
+    assert len({*map(frozenset, by_image)}) == 3, "drawn for each image by itself"
+    assert max(map(max, by_image)) > 20, "not the first ones"
+    assert not torch.equal(kept(seed=1).places, found.places)
+
+
+def test_knn_is_whitened_along_a_chosen_number_of_directions_and_knn_raw_is_not(
+    dataset, tmp_path, monkeypatch
+):
+    asked = []
+
+    class Spy(NearestNeighbours):
+        def __init__(self, tokens, labels, num_classes, directions=None):
+            asked.append(directions)
+            super().__init__(tokens, labels, num_classes, directions)
+
+    monkeypatch.setattr(segmenter.probe, "NearestNeighbours", Spy)
+    assert call(*probe_arguments(dataset, tmp_path / "out", probes="knn")).code == 0
+    *tried, chosen, raw = asked
+    assert tried == [8, 16]  # of 24 features
+    assert chosen == result_of(tmp_path / "out")["knn"]["made_with"] in tried
+    assert raw is None
+
+
+def test_tokens_are_of_one_scale_whatever_validation_images_are_scored_at(dataset, tmp_path, probed):
+    arguments = probe_arguments(dataset, tmp_path / "out", probes="rankme")
+    assert call(*arguments, "--multi-scale").code == 0
+    for name in ("rankme", "first_direction_percent", "position_percent"):
+        assert result_of(tmp_path / "out")[name] == result_of(probed)[name]
 
 
 def test_what_the_variance_consists_of_by_hand():

@@ -13,7 +13,7 @@ from segments.config import FelzenszwalbSettings, SamSettings
 from segments.felzenszwalb import Felzenszwalb
 from segments.generate import Work, generate, images_by_key
 from segments.pack import merge
-from segments.sam import Sam, coverage_bounds, pixel_weights, visiting_order
+from segments.sam import Candidates, Sam, Search, coverage_bounds, pixel_weights, visiting_order
 from segments.segment import nearest, run_lengths
 from segments.store import PackedStore
 from tests.segments.tiny_models import make_tiny_model
@@ -78,6 +78,25 @@ def test_a_chosen_segment_is_within_the_tolerance_or_as_near_as_all_points_come(
     within = [distance(few, key, 15) <= TOLERANCE for key in few.images()]
     assert sum(within) >= sum(distance(every, key, 15) <= TOLERANCE for key in every.images())
     assert any(within)
+
+
+@pytest.mark.parametrize(
+    ("percents", "chosen", "finished"),
+    [
+        ((16, 14), 14, True),  # as near: the smaller
+        ((14, 16), 14, True),
+        ((16.5, 40), 16.5, True),  # as far as the tolerance goes
+        ((13.5, 40), 13.5, True),
+        ((16.75, 12), 16.75, False),
+    ],
+)
+def test_the_nearest_is_chosen_and_ends_the_search_within_the_tolerance(percents, chosen, finished):
+    search = Search(15.0, TOLERANCE, 0.7)
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 29, 29]])
+    coverage = torch.tensor(percents, dtype=torch.float64)
+    search.add(Candidates(torch.zeros(2, 1, 1), boxes, torch.ones(2), coverage))
+    assert search.result().coverage.tolist() == [chosen]
+    assert search.finished == finished
 
 
 def test_points_are_saved_and_most_masks_are_never_upsampled(made):

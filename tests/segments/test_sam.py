@@ -2,15 +2,18 @@
 
 import functools
 import re
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.images import read_rgb
 from segments.config import PRESETS, SamSettings
-from segments.generate import generate, images_by_key
+from segments.generate import Work, generate, images_by_key
 from segments.pack import merge
+from segments.parallel import Failure
 from segments.sam import Sam
 from segments.store import PackedStore
 from tests.segments.tiny_models import MODELS, make_tiny_model
@@ -149,6 +152,46 @@ def test_a_folder_that_is_no_model_is_named(images, tmp_path, masks_command):
     assert code == 2
     assert f"--model {tmp_path} cannot be loaded" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"x" * 100), ("model.safetensors", b""), ("config.json", b"{"),
+        ("preprocessor_config.json", b"[]"), ("config.json", b'{"model_type": "sam", "vision_config": 7}'),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_is_named_in_a_line(tiny_model, tmp_path, file, content):
+    folder = shutil.copytree(tiny_model("sam"), tmp_path / "model")
+    (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"--model .*/model cannot be loaded \(.*\): .+") as refused:
+        Sam(SamSettings(model=str(folder), device="cpu"))
+    assert str(refused.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("part", ["mask_decoder.iou_prediction_head", "vision_encoder"])
+def test_masks_that_are_no_numbers_are_an_error_and_not_an_image_without_segments(
+    tiny_model, photograph, part
+):
+    sam = Sam(SamSettings(model=str(tiny_model("sam2")), **SAM_OPTIONS))
+    for name, weight in sam.model.named_parameters():
+        if name.startswith(part):
+            weight.data.fill_(torch.nan)
+    image = photograph(np.zeros((40, 60, 3), np.uint8))
+    with pytest.raises(RuntimeError, match=f"{image.key}: the model's masks are not finite in fp32"):
+        sam.segments([image])
+
+
+def test_an_image_that_is_thinner_than_the_model_sees_is_left_out(tiny_model, tmp_path):
+    paths = {name: tmp_path / f"{name}.png" for name in ("thin", "usual")}
+    for name, shape in (("thin", (1, 2000, 3)), ("usual", (40, 60, 3))):
+        Image.fromarray(np.full(shape, 90, np.uint8)).save(paths[name])
+    sam = Sam(SamSettings(model=str(tiny_model("sam")), **{**SAM_OPTIONS, "batch_size": 2}))
+    work = Work(paths, sam)
+    thin, usual = work.segment(work.read(["thin", "usual"]))
+    assert isinstance(thin, Failure)
+    assert "2000 x 1 pixels are too thin for segments" in thin.reason
+    assert usual.key == "usual"
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model, tmp_path):
