@@ -81,6 +81,7 @@ def _list(data: DataConfig, uses_segments: bool, packed: bool, known: dict[Any, 
         # Where segments are hidden, a held-out image needs one of its own: what is called as a
         # training image is that one's, and would hide a stranger's shapes.
         if uses_segments:
+            by_key((path, path) for path in val)
             theirs = with_segment.difference(map(segment_key, train))
             kept_val, val_folder = _with_their_own(val, val_folder, theirs)
     held_out = encode_paths(evenly_spread(kept_val, data.val_images))

@@ -118,7 +118,7 @@ class SegmentFolder:
         """
         file, found = self.root / f"{key}{self.form.ending}", []
         try:
-            if not file.exists():
+            if not os.path.lexists(file):
                 return []
             for number, (segment, percent) in enumerate(self.form.read(file)):
                 found.append(segment)

@@ -54,7 +54,7 @@ def collect(source: AnyForm, ratios: Sequence[float] = (), *, processes: int | N
     found = list(one_pass("inspect", each(read, chosen, processes=processes), total=len(chosen)))
     if len(found) < len(chosen):
         return None  # numbers of a part would look like those of all
-    damaged = [one.reason for one in found if isinstance(one, Failure)]
+    damaged = [f"{one.key}: {one.reason}" for one in found if isinstance(one, Failure)]
     pairs = zip(chosen, found, strict=True)
     usable = {key: one for key, one in pairs if not isinstance(one, Failure) and len(one[0])}
     coverages = {key: one for key, (one, _) in usable.items()}

@@ -230,6 +230,13 @@ def test_segments_without_a_pixel_are_dropped_and_counted(tmp_path, caplog):
     assert "2 segments without a pixel were dropped" in caplog.text
 
 
+@pytest.mark.parametrize("target", ["nothing", "image.json"])
+def test_a_link_that_leads_nowhere_is_damage_and_not_an_image_without_segments(tmp_path, target):
+    (tmp_path / "image.json").symlink_to(target)
+    with pytest.raises(ValueError, match=r"image\.json"):
+        open_any_form(tmp_path).segments("image")
+
+
 def test_a_dataset_of_coco_is_not_taken_for_one_image(tmp_path):
     entry = {"segmentation": {"size": [2, 2], "counts": [1, 3]}, "image_id": 1}
     (tmp_path / "instances.json").write_text(json.dumps({"images": [{}, {}], "annotations": [entry]}))
