@@ -336,7 +336,8 @@ def load_plugin(path: Path) -> None:
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():  # Python would wait for a pipe
+    is_pipe = path.exists() and not path.is_file()  # or the like: Python would wait for it
+    if spec is None or spec.loader is None or is_pipe:
         raise ValueError(f"--plugin {path}: give a Python file")
     # Known before it runs, as any module is: pickle finds its classes by this name.
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
