@@ -1,13 +1,16 @@
 # Sourced by run_benchmark.sh and run_tests.sh from the project folder: leaves the interpreter to use in $python.
 #
 # $PYTHON set    that interpreter is used as it is; nothing is installed.
-# otherwise      $VENV_DIR (default .venv) is made, or brought up to date when requirements.txt has changed.
+# otherwise      $VENV_DIR (default .venv) is made, or made anew when requirements.txt has changed: beside it, and put
+#                in its place when complete. Only what was made here, which its mark tells, is ever replaced.
 # $TORCH_INDEX   a package index: torch and torchvision come from there, in the lock's versions, with what they need.
 #                Unset: as the environment was made; empty: from the lock, as everything else.
 # shellcheck shell=bash
 
-fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'
 version='import platform; print(platform.python_version())'
+mark=installed-requirements.txt  # in an environment: what it holds; empty: it is not complete
+unfinished=.segmae-part          # behind its name until it is
 
 fail() {
     echo "Error: $*" >&2
@@ -16,7 +19,7 @@ fail() {
 
 find_python() {  # the first interpreter on the PATH that fits
     local candidate
-    for candidate in python3 python3.13 python3.12 python3.11 python; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
         if command -v "$candidate" >/dev/null && "$candidate" -c "$fits" 2>/dev/null; then
             command -v "$candidate"
             return
@@ -24,18 +27,37 @@ find_python() {  # the first interpreter on the PATH that fits
     done
     local found="none"
     command -v python3 >/dev/null && found="$(python3 -c "$version" 2>/dev/null)"
-    fail "SegMAE needs Python 3.11, 3.12 or 3.13 on the PATH; python3 here is: $found."
+    fail "SegMAE needs Python 3.11 to 3.14 on the PATH; python3 here is: $found."
 }
 
-make_environment() {  # in the folder $1
-    local base
+is_ours() {
+    [ -f "$1/$mark" ] && [ -f "$1/pyvenv.cfg" ]
+}
+
+refuse_others() {  # at $1, where nothing may be, or an empty folder, or what was made here
+    if [ -e "$1" ] || [ -L "$1" ]; then
+        is_ours "$1" || rmdir -- "$1" 2>/dev/null ||
+            fail "VENV_DIR: $1 is no environment that was made here, and is left alone; name another folder, or remove it."
+    fi
+}
+
+make_environment() (  # at $1
     base="$(find_python)" || exit 2
+    part="$1$unfinished"
+    # What was there when a kill came between the two last steps below.
+    [ -e "$1" ] || [ ! -d "$part/replaced" ] || mv -T -- "$part/replaced" "$1"
+    refuse_others "$1"
+    refuse_others "$part"
     echo "Setting up $1 with $base ($("$base" -c "$version")): downloads and unpacks about 6 GB, once; some minutes."
-    "$base" -m venv --clear "$1" || fail "could not make a virtual environment in $1 (on Debian and Ubuntu: apt install python3-venv)."
-    local pip=("$1/bin/python" -m pip install --quiet --disable-pip-version-check) said torch
+    rm -rf -- "$part" && mkdir -p -- "$(dirname "$1")" && mkdir -- "$part" && touch -- "$part/pyvenv.cfg" "$part/$mark" ||
+        fail "VENV_DIR: $1 cannot be made; name another folder."
+    trap 'rm -rf -- "$part"' EXIT  # whatever ends this, what was there is as it was
+    trap 'exit 75' INT TERM
+    "$base" -m venv "$part" || fail "could not make a virtual environment in $1 (on Debian and Ubuntu: apt install python3-venv)."
+    pip=("$part/bin/python" -m pip install --quiet --disable-pip-version-check)
     # From that index alone: another one that pip is set up with would be asked, too.
-    local from_index=(env PIP_CONFIG_FILE=/dev/null PIP_EXTRA_INDEX_URL= PIP_FIND_LINKS= "${pip[@]}" --index-url "$index")
-    local locked="$1/locked.txt"
+    from_index=(env PIP_CONFIG_FILE=/dev/null PIP_EXTRA_INDEX_URL= PIP_FIND_LINKS= "${pip[@]}" --index-url "$index")
+    locked="$part/locked.txt"
     mapfile -t torch < <(sed -nE 's/^(torch|torchvision)(==[^; ]+).*/\1\2/p' requirements.txt)
     if [ -n "$index" ]; then  # first without what they need, so that a wrong index is found at once
         said="$("${from_index[@]}" --no-deps "${torch[@]}" 2>&1)" ||
@@ -48,12 +70,22 @@ make_environment() {  # in the folder $1
     fi
     # The lock is complete, so nothing is resolved; see lock_dependencies.sh on why it must not be.
     "${pip[@]}" --no-deps --require-hashes -r "$locked" ||
-        fail "installing requirements.txt into $1 failed; run the same command again when the cause above is mended."
+        fail "installing requirements.txt failed, see above, and $1 is as it was; run the same command again when that is mended."
     [ -z "$index" ] || "${from_index[@]}" "${torch[@]}" ||
-        fail "what ${torch[*]} need is not all at TORCH_INDEX=$index; see above."
-    wanted >"$1/installed-requirements.txt"  # last: an interrupted set-up starts over
+        fail "what ${torch[*]} need is not all at TORCH_INDEX=$index, see above, and $1 is as it was."
+    # Programs know the path of the environment that they belong to.
+    grep -rlIZ "\\$unfinished" "$part/bin" "$part/pyvenv.cfg" | xargs -0r sed -i "s/\\$unfinished//g"
+    wanted >"$part/$mark"
+    trap '' INT TERM
+    trap - EXIT
+    ! is_ours "$1" || mv -T -- "$1" "$part/replaced"
+    if ! mv -T -- "$part" "$1"; then
+        [ ! -d "$part/replaced" ] || mv -T -- "$part/replaced" "$1"
+        fail "VENV_DIR: $part could not become $1; name another folder."
+    fi
+    rm -rf -- "$1/replaced"
     echo "Set up."
-}
+)
 
 wanted() {  # what the environment has to hold
     cat requirements.txt
@@ -62,12 +94,15 @@ wanted() {  # what the environment has to hold
 
 if [ -n "${PYTHON:-}" ]; then
     command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program."
-    "$PYTHON" -c "$fits" || fail "SegMAE needs Python 3.11, 3.12 or 3.13; PYTHON=$PYTHON is $("$PYTHON" -c "$version")."
+    "$PYTHON" -c "$fits" || fail "SegMAE needs Python 3.11 to 3.14; PYTHON=$PYTHON is $("$PYTHON" -c "$version")."
     python="$PYTHON"
 else
-    venv="${VENV_DIR:-.venv}"
-    made="$venv/installed-requirements.txt"
-    index="${TORCH_INDEX-$(sed -n 's/^# TORCH_INDEX=//p' "$made" 2>/dev/null || true)}"
-    wanted | cmp -s - "$made" || make_environment "$venv"
+    # Where a link leads to: that is what is replaced, not the link.
+    venv="$(readlink -m -- "${VENV_DIR:-.venv}")" || fail "VENV_DIR=$VENV_DIR cannot be followed; name another folder."
+    index="${TORCH_INDEX-$(sed -n 's/^# TORCH_INDEX=//p' "$venv/$mark" 2>/dev/null || true)}"
+    # It may be complete, and its interpreter gone with an older system.
+    if ! wanted | cmp -s - "$venv/$mark" || ! "$venv/bin/python" -c "$fits" 2>/dev/null; then
+        make_environment "$venv"
+    fi
     python="$venv/bin/python"
 fi

@@ -1,5 +1,6 @@
 """How a program ends, where its messages go, and what a table looks like there."""
 
+import errno
 import io
 import logging
 import os
@@ -16,13 +17,14 @@ from common.interruption import end_children
 # 75 is EX_TEMPFAIL: saved; the same command goes on.
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 MOST_LINES = 4  # of an error
+OF_THE_PATH = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)  # what a user can mend
 
 
 def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command line and exit: 0 done, 1 failed, 2 bad input, 75 stopped by a signal.
 
-    What a user can fix (ValueError, click's usage errors) and what the machine refuses (OSError,
-    RuntimeError) end in one line. A command's return value is its exit code.
+    What a user can fix (ValueError, click's usage errors, a path that leads nowhere) and what the
+    machine refuses (other OSErrors, RuntimeError) end in one line. A command's return value is its exit code.
     """
     _open_standard_streams()
     try:
@@ -36,7 +38,7 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
         code = _report(str(error), EXIT_BAD_INPUT)
     except OSError as error:
         about = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        code = _report(about, EXIT_FAILED)
+        code = _report(about, EXIT_BAD_INPUT if error.errno in OF_THE_PATH else EXIT_FAILED)
     except RuntimeError as error:  # click's Abort is one that says nothing
         code = _report(str(error) or "interrupted", EXIT_FAILED)
     finally:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from common.files import beside, shortened
+from common.files import beside, check_written_alone, open_regular, shortened
 from common.progress import Counter
 
 logger = logging.getLogger(__name__)
@@ -29,13 +29,14 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
 
     What has arrived stays in `<path>.segmae-part` and is continued by the next call. digest:
     "md5:..." or "sha256:...", perhaps its first digits only; a file of another digest is thrown
-    away. Raises ValueError for what is no address; RuntimeError if none works, the digest differs,
-    or the disk is too small.
+    away. Raises ValueError for what is no address, or a link where the file would grow;
+    RuntimeError if none works, the digest differs, or the disk is too small.
     """
     for url in urls:
         if not _is_address(url):
             raise ValueError(f"{shortened(url)} is no address; give one that begins with http:// or https://")
     part = beside(path)
+    check_written_alone(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     problems = []
     for url in urls:
@@ -64,7 +65,7 @@ def _is_address(url: str) -> bool:
 def has_digest(path: Path, digest: str) -> bool:
     """Whether the file's digest begins so; digest: `md5:` or `sha256:`, then hexadecimal digits."""
     algorithm, _, digits = digest.partition(":")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, algorithm).hexdigest().startswith(digits.lower())
 
 

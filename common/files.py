@@ -15,8 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,11 @@ HEAD_BYTES = 4096  # of a file, in which its mark stands
 UNFINISHED = ".segmae-part"  # whatever bears it is ours, and may be replaced
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # as Python has such bytes in a name
 NOTHING_WRITTEN = "nothing was written"
+# Folders that programs make among a user's, as dot folders are, with copies of what lies beside them.
+OF_PROGRAMS = ("@eaDir", "__MACOSX")
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> FileIO:
     """Open a file to read it. Raises OSError, also for a pipe, a socket or a device."""
     # Opening a pipe would otherwise wait for someone to write into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -65,6 +68,16 @@ def beside(path: Path, *, shared: bool = False) -> Path:
     """Where a file is written before it gets its name; shared: several processes may do so."""
     own = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
     return path.with_name(f"{path.name}{own}{UNFINISHED}")
+
+
+def check_written_alone(path: Path) -> None:
+    """Raise ValueError if to write into `path` is to change what has another name, or is no file."""
+    if os.path.lexists(path):
+        there = path.lstat()
+        if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:
+            raise ValueError(
+                f"{path} is in the way: it is a link, or no regular file; remove it, or name another place"
+            )
 
 
 @contextmanager
@@ -199,11 +212,13 @@ def walk(folder: Path, enter: Callable[[str], bool] = lambda below: True) -> Ite
     """Yields where each folder is, "" or "below/folder/", and the names of its files, sorted.
 
     Links to folders come last, and lead nowhere if what they name was visited by its own name. A
-    link to nothing is a file: whoever wants to read it will name it. enter: asked about each folder
-    before it is listed. Raises ValueError for a folder that cannot be listed.
+    link to nothing is a file: whoever wants to read it will name it. Dot folders and OF_PROGRAMS are
+    left out. enter: asked about each other folder before it is listed. Raises ValueError for a folder
+    that cannot be listed.
     """
     visited: set[tuple[int, int]] = set()
     left_out: list[str] = []
+    of_programs: list[str] = []
     waiting = deque([""])
     while waiting:
         below = waiting.popleft()
@@ -224,7 +239,9 @@ def walk(folder: Path, enter: Callable[[str], bool] = lambda below: True) -> Ite
             if is_link := entry.is_symlink():  # not by `entry`, which raises for one to itself
                 is_folder = os.path.isdir(entry.path)  # noqa: PTH112
                 is_file = os.path.isfile(entry.path) or not os.path.exists(entry.path)  # noqa: PTH110, PTH113
-            if not (is_file or is_folder) or NOT_UTF8.search(entry.name):
+            if is_folder and (entry.name.startswith(".") or entry.name in OF_PROGRAMS):
+                of_programs.append(below + entry.name)
+            elif not (is_file or is_folder) or NOT_UTF8.search(entry.name):
                 left_out.append(below + entry.name)
             elif is_file:
                 files.append(entry.name)
@@ -233,9 +250,13 @@ def walk(folder: Path, enter: Callable[[str], bool] = lambda below: True) -> Ite
             else:
                 waiting.appendleft(f"{below}{entry.name}/")
         yield below, files
-    if left_out:
-        text = "%s: %d names are no regular files, or not UTF-8, and left out: %s"
-        logger.warning(text, folder, len(left_out), ", ".join(map(shortened, left_out[:3])))
+    for names, what in (
+        (left_out, "names are no regular files, or not UTF-8, and"),
+        (of_programs, "folders of programs are"),
+    ):
+        if names:
+            text = "%s: %d %s left out: %s"
+            logger.warning(text, folder, len(names), what, ", ".join(map(shortened, names[:3])))
 
 
 @contextmanager
@@ -245,10 +266,9 @@ def hold(path: Path, folder: Path) -> Iterator[None]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file is written to below: not through a link, and not over a file of somebody else's.
-    if os.path.lexists(path):
-        is_plain = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
-        if not is_plain or path.read_bytes()[:1] not in (b"", b"{"):
-            raise ValueError(f"{path} is in the way: it is no lock of a run here; remove it")
+    check_written_alone(path)
+    if path.exists() and path.read_bytes()[:1] not in (b"", b"{"):
+        raise ValueError(f"{path} is in the way: it is no lock of a run here; remove it")
     try:  # What a killed process has just forked holds its lock until it has begun.
         held = FileLock(path).acquire(timeout=1.0)
     except Timeout:

@@ -27,6 +27,7 @@ Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+OTHER_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga")
 MOST_UNREADABLE = 0.01  # share of the images; one image is forgiven in any case
 MOST_IN_A_ROW = 100
 MOST_PIXELS = 178_956_970  # as many as Pillow takes by itself
@@ -44,8 +45,11 @@ def find_images(folder: Path) -> list[str]:
     """Image files below a folder, at any depth, as sorted posix paths; ValueError if none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; images are expected there")
-    images = (path for path in relative_files(folder) if path.lower().endswith(IMAGE_SUFFIXES))
-    found = sorted(path for path in images if not path.rpartition("/")[2].startswith("."))
+    every = [path for path in relative_files(folder) if not path.rpartition("/")[2].startswith(".")]
+    found = sorted(path for path in every if path.lower().endswith(IMAGE_SUFFIXES))
+    if others := [path for path in every if path.lower().endswith(OTHER_SUFFIXES)]:
+        text = "%s: %d images are left out, such as %s; those that are read end in %s"
+        logger.warning(text, folder, len(others), min(others), " ".join(IMAGE_SUFFIXES))
     if not found:
         raise ValueError(f"no image below {folder} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return found

@@ -318,7 +318,8 @@ def absolute_path(value: Any, flag: str) -> Path:
         raise _refusal(flag, value, "give a path")
     try:
         path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100  (keeps links)
-        path.exists()  # raises OSError for a name that no disk takes
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # whoever reads it will say so
+            path.stat()  # OSError for a name that no disk takes, a link to itself, a folder that is closed
     except (RuntimeError, OSError) as error:  # the former: ~ of nobody
         raise _refusal(flag, value, f"give a path: {getattr(error, 'strerror', error)}") from None
     return path
@@ -335,7 +336,8 @@ def load_plugin(path: Path) -> None:
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    is_pipe = path.exists() and not path.is_file()  # or the like: Python would wait for it
+    if spec is None or spec.loader is None or is_pipe:
         raise ValueError(f"--plugin {path}: give a Python file")
     # Known before it runs, as any module is: pickle finds its classes by this name.
     sys.modules[name] = module = importlib.util.module_from_spec(spec)

@@ -12,9 +12,9 @@ import numpy as np
 from common.images import evenly_spread, find_images
 from mae.config import DataConfig, MethodConfig
 from mae.masking import METHODS
-from segments.config import VAL, command_of, made_for
+from segments.config import GENERATORS, VAL, command_of, made_for
 from segments.forms import form_of, open_any_form, open_segments
-from segments.store import PackedStore, segment_key
+from segments.store import PackedStore, by_key, segment_key
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def _list(data: DataConfig, uses_segments: bool, packed: bool, known: dict[Any, 
     if source:
         # Every method trains on the same images, those that have a segment: else a difference
         # between methods could be one between images.
+        by_key((path, path) for path in train)
         with_segment = source.images()
         kept = [path for path in train if segment_key(path) in with_segment]
         # Those that a list or the store names as empty were not forgotten.
@@ -80,6 +81,7 @@ def _list(data: DataConfig, uses_segments: bool, packed: bool, known: dict[Any, 
         # Where segments are hidden, a held-out image needs one of its own: what is called as a
         # training image is that one's, and would hide a stranger's shapes.
         if uses_segments:
+            by_key((path, path) for path in val)
             theirs = with_segment.difference(map(segment_key, train))
             kept_val, val_folder = _with_their_own(val, val_folder, theirs)
     held_out = encode_paths(evenly_spread(kept_val, data.val_images))
@@ -126,10 +128,10 @@ def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig)
     has_val = any(key.startswith(f"{VAL}/") for key in store.images())
     train, val = data.in1k_dir / "train", data.in1k_dir / VAL if has_val else None
     needs = f"{options.mask_method} needs all" if needs_all else f"--coverage-ratio is {wanted:g}"
-    raise ValueError(
-        f"{store.path} has only segments for {', '.join(f'{r:g}' for r in there)} %, and {needs}. "
-        f"This makes them: {command_of(settings, train, out, val)}"
-    )
+    has = f"{store.path} has only segments for {', '.join(f'{r:g}' for r in there)} %, and {needs}"
+    if settings.get("generator") not in GENERATORS:
+        raise ValueError(f"{has}; it does not say what made them")
+    raise ValueError(f"{has}. This makes them: {command_of(settings, train, out, val)}")
 
 
 def _with_their_own(val: list[str], folder: Path, theirs: set[str]) -> tuple[list[str], Path]:

@@ -177,6 +177,11 @@ class Pretraining(Task):
         steps, images = run.plan.steps_per_epoch, run.plan.images_per_epoch
         flops = images * training_flops(self.config.model, self.images.method)
         coverage = state.sums["coverage"] / images
+        if not coverage:
+            raise RuntimeError(
+                f"epoch {state.epochs_completed + 1} hid nothing of any image, so that nothing was learned: "
+                "`python -m segments check` and `inspect` look at the segments"
+            )
         variance = max(0.0, state.sums["coverage_square"] / images - coverage**2)
         accelerator = run.accelerator
         last_step = state.epochs_completed + (steps - 1) / steps  # a step's rate is its beginning's

@@ -16,6 +16,7 @@ from common.options import (
     REQUIRED,
     Layer,
     OptionGroup,
+    absolute_path,
     as_arguments,
     fields_of,
     groups_of,
@@ -278,7 +279,7 @@ PROBE_GROUPS = {name: group for name, group in groups_of(ProbeConfig).items() if
 
 def read_recipe(name: str) -> Layer:
     """A recipe, given by name or as a YAML file. Raises ValueError if it is none, or not whole."""
-    path = Path(name) if name.endswith((".yml", ".yaml")) else RECIPES / f"{name}.yml"
+    path = absolute_path(name, "--recipe") if name.endswith((".yml", ".yaml")) else RECIPES / f"{name}.yml"
     if not path.is_file():
         known = ", ".join(recipe_names())
         raise ValueError(f"--recipe is {name!r}; choose one of {known}, or give a YAML file")

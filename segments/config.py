@@ -4,11 +4,21 @@ Free of torch, so that `benchmark.py` plans with it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common.options import OptionGroup, as_arguments, check_same, decisive_values, older_values, option
+from common.options import (
+    Layer,
+    OptionGroup,
+    as_arguments,
+    check_same,
+    decisive_values,
+    make,
+    merge,
+    older_values,
+    option,
+)
 
 STORE_NAME = "masks.sqlite"  # of a packed store that is found by its folder
 VAL = "val"  # the held-out images' folder, and what the keys of their segments begin with
@@ -117,9 +127,8 @@ def command_of(settings: Mapping[str, Any], images: Path, out: Path, val_dir: Pa
     """The command that makes a store of folders of images with these settings."""
     name = str(settings["generator"])
     words = [name, "--images", images, "--out", out, *(["--val-dir", val_dir] if val_dir else [])]
-    group: Any = GENERATORS[name]
-    kept = {f.name: settings[f.name] for f in fields(group) if f.name in settings}
-    made = group(**{n: tuple(v) if isinstance(v, list) else v for n, v in kept.items()})
+    group = GENERATORS[name]
+    made = make(group, merge([group], [Layer(settings, f"the settings of {out}")]))
     # Defaults are left out, so that people read what is special.
     return " ".join(map(str, ["python -m segments generate", *words, *as_arguments(made)]))
 

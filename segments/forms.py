@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 
 EMPTY_LIST = "emptyfiles.txt"
 IMAGENET_NAME = re.compile(r"^(n\d{8})_\d+$")
-# A stated coverage, in percent of the image, may differ this much from the pixels': rounding.
-COVERAGE_TOLERANCE = 0.01
+# A stated coverage, in percent of the image, may differ this much from the pixels': rounding. What
+# differs more is reported; much more, it is not of these pixels.
+COVERAGE_TOLERANCE, COVERAGE_DAMAGE = 0.01, 1.0
 
 
 def form_of(path: Path) -> str:
@@ -117,14 +118,18 @@ class SegmentFolder:
         """
         file, found = self.root / f"{key}{self.form.ending}", []
         try:
-            if not file.exists():
+            if not os.path.lexists(file):
                 return []
             for number, (segment, percent) in enumerate(self.form.read(file)):
                 found.append(segment)
                 counted = segment.coverage_percent
-                if percent is not None and abs(percent - counted) > COVERAGE_TOLERANCE:
+                off = 0.0 if percent is None else abs(percent - counted)
+                if not off <= COVERAGE_TOLERANCE:  # NaN, too
                     what = f"{file}: entry {number} is said to cover {percent:.3f} % of the image"
-                    report(f"{what}, its pixels are {counted:.3f} %; the pixels count")
+                    what += f", its pixels are {counted:.3f} %"
+                    if not off <= COVERAGE_DAMAGE:
+                        raise ValueError(what)
+                    report(f"{what}; the pixels count")
             return ordered(found)
         except (OSError, ValueError) as error:
             inside = str(error).startswith(str(self.root))
@@ -162,10 +167,13 @@ class _Annotation(TypedDict):
 
 class _Annotations(TypedDict):  # of SA-1B
     annotations: list[_Annotation]
+    images: NotRequired[list[Any]]  # of COCO, for a whole dataset
 
 
 def _read_json(file: Path) -> Iterator[tuple[Segment, float | None]]:
     content = read_json(file, list[_Annotation] | _Annotations)
+    if isinstance(content, dict) and "images" in content:
+        raise ValueError(f"{file}: it is of {len(content['images'])} images; give a file for each image")
     entries = content["annotations"] if isinstance(content, dict) else content
     for number, entry in enumerate(entries):
         try:
@@ -201,8 +209,8 @@ def _read_metadata(file: Path) -> Iterator[tuple[Segment, float | None]]:
         areas = {file.parent / f"{int(row['id'])}.png": float(row["area"]) for row in rows}
     except (ValueError, KeyError, TypeError, csv.Error):
         raise ValueError(f"{file}: not the metadata.csv of amg.py, or cut short") from None
-    # amg.py lists every PNG it writes, so one that is not listed tells of a lost line.
-    there = {path for path in file.parent.iterdir() if path.suffix == ".png"}
+    # amg.py lists every PNG it writes, 0.png and so on: one that is not listed tells of a lost line.
+    there = {path for path in file.parent.iterdir() if re.fullmatch(r"[0-9]+\.png", path.name)}
     if areas and (unlisted := there - areas.keys()):
         raise ValueError(f"{file}: does not list {min(unlisted).name}; it was cut short")
     for png, area in areas.items():
@@ -211,7 +219,14 @@ def _read_metadata(file: Path) -> Iterator[tuple[Segment, float | None]]:
 
 
 def _read_png(path: Path) -> Segment:
-    return segment_from_pixels(np.asarray(load_image(path).convert("L")))  # not 0: inside
+    """Inside is what is not 0, in any colour or as index of a palette; else what is not transparent."""
+    image = load_image(path)
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    colours = [number for number, band in enumerate(image.getbands()) if band not in "Aa"]
+    inside = np.any(pixels[..., colours], axis=2, keepdims=False)
+    if image.has_transparency_data and inside.all() == inside.any():
+        inside = np.asarray(image.convert("RGBA"))[..., 3]
+    return segment_from_pixels(inside)
 
 
 def _lines(file: Path) -> list[str]:

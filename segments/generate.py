@@ -29,7 +29,7 @@ from segments.config import STORE_NAME, VAL, check_made_alike, made_for
 from segments.pack import join
 from segments.parallel import Failure, in_order
 from segments.segment import Segment
-from segments.store import PackedImage, PackedStore, Summary, pack_image, segment_key, write_store
+from segments.store import PackedImage, PackedStore, Summary, by_key, pack_image, write_store
 
 logger = logging.getLogger(__name__)
 
@@ -82,16 +82,12 @@ def images_by_key(images_dir: Path, val_dir: Path | None) -> dict[str, Path]:
 
     Raises ValueError if there are none, or two of the same name.
     """
-    found: dict[str, Path] = {}
     folders = {"": images_dir} | ({f"{VAL}/": val_dir} if val_dir else {})
-    for prefix, folder in folders.items():
-        for path in find_images(folder):
-            key = segment_key(f"{prefix}{path}")
-            if key in found:
-                both = f"{found[key]} and {folder / path}"
-                raise ValueError(f"{both} would have segments of the same name, {key}; rename one")
-            found[key] = folder / path
-    return found
+    return by_key(
+        (f"{prefix}{path}", folder / path)
+        for prefix, folder in folders.items()
+        for path in find_images(folder)
+    )
 
 
 def generate(

@@ -54,13 +54,14 @@ def collect(source: AnyForm, ratios: Sequence[float] = (), *, processes: int | N
     found = list(one_pass("inspect", each(read, chosen, processes=processes), total=len(chosen)))
     if len(found) < len(chosen):
         return None  # numbers of a part would look like those of all
-    damaged = [one.reason for one in found if isinstance(one, Failure)]
+    damaged = [f"{one.key}: {one.reason}" for one in found if isinstance(one, Failure)]
     pairs = zip(chosen, found, strict=True)
     usable = {key: one for key, one in pairs if not isinstance(one, Failure) and len(one[0])}
     coverages = {key: one for key, (one, _) in usable.items()}
     shapes = {r: np.array([of[n] for _, of in usable.values()]) for n, r in enumerate(ratios)}
     if not coverages:
-        raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged")
+        why = f": {damaged[0]}" if damaged else ""
+        raise ValueError(f"no image has a readable segment; {len(damaged)} are damaged{why}")
     without = len(source.listed_empty())
     return Statistics(
         coverages=coverages, shapes=shapes, images=len(images), without=without, damaged=damaged

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 
 from common.files import check_output_file, check_output_folder, path_below, write_text
@@ -13,6 +14,8 @@ from segments.forms import open_folder
 from segments.parallel import Failure, each, in_order, one_pass
 from segments.segment import ordered, segment_from_counts
 from segments.store import PackedImage, PackedStore, Summary, pack_image, write_store
+
+MOST_NAMED = 10  # of missing shards
 
 
 def pack(
@@ -135,8 +138,10 @@ def _refuse_missing_shards(paths: Sequence[Path]) -> None:
     counts = {count for _, count in shards}
     if len(shards) < len(paths) or len(counts) > 1:
         return  # stores of other origin
-    if missing := sorted(set(range(counts.pop())) - {index for index, _ in shards}):
+    there, count = {index for index, _ in shards}, counts.pop()
+    missing = (str(index) for index in range(count) if index not in there)  # there may be billions
+    if first := list(islice(missing, MOST_NAMED)):
         raise ValueError(
-            f"of the {shards[0][1]} shards {', '.join(map(str, missing))} are missing (they count "
-            "from 0); finish them first, or rename the others to merge what there is"
+            f"of the {count} shards {', '.join(first)}{' ...' if next(missing, '') else ''} are missing "
+            "(they count from 0); finish them first, or rename the others to merge what there is"
         )

@@ -13,19 +13,24 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypeVar
 
-from common.files import beside, open_regular
-from common.formats import parsed_text
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # typing's is not enough before Python 3.12
+
+from common.files import beside, check_written_alone, open_regular
+from common.formats import Percent, parsed, parsed_text
 from segments.config import check_made_alike
 from segments.parallel import Failure, one_pass
 from segments.segment import Segment
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 FORMAT_VERSION = "1"
 SECONDS_PER_COMMIT = 2.0  # a kill loses so much work
@@ -65,6 +70,21 @@ NEAREST = f"""{ROWS} AND s.coverage = (
 ALL = f"{ROWS} ORDER BY s.coverage, s.id"
 
 
+class _Meta(TypedDict):
+    format_version: str
+    complete: str
+    source: str
+    settings: str  # as JSON
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Settings(TypedDict):
+    """How the segments were made, as far as is known."""
+
+    generator: NotRequired[str]
+    for_coverage: NotRequired[list[Percent]]
+
+
 class PackedImage(NamedTuple):
     """One image's rows. segments: (coverage in percent, compressed counts), the smallest first."""
 
@@ -72,18 +92,34 @@ class PackedImage(NamedTuple):
     height: int | None  # None if there is no segment
     width: int | None
     segments: Sequence[tuple[float, bytes]]
+    empty: int = 0  # segments that were dropped
 
 
 def pack_image(key: str, segments: Sequence[Segment]) -> PackedImage:
-    """Compress the segments of one image, which are in order."""
-    height, width = (segments[0].height, segments[0].width) if segments else (None, None)
-    rows = [(s.coverage_percent, zlib.compress(s.counts, COMPRESSION_LEVEL)) for s in segments]
-    return PackedImage(key, height, width, rows)
+    """Compress the segments of one image, which are in order; those without a pixel are dropped."""
+    some = [segment for segment in segments if segment.coverage_percent > 0]
+    height, width = (some[0].height, some[0].width) if some else (None, None)
+    rows = [(s.coverage_percent, zlib.compress(s.counts, COMPRESSION_LEVEL)) for s in some]
+    return PackedImage(key, height, width, rows, len(segments) - len(some))
 
 
 def segment_key(relative_path: str) -> str:
     """The name that segments know an image by: its path without suffix."""
     return os.path.splitext(relative_path)[0]  # noqa: PTH122, asked for every sample
+
+
+def by_key(images: Iterable[tuple[str, Item]]) -> dict[str, Item]:
+    """Images by the names of their segments. Raises ValueError if two have the same.
+
+    images: relative path, and what messages call it.
+    """
+    found: dict[str, Item] = {}
+    for path, image in images:
+        other = found.setdefault(segment_key(path), image)
+        if other != image:
+            both = f"{other} and {image}"
+            raise ValueError(f"{both} would have segments of the same name, {segment_key(path)}; rename one")
+    return found
 
 
 class PackedStore:
@@ -105,7 +141,7 @@ class PackedStore:
         try:
             open_regular(path).close()  # SQLite would wait for a pipe
             with closing(self._connect()) as connection:
-                self.meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+                self.meta, self.settings = _read_meta(path, connection)
                 connection.execute("SELECT 1 FROM images, segments LIMIT 0")  # are they there?
                 (length,) = connection.execute(LENGTH).fetchone()
         except (sqlite3.Error, OSError) as error:
@@ -115,11 +151,7 @@ class PackedStore:
         # SQLite misses whole pages at once, but a part of the last one only when it needs it.
         if path.stat().st_size < length:
             raise ValueError(f"{path} is cut short: it was {length} bytes; copy or pack it again")
-        _check_format(path, self.meta)
-        # How the segments were made, as far as is known.
-        settings = str(self.meta.get("settings"))
-        self.settings = parsed_text(settings, dict[str, Any], f"{path}: how it was made is damaged")
-        if self.meta.get("complete") != "1":
+        if self.meta["complete"] != "1":
             raise ValueError(f"{path} was not finished; run the command that writes it again")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,16 +247,18 @@ def write_store(
     RuntimeError if the disk is full.
     """
     part = beside(out)
+    check_written_alone(part)
     with _explained(part), closing(sqlite3.connect(part, 1, isolation_level="EXCLUSIVE")) as store:
         _begin(store, part, source, settings)
         done = {key for (key,) in store.execute("SELECT key FROM images")}
         left = [key for key in keys if key not in done]
         already_there = len(keys) - len(left)
-        added, failed, committed_at = 0, 0, time.monotonic()
+        added, failed, empty, committed_at = 0, 0, 0, time.monotonic()
         for row in one_pass(what, rows(left), total=len(keys), done=already_there):
             _add(store, row)
             added += 1
             failed += isinstance(row, Failure)
+            empty += 0 if isinstance(row, Failure) else row.empty
             # Each commit is flushed to the disk: for every image that would take most of the time.
             if time.monotonic() - committed_at > SECONDS_PER_COMMIT:
                 store.commit()  # survives a kill
@@ -238,6 +272,8 @@ def write_store(
         if complete:
             store.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
         store.commit()
+    if empty:
+        logger.warning("%d segments without a pixel were dropped", empty)
     if complete:
         part.replace(out)
     return summary
@@ -255,10 +291,8 @@ def _begin(store: sqlite3.Connection, part: Path, source: str, settings: Mapping
                  "settings": json.dumps(settings, sort_keys=True)}  # fmt: skip
         store.executemany("INSERT INTO meta VALUES (?, ?)", begun.items())
         store.commit()
-    meta = dict(store.execute("SELECT name, value FROM meta").fetchall())
-    _check_format(part, meta)
-    made = {"source": meta["source"], **json.loads(meta["settings"])}
-    check_made_alike(part, made, {"source": source, **settings})
+    meta, made = _read_meta(part, store)
+    check_made_alike(part, {"source": meta["source"], **made}, {"source": source, **settings})
 
 
 def _add(store: sqlite3.Connection, row: PackedImage | Failure) -> None:
@@ -289,7 +323,12 @@ def _explained(part: Path) -> Iterator[None]:
         raise ValueError(f"{part}: {text}; {advice}") from None
 
 
-def _check_format(path: Path, meta: Mapping[str, str]) -> None:
+def _read_meta(path: Path, store: sqlite3.Connection) -> tuple[dict[str, str], dict[str, Any]]:
+    """What a store says of itself, and how its segments were made. Raises ValueError."""
+    meta = dict(store.execute("SELECT name, value FROM meta").fetchall())
     if (version := meta.get("format_version")) != FORMAT_VERSION:
         advice = "if it is newer than this code, update SegMAE, else pack it again"
         raise ValueError(f"{path} is of format {version}, not {FORMAT_VERSION}; {advice}")
+    damaged = f"{path}: its table meta is damaged"
+    meta = parsed(_Meta, meta, damaged)
+    return meta, parsed_text(meta["settings"], _Settings, f"{damaged}: settings")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import until
+
 ROOT = Path(__file__).resolve().parents[1]
-SHELL_TOOLS = ["bash", "env", "dirname", "basename", "cat", "sed", "cmp", "cp"]
+SHELL_TOOLS = ["bash", "env", "dirname", "basename", "cat", "sed", "cmp", "cp", "readlink"]
 
 
 def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +52,7 @@ def test_too_old_a_python_is_one_clear_line(script: str, path_with_old_python: s
     result = run_script(script, PATH=path_with_old_python, PYTHON="", VENV_DIR=str(tmp_path / "venv"))
     assert result.returncode == 2
     assert result.stderr == (
-        "Error: SegMAE needs Python 3.11, 3.12 or 3.13 on the PATH; python3 here is: 3.8.18.\n"
+        "Error: SegMAE needs Python 3.11 to 3.14 on the PATH; python3 here is: 3.8.18.\n"
     )
     assert not (tmp_path / "venv").exists()
 
@@ -160,35 +163,67 @@ def indexes(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.slow
-def test_torch_comes_from_another_index_and_the_rest_from_the_lock(indexes: str, tmp_path: Path) -> None:
-    tree, served = tmp_path / "tree", tmp_path / "indexes"
-    tree.mkdir()
-    for name in ("environment.sh", "run_benchmark.sh"):
-        shutil.copy(ROOT / name, tree)
-    (tree / "benchmark.py").write_text(
-        "import importlib.metadata as m\n"
-        "print(sorted(f'{d.name} {d.version}' for d in m.distributions() if d.name != 'pip'))\n"
-    )
-    lock = [("torch", "2.14.1"), ("torchvision", "0.29.1"), ("filelock", "3.1"),
-            ("triton", "3.8.0"), ("nvidia-cublas", "13.1"), ("cuda-bindings", "13.5"),
-            ("nvidia-ml-py", "13.6")]  # fmt: skip
-    hashed = [(f"{n}=={v}", put_wheel(served / "locked", n, v)) for n, v in lock]
-    lines = [f"{pin}; python_version >= '3.10' --hash=sha256:{sha}\n" for pin, sha in hashed]
-    (tree / "requirements.txt").write_text("".join(lines))
+TORCH = [("torch", "2.14.1"), ("torchvision", "0.29.1"), ("filelock", "3.1"), ("triton", "3.8.0"),
+         ("nvidia-cublas", "13.1"), ("cuda-bindings", "13.5"), ("nvidia-ml-py", "13.6")]  # fmt: skip
 
-    def call(**torch_index: str) -> subprocess.CompletedProcess[str]:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
-        environment |= {"PYTHON": "", "VENV_DIR": str(tmp_path / "venv"), **torch_index}
-        environment |= {"PIP_INDEX_URL": f"{indexes}/locked", "PIP_CONFIG_FILE": os.devnull}
+
+class Checkout:
+    """What sets an environment up, with a small lock that is served on loopback."""
+
+    def __init__(self, folder: Path, indexes: str) -> None:
+        self.folder, self.indexes, self.venv = folder / "tree", indexes, folder / "venv"
+        self.folder.mkdir()
+        for name in ("environment.sh", "run_benchmark.sh"):
+            shutil.copy(ROOT / name, self.folder)
+        (self.folder / "benchmark.py").write_text(
+            "import importlib.metadata as m\n"
+            "print(sorted(f'{d.name} {d.version}' for d in m.distributions() if d.name != 'pip'))\n"
+        )
+        served = folder / "indexes/locked"
+        self.lock({f"{name}=={version}": put_wheel(served, name, version) for name, version in TORCH})
+
+    def lock(self, hashes: dict[str, str]) -> None:
+        lines = [f"{pin}; python_version >= '3.10' --hash=sha256:{sha}\n" for pin, sha in hashes.items()]
+        (self.folder / "requirements.txt").write_text("".join(lines))
+
+    def start(self, **environment: str) -> subprocess.Popen[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+        clean |= {"PYTHON": "", "VENV_DIR": str(self.venv), "PIP_RETRIES": "0"}
+        clean |= {"PIP_INDEX_URL": f"{self.indexes}/locked", "PIP_CONFIG_FILE": os.devnull}
         # Others that pip may be set up with are not asked for torch.
-        environment |= {"PIP_EXTRA_INDEX_URL": f"{indexes}/locked", "PIP_NO_CACHE_DIR": "1"}
-        return subprocess.run(
-            ["bash", str(tree / "run_benchmark.sh"), "--help"],
-            env=environment, capture_output=True, text=True, timeout=300,
+        clean |= {"PIP_EXTRA_INDEX_URL": f"{self.indexes}/locked", "PIP_NO_CACHE_DIR": "1"}
+        return subprocess.Popen(
+            ["bash", str(self.folder / "run_benchmark.sh"), "--help"], env=clean | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
-    made = call(TORCH_INDEX=f"{indexes}/cu126")
+    def call(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(**environment)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, indexes: str) -> Checkout:
+    return Checkout(tmp_path, indexes)
+
+
+@pytest.fixture(scope="module")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH with a Python that copies an environment instead of making one, which takes seconds."""
+    made, folder = tmp_path_factory.mktemp("made") / "venv", tmp_path_factory.mktemp("bin")
+    subprocess.run([sys.executable, "-m", "venv", str(made)], check=True)
+    python = folder / "python3"
+    copies = f'[ "$1 $2" != "-m venv" ] || {{ cp -rT "{made}" "$3"; exec echo "# $3" >>"$3/pyvenv.cfg"; }}'
+    python.write_text(f'#!/bin/bash\n{copies}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.slow
+def test_torch_comes_from_another_index_and_the_rest_from_the_lock(checkout: Checkout) -> None:
+    indexes = checkout.indexes
+    made = checkout.call(TORCH_INDEX=f"{indexes}/cu126")
     assert made.returncode == 0, made.stderr
     found = made.stdout.splitlines()[-1]
     for part in ("'filelock 3.1'", "'torch 2.14.1+cu126'", "'torchvision 0.29.1+cu126'",
@@ -198,12 +233,151 @@ def test_torch_comes_from_another_index_and_the_rest_from_the_lock(indexes: str,
     for part in ("nvidia-cublas 13", "cuda-bindings"):
         assert part not in found
     for again in ({"TORCH_INDEX": f"{indexes}/cu126"}, {}):  # the same, and as it was made
-        assert call(**again).stdout.splitlines() == [found]
-    wrong = call(TORCH_INDEX=f"{indexes}/nowhere")
+        assert checkout.call(**again).stdout.splitlines() == [found]
+    wrong = checkout.call(TORCH_INDEX=f"{indexes}/nowhere")
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
     assert f"no torch==2.14.1 torchvision==0.29.1 at TORCH_INDEX={indexes}/nowhere" in wrong.stderr
-    locked = call(TORCH_INDEX="")
+    assert checkout.call().stdout.splitlines() == [found]  # what was there works as before
+    locked = checkout.call(TORCH_INDEX="")
     assert locked.returncode == 0, locked.stderr
     assert "'torch 2.14.1'" in locked.stdout.splitlines()[-1]
     assert "'nvidia-cublas 13.1'" in locked.stdout.splitlines()[-1]
+    # It was made beside, and nothing in it leads there.
+    words = ["grep", "-rlI", "segmae-part", checkout.venv / "bin", checkout.venv / "pyvenv.cfg"]
+    assert subprocess.run(words, capture_output=True, check=False).stdout == b""
+    activate = f". {checkout.venv}/bin/activate && command -v python && pip --version"
+    said = subprocess.run(["bash", "-c", activate], capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{checkout.venv}/bin/python\n")
+    assert f"{checkout.venv}/lib" in said
+    assert not list(checkout.venv.parent.glob("venv?*"))
+
+
+def a_working_environment(folder: Path) -> dict[str, bytes]:
+    """What stands for one that an earlier lock made; returns all that it holds."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/python").write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    (folder / "bin/python").chmod(0o755)
+    (folder / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    (folder / "installed-requirements.txt").write_text("torch==2.0 --hash=sha256:0\n")
+    return held(folder)
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def replaced_hash(checkout: Checkout) -> dict[str, str]:
+    checkout.lock({"filelock==3.1": "0" * 64})
+    return {}
+
+
+def no_network(checkout: Checkout) -> dict[str, str]:
+    return {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_EXTRA_INDEX_URL": ""}
+
+
+def without_ensurepip(checkout: Checkout) -> dict[str, str]:
+    """As Debian's Python is without python3-venv."""
+    folder = checkout.folder / "bin"
+    folder.mkdir()
+    python = folder / "python3"
+    python.write_text(f'#!/bin/bash\n[ "$1" != -m ] || exit 1\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def what_torch_needs_is_missing(checkout: Checkout) -> dict[str, str]:
+    shutil.rmtree(checkout.folder.parent / "indexes/cu126/triton")
+    return {"TORCH_INDEX": f"{checkout.indexes}/cu126"}
+
+
+FAILURES = {
+    "a wrong TORCH_INDEX": (lambda c: {"TORCH_INDEX": f"{c.indexes}/nowhere"}, "no torch==2.14.1"),
+    "a TORCH_INDEX without what torch needs": (what_torch_needs_is_missing, "is not all at TORCH_INDEX"),
+    "a changed lock without network": (no_network, "installing requirements.txt failed"),
+    "a package of another hash": (replaced_hash, "installing requirements.txt failed"),
+    "no venv": (without_ensurepip, "apt install python3-venv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_set_up_that_fails_leaves_the_environment_that_is_there(
+    failure: str, checkout: Checkout, quick_python: str
+) -> None:
+    before, (prepare, says) = a_working_environment(checkout.venv), FAILURES[failure]
+    result = checkout.call(**{"PATH": quick_python, **prepare(checkout)})
+    assert result.returncode == 2, result.stderr
+    assert says in result.stderr.splitlines()[-1]
+    assert held(checkout.venv) == before
+    assert not list(checkout.venv.parent.glob("venv?*"))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_set_up_that_is_stopped_leaves_it_too_and_starts_over(
+    stop: int, checkout: Checkout, quick_python: str
+) -> None:
+    before = a_working_environment(checkout.venv)
+    beside = checkout.venv.with_name("venv.segmae-part")
+    process = checkout.start(PATH=quick_python)
+    until((beside / "bin/python").exists)
+    os.killpg(process.pid, stop)
+    process.communicate(timeout=60)
+    assert process.returncode == (75 if stop == signal.SIGINT else -stop)
+    assert held(checkout.venv) == before
+    assert beside.exists() == (stop == signal.SIGKILL)
+    if stop == signal.SIGKILL:
+        again = checkout.call(PATH=quick_python)
+        assert again.returncode == 0, again.stderr
+        assert "'torch 2.14.1'" in again.stdout
+        assert not beside.exists()
+
+
+def test_what_a_kill_between_the_last_steps_left_is_put_back(checkout: Checkout, quick_python: str) -> None:
+    beside = checkout.venv.with_name("venv.segmae-part")
+    a_working_environment(beside)
+    before = a_working_environment(beside / "replaced")
+    assert checkout.call(PATH=quick_python, **no_network(checkout)).returncode == 2
+    names = {name.replace("venv.segmae-part/replaced", "venv"): text for name, text in before.items()}
+    assert held(checkout.venv) == names
+
+
+PLACES = {
+    "a folder of the user's": lambda c: c.folder.parent / "mine",
+    "a link to it": lambda c: c.folder.parent / "link",
+    "the checkout": lambda c: Path(),
+    "the folder above": lambda c: Path(".."),
+    "an environment of the user's": lambda c: c.folder.parent / "own",
+    "a file": lambda c: c.folder / "benchmark.py",
+    "below a file": lambda c: c.folder / "benchmark.py/venv",
+    "a link to itself": lambda c: c.folder.parent / "loop",
+    "a name of 300 letters": lambda c: c.folder / ("x" * 300),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_only_what_was_made_here_is_replaced(place: str, checkout: Checkout) -> None:
+    above = checkout.folder.parent
+    (above / "mine/.git").mkdir(parents=True)
+    (above / "mine/thesis.tex").write_text("years")
+    (above / "link").symlink_to("mine")
+    (above / "loop").symlink_to("loop")
+    a_working_environment(above / "own")
+    (above / "own/installed-requirements.txt").unlink()
+    before = held(above)
+    result = checkout.call(VENV_DIR=str(PLACES[place](checkout)))
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("Error: VENV_DIR")
+    assert held(above) == before
+    assert (above / "mine/.git").is_dir()
+
+
+def test_an_environment_behind_a_link_is_made_anew_there(checkout: Checkout, quick_python: str) -> None:
+    a_working_environment(checkout.venv)
+    link = checkout.venv.with_name("link")
+    link.symlink_to("venv")
+    (checkout.venv / "bin/python").unlink()  # as a newer system leaves it
+    shutil.copy(checkout.folder / "requirements.txt", checkout.venv / "installed-requirements.txt")
+    result = checkout.call(PATH=quick_python, VENV_DIR=str(link))
+    assert result.returncode == 0, result.stderr
+    assert link.is_symlink()
+    assert not (checkout.venv / "replaced").exists()

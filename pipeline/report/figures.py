@@ -27,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation, nonsingular
 from PIL import Image
 
+from common.images import load_image
 from common.step_files import PREDICTIONS, epochs_of
 from pipeline.plan.layout import Layout, RunId, parse_eval_name
 from pipeline.report.scores import method_rank, names_of
@@ -217,9 +218,8 @@ def _pictures(paths: Layout) -> Iterator[tuple[str, RunId, int, Path]]:
 def _data_uri(path: Path) -> str:
     """The image, no wider than the report needs, as text for an src attribute."""
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except OSError:
+        picture = load_image(path).convert("RGB")
+    except ValueError:
         return ""  # a running step may just be writing it
     picture.thumbnail((1000, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
     stream = io.BytesIO()

@@ -10,7 +10,6 @@ variable for the few seeds and a normal one for the many images. Degrees of free
 Satterthwaite hold the truth in 92% of cases only with three seeds.
 """
 
-import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from scipy import optimize, special
+
+from common.files import open_regular
 
 CONFIDENCE, POWER = 0.95, 0.80
 DRAWS = 1000  # of the images; the standard error is then known to 2%
@@ -148,11 +149,12 @@ def _counts(names: tuple[str, ...]) -> np.ndarray:
 def read_areas(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the images and their areas [N, 3, K] in pixels: intersection, prediction, label."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open_regular(path) as file, np.lib.npyio.NpzFile(file) as stored:
             names, areas = stored["images"], stored["areas"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # Damage can make numpy raise anything, a MemoryError for all that the file claims to hold.
+    except Exception as error:
         raise ValueError(f"{path} is damaged: {str(error) or type(error).__name__}") from None
-    fits = areas.ndim == 3 and areas.shape[:2] == (len(names), 3) and areas.size
+    fits = areas.ndim == 3 and names.shape == areas.shape[:1] and areas.shape[1] == 3 and areas.size
     if not fits or areas.dtype.kind not in "iu" or (areas < 0).any():
         raise ValueError(f"{path} is damaged: areas of {areas.dtype} {list(areas.shape)}")
     return tuple(map(str, names)), areas

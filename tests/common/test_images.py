@@ -219,6 +219,26 @@ def test_pipes_sockets_and_devices_are_left_out_with_a_word(tmp_path, caplog):
     assert "null.jpg, pipe.jpg, socket.jpg" in caplog.text
 
 
+def test_what_programs_put_among_the_images_is_left_out_with_a_word(tmp_path, caplog):
+    names = [
+        "a/.ipynb_checkpoints/one-checkpoint.jpg",
+        "@eaDir/one.jpg/THUMB.jpg",
+        "__MACOSX/a/one.jpg",
+        ".git/x.png",
+    ]
+    make_images(tmp_path, "a/one.jpg", *names, "a/._one.jpg")
+    assert find_images(tmp_path) == ["a/one.jpg"]
+    assert "4 folders of programs are left out" in caplog.text
+    assert find_images(tmp_path / "@eaDir") == ["one.jpg/THUMB.jpg"]  # who names one means it
+
+
+def test_images_of_a_kind_that_is_not_read_are_counted_and_named(tmp_path, caplog):
+    make_images(tmp_path, "one.jpg", "two.gif")
+    (tmp_path / "three.PGM").write_bytes(b"P5 1 1 255 x")
+    assert find_images(tmp_path) == ["one.jpg"]
+    assert "2 images are left out, such as three.PGM; those that are read end in .bmp" in caplog.text
+
+
 def test_a_link_to_nothing_is_named_when_it_is_read(tmp_path):
     (tmp_path / "a.jpg").symlink_to("nowhere.jpg")
     assert find_images(tmp_path) == ["a.jpg"]

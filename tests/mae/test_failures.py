@@ -1,5 +1,7 @@
 """Runs that must not go on, and what they leave behind."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from mae.listing import make_listing
 from mae.pretrain import pretrain
 from mae.weights import load_checkpoint
 from tests.mae.conftest import (
+    as_annotation,
     make_config,
     pack_segments,
     read_epochs,
@@ -181,3 +184,17 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(in1k
         first.join()
     with hold(tmp_path / LOCK, tmp_path):
         pass
+
+
+def test_an_epoch_that_hid_nothing_ends_the_run(tmp_path):
+    folder, rng = tmp_path / "in1k", np.random.default_rng(0)
+    for number in range(8):
+        write_image(folder / f"train/image_{number}.jpg", rng)
+        path = folder / f"masks/image_{number}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps([as_annotation(np.ones((48, 60), np.uint8))]))
+    pack_segments(folder / "masks")
+    config = make_config(folder, tmp_path / "out", hide="background")  # of the whole image nothing is left
+    with pytest.raises(RuntimeError, match="epoch 1 hid nothing of any image"):
+        pretrain(config)
+    assert not list((tmp_path / "out").glob("*.pth"))

@@ -113,3 +113,13 @@ def test_two_images_that_would_share_a_key_are_refused(twins):
     draw_box(twins / "train/val/class0/a.png", left=2)
     with pytest.raises(ValueError, match=r"val/class0/a; rename one"):
         make_segments(twins, val_dir=twins / "val")
+
+
+def test_two_images_that_would_share_their_segments_are_refused_where_segments_are_used(twins, tmp_path):
+    make_segments(twins, val_dir=None)
+    draw_box(twins / "train/class0/a.jpg", left=30)
+    with pytest.raises(
+        ValueError, match=r"a\.jpg and class0/a\.png would have segments of the same name, class0/a"
+    ):
+        listing_of(twins, tmp_path / "out")
+    assert len(listing_of(twins, tmp_path / "out", "patches", use_unmasked_images=True)[0].train) == 3

@@ -55,7 +55,7 @@ def test_every_kind_of_offender_is_listed_with_its_reason(dataset, tmp_path, mas
     turned = Image.open(images[2]).transpose(Image.Transpose.ROTATE_90)
     turned.save(images[2], "JPEG")
     content = json.loads(json_of(dataset, images[3]).read_text())
-    content[4]["area"] += 5000
+    content[4]["area"] += 1000
     json_of(dataset, images[3]).write_text(json.dumps(content))
     damaged = json_of(dataset, images[4])
     damaged.write_text(damaged.read_text()[:-30])

@@ -12,6 +12,7 @@ from pycocotools import mask as coco
 
 from common.files import path_below
 from segments.forms import form_of, open_any_form, open_segments, read_empty_list
+from segments.pack import pack
 from segments.segment import (
     Segment,
     decode_at,
@@ -127,7 +128,7 @@ def test_codes_that_do_not_fill_the_image_are_not_decoded_in_part(counts):
 def test_a_wrong_area_is_reported_and_the_pixels_count(json_folder, read_json, caplog):
     path = sorted(json_folder.rglob("*.json"))[0]
     content = read_json(path)
-    content[0]["area"] *= 3
+    content[0]["area"] *= 1.5
     path.write_text(json.dumps(content))
     key = path.relative_to(json_folder).with_suffix("").as_posix()
     open_any_form(json_folder).segments(key)
@@ -138,9 +139,10 @@ def test_a_wrong_area_is_reported_and_the_pixels_count(json_folder, read_json, c
 def test_a_wrong_table_is_reported_and_the_pixels_count(table_folder, sample, caplog):
     table = sorted(table_folder.rglob("table.txt"))[0]
     names = [line.split()[1] for line in table.read_text().splitlines()]
-    table.write_text("".join(f"{15 + i / 1e6:.6f} {name}\n" for i, name in enumerate(names)))
     key = table.parent.relative_to(table_folder).as_posix()
     expected = open_any_form(sample / "masks-amg-rle").segments(key)
+    off = [f"{abs(segment.coverage_percent - 0.5):.6f}" for segment in expected]
+    table.write_text("".join(f"{percent} {name}\n" for percent, name in zip(off, names, strict=True)))
     assert open_any_form(table_folder).segments(key) == expected
     assert str(table.parent) in caplog.text
 
@@ -164,6 +166,93 @@ def test_a_png_that_is_none_and_one_that_is_missing_are_named(table_folder):
     for path in (bad, gone):
         with pytest.raises(ValueError, match=f"{path.parent.name}/{path.name}"):
             source.segments(path.parent.relative_to(table_folder).as_posix())
+
+
+BOX = np.zeros((4, 5), np.uint8)
+BOX[1:3, 1:4] = 1
+COLOURS = np.random.default_rng(0).integers(1, 256, (4, 5, 3), dtype=np.uint8)  # of a cut-out
+
+
+def palette(pixels, *colours):
+    image = Image.fromarray(pixels, "P")
+    image.putpalette([channel for colour in colours for channel in colour])
+    return image
+
+
+PNGS = {
+    "white on black": Image.fromarray(255 * BOX),
+    "1 on 0": Image.fromarray(BOX),
+    "one bit": Image.fromarray(255 * BOX).convert("1"),
+    "16 bits": Image.fromarray(BOX.astype(np.uint16)),
+    "a dark palette": palette(BOX, (0, 0, 0), (0, 0, 3)),
+    "a palette of black on white": palette(BOX, (255, 255, 255), (0, 0, 0)),
+    "a dark colour": Image.fromarray(BOX[..., None] * np.array([0, 0, 3], np.uint8)),
+    "alpha over black": Image.fromarray(BOX[..., None] * np.array([0, 0, 0, 200], np.uint8)),
+    "alpha of a cut-out": Image.fromarray(np.dstack([COLOURS, 255 * BOX])),
+    "alpha over white": Image.fromarray(np.dstack([np.full_like(BOX, 255), 255 * BOX]), "LA"),
+    "white on black, not transparent": Image.fromarray(np.dstack([255 * BOX] * 3 + [0 * BOX + 255])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PNGS)
+def test_what_is_not_0_or_else_not_transparent_is_inside(kind, tmp_path):
+    (tmp_path / "image").mkdir()
+    PNGS[kind].save(tmp_path / "image/0.png")
+    (tmp_path / "image/table.txt").write_text("30.0 0.png\n")
+    (segment,) = open_any_form(tmp_path).segments("image")
+    np.testing.assert_array_equal(segment.decode(), BOX)
+
+
+@pytest.mark.parametrize("area", ["0", "4", "nan", "inf", "-inf", "1" + 400 * "0", "1e400"])
+@pytest.mark.parametrize("form", ["json", "metadata.csv"])
+def test_an_area_that_cannot_be_of_these_pixels_is_damage(form, area, tmp_path):
+    if form == "json":
+        text = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(area, area)
+        rle = '{"size": [4, 5], "counts": [5, 2, 2, 2, 2, 2, 5]}'
+        (tmp_path / "image.json").write_text(f'[{{"segmentation": {rle}, "area": {text}}}]')
+    else:
+        (tmp_path / "image").mkdir()
+        Image.fromarray(BOX).save(tmp_path / "image/0.png")
+        (tmp_path / "image/metadata.csv").write_text(f"id,area\n0,{area}\n")
+    with pytest.raises(ValueError, match="image"):
+        open_any_form(tmp_path).segments("image")
+
+
+def test_segments_without_a_pixel_are_dropped_and_counted(tmp_path, caplog):
+    for name, boxes in (("some", [BOX, 0 * BOX]), ("none", [0 * BOX])):
+        rles = [coco.encode(np.asfortranarray(box)) for box in boxes]
+        entries = [{"segmentation": {**rle, "counts": rle["counts"].decode()}} for rle in rles]
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    pack(tmp_path, None, overwrite=False, allow_damaged=False, processes=1)
+    store = open_segments(tmp_path)
+    assert (store.images(), store.listed_empty()) == ({"some"}, {"none"})
+    assert len(store.segments("some")) == 1
+    assert "2 segments without a pixel were dropped" in caplog.text
+
+
+@pytest.mark.parametrize("target", ["nothing", "image.json"])
+def test_a_link_that_leads_nowhere_is_damage_and_not_an_image_without_segments(tmp_path, target):
+    (tmp_path / "image.json").symlink_to(target)
+    with pytest.raises(ValueError, match=r"image\.json"):
+        open_any_form(tmp_path).segments("image")
+
+
+def test_a_dataset_of_coco_is_not_taken_for_one_image(tmp_path):
+    entry = {"segmentation": {"size": [2, 2], "counts": [1, 3]}, "image_id": 1}
+    (tmp_path / "instances.json").write_text(json.dumps({"images": [{}, {}], "annotations": [entry]}))
+    with pytest.raises(ValueError, match=r"instances\.json: it is of 2 images; give a file for each image"):
+        open_any_form(tmp_path).segments("instances")
+
+
+def test_a_picture_beside_the_masks_is_no_mask(sample, tmp_path):
+    folder = min((sample / "masks-amg-png").glob("*/*"))
+    shutil.copytree(folder, tmp_path / "class/image")
+    expected = open_any_form(tmp_path).segments("class/image")
+    shutil.copy(folder / "0.png", tmp_path / "class/image/overlay.png")
+    assert open_any_form(tmp_path).segments("class/image") == expected
+    shutil.copy(folder / "0.png", tmp_path / "class/image/999.png")
+    with pytest.raises(ValueError, match=r"does not list 999\.png"):
+        open_any_form(tmp_path).segments("class/image")
 
 
 def test_segments_of_different_sizes_in_one_image_are_refused(table_folder):

@@ -194,7 +194,7 @@ def test_a_key_of_a_store_that_leads_out_of_the_folder_is_not_unpacked(packed_ta
 
 def test_a_folder_that_cannot_be_written_to_needs_another_place(json_folder, tmp_path):
     beside(json_folder / "masks.sqlite").mkdir()  # a permission would not stop root
-    with pytest.raises(ValueError, match="name another --out"):
+    with pytest.raises(ValueError, match="name another place"):
         pack(json_folder, None, **WHOLE)
     pack(json_folder, tmp_path / "masks.sqlite", **WHOLE)
 

@@ -56,6 +56,9 @@ BARE = [
     Case("check without masks", "segments check {w}/data", "not a folder"),
     Case("merge what is no store", "segments merge {w}/nano.py --out {w}/o.sqlite",
          "not a packed store"),
+    Case("merge one of many shards", "segments merge {w}/m-0-of-99999999999.sqlite --out {w}/o.sqlite",
+         "of the 99999999999 shards 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 ... are missing"),
+    Case("a recipe of 300 letters", "segmenter train --recipe {w}/" + "x" * 300 + ".yml", "name too long"),
     Case("prepare check of a picture", "segmenter prepare check {w}/photos/photo_0.png",
          "photo_0.png is no text"),
     Case("predictions that are missing", "segmenter evaluate --predictions {w}/photos --dataset "

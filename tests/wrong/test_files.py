@@ -148,6 +148,11 @@ STORES = {
     "another database": lambda w: ((w / STORE).unlink(), sqlite3.connect(w / STORE).execute(
         "CREATE TABLE a (b)").connection.close()),
     "no meta": rebuilt(["DELETE FROM meta"]),
+    **{f"no {name} in meta": rebuilt([f"DELETE FROM meta WHERE name='{name}'"])
+       for name in ("source", "settings", "complete")},
+    **{f"made for {ratios}": rebuilt(
+        [f"""UPDATE meta SET value = '{{"for_coverage": {ratios}}}' WHERE name = 'settings'"""])
+       for ratios in ("5", "[null]", '["x"]', "[1e400]")},
     "settings that are no JSON": rebuilt(["UPDATE meta SET value='{' WHERE name='settings'"]),
     "settings that are a list": rebuilt(["UPDATE meta SET value='[1]' WHERE name='settings'"]),
     "unfinished": rebuilt(["UPDATE meta SET value='0' WHERE name='complete'"]),
@@ -206,6 +211,46 @@ RUN_FILES = {
     "run.yml that is no UTF-8": (damaged("run.yml", b"a: \xff"), REPORT, "run.yml"),
 }  # fmt: skip
 
+
+def areas(write):
+    """write: makes what stands in place of an areas.npz."""
+
+    def prepare(world):
+        run_directory(world)
+        path = min((world / "run").rglob("areas.npz"))
+        path.unlink()
+        write(path)
+
+    return prepare
+
+
+def claiming(shape):
+    """An archive whose first array has a header, and no value."""
+
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive, archive.open("images.npy", "w") as file:
+            header = {"descr": "<U9", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+
+    return write
+
+
+def saved(**arrays):
+    return lambda path: np.savez(path, **arrays)
+
+
+SOUND = np.ones((1, 3, 2), int)
+NO_AREAS = {
+    "empty": areas(Path.touch), "a folder": areas(Path.mkdir), "a pipe": areas(os.mkfifo),
+    "a bare array": areas(lambda path: np.save(path.open("wb"), SOUND)),
+    "10^15 values": areas(claiming((10**15,))), "no values": areas(claiming((3,))),
+    "no names": areas(saved(areas=SOUND)), "one name that is no list": areas(saved(images="a", areas=SOUND)),
+    "other images": areas(saved(images=["a", "b"], areas=SOUND)),
+    "objects": areas(saved(images=np.array([{}]), areas=SOUND)),
+    "below 0": areas(saved(images=["a"], areas=-SOUND)),
+    "halves": areas(saved(images=["a"], areas=SOUND / 2)),
+}  # fmt: skip
+
 CASES = [
     *[Case(f"export {name}", EXPORT, "checkpoint-1.pth|pre", prepare=prepare)
       for name, prepare in NO_CHECKPOINTS.items()],
@@ -217,6 +262,10 @@ CASES = [
       for name, prepare in NO_FINETUNED.items()],
     *[Case(f"unpack a store: {name}", UNPACK, "masks.sqlite|masks", prepare=prepare)
       for name, prepare in STORES.items() if "coverage" not in name],
+    *[Case(f"inspect a store: {name}", INSPECT, "masks.sqlite", prepare=prepare)
+      for name, prepare in STORES.items() if "keys that" not in name and "absolute" not in name],
+    *[Case(f"areas: {name}", REPORT, "areas.npz is damaged", prepare=prepare)
+      for name, prepare in NO_AREAS.items()],
     *[Case(name, command, says, prepare=prepare)
       for name, (prepare, command, says) in RUN_FILES.items()],
 ]  # fmt: skip

@@ -242,6 +242,7 @@ def test_pipes_links_and_devices_in_the_folders_of_images(world, capsys, caplog)
 ASKED_FOR = {
     "--config": lambda w, pipe: [*pretrain_words(w), "--config", pipe],
     "--plugin": lambda w, pipe: [*pretrain_words(w), "--plugin", pipe],
+    "--plugin .py": lambda w, pipe: [*pretrain_words(w), "--plugin", f"{pipe}.py"],
     "--init of mae": lambda w, pipe: [*pretrain_words(w), "--init", pipe],
     "--masks-dir": lambda w, pipe: [*pretrain_words(w), "--masks-dir", pipe],
     "--init": lambda w, pipe: [*train_words(w), "--init", pipe],
@@ -255,14 +256,16 @@ ASKED_FOR = {
 
 
 @pytest.mark.parametrize("command", ASKED_FOR)
-@pytest.mark.parametrize("kind", ["a pipe", "a folder", "nothing"])
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "nothing", "a link to itself"])
 def test_what_is_no_file_is_neither_waited_for_nor_read(command, kind, world, capsys):
     path = world / "there"
-    for name in (path, world / "there.yml"):
+    for name in (path, world / "there.yml", world / "there.py"):
         if kind == "a pipe":
             os.mkfifo(name)
         elif kind == "a folder":
             name.mkdir()
+        elif kind == "a link to itself":
+            name.symlink_to(name.name)
     if kind == "a folder" and command == "predict":
         pytest.skip("a folder of images")
     check(Case(command, list(map(str, ASKED_FOR[command](world, path))), "there"), world, capsys)

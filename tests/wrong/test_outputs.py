@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from common.files import beside
 from tests.wrong.world import (
     Case,
     benchmark_words,
@@ -59,6 +60,8 @@ def spoil(kind, path):
         os.mkfifo(path)
     elif kind == "a user's file":
         path.write_text("my own notes")
+    elif kind == "a link to itself":
+        path.symlink_to(path.name)
     elif kind == "a photograph":
         Image.new("RGB", (3, 3)).save(path, format="PNG")
 
@@ -72,6 +75,7 @@ PLACES = {
     "a pipe": "{w}/there",
     "a user's file": "{w}/there",
     "a photograph": "{w}/there",
+    "a link to itself": "{w}/there",
 }
 
 FILES = [
@@ -86,14 +90,16 @@ FILES = [
     )
     for command, (words, suffix) in TO_FILE.items()
     for kind, place in PLACES.items()
+    if (command, kind) != ("inspect", "a link to itself")  # it adds .png, and then replaces the link
 ]
 FOLDERS = [
-    Case(f"{command}: {kind}", f"{words} {place}")
+    Case(f"{command}: {kind}", f"{words} {place}", prepare=lambda w: spoil("a link to itself", w / "there"))
     for command, words in TO_FOLDER.items()
     for kind, place in (
         ("a file", "{w}/nano.py"),
         ("below a file", "{w}/nano.py/x"),
         ("a long name", "{w}/" + "x" * 260),
+        ("below a link to itself", "{w}/there/x"),
     )
 ]
 CHECKPOINT = "{w}/pre/checkpoint-1.pth"
@@ -177,6 +183,26 @@ def test_a_plan_does_not_replace_what_a_user_keeps_under_its_names(world, capsys
     (world / "new" / name).write_text("my: own\n")
     words = [*benchmark_words(world), "--dry-run"]
     check(Case(name, words, f"{name}.*did not make it"), world, capsys)
+
+
+# What grows over several calls, under the name that it has until it is complete.
+GROWING = {
+    **{name: "out" + TO_FILE[name][1] for name in ("pack", "merge", "generate", "fetch")},
+    "prepare": "out/ADEChallengeData2016.zip",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe"])
+def test_an_unfinished_file_is_not_written_through_a_link(world, capsys, name, kind):
+    part = beside(world / GROWING[name])
+    part.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(part)
+    else:
+        (part.symlink_to if kind == "link" else part.hardlink_to)(world / "nano.py")
+    words, out = (TO_FILE[name][0], GROWING[name]) if name in TO_FILE else (TO_FOLDER[name], "out")
+    check(Case(name, f"{words} {{w}}/{out}", f"{part.name} is in the way"), world, capsys)
 
 
 KEPT = ("pack", "merge", "generate", "fetch")  # finished stores and downloads: their own tests
