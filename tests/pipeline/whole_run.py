@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.plan.sample import write_sample
 from tests import toy
 
-TIMES = ("minutes", "device_hours")
+TIMES = ("minutes", "device_hours", "device_hours_with_segments")
 SIZE = {"train": 12, "val": 4, "segmentation_train": 8, "segmentation_val": 6}
 _CONFIG = f"""
 plugin: {toy.PLUGIN}
