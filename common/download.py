@@ -3,14 +3,16 @@
 import hashlib
 import http.client
 import logging
+import re
 import shutil
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from common.files import beside, check_written_alone, open_regular
+from common.files import beside, check_written_alone, open_regular, shortened
 from common.progress import Counter
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 CHUNK, TIMEOUT_SECONDS = 2**20, 60
 ATTEMPTS_WITHOUT_PROGRESS = 4  # per address
 FIRST_PAUSE_SECONDS = 0.2
+ADDRESS = re.compile(r"https?://[!-~]+")  # in a URL all else is written as %XX
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416
 
 
@@ -26,9 +29,12 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
 
     What has arrived stays in `<path>.segmae-part` and is continued by the next call. digest:
     "md5:..." or "sha256:...", perhaps its first digits only; a file of another digest is thrown
-    away. Raises RuntimeError if no address works, the digest differs, or the disk is too small,
-    ValueError for a link where the file would grow.
+    away. Raises ValueError for what is no address, or a link where the file would grow; RuntimeError
+    if no address works, the digest differs, or the disk is too small.
     """
+    for url in urls:
+        if not _is_address(url):
+            raise ValueError(f"{shortened(url)} is no address; give one that begins with http:// or https://")
     part = beside(path)
     check_written_alone(part)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +52,14 @@ def download(urls: Sequence[str], path: Path, *, digest: str | None) -> None:
             logger.warning("%s", problems[-1])
     kept = f"; {part} is kept, run again to go on from there" if part.exists() else ""
     raise RuntimeError(f"{path.name} could not be downloaded: {'; '.join(problems)}{kept}")
+
+
+def _is_address(url: str) -> bool:
+    try:  # a port that is no number, or brackets around what is no IPv6, is a ValueError
+        parts = urlsplit(url)
+        return bool(ADDRESS.fullmatch(url) and parts.hostname and parts.port != 0)
+    except ValueError:
+        return False
 
 
 def has_digest(path: Path, digest: str) -> bool:
@@ -90,7 +104,7 @@ def _fetch_once(url: str, part: Path, start: int) -> None:
         if start and resumed and not begins.startswith(f"bytes {start}-"):
             raise OSError("the server sent another part than was asked for")
         position = start if resumed else 0
-        to_come = int(response.headers.get("Content-Length", 0))  # a server need not say
+        to_come = response.length or 0  # a server need not say, or says what is no number
         total_bytes, free = position + to_come, shutil.disk_usage(part.parent).free
         if free < to_come * 1.05:  # with something to spare
             has = f"{part.parent} has {free / 1e9:.1f} GB free"

@@ -51,7 +51,7 @@ def read_bytes(path: Path | str) -> bytes:
 def read_text(path: Path) -> str:
     """The same as text. Raises ValueError that names the file, also if it is not UTF-8."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path).decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text: byte {error.start} is not UTF-8") from None
 
@@ -113,8 +113,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """The same with JSON."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    """The same with JSON, which has no word for NaN and infinity: such a value is a ValueError."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def also_save_as(existing: Path, path: Path) -> None:

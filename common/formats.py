@@ -62,6 +62,12 @@ class _PlainLoader(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """As PyYAML does, but without NUL, which no path and no name may hold."""
+        if "\0" in node.value:
+            raise yaml.constructor.ConstructorError(None, None, "a value holds NUL", node.start_mark)
+        return super().construct_scalar(node)
+
 
 _PlainLoader.yaml_implicit_resolvers = {}
 # What is left out of YAML 1.1, such as times, dates and `yes`, stays a word. PyYAML looks a form up

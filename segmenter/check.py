@@ -20,7 +20,9 @@ from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import AUXILIARY_WIDTH, GROUPS, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
-from segmenter.dataset import DatasetDescription, read_description  # noqa: F401  (the plan's)
+from segmenter.dataset import TRAIN, VAL, DatasetDescription, check_split, read_description
+
+MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,19 @@ class ScoringFacts:
     train: int
     val: int
     checkpoint_bytes: int = 0
+
+
+def read_checked(path: Path) -> DatasetDescription:
+    """A dataset some of whose labels were looked at. Raises ValueError."""
+    dataset = read_description(path)
+    check_some_labels(dataset)
+    return dataset
+
+
+def check_some_labels(dataset: DatasetDescription) -> None:
+    """Raise ValueError if there is nothing to train on, or to score by."""
+    check_split(dataset, TRAIN, dataset.train, most=MOST_CHECKED)
+    check_split(dataset, VAL, dataset.val, most=MOST_CHECKED)
 
 
 def check_run(

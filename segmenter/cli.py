@@ -40,7 +40,7 @@ main = partial(run_program, cli, "python -m segmenter")
 @dry_run("check", "time")
 def train(dry_run: str | None, **groups: Any) -> int:
     """Finetune, or continue: the same command goes on where it stopped."""
-    from segmenter.check import check_run, earlier_output, look_inside
+    from segmenter.check import check_run, check_some_labels, earlier_output, look_inside
     from segmenter.dataset import read_description
 
     config = TrainConfig(**groups)
@@ -49,12 +49,15 @@ def train(dry_run: str | None, **groups: Any) -> int:
     look_inside(config)  # loads torch, if there is something to look into
     found = earlier_output(config, dataset) if dry_run != "time" else None  # which begins anew
     # What is finished is finished: the same command again does nothing.
-    if dry_run == "check" or (found is not None and found.name == RESULT):
+    if found is not None and found.name == RESULT:
+        return 0
+    log_to_stderr()
+    check_some_labels(dataset)
+    if dry_run == "check":
         return 0
     from engine.trainer import time_training
     from segmenter.finetune import Finetuning, finetune
 
-    log_to_stderr()
     if not dry_run:
         return 0 if finetune(config, dataset) else EXIT_STOPPED
     time_training(Finetuning(config, dataset))
@@ -66,7 +69,7 @@ def train(dry_run: str | None, **groups: Any) -> int:
 @dry_run("check")
 def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
     """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
-    from segmenter.check import check_run, earlier_output, look_inside
+    from segmenter.check import check_run, check_some_labels, earlier_output, look_inside
     from segmenter.dataset import read_description
 
     # An argument, since there is no probe without something to probe.
@@ -75,11 +78,14 @@ def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
     dataset = read_description(config.run.dataset)
     check_run(config, dataset, processes=world_size())
     look_inside(config)
-    if earlier_output(config, dataset) is not None or dry_run:
+    if earlier_output(config, dataset) is not None:
+        return 0
+    log_to_stderr()
+    check_some_labels(dataset)
+    if dry_run:
         return 0
     from segmenter.probe import probe as run_probes
 
-    log_to_stderr()
     return 0 if run_probes(config, dataset) else EXIT_STOPPED
 
 

@@ -211,6 +211,7 @@ class EvaluateConfig(OptionGroup):
     dataset: Path = option_of(DatasetConfig, "dataset", REQUIRED)
     split: Literal["train", "val"] = option("Which images.", "val")
     save_predictions: Path | None = option("Folder for the label maps.", None)
+    classes_by_number: bool = option("Score classes that the checkpoint calls otherwise.", False)
     predictions: Path | None = option("Score the label maps of this folder instead.", None)
     out: Path | None = option("JSON file for the scores.", None)
 

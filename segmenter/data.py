@@ -62,9 +62,8 @@ class _Pairs:
         """[H, W, 3] uint8 RGB and [H, W] uint8 labels. Raises ValueError for an unusable pair."""
         pair = self.pairs[index]
         image = read_image(pair.image)
-        labels = read_labels(pair, image.shape[:2], self.description.allowed)
-        # uint8 wraps round: 0 becomes 255, which is ignored.
-        return image, labels - 1 if self.description.reduce_zero_label else labels
+        labels = read_labels(pair, image.shape[:2], self.description)
+        return image, self.description.as_classes(labels)
 
 
 class TrainingCrops(_Pairs, Dataset[Crop]):

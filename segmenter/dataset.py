@@ -9,9 +9,10 @@ A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are re
 import contextlib
 import dataclasses
 import io
+import logging
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,9 +22,11 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from common.files import read_text, relative_files
+from common.files import read_text, relative_files, shortened
 from common.formats import check_names, parsed_plain, read_yaml
-from common.images import ORIENTATION, load_image, read_rgb, too_many
+from common.images import IMAGE_SUFFIXES, MOST_UNREADABLE, ORIENTATION, load_image, read_rgb, too_many
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "val"]
 TRAIN: Split = "train"
@@ -33,12 +36,13 @@ IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 # mmsegmentation knows their names; how many there are is asked before torch is loaded.
 NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
 MOST_NAMED = 3
-MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 THINNEST = 64  # an image's longer side, by the other
+LOSSY = ("JPEG", "MPO", "JPEG2000")  # Pillow's names of what may change labels
 
 _Word = Annotated[str, Field(min_length=1)]
 _Byte = Annotated[int, Field(ge=0, le=255)]
 _Paths = dict[Split, Path]
+_Suffixes = Annotated[tuple[_Word, ...], Field(min_length=1)]
 
 
 class Pair(NamedTuple):
@@ -58,8 +62,9 @@ class DatasetDescription:
     images: _Paths  # folder by split, as annotations
     annotations: _Paths
     splits: _Paths = field(default_factory=dict)  # files of names: splits share a folder
-    image_suffix: _Word = ".jpg"
-    annotation_suffix: _Word = ".png"
+    image_suffix: _Suffixes = (".jpg",)
+    annotation_suffix: _Suffixes = (".png",)
+    lossy_annotations: bool = False  # whether they may be JPEGs, which change labels
     # A word: the mmsegmentation dataset that knows them.
     classes: Annotated[tuple[_Word, ...], Field(min_length=2)] | _Word
     palette: tuple[tuple[_Byte, _Byte, _Byte], ...] = ()  # empty: mmsegmentation's, or generated
@@ -74,9 +79,10 @@ class DatasetDescription:
             raise ValueError(f"{len(self.palette)} colours for {len(names)} classes")
         if self.reduce_zero_label and self.ignore_index != IGNORED:
             raise ValueError(f"with reduce_zero_label, ignore_index has to be {IGNORED}")
-        if self.ignore_index < len(names):
+        first = int(self.reduce_zero_label)  # the first class, as annotation files number it
+        if self.ignore_index < first + len(names):
             raise ValueError(
-                f"ignore_index {self.ignore_index} is the class {names[self.ignore_index]!r}; if "
+                f"ignore_index {self.ignore_index} is the class {names[self.ignore_index - first]!r}; if "
                 "label 0 is no class, leave that name out and set reduce_zero_label: true"
             )
 
@@ -108,21 +114,59 @@ class DatasetDescription:
         # An array, since indexing it by labels is the fastest way to judge every pixel. With
         # reduce_zero_label, the file's 0 stands before the classes.
         allowed = np.arange(256) < self.num_classes + self.reduce_zero_label
-        if not self.reduce_zero_label:
-            allowed[self.ignore_index] = True
+        allowed[self.ignore_index] = True
         return allowed
 
+    def as_classes(self, labels: np.ndarray) -> np.ndarray:
+        """Labels as annotation files number them, uint8, to classes; what is ignored keeps its own."""
+        # As mmsegmentation does: uint8 wraps round, so that 0 becomes 255, and 255 stays what it is.
+        return labels - (labels != IGNORED) if self.reduce_zero_label else labels
+
     def pairs(self, split: Split) -> list[Pair]:
-        """Image and annotation of a split, by name. Raises ValueError that says what is missing."""
+        """Image and annotation of a split, by name. Raises ValueError that says what is missing.
+
+        What is left over on either side is named, and refused if it is more than 1% of all.
+        """
         images, annotations = self._folder("images", split), self._folder("annotations", split)
-        names = self._names(images, split)
+        # One listing of each: asking for every file is slow on a file server.
+        image_files = relative_files(images)
+        by_name = _by_name(images, image_files, self.image_suffix)
+        labels = _by_name(annotations, relative_files(annotations), self.annotation_suffix)
+        suffixes, listed = " or ".join(self.image_suffix), self.splits.get(split)
+        names = sorted(by_name) if listed is None else self._listed(listed, split)
+        if absent := [f"{images / name}{suffixes}" for name in names if name not in by_name]:
+            raise ValueError(f"{listed} lists {len(absent)} images that are not there: {_some(absent)}")
         if not names:
-            raise ValueError(f"{self.source}: no *{self.image_suffix} in {images} ({split} images)")
-        complaint = f"{self.source}: {{}} of {len(names)} {split} images have no annotation"
-        _refuse_missing(annotations, names, self.annotation_suffix, complaint)
+            raise ValueError(f"{self.source}: no *{suffixes} in {images} ({split} images)")
         # A name may hold folders: Cityscapes has one for each city.
-        ends = self.image_suffix, self.annotation_suffix
-        return [Pair(n, images / f"{n}{ends[0]}", annotations / f"{n}{ends[1]}") for n in names]
+        pairs = [Pair(n, images / by_name[n], annotations / labels[n]) for n in names if n in labels]
+        unlabelled = [images / by_name[name] for name in names if name not in labels]
+        unpictured, others = list[Path](), list[Path]()
+        if listed is None:  # else what is not listed may belong to another split
+            unpictured = [annotations / file for name, file in labels.items() if name not in by_name]
+            # A suffix such as _leftImg8bit.png chooses; .jpg may only have forgotten .JPG.
+            if all(suffix.startswith(".") for suffix in self.image_suffix):
+                pictures = (file for file in sorted(image_files) if file.lower().endswith(IMAGE_SUFFIXES))
+                others = [images / file for file in pictures if not file.endswith(self.image_suffix)]
+        left_over = {
+            f"of {len(names)} {split} images have no annotation": unlabelled,
+            f"of {len(labels)} {split} annotations have no image *{suffixes}": unpictured,
+            f"images in {images} have another suffix": others,
+        }
+        self._judge(left_over, pairs)
+        return pairs
+
+    def _judge(self, left_over: dict[str, list[Path]], pairs: Sequence[Pair]) -> None:
+        # Images and annotations may share a folder, and then the suffix of one may end the other's.
+        used = {path for pair in pairs for path in (pair.image, pair.annotation)}
+        names = {what: [p.name for p in paths if p not in used] for what, paths in left_over.items()}
+        said = "; ".join(f"{len(some)} {what}: {_some(some)}" for what, some in names.items() if some)
+        count = sum(map(len, names.values()))
+        if count > MOST_UNREADABLE * (len(pairs) + count):
+            remedy = "add what is missing, move the rest away, or give more suffixes, as [.jpg, .JPG]"
+            raise ValueError(f"{self.source}: {said}; {remedy}")
+        if count:
+            logger.warning("%s: left out: %s", self.source, said)
 
     def _folder(self, what: Literal["images", "annotations"], split: Split) -> Path:
         folder = getattr(self, what).get(split)
@@ -131,27 +175,30 @@ class DatasetDescription:
             raise ValueError(f"{self.source}: {missing}")
         return folder
 
-    def _names(self, images: Path, split: Split) -> list[str]:
-        path, suffix = self.splits.get(split), self.image_suffix
-        if path is None:
-            found = relative_files(images)
-            return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
+    def _listed(self, path: Path, split: Split) -> list[str]:
+        """The names that a file lists."""
         if not path.is_file():
             raise ValueError(f"{self.source}: the list of {split} names is missing: {path}")
         names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if len(set(names)) < len(names):  # an image that counts twice
             raise ValueError(f"{path} lists {statistics.mode(names)} twice")
-        _refuse_missing(images, names, suffix, f"{path} lists {{}} images that are not there")
         return names
 
 
-def _refuse_missing(folder: Path, names: Sequence[str], suffix: str, complaint: str) -> None:
-    """Raise ValueError with the complaint, filled with how many files are missing, and some."""
-    present = relative_files(folder)  # one listing: asking for each is slow on a file server
-    missing = [f"{folder / name}{suffix}" for name in names if f"{name}{suffix}" not in present]
-    if missing:
-        some = ", ".join([*missing[:MOST_NAMED], *(["..."] if missing[MOST_NAMED:] else [])])
-        raise ValueError(f"{complaint.format(len(missing))}: {some}")
+def _by_name(folder: Path, files: Iterable[str], suffixes: Sequence[str]) -> dict[str, str]:
+    """Files by their names without a suffix. Raises ValueError if two have the same."""
+    found: dict[str, str] = {}
+    for file in sorted(files):
+        if suffix := next((suffix for suffix in suffixes if file.endswith(suffix)), None):
+            other = found.setdefault(file.removesuffix(suffix), file)
+            if other != file:
+                raise ValueError(f"{folder}: {other} and {file} have the same name; remove one")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, for a message."""
+    return ", ".join([*map(shortened, names[:MOST_NAMED]), *(["..."] if names[MOST_NAMED:] else [])])
 
 
 def is_ade20k(folder: Path) -> bool:
@@ -173,6 +220,9 @@ def read_description(source: Path) -> DatasetDescription:
     given = {name: value for name, value in content.items() if value is not None}
     if isinstance(given.get("classes"), list):  # YAML reads some names as numbers
         given["classes"] = [str(n) if isinstance(n, int | float) else n for n in given["classes"]]
+    for name in ("image_suffix", "annotation_suffix"):  # one, or several
+        if isinstance(given.get(name), str):
+            given[name] = [given[name]]
     values = {"source": str(source), "name": source.stem, **given}
     read = parsed_plain(DatasetDescription, values, str(source))
     paths = {
@@ -196,14 +246,21 @@ def read_classes(description: DatasetDescription) -> Classes:
     if isinstance(names, str):
         with quiet_imports():  # seconds
             import mmseg.datasets
-        known = getattr(mmseg.datasets, names, None)
-        if known is None:
-            raise ValueError(f"{description.source}: mmsegmentation has no dataset {names}")
-        names = known.METAINFO["classes"]
-        palette = palette or known.METAINFO["palette"]
+        known = getattr(getattr(mmseg.datasets, names, None), "METAINFO", {})
+        if not known.get("classes"):  # a base class has none
+            raise ValueError(f"{description.source}: mmsegmentation has no dataset {names} of named classes")
+        names, palette = known["classes"], palette or known.get("palette") or ()
+        dataclasses.replace(description, classes=names, palette=palette)  # which checks them
     if not len(palette):  # the same colours in every run
         palette = np.random.default_rng(42).integers(32, 256, (len(names), 3)).tolist()
     return Classes(tuple(names), np.array(palette, dtype=np.uint8))
+
+
+def other_names(stored: Sequence[str], names: Sequence[str]) -> str:
+    """What a model's stored classes are called, where that is not what the dataset says; or ""."""
+    both = enumerate(zip(stored, names, strict=True))
+    differing = [f"{n} is {had!r}, not {name!r}" for n, (had, name) in both if had != name]
+    return f"{_some(differing)} ({len(differing)} of {len(names)} differ)" if differing else ""
 
 
 @contextlib.contextmanager
@@ -223,39 +280,78 @@ class MisfitError(ValueError):
     """Labels that can be read, but are no labels of this image or dataset: never an accident."""
 
 
+def check_split(
+    description: DatasetDescription, split: Split, pairs: Sequence[Pair], *, most: int | None = None,
+    completely: bool = False,
+) -> None:  # fmt: skip
+    """Raise ValueError unless the labels of a split can be trusted; name classes that never occur.
+
+    most, completely: as `check_labels` has them.
+    """
+    # As annotation files number them.
+    classes = np.arange(description.num_classes) + description.reduce_zero_label
+    held = check_labels(description, pairs, most=most, completely=completely)
+    there = np.flatnonzero(held.any(0))
+    absent, ignored = np.setdiff1d(classes, there), np.setdiff1d(there, classes)
+    about = f"{description.source}: {len(held)} of {len(pairs)} {split} annotations were looked at"
+    if len(absent) == len(classes):
+        values = " and ".join(map(str, ignored)) or "nothing"
+        raise ValueError(f"{about}, and no pixel counts: {values} is all they hold, which is ignored")
+    # A score of one class says nothing where another one may be hidden behind what is ignored.
+    if len(absent) == len(classes) - 1 and (split == TRAIN or len(ignored)):
+        (one,) = np.intersect1d(classes, there)
+        hint = ""
+        if len(ignored):
+            meant = absent[0] if ignored[-1] == description.ignore_index else "reduce_zero_label: false"
+            hint = f"; {ignored[-1]} is ignored: did you mean {meant}?"
+        raise ValueError(f"{about}, and label {one} is the only class in them{hint}")
+    if len(absent):
+        known = description.classes  # a word: their names would take torch
+        names = [str(n) if isinstance(known, str) else known[n - classes[0]] for n in absent]
+        what = f"{len(absent)} of {len(classes)} classes are in none of them: {_some(names)}"
+        logger.warning("%s; %s. Means leave them out unless they are predicted", about, what)
+
+
 def check_labels(
     description: DatasetDescription, pairs: Sequence[Pair], *, most: int | None = None,
     completely: bool = False,
-) -> None:  # fmt: skip
-    """Raise ValueError about the first pair that does not fit, and how many there are.
+) -> np.ndarray:  # fmt: skip
+    """Which labels the annotations hold, [N, 256] bool, of the N that were looked at.
 
     most: so many, evenly spaced, are looked at; those that cannot be read are left to whoever will
-    skip them, unless they are too many. completely: images are decoded, too.
+    skip them, unless they are too many. completely: images are decoded, too. Raises ValueError
+    about the first pair that does not fit, and how many there are.
     """
     looked_at = pairs[:: max(1, len(pairs) // most) if most else 1]
-    judge = partial(_problem_of, allowed=description.allowed, completely=completely)
+    judge = partial(_held_labels, description=description, completely=completely)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
-        found = [error for error in pool.map(judge, looked_at) if error is not None]
-    misfits = [error for error in found if isinstance(error, MisfitError)]
-    is_forgiven = most is not None and not too_many(len(found) - len(misfits), len(looked_at))
-    problems = misfits if is_forgiven else found
+        found = list(pool.map(judge, looked_at))
+    errors = [error for error in found if isinstance(error, ValueError)]
+    misfits = [error for error in errors if isinstance(error, MisfitError)]
+    is_forgiven = most is not None and not too_many(len(errors) - len(misfits), len(looked_at))
+    problems = misfits if is_forgiven else errors
     if problems:
         more = f" ({len(problems)} of {len(looked_at)} pairs are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
+    return np.array([held for held in found if isinstance(held, np.ndarray)], bool).reshape(-1, 256)
 
 
-def _problem_of(pair: Pair, allowed: np.ndarray, completely: bool) -> ValueError | None:
+def _held_labels(pair: Pair, description: DatasetDescription, completely: bool) -> np.ndarray | ValueError:
+    """[256] bool: those that the annotation holds; or what is wrong with the pair."""
     try:
+        file = load_image(pair.image, decode=False)  # a look at the header
+        orientation, size = file.getexif().get(ORIENTATION), file.size[::-1]
+        turned = file.size if orientation in (5, 6, 7, 8) else size  # as `read_rgb` turns it
+        if orientation in range(2, 9) and turned == size:
+            raise MisfitError(
+                f"{pair.image} is turned or mirrored by EXIF (orientation {orientation}), and its "
+                "annotation may not be: save the image as it is to be seen"
+            )
         if completely:
-            size = read_image(pair.image).shape[:2]
-        else:
-            file = load_image(pair.image, decode=False)  # a look at the header
-            turned = file.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # as `read_rgb` turns it
-            size = file.size if turned else file.size[::-1]
-        read_labels(pair, size, allowed)
+            read_image(pair.image)
+        return np.bincount(read_labels(pair, turned, description).ravel(), minlength=256) > 0
     except ValueError as error:
         return error
-    return None
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -268,9 +364,10 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def read_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.ndarray:
+def read_labels(pair: Pair, size: tuple[int, ...], description: DatasetDescription) -> np.ndarray:
     """[H, W] uint8 as the file numbers them. Raises MisfitError if they are another image's."""
-    labels = read_label_file(pair.annotation)
+    labels = read_label_file(pair.annotation, lossy=description.lossy_annotations)
+    allowed = description.allowed
     if labels.shape != size:  # also of an image that EXIF turns and its annotation is not
         raise MisfitError(
             f"{pair.annotation} is {labels.shape[1]} x {labels.shape[0]} pixels, its image "
@@ -285,9 +382,12 @@ def read_labels(pair: Pair, size: tuple[int, ...], allowed: np.ndarray) -> np.nd
     return labels
 
 
-def read_label_file(path: Path) -> np.ndarray:
-    """[H, W] uint8 labels of an annotation or prediction. Raises ValueError."""
+def read_label_file(path: Path, *, lossy: bool) -> np.ndarray:
+    """[H, W] uint8 labels of an annotation or prediction; lossy: even of a JPEG. Raises ValueError."""
     file = load_image(path)
+    if not lossy and (file.format in LOSSY or file.info.get("compression") == "jpeg"):  # a TIFF
+        remedy = "give PNGs, or set lossy_annotations: true"
+        raise MisfitError(f"{path} is a JPEG, whose compression changes labels; {remedy}")
     if file.mode not in ("L", "P", "1", "I", "I;16"):  # P: the numbers, whatever their colours
         raise MisfitError(f"{path} is a {file.mode} image; labels have one channel")
     labels = np.asarray(file)

@@ -28,7 +28,15 @@ from common.progress import Counter
 from engine.devices import make_accelerator
 from segmenter.config import EvaluateConfig, ProtocolChanges, ProtocolConfig, ScoringConfig
 from segmenter.data import TestImage, WholeImages, start_worker
-from segmenter.dataset import Pair, check_labels, read_classes, read_description, read_label_file
+from segmenter.dataset import (
+    Pair,
+    check_labels,
+    check_split,
+    other_names,
+    read_classes,
+    read_description,
+    read_label_file,
+)
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter
@@ -44,11 +52,14 @@ def evaluate_checkpoint(
     description = read_description(evaluation.dataset)
     pairs = description.pairs(evaluation.split)
     accelerator, loaded = make_accelerator(devices), load_segmenter(checkpoint)
-    # By their number: other names for the same classes are no reason to refuse.
-    names, wanted = loaded.classes.names, description.num_classes
-    if len(names) != wanted:
-        raise ValueError(f"the checkpoint has {len(names)} classes, {description.name} has {wanted}")
-    check_labels(description, pairs, most=MOST_CHECKED)
+    names, wanted = loaded.classes.names, read_classes(description).names
+    if len(names) != len(wanted):
+        raise ValueError(f"the checkpoint has {len(names)} classes, {description.name} has {len(wanted)}")
+    differing = other_names(names, wanted)
+    if differing and not evaluation.classes_by_number:
+        remedy = "if they mean the same, --classes-by-number scores them"
+        raise ValueError(f"{checkpoint} has other classes than {description.name}: {differing}; {remedy}")
+    check_split(description, evaluation.split, pairs, most=MOST_CHECKED)
     target, protocol = evaluation.save_predictions, changes.applied_to(loaded.protocol)
     if target is not None:
         check_output_folder(target, "--save-predictions", reads=description.reads)
@@ -108,14 +119,16 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
     areas, stored = Areas(len(pairs), len(names), description.ignore_index), []
     for pair in pairs:
         # .png is what this command saves, whatever the suffix there.
-        paths = [folder / f"{pair.name}{end}" for end in (".png", description.annotation_suffix)]
+        paths = [folder / f"{pair.name}{end}" for end in (".png", *description.annotation_suffix)]
         stored.append(pair._replace(annotation=next(filter(Path.is_file, paths), paths[1])))
-    check_labels(description, [*pairs, *stored])  # all: nothing is skipped here
-    # uint8 wraps round: with reduce_zero_label 0 becomes 255, which is ignored.
-    first = int(description.reduce_zero_label)
+    check_split(description, evaluation.split, pairs)  # all: nothing is skipped here
+    check_labels(description, stored)
     for index, both in enumerate(zip(stored, pairs, strict=True)):
-        predicted, labels = (torch.as_tensor(read_label_file(pair.annotation)) for pair in both)
-        areas.add(index, predicted - first, labels - first)
+        predicted, labels = (
+            read_label_file(pair.annotation, lossy=description.lossy_annotations) for pair in both
+        )
+        classes = (torch.as_tensor(description.as_classes(one)) for one in (predicted, labels))
+        areas.add(index, *classes)
     return _result(areas, names, description.name, None)  # of whose protocol nobody knows
 
 

@@ -41,7 +41,7 @@ from segmenter.config import (
     TrainConfig,
 )
 from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
-from segmenter.dataset import MOST_CHECKED, DatasetDescription, check_labels, read_classes
+from segmenter.dataset import DatasetDescription, other_names, read_classes
 from segmenter.encoder import EncoderShape, read_encoder, start_encoder
 from segmenter.evaluate import evaluate_model
 from segmenter.loading import load_checkpoint
@@ -57,14 +57,7 @@ ADAM_BETA2 = 0.999
 def finetune(config: TrainConfig, dataset: DatasetDescription) -> bool:
     """Run a finetuning, or what is left of it; see `engine.trainer.train`."""
     with Interruption() as interruption:
-        check_some_labels(dataset)
         return train(Finetuning(config, dataset), interruption)
-
-
-def check_some_labels(dataset: DatasetDescription) -> None:
-    """Raise ValueError if labels of either split are none of this dataset."""
-    for pairs in (dataset.train, dataset.val):
-        check_labels(dataset, pairs, most=MOST_CHECKED)
 
 
 class Finetuning(Task):
@@ -93,7 +86,10 @@ class Finetuning(Task):
         path = earlier_output(self.config, self.dataset)
         if path is None or path.name == RESULT:
             return Earlier(path=path, is_complete=path is not None)
-        return Earlier(path=path, checkpoint=load_checkpoint(path))
+        checkpoint = load_checkpoint(path)
+        if differing := other_names(checkpoint["classes"], self.classes.names):
+            raise ValueError(f"{path} is of other classes: {differing}")
+        return Earlier(path=path, checkpoint=checkpoint)
 
     def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built:
         """The model as a checkpoint says, or with the encoder of --init."""

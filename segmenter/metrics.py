@@ -42,8 +42,13 @@ class Areas:
         self.by_image[index] = torch.stack(areas)
 
     def scores(self, names: Sequence[str]) -> dict[str, Any]:
-        """What the areas amount to, by mmsegmentation's formulas, in percent, 0 to 100."""
+        """What the areas amount to, by mmsegmentation's formulas, in percent, 0 to 100.
+
+        Raises RuntimeError if there are none.
+        """
         intersection, predicted, label = self.by_image.sum(0).double()  # each [K]
+        if not label.sum():  # of the few images there are, some could not be read
+            raise RuntimeError("nothing to score: no pixel of the images has a label that counts")
         union = predicted + label - intersection
         metrics = IoUMetric.total_area_to_metrics(intersection, union, predicted, label)
         iou = metrics["IoU"] * 100
@@ -63,6 +68,5 @@ class Areas:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean over the classes that occur; 0 if none does."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 0.0
+    """Mean over the classes that occur."""
+    return float(values[~np.isnan(values)].mean())

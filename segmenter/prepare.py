@@ -8,12 +8,11 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 from common.download import download, has_digest
 from common.files import beside, check_output_file, check_output_folder, path_below
-from segmenter.dataset import TRAIN, VAL, Split, check_labels, is_ade20k, read_description
+from segmenter.dataset import TRAIN, VAL, Pair, Split, check_split, is_ade20k, read_description
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +54,12 @@ def prepare_ade20k(folder: Path, *, own_urls: Sequence[str], digest: str | None)
     return unpacked
 
 
-def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> dict[str, int]:
+def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> dict[Split, int]:
     """Look at every pair of the splits that are there, or expected; returns their numbers."""
     logger.info("checking %s", path)
     description = read_description(path)
-    found, problems = {}, []
+    found: dict[Split, list[Pair]] = {}
+    problems = []
     for split in expected or (TRAIN, VAL):
         folders = (folder.get(split) for folder in (description.images, description.annotations))
         if not expected and not any(folder and folder.is_dir() for folder in folders):
@@ -74,7 +74,8 @@ def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> di
     if problems or not found:
         said = "; ".join(problems) or "neither its train split nor its val split is there"
         raise ValueError(f"{path} is not whole: {said}")
-    check_labels(description, [*chain.from_iterable(found.values())], completely=True)
+    for split, pairs in found.items():
+        check_split(description, split, pairs, completely=True)
     return {split: len(pairs) for split, pairs in found.items()}
 
 

@@ -33,7 +33,7 @@ from segmenter.data import TestImage, WholeImages, scaled_images
 from segmenter.dataset import DatasetDescription, Pair, read_classes, read_image
 from segmenter.decoder import LinearDecoder
 from segmenter.evaluate import each_group, evaluate_model, patch_logits
-from segmenter.finetune import check_some_labels, depends_on, start_model
+from segmenter.finetune import depends_on, start_model
 from segmenter.model import Segmenter
 
 MOST_TOKENS = 200_000  # kept of all images together: 0.8 GB of ViT-L's
@@ -56,7 +56,6 @@ class _StoppedError(Exception):
 
 def probe(config: ProbeConfig, dataset: DatasetDescription) -> bool:
     """Leave areas and, last, result.json. False if stopped by a signal. Raises ValueError."""
-    check_some_labels(dataset)
     with Interruption() as interruption, working_in(config.run) as accelerator:
         found = earlier_output(config, dataset)
         if found is not None:
@@ -408,6 +407,8 @@ def spread(found: TrainingTokens) -> dict[str, float]:
     places, of_each = found.places.unique(return_inverse=True)
     sums = tokens.new_zeros(len(places), tokens.shape[1]).index_add_(0, of_each, tokens)
     total = tokens.square().sum().item()
+    if not total:
+        raise RuntimeError("the encoder gives the same token everywhere: nothing of it can be scored")
     between = (sums.square().sum(1) / of_each.bincount()).sum().item()
     within = (total - between) / max(1, len(tokens) - len(places))
     position = (between - (len(places) - 1) * within) / (total + within)

@@ -146,7 +146,7 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
     """What each part says of its steps, by name: those of a run differ in the epoch only."""
     found, questions = dict[Any, Facts](), dict[Any, Question]()
     # Each dataset is listed once: ImageNet takes minutes on a disk that is far away.
-    known, read_dataset = dict[Any, Any](), functools.cache(segmenter.check.read_description)
+    known, read_dataset = dict[Any, Any](), functools.cache(segmenter.check.read_checked)
     makes_segments = any(step.kind in MAKING for step in waiting)
     for step in waiting:
         if step.config is None or (step.kind, step.run) in found:

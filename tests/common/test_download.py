@@ -73,6 +73,28 @@ def test_a_download_goes_on_where_it_ended(server, tmp_path, part, server_has, r
     assert [path.name for path in tmp_path.iterdir()] == ["out.pth"]
 
 
+@pytest.mark.parametrize("length", ["many", "-5", ""])
+def test_a_server_that_says_no_length_is_read_to_the_end(server, tmp_path, length, monkeypatch):
+    send = Handler.send_header
+    monkeypatch.setattr(
+        Handler,
+        "send_header",
+        lambda self, name, value: send(self, name, length if name == "Content-Length" else value),
+    )
+    download([server.url], tmp_path / "out.pth", digest=DIGEST)
+    assert (tmp_path / "out.pth").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["garbage", "", "http://", "ftp://a/b", "file:///etc/hosts", "http://a b", "http://[x/", "http://a:b/"],
+)
+def test_what_is_no_address_is_refused_before_a_folder_is_made(tmp_path, url):
+    with pytest.raises(ValueError, match="is no address; give one that begins with http"):
+        download([url, "http://127.0.0.1:9/"], tmp_path / "new/out.pth", digest=None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_server_that_stops_fails_and_keeps_the_part(server, tmp_path):
     (tmp_path / "out.pth.segmae-part").write_bytes(CONTENT[:1000])
     server.most_bytes = 0

@@ -38,6 +38,14 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_are_not_finite_are_never_written(tmp_path):
+    write_json(tmp_path / "a.json", {"mean_iou": 1.0})
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_json(tmp_path / "a.json", {"mean_iou": value})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"mean_iou": 1.0}
+
+
 def test_a_second_name_is_a_link_that_later_writes_do_not_touch(tmp_path):
     write_text(tmp_path / "a", "one")
     also_save_as(tmp_path / "a", tmp_path / "b")

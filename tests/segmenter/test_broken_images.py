@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import segmenter.check
 import segmenter.evaluate
-import segmenter.finetune
 from common.formats import read_log
 from tests.segmenter.boxes import train_arguments
 
@@ -17,7 +17,7 @@ from tests.segmenter.boxes import train_arguments
 @pytest.fixture
 def break_images(own_dataset, monkeypatch):
     """Breaks images that no check has looked at, as in a dataset of more than MOST_CHECKED."""
-    monkeypatch.setattr(segmenter.finetune, "MOST_CHECKED", 1)
+    monkeypatch.setattr(segmenter.check, "MOST_CHECKED", 1)
     monkeypatch.setattr(segmenter.evaluate, "MOST_CHECKED", 1)
 
     def write(*names):

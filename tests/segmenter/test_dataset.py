@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -9,6 +10,8 @@ from PIL import Image
 from segmenter.dataset import (
     DESCRIPTIONS,
     check_labels,
+    check_split,
+    quiet_imports,
     read_classes,
     read_description,
 )
@@ -111,9 +114,70 @@ def test_cityscapes_suffixes_and_city_folders_make_pairs(tmp_path):
     assert pair.name == "aachen/aachen_000001"
 
 
+def test_several_suffixes_make_pairs_of_one_split(tmp_path):
+    path = write_dataset(tmp_path, train=4, val=0, image_suffix=[".jpg", ".JPG"])
+    first, second = (tmp_path / f"images/training/00{number}.jpg" for number in (0, 1))
+    first.rename(first.with_suffix(".JPG"))
+    pairs = read_description(path).pairs("train")
+    assert [pair.image.name for pair in pairs] == ["000.JPG", "001.jpg", "002.jpg", "003.jpg"]
+    second.rename(second.with_name("000.jpg"))
+    with pytest.raises(ValueError, match=r"000\.JPG and 000\.jpg have the same name"):
+        read_description(path).pairs("train")
+
+
+def test_images_and_annotations_may_share_a_folder(tmp_path):
+    path = write_dataset(tmp_path, train=2, val=0)
+    for image in (tmp_path / "images/training").iterdir():
+        (tmp_path / f"annotations/training/{image.stem}.png").rename(image.with_name(f"{image.stem}_L.png"))
+        Image.open(image).save(image.with_suffix(".png"))
+        image.unlink()
+    folder = {"train": "images/training"}
+    change(path, annotations=folder, image_suffix=".png", annotation_suffix="_L.png")
+    assert [pair.name for pair in read_description(path).pairs("train")] == ["000", "001"]
+
+
+def test_one_percent_of_the_files_may_be_left_over_and_is_named(tmp_path, caplog):
+    path = write_dataset(tmp_path, train=101, val=0)
+    (tmp_path / "images/training/050.jpg").unlink()
+    assert len(read_description(path).pairs("train")) == 100
+    assert "left out: 1 of 101 train annotations have no image *.jpg: 050.png" in caplog.text
+
+
+def test_classes_that_never_occur_are_named_with_how_many_pairs_were_looked_at(own_dataset, caplog):
+    change(own_dataset, classes=["ground", "box", "sky", "sea"], ignore_index=255)
+    description = read_description(own_dataset)
+    check_split(description, "train", description.train, most=2)
+    assert "3 of 7 train annotations were looked at; 1 of 4" not in caplog.text  # the ignored 3 is sea
+    change(own_dataset, classes=["ground", "box", "sky", "-", "sea"])
+    description = read_description(own_dataset)
+    check_split(description, "train", description.train, most=2)
+    assert "3 of 7 train annotations were looked at; 1 of 5 classes are in none of them: sea." in caplog.text
+
+
+def test_with_reduce_zero_label_0_and_255_are_both_ignored_as_mmsegmentation_has_it(own_dataset):
+    change(own_dataset, classes=["box", "sky"], reduce_zero_label=True, ignore_index=255)
+    description = read_description(own_dataset)
+    labels = np.array([0, 1, 2, 255], np.uint8)
+    with quiet_imports():
+        from mmseg.datasets.transforms import LoadAnnotations
+    peer, path = LoadAnnotations(imdecode_backend="pillow"), own_dataset.with_name("labels.png")
+    Image.fromarray(labels[None]).save(path)
+    loaded = peer({"seg_map_path": str(path), "reduce_zero_label": True, "seg_fields": []})
+    assert description.as_classes(labels).tolist() == loaded["gt_seg_map"].tolist() == [255, 0, 1, 255]
+    assert np.flatnonzero(description.allowed).tolist() == [0, 1, 2, 255]
+
+
+def test_lossy_annotations_are_taken_when_told(own_dataset):
+    for path in (own_dataset.parent / "annotations/training").iterdir():
+        Image.new("L", Image.open(path).size, 1).save(path, "JPEG")
+    change(own_dataset, lossy_annotations=True)
+    description = read_description(own_dataset)
+    assert check_labels(description, description.train)[:, 1].all()
+
+
 def test_split_lists_choose_from_a_shared_folder(tmp_path):
     path = write_dataset(tmp_path, train=4, val=0, splits={"train": "train.txt"})
-    (tmp_path / "train.txt").write_text("003\n001\n")
+    (tmp_path / "train.txt").write_text("\ufeff003\n001\n")  # as Windows' editors begin a file
     assert [pair.name for pair in read_description(path).pairs("train")] == ["003", "001"]
     (tmp_path / "train.txt").write_text("003\n009\n")
     with pytest.raises(ValueError, match=r"lists 1 images that are not there: .*009\.jpg"):

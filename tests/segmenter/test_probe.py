@@ -486,7 +486,7 @@ def test_a_signal_ends_it_and_leaves_nothing_half_written(dataset, probed, tmp_p
 def test_one_unreadable_training_image_is_skipped_and_two_are_too_many(
     own_dataset, tmp_path, command, caplog, monkeypatch
 ):
-    monkeypatch.setattr(segmenter.finetune, "MOST_CHECKED", 1)
+    monkeypatch.setattr(segmenter.check, "MOST_CHECKED", 1)
     for number, code in ((4, 0), (5, 1)):
         image = own_dataset.parent / f"images/training/{number:03d}.jpg"
         image.write_bytes(b"no image")

@@ -429,8 +429,10 @@ DATASETS = {
     {"reduce_zero_label": "yes"}, "a label of text": {"ignore_index": "none"}, "a label of 300":
     {"ignore_index": 300}, "a label of a class": {"ignore_index": 0}, "a label of true":
     {"ignore_index": True}, "a strange key": {"imagse": {}}, "a suffix of a list":
-    {"image_suffix": [".jpg"]}, "an empty suffix": {"image_suffix": ""}, "no such suffix":
-    {"image_suffix": ".tif"}, "a list of names that is missing": {"splits": {"train": "no.txt"}},
+    {"image_suffix": [[".jpg"]]}, "an empty suffix": {"image_suffix": ""}, "no such suffix":
+    {"image_suffix": ".tif"}, "no suffix": {"annotation_suffix": []}, "a base class": {"classes":
+    "BaseSegDataset"}, "what is no dataset": {"classes": "LoadAnnotations"}, "NUL": {"name": "a\0b"},
+    "a list of names that is missing": {"splits": {"train": "no.txt"}},
     "a name of a list": {"name": ["a"]}, "classes that repeat": {"classes": ["a", "a", "b"]},
     "nested classes": {"classes": [["a"], ["b"]]},
     "a palette of numbers": {"palette": 7}, "fractions of colours": {"palette": [[0.5, 1, 2]] * 3},

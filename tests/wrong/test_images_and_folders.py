@@ -1,16 +1,18 @@
 """Pictures of every kind and folders of every shape, as the commands meet them."""
 
 import io
+import json
 import os
 import shutil
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from common.formats import read_log
-from common.images import MOST_PIXELS_VARIABLE
-from tests.wrong.world import Case, call, check, pretrain_words, train_words
+from common.images import MOST_PIXELS_VARIABLE, ORIENTATION
+from tests.wrong.world import Case, benchmark_words, call, check, pretrain_words, probe_words, train_words
 
 
 def png(mode="RGB", size=(60, 48), **options):
@@ -75,6 +77,120 @@ def test_a_broken_annotation_is_named_or_skipped(name, world, capsys):
     check(Case(name, prepare, "004.png cannot be read as an image"), world, capsys)
     assert run([*train_words(world, "tuned"), "--epochs", "1"], world, capsys)[0] == 0
     assert read_log(world / "tuned/log.txt")[0]["unreadable_images"] == 1
+
+
+def each(folder, change):
+    """Change every file of a folder; a change that returns an array is of labels."""
+
+    def prepare(world):
+        for path in sorted((world / "data" / folder).iterdir()):
+            labels = change(path)
+            if labels is not None:
+                Image.fromarray(labels).save(path)
+
+    return prepare
+
+
+def relabelled(folder, change, **described):
+    """Other labels, and what the dataset says of them."""
+
+    def prepare(world):
+        each(f"annotations/{folder}", lambda path: change(np.array(Image.open(path))))(world)
+        path = world / "data/dataset.yml"
+        path.write_text(json.dumps({**yaml.safe_load(path.read_text()), **described}))  # is YAML, too
+
+    return prepare
+
+
+def turned(orientation):
+    def save(path):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        Image.open(path).save(path, exif=exif)
+
+    return each("images/training", save)
+
+
+def as_jpeg(path):
+    Image.open(path).save(path, "JPEG", quality=95)
+
+
+SUFFIXES = (".jpg", ".JPG", ".png", ".jpeg")
+UNTRUSTED = {
+    "0 and 255": (
+        relabelled("training", lambda n: np.uint8(255) * (n == 1), classes=["bg", "a"], ignore_index=255),
+        r"7 of 7 train .* looked at, and label 0 is the only class .*; 255 is ignored: did you mean 1\?",
+    ),
+    "one class": (relabelled("training", lambda n: n * 0), "label 0 is the only class in them$"),
+    "a zero that is ignored": (
+        relabelled("training", lambda n: n % 2, ignore_index=255, reduce_zero_label=True),
+        "label 1 is the only class in them; 0 is ignored: did you mean reduce_zero_label: false",
+    ),
+    "one class and no other": (relabelled("validation", lambda n: n // 3 * 3), "val.* 3 is ignored: did"),
+    "nothing to train on": (relabelled("training", lambda n: n * 0 + 3), "train.*no pixel counts: 3 is all"),
+    "nothing to score": (relabelled("validation", lambda n: n * 0 + 3), "val.*no pixel counts: 3 is all"),
+    "four suffixes": (
+        each("images/training", lambda p: p.rename(p.with_suffix(SUFFIXES[int(p.stem) % 4])) and None),
+        ("5 of 7 train annotations have no image", "5 images in .* have another suffix: 001.JPG, 002.png"),
+    ),
+    "no annotation": (lambda w: (w / LABELS).unlink(), "1 of 7 train images have no annotation: 004.jpg"),
+    "no image": (lambda w: (w / DATA_IMAGE).unlink(), "1 of 7 train annotations have no image .*: 004.png"),
+    "labels as JPEG": (each("annotations/training", as_jpeg), "000.png is a JPEG, .* lossy_annotations"),
+    **{f"orientation {n}": (turned(n), "orientation" if n < 5 else "pixels|orientation") for n in (2, 3, 6)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["prepare check", "train", "probe", "a plan"])
+@pytest.mark.parametrize("name", UNTRUSTED)
+def test_pairs_of_which_no_number_could_be_trusted_are_refused_first(name, command, world, capsys):
+    prepare, says = UNTRUSTED[name]
+    words = {
+        "prepare check": ["segmenter", "prepare", "check", f"{world}/data/dataset.yml"],
+        "train": train_words(world),
+        "probe": probe_words(world),
+        "a plan": [*benchmark_words(world), "--dry-run"],
+    }[command]
+    check(Case(name, words, says, prepare=prepare), world, capsys)
+
+
+EVALUATE = "segmenter evaluate {w}/fine/best.pth --plugin {w}/nano.py --device cpu --workers 0"
+EVALUATED = {
+    "nothing to score": (*UNTRUSTED["nothing to score"], EVALUATE),
+    "nothing to score itself by": (
+        *UNTRUSTED["nothing to score"], "segmenter evaluate --predictions {w}/data/annotations/validation",
+    ),
+    "swapped names": (
+        relabelled("validation", lambda n: n, classes=["box", "ground", "sky"]),
+        r"0 is 'ground', not 'box', 1 .* \(2 of 3 differ\); .* --classes-by-number", EVALUATE,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_an_evaluation_that_would_say_something_else_is_refused(name, world, capsys):
+    prepare, says, command = EVALUATED[name]
+    command += " --dataset {w}/data/dataset.yml --out {w}/scores.json"
+    check(Case(name, command, says, prepare=prepare), world, capsys)
+    if "classes-by-number" in says:
+        check(Case(name, f"{command} --classes-by-number", code=0), world, capsys)
+
+
+def test_a_finetuning_does_not_go_on_with_other_names(world, capsys):
+    (world / "fine/result.json").unlink()
+    prepare, says, _ = EVALUATED["swapped names"]
+    says = f"checkpoint.pth is of other classes: {says.partition(';')[0]}"
+    check(Case("names", train_words(world, "fine"), says, prepare=prepare), world, capsys)
+
+
+def test_an_image_that_nobody_can_score_ends_the_run_and_leaves_no_numbers(world, capsys):
+    for path in sorted((world / "data/images/validation").iterdir())[1:]:
+        path.unlink()
+        (world / f"data/annotations/validation/{path.stem}.png").unlink()
+    (world / "data/images/validation/100.jpg").write_bytes(JPEG[: len(JPEG) // 2] + b"\xff\xd9")
+    Image.new("L", (48, 48)).save(world / "data/annotations/validation/100.png")
+    code, _, err = run(train_words(world), world, capsys)
+    assert (code, "no pixel of the images has a label" in err) == (1, True), err
+    assert not (world / "new/result.json").exists()
 
 
 @pytest.mark.parametrize("name", BROKEN)
