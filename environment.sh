@@ -37,7 +37,7 @@ is_ours() {
 refuse_others() {  # at $1, where nothing may be, or an empty folder, or what was made here
     if [ -e "$1" ] || [ -L "$1" ]; then
         is_ours "$1" || rmdir -- "$1" 2>/dev/null ||
-            fail "VENV_DIR: $1 is no environment that was made here, and is left alone; name another folder, or remove it."
+            fail "VENV_DIR: $1 is no environment that was made here, and is left alone; name another folder."
     fi
 }
 
