@@ -70,7 +70,9 @@ def methods(plugin: PluginConfig) -> None:
         segments = "all" if method.all_segments else "one" if method.uses_segments else "-"
         tokens, channels = "some" if method.removes_tokens else "all", method.extra_channels
         options = " ".join(f"--{option.replace('_', '-')}" for option in method.settings)
-        rows.append((name, segments, tokens, str(IMAGE_CHANNELS + channels), options))
+        first, *more = textwrap.wrap(options, 50, break_on_hyphens=False) or [""]
+        rows.append((name, segments, tokens, str(IMAGE_CHANNELS + channels), first))
+        rows += [("", "", "", "", line) for line in more]
     say(aligned(rows))
     say("\nsegments: of an image that a pattern is drawn from; tokens, channels: the encoder's")
     for name, method in METHODS.items():

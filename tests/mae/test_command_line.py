@@ -180,12 +180,14 @@ def test_methods_are_shown_to_people_with_those_of_a_plugin(tmp_path):
     done = run("methods", "--plugin", plugin)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:7]] == [
+    named = [line for line in lines[: lines.index("")] if not line.startswith(" ")]
+    assert [line.split()[0] for line in named] == [
         "method", "patches", "segments", "four_channels", "preencoder", "segment_patches",
         "stripes",
     ]  # fmt: skip
-    assert lines[3].split()[1:] == ["one", "all", "4", "--coverage-ratio", "--hide",
-                                    "--segments-from"]  # fmt: skip
+    row = named[3].split()
+    assert row[1:] == ["one", "all", "4", "--coverage-ratio", "--hide", "--segments-from"]
+    assert lines[lines.index(named[3]) + 1].split() == ["--segment-variety", "--segment-choice"]
     assert lines[-1] == "stripes: Every other column."
     assert max(map(len, lines)) <= 100
 

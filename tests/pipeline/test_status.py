@@ -283,8 +283,9 @@ def test_smaller_device_batches_are_no_other_settings(settings: Make) -> None:
 
 
 def test_a_run_that_is_there_is_gone_on_with_when_seeds_or_ratios_are_added(settings: Make) -> None:
-    paths = all_made(settings("--pretrain-epochs 1 --eval-epochs 0,1"))
-    more = settings("--pretrain-epochs 1 --eval-epochs 0,1 --seed 0,1 --coverage-ratio 15,30")
+    call = "--pretrain-epochs 1 --eval-epochs 0,1 --baselines scratch"
+    paths = all_made(settings(call))
+    more = settings(f"{call} --seed 0,1 --coverage-ratio 15,30")
     assert differences(make_plan(more), paths) == []
     runs = {step.run for step in make_plan(more)}
     assert runs == {
@@ -295,7 +296,7 @@ def test_a_run_that_is_there_is_gone_on_with_when_seeds_or_ratios_are_added(sett
 
 def test_what_an_earlier_version_recorded_of_it_counts(settings: Make) -> None:
     """It wrote what was given, as text; the rest is the recipe's and the options'."""
-    call = "--pretrain-epochs 1 --eval-epochs 0,1 --recipe fast --finetune lr="
+    call = "--pretrain-epochs 1 --eval-epochs 1 --baselines scratch --recipe fast --finetune lr="
     chosen, later = settings(f"{call}0.1"), settings(f"{call}0.2")
     paths = Layout(chosen.data.output_dir)
     known = {"mask_method", "coverage_ratio", "seed", "model", "in1k_dir", "epochs", "lr", "init"}
