@@ -195,6 +195,8 @@ class Checkout:
         return subprocess.Popen(
             ["bash", str(self.folder / "run_benchmark.sh"), "--help"], env=clean | environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            # Of what a shell runs in the background, as CI may, a script cannot trap it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def call(self, **environment: str) -> subprocess.CompletedProcess[str]:

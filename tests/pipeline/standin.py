@@ -65,8 +65,9 @@ def work(folder: Path, behaviour: str) -> int:
         state = "stopped" if stop_asked else "running"
         progress = {"state": state, "epoch": epoch + 1, "epochs_total": epochs}
         # As the parts write it: whoever reads it finds the one before or this one, whole.
-        (folder / "progress.part").write_text(json.dumps(progress))
-        (folder / "progress.part").rename(folder / "progress.json")
+        part = folder / f"progress.{os.getpid()}"  # each of several processes has its own
+        part.write_text(json.dumps(progress))
+        part.rename(folder / "progress.json")
         if stop_asked and epoch + 1 < epochs:
             return 75
     if behaviour != "leaves-nothing":
