@@ -136,7 +136,7 @@ def draw_images(path: Path) -> np.ndarray:
 
 def images_of(path: Path) -> int:
     """Tells the images of an areas.npz from others: equal where the draws are."""
-    return zlib.crc32("\n".join(read_areas(path)[0]).encode())
+    return zlib.crc32("\n".join(map(str, *_stored(path, "images"))).encode())
 
 
 @lru_cache(maxsize=2)
@@ -148,13 +148,18 @@ def _counts(names: tuple[str, ...]) -> np.ndarray:
 
 def read_areas(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the images and their areas [N, 3, K] in pixels: intersection, prediction, label."""
-    try:
-        with open_regular(path) as file, np.lib.npyio.NpzFile(file) as stored:
-            names, areas = stored["images"], stored["areas"]
-    # Damage can make numpy raise anything, a MemoryError for all that the file claims to hold.
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {str(error) or type(error).__name__}") from None
+    names, areas = _stored(path, "images", "areas")
     fits = areas.ndim == 3 and names.shape == areas.shape[:1] and areas.shape[1] == 3 and areas.size
     if not fits or areas.dtype.kind not in "iu" or (areas < 0).any():
         raise ValueError(f"{path} is damaged: areas of {areas.dtype} {list(areas.shape)}")
     return tuple(map(str, names)), areas
+
+
+def _stored(path: Path, *names: str) -> list[np.ndarray]:
+    """Some arrays of a file, which reads no others. Raises ValueError that names it if it is damaged."""
+    try:
+        with open_regular(path) as file, np.lib.npyio.NpzFile(file) as stored:
+            return [stored[name] for name in names]
+    # Damage can make numpy raise anything, a MemoryError for all that the file claims to hold.
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {str(error) or type(error).__name__}") from None
