@@ -13,7 +13,7 @@ from typing import Any
 
 from common.files import check_output_folder
 from common.formats import ProbeResult, Result, plain, read_json
-from common.images import find_images
+from common.images import open_images
 from common.options import check_same, older_values
 from common.step_files import CHECKPOINT, RESULT
 from engine.logbook import check_trackers, unusual
@@ -58,7 +58,7 @@ def check_run(
         plan_batches(config, dataset, processes)
         checkpoint_bytes = _checkpoint_bytes(config, dataset.num_classes)
     elif config.run.image_folder is not None:
-        find_images(config.run.image_folder)
+        open_images(config.run.image_folder, config.run.index_dir)
         reads.append(config.run.image_folder)
     check_output_folder(config.run.output_dir, reads=reads)
     if config.init != RANDOM and not config.init.is_file():

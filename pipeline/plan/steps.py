@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from common import step_files as files
 from common.formats import check_names, read_json
+from common.images import has_classes
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS
@@ -221,6 +222,7 @@ class _Planner:
         planned = {
             **self.shared,
             "in1k_dir": settings.data.in1k_dir,
+            "index_dir": self.paths.bookkeeping,
             "masks_dir": settings.data.masks_dir,
             "mask_method": run.method,
             **{name: value for name, value in of_segments.items() if name in known},
@@ -261,8 +263,8 @@ class _Planner:
             told, below = {**planned, "seed": run.seed, "output_dir": folder}, {**given}
             # Of whole images, too, where val/ has a folder for each class.
             val = (data.in1k_dir or Path()) / "val"
-            if data.in1k_dir and val.is_dir() and sum(e.is_dir() for e in os.scandir(val)) > 1:
-                below["image_folder"] = val
+            if data.in1k_dir and has_classes(val, self.paths.bookkeeping):
+                below |= {"image_folder": val, "index_dir": self.paths.bookkeeping}
             groups = _groups(PROBE_GROUPS, "--probe", told, parts.probe, below)
             what = f"probe the frozen encoder, seed {run.seed}"
             probe = ProbeConfig(init=init, **groups)
