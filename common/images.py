@@ -187,9 +187,8 @@ def load_image(
     """
     from PIL import Image
 
-    name, content = "", source
-    if not isinstance(content, bytes | bytearray):
-        name, content = f"{source} cannot be read as an image: ", read_content(content)
+    name = "" if isinstance(source, bytes | bytearray) else f"{source} cannot be read as an image: "
+    content = source if isinstance(source, bytes | bytearray) else read_content(source)
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     refuse_huge(0, 0)  # a wrong limit is no damage of the image
     try:

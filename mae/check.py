@@ -31,8 +31,13 @@ class PretrainFacts:
     plan: BatchPlan
     # (epoch, rate, what is there) at the epochs that matter, ascending.
     learning_rates: tuple[tuple[float, float, str], ...]
-    checkpoint_bytes: int  # about the size of one
+    checkpoint_bytes: int  # about the size of one with the optimizer
     some_images: tuple[ImagePath, ...]  # training images, evenly spread
+
+    @property
+    def model_bytes(self) -> int:
+        """About the size of one without: AdamW keeps two numbers of each weight."""
+        return self.checkpoint_bytes // 3
 
 
 def check_pretraining(

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 import engine.checkpoint
 from common.files import check_output_file, is_marked, mark, replacing
 from common.formats import Count
-from engine.checkpoint import Checkpoint, load_weights, refuse_damaged, refuse_misfits
+from engine.checkpoint import Checkpoint, check_resumable, load_weights, refuse_damaged, refuse_misfits
 from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
 from engine.weights import PROJECTION, describe_vit, fold_channels, resample_positions
 from mae.config import ModelConfig, PretrainConfig, parse_group
@@ -71,6 +71,8 @@ def open_own_checkpoint(
             f"the training images are not those of the checkpoint ({trained['count']} then, "
             f"{len(listing.train)} now, or other names); use another --output-dir"
         )
+    if checkpoint["epochs_completed"] < config.epochs_this_round:
+        check_resumable(checkpoint, path)
     return checkpoint
 
 

@@ -89,6 +89,11 @@ class Step:
         return self.processes if self.device == "cuda" else 1
 
     @property
+    def places(self) -> int:
+        """How many steps like it run beside each other: as many as there are GPUs for."""
+        return max(1, len(self.gpus or ()) // self.processes)
+
+    @property
     def lane(self) -> str:
         """Without GPUs, steps of different lanes may run beside each other."""
         return "evaluate" if self.kind == "probe" else self.kind  # both need a checkpoint
@@ -150,7 +155,22 @@ def make_plan(settings: Settings) -> list[Step]:
             steps += plan.score(run, epochs, needs=previous)
     if settings.cluster.launcher == "local" and settings.compute.scores_last:
         steps.sort(key=lambda step: {"probe": 1, "evaluate": 2}.get(step.kind, 0))
+        if settings.parts.keep == "finetuned":
+            steps = list(_probed_early(steps))
     return steps
+
+
+def _probed_early(steps: Sequence[Step]) -> Iterator[Step]:
+    """Probes as soon as there are enough to fill the GPUs: until then their checkpoints take room."""
+    probes, made = [step for step in steps if step.kind == "probe"], set[str]()
+    for step in [step for step in steps if step.kind != "probe"]:
+        ready = [probe for probe in probes if made.issuperset(probe.needs)]
+        if ready and (step.kind == "evaluate" or len(ready) >= ready[0].places):
+            yield from ready
+            probes = [probe for probe in probes if probe not in ready]
+        yield step
+        made.add(step.name)
+    yield from probes
 
 
 def _runs(settings: Settings) -> Iterator[RunId]:
