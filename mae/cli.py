@@ -4,7 +4,7 @@ import textwrap
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import click
 
@@ -104,7 +104,18 @@ def reconstruct(checkpoint: Path, images: tuple[Path, ...], options: _Reconstruc
 
 @dataclass(frozen=True, kw_only=True)
 class _ExportOptions(PluginConfig):
-    out: Path = option("A .safetensors or .pth file.")
+    out: Path = option("A .safetensors or .pth file; with --to, a folder.")
+    to: Literal["timm", "transformers", "mmseg"] | None = option(
+        "Write the folder that this library loads, with a model card.", None
+    )
+    license: str | None = option("Of the weights, for the model card, as the hub calls it: mit, ...", None)
+    push: str | None = option(
+        "Upload the folder to this repository of the Hugging Face hub, OWNER/NAME.", None
+    )
+
+    def __post_init__(self) -> None:
+        if self.to is None and (self.push or self.license):
+            raise ValueError("--push and --license are about a folder: say for which library by --to")
 
 
 @command(cli, options=_ExportOptions)
@@ -112,11 +123,17 @@ class _ExportOptions(PluginConfig):
 def export(checkpoint: Path, options: _ExportOptions) -> None:
     """Write the encoder as a plain 3-channel ViT, whatever the masking method was.
 
-    Prints the line of Python that loads it with timm.
+    Prints the lines of Python that load it.
     """
-    from mae.weights import export_encoder
+    if options.to is None:
+        from mae.weights import export_encoder
 
-    say(export_encoder(checkpoint, options.out))
+        say(export_encoder(checkpoint, options.out))
+    else:
+        from mae.export import export_folder
+
+        more = {"licence": options.license, "push": options.push}
+        say(export_folder(checkpoint, options.to, options.out, **more))
 
 
 @dataclass(frozen=True, kw_only=True)
