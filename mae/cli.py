@@ -17,6 +17,7 @@ from engine.config import PluginConfig
 from engine.vit import IMAGE_CHANNELS
 from mae.config import GROUPS, OFFICIAL_FILES, PretrainConfig
 from mae.masking import METHODS
+from mae.pack import PackOptions, pack_images
 
 RELEASE = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_{}.pth"
 
@@ -134,6 +135,31 @@ def export(checkpoint: Path, options: _ExportOptions) -> None:
 
         more = {"licence": options.license, "push": options.push}
         say(export_folder(checkpoint, options.to, options.out, **more))
+
+
+@cli.group(context_settings=CONTEXT)
+def images() -> None:
+    """Prepare the images of a dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardsOptions(OptionGroup):
+    title: ClassVar[str] = "Output"
+    out: Path = option("Folder of the shards, such as PACKED/train: they are called after it.")
+
+
+@command(images, "pack", output=_ShardsOptions, options=PackOptions)
+@click.argument("source", type=PATH)
+def pack_command(source: Path, output: _ShardsOptions, options: PackOptions) -> int:
+    """Pack images of class folders, tars, or parquet files of imagenet-1k into WebDataset shards.
+
+    With --short-side they are shrunk once. The same command goes on if interrupted.
+    """
+    log_to_stderr("%(message)s")
+    packed = pack_images(source, output.out, options)
+    if packed is not None:
+        say(packed)
+    return EXIT_STOPPED if packed is None else 0
 
 
 @dataclass(frozen=True, kw_only=True)

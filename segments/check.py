@@ -64,13 +64,13 @@ def _check_one(image: ImagePath, source: AnyForm, without: set[str], path: str) 
     if not segments and key not in without:
         raise ValueError("has no segments, and no list says so")
     for one in segments:
-        if (one.height, one.width) != (height, width):
+        if not one.fits(height, width):
             # EXIF's orientation was not applied when the segments were made.
             how = " (transposed)" if (one.width, one.height) == (height, width) else ""
             its = f"its segments are {one.width}x{one.height}{how}"
             raise ValueError(f"is {width}x{height} pixels, upright, but {its}")
         # A store's index goes by what it states.
-        counted = segment_from_counts(height, width, one.counts).coverage_percent
+        counted = segment_from_counts(one.height, one.width, one.counts).coverage_percent
         if counted != (stated := one.coverage_percent):
             raise ValueError(f"a segment is said to cover {stated} %, but covers {counted} %")
     return "; ".join(reports)

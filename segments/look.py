@@ -11,7 +11,7 @@ from common.contact_sheet import Tile, contact_sheet, stacked
 from common.images import ImagePath, evenly_spread, read_rgb
 from common.parallel import Failure, each, in_order, one_pass
 from segments.forms import AnyForm
-from segments.segment import Segment, count_islands, nearest, sides_touched
+from segments.segment import Segment, count_islands, decode_at, nearest, sides_touched
 
 MOST_READ = 2000  # images whose segments are counted
 MOST_DRAWN = 8  # images on a contact sheet
@@ -171,11 +171,16 @@ def _tiles(source: AnyForm, key: str, path: ImagePath, ratios: Sequence[float | 
         segment = None if ratio is None else nearest(segments, ratio)
         if segment is None:
             tiles.append((image, path.name))
-        elif (segment.height, segment.width) != image.shape[:2]:
+        elif not segment.fits(*image.shape[:2]):
             tiles.append((image, f"{ratio:g}: does not fit"))
         else:
             # Tinted, so that what is hidden can still be guessed.
-            tint = 0.75 * segment.decode()[..., None].astype(np.float32)  # [H, W, 1]
+            rows, columns = (
+                np.arange(length) * whole // length
+                for length, whole in zip(image.shape, (segment.height, segment.width), strict=False)
+            )
+            inside = decode_at([segment], rows, columns)[0]  # of the image's size, which may be shrunk
+            tint = 0.75 * inside[..., None].astype(np.float32)  # [H, W, 1]
             hidden = (image * (1 - tint) + HIDDEN_COLOUR * tint).astype(np.uint8)
             tiles.append((hidden, f"{ratio:g}: {segment.coverage_percent:.1f} %"))
     return tiles

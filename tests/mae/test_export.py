@@ -60,7 +60,11 @@ def test_timm_loads_the_folder_at_any_image_size(tmp_path, method):
         assert larger.forward_features(images(96)).shape == (2, 1 + 36, 192)
         assert torch.equal(larger.blocks[3].attn.qkv.weight, plain.blocks[3].attn.qkv.weight)
     prepared = timm.data.resolve_data_config({}, model=plain)
-    assert [tuple(prepared[key]) for key in ("mean", "std", "input_size")] == [IMAGE_MEAN, IMAGE_STD, (3, 64, 64)]
+    assert [tuple(prepared[key]) for key in ("mean", "std", "input_size")] == [
+        IMAGE_MEAN,
+        IMAGE_STD,
+        (3, 64, 64),
+    ]
 
 
 @pytest.mark.parametrize("method", ["patches", "four_channels"])
