@@ -283,3 +283,16 @@ def test_the_folder_is_pushed_only_when_it_is_asked_for(tmp_path, hub, monkeypat
     with pytest.raises(ValueError, match=r"--push not a/name/at all: give OWNER/NAME"):
         export_folder(checkpoint, "timm", tmp_path / "none", push="not a/name/at all")
     assert not (tmp_path / "none").exists()
+
+
+def test_the_command_prints_what_loads_the_folder(tmp_path):
+    from click.testing import CliRunner
+
+    from mae.cli import cli
+
+    _, checkpoint = saved("patches", tmp_path)
+    words = ["export", str(checkpoint), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli, [*words, "--to", "timm"])
+    assert done.exit_code == 0 and f'timm.create_model("local-dir:{tmp_path / "out"}"' in done.output
+    refused = CliRunner().invoke(cli, [*words, "--push", "me/segmae"])
+    assert "--push and --license are about a folder: say for which library by --to" in str(refused.exception)

@@ -158,7 +158,8 @@ def test_images_are_shrunk_to_the_short_side_and_smaller_ones_left_alone(tmp_pat
     assert images.names == ["c/broken.jpg", "c/drawn.jpg", "c/high.JPEG", "c/small.jpg", "c/wide.jpg"]
     shapes = {name: read_rgb(images.source / name).shape[:2] for name in images.names[1:]}
     assert shapes == {
-        "c/drawn.jpg": (133, 100), "c/high.JPEG": (222, 100), "c/small.jpg": (100, 90), "c/wide.jpg": (100, 250)
+        "c/drawn.jpg": (133, 100), "c/high.JPEG": (222, 100), "c/small.jpg": (100, 90),
+        "c/wide.jpg": (100, 250),
     }  # fmt: skip
     for name in ("c/small.jpg", "c/broken.jpg"):
         assert read_content(images.source / name) == (source / name).read_bytes()
