@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from common.formats import parsed_plain
+from common.formats import Count, Positive, parsed_plain
 from common.images import Unreadable
 from common.interruption import Interruption
 from engine.checkpoint import Saver
@@ -144,14 +144,14 @@ class State:
     scores: of the newest evaluation, plain; best_score: of all.
     """
 
-    sums: dict[str, float]
-    epochs_completed: int = 0
-    steps_completed: int = 0
-    seconds: float = 0.0
-    waited_seconds: float = 0.0
-    total_seconds: float = 0.0
+    sums: dict[str, Positive]
+    epochs_completed: Count = 0
+    steps_completed: Count = 0
+    seconds: Positive = 0.0
+    waited_seconds: Positive = 0.0
+    total_seconds: Positive = 0.0
     scores: dict[str, Any] | None = None
-    best_score: float | None = None
+    best_score: Positive | None = None
 
     @classmethod
     def of(cls, task: Task, checkpoint: Mapping[str, Any], path: Path | None) -> State:
@@ -166,7 +166,20 @@ class State:
             values = [float(stored.get(name, 0)) for name in ("loss_sum", "unreadable_images")]
             stored["sums"] = dict(zip(names, values, strict=True))
             stored["best_score"] = stored.get("best_mean_iou")
-        return parsed_plain(cls, stored, f"{path}: state")
+        state: State = parsed_plain(cls, stored, f"{path}: state")
+        if tuple(state.sums) != names:
+            raise ValueError(
+                f"{path}: state: sums are of {', '.join(state.sums) or 'nothing'}, not of {', '.join(names)}"
+            )
+        return state
+
+    def check_within(self, epochs: int, steps: int, path: Path | None) -> None:
+        """Raise ValueError unless what `path` says lies in a run of so many epochs of so many steps."""
+        if self.epochs_completed > epochs or self.steps_completed > steps:
+            raise ValueError(
+                f"{path} is damaged: {self.epochs_completed} epochs and {self.steps_completed} steps are "
+                f"completed, of {epochs} epochs of {steps} steps; use another --output-dir"
+            )
 
     def add(self, sums: Sequence[float]) -> None:
         """Those of some steps, in the order of the names."""

@@ -85,6 +85,7 @@ def build(
     if task.run.activation_checkpointing:
         recompute_activations(model)
     plan = task.plan(accelerator.num_processes)
+    state.check_within(task.total_epochs, plan.steps_per_epoch, path)
     if task.auto_batch and accelerator.device.type == "cuda":
         # Measured before the model is compiled, which would take each size for a new shape.
         share = plan.effective_batch_size // plan.processes

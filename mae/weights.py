@@ -4,11 +4,11 @@ print(export_encoder(Path("OUT/checkpoint-50.pth"), Path("encoder.safetensors"))
 encoder = load_encoder(Path("OUT/checkpoint-50.pth"))
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors.torch import save
 from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
@@ -42,17 +42,34 @@ class TrainedImages(TypedDict):
     digest: str
 
 
+@with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
+class FixedSet(TypedDict):
+    """The images of every round's picture, [B, 3, H, W] uint8, and what hides each, [B, ...]."""
+
+    images: Tensor
+    pattern: Tensor
+
+
 class WholeCheckpoint(Checkpoint):
     """What is needed to continue, and to draw without the dataset."""
 
     images: TrainedImages
-    fixed_set: dict[str, Tensor]
+    fixed_set: FixedSet
 
 
-# Reads a checkpoint of pretraining: load_checkpoint(path, lazily=False).
-load_checkpoint = partial(
-    engine.checkpoint.load_checkpoint, program="python -m mae pretrain", shape=WholeCheckpoint
-)
+def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """A checkpoint of pretraining, as `engine.checkpoint.load_checkpoint` reads it. Raises ValueError."""
+    program = "python -m mae pretrain"
+    checkpoint = engine.checkpoint.load_checkpoint(
+        path, program=program, shape=WholeCheckpoint, lazily=lazily
+    )
+    images, pattern = (checkpoint["fixed_set"][name] for name in ("images", "pattern"))
+    side = checkpoint["config"].get("image_size")
+    is_sound = images.dtype == torch.uint8 and images.shape[1:] == (IMAGE_CHANNELS, side, side)
+    if not (is_sound and len(images) and images.shape[:1] == pattern.shape[:1]):
+        shapes = f"images {tuple(images.shape)}, patterns {tuple(pattern.shape)}"
+        raise ValueError(f"{path} is damaged: its fixed set is no set of images of {side} pixels: {shapes}")
+    return checkpoint
 
 
 def open_own_checkpoint(

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from typing_extensions import TypedDict
 
 import engine.checkpoint
 from common.files import read_text
@@ -51,13 +52,20 @@ WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError, Ov
 Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
+@with_config(ConfigDict(extra="allow"))
+class FinetunedOn(TypedDict):
+    """How the dataset's label files are numbered."""
+
+    reduce_zero_label: bool
+
+
 class FinetunedCheckpoint(Checkpoint):
     """What is needed to continue, and to evaluate and predict without the dataset."""
 
     shape: dict[str, Any]
     classes: list[str]
     palette: list[Colour]
-    dataset: dict[str, Any]
+    dataset: FinetunedOn
     protocol: dict[str, Any]
 
 

@@ -2,11 +2,11 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from common.files import check_output_file, check_output_folder, path_below, write_text
+from common.files import beside, check_output_file, check_output_folder, path_below, write_text
 from common.formats import rle_annotation
 from common.step_files import shard_of
 from segments.config import STORE_NAME, check_made_alike, made_for
@@ -119,9 +119,15 @@ def join(stores: Sequence[PackedStore], out: Path, keys: Collection[str], ratios
         found = {one for store, images in there if key in images for one in store.segments(key)}
         return pack_image(key, ordered(found))
 
+    def rows(left: list[str]) -> Generator[PackedImage | Failure, None, None]:
+        try:
+            yield from map(row, left)
+        except ValueError:  # one of the stores is damaged: nobody wants what was written so far
+            beside(out).unlink()
+            raise
+
     return write_store(
-        out, [*sorted(failed), *sorted(keys)], lambda left: (row(key) for key in left),
-        what="merge", source=stores[0].meta["source"],
+        out, [*sorted(failed), *sorted(keys)], rows, what="merge", source=stores[0].meta["source"],
         settings=stores[0].settings | ({"for_coverage": ratios} if ratios else {}),
     )  # fmt: skip
 
