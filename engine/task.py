@@ -6,20 +6,22 @@ import logging
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from common.formats import Count, Positive, parsed_plain
 from common.images import Unreadable
-from common.interruption import Interruption
+from common.interruption import Interruption, leave_signals_to_the_main_process
 from engine.checkpoint import Saver
 from engine.config import TrainingConfig
-from engine.devices import peak_memory_mib
+from engine.devices import MORE_SHARED_MEMORY, peak_memory_mib
 from engine.logbook import Logbook
 from engine.schedule import BatchPlan
 from engine.update import GuardedUpdate
@@ -268,6 +270,21 @@ def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[MicroBatch]:
         prefetch_factor=4 if workers else None,
     )
     return iter(loader)
+
+
+def start_loader_process(worker: int) -> None:
+    """What a loader's process does first: see below, and it ends with its parent only."""
+    # Python prints what kept a batch from being handed over, forgets it, and the parent would wait
+    # for ever (https://github.com/pytorch/pytorch/issues/1355).
+    Queue._on_queue_feeder_error = _hand_over_the_reason  # type: ignore[attr-defined]
+    leave_signals_to_the_main_process(worker)
+
+
+def _hand_over_the_reason(queue: Queue[Any], error: Exception, item: tuple[Any, ...]) -> None:
+    try:
+        raise RuntimeError(f"a loader process cannot hand over a batch ({error}); {MORE_SHARED_MEMORY}")
+    except RuntimeError:
+        queue.put((item[0], ExceptionWrapper(where="in a loader process")))
 
 
 def _allow_many_files() -> None:

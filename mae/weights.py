@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 import engine.checkpoint
 from common.files import check_output_file, is_marked, mark, replacing
-from common.formats import Count
+from common.formats import Count, parsed
 from engine.checkpoint import Checkpoint, load_weights, refuse_damaged, refuse_misfits
 from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
 from engine.weights import PROJECTION, describe_vit, fold_channels, resample_positions
@@ -50,6 +50,15 @@ class FixedSet(TypedDict):
     pattern: Tensor
 
 
+@with_config(ConfigDict(extra="allow"))
+class Settings(TypedDict):
+    """Those without which nothing can be made of the weights; `parse_group` reads the others."""
+
+    model: str
+    image_size: int
+    mask_method: str
+
+
 class WholeCheckpoint(Checkpoint):
     """What is needed to continue, and to draw without the dataset."""
 
@@ -64,7 +73,7 @@ def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
         path, program=program, shape=WholeCheckpoint, lazily=lazily
     )
     images, pattern = (checkpoint["fixed_set"][name] for name in ("images", "pattern"))
-    side = checkpoint["config"].get("image_size")
+    side = parsed(Settings, checkpoint["config"], f"{path} is damaged: config")["image_size"]
     is_sound = images.dtype == torch.uint8 and images.shape[1:] == (IMAGE_CHANNELS, side, side)
     if not (is_sound and len(images) and images.shape[:1] == pattern.shape[:1]):
         shapes = f"images {tuple(images.shape)}, patterns {tuple(pattern.shape)}"
