@@ -1,10 +1,11 @@
 """Processes that load data, and what keeps them from handing it over."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.interruption import end_children
 from engine.task import start_loader_process
 
 
@@ -22,9 +23,9 @@ def test_a_batch_that_is_not_handed_over_is_an_error_and_no_wait() -> None:
     loader = DataLoader(
         Batches(), batch_size=None, num_workers=2, worker_init_fn=start_loader_process, timeout=60
     )
-    batches = iter(loader)
+    batches: Any = iter(loader)
     assert (next(batches), next(batches)) == (0, 1)
     said = "cannot hand over a batch .*; make /dev/shm larger"
     with pytest.raises(RuntimeError, match=said):
         next(batches)
-    end_children()  # as every command does
+    batches._shutdown_workers()  # signals do not end them
