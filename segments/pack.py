@@ -12,7 +12,7 @@ from common.step_files import shard_of
 from segments.config import STORE_NAME, check_made_alike, made_for
 from segments.forms import open_folder
 from segments.parallel import Failure, each, in_order, one_pass
-from segments.segment import ordered, segment_from_counts
+from segments.segment import Segment, ordered, segment_from_counts
 from segments.store import PackedImage, PackedStore, Summary, pack_image, write_store
 
 MOST_NAMED = 10  # of missing shards
@@ -56,15 +56,19 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     files = {key: path_below(out, f"{key}.json", str(store_path)) for key in keys}
     todo = [key for key, path in files.items() if not path.exists()]
 
-    def write(key: str) -> None:
+    def sound(key: str) -> list[Segment]:
         segments = store.segments(key)
         try:  # zlib's checksum says nothing of a store that others have written
-            sound = [segment_from_counts(s.height, s.width, s.counts) for s in segments]
+            return [segment_from_counts(s.height, s.width, s.counts) for s in segments]
         except ValueError as error:
             raise ValueError(f"{store_path}: {key}: {error}") from None
-        annotations = [rle_annotation(s.height, s.width, s.counts) for s in sound]
+
+    def write(key: str) -> None:
+        annotations = [rle_annotation(s.height, s.width, s.counts) for s in sound(key)]
         write_text(files[key], json.dumps(annotations))
 
+    for _ in in_order(lambda key: len(sound(key)), todo, processes=processes):
+        pass  # every segment, too
     already_there = len(files) - len(todo)
     written = in_order(write, todo, processes=processes)
     new = sum(1 for _ in one_pass("unpack", written, total=len(files), done=already_there))

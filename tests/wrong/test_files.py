@@ -146,6 +146,7 @@ def rebuilt(change_rows):
     )  # fmt: skip
 
 
+CUT = sql("UPDATE segments SET counts = x'00' WHERE id = (SELECT max(id) FROM segments)")
 BOMB = f"zeroblob({50_000_000})"
 STORES = {
     "empty": write(STORE, b""), "text": write(STORE, "no store"), "cut": cut(STORE, 0.6),
@@ -311,10 +312,11 @@ CASES = [
       for name, prepare in NO_FINETUNED.items()],
     *[Case(f"predict {name}", PREDICT, "best.pth", prepare=prepare)
       for name, prepare in NO_FINETUNED.items()],
+    Case("unpack a store whose last segment is damaged", UNPACK, "a segment of .* is damaged", prepare=CUT),
     *[Case(f"unpack a store: {name}", UNPACK, "masks.sqlite|masks", prepare=prepare)
       for name, prepare in STORES.items() if "coverage" not in name],
     Case("merge a store with a damaged segment", MERGE, "masks.sqlite: a segment of .* is damaged",
-         prepare=sql("UPDATE segments SET counts = x'00' WHERE id = (SELECT max(id) FROM segments)")),
+         prepare=CUT),
     *[Case(f"inspect a store: {name}", INSPECT, "masks.sqlite", prepare=prepare)
       for name, prepare in STORES.items() if "keys that" not in name and "absolute" not in name],
     *[Case(f"areas: {name}", REPORT, "areas.npz is damaged", prepare=prepare)
