@@ -28,6 +28,7 @@ def many_images(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["patches", "four_channels", "preencoder"])
 def test_losses_of_200_steps_are_those_of_fp32(many_images, tmp_path, processes, method):
     run = {
