@@ -11,6 +11,8 @@ from common.files import NOTHING_WRITTEN
 from common.options import MOST_PROCESSES, OptionGroup, load_plugin, option
 from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS
 
+AHEAD_BYTES = 2 * 2**30  # of a call's loaders together, unless a batch each is more
+
 
 @dataclass(frozen=True, kw_only=True)
 class PluginConfig(OptionGroup):
@@ -42,11 +44,19 @@ class DeviceConfig(PluginConfig):
 
     @property
     def loader_workers(self) -> int:
-        """By default the cores that are left to this process but one, at most 12."""
+        """Of this process, among the others on its machine."""
+        return self.workers_of(max(number_of("LOCAL_WORLD_SIZE", 1), number_of(PROCESSES_HERE, 1), 1))
+
+    def workers_of(self, processes: int) -> int:
+        """Of each of so many; by default the cores that are left to it but one, at most 12."""
         if self.workers is not None:
             return self.workers
-        processes = max(number_of("LOCAL_WORLD_SIZE", 1), number_of(PROCESSES_HERE, 1), 1)
         return max(1, min(12, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+def batches_ahead(workers: int, batch_bytes: int) -> int:
+    """How many batches of that size each loader process of a call holds ready in /dev/shm."""
+    return max(1, min(4, AHEAD_BYTES // (workers * batch_bytes)))
 
 
 @dataclass(frozen=True, kw_only=True)

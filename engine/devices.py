@@ -12,12 +12,13 @@ import resource
 import sys
 from collections import deque
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, TorchDynamoPlugin
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,7 +58,9 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
         dynamo_plugin=TorchDynamoPlugin(backend="inductor" if compiled else "no", mode=mode),
         # No buffer has a part in training: constants, and running means.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            # All others wait while the first saves, on whatever file system.
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         ],
     )
     if precision == "fp16":

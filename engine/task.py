@@ -18,7 +18,7 @@ from common.formats import parsed_plain
 from common.images import Unreadable
 from common.interruption import Interruption
 from engine.checkpoint import Saver
-from engine.config import TrainingConfig
+from engine.config import TrainingConfig, batches_ahead
 from engine.devices import peak_memory_mib
 from engine.logbook import Logbook
 from engine.schedule import BatchPlan
@@ -244,6 +244,7 @@ def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[MicroBatch]:
     """
     _allow_many_files()
     task, workers = run.task, run.task.run.loader_workers
+    batch_bytes = run.plan.micro_batch_size * sum(tensor.nbytes for tensor in task.example(1))
     keys: Any = run.plan.micro_batches(run.accelerator.process_index, start, epochs)
     loader = DataLoader(
         task.train_set,
@@ -252,7 +253,7 @@ def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[MicroBatch]:
         collate_fn=task.collate,
         pin_memory=run.accelerator.device.type == "cuda",
         worker_init_fn=task.start_worker,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=batches_ahead(workers, batch_bytes) if workers else None,
     )
     return iter(loader)
 
