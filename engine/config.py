@@ -11,6 +11,7 @@ from common.files import NOTHING_WRITTEN
 from common.options import MOST_PROCESSES, OptionGroup, load_plugin, option
 from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS
 
+Precision = Literal["auto", "bf16", "bf16-residual", "float8", "fp16", "fp32"]
 AHEAD_BYTES = 2 * 2**30  # of a call's loaders together, unless a batch each is more
 
 
@@ -30,9 +31,11 @@ class DeviceConfig(PluginConfig):
 
     title: ClassVar[str] = "Devices"
     device: Literal["auto", "cpu", "cuda"] = option("auto: a GPU if there is one.", "auto", neutral=True)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.", "auto"
-    )
+    precision: Precision = option(
+        "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU. In training, "
+        "bf16-residual: the sums of the blocks in bf16, too; float8: that, and the encoder's matrices by "
+        "torchao.", "auto",
+    )  # fmt: skip
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
         "torch's kernel that comes first; others do what it cannot. auto: cudnn on Hopper.", "auto",
         neutral=True,
@@ -93,6 +96,9 @@ class TrainingConfig(OutputConfig):
     compile: Literal["auto", "on", "off"] = option("torch.compile; auto: on a GPU.", "auto", neutral=True)
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
         "What torch.compile aims at.", "default", neutral=True
+    )
+    compile_regions: bool = option(
+        "Compile a block once for all that are alike: sooner done, a little slower then.", False, neutral=True
     )
     activation_checkpointing: bool = option(
         "Keep a block's input only, and compute it twice: much less memory, a third slower.", False,
