@@ -20,7 +20,7 @@ from common.formats import Count, Positive, parsed_plain
 from common.images import Unreadable
 from common.interruption import Interruption, leave_signals_to_the_main_process
 from engine.checkpoint import Saver
-from engine.config import TrainingConfig
+from engine.config import TrainingConfig, batches_ahead
 from engine.devices import MORE_SHARED_MEMORY, peak_memory_mib
 from engine.logbook import Logbook
 from engine.schedule import BatchPlan
@@ -170,18 +170,8 @@ class State:
             stored["best_score"] = stored.get("best_mean_iou")
         state: State = parsed_plain(cls, stored, f"{path}: state")
         if tuple(state.sums) != names:
-            raise ValueError(
-                f"{path}: state: sums are of {', '.join(state.sums) or 'nothing'}, not of {', '.join(names)}"
-            )
+            raise ValueError(f"{path}: state: sums are of {', '.join(state.sums)}, not {', '.join(names)}")
         return state
-
-    def check_within(self, epochs: int, steps: int, path: Path | None) -> None:
-        """Raise ValueError unless what `path` says lies in a run of so many epochs of so many steps."""
-        if self.epochs_completed > epochs or self.steps_completed > steps:
-            raise ValueError(
-                f"{path} is damaged: {self.epochs_completed} epochs and {self.steps_completed} steps are "
-                f"completed, of {epochs} epochs of {steps} steps; use another --output-dir"
-            )
 
     def add(self, sums: Sequence[float]) -> None:
         """Those of some steps, in the order of the names."""
@@ -259,6 +249,7 @@ def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[MicroBatch]:
     """
     _allow_many_files()
     task, workers = run.task, run.task.run.loader_workers
+    batch_bytes = run.plan.micro_batch_size * sum(tensor.nbytes for tensor in task.example(1))
     keys: Any = run.plan.micro_batches(run.accelerator.process_index, start, epochs)
     loader = DataLoader(
         task.train_set,
@@ -267,7 +258,7 @@ def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[MicroBatch]:
         collate_fn=task.collate,
         pin_memory=run.accelerator.device.type == "cuda",
         worker_init_fn=task.start_worker,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=batches_ahead(workers, batch_bytes) if workers else None,
     )
     return iter(loader)
 

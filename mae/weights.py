@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, with_config
 from safetensors.torch import save
 from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
@@ -18,7 +17,7 @@ from typing_extensions import TypedDict
 
 import engine.checkpoint
 from common.files import check_output_file, is_marked, mark, replacing
-from common.formats import Count, parsed
+from common.formats import Count
 from engine.checkpoint import Checkpoint, load_weights, refuse_damaged, refuse_misfits
 from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
 from engine.weights import PROJECTION, describe_vit, fold_channels, resample_positions
@@ -42,42 +41,24 @@ class TrainedImages(TypedDict):
     digest: str
 
 
-@with_config(ConfigDict(extra="allow", arbitrary_types_allowed=True))
-class FixedSet(TypedDict):
-    """The images of every round's picture, [B, 3, H, W] uint8, and what hides each, [B, ...]."""
-
-    images: Tensor
-    pattern: Tensor
-
-
-@with_config(ConfigDict(extra="allow"))
-class Settings(TypedDict):
-    """Those without which nothing can be made of the weights; `parse_group` reads the others."""
-
-    model: str
-    image_size: int
-    mask_method: str
-
-
 class WholeCheckpoint(Checkpoint):
     """What is needed to continue, and to draw without the dataset."""
 
     images: TrainedImages
-    fixed_set: FixedSet
+    # images [B, 3, H, W] uint8 of every round's picture, and pattern [B, ...], what hides each.
+    fixed_set: dict[str, Tensor]
 
 
 def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """A checkpoint of pretraining, as `engine.checkpoint.load_checkpoint` reads it. Raises ValueError."""
-    program = "python -m mae pretrain"
+    """A checkpoint of pretraining, see `engine.checkpoint.load_checkpoint`. Raises ValueError."""
     checkpoint = engine.checkpoint.load_checkpoint(
-        path, program=program, shape=WholeCheckpoint, lazily=lazily
+        path, program="python -m mae pretrain", shape=WholeCheckpoint, lazily=lazily
     )
-    images, pattern = (checkpoint["fixed_set"][name] for name in ("images", "pattern"))
-    side = parsed(Settings, checkpoint["config"], f"{path} is damaged: config")["image_size"]
-    is_sound = images.dtype == torch.uint8 and images.shape[1:] == (IMAGE_CHANNELS, side, side)
-    if not (is_sound and len(images) and images.shape[:1] == pattern.shape[:1]):
-        shapes = f"images {tuple(images.shape)}, patterns {tuple(pattern.shape)}"
-        raise ValueError(f"{path} is damaged: its fixed set is no set of images of {side} pixels: {shapes}")
+    side = checkpoint["config"].get("image_size")
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["fixed_set"].items()}
+    images, pattern = shapes.get("images", ()), shapes.get("pattern", ())
+    if images[1:] != (IMAGE_CHANNELS, side, side) or not images[0] or pattern[:1] != images[:1]:
+        raise ValueError(f"{path} is damaged: no set of images of {side} pixels and patterns: {shapes}")
     return checkpoint
 
 

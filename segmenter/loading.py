@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import ConfigDict, Field, with_config
+from pydantic import Field
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-from typing_extensions import TypedDict
 
 import engine.checkpoint
 from common.files import read_text
-from common.formats import parse_value, parsed_plain
+from common.formats import parse_value, parsed, parsed_plain
 from engine.checkpoint import Checkpoint, load_weights, read_torch_file, refuse_damaged
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values
@@ -52,20 +51,13 @@ WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError, Ov
 Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
-@with_config(ConfigDict(extra="allow"))
-class FinetunedOn(TypedDict):
-    """How the dataset's label files are numbered."""
-
-    reduce_zero_label: bool
-
-
 class FinetunedCheckpoint(Checkpoint):
     """What is needed to continue, and to evaluate and predict without the dataset."""
 
     shape: dict[str, Any]
     classes: list[str]
     palette: list[Colour]
-    dataset: FinetunedOn
+    dataset: dict[str, Any]
     protocol: dict[str, Any]
 
 
@@ -101,8 +93,8 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
         protocol = ProtocolConfig.from_described(checkpoint["protocol"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    first_is_none, classes = checkpoint["dataset"]["reduce_zero_label"], Classes(names, palette)
-    return LoadedSegmenter(model, classes, protocol, first_is_none)
+    first_is_none = parsed(bool, checkpoint["dataset"].get("reduce_zero_label"), f"{path}: reduce_zero_label")
+    return LoadedSegmenter(model, Classes(names, palette), protocol, first_is_none)
 
 
 def _model(shape: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Segmenter:
