@@ -31,9 +31,7 @@ from engine.config import DeviceConfig, OutputConfig, Precision, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-MORE_SHARED_MEMORY = (
-    "make /dev/shm larger (docker: --shm-size, --ipc=host), or give a lower --workers; 0 needs none"
-)
+MORE_SHARED_MEMORY = "make /dev/shm larger (docker: --shm-size), or give a lower --workers; 0 needs none"
 
 
 def make_accelerator(config: DeviceConfig) -> Accelerator:

@@ -56,11 +56,8 @@ class Logbook:
         self.seconds = 0.0  # of training; evaluations are not part of the rate
 
     def add_epoch(self, record: dict[str, Any]) -> None:
-        """Append one epoch; on disk when this returns, for the checkpoint that follows.
-
-        Raises RuntimeError for what could not be read again, such as NaN; then nothing is written.
-        """
-        try:
+        """Append one epoch; on disk when this returns, for the checkpoint that follows."""
+        try:  # NaN, say, would be damage to whoever reads it
             parsed(LogRecord, record, f"epoch {record['epoch']}")
         except ValueError as error:
             raise RuntimeError(f"{error}; the last checkpoint is from before") from None
@@ -137,9 +134,8 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"--log-with {name}: the package is missing; pip install {package}")
 
 
+# By tracker: the name of its run, and the last epoch that it got.
 class _Told(TypedDict):
-    """By tracker: the name of its run, and the last epoch that it got."""
-
     ids: dict[str, str]
     sent: dict[str, Count]
 

@@ -19,7 +19,7 @@ from mae.controls import SegmentSource
 from mae.crops import centre_crop, read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.weights import load_checkpoint
+from mae.weights import check_fixed_set, load_checkpoint
 from segments.forms import open_segments
 from segments.store import PackedStore
 
@@ -41,6 +41,7 @@ def reconstruct_files(
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint, checkpoint_path)
+    check_fixed_set(checkpoint, checkpoint_path)
     fixed_set = checkpoint["fixed_set"]
     if images:
         patterns, segments = fixed_set["pattern"], None

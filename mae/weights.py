@@ -4,6 +4,7 @@ print(export_encoder(Path("OUT/checkpoint-50.pth"), Path("encoder.safetensors"))
 encoder = load_encoder(Path("OUT/checkpoint-50.pth"))
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,19 @@ class WholeCheckpoint(Checkpoint):
     fixed_set: dict[str, Tensor]
 
 
-def load_checkpoint(path: Path, *, lazily: bool = False) -> dict[str, Any]:
-    """A checkpoint of pretraining, see `engine.checkpoint.load_checkpoint`. Raises ValueError."""
-    checkpoint = engine.checkpoint.load_checkpoint(
-        path, program="python -m mae pretrain", shape=WholeCheckpoint, lazily=lazily
-    )
+# Reads a checkpoint of pretraining: load_checkpoint(path, lazily=False).
+load_checkpoint = partial(
+    engine.checkpoint.load_checkpoint, program="python -m mae pretrain", shape=WholeCheckpoint
+)
+
+
+def check_fixed_set(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the checkpoint at `path` holds what its rounds' pictures show."""
     side = checkpoint["config"].get("image_size")
     shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["fixed_set"].items()}
     images, pattern = shapes.get("images", ()), shapes.get("pattern", ())
     if images[1:] != (IMAGE_CHANNELS, side, side) or not images[0] or pattern[:1] != images[:1]:
         raise ValueError(f"{path} is damaged: no set of images of {side} pixels and patterns: {shapes}")
-    return checkpoint
 
 
 def open_own_checkpoint(
@@ -72,6 +75,7 @@ def open_own_checkpoint(
     """
     checkpoint = load_checkpoint(path, lazily=lazily)
     config.check_same(checkpoint["config"], path)
+    check_fixed_set(checkpoint, path)
     trained = checkpoint["images"]
     if trained["digest"] != listing.digest:
         raise ValueError(
