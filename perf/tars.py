@@ -73,8 +73,8 @@ def measure(train: Path, scratch: Path, rounds: int, epochs: int, seeds: int) ->
     for form, folder in folders.items():
         images = open_images(folder)
         ours = make_ours(images.source, images.names, None, MODEL, "patches")
-        row = compare(form, "JPEG decoding alone", partial(_ours, ours),
-                      lambda index: decode_jpeg(encoded[index], ImageReadMode.RGB), len(names), rounds)  # fmt: skip
+        decode: Any = lambda index: decode_jpeg(encoded[index], ImageReadMode.RGB)  # noqa: E731
+        row = compare(form, "JPEG decoding alone", partial(_ours, ours), decode, len(names), rounds)
         crops = torch.stack([ours[0, index].image.float() for index in range(len(names))])
         reference = crops if reference is None else reference
         files = folder.rglob("*.JPEG") if form == "folder" else folder.glob("*.tar")
@@ -100,9 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         images = arguments.images.resolve()
         rows = measure(images, Path(scratch), arguments.rounds, arguments.epochs, arguments.seeds)
-    print(
-        f"{'form':<12} {'ms':>6} {'decoding':>8} {'ratio':>6} {'best':>6} {'opens':>6} {'MiB':>7} {'crops':>6}  losses"
-    )
+    print("form             ms decoding  ratio   best  opens     MiB  crops  losses")
     for row in rows:
         ratio, best = row["ours_ms"] / row["peer_ms"], row["ours_best_ms"] / row["peer_best_ms"]
         print(
