@@ -29,7 +29,15 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from common.files import NOT_UTF8, OF_PROGRAMS, beside, check_written_alone, open_regular, shortened
+from common.files import (
+    NOT_UTF8,
+    OF_PROGRAMS,
+    beside,
+    check_written_alone,
+    open_regular,
+    read_bytes,
+    shortened,
+)
 from common.parallel import in_order
 from common.progress import Counter
 
@@ -113,17 +121,14 @@ class TarImages:
         if not found:
             raise ValueError(f"{self.folder}/{name} is in none of the tars there")
         tar, start, size = found[0]
-        file, parts, left = self._file(tar), [], size
         try:
-            while left and (part := os.pread(file.fileno(), left, start + size - left)):
-                parts.append(part)  # one, but for files of more than 2 GiB
-                left -= len(part)
+            content = os.pread(self._file(tar).fileno(), size, start)
         except OSError as error:
             raise ValueError(f"{self.folder}/{name} cannot be read: {error.strerror}") from None
-        if left:
+        if len(content) < size:
             ((path,),) = self._query("SELECT path FROM tars WHERE id = ?", tar)
             raise ValueError(f"{self.folder}/{name} cannot be read: {path} was cut short")
-        return b"".join(parts)
+        return content
 
     def _file(self, tar: int) -> io.FileIO:
         if tar not in self._opened:
@@ -163,10 +168,14 @@ def open_tars(
     for this process alone. Raises ValueError for tars that cannot be read in place.
     """
     kit = _devkit(folder)  # what names are made with is part of what the index is of
-    stamps = {name: _stamp((folder / name).stat()) for name in sorted([*tars, *map(str, kit)])}
+    try:
+        stamps = {name: _stamp((folder / name).stat()) for name in sorted([*tars, *map(str, kit)])}
+    except OSError as error:  # a link to nothing, say
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
     places = [folder / INDEX]
     if index_dir is not None and index_dir.is_dir():
-        places.append(index_dir / _name_elsewhere(folder))
+        digest = sha256(os.fsencode(folder.resolve())).hexdigest()[:8]  # several may lie there
+        places.append(index_dir / f"tars-{folder.name}-{digest}.sqlite")
     for place in places:
         if _is_of(place, stamps):
             return TarImages(folder, place)
@@ -188,8 +197,7 @@ def tars_among(folder: Path, paths: Iterable[str]) -> list[str]:
     """Which of these files below a folder are tars. Raises ValueError for a compressed one."""
     for path in sorted(paths):
         if COMPRESSED.search(path) and not path.endswith(DEVKIT):
-            with open_regular(folder / path) as file:
-                _refuse_compressed(folder / path, file.read(6), f"{folder / path}")
+            _refuse_compressed(folder / path, read_bytes(folder / path, 6), f"{folder / path}")
     return [path for path in paths if path.lower().endswith(TAR)]
 
 
@@ -205,11 +213,6 @@ def _refuse_compressed(path: Path, head: bytes, where: str) -> None:
                 f"{where} is compressed, so that no image can be read by itself. This unpacks it: {command}; "
                 "then move the compressed one away"
             )
-
-
-def _name_elsewhere(folder: Path) -> str:
-    """Of an index that does not lie beside its tars: several may lie there."""
-    return f"tars-{folder.name}-{sha256(os.fsencode(folder.resolve())).hexdigest()[:8]}.sqlite"
 
 
 def _remove(scratch: Path, process: int) -> None:

@@ -51,14 +51,9 @@ class Score:
 
 
 def write_card(
-    path: Path,
-    checkpoint: dict[str, Any],
-    checkpoint_path: Path,
-    *,
-    library: str,
-    lines: str,
+    path: Path, checkpoint: dict[str, Any], checkpoint_path: Path, *, library: str, lines: str,
     licence: str | None,
-) -> None:
+) -> None:  # fmt: skip
     """Write README.md: the hub's metadata, then the same for people."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # not for --help
 

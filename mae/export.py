@@ -94,7 +94,7 @@ def _for_transformers(
 ) -> str:
     encoder = make_encoder(checkpoint["model"], config, path).state_dict()
     _save_transformers(folder, "ViTModel", "vit", _renamed_for_transformers(encoder), _vit_config(config))
-    lines = "from transformers import ViTMAEForPreTraining, ViTModel\n\n"
+    lines = "from transformers import ViTModel\n\n"
     lines += 'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False)'
     chosen = METHODS[method.mask_method]
     if chosen.removes_tokens and not chosen.extra_channels:  # as MAE does: the whole of it, with its decoder
@@ -113,7 +113,8 @@ def _for_transformers(
         (folder / MAE_FOLDER).mkdir()
         settings = {**_vit_config(config), **decoder}
         _save_transformers(folder / MAE_FOLDER, "ViTMAEForPreTraining", "vit_mae", whole, settings)
-        lines += f'\nwhole = ViTMAEForPreTraining.from_pretrained("FOLDER", subfolder="{MAE_FOLDER}")'
+        lines += "\n\nfrom transformers import ViTMAEForPreTraining  # with its decoder\n\n"
+        lines += f'whole = ViTMAEForPreTraining.from_pretrained("FOLDER", subfolder="{MAE_FOLDER}")'
     return lines
 
 
@@ -141,12 +142,9 @@ def _renamed_for_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _save_transformers(
-    folder: Path,
-    architecture: str,
-    model_type: str,
-    weights: Mapping[str, Tensor],
+    folder: Path, architecture: str, model_type: str, weights: Mapping[str, Tensor],
     settings: Mapping[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     """Weights, configuration, and what prepares images for them."""
     content = {name: weight.contiguous() for name, weight in weights.items()}
     save_file(content, folder / WEIGHTS, metadata={"format": "pt"})  # without it from_pretrained refuses

@@ -57,7 +57,8 @@ def losses(in1k_dir: Path, epochs: int, seed: int) -> list[float]:
     """train_loss of each epoch."""
     with tempfile.TemporaryDirectory() as out:
         given = {**SHORT, "in1k_dir": in1k_dir, "output_dir": Path(out), "epochs": epochs, "seed": seed}
-        pretrain(PretrainConfig(**make_all(GROUPS, [Layer(given)])))
+        if not pretrain(PretrainConfig(**make_all(GROUPS, [Layer(given)]))):
+            raise RuntimeError("stopped by a signal")
         return [json.loads(line)["train_loss"] for line in (Path(out) / "log.txt").read_text().splitlines()]
 
 

@@ -221,6 +221,8 @@ REFUSED = {
     "link to itself": (link(tarfile.SYMTYPE, "one.jpg"), "is a link to one.jpg"),
     "link out": (link(tarfile.SYMTYPE, "../../etc/two.jpg"), "leads out of its folder"),
     "class": (shard_of_class(b"../a"), "one.cls in it is no class: '../a'"),
+    "link to nothing": (lambda t: (t / "a.tar").symlink_to("none.tar"), "a.tar cannot be read: No such"),
+    "compressed nothing": (lambda t: (t / "a.tgz").symlink_to("none"), "a.tgz cannot be read: No such"),
     "no image": (lambda t: simple(t / "a.tar", "one.txt"), "no image below .*, nor in the 1 tars there"),
     "tar.gz in a tar": (lambda t: simple(t / "a.tar", "n1.tar.gz"), "n1.tar.gz in it is compressed"),
 }  # fmt: skip
