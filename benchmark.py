@@ -13,7 +13,7 @@ import click
 
 from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, run_program, say
-from common.files import check_output_folder, hold
+from common.files import check_output_file, check_output_folder, hold
 from common.interruption import Interruption
 from common.options import MOST_SEED
 from pipeline.launch import doctor as examination
@@ -178,15 +178,33 @@ def status(folder: Path) -> None:
 
 @main.command()
 @click.argument("folders", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, help="The page.  [default: in the first folder]")
-def report(folders: tuple[Path, ...], out: Path | None) -> None:
-    """Write results.csv in each of FOLDERS, and one report.html over all of them."""
-    from pipeline.report.page import write_report
+@click.option("--out", type=PATH, help="The page.  [default: report.html in the folder; of several, here]")
+@click.option("--paper", type=PATH, help="A folder for LaTeX tables, figures, methods and BibTeX.")
+def report(folders: tuple[Path, ...], out: Path | None, paper: Path | None) -> None:
+    """Write results.csv in each of FOLDERS, and one page over all of them; a bundle is one, too."""
+    from pipeline.report.page import page_of, write_report
 
     folders = tuple(folder.resolve() for folder in folders)
-    page = out or Layout(folders[0]).report_html
-    write_report(folders, page)
-    say(str(page))
+    page = out or page_of(folders)
+    write_report(folders, page, paper=paper)
+    say(f"{page}\n{paper / 'paper.tex'}" if paper else str(page))
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, help="The file.  [default: FOLDER.bundle, here]")
+def bundle(folder: Path, out: Path | None) -> None:
+    """Write what a report needs of FOLDER into one file, without weights and images.
+
+    `report A.bundle B.bundle` compares runs of two places image by image.
+    """
+    from pipeline.report.bundle import is_bundle, write_bundle
+
+    folder = folder.resolve()
+    out = out or Path(f"{folder.name}.bundle")
+    check_output_file(out, is_own=is_bundle)
+    write_bundle(Layout(folder), out)
+    say(f"{out}, {out.stat().st_size / 2**20:.1f} MiB")
 
 
 @command(main, "doctor", **GROUPS)
