@@ -222,10 +222,10 @@ def _dots(panels: Sequence[Panel], x_title: str, width: int, is_narrow: bool) ->
     return figure
 
 
-def files_of(chart: Chart | None) -> dict[str, bytes]:
+def files_of(chart: Chart, *forms: str) -> dict[str, bytes]:
     """By the file's ending, for a paper and other programs: with a legend, tight around it."""
     found: dict[str, bytes] = {}
-    if chart is None or chart.figure is None:
+    if chart.figure is None:
         return found
     with mpl.rc_context(fname=Path(__file__).with_suffix(".mplstyle")):
         handles = [Line2D([], [], label=label, **_look(style)) for label, style in chart.styles.items()]
@@ -234,7 +234,8 @@ def files_of(chart: Chart | None) -> dict[str, bytes]:
             chart.figure.legend(handles=handles, frameon=False, **place)
         # Text that editors can read; equal charts give equal files.
         with mpl.rc_context({"svg.hashsalt": "", "pdf.fonttype": 42}):
-            for form, date in (("pdf", "CreationDate"), ("svg", "Date")):
+            for form in forms:
+                date = {"pdf": "CreationDate", "svg": "Date"}[form]
                 stream = io.BytesIO()
                 chart.figure.savefig(stream, format=form, bbox_inches="tight", metadata={date: None})
                 found[form] = stream.getvalue()

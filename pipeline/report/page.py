@@ -7,7 +7,7 @@ same method in directories of equal settings is one line, with the spread over t
 import base64
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -20,8 +20,9 @@ from pipeline.plan.records import read_all_records, read_plan
 from pipeline.report import scores, tables
 from pipeline.report.answer import Answer, answers
 from pipeline.report.bundle import opened
-from pipeline.report.figures import Chart, Point, Series, line_chart, pictures, sample
-from pipeline.report.paper import check_paper, paper_figures, paper_tables, write_paper
+from pipeline.report.charts import forest, scores_chart
+from pipeline.report.figures import Chart, Point, Series, files_of, line_chart, pictures, sample
+from pipeline.report.paper import check_paper, paper_tables, write_paper
 from pipeline.report.scores import COSTS, Line
 
 TITLE = "Does hiding objects make pretraining better?"
@@ -84,11 +85,13 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
     scored = [(line.label, one) for line in lines for one in line.evaluations]
     settings, differing = tables.provenance(all_paths)
     matrix = tables.matrix(lines, found)
+    charts = {"forest": forest(first), "scores": scores_chart(lines, first)}
+    curves = [scores_chart(lines, one) for one in others]
     costs = {line: tables.cost_cells(first.levels[line.label].costs) if line.label in first.levels
              else dict.fromkeys(COSTS.values(), "") for line in matrix}  # fmt: skip
     there = {
-        "answer": "The answer", "differences": first.forest, "scores": matrix,
-        "curves": first.chart and first.chart.views, "pictures": (shown := pictures(all_paths)),
+        "answer": "The answer", "differences": charts["forest"].views, "scores": matrix,
+        "curves": charts["scores"].views, "pictures": (shown := pictures(all_paths)),
         "classes": (classes := tables.class_tables(lines)),
         "training": (loss_charts := _training_charts(lines)),
         "settings": True, "downloads": True,
@@ -115,7 +118,8 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
         sample=lambda line, where: sample(line.style, f"{where}{line.label}"),
         costs=[name for name in COSTS.values() if any(of[name] for of in costs.values())],
         line_costs=costs,
-        curves=[one.chart for one in others if one.chart and one.chart.legend],
+        charts=charts,
+        curves=[one for one in curves if one.legend],
         scores=tables.score_table(scored),
         # Where evaluations differ, all values.
         protocol=tables.joined(
@@ -129,7 +133,7 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
         pictures=shown,
         settings=settings,
         differing=differing,
-        downloads=_downloads(lines, found),
+        downloads=_downloads(lines, found, charts),
     )
 
 
@@ -146,11 +150,11 @@ def _subtitle(all_paths: Sequence[Layout], lines: Sequence[Line]) -> str:
     return " · ".join(filter(None, said))
 
 
-def _downloads(lines: Sequence[Line], found: Sequence[Answer]) -> dict[str, str]:
+def _downloads(lines: Sequence[Line], found: Sequence[Answer], charts: Mapping[str, Chart]) -> dict[str, str]:
     """File name -> what it holds as an address, so that the page needs nothing beside it."""
     files = {"results.csv": tables.results_csv(lines, found).encode()}
     files |= {name: text.encode() for name, text in paper_tables(lines, found).items()}
-    files |= {name: data for name, data in paper_figures(found).items() if name.endswith(".svg")}
+    files |= {f"{name}.svg": data for name, c in charts.items() for data in files_of(c, "svg").values()}
     types = {"csv": "text/csv", "svg": "image/svg+xml", "tex": "application/x-tex"}
     return {
         name: f"data:{types[name.rpartition('.')[2]]};base64,{base64.b64encode(data).decode('ascii')}"

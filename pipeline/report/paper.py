@@ -15,6 +15,7 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.records import read_all_records
 from pipeline.report import scores, tables
 from pipeline.report.answer import STATES, Answer
+from pipeline.report.charts import forest, scores_chart
 from pipeline.report.figures import files_of
 from pipeline.report.scores import Line
 
@@ -63,20 +64,22 @@ def write_paper(
     folder: Path, all_paths: Sequence[Layout], lines: Sequence[Line], answers: Sequence[Answer]
 ) -> None:
     """Replaces what an earlier call wrote."""
-    found, figures = paper_tables(lines, answers), paper_figures(answers)
-    charts = {"forest": answers[0].forest, "scores": answers[0].chart}
-    shown = {name: c.caption for name, c in charts.items() if c and f"{name}.pdf" in figures}
+    found = paper_tables(lines, answers)
+    charts = {"forest": forest(answers[0]), "scores": scores_chart(lines, answers[0])}
+    files = {name: files_of(chart, "pdf", "svg") for name, chart in charts.items()}
+    shown = {name: charts[name].caption for name in files if files[name]}
     found["methods.tex"] = _filled("methods.tex.j2", **_facts(all_paths, lines, answers))
     found["paper.tex"] = _filled(
         "paper.tex.j2", said=answers[0].sentences, tables=sorted(found), figures=shown
     )
     found["references.bib"] = Path(__file__).with_name("references.bib").read_text()
-    for name, text in found.items():
-        write_text(folder / name, f"{_MARK}\n{text}")
-    for name, data in figures.items():
+    for file, text in found.items():
+        write_text(folder / file, f"{_MARK}\n{text}")
+    for name, forms in files.items():
         (folder / "figures").mkdir(exist_ok=True)
-        with replacing(folder / "figures" / name) as unfinished:
-            unfinished.write_bytes(data)
+        for form, data in forms.items():
+            with replacing(folder / "figures" / f"{name}.{form}") as unfinished:
+                unfinished.write_bytes(data)
 
 
 def _filled(template: str, **known: Any) -> str:
@@ -97,12 +100,6 @@ def tex(text: str) -> str:
     """Plain text for LaTeX; letters that its fonts do not have by their numbers."""
     said = (_SPECIAL.get(c, c if ord(c) < 0x180 else f"[U+{ord(c):04X}]") for c in text)
     return "".join(said)
-
-
-def paper_figures(answers: Sequence[Answer]) -> dict[str, bytes]:
-    """File name -> content: the differences and the scores of the first measure, as PDF and SVG."""
-    charts = {"forest": answers[0].forest, "scores": answers[0].chart}
-    return {f"{name}.{form}": data for name, c in charts.items() for form, data in files_of(c).items()}
 
 
 def paper_tables(lines: Sequence[Line], answers: Sequence[Answer]) -> dict[str, str]:
