@@ -27,7 +27,7 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.machine import visible_gpus
 from pipeline.plan.records import Record, is_done, write_run_files
 from pipeline.plan.settings import GROUPS, Settings
-from pipeline.plan.steps import Step
+from pipeline.plan.steps import PARTS, Step
 
 _POLL_SECONDS = 0.1
 _STOPPING = "\nStopping: waiting for the running step to save (again: end it now)\n"
@@ -89,7 +89,8 @@ def start_ready(steps: list[Step], states: dict[str, str], launcher: LocalLaunch
         # Pretraining needs its GPUs at once: scores that take each as it comes free starve it.
         if is_ready and kept.isdisjoint(step.gpus or ()) and launcher.has_room_for(step):
             done = sum(state == "done" for state in states.values())
-            say(f"\n== {step.name} ({done} of {len(steps)} steps done)")
+            left = f", {left}" if (left := launcher.time_left()) else ""
+            say(f"\n== {step.name} ({done} of {len(steps)} steps done{left})")
             started.append(launcher.start(step))
         else:
             kept.update(step.gpus or ())
@@ -127,7 +128,7 @@ def main() -> None:
     """
 
 
-@command(main, "run", **GROUPS)
+@command(main, "run", passed_on=PARTS, **GROUPS)
 @click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: the commands, too.")
 @click.option("--estimate", is_flag=True, help="Time some real steps; nothing is written.")
@@ -207,7 +208,7 @@ def bundle(folder: Path, out: Path | None) -> None:
     say(f"{out}, {out.stat().st_size / 2**20:.1f} MiB")
 
 
-@command(main, "doctor", **GROUPS)
+@command(main, "doctor", passed_on=PARTS, **GROUPS)
 def doctor(**groups: Any) -> int:
     """Look at this machine and, given the flags of a run, at its data; say what to fix."""
     findings = list(examination.examine(lambda: _settings(groups), groups))

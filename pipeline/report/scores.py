@@ -107,8 +107,12 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
     """
     parent = paths.eval_output if shape is Result else paths.probe_output
     records, rank, found = read_all_records(paths), method_rank([paths]), list[Evaluation]()
+    # What was pretrained in another directory has its costs there.
+    source = read_run_yml(paths).get("settings", {}).get("pretrained_from")
+    pretrained = Layout(Path(source)) if isinstance(source, str) else paths
+    records += read_all_records(pretrained) if isinstance(source, str) else []
     seconds = {record.name: record.seconds for record in records}
-    costs = cache(lambda run: _costs(paths, run, records))
+    costs = cache(lambda run: _costs(pretrained, run, records))
     for file in parent.glob(f"*/{RESULT}"):  # written last: it is finished
         folder = file.parent
         try:
