@@ -107,9 +107,9 @@ def send_to_trackers(config: TrainingConfig, settings: Mapping[str, Any]) -> Non
 
 def _line(record: Mapping[str, Any]) -> str:
     """What matters of an epoch, as far as a line holds it: losses and scores first; all is in log.txt."""
-    ranks = ("epoch", "loss", "iou", "val_")
-    line = ""
-    for name in sorted(record, key=lambda name: next((i for i, part in enumerate(ranks) if part in name), 4)):
+    first, line = ("loss", "iou", "val_"), ""
+    rank = {n: next((i for i, part in enumerate(first) if part in n), len(first)) for n in record}
+    for name in sorted(record, key=lambda name: -1 if name == "epoch" else rank[name]):
         part = f"{name} {_short(record[name])}"
         if len(line) + 2 + len(part) <= _LINE:
             line += f"  {part}" if line else part

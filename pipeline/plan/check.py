@@ -87,7 +87,11 @@ def _check_same_settings(steps: list[Step], paths: Layout) -> None:
     if not differences([step for step in steps if step.lane != "evaluate"], paths):
         remedy += f", or remove {paths.eval_output} and {paths.probe_output} to score anew"
     if changed:
-        shown = "; ".join(changed[:5]) + (" ..." if len(changed) > 5 else "")
+        runs: dict[str, list[str]] = {}  # one difference of several runs is said once
+        for run, text in (one.split(": ", 1) for one in changed):
+            runs.setdefault(text, []).append(run)
+        said = [f"{', '.join(runs[text][:3])}{' ...' * (len(runs[text]) > 3)}: {text}" for text in runs]
+        shown = "; ".join(said[:5]) + (" ..." if len(said) > 5 else "")
         raise ValueError(f"{paths.root} holds a run with other settings: {shown}. {remedy}")
 
 

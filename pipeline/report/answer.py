@@ -6,6 +6,7 @@ from dataclasses import replace
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from pipeline.plan.layout import OWN
 from pipeline.report.scores import (
     FINETUNING,
     MEASURES,
@@ -274,7 +275,7 @@ def _headline(
     """Names nobody as better without a verdict."""
     if len(trained) == 1:
         level = levels[trained[0].label]
-        return f"{where}, {trained[0].label} reaches {_score(level, measure, 1)}."
+        return f"{where}, {trained[0].label} reaches {_score(level, measure)}."
     asked = [c for c in comparisons if c.kind == "method"]
     against, said = _listed(dict.fromkeys(c.second.label for c in asked)) if asked else "", []
     for state, words in (("better", "shown better"), ("higher", "higher, as a hint,")):
@@ -290,7 +291,8 @@ def _headline(
         who = f"{_listed(below)} {'lies' if len(below) == 1 else 'lie'}"
         said.append(f"{'all lie' if len(below) == len(scratch) > 1 else who} below scratch")
     if not said:
-        said = [f"{len(trained)} methods were scored"]
+        own = [line for line in trained if line.source == OWN] or trained
+        said = [f"{line.label} reaches {_score(levels[line.label], measure)}" for line in own[:_MOST_NAMES]]
     return f"{where}, {'; '.join(said)}."
 
 
@@ -323,7 +325,7 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _score(level: Level, measure: Measure, among: int) -> str:
+def _score(level: Level, measure: Measure) -> str:
     score = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
     if level.spread:
         score += f" (95% interval {level.spread.within(measure.most)}, {len(level.scores)} seeds)"

@@ -148,6 +148,7 @@ def test_controls_that_do_not_differ_show_nothing_about_objects(tmp_path: Path) 
         tmp_path / "run", ("segments",), seeds=THREE, sources=("own", "blob"), chance=0.5, gain=0
     )
     found = answered(paths)
+    assert "by complete finetuning, segments 15% reaches 30." in found.sentences[0], "there is no reference"
     assert objects(found, "segments 15%").startswith("not shown: blob ")
     assert "would have been shown with 80% probability" in objects(found, "segments 15%")
 
