@@ -63,6 +63,7 @@ class LocalLauncher:
         self._shown = ""  # the step whose output was shown last
         self._place = _place(paths.root)
         self._time_left = float("-inf"), ""  # when it was looked up, and what it was
+        self._beside = 1  # steps at once, at most
 
     def has_room_for(self, step: Step) -> bool:
         """Whether the step could start now."""
@@ -99,6 +100,7 @@ class LocalLauncher:
         )  # fmt: skip
         write_record(self.paths, record)
         self.running.append(child)
+        self._beside = max(self._beside, len(self.running))
         self._shown = step.name  # benchmark.py has said so
         return record
 
@@ -128,7 +130,7 @@ class LocalLauncher:
         """Of the whole plan, in words; looked up every few seconds."""
         if time.monotonic() - self._time_left[0] > _SECONDS_PER_LOOK:
             names = [child.step.name for child in self.running]
-            self._time_left = time.monotonic(), time_left_text(self.paths, names)
+            self._time_left = time.monotonic(), time_left_text(self.paths, names, self._beside)
         return self._time_left[1]
 
     def stop(self, *, at_once: bool = False, grace_seconds: float = GRACE_SECONDS) -> None:

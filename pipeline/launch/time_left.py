@@ -9,8 +9,11 @@ from pipeline.plan.layout import Layout, RunId, parse_eval_name
 from pipeline.plan.records import PlannedStep, Record, read_plan, read_progress, read_record
 
 
-def time_left_text(paths: Layout, running: Sequence[str]) -> str:
-    """In words; empty where there is no plan, or nothing is left or known. running: names of steps."""
+def time_left_text(paths: Layout, running: Sequence[str], beside: int = 1) -> str:
+    """In words; empty where there is no plan, or nothing is left or known.
+
+    running: names of steps. beside: how many ran at once, at most.
+    """
     if not paths.plan.exists():
         return ""
     plan = read_plan(paths)
@@ -20,8 +23,8 @@ def time_left_text(paths: Layout, running: Sequence[str]) -> str:
     seconds = [expected[step["name"]] for step in left if step["name"] in expected]
     if not seconds:
         return ""
-    # Steps that run beside each other now will go on to do so.
-    total = sum(seconds) / max(1, len(running))
+    # Steps that ran beside each other will go on to do so.
+    total = sum(seconds) / max(beside, len(running))
     return f"{'about' if len(seconds) == len(left) else 'more than'} {duration(total)} left"
 
 

@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common.step_files import PROGRESS
 from engine.config import TrainingConfig
 from engine.logbook import Logbook
@@ -38,3 +40,13 @@ def test_an_epochs_line_fits_100_columns_and_has_losses_and_scores(tmp_path: Pat
     assert line.startswith("epoch 1000  train_loss 0.704  val_mean_iou 88.62")
     assert len("21:30:03 " + line) <= 100
     assert json.loads((tmp_path / "log.txt").read_text())["a_long_number_19"] == 123.456789
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e31, "high"])
+def test_what_could_not_be_read_again_is_not_logged(tmp_path: Path, value: object) -> None:
+    logbook = open_logbook(tmp_path)
+    logbook.add_epoch({"epoch": 1, "train_loss": 0.5, "val_loss": None})
+    with pytest.raises(RuntimeError, match=r"epoch 2: val_loss.*the last checkpoint is from before"):
+        logbook.add_epoch({"epoch": 2, "val_loss": value})
+    assert open_logbook(tmp_path).records == []  # no checkpoint: all is trained again
+    assert len(logbook.records) == 1
