@@ -47,6 +47,7 @@ class Comparison(NamedTuple):
     why_not: str = ""  # there is no verdict
     cost_ratio: float | None = None  # training FLOPs of the first for one of the second
     p_value: float = 1.0  # corrected for the number of comparisons in the report
+    family: int = 1  # comparisons that it is corrected for, itself among them
     is_first_look: bool = True  # others are hints: who looks often enough finds something
 
     @property
@@ -249,7 +250,7 @@ def _compared(
     """With its own p-value; what could be told from 0 is that of one among `count`."""
     one, two = levels[first.label], levels[second.label]
     seeds = sorted(one.scores.keys() & two.scores.keys())
-    c = Comparison(first, second, is_control, {s: one.scores[s] - two.scores[s] for s in seeds})
+    c = Comparison(first, second, is_control, {s: one.scores[s] - two.scores[s] for s in seeds}, family=count)
     found, in_family = _difference(c, levels), _difference(c, levels, count)
     if found and in_family:
         found = replace(found, detectable=in_family.detectable)
