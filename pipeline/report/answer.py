@@ -278,7 +278,11 @@ def _headline(
         level = levels[trained[0].label]
         return f"{where}, {trained[0].label} reaches {_score(level, measure)}."
     asked = [c for c in comparisons if c.kind == "method"]
-    against, said = _listed(dict.fromkeys(c.second.label for c in asked)) if asked else "", []
+    seconds = list(dict.fromkeys(c.second.label for c in asked))
+    methods = dict.fromkeys(c.second.method for c in asked)
+    against, said = seconds[0] if seconds else "", list[str]()
+    if len(seconds) > 1:  # each directory has its own
+        against = f"{_listed(methods)} of the same directory"
     if asked and not any(c.state in ("better", "higher") for c in asked):
         said.append(f"no method is shown better than {against}")
     for state, words in (
