@@ -376,10 +376,8 @@ def read_labels(pair: Pair, size: tuple[int, ...], description: DatasetDescripti
             f"{pair.image} is {size[1]} x {size[0]}"
         )
     if not allowed[labels].all():
-        wrong = labels[~allowed[labels]].min()
-        raise MisfitError(
-            f"{pair.annotation} holds label {wrong}; allowed are {_ranges(np.flatnonzero(allowed))}"
-        )
+        wrong, known = labels[~allowed[labels]].min(), _ranges(np.flatnonzero(allowed))
+        raise MisfitError(f"{pair.annotation} holds label {wrong}, which is none of {known}")
     return labels
 
 

@@ -35,8 +35,8 @@ MARKS = {"better": "▲", "worse": "▼", "higher": "△", "lower": "▽", "none
 class Table(NamedTuple):
     """What the page lays out."""
 
-    # Title of the column -> text, or ends and middle of a bar; the same titles in each.
-    rows: Sequence[Mapping[str, Any]]
+    # Title of the column -> text; the same titles in each.
+    rows: Sequence[Mapping[str, str]]
     looks: Sequence[str] = ()  # of each row: its class in CSS
 
 
