@@ -28,9 +28,9 @@ class Display:
         self._bar: Any = None
         if sys.stderr.isatty() and total:  # not known yet: 0
             from rich.console import Console  # slow to import, and needed on a terminal only
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn()
+            columns = BarColumn(), TextColumn("{task.fields[text]}")
             self._bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
             self._bar.add_task("", total=total, text="")
             self._bar.start()

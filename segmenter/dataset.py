@@ -384,12 +384,16 @@ def read_labels(pair: Pair, size: tuple[int, ...], description: DatasetDescripti
             f"{pair.image} is {size[1]} x {size[0]}"
         )
     if not allowed[labels].all():
-        wrong, limits = labels[~allowed[labels]].min(), np.flatnonzero(allowed)
-        raise MisfitError(
-            f"{pair.annotation} holds label {wrong}, which is none of the "
-            f"{len(limits)} allowed ones ({limits[0]} to {limits[-1]})"
-        )
+        wrong, known = labels[~allowed[labels]].min(), _ranges(np.flatnonzero(allowed))
+        raise MisfitError(f"{pair.annotation} holds label {wrong}, which is none of {known}")
     return labels
+
+
+def _ranges(numbers: np.ndarray) -> str:
+    """Ascending numbers in words: 0 to 10 and 255."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    said = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
 
 
 def read_label_file(path: Path, *, lossy: bool) -> np.ndarray:

@@ -15,7 +15,7 @@ from common.images import IMAGE_SUFFIXES, open_images
 from common.options import MOST_PROCESSES, OptionGroup, option
 from common.progress import duration
 from segments.check import check
-from segments.config import GENERATORS, PERCENT, PRESETS, SamSettings, made_for
+from segments.config import GENERATORS, PERCENT, PRESETS, SamSettings, default_masks, made_for
 from segments.forms import open_any_form
 from segments.generate import Generator, estimate_price, generate, images_by_key, parse_shard
 from segments.pack import merge, pack, unpack
@@ -212,7 +212,7 @@ def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
 @click.argument("in1k_dir", type=PATH)
 def check_command(in1k_dir: Path, options: _CheckOptions) -> int:
     """Check that every training image opens and its segments fit; exit code 1 if not."""
-    masks_dir = options.masks_dir or in1k_dir / "masks"
+    masks_dir = options.masks_dir or default_masks(in1k_dir)
     checked, left = check(in1k_dir, masks_dir, options.out, processes=options.processes)
     if left:
         say(f"stopped, {left} images are left; run the same command again")

@@ -30,7 +30,7 @@ class Data(OptionGroup):
 
     title: ClassVar[str] = "Data"
     in1k_dir: Path | None = option("Images: train/, perhaps val/ and masks/.", None)
-    masks_dir: Path | None = option("Segments. Default: IN1K-DIR/masks.", None)
+    masks_dir: Path | None = option("Segments. Default: IN1K-DIR/masks, or masks.sqlite there.", None)
     make_segments: str | None = option(
         "Where there are no segments, make them first: by felzenszwalb, a model by name (python -m "
         "segments generate --help), in a folder or on the Hugging Face hub.", None,
@@ -90,6 +90,9 @@ class Experiment(OptionGroup):
         "Default: untrained, scratch, and mae if that file is at hand.", None,
         choices=lambda: (UNTRAINED, *BASELINES, "none"),
     )  # fmt: skip
+    pretrained_from: Path | None = option(
+        "Another output directory: its checkpoints are scored, and nothing is pretrained.", None
+    )
     eval: str | None = option("Evaluate only this: N (epochs completed), scratch or mae.", None)
 
     def __post_init__(self) -> None:
@@ -103,6 +106,9 @@ class Experiment(OptionGroup):
             raise ValueError("--baselines names none and others; give one or the other")
         if self.mae_checkpoint is not None and not self.mae_checkpoint.is_file():
             raise ValueError(f"--mae-checkpoint {self.mae_checkpoint} is not a file")
+        source = self.pretrained_from
+        if source is not None and not (source / "pretrain_output").is_dir():
+            raise ValueError(f"--pretrained-from {source} is not the output directory of a run")
         if self.eval is not None and self.eval not in BASELINES and not self.eval.isdecimal():
             raise ValueError(f"--eval is {self.eval}; give epochs completed, scratch or mae")
 
@@ -248,7 +254,8 @@ class Settings:
     parts: Parts
 
     def __post_init__(self) -> None:
-        if self.data.in1k_dir is None and self.experiment.eval is None:
+        told = (self.data.in1k_dir, self.experiment.eval, self.experiment.pretrained_from)
+        if not any(told):
             raise ValueError("--in1k-dir is missing: the folder with train/ and masks/")
         if self.data.dataset is None:
             raise ValueError("--ade20k-dir (or --eval-dataset FILE.yml) is missing")

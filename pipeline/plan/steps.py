@@ -6,6 +6,7 @@ Steps meet in files only; `needs` names the steps that make them. Read `make_pla
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from pipeline.plan.layout import (
     eval_name,
     seed_of_eval,
 )
-from pipeline.plan.settings import Settings
+from pipeline.plan.settings import GROUPS, Settings
 from segmenter.check import ScoringFacts
 from segmenter.config import GROUPS as FINETUNE_GROUPS
 from segmenter.config import PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
@@ -41,6 +42,10 @@ _FLAGS = {
     "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
     "dataset": "--ade20k-dir or --eval-dataset", "init": "--stack or --eval",
 }  # fmt: skip
+
+# What the options that pass something on are made of.
+PARTS = {"pretrain": PRETRAIN_GROUPS, "finetune": FINETUNE_GROUPS, "probe": PROBE_GROUPS}
+SECTIONS = {"pretrain": "pretrain", "evaluate": "finetune", "probe": "probe"}  # by kind of step
 
 Facts = PretrainFacts | ScoringFacts
 PartConfig = PretrainConfig | TrainConfig | ProbeConfig
@@ -132,7 +137,8 @@ def make_plan(settings: Settings) -> list[Step]:
     """
     experiment, plan = settings.experiment, _Planner(settings)
     only, baselines = experiment.eval, plan.baselines()
-    steps = plan.fetch() if "mae" in baselines or (experiment.stack and only is None) else []
+    starts_here = experiment.stack and only is None and not experiment.pretrained_from
+    steps = plan.fetch() if "mae" in baselines or starts_here else []
     fetched = tuple(step.name for step in steps)
     for baseline, seed in product(baselines, experiment.seed):
         needs = fetched if baseline == "mae" else ()
@@ -149,6 +155,13 @@ def make_plan(settings: Settings) -> list[Step]:
         if (run.method, run.seed) in started:
             scored.discard(0)
         started.add((run.method, run.seed))
+        if experiment.pretrained_from:
+            # A start that nobody kept is not missed, unless it is asked for.
+            starts = files.checkpoint_path(plan.pretrained.pretrain_dir(run.name), 0)
+            asked = {*experiment.eval_points, *experiment.probe_points}
+            for epochs in sorted(scored if starts.exists() else asked):
+                steps += plan.score(run, epochs, needs=())
+            continue
         for epochs in sorted({*scored, experiment.pretrain_epochs}):
             steps.append(plan.pretrain(run, epochs, previous))
             previous = (steps[-1].name,)
@@ -190,6 +203,8 @@ class _Planner:
     def __init__(self, settings: Settings) -> None:
         self.settings, experiment = settings, settings.experiment
         self.paths = Layout(settings.data.output_dir)
+        # Where checkpoints lie, or will.
+        self.pretrained = Layout(experiment.pretrained_from) if experiment.pretrained_from else self.paths
         # Where the official MAE checkpoint is, or will be.
         download = self.paths.pretrain_output / f"mae_pretrain_{experiment.model}.pth"
         self.official = experiment.mae_checkpoint or download
@@ -265,7 +280,7 @@ class _Planner:
         A baseline's is a random ViT (scratch) or the official checkpoint (mae).
         """
         experiment, parts, data = self.settings.experiment, self.settings.parts, self.settings.data
-        init: Any = files.checkpoint_path(self.paths.pretrain_dir(run.name), epochs)
+        init: Any = files.checkpoint_path(self.pretrained.pretrain_dir(run.name), epochs)
         if run.method in BASELINES:
             init = RANDOM if run.method == "scratch" else self.official
         given = {"recipe": experiment.recipe, **parts.finetune}
@@ -346,6 +361,25 @@ class _Planner:
             values.pop(idle, None)
         within = f"{self.paths.root}/"  # relative, so that the output directory may be moved
         return {n: v.removeprefix(within) if isinstance(v, str) else v for n, v in values.items()}
+
+
+def in_words_of_the_plan(said: str, kind: str) -> str:
+    """What a part says of its options, as they are given to benchmark.py."""
+    section, own = SECTIONS[kind], fields_of(*GROUPS.values())
+    fields = fields_of(*PARTS[section].values())
+
+    def here(found: re.Match[str]) -> str:
+        name, value = found[1].replace("-", "_"), found[2] or ""
+        if name in _FLAGS:
+            return _FLAGS[name] + (f" {value}" if value else "")
+        if name in own or name not in fields:
+            return found[0]
+        value = value or ("true" if fields[name].kind is bool else "")
+        return f"--{section} {name}" + (f"={value}" if value else "")
+
+    command = said.find("python -m ")  # what follows is to be given to the part itself
+    text, rest = (said, "") if command < 0 else (said[:command], said[command:])
+    return re.sub(r"--([a-z][a-z0-9-]*[a-z0-9])(?: (\d[\d.]*\d|\d))?", here, text) + rest
 
 
 def _groups(

@@ -108,3 +108,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected
+
+
+def holm_levels(p_values: Sequence[float]) -> list[int]:
+    """Of how many each was tested as one: its interval `among` so many holds 0 unless it is shown.
+
+    Holm tests the smallest as one of all, each next as one of one fewer, up to the first that is not
+    shown; that one's level is the level of all that follow.
+    """
+    count, ranked = len(p_values), sorted(range(len(p_values)), key=p_values.__getitem__)
+    failed = [rank for rank, i in enumerate(ranked) if p_values[i] * (count - rank) >= 1 - CONFIDENCE]
+    last = min(failed, default=count)
+    return [count - min(ranked.index(index), last) for index in range(count)]
