@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from common.files import read_bytes, relative_files, shortened
-from common.tars import TAR, TarImages, TarMember, open_tars, tars_among
+from common.tars import TarPath, is_tar, open_tars
 
 if TYPE_CHECKING:  # not every command that lists images opens some
     from PIL import Image
 
 Item = TypeVar("Item")
-ImagePath = Path | TarMember  # what `source / name` is
+ImagePath = Path | TarPath  # an image, or the folder that they are in
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -46,7 +46,7 @@ EXTRANEOUS, FEW_BYTES = re.compile(r"(\d+) extraneous bytes before marker"), 64
 class Images(NamedTuple):
     """Images below a folder: `source / name` can be read; names are posix paths, sorted."""
 
-    source: Path | TarImages
+    source: ImagePath
     names: list[str]
 
 
@@ -63,15 +63,16 @@ def open_images(folder: Path, index_dir: Path | None = None) -> Images:
     if others := [path for path in every if path.lower().endswith(OTHER_SUFFIXES)]:
         text = "%s: %d images are left out, such as %s; those that are read end in %s"
         logger.warning(text, folder, len(others), min(others), " ".join(IMAGE_SUFFIXES))
+    tars = list(filter(is_tar, every))
     if found:
-        if tars := [path for path in every if path.lower().endswith(TAR)]:
+        if tars:
             text = "%s: %d tars are left out, since there are image files: %s"
             logger.warning(text, folder, len(tars), min(tars))
         return Images(folder, found)
-    if tars := tars_among(folder, every):
-        in_tars = open_tars(folder, tars, _is_image, index_dir)
-        if names := in_tars.names():
-            return Images(in_tars, names)
+    if tars:
+        unpacked = open_tars(folder, tars, _is_image, index_dir)
+        if names := unpacked.tars.names():
+            return Images(unpacked, names)
     where = f"below {folder}" + (f", nor in the {len(tars)} tars there" if tars else "")
     raise ValueError(f"no image {where} (looked for {' '.join(IMAGE_SUFFIXES)})")
 
@@ -79,13 +80,12 @@ def open_images(folder: Path, index_dir: Path | None = None) -> Images:
 def has_classes(folder: Path, index_dir: Path | None = None) -> bool:
     """Whether a folder, if it is there, has a folder for each class: by a look, unless it holds tars."""
     entries = list(os.scandir(folder)) if folder.is_dir() else []
-    if not any(entry.is_dir() for entry in entries) and any(e.name.lower().endswith(TAR) for e in entries):
+    classes = {entry.name for entry in entries if entry.is_dir()}
+    if not classes and any(is_tar(entry.name) for entry in entries):
         with suppress(ValueError):  # whoever trains on it will say so
-            return (
-                len({name.partition("/")[0] for name in open_images(folder, index_dir).names if "/" in name})
-                > 1
-            )
-    return sum(entry.is_dir() for entry in entries) > 1
+            names = open_images(folder, index_dir).names
+            classes = {name.partition("/")[0] for name in names if "/" in name}
+    return len(classes) > 1
 
 
 def find_images(folder: Path) -> list[str]:
@@ -97,7 +97,7 @@ def locate_image(path: Path) -> ImagePath:
     """An image file, or what a folder of tars calls so: IN1K/train/n01440764/n01440764_18.JPEG."""
     if not path.exists():
         folder = next(folder for folder in path.absolute().parents if folder.is_dir())
-        if any(entry.suffix.lower() == TAR for entry in folder.iterdir()):
+        if any(is_tar(entry.name) for entry in folder.iterdir()):
             return open_images(folder).source / path.absolute().relative_to(folder).as_posix()
     return path
 
@@ -108,7 +108,7 @@ def _is_image(name: str) -> bool:
 
 def read_content(path: ImagePath) -> bytes:
     """All bytes of an image, wherever it lies. Raises ValueError that names it."""
-    return path.read() if isinstance(path, TarMember) else read_bytes(path)
+    return path.read_bytes() if isinstance(path, TarPath) else read_bytes(path)
 
 
 def read_rgb(path: ImagePath) -> np.ndarray:

@@ -6,7 +6,6 @@ nor the process, nor the batch it falls into matters.
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.images import next_usable
-from common.tars import TarImages
+from common.images import ImagePath, next_usable
 from engine.schedule import FIXED, SAMPLE, sample_rng
 from engine.task import MicroBatch
 from engine.vit import IMAGE_CHANNELS
@@ -43,7 +41,7 @@ class MaskedImages(Dataset[Sample]):
     An unreadable image is replaced by the next one in the list and named in the sample.
     """
 
-    folder: Path | TarImages
+    folder: ImagePath
     paths: np.ndarray
     segments: SegmentSource | None
     method: MaskingMethod

@@ -4,13 +4,11 @@ import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.images import evenly_spread, open_images
-from common.tars import TarImages
+from common.images import ImagePath, evenly_spread, open_images
 from mae.config import DataConfig, MethodConfig
 from mae.masking import METHODS
 from segments.config import GENERATORS, VAL, command_of, made_for
@@ -30,8 +28,8 @@ class Listing:
 
     train: np.ndarray  # relative to train_folder
     val: np.ndarray  # to val_folder; where segments are hidden, those that have one under this key
-    train_folder: Path | TarImages
-    val_folder: Path | TarImages
+    train_folder: ImagePath
+    val_folder: ImagePath
     left_out: int  # images that have no segment
     val_left_out: int
     source: PackedStore | None  # the segments, if the method uses them
@@ -137,9 +135,7 @@ def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig)
     raise ValueError(f"{has}. This makes them: {command_of(settings, train, out, val)}")
 
 
-def _with_their_own(
-    val: list[str], folder: Path | TarImages, theirs: set[str]
-) -> tuple[list[str], Path | TarImages]:
+def _with_their_own(val: list[str], folder: ImagePath, theirs: set[str]) -> tuple[list[str], ImagePath]:
     """The held-out images that have segments, and the folder to which their paths are relative."""
     # Keys of segments that people have of them lack the val/ that `generate` gives them.
     for prefix, relative_to in ((f"{VAL}/", folder.parent), ("", folder)):

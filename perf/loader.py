@@ -28,8 +28,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
-from common.images import find_images
-from common.tars import TarImages
+from common.images import ImagePath, find_images
 from engine.vit import IMAGE_MEAN, IMAGE_STD
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
@@ -83,7 +82,7 @@ def make_peer_of_patches(folder: Path) -> ImageFolder:
 
 
 def make_ours(
-    folder: Path | TarImages,
+    folder: ImagePath,
     paths: list[str],
     source: PackedStore | None,
     model: ModelConfig,

@@ -31,8 +31,7 @@ from pathlib import Path
 from common.images import open_images
 images = open_images(Path(sys.argv[1]))
 for name in images.names * int(sys.argv[2]):
-    source = images.source / name
-    (source.read if hasattr(source, "read") else source.read_bytes)()
+    (images.source / name).read_bytes()
 """
 SHORT = {
     "mask_method": "patches", "model": "vit_tiny", "decoder_width": 64, "decoder_depth": 2,

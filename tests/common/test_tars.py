@@ -48,20 +48,19 @@ def test_tars_have_the_names_and_bytes_of_the_folder(folder, tmp_path, form):
     assert images.names == find_images(folder)
     for name in images.names:
         content = (folder / name).read_bytes()
-        assert (images.source / name).read() == content
+        assert (images.source / name).read_bytes() == content
     assert (read_rgb(images.source / name) == read_rgb(folder / name)).all()
     assert (read_reduced(images.source / name, 4)[0] == read_reduced(folder / name, 4)[0]).all()
     assert str(images.source / name) == f"{train}/{name}" and (images.source / name).name == Path(name).name
     # By names that begin with the folder's own, as segments know held-out images.
     above = images.source.parent
-    assert above.names()[0] == f"train/{images.names[0]}"
-    assert (above / f"train/{name}").read() == content
-    assert (locate_image(train / name)).read() == content
+    assert (above / f"train/{name}").read_bytes() == content
+    assert locate_image(train / name).read_bytes() == content
     again = pickle.loads(pickle.dumps(images.source))  # as a loader process may get it
-    assert (again / name).read() == content
+    assert (again / name).read_bytes() == content
     assert has_classes(train) and has_classes(folder) and not has_classes(folder / "n00000000")
     with pytest.raises(ValueError, match=r"train/n00000009/none\.jpg is in none of the tars there"):
-        (images.source / "n00000009/none.jpg").read()
+        (images.source / "n00000009/none.jpg").read_bytes()
 
 
 @pytest.mark.parametrize("form", ["tar of tars", "shards"])
@@ -69,7 +68,7 @@ def test_ratarmount_finds_the_same_offsets(folder, tmp_path, form):
     ratarmount = pytest.importorskip("ratarmountcore.mountsource.formats.tar", reason="the index's oracle")
     train = tmp_path / "train"
     FORMS[form](folder, train)
-    images = open_images(train).source
+    images = open_images(train).source.tars
     found = {}
     for path in sorted(train.glob("*.tar")):
         theirs = ratarmount.SQLiteIndexedTar(
@@ -98,7 +97,7 @@ def test_webdataset_reads_the_shards_that_the_index_reads(folder, tmp_path):
             suffix = next(key for key in sample if key in ("jpeg", "png"))
             found[f"{sample['cls'].decode()}/{sample['__key__']}"] = sample[suffix]
     images = open_images(tmp_path / "train")
-    ours = {name.rpartition(".")[0]: (images.source / name).read() for name in images.names}
+    ours = {name.rpartition(".")[0]: (images.source / name).read_bytes() for name in images.names}
     assert ours == found
 
 
@@ -187,6 +186,11 @@ def cut_inner(train: Path) -> None:
         put(tar, "n1.tar", inner[:1536])
 
 
+def inner_gz(train: Path) -> None:
+    with tarfile.open(train / "a.tar", "w") as tar:
+        put(tar, "n1.tar.gz", gzip.compress(b""))
+
+
 def link(kind: bytes, target: str):
     return lambda train: simple(train / "a.tar", "one.jpg", type=kind, linkname=target, size=0)
 
@@ -202,8 +206,8 @@ def shard_of_class(label: bytes):
 
 REFUSED = {
     "one of two": (two_shards, "c/one.jpg is in a.tar and in b.tar; rename or remove one"),
-    "twice": (lambda t: simple(t / "a.tar", "one.jpg", "one.jpg"), "a.tar has two members one.jpg"),
-    "cut in a member": (lambda t: cut(simple(t / "a.tar", "one.jpg"), 1000), "no whole tar: unexpected end"),
+    "twice": (lambda t: simple(t / "a.tar", "one.jpg", "one.jpg"), "one.jpg is in .*a.tar twice"),
+    "cut in a member": (lambda t: cut(simple(t / "a.tar", "one.jpg"), 1000), "it was cut short at byte 1000"),
     "cut in a header": (lambda t: cut(simple(t / "a.tar", "a.jpg", "b.jpg"), 2148), "a.tar is no whole tar"),
     "cut between members": (
         lambda t: cut(simple(t / "a.tar", "a.jpg", "b.jpg"), 2048),
@@ -214,17 +218,17 @@ REFUSED = {
     "damaged in the middle": (overwritten, "there is no member's header at byte 3072"),
     "joined": (joined, "something comes after its end mark"),
     "sparse": (sparse, "one.jpg in it is sparse; pack it again without --sparse"),
-    "an inner one cut": (cut_inner, r"a.tar \(n1.tar in it\) is no whole tar"),
+    "an inner one cut": (cut_inner, "a.tar: n1.tar in it is no whole tar: it was cut short at byte 2048"),
     "absolute": (lambda t: simple(t / "a.tar", "/etc/one.jpg"), "/etc/one.jpg leads out of its folder"),
     "above": (lambda t: simple(t / "a.tar", "c/../../one.jpg"), "leads out of its folder"),
     "hard link": (link(tarfile.LNKTYPE, "two.jpg"), "one.jpg in it is a link to two.jpg, no image of"),
     "link to itself": (link(tarfile.SYMTYPE, "one.jpg"), "is a link to one.jpg"),
-    "link out": (link(tarfile.SYMTYPE, "../../etc/two.jpg"), "leads out of its folder"),
+    "link out": (link(tarfile.SYMTYPE, "../../etc/two.jpg"), "is a link to ../../etc/two.jpg"),
     "class": (shard_of_class(b"../a"), "one.cls in it is no class: '../a'"),
     "link to nothing": (lambda t: (t / "a.tar").symlink_to("none.tar"), "a.tar cannot be read: No such"),
     "compressed nothing": (lambda t: (t / "a.tgz").symlink_to("none"), "a.tgz cannot be read: No such"),
     "no image": (lambda t: simple(t / "a.tar", "one.txt"), "no image below .*, nor in the 1 tars there"),
-    "tar.gz in a tar": (lambda t: simple(t / "a.tar", "n1.tar.gz"), "n1.tar.gz in it is compressed"),
+    "tar.gz in a tar": (inner_gz, "n1.tar.gz in it is compressed, .*Unpack a.tar into another folder"),
 }  # fmt: skip
 
 
@@ -289,26 +293,26 @@ def test_an_index_is_built_once_and_again_when_a_tar_was_changed(folder, tmp_pat
     stamp = changed.stat().st_mtime_ns
     simple(changed, "c/new.jpg")
     os.utime(changed, ns=(stamp, stamp + 1))
-    with pytest.raises(ValueError, match=r"train-000001.tar was changed after it was indexed; start again"):
+    with pytest.raises(ValueError, match=r"train-000001.tar: it was changed after it was indexed; start again"):
         for name in images.names:
-            (images.source / name).read()
+            (images.source / name).read_bytes()
     assert "c/new.jpg" in find_images(tmp_path / "train") and len(scanned) == 4
     # Cut while it is open: the size is that of the index, the bytes are not there.
     images = open_images(tmp_path / "train")
-    (images.source / "c/new.jpg").read()
+    (images.source / "c/new.jpg").read_bytes()
     cut(changed, 600)
-    with pytest.raises(ValueError, match=r"c/new.jpg cannot be read: .*train-000001.tar was cut short"):
-        (images.source / "c/new.jpg").read()
+    with pytest.raises(ValueError, match=r"c/new.jpg cannot be read: .*train-000001.tar: it was cut short"):
+        (images.source / "c/new.jpg").read_bytes()
     (tmp_path / "train/train-000000.tar").unlink()
-    with pytest.raises(ValueError, match="cannot be read: No such file"):
-        (images.source / next(n for n in images.names if n.startswith("n0"))).read()
+    with pytest.raises(ValueError, match="cannot be read: train-000000.tar: No such file"):
+        (images.source / next(n for n in images.names if n.startswith("n0"))).read_bytes()
 
 
 def test_an_interrupted_index_goes_on(folder, tmp_path, monkeypatch):
     scanned, scan = [], tars._scan
 
     def fails_at_the_third(*arguments):
-        scanned.append(arguments[-1].folder)
+        scanned.append(arguments[-1].inner)
         if len(scanned) == 3:
             raise KeyboardInterrupt
         return scan(*arguments)
@@ -319,7 +323,7 @@ def test_an_interrupted_index_goes_on(folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         open_images(tmp_path / "train")
     assert find_images(tmp_path / "train") == find_images(folder)
-    assert scanned == ["", "n00000000", "n00000001", "n00000001"]
+    assert scanned == ["", "n00000000.tar", "n00000001.tar", "n00000001.tar"]
     assert {path.name for path in (tmp_path / "train").iterdir()} == {"ILSVRC2012_img_train.tar", tars.INDEX}
 
 
@@ -353,8 +357,8 @@ def test_where_tars_lie_read_only_the_index_lies_elsewhere(folder, tmp_path, mon
     for index_dir, where in ((tmp_path / "out", tmp_path / "out"), (None, None), (tmp_path / "none", None)):
         images = open_images(tmp_path / "in1k/train", index_dir)
         assert images.names == find_images(folder)
-        assert images.source.index.parent == where or (
-            where is None and "segmae-tars-" in str(images.source.index)
+        assert images.source.tars.index.parent == where or (
+            where is None and "segmae-tars-" in str(images.source.tars.index)
         )
         assert (where is None) == ("is kept for this process alone" in caplog.text)
     assert not (tmp_path / "in1k/train" / tars.INDEX).exists() and not (tmp_path / "none").exists()
@@ -363,7 +367,7 @@ def test_where_tars_lie_read_only_the_index_lies_elsewhere(folder, tmp_path, mon
 @pytest.mark.parametrize("damage", ["cut", "of another version"])
 def test_a_damaged_index_is_built_anew_and_a_strangers_file_is_not_replaced(folder, tmp_path, damage):
     shards(folder, tmp_path)
-    index = open_images(tmp_path).source.index
+    index = open_images(tmp_path).source.tars.index
     if damage == "cut":
         cut(index, 5000)
     else:
@@ -383,12 +387,12 @@ def test_more_tars_than_a_process_may_open_are_read_in_turn(tmp_path, monkeypatc
     opened, real = [], tars.open_regular
 
     def at_most_two(path):
-        if len(images.source._opened) == 2:
+        if len(images.source.tars._files) == 2:
             raise OSError(24, "Too many open files")
         opened.append(path.name)
         return real(path)
 
     monkeypatch.setattr(tars, "open_regular", at_most_two)
     for _ in range(2):
-        assert [(images.source / n).read()[:7].decode() for n in images.names] == images.names
+        assert [(images.source / n).read_bytes()[:7].decode() for n in images.names] == images.names
     assert opened == ["0.tar", "1.tar", "2.tar", "0.tar", "1.tar", "2.tar"][: len(opened)]

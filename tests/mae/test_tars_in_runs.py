@@ -47,7 +47,7 @@ def test_listing_order_and_samples_are_the_folders(in1k_dir, in_tars, tmp_path, 
 
 def killed_after(tars, steps):
     """Ends the process, as nobody can prevent, after some reads of images."""
-    read, count = tars.TarImages.read, []
+    read, count = tars.Tars.read, []
 
     def read_or_die(self, name):
         count.append(name)
@@ -55,7 +55,7 @@ def killed_after(tars, steps):
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, name)
 
-    tars.TarImages.read = read_or_die
+    tars.Tars.read = read_or_die
 
 
 def sabotage(steps, rank):
