@@ -97,9 +97,9 @@ def test_a_killed_packing_goes_on_and_other_settings_are_refused(in1k_dir, tmp_p
         (PackOptions(images_per_shard=3), "images_per_shard: 2 -> 3"),
         (PackOptions(images_per_shard=2, short_side=32), "short_side: None -> 32"),
     ):
-        with pytest.raises(ValueError, match=f"was packed otherwise: .*{said}"):
+        with pytest.raises(ValueError, match=f"was made with other settings .*{said}"):
             pack_images(in1k_dir / "train", out, options)
-    with pytest.raises(ValueError, match="was packed otherwise: images: "):
+    with pytest.raises(ValueError, match=r"was made with other settings .*images: "):
         pack_images(in1k_dir / "val", out, PackOptions(images_per_shard=2))
 
 
@@ -153,7 +153,7 @@ def test_images_are_shrunk_to_the_short_side_and_smaller_ones_left_alone(tmp_pat
         photograph(source / name, *size, seed=seed)
     (source / "c/broken.jpg").write_bytes(b"no image")
     said = pack_images(source, out, PackOptions(short_side=100, processes=1))
-    assert "5 images in 1 shards" in said and "3 shrunk now" in said
+    assert "5 images in 1 shards" in said
     images = open_images(out)
     assert images.names == ["c/broken.jpg", "c/drawn.jpg", "c/high.JPEG", "c/small.jpg", "c/wide.jpg"]
     shapes = {name: read_rgb(images.source / name).shape[:2] for name in images.names[1:]}
