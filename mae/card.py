@@ -6,14 +6,14 @@ validation images makes (`common.areas`).
 
 import platform
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common.areas import draw_images
 from common.console import aligned
@@ -31,23 +31,6 @@ SHOWN = (
     "image_size", "patch_size", "norm_pix_loss", "epochs", "effective_batch_size", "base_lr",
     "warmup_fraction", "weight_decay", "seed", "precision", "init",
 )  # fmt: skip
-CITED = "He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022, arXiv:2111.06377"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One mean IoU, in percent."""
-
-    how: str
-    dataset: str
-    value: float
-    interval: tuple[float, float] | None  # 95%; None where there are too few images
-
-    @property
-    def text(self) -> str:
-        """The value, and its interval."""
-        within = f" (95% interval {self.interval[0]:.2f} to {self.interval[1]:.2f})" if self.interval else ""
-        return f"{self.value:.2f}{within}"
 
 
 def write_card(
@@ -55,29 +38,19 @@ def write_card(
     licence: str | None,
 ) -> None:  # fmt: skip
     """Write README.md: the hub's metadata, then the same for people."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData  # not for --help
-
     made, scores = checkpoint["config"], list(find_scores(checkpoint_path))
     method, images = made["mask_method"], checkpoint["images"]
     name = f"{made['model']} {method}, {checkpoint['epochs_completed']} epochs"
-    results = [
-        EvalResult(
-            task_type="image-segmentation", dataset_type=score.dataset, dataset_name=score.dataset,
-            metric_type="mean_iou", metric_name=f"mean IoU, {score.how}", metric_value=round(score.value, 4),
-            metric_args={"interval_95": [*score.interval]} if score.interval else None,
-        )
-        for score in scores
-    ]  # fmt: skip
     data = ModelCardData(
         library_name="mmsegmentation" if library == "mmseg" else library, license=licence, model_name=name,
         pipeline_tag="image-feature-extraction", tags=["masked-autoencoder", "vit", "SegMAE"],
-        eval_results=results or None,
+        eval_results=scores or None,
     )  # fmt: skip
     about = (METHODS[method].__doc__ or "").partition("\n")[0] if method in METHODS else ""
     settings = aligned([(key, str(made[key])) for key in SHOWN if key in made])
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
-    rows = "\n".join(f"| {score.dataset} | {score.how} | {score.text} |" for score in scores)
-    table = f"| dataset | how | mean IoU |\n|---|---|---|\n{rows}" if scores else "None that is known."
+    rows = "".join(map(_row, scores))
+    table = f"| dataset | metric | value |\n|---|---|---|\n{rows}" if scores else "None that is known.\n"
     card = ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -98,7 +71,6 @@ Pixels are RGB from 0 to 1, normalised by ImageNet's mean and deviation.
 ## Scores
 
 {table}
-
 Percent; intervals hold what chance in the validation images makes, not that between pretrainings.
 
 ## How it was made
@@ -116,36 +88,49 @@ Exported with {versions}.
 
 {licence or "Not stated by whoever exported it."} The images that it was trained on have terms of their own.
 
-{CITED}
+He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022, arXiv:2111.06377
 """)
     write_text(path, str(card))
 
 
-def find_scores(checkpoint_path: Path) -> Iterator[Score]:
+def find_scores(checkpoint_path: Path) -> Iterator[EvalResult]:
     """What a run left of its checkpoint: RUN/pretrain_output/<run>/checkpoint-N.pth."""
     epochs, run = epochs_of(checkpoint_path), checkpoint_path.parent.name
     root = checkpoint_path.resolve().parent.parent.parent
     # Scores lie beside pretrain_output/, in folders of the checkpoint's name, one for each seed.
-    named = re.compile(rf"{re.escape(run)}_{epochs}(-evalseed(\d+))?")
+    named = re.compile(rf"{re.escape(run)}_{epochs}(-evalseed\d+)?")
     for path in sorted(root.glob(f"*_output/*/{RESULT}")):
         if not named.fullmatch(path.parent.name):
             continue
-        found: dict[str, Any] = read_json(path, dict[str, Any])
-        is_finetuning = "mean_iou" in found
-        found = read_json(path, Result if is_finetuning else ProbeResult)
-        dataset = str(found["settings"].get("dataset", "segmentation"))
-        if is_finetuning:
+        if path.parent.parent.name == "probe_output":
+            probed = read_json(path, ProbeResult)
+            for probe, how in PROBES.items():
+                if probe in probed:
+                    areas = path.with_name(PROBE_AREAS[probe])
+                    yield _score(how, probed, probed[probe]["mean_iou"], areas)
+        else:
+            found = read_json(path, Result)
             recipe = found.get("recipe")
             name = recipe.get("name") if isinstance(recipe, dict) else "unknown"
             how = f"finetuned, recipe {name}, seed {found.get('seed', 0)}"
-            yield _score(how, dataset, found["mean_iou"], path.with_name(AREAS))
-        for probe, how in PROBES.items():
-            if not is_finetuning and probe in found:
-                yield _score(how, dataset, found[probe]["mean_iou"], path.with_name(PROBE_AREAS[probe]))
+            yield _score(how, found, found["mean_iou"], path.with_name(AREAS))
 
 
-def _score(how: str, dataset: str, value: float, areas: Path) -> Score:
+def _score(how: str, found: Mapping[str, Any], mean_iou: float, areas: Path) -> EvalResult:
+    dataset = str(found["settings"].get("dataset", "segmentation"))
     drawn = draw_images(areas) if areas.is_file() else np.zeros(0)
-    low_high = np.percentile(drawn, INTERVAL) if len(drawn) else None
-    interval = None if low_high is None else (round(float(low_high[0]), 4), round(float(low_high[1]), 4))
-    return Score(how=how, dataset=dataset, value=value, interval=interval)
+    interval = [round(float(end), 4) for end in np.percentile(drawn, INTERVAL)] if len(drawn) else None
+    return EvalResult(
+        task_type="image-segmentation", dataset_type=dataset, dataset_name=dataset,
+        metric_type="mean_iou", metric_name=f"mean IoU, {how}", metric_value=round(mean_iou, 4),
+        metric_args={"interval_95": interval} if interval else None,
+    )  # fmt: skip
+
+
+def _row(score: EvalResult) -> str:
+    """Of the table for people."""
+    within = ""
+    if score.metric_args:
+        low, high = score.metric_args["interval_95"]
+        within = f" (95% interval {low:.2f} to {high:.2f})"
+    return f"| {score.dataset_name} | {score.metric_name} | {score.metric_value:.2f}{within} |\n"

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from common.files import UNFINISHED, check_output_folder, is_marked, read_bytes
@@ -24,19 +24,18 @@ from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD
 from mae.card import write_card
 from mae.config import MethodConfig, ModelConfig, parse_group
 from mae.masking import METHODS
-from mae.weights import KIND, load_checkpoint, make_encoder, timm_arguments
+from mae.weights import KIND, load_checkpoint, make_encoder
 
-Format = Literal["timm", "transformers", "mmseg"]
-WEIGHTS, CARD = "model.safetensors", "README.md"
-MAE_FOLDER, BACKBONE = "mae", "backbone.pth"
+Library = Literal["timm", "transformers", "mmseg"]
+CARD, MAE_FOLDER, BACKBONE = "README.md", "mae", "backbone.pth"
 # Our names to those of transformers' files, which all of its versions read: each is applied in turn.
 TRANSFORMERS_NAMES = {
-    r"^pos_embed$": "embeddings.position_embeddings",
-    r"^cls_token$": "embeddings.cls_token",
-    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
-    r"^blocks\.": "encoder.layer.",
-    r"^norm\.": "layernorm.",
-    r"^decoder_blocks\.": "decoder_layers.",
+    r"\bpos_embed$": "embeddings.position_embeddings",
+    r"\bcls_token$": "embeddings.cls_token",
+    r"\bpatch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+    r"\bblocks\.": "encoder.layer.",
+    r"\bnorm\.": "layernorm.",
+    r"\bdecoder_blocks\.": "decoder_layers.",
     r"\.attn\.proj\.": ".attention.output.dense.",
     r"\.norm1\.": ".layernorm_before.",
     r"\.norm2\.": ".layernorm_after.",
@@ -55,7 +54,7 @@ MMSEG_NAMES = {
 
 
 def export_folder(
-    checkpoint_path: Path, to: Format, out: Path, *, licence: str | None = None, push: str | None = None
+    checkpoint_path: Path, to: Library, out: Path, *, licence: str | None = None, push: str | None = None
 ) -> str:
     """Write the folder `out` for a library, and upload it to the repository `push` of the hub, if any.
 
@@ -64,105 +63,81 @@ def export_folder(
     """
     if push is not None:
         _check_repository(push)
-    check_output_folder(out, "--out")
     checkpoint = load_checkpoint(checkpoint_path)
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
-    method = parse_group(MethodConfig, checkpoint["config"], checkpoint_path)
+    encoder = make_encoder(checkpoint["model"], config, checkpoint_path)
     with _replacing_folder(out) as folder:
         if to == "timm":
-            lines = _for_timm(checkpoint, config, checkpoint_path, folder)
+            save_for_hf(encoder, str(folder), safe_serialization=True)
+            lines = "import timm\n\n"
+            lines += 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # any img_size='
         elif to == "transformers":
-            lines = _for_transformers(checkpoint, config, method, checkpoint_path, folder)
+            method = parse_group(MethodConfig, checkpoint["config"], checkpoint_path)
+            lines = _for_transformers(encoder, checkpoint["model"], config, method, folder)
         else:
-            lines = _for_mmseg(checkpoint, config, checkpoint_path, folder)
+            lines = _for_mmseg(encoder, config, folder)
         write_card(folder / CARD, checkpoint, checkpoint_path, library=to, lines=lines, licence=licence)
     if push is not None:
         _upload(out, push)
     return lines.replace("FOLDER", str(out))
 
 
-def _for_timm(checkpoint: dict[str, Any], config: ModelConfig, path: Path, folder: Path) -> str:
-    name, values = timm_arguments(config)
-    model = timm.create_model(name, **values)
-    model.load_state_dict(make_encoder(checkpoint["model"], config, path).state_dict())
-    save_for_hf(model, str(folder), safe_serialization=True)
-    return 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)  # any img_size='
-
-
 def _for_transformers(
-    checkpoint: dict[str, Any], config: ModelConfig, method: MethodConfig, path: Path, folder: Path
-) -> str:
-    encoder = make_encoder(checkpoint["model"], config, path).state_dict()
-    _save_transformers(folder, "ViTModel", "vit", _renamed_for_transformers(encoder), _vit_config(config))
+    encoder: VisionTransformer, weights: Mapping[str, Tensor], config: ModelConfig, method: MethodConfig,
+    folder: Path,
+) -> str:  # fmt: skip
+    about: dict[str, Any] = {
+        "architectures": ["ViTModel"], "model_type": "vit",
+        "hidden_size": config.encoder.width, "num_hidden_layers": config.encoder.depth,
+        "num_attention_heads": config.encoder.heads, "intermediate_size": 4 * config.encoder.width,
+        "image_size": config.image_size, "patch_size": config.patch_pixels, "num_channels": IMAGE_CHANNELS,
+        "layer_norm_eps": 1e-6,
+    }  # fmt: skip
+    _save_transformers(folder, encoder.state_dict(), about)
     lines = "from transformers import ViTModel\n\n"
     lines += 'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False)'
     chosen = METHODS[method.mask_method]
     if chosen.removes_tokens and not chosen.extra_channels:  # as MAE does: the whole of it, with its decoder
-        decoder = {
-            "decoder_hidden_size": config.decoder_width,
-            "decoder_num_hidden_layers": config.decoder_depth,
+        about |= {
+            "architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae",
+            "decoder_hidden_size": config.decoder_width, "decoder_num_hidden_layers": config.decoder_depth,
             "decoder_num_attention_heads": config.decoder_heads,
             "decoder_intermediate_size": 4 * config.decoder_width,
             "mask_ratio": method.mask_ratio, "norm_pix_loss": config.norm_pix_loss,
         }  # fmt: skip
-        whole = {
-            ("decoder." if name.startswith(("decoder", "mask_token")) else "vit.") + new: weight
-            for name, weight in checkpoint["model"].items()
-            for new, weight in _renamed_for_transformers({name: weight}).items()
-        }
-        (folder / MAE_FOLDER).mkdir()
-        settings = {**_vit_config(config), **decoder}
-        _save_transformers(folder / MAE_FOLDER, "ViTMAEForPreTraining", "vit_mae", whole, settings)
+        of_decoder = ("decoder", "mask_token")
+        parts = {name: "decoder." if name.startswith(of_decoder) else "vit." for name in weights}
+        whole = {parts[name] + name: weight for name, weight in weights.items()}
+        _save_transformers(folder / MAE_FOLDER, whole, about)
         lines += "\n\nfrom transformers import ViTMAEForPreTraining  # with its decoder\n\n"
         lines += f'whole = ViTMAEForPreTraining.from_pretrained("FOLDER", subfolder="{MAE_FOLDER}")'
     return lines
 
 
-def _vit_config(config: ModelConfig) -> dict[str, Any]:
-    size = config.encoder
-    return {
-        "hidden_size": size.width, "num_hidden_layers": size.depth, "num_attention_heads": size.heads,
-        "intermediate_size": 4 * size.width,
-        "image_size": config.image_size, "patch_size": config.patch_pixels, "num_channels": IMAGE_CHANNELS,
-        "layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
-
-
-def _renamed_for_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, weight in weights.items():
-        new = _renamed(name, TRANSFORMERS_NAMES)
-        if ".attn.qkv." not in new:
-            renamed[new] = weight
-            continue
-        for part, piece in zip(("query", "key", "value"), weight.chunk(3), strict=True):
-            renamed[new.replace(".attn.qkv.", f".attention.attention.{part}.")] = piece
-    return renamed
-
-
-def _save_transformers(
-    folder: Path, architecture: str, model_type: str, weights: Mapping[str, Tensor],
-    settings: Mapping[str, Any],
-) -> None:  # fmt: skip
+def _save_transformers(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Weights, configuration, and what prepares images for them."""
-    content = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(content, folder / WEIGHTS, metadata={"format": "pt"})  # without it from_pretrained refuses
-    about = {"architectures": [architecture], "model_type": model_type, **settings}
-    (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-    side = settings["image_size"]
+    content = {}
+    for name, weight in _renamed(weights, TRANSFORMERS_NAMES).items():
+        before, is_qkv, after = name.partition(".attn.qkv.")
+        if is_qkv:
+            for part, piece in zip(("query", "key", "value"), weight.chunk(3), strict=True):
+                content[f"{before}.attention.attention.{part}.{after}"] = piece.contiguous()
+        else:
+            content[name] = weight
+    folder.mkdir(exist_ok=True)
+    # Without the format from_pretrained refuses the file.
+    save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    size = {"height": about["image_size"], "width": about["image_size"]}
     processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True, "size": {"height": side, "width": side},
-        "do_rescale": True, "do_normalize": True, "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD,
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": size, "do_rescale": True,
+        "do_normalize": True, "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD,
     }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    for name, settings in (("config.json", about), ("preprocessor_config.json", processor)):
+        (folder / name).write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def _for_mmseg(checkpoint: dict[str, Any], config: ModelConfig, path: Path, folder: Path) -> str:
-    encoder = make_encoder(checkpoint["model"], config, path).state_dict()
-    weights = {_renamed(name, MMSEG_NAMES): weight for name, weight in encoder.items()}
-    size = config.encoder
+def _for_mmseg(encoder: VisionTransformer, config: ModelConfig, folder: Path) -> str:
+    weights, size = _renamed(encoder.state_dict(), MMSEG_NAMES), config.encoder
     for number in range(size.depth):  # BEiT's scales, which MAE has not: by default 0.1
         for name in ("gamma_1", "gamma_2"):
             weights[f"layers.{number}.{name}"] = torch.ones(size.width)
@@ -175,16 +150,22 @@ def _for_mmseg(checkpoint: dict[str, Any], config: ModelConfig, path: Path, fold
     )
 
 
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    for pattern, new in names.items():
-        name = re.sub(pattern, new, name)
-    return name
+def _renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, weight in weights.items():
+        for pattern, new in names.items():
+            name = re.sub(pattern, new, name)
+        renamed[name] = weight
+    return renamed
 
 
 @contextmanager
 def _replacing_folder(out: Path) -> Iterator[Path]:
     """Yields a folder to write into; after the block it is called `out`. What was there was made so."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_ours(out))):
+    check_output_folder(out, "--out")
+    card = out / CARD
+    is_ours = card.is_file() and is_marked(KIND)(read_bytes(card))
+    if out.exists() and any(out.iterdir()) and not is_ours:
         raise ValueError(f"--out {out} is there, and this command did not make it; name another")
     aside = out.with_name(out.name + UNFINISHED)
     shutil.rmtree(aside, ignore_errors=True)
@@ -198,10 +179,6 @@ def _replacing_folder(out: Path) -> Iterator[Path]:
         raise RuntimeError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / CARD).is_file() and is_marked(KIND)(read_bytes(folder / CARD))
 
 
 def _check_repository(name: str) -> None:

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save
-from timm.layers import LayerNorm  # with MAE's eps of 1e-6
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -170,10 +170,8 @@ def make_encoder(stored: dict[str, Tensor], config: ModelConfig, path: Path) -> 
     weights = {name: weight for name, weight in stored.items() if name.startswith(ENCODER)}
     describe_vit(weights, path)
     refuse_damaged(weights, path)
-    size = config.encoder
-    encoder = VisionTransformer(
-        img_size=config.image_size, patch_size=config.patch_pixels, num_classes=0,
-        embed_dim=size.width, depth=size.depth, num_heads=size.heads, norm_layer=LayerNorm,
-    )  # fmt: skip
+    name, values = timm_arguments(config)
+    encoder = timm.create_model(name, **values)
+    assert isinstance(encoder, VisionTransformer)
     load_weights(encoder, fold_channels(weights), path)
     return encoder

@@ -168,7 +168,7 @@ def test_the_card_says_how_it_was_made_and_how_it_scores(tmp_path):
     assert finetuned.metric_args["interval_95"] == pytest.approx([low, high], abs=1e-3)
     assert low < high and len(by_name) == 2
     assert (
-        f"| camvid | finetuned, recipe mae, seed 7 | 41.25 (95% interval {low:.2f} to {high:.2f}) |"
+        f"| camvid | mean IoU, finetuned, recipe mae, seed 7 | 41.25 (95% interval {low:.2f} to {high:.2f}) |"
         in card.text
     )
     for said in (
