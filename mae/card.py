@@ -46,7 +46,9 @@ def write_card(
         pipeline_tag="image-feature-extraction", tags=["masked-autoencoder", "vit", "SegMAE"],
         eval_results=scores or None,
     )  # fmt: skip
+    # A plugin's method need not be known here.
     about = (METHODS[method].__doc__ or "").partition("\n")[0] if method in METHODS else ""
+    # Not all settings: paths of this machine are nobody's business.
     settings = aligned([(key, str(made[key])) for key in SHOWN if key in made])
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     rows = "".join(map(_row, scores))
@@ -102,6 +104,7 @@ def find_scores(checkpoint_path: Path) -> Iterator[EvalResult]:
     for path in sorted(root.glob(f"*_output/*/{RESULT}")):
         if not named.fullmatch(path.parent.name):
             continue
+        # Both have a result.json; a probe's holds several scores, each with areas of its own.
         if path.parent.parent.name == "probe_output":
             probed = read_json(path, ProbeResult)
             for probe, how in PROBES.items():

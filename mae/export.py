@@ -67,7 +67,9 @@ def export_folder(
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
     encoder = make_encoder(checkpoint["model"], config, checkpoint_path)
     with _replacing_folder(out) as folder:
+        # The lines say FOLDER: on the hub, where the card is read, its path here would mean nothing.
         if to == "timm":
+            # config.json tells size, mean and deviation, so that whoever loads it need not know them.
             save_for_hf(encoder, str(folder), safe_serialization=True)
             lines = "import timm\n\n"
             lines += 'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # any img_size='
@@ -91,10 +93,11 @@ def _for_transformers(
         "hidden_size": config.encoder.width, "num_hidden_layers": config.encoder.depth,
         "num_attention_heads": config.encoder.heads, "intermediate_size": 4 * config.encoder.width,
         "image_size": config.image_size, "patch_size": config.patch_pixels, "num_channels": IMAGE_CHANNELS,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": 1e-6,  # theirs is 1e-12; what is not here is as transformers has it by default
     }  # fmt: skip
     _save_transformers(folder, encoder.state_dict(), about)
     lines = "from transformers import ViTModel\n\n"
+    # Its pooler is a layer that pretraining does not have.
     lines += 'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False)'
     chosen = METHODS[method.mask_method]
     if chosen.removes_tokens and not chosen.extra_channels:  # as MAE does: the whole of it, with its decoder
@@ -119,7 +122,7 @@ def _save_transformers(folder: Path, weights: Mapping[str, Tensor], about: Mappi
     content = {}
     for name, weight in _renamed(weights, TRANSFORMERS_NAMES).items():
         before, is_qkv, after = name.partition(".attn.qkv.")
-        if is_qkv:
+        if is_qkv:  # [3 D, D] or [3 D]: timm makes all three by one matrix
             for part, piece in zip(("query", "key", "value"), weight.chunk(3), strict=True):
                 content[f"{before}.attention.attention.{part}.{after}"] = piece.contiguous()
         else:
@@ -163,7 +166,7 @@ def _renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
 def _replacing_folder(out: Path) -> Iterator[Path]:
     """Yields a folder to write into; after the block it is called `out`. What was there was made so."""
     check_output_folder(out, "--out")
-    card = out / CARD
+    card = out / CARD  # it bears our mark
     is_ours = card.is_file() and is_marked(KIND)(read_bytes(card))
     if out.exists() and any(out.iterdir()) and not is_ours:
         raise ValueError(f"--out {out} is there, and this command did not make it; name another")
@@ -172,7 +175,7 @@ def _replacing_folder(out: Path) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
-        if out.exists():
+        if out.exists():  # renaming replaces empty folders only
             shutil.rmtree(out)
         aside.replace(out)
     except OSError as error:
@@ -185,7 +188,7 @@ def _check_repository(name: str) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
-        validate_repo_id(name)
+        validate_repo_id(name)  # before anything is written
     except HFValidationError as error:
         raise ValueError(f"--push {name}: give OWNER/NAME: {error}") from None
 

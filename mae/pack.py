@@ -82,6 +82,7 @@ def pack_images(source: Path, out: Path, options: PackOptions) -> str | None:
     packed, kept = open_images(out), [name for names in done for name in names]
     for name in kept[:5]:
         logger.warning("cannot be shrunk, and is there as it was: %s", name)
+    # Not before: they are there as they were, for training to skip and name.
     if too_many(len(kept), len(packed.names)):
         text = f"{len(kept)} of {len(packed.names)} images cannot be read: {kept[0]} ..."
         raise RuntimeError(f"{text}; they are packed as they were")
@@ -96,7 +97,7 @@ def _begin(out: Path, listed: Sequence[str], options: PackOptions) -> None:
     if state.is_file():
         made = parsed_text(read_text(state), dict[str, Any], f"{state} is damaged; remove {out}")
         check_same(made, wanted, {}, what=f"{out}", remedy="use those, or another --out")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(out.iterdir()):  # also shards of others, which training may read
         raise ValueError(f"--out {out} is there, and this command did not make it; name another folder")
     write_json(state, wanted)
 
@@ -137,6 +138,7 @@ def _rows(path: Path) -> Contents:
         batches = ParquetFile(path).iter_batches(64, columns=["image", "label"])
         for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
             image, label = row["image"], int(row["label"])
+            # Without a name, one that is the same in each call, and in no other file.
             name = (image.get("path") or f"{path.stem}-{number:06d}.jpg").rpartition("/")[2]
             of_class = HF_NAME.fullmatch(name)
             folder = of_class["wordnet"] if of_class else str(label)
@@ -155,6 +157,7 @@ def _write_shard(path: Path, contents: Contents, options: PackOptions) -> list[s
     written: dict[str, int] = {}  # member -> checksum
     kept = []
     with replacing(path) as unfinished:
+        # The format that knows names of any length and alphabet.
         with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as tar:
             for name, label, content in contents:
                 try:
@@ -168,6 +171,7 @@ def _write_shard(path: Path, contents: Contents, options: PackOptions) -> list[s
                         name = f"{name.rpartition('.')[0]}.jpg"
                 _add(tar, name, content, written)
                 if label is not None:
+                    # WebDataset takes what is alike up to the first dot for one sample.
                     folder, _, base = name.rpartition("/")
                     _add(tar, f"{folder}/{base.partition('.')[0]}.cls", str(label).encode(), written)
         _check(unfinished, written)
@@ -185,7 +189,7 @@ def shrink(content: bytes, short_side: int, quality: int) -> bytes | None:
     high, wide = pixels.shape[:2]
     if min(high, wide) <= short_side:
         return None
-    scale = short_side / min(high, wide)
+    scale = short_side / min(high, wide)  # rounding must not make the other side the shorter one
     size = max(short_side, round(wide * scale)), max(short_side, round(high * scale))
     stored = io.BytesIO()
     smaller = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)

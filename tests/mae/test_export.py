@@ -12,20 +12,31 @@ import torch
 from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTModel
 
 from common.areas import draw_images
-from engine.vit import IMAGE_MEAN, IMAGE_STD, VISIBLE
+from engine.vit import IMAGE_MEAN, IMAGE_STD, VISIBLE, VIT_SIZES, VitSize
 from mae.config import METHODS, ModelConfig
 from mae.export import export_folder
 from mae.weights import load_encoder
 from tests.mae.test_weights import make_model, save_run
 
-SMALL = {"model": "vit_tiny", "image_size": 64, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 4}
-CONFIG = ModelConfig(**SMALL)
+SMALL = {
+    "model": "export_test",
+    "image_size": 64,
+    "decoder_width": 32,
+    "decoder_depth": 1,
+    "decoder_heads": 4,
+}
 EXACTLY = {"atol": 1e-4, "rtol": 0}
+
+
+@pytest.fixture(autouse=True)
+def small_size(monkeypatch):
+    """As a plugin's: no model is larger than it has to be."""
+    monkeypatch.setitem(VIT_SIZES, "export_test", VitSize(width=48, depth=2, heads=3))
 
 
 def saved(method, folder, **options):
     """A run's checkpoint of a model with random weights, biases and norms among them."""
-    model = make_model(method, CONFIG)
+    model = make_model(method, ModelConfig(**{**SMALL, **options}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -57,8 +68,8 @@ def test_timm_loads_the_folder_at_any_image_size(tmp_path, method):
             shown = torch.full((2, 64, 64), VISIBLE, dtype=torch.uint8)
             assert torch.allclose(tokens, model.encode(model.method.view(images(), shown)), **EXACTLY)
         larger = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, img_size=96).eval()
-        assert larger.forward_features(images(96)).shape == (2, 1 + 36, 192)
-        assert torch.equal(larger.blocks[3].attn.qkv.weight, plain.blocks[3].attn.qkv.weight)
+        assert larger.forward_features(images(96)).shape == (2, 1 + 36, 48)
+        assert torch.equal(larger.blocks[1].attn.qkv.weight, plain.blocks[1].attn.qkv.weight)
     prepared = timm.data.resolve_data_config({}, model=plain)
     assert [tuple(prepared[key]) for key in ("mean", "std", "input_size")] == [
         IMAGE_MEAN,
@@ -90,7 +101,7 @@ def test_transformers_loads_the_encoder_and_of_patches_the_whole(tmp_path, metho
     )
     assert not about["missing_keys"] and not about["unexpected_keys"] and not about["mismatched_keys"]
     assert (whole.config.norm_pix_loss, whole.config.mask_ratio) == (True, 0.75)
-    noise = torch.rand(2, CONFIG.num_patches)
+    noise = torch.rand(2, 16)
     with torch.no_grad():
         theirs = whole.eval()(images(), noise=noise)
         view = model.method.view(images(), noise)
@@ -115,16 +126,16 @@ def test_mmseg_loads_its_backbone(tmp_path):
 
     encoder = load_encoder(checkpoint)
     with torch.no_grad():
-        found = load(out_indices=[3, 11])(images())
+        found = load(out_indices=[0, 1])(images())
         expected = encoder.forward_intermediates(
-            images(), indices=[3, 11], norm=False, intermediates_only=True
+            images(), indices=[0, 1], norm=False, intermediates_only=True
         )
-        assert load(img_size=96)(images(96))[0].shape == (2, 192, 6, 6)
+        assert load(img_size=96)(images(96))[0].shape == (2, 48, 6, 6)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, **EXACTLY)
     # With the scale that BEiT has by default, too, which MAE has not.
     with torch.no_grad():
-        assert torch.allclose(load(init_values=0.1, out_indices=[11])(images())[0], expected[1], **EXACTLY)
+        assert torch.allclose(load(init_values=0.1, out_indices=[1])(images())[0], expected[1], **EXACTLY)
 
 
 def leave_scores(root):
@@ -290,7 +301,7 @@ def test_the_command_prints_what_loads_the_folder(tmp_path):
 
     from mae.cli import cli
 
-    _, checkpoint = saved("patches", tmp_path)
+    _, checkpoint = saved("patches", tmp_path, model="vit_tiny")  # by its name in timm
     words = ["export", str(checkpoint), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(cli, [*words, "--to", "timm"])
     assert done.exit_code == 0 and f'timm.create_model("local-dir:{tmp_path / "out"}"' in done.output
