@@ -19,7 +19,18 @@ from common.step_files import CHECKPOINT, RESULT
 from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
-from segmenter.config import AUXILIARY_WIDTH, GROUPS, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
+from segmenter.config import (
+    AUTO,
+    AUXILIARY_WIDTH,
+    GROUPS,
+    PROBE_GROUPS,
+    RANDOM,
+    ProbeConfig,
+    TrainConfig,
+    check_encoder,
+    encoder_label,
+    encoder_path,
+)
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, check_split, read_description
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
@@ -52,17 +63,20 @@ def check_run(
 ) -> ScoringFacts:
     """What the run will be. Raises ValueError for what would stop it at once."""
     train, val, reads = len(dataset.train), len(dataset.val), list(dataset.reads)
-    flag, checkpoint_bytes = "CHECKPOINT", 0
+    flag, checkpoint_bytes = "ENCODER", 0
     if isinstance(config, TrainConfig):
         flag = "--init"
         plan_batches(config, dataset, processes)
         checkpoint_bytes = _checkpoint_bytes(config, dataset.num_classes)
+        if config.model.dropout and isinstance(config.init, str) and config.init != RANDOM:
+            raise ValueError("--dropout is of plain ViTs; encoders of libraries have --drop-path")
     elif config.run.image_folder is not None:
         find_images(config.run.image_folder)
         reads.append(config.run.image_folder)
     check_output_folder(config.run.output_dir, reads=reads)
-    if config.init != RANDOM and not config.init.is_file():
-        raise ValueError(f"{flag} {config.init} does not exist; give a checkpoint, or {RANDOM}")
+    check_encoder(config.init, flag)
+    if config.init == RANDOM:
+        _ = config.model.encoder  # a size has to be named
     return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes)
 
 
@@ -113,9 +127,9 @@ def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
 def look_inside(config: TrainConfig | ProbeConfig) -> None:
     """Raise ValueError unless checkpoint and trackers are what the run needs; loads torch."""
     if config.init != RANDOM:
-        from segmenter.encoder import read_encoder
+        from segmenter.libraries import look_at_encoder
 
-        read_encoder(config.init, config.model, lazily=True)
+        look_at_encoder(config)
     if isinstance(config, TrainConfig):
         check_trackers(config.run.log_with)
 
@@ -131,14 +145,25 @@ def all_settings(config: TrainConfig | ProbeConfig, dataset: DatasetDescription)
         **dataclasses.asdict(config.model),
         **config.protocol.described(),
         "precision": config.run.precision,
-        "init": init if init == RANDOM else init.name,  # not its folder: runs may be moved
-        "init_fingerprint": None if init == RANDOM else _fingerprint(init),
+        "init": encoder_label(init),
+        "init_fingerprint": _fingerprint_of(init),
         **own,
         "dataset": dataset.name,
         "num_classes": dataset.num_classes,
         "num_train": len(dataset.train),
         "num_val": len(dataset.val),
     }
+
+
+def _fingerprint_of(init: Path | str) -> str | None:
+    """Tells encoders of one name apart; of a folder: what holds its weights and settings."""
+    path = encoder_path(init)
+    if path is None:
+        return None
+    if not path.is_dir():
+        return _fingerprint(path)
+    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors", ".bin"))
+    return hashlib.sha256("".join(map(_fingerprint, files)).encode()).hexdigest()[:16]
 
 
 def _fingerprint(path: Path) -> str:
@@ -179,8 +204,12 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
 
 def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
     """About the size of a checkpoint: fp32 weights, and what the optimizer keeps of each."""
-    model, size = config.model, config.model.encoder
-    patch = model.patch_size or size.patch_size
+    model = config.model
+    if model.model == AUTO or (isinstance(config.init, str) and config.init != RANDOM):
+        path = encoder_path(config.init)  # about as much as its weights
+        files = [path] if path and path.is_file() else path.glob("*") if path else []
+        return 3 * sum(file.stat().st_size for file in files if file.is_file())
+    size, patch = model.encoder, model.patch_size or model.encoder.patch_size
     patches = (config.protocol.crop_size // patch) ** 2
     parameters = (
         transformer_parameters(size.width, size.depth)

@@ -17,7 +17,6 @@ from engine.config import DeviceConfig
 from segmenter.config import (
     GROUPS,
     PROBE_GROUPS,
-    RANDOM,
     SCORES,
     EvaluateConfig,
     PictureConfig,
@@ -25,7 +24,24 @@ from segmenter.config import (
     ProtocolChanges,
     ScoringConfig,
     TrainConfig,
+    parse_encoder,
 )
+
+
+class EncoderArgument(click.ParamType):
+    """An argument that names an encoder, as --init does."""
+
+    name = "encoder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """Click's hook."""
+        try:
+            return parse_encoder(value)
+        except ValueError as error:
+            self.fail(f"{value}: {error}", param, ctx)
+
+
+ENCODER = EncoderArgument()
 
 
 @click.group(context_settings=CONTEXT)
@@ -65,16 +81,18 @@ def train(dry_run: str | None, **groups: Any) -> int:
 
 
 @command(cli, **PROBE_GROUPS)
-@click.argument("checkpoint", type=PATH, metavar="CHECKPOINT|random")
+@click.argument("encoder", type=ENCODER, metavar="ENCODER")
 @dry_run("check")
-def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
-    """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
+def probe(encoder: Path | str, dry_run: str | None, **groups: Any) -> int:
+    """Score what a frozen encoder knows: minutes instead of a finetuning's hours.
+
+    ENCODER is random, a file, timm:NAME|FOLDER, hf:NAME|FOLDER or FILE.py:FUNCTION.
+    """
     from segmenter.check import check_run, check_some_labels, earlier_output, look_inside
     from segmenter.dataset import read_description
 
     # An argument, since there is no probe without something to probe.
-    init: Any = RANDOM if str(checkpoint) == RANDOM else checkpoint.absolute()
-    config = ProbeConfig(init=init, **groups)
+    config = ProbeConfig(init=encoder, **groups)
     dataset = read_description(config.run.dataset)
     check_run(config, dataset, processes=world_size())
     look_inside(config)

@@ -5,6 +5,7 @@ have no default here. What is given with a command wins over its recipe.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ from engine.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
-RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
+RANDOM: Literal["random"] = "random"  # an encoder that starts from nothing: timm's ViT
+AUTO = "auto"  # --model of an encoder that says itself what it is
+ENCODER_FORMS = "random, a file, timm:NAME|FOLDER, hf:NAME|FOLDER or FILE.py:FUNCTION"
 Decoder = Literal["mask_transformer", "linear", "upernet"]
 Normalization = Literal["imagenet", "half"]  # half: as in the first ViTs
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
@@ -45,19 +48,75 @@ RATE: dict[str, Any] = {"at_least": 0, "below": 1}
 SEED: dict[str, Any] = {"at_least": 0, "at_most": MOST_SEED}
 
 
+# --- Encoders, by one grammar wherever one is named ---
+
+
+def parse_encoder(value: Any) -> Path | str:
+    """What was written: a file's path, or as it was, with an absolute path in it. ValueError.
+
+    `random`, FILE, `timm:NAME|FOLDER`, `hf:NAME|FOLDER` (transformers), `FILE.py:FUNCTION`.
+    """
+    text = str(value).strip()
+    library, colon, name = text.partition(":")
+    if text == RANDOM:
+        return RANDOM
+    if colon and library in ("timm", "hf"):
+        is_path = name.startswith(("/", ".", "~")) or Path(name).expanduser().is_dir()
+        if not name or "\0" in name:
+            raise ValueError(f"give {library}:NAME or {library}:FOLDER")
+        return f"{library}:{absolute_path(name, library)}" if is_path else text
+    file, colon, function = text.rpartition(":")
+    if colon and file.endswith(".py"):
+        if not function.isidentifier():
+            raise ValueError("give FILE.py:FUNCTION")
+        return f"{absolute_path(file, 'FILE.py')}:{function}"
+    if colon and re.fullmatch(r"[a-z-]{2,12}", library) and not Path(text).exists():
+        raise ValueError(f"there are no encoders of {library}; give {ENCODER_FORMS}")
+    return absolute_path(value, "the file of an encoder")
+
+
+def encoder_path(init: Path | str) -> Path | None:
+    """The file or folder that an encoder comes from; None of one that a library fetches by name."""
+    if isinstance(init, Path):
+        return init
+    before, _, after = init.rpartition(":")
+    path = before if before.endswith(".py") else after
+    return Path(path) if path.startswith("/") else None
+
+
+def encoder_label(init: Path | str) -> str:
+    """An encoder as files record it: without the folder, since runs and checkpoints may be moved."""
+    path = encoder_path(init)
+    return init.name if isinstance(init, Path) else init.replace(str(path), path.name) if path else init
+
+
+def check_encoder(init: Path | str, flag: str) -> None:
+    """Raise ValueError unless what it comes from is there."""
+    path, is_folder = encoder_path(init), not isinstance(init, Path) and ".py:" not in init
+    if path is not None and not (path.is_dir() if is_folder else path.is_file()):
+        kind = "no folder" if is_folder else "is no file" if path.exists() else "does not exist"
+        what = f"{path} {kind}" if not is_folder else f"there is {kind} {path}"
+        raise ValueError(f"{flag} {what}; give {ENCODER_FORMS}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(OptionGroup):
     """The encoder."""
 
     title, no_default = "Model", OF_RECIPE
-    model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
+    model: str = option(
+        "Size of the encoder; auto: what its file says.", "vit_large",
+        choices=lambda: (*VIT_SIZES, AUTO),
+    )  # fmt: skip
     patch_size: int | None = option(
         "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, **PIXELS
     )
 
     @property
     def encoder(self) -> VitSize:
-        """Its sizes."""
+        """Its sizes. Raises ValueError where only the encoder's file would say them."""
+        if self.model == AUTO:
+            raise ValueError("--model auto is for encoders that say what they are; name a size")
         return VIT_SIZES[self.model]
 
 
@@ -185,7 +244,7 @@ class DatasetConfig(OptionGroup):
 class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
     """What one finetuning starts from, where it goes and how it is kept."""
 
-    init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
+    init: Path | str = option(f"The encoder: {ENCODER_FORMS}.", parse=parse_encoder)
     device_batch_size: int | Literal["auto"] | None = option(
         "Most images per device at once; auto: by a GPU's memory. Default: no limit.", None,
         at_least=1, neutral=True, memory=True,
@@ -239,8 +298,8 @@ class TrainConfig:
     leaves = OF_FINETUNING  # by these names
 
     @property
-    def init(self) -> Path | Literal["random"]:
-        """Checkpoint of the encoder, or random."""
+    def init(self) -> Path | str:
+        """The encoder, as `parse_encoder` has it."""
         return self.run.init
 
     def recipe(self) -> dict[str, Any]:
@@ -260,7 +319,7 @@ class TrainConfig:
 class ProbeConfig:
     """Everything `python -m segmenter probe` needs, by concern. init: its argument."""
 
-    init: Path | Literal["random"]
+    init: Path | str
     run: ProbeRunConfig
     model: EncoderConfig  # no decoder, no dropout: nothing of it learns
     protocol: ProtocolConfig

@@ -65,7 +65,8 @@ def evaluate_checkpoint(
         check_output_folder(target, "--save-predictions", reads=description.reads)
         if target.is_symlink() or (target.exists() and any(target.iterdir())):
             raise ValueError(f"--save-predictions {target} is not empty; {NOTHING_WRITTEN}")
-    model, images = loaded.model.to(accelerator.device), WholeImages(description, pairs, protocol)
+    model = loaded.model.to(accelerator.device)
+    images = WholeImages(description, pairs, protocol, model.interpolation)
     counter = Counter("evaluate", total=len(pairs))
     first = int(description.reduce_zero_label)
     saving = _saving(target, pairs, first, accelerator) if target else nullcontext()

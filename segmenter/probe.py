@@ -71,7 +71,7 @@ def probe(config: ProbeConfig, dataset: DatasetDescription) -> bool:
             return False
         if accelerator.is_main_process:
             about = {"seed": config.run.seed, "seconds": run.seconds}
-            about |= depends_on(config, accelerator, dataset)
+            about |= depends_on(config, accelerator, dataset, model)
             write_json(config.run.output_dir / RESULT, {"format_version": 1, **answers, **about})
         accelerator.wait_for_everyone()
         return True
@@ -90,7 +90,7 @@ class _Probing:
         """What result.json says of each probe."""
         asked, dataset, answers = self.config.run, self.dataset, dict[str, Any]()
         protocol = dataclasses.replace(self.config.protocol, multi_scale=False)  # tokens of one
-        images = WholeImages(dataset, dataset.train, protocol)
+        images = WholeImages(dataset, dataset.train, protocol, self.model.interpolation)
         found = self.tokens("tokens", images)
         if "linear" in asked.probes:
             answers["linear"] = self.chosen("linear", fit_linear, WEIGHT_DECAYS, found)
@@ -127,7 +127,7 @@ class _Probing:
     def scores(self, name: str, decoder: Callable[[], nn.Module]) -> dict[str, Any]:
         """Of the validation images, as `train` scores them; leaves their areas."""
         dataset = self.dataset
-        images = WholeImages(dataset, dataset.val, self.config.protocol)
+        images = WholeImages(dataset, dataset.val, self.config.protocol, self.model.interpolation)
         areas = self.over(name, images, evaluate_model, decoder=decoder)
         if self.accelerator.is_main_process:
             path = self.config.run.output_dir / PROBE_AREAS[name]
@@ -246,7 +246,7 @@ class ClassFolders(WholeImages):
         names = [name for name in find_images(folder) if "/" in name]
         names = names[:: -(-len(names) // MOST_IMAGES) or 1]
         pairs = [Pair(n, folder / n, folder / n) for n in names]
-        super().__init__(like.description, pairs, like.protocol)
+        super().__init__(like.description, pairs, like.protocol, like.interpolation)
         self.classes = sorted({name.partition("/")[0] for name in names})
 
     def __getitem__(self, index: int) -> TestImage:
@@ -256,4 +256,4 @@ class ClassFolders(WholeImages):
             image = read_image(pair.image)
         except ValueError as error:
             return TestImage([], label, unreadable=str(error))
-        return TestImage(scaled_images(image, self.protocol), label)
+        return TestImage(scaled_images(image, self.protocol, self.interpolation), label)

@@ -187,7 +187,7 @@ def test_a_probe_leaves_scores_areas_and_nothing_else(probed, dataset):
     result = result_of(probed)
     assert set(result) == {
         "format_version", "linear", "knn", "knn_raw", "rankme", "first_direction_percent",
-        "position_percent", "seed", "seconds", "model", "init",
+        "position_percent", "seed", "seconds", "model", "encoder", "init",
         "protocol", "dataset", "versions", "device", "num_processes", "settings",
     }  # fmt: skip
     assert (result["init"], result["seed"], result["model"]) == ("random", 0, "vit_toy")
@@ -302,7 +302,7 @@ def test_check_says_what_is_wrong_and_writes_nothing(dataset, tmp_path, command)
     outcome = command(*probe_arguments(dataset, tmp_path / "out"), *check)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     outcome = command(*probe_arguments(dataset, tmp_path / "out", tmp_path / "no.pth"), *check)
-    assert (outcome.code, "CHECKPOINT" in outcome.err) == (2, True)
+    assert (outcome.code, "ENCODER" in outcome.err) == (2, True)
     assert not (tmp_path / "out").exists()
 
 
