@@ -7,6 +7,7 @@ look into is judged apart, by `look_inside`.
 import dataclasses
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ class ScoringFacts:
     train: int
     val: int
     checkpoint_bytes: int = 0
+
+
+def dataset_name(path: Path) -> str:
+    """What names of files may have of it; of a file that is still to be made, that file's name."""
+    name = read_description(path).name if path.exists() else path.stem
+    return re.sub(r"[^\w.]", "_", name)
 
 
 def read_checked(path: Path) -> DatasetDescription:

@@ -22,7 +22,7 @@ from common.files import NOTHING_WRITTEN, check_output_file, check_output_folder
 from common.step_files import find_resumable, round_checkpoints
 from mae.config import PretrainConfig
 from mae.masking import METHODS
-from pipeline.plan.layout import Layout, is_report, is_results_csv, is_run_yml
+from pipeline.plan.layout import Layout, dataset_of, is_report, is_results_csv, is_run_yml
 from pipeline.plan.machine import REPO_ROOT, visible_gpus
 from pipeline.plan.records import differences, is_done, read_progress
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
@@ -111,12 +111,12 @@ def _check_possible(step: Step, made: Collection[Path]) -> None:
 
 
 def init_of(step: Step) -> Path | None:
-    """The checkpoint that it starts from."""
+    """The checkpoint that it starts from; what a library brings is judged by the part."""
     config = step.config
     if config is None:
         return None
     init = config.run.init if isinstance(config, PretrainConfig) else config.init
-    return None if init == RANDOM else init
+    return init if isinstance(init, Path) else None
 
 
 def startable(step: Step) -> Step:
@@ -149,7 +149,8 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
     known, read_dataset = dict[Any, Any](), functools.cache(segmenter.check.read_checked)
     makes_segments = any(step.kind in MAKING for step in waiting)
     for step in waiting:
-        if step.config is None or (step.kind, step.run) in found:
+        about_it = step.kind, step.run, dataset_of(step.name)
+        if step.config is None or about_it in found:
             continue
         processes, now = step.processes * step.nodes, startable(step)
         facts: Facts
@@ -168,7 +169,7 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
             facts = segmenter.check.check_run(config, dataset, processes=processes)
             if not asks:  # else the part says it, too
                 segmenter.check.earlier_output(config, dataset)
-        found[step.kind, step.run] = facts
+        found[about_it] = facts
         if asks:
             # Steps that start from one file ask once. WORLD_SIZE is what torchrun would say.
             about = find_resumable(now.folder) or init_of(now) or now.folder
@@ -176,7 +177,8 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
             question: Question = [*alone, "--dry-run", "check"], {"WORLD_SIZE": str(processes)}
             questions.setdefault((now.program, about), question)
     ask(questions.values())
-    return {s.name: found[s.kind, s.run] for s in waiting if (s.kind, s.run) in found}
+    known_of = {s.name: found.get((s.kind, s.run, dataset_of(s.name))) for s in waiting}
+    return {name: facts for name, facts in known_of.items() if facts}
 
 
 def ask(questions: Iterable[Question]) -> list[str]:

@@ -18,6 +18,7 @@ from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
 from pipeline.report import scores, tables
 from pipeline.report.answer import Answer, answer
+from pipeline.report.encoders import benchmarks
 from pipeline.report.figures import Chart, Point, Series, line_chart, pictures
 from pipeline.report.scores import FINETUNING, MEASURES, Line
 
@@ -25,9 +26,12 @@ from pipeline.report.scores import FINETUNING, MEASURES, Line
 def write_all(paths: Layout) -> str:
     """Writes results.csv and report.html from what there is; returns the table to show."""
     write_report([paths.root], paths.report_html)
-    if not (evaluations := scores.read_evaluations(paths)):
+    shown = [f"by {one.measure.words}\n{tables.aligned_table(one.table)}\n" for one in benchmarks([paths])]
+    if evaluations := scores.read_evaluations(paths):
+        shown += [tables.terminal_table(evaluations), "", str(paths.results_csv)]
+    elif not shown:
         return f"no evaluation has finished; {paths.report_html}"
-    return f"\n{tables.terminal_table(evaluations)}\n\n{paths.results_csv}\n{paths.report_html}"
+    return "\n".join(["", *shown, str(paths.report_html)])
 
 
 def write_report(folders: Sequence[Path], page: Path) -> None:
@@ -56,6 +60,7 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
         progress=" ".join(filter(None, map(_progress, all_paths))),
         answer=first,
         other_answers=others,
+        benchmarks=benchmarks(all_paths),
         scores=tables.score_table(scored),
         # Where evaluations differ, all values.
         protocol=tables.joined(
@@ -109,7 +114,8 @@ def _answers(lines: Sequence[Line], planned_epochs: int) -> list[Answer]:
         found += [one for one in [answer(lines, measure, first_look=look)] if one]
     first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
     if not first.sentences:
-        first = first._replace(sentences=["No evaluation has finished yet."])
+        waits = "Nothing was pretrained here: the tables compare encoders." if lines else ""
+        first = first._replace(sentences=[waits or "No evaluation has finished yet."])
     elif first.measure is not FINETUNING:
         said = "No finetuning has been scored yet; this is what frozen probes say."
         first = first._replace(sentences=[said, *first.sentences])

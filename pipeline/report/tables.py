@@ -63,6 +63,12 @@ def terminal_table(evaluations: Sequence[Evaluation]) -> str:
     return text
 
 
+def aligned_table(table: Table) -> str:
+    """A table as aligned text."""
+    cells = [list(table.rows[0]), *(list(row.values()) for row in table.rows)]
+    return aligned(cells, right=range(1, len(cells[0])))
+
+
 def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
     """The cells of each evaluation, whose label comes first; the best by mean IoU stands out."""
     titles = {name: name.replace("_", " ").replace("iou", "IoU") for name in SCORES[:3]}
