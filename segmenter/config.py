@@ -233,7 +233,7 @@ class ScoringConfig(DeviceConfig):
 class DatasetConfig(OptionGroup):
     """What is trained on, and from where come the values that are not given."""
 
-    dataset: Path = option("ADEChallengeData2016 folder, or the YAML file of a dataset.")
+    dataset: Path = option("Folder of a known layout (ADE20K, Cityscapes, VOC, ...), or a YAML file.")
     recipe: str = option(
         "segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE,
         early=lambda name: read_recipe(name),  # its values lie below all others
@@ -268,7 +268,7 @@ class EvaluateConfig(OptionGroup):
 
     title = "Evaluation"
     dataset: Path = option_of(DatasetConfig, "dataset", REQUIRED)
-    split: Literal["train", "val"] = option("Which images.", "val")
+    split: Literal["train", "val", "test"] = option("Which images.", "val")
     save_predictions: Path | None = option("Folder for the label maps.", None)
     classes_by_number: bool = option("Score classes that the checkpoint calls otherwise.", False)
     predictions: Path | None = option("Score the label maps of this folder instead.", None)

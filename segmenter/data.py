@@ -77,7 +77,7 @@ class TrainingCrops(_Pairs, Dataset[Crop]):
     ) -> None:  # fmt: skip
         super().__init__(description, pairs, protocol, interpolation)
         self.seed = seed
-        side, ignored = protocol.crop_size, description.ignore_index
+        side, ignored = protocol.crop_size, description.ignored
         # The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE trained with.
         scale = 4 * protocol.image_size, protocol.image_size  # (2048, 512)
         resize = RandomResize(scale, ratio_range=(0.5, 2.0), keep_ratio=True, interpolation=interpolation)
@@ -104,7 +104,7 @@ class TrainingCrops(_Pairs, Dataset[Crop]):
         size = torch.tensor(sample["img"].shape[:2])
         sample = self.pad(sample)
         cropped = torch.from_numpy(sample["gt_seg_map"])
-        valid_pixels = (cropped != self.description.ignore_index).sum()
+        valid_pixels = (cropped != self.description.ignored).sum()
         return Crop(_to_chw(sample["img"][..., ::-1]), cropped, size, valid_pixels)
 
 

@@ -108,7 +108,7 @@ class Finetuning(Task):
         dataset, protocol, scaling = self.dataset, config.protocol, model.interpolation
         self.train_set = TrainingCrops(dataset, dataset.train, protocol, self.seed, scaling)
         self.images = WholeImages(dataset, dataset.val, protocol, scaling)
-        loss = TrainingLoss(model, self.dataset.ignore_index)
+        loss = TrainingLoss(model, self.dataset.ignored)
         return Built(model, loss, make_optimizer(model, config.optimisation))
 
     def plan(self, processes: int) -> BatchPlan:

@@ -207,7 +207,7 @@ class Tokens:
 
     def _majority(self, labels: Tensor) -> Tensor:
         """[h, w] uint8 to [N]: 1 + the class of most valid pixels of each patch, 0 if none is."""
-        patch, ignored = self.model.shape.encoder.patch_size, self.images.description.ignore_index
+        patch, ignored = self.model.shape.encoder.patch_size, self.images.description.ignored
         height, width = labels.shape
         padded = F.pad(labels, (0, -width % patch, 0, -height % patch), value=ignored)
         by_patch = padded.unfold(0, patch, patch).unfold(1, patch, patch)
