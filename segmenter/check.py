@@ -147,7 +147,8 @@ def all_settings(config: TrainConfig | ProbeConfig, dataset: DatasetDescription)
     if isinstance(config, TrainConfig):
         own = dataclasses.asdict(config.optimisation)
     else:
-        own = {name: plain(getattr(config.run, name)) for name in ("probes", "seed", "image_folder")}
+        names = ("probes", "seed", "image_folder", "linear_weight_decay", "probe_steps")
+        own = {name: plain(getattr(config.run, name)) for name in names}
     return {
         **dataclasses.asdict(config.model),
         **config.protocol.described(),

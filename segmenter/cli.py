@@ -18,12 +18,15 @@ from segmenter.config import (
     GROUPS,
     PROBE_GROUPS,
     SCORES,
+    EncoderConfig,
     EvaluateConfig,
+    FeaturesConfig,
     PictureConfig,
     ProbeConfig,
     ProtocolChanges,
     ScoringConfig,
     TrainConfig,
+    check_encoder,
     parse_encoder,
 )
 
@@ -149,6 +152,24 @@ def predict(
 
     log_to_stderr()
     predict_files(checkpoint, images, pictures.out, changes, devices)
+
+
+@command(cli, "draw-features", features=FeaturesConfig, model=EncoderConfig, devices=DeviceConfig)
+@click.argument("encoder", type=ENCODER)
+@click.argument("images", type=PATH, nargs=-1, required=True)
+def draw_features(
+    encoder: Path | str, images: tuple[Path, ...], features: FeaturesConfig, model: EncoderConfig,
+    devices: DeviceConfig,
+) -> None:  # fmt: skip
+    """Draw ENCODER's patch tokens of IMAGES: principal components as colours, likeness to a patch."""
+    for init in filter(None, (encoder, features.before)):
+        check_encoder(init, "ENCODER")
+    from engine.devices import make_accelerator
+    from segmenter.features import draw_files
+
+    log_to_stderr()
+    draw_files(encoder, images, features, model, make_accelerator(devices))
+    say(str(features.out))
 
 
 @cli.group(context_settings=CONTEXT)

@@ -33,10 +33,14 @@ from engine.schedule import half_cosine, learning_rate
 from engine.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
+PRESETS = Path(__file__).parent / "presets"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
 RANDOM: Literal["random"] = "random"  # an encoder that starts from nothing: timm's ViT
 AUTO = "auto"  # --model of an encoder that says itself what it is
 ENCODER_FORMS = "random, a file, timm:NAME|FOLDER, hf:NAME|FOLDER or FILE.py:FUNCTION"
+Probe = Literal[
+    "linear", "knn", "rankme", "dinov2_linear", "dinov3_linear", "capi_knn", "capi_logreg", "hummingbird"
+]  # fmt: skip
 Decoder = Literal["mask_transformer", "linear", "upernet"]
 Normalization = Literal["imagenet", "half"]  # half: as in the first ViTs
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
@@ -252,12 +256,25 @@ class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig):
+class PresetConfig(OptionGroup):
+    """Probes as others publish theirs."""
+
+    preset: str | None = option(
+        "Probes and sizes of a published protocol: dinov2-linear, dinov3-linear, capi, hummingbird.", None,
+        early=lambda name: read_preset(name),  # its values lie below what is given, above a recipe's
+    )  # fmt: skip
+
+
+# PresetConfig last, since its fields come first: a preset wins over a recipe.
+@dataclass(frozen=True, kw_only=True)
+class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig, PresetConfig):
     """What is asked of a frozen encoder, and where the answers go."""
 
-    probes: tuple[Literal["linear", "knn", "rankme"], ...] = option(
-        "What is asked.", ("linear", "knn", "rankme")
+    probes: tuple[Probe, ...] = option("What is asked.", ("linear", "knn", "rankme"))
+    linear_weight_decay: float | None = option(
+        "Of the linear probe. Default: chosen on a fifth of the training images.", None, at_least=0
     )
+    probe_steps: int | None = option("Of dinov2_linear and dinov3_linear. Default: theirs.", None, at_least=1)
     seed: int = option("Of random weights, and of the tokens that are kept.", 0, **SEED)
     image_folder: Path | None = option("Class folders, for kNN of images. Default: none.", None)
 
@@ -281,6 +298,25 @@ class PictureConfig(OptionGroup):
 
     title = "Pictures"
     out: Path = option("Folder for the pictures.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(OptionGroup):
+    """What `draw-features` draws."""
+
+    title = "Pictures"
+    out: Path = option("PNG file.")
+    before: Path | str | None = option(
+        "Another encoder, to be drawn beside it: what it was before pretraining.", None, parse=parse_encoder
+    )
+    size: int = option("Images' short side, in pixels.", 512, **PIXELS)
+    patch: tuple[int, ...] = option(
+        "Whose likeness is shown: percent from the top, from the left.", (50, 50), at_least=0, at_most=100
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.patch) != 2:
+            raise ValueError(f"--patch is {','.join(map(str, self.patch))}; give two numbers, as 50,50")
 
 
 RECIPE_GROUPS: tuple[type[OptionGroup], ...] = (ModelConfig, OptimisationConfig, ProtocolConfig)
@@ -329,6 +365,8 @@ class ProbeConfig:
     def arguments(self) -> list[str]:
         """The words after `python -m segmenter probe` that make this again."""
         below = recipe_values(self.run.recipe)
+        if self.run.preset:  # it lies above the recipe
+            below |= merge(PROBE_GROUPS.values(), [read_preset(self.run.preset)])
         return [str(self.init), *as_arguments(self.run, self.model, self.protocol, below=below)]
 
 
@@ -348,6 +386,15 @@ def read_recipe(name: str) -> Layer:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return layer
+
+
+def read_preset(name: str) -> Layer:
+    """A preset of probes, by name. Raises ValueError if there is none."""
+    path = PRESETS / f"{str(name).replace('_', '-')}.yml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yml")))
+        raise ValueError(f"--preset is {name!r}; choose one of {known}")
+    return read_layer(path, PROBE_GROUPS.values())
 
 
 def recipe_names() -> list[str]:

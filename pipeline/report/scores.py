@@ -51,6 +51,12 @@ MEASURES = {
     "linear": Measure("the frozen linear probe", areas=PROBE_AREAS["linear"]),
     "knn": Measure("the frozen kNN probe", areas=PROBE_AREAS["knn"]),
     "knn_raw": Measure("kNN on raw tokens", areas=PROBE_AREAS["knn_raw"]),
+    "dinov2_linear": Measure("DINOv2's linear probe", areas=PROBE_AREAS["dinov2_linear"]),
+    "dinov3_linear": Measure("DINOv3's linear probe", areas=PROBE_AREAS["dinov3_linear"]),
+    "capi_knn": Measure("CAPI's kNN probe", areas=PROBE_AREAS["capi_knn"]),
+    "capi_logreg": Measure("CAPI's logistic regression", areas=PROBE_AREAS["capi_logreg"]),
+    "hummingbird": Measure("Hummingbird's retrieval", areas=PROBE_AREAS["hummingbird"]),
+    "image_linear": Measure("a linear classifier of whole images", "accuracy (%)", "accuracy"),
     "image_knn": Measure("kNN over whole images", "accuracy (%)", "accuracy"),
     "rankme": Measure("the spread of its features", "RankMe (features used)", "rankme", most=math.inf),
 }

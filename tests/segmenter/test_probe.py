@@ -71,7 +71,8 @@ def kept(dataset, monkeypatch):
         for index in range(3):
             labels = (torch.arange(50) >= 8) * (1 + index)  # the first 8 have none
             features = torch.arange(50.0)[:, None] + 100 * index
-            tokens._keep(index, features.expand(-1, model.encoder.embed_dim), labels, torch.arange(50))
+            features = features.expand(-1, model.encoder.embed_dim)
+            tokens._keep(index, features, labels, torch.arange(50), torch.zeros(50, 0))
         return tokens.total(make_accelerator(DeviceConfig(device="cpu")))
 
     return keep
@@ -122,7 +123,7 @@ def test_a_token_has_the_label_of_most_valid_pixels(dataset):
     labels = torch.full((5, 6), IGNORE, dtype=torch.uint8)
     labels[:3, :3] = torch.tensor([[2, 2, IGNORE], [2, 1, IGNORE], [1, IGNORE, IGNORE]])
     labels[4, 5] = 0
-    assert tokens._majority(labels).tolist() == [3, 0, 0, 1]
+    assert tokens._majority(labels)[0].tolist() == [3, 0, 0, 1]
 
 
 a_linear_probe = partial(fit_linear, weight_decay=1e-5)
@@ -182,7 +183,7 @@ def test_tokens_of_noise_score_what_the_majority_class_scores(tmp_path):
 
 def test_a_probe_leaves_scores_areas_and_nothing_else(probed, dataset):
     assert {path.name for path in probed.iterdir()} == {
-        "result.json", "areas-linear.npz", "areas-knn.npz", "areas-knn_raw.npz", ".lock",
+        "result.json", "areas-linear.npz", "areas-knn.npz", "areas-knn_raw.npz", "features.png", ".lock",
     }  # fmt: skip
     result = result_of(probed)
     assert set(result) == {
