@@ -162,8 +162,9 @@ def draw_features(
     devices: DeviceConfig,
 ) -> None:  # fmt: skip
     """Draw ENCODER's patch tokens of IMAGES: principal components as colours, likeness to a patch."""
-    for init in filter(None, (encoder, features.before)):
-        check_encoder(init, "ENCODER")
+    check_encoder(encoder, "ENCODER")
+    if features.before is not None:
+        check_encoder(features.before, "--before")
     from engine.devices import make_accelerator
     from segmenter.features import draw_files
 

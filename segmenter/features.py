@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from common.images import Unreadable, evenly_spread
-from segmenter.config import EncoderConfig, FeaturesConfig, ProtocolConfig, recipe_values
+from segmenter.config import EncoderConfig, FeaturesConfig, ProtocolConfig
 from segmenter.data import WholeImages, scaled_images
 from segmenter.dataset import read_image
 from segmenter.evaluate import evaluating
@@ -68,13 +68,13 @@ def similarity(tokens: Tensor, row: int, column: int) -> np.ndarray:
 
 def draw_features(
     models: Sequence[tuple[str, Segmenter]], accelerator: Accelerator, images: Sequence[np.ndarray],
-    size: int, patch_percent: tuple[int, int] = (50, 50),
+    size: int, patch_percent: Sequence[int] = (50, 50),
 ) -> Image.Image:  # fmt: skip
     """A row for each image [H, W, 3] uint8; for each encoder its components, and likeness to a patch.
 
     size: pixels of the short side. patch_percent: where the patch lies, from the top and the left.
     """
-    protocol = ProtocolConfig(**_sizes(size))
+    protocol = _protocol(size)
     rows = [[(image, "")] for image in images]
     titles = ["image"]
     for name, model in models:
@@ -90,9 +90,11 @@ def draw_features(
     return contact_sheet(rows, titles=titles, tile_width=TILE)
 
 
-def _sizes(size: int) -> dict[str, object]:
-    values = {name: recipe_values("fast")[name] for name in ("normalization", "window_stride")}
-    return {**values, "image_size": size, "crop_size": size, "window_size": size, "window_stride": size}
+def _protocol(size: int) -> ProtocolConfig:
+    """Whole images of that short side."""
+    return ProtocolConfig(
+        normalization="imagenet", image_size=size, crop_size=size, window_size=size, window_stride=size
+    )
 
 
 def _enlarged(picture: np.ndarray) -> np.ndarray:
@@ -110,7 +112,7 @@ def draw_files(
     check_output_file(features.out, "--out", reads=files, is_own=is_marked(KIND), makes_folder=True)
     if features.out.suffix != ".png":
         raise ValueError(f"--out {features.out}: give a name that ends in .png")
-    images, protocol = [read_image(path) for path in files], ProtocolConfig(**_sizes(features.size))
+    images, protocol = [read_image(path) for path in files], _protocol(features.size)
     named = [("before", features.before), ("after", init)] if features.before else [("encoder", init)]
     models = [
         (name, start_model(one, config, protocol, 2).to(accelerator.device)) for name, one in named if one

@@ -52,6 +52,7 @@ HF = {
     "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]},
     "swin": {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 2},
 }
+ONE_OF_EACH_KIND = ("beit_base_patch16_224", "convnext_atto", "vit_mae", "swin")
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
@@ -214,6 +215,8 @@ def test_each_is_probed_and_finetuned_for_two_steps(saved, name, dataset, tmp_pa
     assert outcome.code == 0, outcome.err
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["mean_iou"] == pytest.approx(result["mean_iou"], abs=0.2)
+    if name not in ONE_OF_EACH_KIND:  # the others load in the same way
+        return
     probes = {name: options[name] for name in (*sizes, "dataset", "recipe", "device", "workers")}
     words = [word for name, value in probes.items() for word in (f"--{name}", value)]
     assert command("probe", init, *words, "--probes", "linear", "--output-dir", tmp_path / "probe").code == 0
