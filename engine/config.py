@@ -9,7 +9,10 @@ from typing import ClassVar, Literal
 from common.environment import PROCESSES_HERE, number_of
 from common.files import NOTHING_WRITTEN
 from common.options import MOST_PROCESSES, OptionGroup, load_plugin, option
-from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS
+from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS, TENSORBOARD, TRACKERS
+
+Precision = Literal["auto", "bf16", "bf16-residual", "float8", "fp16", "fp32"]
+AHEAD_BYTES = 2 * 2**30  # of a call's loaders together, unless a batch each is more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +31,11 @@ class DeviceConfig(PluginConfig):
 
     title: ClassVar[str] = "Devices"
     device: Literal["auto", "cpu", "cuda"] = option("auto: a GPU if there is one.", "auto", neutral=True)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU.", "auto"
-    )
+    precision: Precision = option(
+        "auto: bf16 where a GPU has it, fp16 (with loss scaling) on other GPUs, fp32 on a CPU. In training, "
+        "bf16-residual: the sums of the blocks in bf16, too; float8: that, and the encoder's matrices by "
+        "torchao.", "auto",
+    )  # fmt: skip
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
         "torch's kernel that comes first; others do what it cannot. auto: cudnn on Hopper.", "auto",
         neutral=True,
@@ -42,11 +47,19 @@ class DeviceConfig(PluginConfig):
 
     @property
     def loader_workers(self) -> int:
-        """By default the cores that are left to this process but one, at most 12."""
+        """Of this process, among the others on its machine."""
+        return self.workers_of(max(number_of("LOCAL_WORLD_SIZE", 1), number_of(PROCESSES_HERE, 1), 1))
+
+    def workers_of(self, processes: int) -> int:
+        """Of each of so many; by default the cores that are left to it but one, at most 12."""
         if self.workers is not None:
             return self.workers
-        processes = max(number_of("LOCAL_WORLD_SIZE", 1), number_of(PROCESSES_HERE, 1), 1)
         return max(1, min(12, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+def batches_ahead(workers: int, batch_bytes: int) -> int:
+    """How many batches of that size each loader process of a call holds ready in /dev/shm."""
+    return max(1, min(4, AHEAD_BYTES // (workers * batch_bytes)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +79,10 @@ class OutputConfig(DeviceConfig):
         for pattern in set(OF_RUNS) - set(own):
             for path in folder.glob(pattern):
                 raise ValueError(f"--output-dir: {path} is of a run of another kind")
-        for path in (path for pattern in (*own, LOG, PROGRESS) for path in folder.glob(pattern)):
+        trackers = folder / TENSORBOARD
+        if os.path.lexists(trackers) and not trackers.is_dir():
+            raise ValueError(f"--output-dir: {trackers} is no folder; {NOTHING_WRITTEN}")
+        for path in (path for pattern in (*own, LOG, PROGRESS, TRACKERS) for path in folder.glob(pattern)):
             if path.exists() and not path.is_file():
                 raise ValueError(f"--output-dir: {path} is no regular file; {NOTHING_WRITTEN}")
             if not is_run and not (folder / LOCK).exists():
@@ -83,6 +99,9 @@ class TrainingConfig(OutputConfig):
     compile: Literal["auto", "on", "off"] = option("torch.compile; auto: on a GPU.", "auto", neutral=True)
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
         "What torch.compile aims at.", "default", neutral=True
+    )
+    compile_regions: bool = option(
+        "Compile a block once for all that are alike: sooner done, a little slower then.", False, neutral=True
     )
     activation_checkpointing: bool = option(
         "Keep a block's input only, and compute it twice: much less memory, a third slower.", False,

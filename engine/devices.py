@@ -6,18 +6,20 @@
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
 import sys
 from collections import deque
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, TorchDynamoPlugin
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,9 +27,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from common.environment import CUDA_REMEDY, lacks_to_compile, number_of
 from common.files import hold
 from common.step_files import LOCK
-from engine.config import DeviceConfig, OutputConfig, TrainingConfig
+from engine.config import DeviceConfig, OutputConfig, Precision, TrainingConfig
 
 logger = logging.getLogger(__name__)
+
+MORE_SHARED_MEMORY = "make /dev/shm larger (docker: --shm-size), or give a lower --workers; 0 needs none"
 
 
 def make_accelerator(config: DeviceConfig) -> Accelerator:
@@ -36,11 +40,18 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     Raises ValueError if the wanted device is not there.
     """
     _refuse_unconnected_processes()
+    try:
+        _ = config.loader_workers and multiprocessing.Lock()  # they have many
+    except OSError as error:
+        raise RuntimeError(
+            f"loader processes have no room in memory ({error}); {MORE_SHARED_MEMORY}"
+        ) from None
     on_cuda = choose_device(config.device, number_of("LOCAL_RANK", 0)).type == "cuda"
     precision = choose_precision(config.precision, on_cuda=on_cuda)
-    compiled, mode = False, None
+    compiled, mode, by_regions = False, None, False
     if isinstance(config, TrainingConfig):  # only what trains is compiled
         compiled, mode = config.compile == "on", config.compile_mode
+        by_regions = config.compile_regions
         if config.compile == "auto" and on_cuda:
             lacking = lacks_to_compile()
             compiled = not lacking
@@ -54,10 +65,14 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=not on_cuda,
         mixed_precision="no" if precision == "fp32" else precision,
-        dynamo_plugin=TorchDynamoPlugin(backend="inductor" if compiled else "no", mode=mode),
+        dynamo_plugin=TorchDynamoPlugin(
+            backend="inductor" if compiled else "no", mode=mode, use_regional_compilation=by_regions
+        ),
         # No buffer has a part in training: constants, and running means.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            # All others wait while the first saves, on whatever file system.
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         ],
     )
     if precision == "fp16":
@@ -150,10 +165,10 @@ def why_no_gpu() -> str:
     return f"torch {torch.__version__}, for CUDA {torch.version.cuda}, has no GPU: {said}"
 
 
-def choose_precision(
-    wanted: Literal["auto", "bf16", "fp16", "fp32"], *, on_cuda: bool
-) -> Literal["bf16", "fp16", "fp32"]:
-    """auto: bf16 where a GPU has it in hardware (torch also emulates it, slowly), else fp16."""
+def choose_precision(wanted: Precision, *, on_cuda: bool) -> Literal["bf16", "fp16", "fp32"]:
+    """Autocast's. auto: bf16 where a GPU has it in hardware (torch also emulates it, slowly), else fp16."""
+    if wanted == "bf16-residual" or wanted == "float8":  # see `engine.layers.lower_precision`
+        return "bf16"
     if wanted != "auto":
         return wanted
     if not on_cuda:

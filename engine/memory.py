@@ -42,15 +42,17 @@ def largest_micro_batch(
     # What training has beside a pass, and this measurement had not.
     parameters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     moments = 0 if optimizer.state else 2 * parameters  # AdamW's; they come with the first step
+    # DDP gathers gradients in buckets of its own, beside those of a step's first passes.
+    buckets = parameters if accelerator.num_processes > 1 else 0
     total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     # One image at least: the error that follows says what to lower.
-    most = max(1, int(((1 - MARGIN) * total - moments - base) / per_image))
+    most = max(1, int(((1 - MARGIN) * total - moments - buckets - base) / per_image))
     # The GPU with the least decides: all processes have to make equally many passes.
     most = int(accelerator.gather(torch.tensor([most], device=device)).min())
     chosen = next(size for size in range(min(share, most), 0, -1) if share % size == 0)
     logger.info(
         "%d images at once: %.0f MiB, and %.1f for each, of the GPU's %.0f",
-        chosen, (base + moments) / 2**20, per_image / 2**20, total / 2**20,
+        chosen, (base + moments + buckets) / 2**20, per_image / 2**20, total / 2**20,
     )  # fmt: skip
     return chosen
 

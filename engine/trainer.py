@@ -30,7 +30,7 @@ from common.console import say
 from common.interruption import Interruption
 from engine.checkpoint import Saver, load_optimizer, load_weights, not_finite
 from engine.devices import LateReads, make_accelerator, refuse_disagreement, working_in
-from engine.layers import recompute_activations
+from engine.layers import lower_precision, recompute_activations
 from engine.logbook import Logbook, send_to_trackers
 from engine.memory import largest_micro_batch
 from engine.schedule import STEP, derived_seeds
@@ -82,9 +82,14 @@ def build(
         load_weights(model, checkpoint["model"], path)
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         update.continue_from(checkpoint.get("loss_scaling", {}))
+    lower_precision(model, task.run.precision)
     if task.run.activation_checkpointing:
         recompute_activations(model)
     plan = task.plan(accelerator.num_processes)
+    epochs, steps = state.epochs_completed, state.steps_completed
+    if epochs > task.total_epochs or steps > plan.steps_per_epoch:
+        of = f"{task.total_epochs} epochs of {plan.steps_per_epoch} steps"
+        raise ValueError(f"{path} is damaged: {epochs} epochs and {steps} steps are completed, of {of}")
     if task.auto_batch and accelerator.device.type == "cuda":
         # Measured before the model is compiled, which would take each size for a new shape.
         share = plan.effective_batch_size // plan.processes

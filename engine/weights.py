@@ -96,7 +96,11 @@ def read_vit_weights(path: Path, *, ignored: tuple[str, ...] = (), lazily: bool 
             f"; {others} of other names are left out" if others else "",
         )  # fmt: skip
     named = {name: weight for name, weight in named.items() if not name.startswith(ignored)}
-    named = _class_position_moved(_scales_folded(_qkv_joined(named)))
+    try:
+        named = _class_position_moved(_scales_folded(_qkv_joined(named)))
+    except (RuntimeError, IndexError) as error:  # torch's, about shapes that do not go together
+        reason = shortened(str(error).splitlines()[0])
+        raise ValueError(f"{path}: its weights do not fit together: {reason}") from None
     describe_vit(named, path)
     refuse_damaged(named, path)
     return named
@@ -183,11 +187,11 @@ def _side(patches: int) -> int:
 def describe_vit(weights: Mapping[str, Tensor], source: object) -> VitFacts:
     """What they say of their ViT. Raises ValueError about the source if they are of none."""
     kernel = weights.get(PROJECTION)
-    if kernel is None or kernel.dim() != 4:
+    if kernel is None or kernel.dim() != 4 or not kernel.numel():
         raise ValueError(f"{source} is not a checkpoint of a ViT encoder: it has no {PROJECTION}")
     stored, extra = (
-        weights[name].shape[1] if name in weights and weights[name].dim() == 3 else 0
-        for name in (POSITIONS, REGISTERS)
+        tokens.shape[1] if tokens.dim() == 3 and tokens.shape[::2] == (1, len(kernel)) else 0
+        for tokens in (weights.get(name, kernel) for name in (POSITIONS, REGISTERS))
     )
     # Positions [1, N, D] of all tokens, or of patches alone; ViTs are pretrained on squares.
     embeds_prefix = bool(_side(stored - 1 - extra))

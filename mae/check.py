@@ -12,6 +12,7 @@ from typing import Any, Literal
 from common.files import check_output_folder
 from common.images import evenly_spread
 from common.step_files import OF_PRETRAINING, find_resumable
+from engine.config import batches_ahead
 from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
 from mae.config import PretrainConfig, make_method
@@ -91,6 +92,14 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
     )  # fmt: skip
     config.run.check_passes(plan.accumulation_steps)
     return plan
+
+
+def shared_memory_bytes(config: PretrainConfig, plan: BatchPlan, processes: int) -> int:
+    """About what the loaders of so many processes on one machine hold ready in /dev/shm."""
+    workers, share = config.run.workers_of(processes), plan.effective_batch_size // plan.processes
+    at_once = share if config.run.batch_size == "auto" else plan.micro_batch_size
+    batch_bytes = at_once * 4 * config.model.image_size**2  # RGB, and what is hidden
+    return processes * workers * batches_ahead(workers, batch_bytes) * batch_bytes if workers else 0
 
 
 def needs_torch(config: PretrainConfig) -> bool:

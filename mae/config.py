@@ -82,6 +82,7 @@ class MethodConfig(OptionGroup):
     mask_ratio: float = option(
         "Share of the patches that is removed, where some are.", 0.75, at_least=0, below=1
     )
+    noise: Literal["red", "green", "blue", "purple"] = option("Colour of green_patches' noise.", "green")
 
     def __post_init__(self) -> None:
         if not _VARIETY.fullmatch(self.segment_variety):
@@ -275,6 +276,7 @@ def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:
         patch_size=model.patch_pixels,
         mask_ratio=method.mask_ratio,
         hide=method.hide,
+        noise=method.noise,
     )
 
 

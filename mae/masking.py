@@ -69,11 +69,14 @@ class MaskingMethod:
             )
         METHODS[cls.name] = cls
 
-    def __init__(self, *, image_size: int, patch_size: int, mask_ratio: float, hide: str) -> None:
+    def __init__(
+        self, *, image_size: int, patch_size: int, mask_ratio: float, hide: str, noise: str = "green"
+    ) -> None:
         self.image_size = image_size
         self.patch_size = patch_size
         self.mask_ratio = mask_ratio
         self.hide = hide
+        self.noise = noise
 
     @property
     def num_patches(self) -> int:
@@ -243,6 +246,51 @@ class SegmentPatches(Patches):
         inside = sum(inside.reshape(-1, points).T)
         belongs = inside.reshape(-1, self.num_patches) > points**2 // 2  # [M, N]
         return remove_segments(noise, rng.permutation(belongs), self.num_patches - self.num_kept)
+
+
+class BlockPatches(Patches):
+    """Rectangles of patches are removed, as BEiT draws them (Bao et al. 2021, 2106.08254, algorithm 1)."""
+
+    name = "block_patches"
+    LEAST, ASPECT = 16 / 196, 0.3  # a block's least share of all patches, and side to side
+
+    def pattern(self, rng: np.random.Generator, segment: np.ndarray | None) -> np.ndarray:
+        """Noise as `patches` draws it, raised in the blocks; single patches make up the number."""
+        noise, side = super().pattern(rng, None), self.image_size // self.patch_size
+        count, least = self.num_patches - self.num_kept, self.LEAST * self.num_patches
+        removed = np.zeros((side, side), bool)
+        while (missing := count - np.count_nonzero(removed)) >= least:
+            area, slant = rng.uniform(least, missing), rng.uniform(np.log(self.ASPECT), -np.log(self.ASPECT))
+            # Rounded down: a block removes no more than is missing.
+            height = max(1, min(side, int(np.sqrt(area * np.exp(slant)))))
+            width = max(1, min(side, int(area / height), int(np.sqrt(area * np.exp(-slant)))))
+            top, left = rng.integers(side - height + 1), rng.integers(side - width + 1)
+            removed[top : top + height, left : left + width] = True
+        return noise + removed.ravel().astype(np.float32)
+
+
+class GreenPatches(Patches):
+    """Patches are removed where band-passed noise is high (ColorMAE: Hinojosa et al. 2024, 2407.13036).
+
+    The other colours of `--noise`: red is low-passed, blue high-passed, purple what green leaves.
+    """
+
+    name = "green_patches"
+    settings = (*Patches.settings, "noise")
+    # Deviations in patches of the weak and the strong blur; red's and blue's is the first. Ours: the
+    # paper's formula has them as parameters, and its patterns are files.
+    WEAK, STRONG = 0.75, 1.5
+
+    def pattern(self, rng: np.random.Generator, segment: np.ndarray | None) -> np.ndarray:
+        """Filtered normal noise, of which the smallest values are kept: [N] float32."""
+        from scipy.ndimage import gaussian_filter
+
+        side, margin = self.image_size // self.patch_size, int(4 * self.STRONG)  # where the kernels end
+        white = rng.standard_normal((side + 2 * margin,) * 2, dtype=np.float32)
+        weak = gaussian_filter(white, self.WEAK)
+        band = weak - gaussian_filter(white, self.STRONG)
+        filtered = {"red": weak, "blue": white - weak, "green": band, "purple": white - band}[self.noise]
+        return filtered[margin:-margin, margin:-margin].ravel()
 
 
 def remove_segments(noise: np.ndarray, segments: np.ndarray, count: int) -> np.ndarray:

@@ -69,6 +69,20 @@ def tables(bench: Bench, out: Path) -> list[Table]:
             ],
         ),
         Table(
+            title="ViT-L four_channels, levers", turn=4, columns=SPEED,
+            rows=[
+                Row(
+                    work=" ".join(f"{name} {value}" for name, value in options.items()), predicted=images,
+                    measure=partial(judged, batch=USUAL, **options),
+                )
+                for options, images in (
+                    ({"precision": "bf16-residual"}, "1,035; H200 1,130"),
+                    ({"precision": "float8"}, "1,290; H200 1,430"),
+                    ({"compile_regions": True}, ""),
+                )
+            ],
+        ),
+        Table(
             title="ViT-L four_channels, eager", turn=5, columns=SPEED,
             rows=[
                 Row(work="as many images as fit", measure=partial(judged, **most)),

@@ -26,7 +26,7 @@ rm -rf .whl .gpu
 mkdir -p .whl .gpu/images
 # shellcheck disable=SC2046,SC2086
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-    "${platforms[@]}" -d .whl $(locked $lacking)
+    "${platforms[@]}" -d .whl $(locked $lacking) torchao # for the row of float8: optional, not in the lock
 # shellcheck disable=SC2046,SC2086
 "$python" -m pip wheel --quiet --no-deps -w .whl $(locked $source_only)
 cp -r "$images/train" .gpu/images/

@@ -49,11 +49,11 @@ def test_the_sample_run_shows_learning(tmp_path: Path) -> None:
         # Not kNN: these classes have colours of their own, which random features tell apart, too.
         scores = {run: result["linear"]["mean_iou"] for run, result in probed.items()}
         assert scores[f"{method}_6"] > scores[f"{method}_0"], scores
-    assert {"scratch_0", *(f"{method}_3" for method in METHODS)} < probed.keys()
+    assert "scratch_0" in probed
     assert "scratch" in done.stdout
 
     # The data are made where it is called, once.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = run_benchmark("--config", REPO_ROOT / "configs/sample.yml", "--dry-run", cwd=tmp_path)
-    assert "16 steps, 16 done" in again.stdout, again.stderr
+    assert "14 steps, 14 done" in again.stdout, again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -1,6 +1,7 @@
 """Is this machine, and are these folders, ready for a run? What is not, and what to do about it."""
 
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -13,14 +14,16 @@ import psutil
 from common.console import aligned
 from common.environment import CUDA_REMEDY, least_driver
 from common.images import read_rgb
-from mae.check import PretrainFacts
+from mae.check import PretrainFacts, shared_memory_bytes
 from pipeline.launch.estimate import kept_bytes
 from pipeline.plan import machine
 from pipeline.plan.check import ask, checked_plan
 from pipeline.plan.machine import GIB
 from pipeline.plan.segments import MAKING
 from pipeline.plan.settings import Settings
+from pipeline.plan.steps import Step
 
+SHARED_MEMORY = Path("/dev/shm")
 _SET_UP = "set the environment up with ./run_benchmark.sh, or install requirements.txt"
 
 
@@ -76,11 +79,16 @@ def _machine(groups: Mapping[str, Any]) -> Iterator[Finding]:
     free = psutil.virtual_memory().available / GIB
     fix = "close other programs, or use fewer workers" if free < 2 else ""
     yield Finding("memory", f"{free:.1f} of {hardware['memory_gib']} GiB available", fix)
-    shm = Path("/dev/shm")  # through which loader workers hand their batches over
-    if shm.exists():
-        too_little = (free := machine.free_bytes(shm) / GIB) < 1 and workers != 0
-        fix = "give it more (docker: --shm-size=16g), or use workers=0" if too_little else ""
-        yield Finding("shared memory", f"{free:.1f} GiB free", fix)
+
+
+def _shared_memory(step: Step, images: PretrainFacts) -> Finding:
+    """Loader processes hand their batches over in it."""
+    config: Any = step.config
+    needed = shared_memory_bytes(config, images.plan, step.processes) / GIB
+    free = machine.free_bytes(SHARED_MEMORY) / GIB
+    fix = f"give it more (docker: --shm-size={math.ceil(needed) + 1}g), or use fewer workers"
+    text = f"{free:.1f} GiB free, loaders hold up to {needed:.1f} GiB"
+    return Finding("shared memory", text, fix if free < needed else "")
 
 
 def _torch_on(gpus: list[machine.Gpu]) -> Iterator[Finding]:
@@ -157,6 +165,7 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
         yield Finding("segments", f"{making[0].what} ({len(making)} steps)")
     facts = {step.kind: step.facts for step in reversed(steps) if step.facts}
     if isinstance(images := facts.get("pretrain"), PretrainFacts):
+        yield _shared_memory(next(step for step in steps if step.facts is images), images)
         counts = f"{images.train} train, {images.left_out} left out, {images.val} val"
         yield Finding("images", f"{counts}, {images.val_left_out} val left out", _unreadable(images))
     if (dataset := facts.get("evaluate")) is not None:

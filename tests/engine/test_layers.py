@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.layers import PatchEmbedding, recompute_activations
+from engine.layers import PatchEmbedding, lower_precision, recompute_activations
 from mae.config import MethodConfig, make_method
 from mae.config import ModelConfig as MaeConfig
 from mae.model import MaskedAutoencoder
@@ -95,3 +95,30 @@ def test_recomputed_activations_give_the_same_gradients_and_keep_less(make, what
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     assert kept_bytes[1] < 0.8 * kept_bytes[0]
+
+
+def test_between_the_blocks_tokens_are_bf16_and_the_loss_is_that_of_bf16():
+    config = MaeConfig(model="vit_tiny", decoder_depth=1, decoder_width=32, decoder_heads=4, image_size=32)
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(config, make_method(MethodConfig(mask_method="patches"), config))
+    images, pattern = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.rand(2, 4)
+    found, between = [], []
+    for stack in (model.blocks, model.decoder_blocks):
+        stack[0].register_forward_hook(lambda block, inputs, output: between.append(output.dtype))
+    for precision in ("bf16", "bf16-residual"):
+        lower_precision(model, precision)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(images, pattern))
+    assert between == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert torch.allclose(found[0], found[1], rtol=0.01) and not torch.equal(found[0], found[1])
+
+
+def test_float8_is_in_the_encoders_blocks_alone():
+    pytest.importorskip("torchao")
+    config = MaeConfig(model="vit_tiny", decoder_depth=1, decoder_width=32, decoder_heads=4, image_size=32)
+    model = MaskedAutoencoder(config, make_method(MethodConfig(mask_method="patches"), config))
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    lower_precision(model, "float8")
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    lower = [name for name, module in model.named_modules() if "Float8" in type(module).__name__]
+    assert len(lower) == 12 * 4 and all(name.startswith("blocks.") for name in lower)

@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from engine.config import batches_ahead
 from engine.memory import largest_micro_batch, measure
 from engine.vit import VIT_SIZES, VitSize
 from mae.config import MethodConfig, ModelConfig, make_method
@@ -69,11 +70,11 @@ class Card:
     ],
 )
 def test_the_largest_part_that_divides_the_share_and_fits_everywhere(
-    monkeypatch, gib, share, others_most, goes_on, expected
+    monkeypatch, gib, share, others_most, goes_on, expected, processes=1, model=None
 ):
-    card, model = Card(monkeypatch, gib * GIB), torch.nn.Linear(1, 1)
+    card, model = Card(monkeypatch, gib * GIB), model or torch.nn.Linear(1, 1)
     accelerator = SimpleNamespace(
-        device=torch.device("cpu"), autocast=contextlib.nullcontext,
+        num_processes=processes, device=torch.device("cpu"), autocast=contextlib.nullcontext,
         gather=lambda most: torch.cat([most, torch.tensor([others_most])]),
     )  # fmt: skip
 
@@ -90,3 +91,18 @@ def test_the_largest_part_that_divides_the_share_and_fits_everywhere(
     assert found == expected
     assert max(card.passes) <= 4
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, 24), (2, 22)])
+def test_several_processes_keep_the_gradients_twice(monkeypatch, processes, expected):
+    model = torch.nn.Linear(1, 1)
+    model.other = torch.nn.Parameter(torch.empty(GIB // 4))  # with two moments of a GiB each: 3 + 2 of 18
+    test = test_the_largest_part_that_divides_the_share_and_fits_everywhere
+    test(monkeypatch, 20, 264, 999, False, expected, processes, model)
+
+
+def test_loaders_hold_no_more_ahead_than_memory_lets_them():
+    mib = 2**20
+    assert batches_ahead(12, 10 * mib) == 4
+    assert batches_ahead(12, 50 * mib) == 3  # four are 2,400 MiB
+    assert batches_ahead(12, 500 * mib) == 1  # less is none

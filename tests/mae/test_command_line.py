@@ -183,7 +183,7 @@ def test_methods_are_shown_to_people_with_those_of_a_plugin(tmp_path):
     named = [line for line in lines[: lines.index("")] if not line.startswith(" ")]
     assert [line.split()[0] for line in named] == [
         "method", "patches", "segments", "four_channels", "preencoder", "segment_patches",
-        "stripes",
+        "block_patches", "green_patches", "stripes",
     ]  # fmt: skip
     row = named[3].split()
     assert row[1:] == ["one", "all", "4", "--coverage-ratio", "--hide", "--segments-from"]

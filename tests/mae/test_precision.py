@@ -28,14 +28,23 @@ def many_images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["patches", "four_channels", "preencoder"])
-def test_losses_of_200_steps_are_those_of_fp32(many_images, tmp_path, processes, method):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "lower"),
+    [
+        ("patches", "fp16"), ("four_channels", "fp16"), ("preencoder", "fp16"),
+        ("four_channels", "bf16-residual"), ("patches", "float8"),
+    ],
+)  # fmt: skip
+def test_losses_of_200_steps_are_those_of_fp32(many_images, tmp_path, processes, method, lower):
+    if lower == "float8":
+        pytest.importorskip("torchao")
     run = {
         "mask_method": method, "effective_batch_size": 2, "batch_size": 1, "base_lr": 5e-3,
         "clip_grad": 1.0,
     }  # fmt: skip
     losses = []
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", lower):
         options = FP16 | run | {"precision": precision}
         config = make_config(many_images, tmp_path / precision, **options)
         assert processes.run(config) == [0]

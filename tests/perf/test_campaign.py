@@ -119,7 +119,8 @@ def test_the_tiny_campaign_runs_on_a_cpu(tmp_path):
     assert len({(row["table"], row["work"]) for row in rows}) == len(rows) >= 75
     for row in rows:
         assert row["card"].startswith("CPU") and row["torch"] and row["tiny"]
-        assert "figures" in row or "cudnn" in row["work"], row  # for which a CPU has no kernel
+        # A CPU has no such kernel; torchao need not be there.
+        assert "figures" in row or "cudnn" in row["work"] or "float8" in row["work"], row
         assert row.get("figures", {}).get("passes", True)
     found = (tmp_path / "gpu.md").read_text()
     assert found in printed and all(f"| {row['work']} |" in found for row in rows)

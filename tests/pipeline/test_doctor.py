@@ -13,9 +13,10 @@ from PIL import Image
 from torch.version import cuda
 
 from common.environment import CUDA_REMEDY
-from mae.check import PretrainFacts
+from mae.check import PretrainFacts, plan_batches
 from pipeline.launch import doctor
 from pipeline.launch.doctor import Finding, examine, findings_text
+from pipeline.plan import machine
 from pipeline.plan.machine import Gpu
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import GROUPS, Compute, Parts, Settings
@@ -63,6 +64,29 @@ def test_segments_that_the_plan_will_make_are_named(
     groups = {name: getattr(chosen, name) for name in GROUPS}
     found = {finding.subject: finding.text for finding in examine(lambda: chosen, groups)}
     assert found["segments"] == "make segments by felzenszwalb (3 steps)"
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch_size", "free_gib", "is_enough"),
+    [
+        (10, 128, 2, True),  # 4 x 10 batches of 128 images of 4 x 224 x 224 bytes, twice: 1.9 GiB
+        (10, 128, 1, False),
+        (10, "auto", 4, True),  # 512 at once, of which 2 x 10 are ahead: 3.8 GiB
+        (10, "auto", 3, False),
+        (0, 128, 0, True),
+    ],
+)
+def test_shared_memory_that_loaders_would_overflow_is_found(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch,
+    workers: int, batch_size: object, free_gib: int, is_enough: bool,
+) -> None:  # fmt: skip
+    words = f"--num-processes 2 --pretrain workers={workers} --pretrain batch_size={batch_size}"
+    step = make_plan(settings(f"{words} --pretrain effective_batch_size=1024"))[0]
+    plan = plan_batches(step.config, 4096, 2)  # type: ignore[arg-type]
+    facts = dict.fromkeys(("train", "left_out", "val", "val_left_out", "checkpoint_bytes"), 0)
+    images = PretrainFacts(**facts, plan=plan, learning_rates=(), some_images=())
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: free_gib * 2**30)
+    assert bool(doctor._shared_memory(step, images).fix) is not is_enough
 
 
 def test_images_of_which_none_can_be_read_are_found(data: Path) -> None:

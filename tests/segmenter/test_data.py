@@ -110,7 +110,7 @@ def test_workers_and_processes_change_no_batch(dataset):
         accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
         task = SimpleNamespace(
             run=SimpleNamespace(loader_workers=workers), train_set=crops(dataset), collate=collate,
-            start_worker=start_worker,
+            start_worker=start_worker, example=lambda images: (torch.zeros(images),),
         )  # fmt: skip
         run = SimpleNamespace(plan=plan, accelerator=accelerator, task=task)
         return list(load(run, start, 2))
