@@ -161,6 +161,7 @@ def score(encoders: str, dry_run: bool, **groups: Any) -> int:
 
     An ENCODER is random, a file, timm:NAME|FOLDER, hf:NAME|FOLDER or FILE.py:FUNCTION.
     """
+    # An argument, since there is nothing to score without encoders; else it is --eval.
     judged = fields_of(GROUPS["experiment"])["eval"].judge(encoders)
     groups["experiment"] = replace(groups["experiment"], eval=judged)
     settings = _settings(groups)

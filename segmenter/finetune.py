@@ -45,7 +45,7 @@ from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import DatasetDescription, read_classes
 from segmenter.encoder import Encoder, EncoderShape, read_encoder, start_encoder
 from segmenter.evaluate import evaluate_model
-from segmenter.libraries import LibraryEncoder, LibraryShape, encoder_cost, make_encoder
+from segmenter.libraries import LibraryEncoder, LibraryShape, encoder_cost, freeze_unused, make_encoder
 from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
 from segmenter.predict import draw_predictions
@@ -102,6 +102,8 @@ class Finetuning(Task):
             # UPerNet's means are over the batch of all GPUs; on CPUs torch has no such layer.
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(accelerator.device)
+        if isinstance(model.encoder, LibraryEncoder):
+            freeze_unused(model.encoder)
         dataset, protocol, scaling = self.dataset, config.protocol, model.interpolation
         self.train_set = TrainingCrops(dataset, dataset.train, protocol, self.seed, scaling)
         self.images = WholeImages(dataset, dataset.val, protocol, scaling)
@@ -264,7 +266,7 @@ def make_optimizer(model: Segmenter, optimisation: OptimisationConfig) -> Optimi
     # One group for each pair of values, in the order of the model: what optimizer states in
     # checkpoints are stored by.
     members: dict[tuple[float, float], list[Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in filter(of_parameter.__contains__, model.parameters()):  # the others are frozen
         members.setdefault(of_parameter[parameter], []).append(parameter)
     groups = [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}

@@ -302,6 +302,20 @@ def _pixels(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "interpolation": "bicubic" if scaling == "random" else scaling}
 
 
+def freeze_unused(encoder: LibraryEncoder) -> None:
+    """Nothing learns that has no part in the tokens: poolers, a norm behind the pyramid's maps.
+
+    Several processes would wait for its gradients.
+    """
+    side = encoder.shape.image_size
+    device = next(encoder.parameters()).device
+    found = encoder.eval()(torch.zeros(1, IMAGE_CHANNELS, side, side, device=device))
+    torch.stack([one.sum() for one in (found if isinstance(found, list) else [found])]).sum().backward()
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
 # --- Asking it ---
 
 

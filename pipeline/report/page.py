@@ -49,13 +49,16 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
             raise ValueError(f"{paths.root} is not the output directory of a run")
     lines = scores.make_lines(all_paths)
     scored = [(line.label, one) for line in lines for one in line.evaluations]
-    first, *others = _answers(lines, _planned_epochs(all_paths))
+    if is_of_encoders := bool(lines) and all(line.is_baseline for line in lines):
+        first, *others = [Answer(["Nothing was pretrained here: the tables compare encoders."])]
+    else:
+        first, *others = _answers(lines, _planned_epochs(all_paths))
     settings, differing = tables.provenance(all_paths)
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
     html = template.render(
-        title="Mean IoU against pretraining",
+        title="Encoders on the same bench" if is_of_encoders else "Mean IoU against pretraining",
         subtitle=f"{', '.join(scores.names_of(all_paths))}; {time.strftime('%F %H:%M')}",
         progress=" ".join(filter(None, map(_progress, all_paths))),
         answer=first,
@@ -114,8 +117,7 @@ def _answers(lines: Sequence[Line], planned_epochs: int) -> list[Answer]:
         found += [one for one in [answer(lines, measure, first_look=look)] if one]
     first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
     if not first.sentences:
-        waits = "Nothing was pretrained here: the tables compare encoders." if lines else ""
-        first = first._replace(sentences=[waits or "No evaluation has finished yet."])
+        first = first._replace(sentences=["No evaluation has finished yet."])
     elif first.measure is not FINETUNING:
         said = "No finetuning has been scored yet; this is what frozen probes say."
         first = first._replace(sentences=[said, *first.sentences])

@@ -16,7 +16,7 @@ from timm.optim import param_groups_layer_decay
 from common.options import Layer, make_all
 from segmenter.config import GROUPS, TrainConfig
 from segmenter.finetune import make_optimizer, start_model
-from segmenter.libraries import make_encoder
+from segmenter.libraries import freeze_unused, make_encoder
 from tests.segmenter.boxes import train_arguments
 
 VIT = {"embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -221,3 +221,17 @@ def test_each_is_probed_and_finetuned_for_two_steps(saved, name, dataset, tmp_pa
     words = [word for name, value in probes.items() for word in (f"--{name}", value)]
     assert command("probe", init, *words, "--probes", "linear", "--output-dir", tmp_path / "probe").code == 0
     assert json.loads((tmp_path / "probe/result.json").read_text())["linear"]["mean_iou"] > 0
+
+
+def test_what_has_no_part_in_the_tokens_is_frozen(saved, dataset, tmp_path):
+    model, config = started(saved("vit_base_patch16_siglip_224")[0], dataset, tmp_path / "out")
+    freeze_unused(model.encoder)
+    frozen = {name for name, p in model.encoder.model.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all(name.startswith("attn_pool.") for name in frozen)
+    trained = {
+        p for group in make_optimizer(model, config.optimisation).param_groups for p in group["params"]
+    }
+    assert len(trained) == sum(p.requires_grad for p in model.parameters())
+    model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained)
