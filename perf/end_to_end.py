@@ -138,7 +138,7 @@ def _finetuning(bench: Bench, batch: int, name: str) -> dict[str, float]:
     run = _segmenter(bench, batch, workers=0, **FINETUNING[name])
     if "outside" in name:
         compiled = run.accelerator.prepare_model(run.model)
-        run.prepared = _LossOutside(compiled, run.task.dataset.ignore_index)
+        run.prepared = _LossOutside(compiled, run.task.dataset.ignored)
     warm_up, steps = bench.size(WARM_UP), bench.size(MEASURED)
     interpolation = mock.patch.object(Segmenter, "upsample", _interpolated)
     with interpolation if "interpolation" in name else nullcontext():

@@ -31,6 +31,7 @@ from segmenter.config import (
     check_encoder,
     encoder_label,
     encoder_path,
+    is_library,
 )
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, check_split, other_names, read_description
 
@@ -75,13 +76,15 @@ def check_run(
         flag = "--init"
         plan_batches(config, dataset, processes)
         checkpoint_bytes = _checkpoint_bytes(config, dataset.num_classes)
-        if config.model.dropout and isinstance(config.init, str) and config.init != RANDOM:
+        if config.model.dropout and is_library(config.init):
             raise ValueError("--dropout is of plain ViTs; encoders of libraries have --drop-path")
     elif config.run.image_folder is not None:
         find_images(config.run.image_folder)
         reads.append(config.run.image_folder)
     check_output_folder(config.run.output_dir, reads=reads)
     check_encoder(config.init, flag)
+    if config.model.patch_size and is_library(config.init):
+        raise ValueError(f"--patch-size is of plain ViTs; {config.init} has its own")
     if config.init == RANDOM:
         _ = config.model.encoder  # a size has to be named
     return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes)
@@ -220,7 +223,7 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
 def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
     """About the size of a checkpoint: fp32 weights, and what the optimizer keeps of each."""
     model = config.model
-    if model.model == AUTO or (isinstance(config.init, str) and config.init != RANDOM):
+    if model.model == AUTO or is_library(config.init):
         path = encoder_path(config.init)  # about as much as its weights
         files = [path] if path and path.is_file() else path.glob("*") if path else []
         return 3 * sum(file.stat().st_size for file in files if file.is_file())

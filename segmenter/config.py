@@ -79,6 +79,11 @@ def parse_encoder(value: Any) -> Path | str:
     return absolute_path(value, "the file of an encoder")
 
 
+def is_library(init: Path | str) -> bool:
+    """Whether it comes from code of others: timm's, transformers', or a Python file's."""
+    return not isinstance(init, Path) and init != RANDOM
+
+
 def encoder_path(init: Path | str) -> Path | None:
     """The file or folder that an encoder comes from; None of one that a library fetches by name."""
     if isinstance(init, Path):

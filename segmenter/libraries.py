@@ -170,6 +170,7 @@ def _said_of(init: str) -> Iterator[None]:
     # A model of others can raise anything: for its configuration, its weights, its imports.
     except Exception as error:
         text = str(error).strip() or type(error).__name__
+        text = f"its configuration has no {text}" if isinstance(error, KeyError) else text
         if isinstance(error, OSError) or "offline" in text.lower() or "internet" in text.lower():
             is_path = encoder_path(init) is not None
             text = shortened(text.splitlines()[0], 160)
@@ -233,7 +234,10 @@ def _load_hf(source: str, drop_path: float) -> tuple[str, dict[str, Any], Any, d
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = _hf_config(AutoConfig.from_pretrained(source), drop_path)
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type == "timm_wrapper":
+        raise ValueError("it is timm's; give timm:FOLDER, or timm:NAME")
+    config = _hf_config(config, drop_path)
     model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32)
     model = _vision_part(model)
     try:
@@ -325,10 +329,12 @@ def _stride(model: Any, library: str, told: Mapping[str, Any]) -> int:
         return int(told["stride"])
     if library == "timm":
         return int(model.feature_info[-1]["reduction"])
-    config: Any = model.config
-    if depths := getattr(config, "depths", None):  # each stage but the first halves the map
-        return int(config.patch_size) * 2 ** (len(depths) - 1)
-    return int(config.patch_size)
+    patch = getattr(model.config, "patch_size", None)
+    patch = patch[0] if isinstance(patch, list | tuple) else patch
+    if not isinstance(patch, int):
+        raise ValueError(f"transformers' {type(model).__name__} gives no patch tokens of images")
+    # Each stage but the first halves the map.
+    return patch * 2 ** (len(getattr(model.config, "depths", None) or [1]) - 1)
 
 
 def _is_any_size(model: Any) -> bool:
@@ -391,7 +397,7 @@ def _hf_outputs(model: Any, images: Tensor) -> Any:
     if "interpolate_pos_encoding" in known:
         given["interpolate_pos_encoding"] = True
     if "noise" in known:  # ViTMAE orders the tokens by it: as they are
-        patch = model.config.patch_size
+        patch = _stride(model, "hf", {})
         patches = (images.shape[-2] // patch) * (images.shape[-1] // patch)
         given["noise"] = torch.arange(patches, device=images.device).float().expand(len(images), -1)
     return model(pixel_values=images, output_hidden_states=True, return_dict=True, **given)

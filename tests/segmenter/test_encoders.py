@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from functools import cache
 
 import pytest
@@ -235,3 +236,49 @@ def test_what_has_no_part_in_the_tokens_is_frozen(saved, dataset, tmp_path):
     assert len(trained) == sum(p.requires_grad for p in model.parameters())
     model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).sum().backward()
     assert all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder, saved: f"timm:{folder}", "Config file not found"),
+        (lambda folder, saved: f"hf:{folder}", "cannot be used"),
+        (lambda _, saved: saved("vit")[0].replace("hf:", "timm:"), "has no 'architecture'"),
+        (lambda _, saved: saved("convnext_atto")[0].replace("timm:", "hf:"), "it is timm's; give timm:"),
+        (lambda folder, saved: without(saved("vit")[0], folder), "its preprocessor_config.json, with"),
+        (lambda folder, saved: of_text(folder), "BertModel gives no patch tokens of images"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_encoder_is_one_line_and_writes_nothing(
+    saved, dataset, tmp_path, command, make, said
+):
+    (tmp_path / "folder").mkdir()
+    init = make(tmp_path / "folder", saved)
+    words = ("--dataset", dataset, "--output-dir", tmp_path / "out", "--device", "cpu", "--recipe", "fast")
+    outcome = command("probe", init, *words)
+    assert (outcome.code, said in outcome.err) == (2, True), outcome.err
+    assert len(outcome.err.splitlines()[-1]) < 500
+    assert not (tmp_path / "out").exists()
+
+
+def without(init, folder):
+    shutil.copytree(init.partition(":")[2], folder, dirs_exist_ok=True)
+    (folder / "preprocessor_config.json").unlink()
+    return f"hf:{folder}"
+
+
+def of_text(folder):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    transformers.BertModel(transformers.BertConfig(vocab_size=10, **sizes)).save_pretrained(folder)
+    about = {"image_mean": MEAN, "image_std": STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    return f"hf:{folder}"
+
+
+def test_options_of_plain_vits_are_refused_for_others(saved, dataset, tmp_path, command):
+    for option, said in (({"patch_size": 8}, "has its own"), ({"dropout": 0.1}, "have --drop-path")):
+        options = config_of(saved("vit")[0], dataset, tmp_path / "out", **option)
+        outcome = command(
+            "train", *(word for name, value in options.items() for word in (f"--{name}", value))
+        )
+        assert (outcome.code, said in outcome.err) == (2, True), outcome.err
