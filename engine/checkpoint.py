@@ -199,7 +199,8 @@ def read_with_stand_ins(path: Path, *, lazily: bool = True) -> Any:
     # Trainings of others store their arguments, message hubs, numpy's scalars beside the weights.
     names: list[str] = []
     with contextlib.suppress(Exception):  # what is wrong with the file, reading it will say
-        names = get_unsafe_globals_in_checkpoint(path)
+        if path.is_file():  # a pipe would be waited for
+            names = get_unsafe_globals_in_checkpoint(path)
     with safe_globals([(_StandIn, name) for name in names]):
         return read_torch_file(path, lazily=lazily)
 

@@ -173,7 +173,8 @@ def _fingerprint_of(init: Path | str) -> str | None:
         return None
     if not path.is_dir():
         return _fingerprint(path)
-    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors", ".bin"))
+    kinds = (".json", ".safetensors", ".bin")
+    files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
     return hashlib.sha256("".join(map(_fingerprint, files)).encode()).hexdigest()[:16]
 
 
