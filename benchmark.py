@@ -14,7 +14,7 @@ import click
 
 from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, run_program, say
-from common.files import check_output_folder, hold
+from common.files import check_output_file, check_output_folder, hold
 from common.interruption import Interruption
 from common.options import MOST_SEED, fields_of
 from pipeline.launch import doctor as examination
@@ -24,11 +24,12 @@ from pipeline.launch.local import LocalLauncher
 from pipeline.launch.status import status_text
 from pipeline.launch.view import show
 from pipeline.plan.check import checked_plan
+from pipeline.plan.keep import expiring, remove_expired
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import visible_gpus
 from pipeline.plan.records import Record, is_done, write_run_files
-from pipeline.plan.settings import GROUPS, Settings
-from pipeline.plan.steps import Step
+from pipeline.plan.settings import GROUPS, Keep, Settings
+from pipeline.plan.steps import PARTS, Step
 
 _POLL_SECONDS = 0.1
 _STOPPING = "\nStopping: waiting for the running step to save (again: end it now)\n"
@@ -47,12 +48,12 @@ def run(settings: Settings) -> int:
     with hold(paths.lock, paths.root):
         write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
-        exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going)
+        exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going, keep=settings.parts.keep)
         say(write_all(paths))  # also after a failure: over what is there
     return exit_code
 
 
-def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -> int:
+def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool, keep: Keep = "all") -> int:
     """Runs every step that is not done yet, each after those it needs; returns the exit code.
 
     In sequence that is the order of the plan. Steps that have devices of their own run beside each
@@ -60,12 +61,16 @@ def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -
     """
     # Each step is done, waiting, running, failed, stopped, or left: not to be started in this call.
     states = {s.name: "done" if is_done(s, launcher.paths) else "waiting" for s in steps}
+    files = expiring(steps, keep)
+    remove_expired(files, lambda name: states[name] == "done", launcher.paths)
     with Interruption(notice=_STOPPING, ends_process=False) as stop:
         while not {"waiting", "running"}.isdisjoint(states.values()):
             for record in [*start_ready(steps, states, launcher), *launcher.poll()]:
                 states[record.name] = record.state
                 if record.message:
                     say(f"Error: {record.message}", err=True)
+                if record.state == "done":
+                    remove_expired(files, lambda name: states[name] == "done", launcher.paths)
             stopping = stop.requested or "stopped" in states.values()
             over = stopping or ("failed" in states.values() and not keep_going)
             if over:  # until it has ended: what does not save in time is ended
@@ -90,7 +95,8 @@ def start_ready(steps: list[Step], states: dict[str, str], launcher: LocalLaunch
         # Pretraining needs its GPUs at once: scores that take each as it comes free starve it.
         if is_ready and kept.isdisjoint(step.gpus or ()) and launcher.has_room_for(step):
             done = sum(state == "done" for state in states.values())
-            say(f"\n== {step.name} ({done} of {len(steps)} steps done)")
+            left = f", {left}" if (left := launcher.time_left()) else ""
+            say(f"\n== {step.name} ({done} of {len(steps)} steps done{left})")
             started.append(launcher.start(step))
         else:
             kept.update(step.gpus or ())
@@ -128,7 +134,7 @@ def main() -> None:
     """
 
 
-@command(main, "run", **GROUPS)
+@command(main, "run", passed_on=PARTS, **GROUPS)
 @click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: the commands, too.")
 @click.option("--estimate", is_flag=True, help="Time some real steps; nothing is written.")
@@ -197,18 +203,36 @@ def status(folder: Path) -> None:
 
 @main.command()
 @click.argument("folders", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, help="The page.  [default: in the first folder]")
-def report(folders: tuple[Path, ...], out: Path | None) -> None:
-    """Write results.csv in each of FOLDERS, and one report.html over all of them."""
-    from pipeline.report.page import write_report
+@click.option("--out", type=PATH, help="The page.  [default: report.html in the folder; of several, here]")
+@click.option("--paper", type=PATH, help="A folder for LaTeX tables, figures, methods and BibTeX.")
+def report(folders: tuple[Path, ...], out: Path | None, paper: Path | None) -> None:
+    """Write results.csv in each of FOLDERS, and one page over all of them; a bundle is one, too."""
+    from pipeline.report.page import page_of, write_report
 
     folders = tuple(folder.resolve() for folder in folders)
-    page = out or Layout(folders[0]).report_html
-    write_report(folders, page)
-    say(str(page))
+    page = out or page_of(folders)
+    write_report(folders, page, paper=paper)
+    say(f"{page}\n{paper / 'paper.tex'}" if paper else str(page))
 
 
-@command(main, "doctor", **GROUPS)
+@main.command()
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, help="The file.  [default: FOLDER.bundle, here]")
+def bundle(folder: Path, out: Path | None) -> None:
+    """Write what a report needs of FOLDER into one file, without weights and images.
+
+    `report A.bundle B.bundle` compares runs of two places image by image.
+    """
+    from pipeline.report.bundle import is_bundle, write_bundle
+
+    folder = folder.resolve()
+    out = out or Path(f"{folder.name}.bundle")
+    check_output_file(out, is_own=is_bundle)
+    write_bundle(Layout(folder), out)
+    say(f"{out}, {out.stat().st_size / 2**20:.1f} MiB")
+
+
+@command(main, "doctor", passed_on=PARTS, **GROUPS)
 def doctor(**groups: Any) -> int:
     """Look at this machine and, given the flags of a run, at its data; say what to fix."""
     findings = list(examination.examine(lambda: _settings(groups), groups))

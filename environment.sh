@@ -69,7 +69,9 @@ make_environment() (  # at $1
     trap 'rm -rf -- "$part" "$part.lock"' EXIT  # whatever ends this, what was there is as it was
     trap 'exit 75' INT TERM
     "$base" -m venv "$part" || fail "could not make a virtual environment in $1 (on Debian and Ubuntu: apt install python3-venv)."
-    pip=("$part/bin/python" -m pip install --quiet --disable-pip-version-check)
+    quiet=(--quiet)
+    [ ! -t 1 ] || quiet=()  # on a terminal, minutes of silence would look like a hang
+    pip=("$part/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check)
     # From that index alone: another one that pip is set up with would be asked, too.
     from_index=(env PIP_CONFIG_FILE=/dev/null PIP_EXTRA_INDEX_URL= PIP_FIND_LINKS= "${pip[@]}" --index-url "$index")
     locked="$part/locked.txt"

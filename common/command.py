@@ -1,6 +1,8 @@
 """Commands made of options: --config, --help by groups, and the groups as arguments."""
 
+import re
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,13 @@ PATH = PathArgument()
 
 def command(
     parent: click.Group, name: str | None = None, *, own: Mapping[str, Any] | None = None,
-    **groups: type[OptionGroup],
+    passed_on: Mapping[str, Mapping[str, type[OptionGroup]]] | None = None, **groups: type[OptionGroup],
 ) -> Callable[[Callable[..., Any]], click.Command]:  # fmt: skip
-    """Decorator: a command of `parent` with these groups. own: other defaults than theirs."""
-    return parent.command(name, cls=OptionCommand, groups=groups, own=own or {})
+    """Decorator: a command of `parent` with these groups. own: other defaults than theirs.
+
+    passed_on: an option of KEY=VALUE pairs -> the groups whose options these are.
+    """
+    return parent.command(name, cls=OptionCommand, groups=groups, own=own or {}, passed_on=passed_on or {})
 
 
 def dry_run(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -53,15 +58,53 @@ class OptionCommand(click.Command):
     # Click only collects the words: `make_all` judges them, with those of --config, in one way.
 
     def __init__(
-        self, *, groups: Mapping[str, type[OptionGroup]], own: Mapping[str, Any], **more: Any
-    ) -> None:
+        self, *, groups: Mapping[str, type[OptionGroup]], own: Mapping[str, Any],
+        passed_on: Mapping[str, Mapping[str, type[OptionGroup]]], **more: Any
+    ) -> None:  # fmt: skip
         super().__init__(context_settings=CONTEXT, **more)
-        self.groups, self.own = groups, own
+        self.groups, self.own, self.passed_on = groups, own, passed_on
         self.titles = {f: group.title for group in groups.values() for f in fields_of(group)}
         text = "YAML file of `option: value` lines; the command line wins."
         self.params.append(click.Option(["--config"], metavar="FILE", help=text))
         for group in groups.values():
             self.params += [_click_option(f, group.no_default) for f in fields_of(group).values()]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Click's hook: says how an option of a part is given, and several values."""
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            flag = str(error.option_name)
+            after = next(
+                (i + 1 for i, w in enumerate(words) if w.partition("=")[0].replace("_", "-") == flag), 0
+            )
+            value = words[after - 1].partition("=")[2] or next(iter(words[after:]), "...")
+            if said := self.where_it_is(flag.lstrip("-"), "..." if value.startswith("--") else value):
+                raise click.UsageError(f"{flag} is no option here, {said}") from None
+            raise
+        except click.UsageError as error:
+            extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", error.message)
+            several = {f.flag for f in fields_of(*self.groups.values()).values() if f.several}
+            for flag, value, *more in (words[i:] for i in range(len(words) - 2)):
+                if extra and flag.replace("_", "-") in several and more[0] == extra[1].split()[0]:
+                    given = ",".join(takewhile(lambda word: not word.startswith("-"), (value, *more)))
+                    raise click.UsageError(f"several values are given with commas: {flag} {given}") from None
+            if extra:
+                raise click.UsageError(
+                    f"{extra[1]}: no word stands alone here; give --option value"
+                ) from None
+            raise
+
+    def where_it_is(self, name: str, value: str = "...") -> str:
+        """How an option of a part is passed on; empty for one that no part has."""
+        key = name.replace("-", "_")
+        places = [
+            f"--{section} {key}={value}"
+            for section, groups in self.passed_on.items()
+            if key in fields_of(*groups.values())
+        ]
+        return f"but one of a part: {' or '.join(places)}" if places else ""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Click's hook: makes the groups, then runs the function."""
@@ -69,7 +112,8 @@ class OptionCommand(click.Command):
         # What is not given is None, or () where an option may stand several times.
         layers = [Layer({name: v for name, v in given.items() if v is not None and v != ()})]
         if (config := ctx.params.pop("config")) is not None:
-            layers.insert(0, read_layer(absolute_path(config, "--config"), self.groups.values()))
+            path = absolute_path(config, "--config")
+            layers.insert(0, read_layer(path, self.groups.values(), elsewhere=self.where_it_is))
         ctx.params |= make_all(self.groups, [Layer(self.own), *layers])
         try:
             return super().invoke(ctx)

@@ -83,13 +83,17 @@ for _tag, _letters, _form in (
     _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _form_alone, _letters)
 
 
-def check_names(given: Collection[str], known: Collection[str], what: str) -> None:
-    """Raise ValueError for a name that is not known, with those that are spelled alike."""
+def check_names(
+    given: Collection[str], known: Collection[str], what: str,
+    *, elsewhere: Callable[[str], str] = lambda name: "",
+) -> None:  # fmt: skip
+    """Raise ValueError for a name that is not known: where it is one, or those that are spelled alike."""
     for name in given:
         if name not in known:
             # Any word may be wrong; only one that is spelled nearly right gets a hint.
             near = difflib.get_close_matches(name, known)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            hint = f", {said}" if (said := elsewhere(name)) else hint
             raise ValueError(f"{what}: there is no {name!r}{hint}")
 
 

@@ -72,13 +72,18 @@ class Layer:
     source: str = ""
 
 
-def read_layer(path: Path, groups: Iterable[type[OptionGroup]]) -> Layer:
-    """A YAML file of options, in either spelling. Raises ValueError for a name that is none."""
+def read_layer(
+    path: Path, groups: Iterable[type[OptionGroup]], *, elsewhere: Callable[[str], str] = lambda name: ""
+) -> Layer:
+    """A YAML file of options, in either spelling. Raises ValueError for a name that is none.
+
+    elsewhere: says of such a name where it is one.
+    """
     content = read_yaml(path)
     values = {key.replace("-", "_"): value for key, value in content.items()}
     if len(values) < len(content):
         raise ValueError(f"{path}: an option is given twice, with - and with _")
-    check_names(values, fields_of(*groups), str(path))
+    check_names(values, fields_of(*groups), str(path), elsewhere=elsewhere)
     return Layer(values, str(path))
 
 

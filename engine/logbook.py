@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 PROJECT = "segmae"
 NONE = "none"
+_LINE = 90  # characters of an epoch's line: with the time before it, it fits 100
 # They keep what they got in memory until they are closed, and ignore a step that they have already.
 BUFFERING = {"wandb"}
 LOG_OPTIONS = {"wandb": {"commit": True}}  # it would hold a step back until the next
@@ -66,7 +67,7 @@ class Logbook:
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
-        logger.info("%s", "  ".join(f"{name} {_short(value)}" for name, value in record.items()))
+        logger.info("%s", _line(record))
 
     def saved(self, epochs_completed: int) -> None:
         """So many epochs are in a checkpoint now."""
@@ -109,8 +110,19 @@ def send_to_trackers(config: TrainingConfig, settings: Mapping[str, Any]) -> Non
     trackers.close()
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    """What matters of an epoch, as far as a line holds it: losses and scores first; all is in log.txt."""
+    first, line = ("loss", "iou", "val_"), ""
+    rank = {n: next((i for i, part in enumerate(first) if part in n), len(first)) for n in record}
+    for name in sorted(record, key=lambda name: -1 if name == "epoch" else rank[name]):
+        part = f"{name} {_short(record[name])}"
+        if len(line) + 2 + len(part) <= _LINE:
+            line += f"  {part}" if line else part
+    return line
+
+
 def _short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def unusual(names: Sequence[str]) -> set[str]:

@@ -25,6 +25,7 @@ from engine.config import TrainingConfig
 from engine.schedule import half_cosine, learning_rate
 from engine.vit import IMAGE_CHANNELS, VIT_SIZES, VitSize, transformer_parameters
 from mae.masking import METHODS, MaskingMethod
+from segments.config import default_masks
 
 _VARIETY = re.compile(r"fixed|nearest-(?P<count>[1-9]\d{0,3})")
 AT_ONCE = 64  # images on a device
@@ -40,7 +41,12 @@ class DataConfig(OptionGroup):
 
     title: ClassVar[str] = "Data"
     in1k_dir: Path = option("Folder with train/, and perhaps val/ and masks/.")
-    masks_dir: Path | None = option("Packed segments, or their folder. Default: IN1K_DIR/masks.", None)
+    masks_dir: Path | None = option(
+        "Packed segments, or their folder. Default: IN1K_DIR/masks, or masks.sqlite there.", None
+    )
+    index_dir: Path | None = option(
+        "Where images in tars are indexed if their own folder cannot be written.", None, neutral=True
+    )
     allow_missing_segments: bool = option(
         "Go on if more than half of the images have no segment.", False, neutral=True
     )
@@ -50,7 +56,7 @@ class DataConfig(OptionGroup):
     @property
     def segments_path(self) -> Path:
         """Where the segments lie."""
-        return self.masks_dir or self.in1k_dir / "masks"
+        return self.masks_dir or default_masks(self.in1k_dir)
 
     @property
     def reads(self) -> tuple[Path, ...]:

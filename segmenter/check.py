@@ -14,7 +14,7 @@ from typing import Any
 
 from common.files import check_output_folder
 from common.formats import ProbeResult, Result, plain, read_json
-from common.images import find_images
+from common.images import open_images
 from common.options import check_same, older_values
 from common.step_files import CHECKPOINT, PROBE_AREAS, RESULT
 from engine.logbook import check_trackers, unusual
@@ -40,11 +40,16 @@ MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringFacts:
-    """What a run will be. train, val: images; checkpoint_bytes: about, 0 where none is kept."""
+    """What a run will be. train, val: images.
+
+    checkpoint_bytes, model_bytes: about, of a checkpoint with and without the optimizer; 0 where none
+    is kept.
+    """
 
     train: int
     val: int
     checkpoint_bytes: int = 0
+    model_bytes: int = 0
 
 
 def dataset_name(path: Path) -> str:
@@ -71,15 +76,17 @@ def check_run(
 ) -> ScoringFacts:
     """What the run will be. Raises ValueError for what would stop it at once."""
     train, val, reads = len(dataset.train), len(dataset.val), list(dataset.reads)
-    flag, checkpoint_bytes = "ENCODER", 0
+    flag, model_bytes, checkpoint_bytes = "ENCODER", 0, 0
     if isinstance(config, TrainConfig):
         flag = "--init"
         plan_batches(config, dataset, processes)
-        checkpoint_bytes = _checkpoint_bytes(config, dataset.num_classes)
+        model_bytes = _model_bytes(config, dataset.num_classes)
+        # SGD keeps a momentum of each weight, AdamW two means.
+        checkpoint_bytes = model_bytes * (2 if config.optimisation.optimizer == "sgd" else 3)
         if config.model.dropout and is_library(config.init):
             raise ValueError("--dropout is of plain ViTs; encoders of libraries have --drop-path")
     elif config.run.image_folder is not None:
-        find_images(config.run.image_folder)
+        open_images(config.run.image_folder, config.run.index_dir)
         reads.append(config.run.image_folder)
     check_output_folder(config.run.output_dir, reads=reads)
     check_encoder(config.init, flag)
@@ -87,7 +94,7 @@ def check_run(
         raise ValueError(f"--patch-size is of plain ViTs; {config.init} has its own")
     if config.init == RANDOM:
         _ = config.model.encoder  # a size has to be named
-    return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes)
+    return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes)
 
 
 def plan_batches(config: TrainConfig, dataset: DatasetDescription, processes: int) -> BatchPlan:
@@ -221,13 +228,13 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
     return found
 
 
-def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
-    """About the size of a checkpoint: fp32 weights, and what the optimizer keeps of each."""
+def _model_bytes(config: TrainConfig, num_classes: int) -> int:
+    """About the size of fp32 weights."""
     model = config.model
     if model.model == AUTO or is_library(config.init):
         path = encoder_path(config.init)  # about as much as its weights
         files = [path] if path and path.is_file() else path.glob("*") if path else []
-        return 3 * sum(file.stat().st_size for file in files if file.is_file())
+        return sum(file.stat().st_size for file in files if file.is_file())
     size, patch = model.encoder, model.patch_size or model.encoder.patch_size
     patches = (config.protocol.crop_size // patch) ** 2
     parameters = (
@@ -236,9 +243,7 @@ def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
     )  # fmt: skip
     if model.decoder == "mask_transformer":
         parameters += transformer_parameters(size.width, model.decoder_layers) + 3 * size.width**2
-    # SGD keeps a momentum of each weight, AdamW two means.
-    moments = 1 if config.optimisation.optimizer == "sgd" else 2
     if model.decoder == "upernet":  # UPerHead 115 and pyramid 12 times the width's square
         parameters += 127 * size.width**2 + 9 * size.width * AUXILIARY_WIDTH
         parameters += size.depth * size.heads * 4 * patches  # relative positions
-    return 4 * parameters * (1 + moments)
+    return 4 * parameters

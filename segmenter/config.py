@@ -282,6 +282,10 @@ class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig, PresetConfig):
     probe_steps: int | None = option("Of dinov2_linear and dinov3_linear. Default: theirs.", None, at_least=1)
     seed: int = option("Of random weights, and of the tokens that are kept.", 0, **SEED)
     image_folder: Path | None = option("Class folders, for kNN of images. Default: none.", None)
+    index_dir: Path | None = option(
+        "Where its images are indexed if they are in tars and their own folder cannot be written.", None,
+        neutral=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

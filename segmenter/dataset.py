@@ -25,7 +25,15 @@ from pydantic import Field
 
 from common.files import read_text, relative_files, shortened
 from common.formats import check_names, parsed_plain, read_yaml
-from common.images import IMAGE_SUFFIXES, MOST_UNREADABLE, ORIENTATION, load_image, read_rgb, too_many
+from common.images import (
+    IMAGE_SUFFIXES,
+    MOST_UNREADABLE,
+    ORIENTATION,
+    ImagePath,
+    load_image,
+    read_rgb,
+    too_many,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +62,7 @@ class Pair(NamedTuple):
     """One image and its annotation."""
 
     name: str  # path within the split, without suffix
-    image: Path
+    image: ImagePath
     annotation: Path
 
 
@@ -416,7 +424,7 @@ def _held_labels(pair: Pair, description: DatasetDescription, completely: bool) 
         return error
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: ImagePath) -> np.ndarray:
     """[H, W, 3] uint8 RGB. Raises ValueError, also if nothing would be left when it is scaled."""
     image = read_rgb(path)
     height, width, _ = image.shape
@@ -436,12 +444,16 @@ def read_labels(pair: Pair, size: tuple[int, ...], description: DatasetDescripti
             f"{pair.image} is {size[1]} x {size[0]}"
         )
     if not allowed[labels].all():
-        wrong, limits = labels[~allowed[labels]].min(), np.flatnonzero(allowed)
-        raise MisfitError(
-            f"{pair.annotation} holds label {wrong}, which is none of the "
-            f"{len(limits)} allowed ones ({limits[0]} to {limits[-1]})"
-        )
+        wrong, known = labels[~allowed[labels]].min(), _ranges(np.flatnonzero(allowed))
+        raise MisfitError(f"{pair.annotation} holds label {wrong}, which is none of {known}")
     return labels
+
+
+def _ranges(numbers: np.ndarray) -> str:
+    """Ascending numbers in words: 0 to 10 and 255."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    said = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
 
 
 def read_label_file(path: Path, description: DatasetDescription) -> np.ndarray:

@@ -39,6 +39,12 @@ PRESETS = {
 }
 
 
+def default_masks(in1k_dir: Path) -> Path:
+    """Where the segments of these images lie unless it is said: masks/, or masks.sqlite alone."""
+    folder, store = in1k_dir / "masks", in1k_dir / STORE_NAME
+    return store if store.is_file() and not folder.exists() else folder
+
+
 @dataclass(frozen=True, kw_only=True)
 class _CoverageSettings(OptionGroup):
     """For which coverage ratios segments are made."""

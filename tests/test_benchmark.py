@@ -83,7 +83,7 @@ def test_a_run_leaves_the_directory_of_the_design_and_prints_the_table(reference
     assert [json.loads(line)["epoch"] for line in log] == [1, 2]
     printed = (reference / "stdout.txt").read_text()
     assert "method" in printed
-    assert "mean IoU" in printed
+    assert "finetuned" in printed
     assert [row["epochs"] for row in scores(reference)] == ["1", "2"]
     assert yaml.safe_load((reference / "run.yml").read_text())["versions"]["torch"]
 

@@ -29,6 +29,7 @@ from common.console import EXIT_STOPPED
 from common.environment import PROCESSES_HERE, PROGRESS_FILE
 from common.progress import progress_text
 from common.step_files import PROGRESS
+from pipeline.launch.time_left import time_left_text
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import GIB, REPO_ROOT
@@ -42,6 +43,7 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _TAIL_LINES, _SEARCHED_LINES = 12, 200  # of console.log, for the message of a failure
 _LOGS_BYTES = 50 * 2**20  # what a step writes beside checkpoints, generously
+_SECONDS_PER_LOOK = 5.0  # at the records of all steps
 _CLEAR_LINE = b"\r\x1b[2K"  # back to its beginning, and erase it
 
 
@@ -60,6 +62,8 @@ class LocalLauncher:
         self._line_drawn = False  # of progress; the next output goes in its place
         self._shown = ""  # the step whose output was shown last
         self._place = _place(paths.root)
+        self._time_left = float("-inf"), ""  # when it was looked up, and what it was
+        self._beside = 1  # steps at once, at most
 
     def has_room_for(self, step: Step) -> bool:
         """Whether the step could start now."""
@@ -96,6 +100,7 @@ class LocalLauncher:
         )  # fmt: skip
         write_record(self.paths, record)
         self.running.append(child)
+        self._beside = max(self._beside, len(self.running))
         self._shown = step.name  # benchmark.py has said so
         return record
 
@@ -109,13 +114,24 @@ class LocalLauncher:
                 end_marked(child.mark)
                 self.running.remove(child)
                 finished.append(self._judge(child, exit_code))
+        if finished and self._line_drawn:  # it is about what has ended
+            self._write(_CLEAR_LINE)
+            self._line_drawn = False
         if self.running and self.output.isatty():  # one line for what runs now, drawn over itself
             steps = [child.step for child in self.running]
             parts = [f"{step.name} {progress_text(read_progress(step.folder))}" for step in steps]
+            parts[:0] = [f"[{left} in all]"] if (left := self.time_left()) else []
             line = "   ".join(parts)[: shutil.get_terminal_size().columns - 1]
             self._write(_CLEAR_LINE + line.encode())
             self._line_drawn = True
         return finished
+
+    def time_left(self) -> str:
+        """Of the whole plan, in words; looked up every few seconds."""
+        if time.monotonic() - self._time_left[0] > _SECONDS_PER_LOOK:
+            names = [child.step.name for child in self.running]
+            self._time_left = time.monotonic(), time_left_text(self.paths, names, self._beside)
+        return self._time_left[1]
 
     def stop(self, *, at_once: bool = False, grace_seconds: float = GRACE_SECONDS) -> None:
         """Asks all running steps to save and end, or ends them at once.

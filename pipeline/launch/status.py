@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from common.progress import duration, progress_text
 from pipeline.launch.local import marked
+from pipeline.launch.time_left import time_left_text
 from pipeline.launch.view import step_table
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import PlannedStep, Record, read_plan, read_progress, read_record
@@ -35,12 +36,17 @@ class StepStatus(NamedTuple):
 
 
 def status_text(paths: Layout) -> str:
-    """All steps as a table, with the count of each state at the end."""
+    """How many steps are in each state and how long the rest takes, then all that are not done."""
     found = read_status(paths)
-    columns = {"state": [step.state for step in found], "": [step.detail for step in found]}
-    counts = Counter(columns["state"])
-    table = step_table([step.name for step in found], columns)
-    return f"{table}\n{', '.join(f'{count} {state}' for state, count in counts.items())}"
+    counts = Counter(step.state for step in found)
+    left = time_left_text(paths, [step.name for step in found if step.state == "running"])
+    said = [f"{count} {state}" for state, count in counts.most_common()]
+    text = f"{len(found)} steps: {', '.join(said)}" + (f"; {left}" if left else "")
+    # What needs a hand comes first, and what runs before what waits.
+    order = ["failed", "interrupted", "stopped", "cancelled", "running", "submitted", "waiting"]
+    shown = sorted((s for s in found if s.state != "done"), key=lambda step: order.index(step.state))
+    columns = {"state": [step.state for step in shown], "": [step.detail for step in shown]}
+    return f"{text}\n{step_table([step.name for step in shown], columns)}" if shown else text
 
 
 def read_status(paths: Layout) -> list[StepStatus]:

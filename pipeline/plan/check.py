@@ -19,6 +19,7 @@ import mae.check
 import segmenter.check
 from common.console import say
 from common.files import NOTHING_WRITTEN, check_output_file, check_output_folder
+from common.progress import Counter
 from common.step_files import find_resumable, round_checkpoints
 from mae.config import PretrainConfig
 from mae.masking import METHODS
@@ -27,7 +28,7 @@ from pipeline.plan.machine import REPO_ROOT, visible_gpus
 from pipeline.plan.records import differences, is_done, read_progress
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Facts, Step, make_plan
+from pipeline.plan.steps import Facts, Step, in_words_of_the_plan, make_plan
 from segmenter.config import RANDOM, ProbeConfig
 
 # A command, and what its environment has beside this process's own.
@@ -59,7 +60,8 @@ def checked_plan(settings: Settings) -> list[Step]:
     if waiting and settings.cluster.launcher == "local" and wanted > there:
         by = "by CUDA_VISIBLE_DEVICES, or else the driver"
         raise ValueError(f"--num-gpus {wanted}: there are {there} here, {by}")
-    made = {output for step in steps for output in step.outputs}  # by the end of the plan
+    # By the end of the plan; what is done already may be gone again.
+    made = {output for step in waiting for output in step.outputs}
     for step in waiting:
         _check_possible(step, made)
     facts = _check_by_parts(waiting, settings)
@@ -86,7 +88,11 @@ def _check_same_settings(steps: list[Step], paths: Layout) -> None:
     if not differences([step for step in steps if step.lane != "evaluate"], paths):
         remedy += f", or remove {paths.eval_output} and {paths.probe_output} to score anew"
     if changed:
-        shown = "; ".join(changed[:5]) + (" ..." if len(changed) > 5 else "")
+        runs: dict[str, list[str]] = {}  # one difference of several runs is said once
+        for run, text in (one.split(": ", 1) for one in changed):
+            runs.setdefault(text, []).append(run)
+        said = [f"{', '.join(runs[text][:3])}{' ...' * (len(runs[text]) > 3)}: {text}" for text in runs]
+        shown = "; ".join(said[:5]) + (" ..." if len(said) > 5 else "")
         raise ValueError(f"{paths.root} holds a run with other settings: {shown}. {remedy}")
 
 
@@ -148,10 +154,8 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
     # Each dataset is listed once: ImageNet takes minutes on a disk that is far away.
     known, read_dataset = dict[Any, Any](), functools.cache(segmenter.check.read_checked)
     makes_segments = any(step.kind in MAKING for step in waiting)
-    for step in waiting:
-        about_it = step.kind, step.run, dataset_of(step.name)
-        if step.config is None or about_it in found:
-            continue
+
+    def check(step: Step) -> Facts:
         processes, now = step.processes * step.nodes, startable(step)
         facts: Facts
         if isinstance(step.config, PretrainConfig):
@@ -169,14 +173,32 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
             facts = segmenter.check.check_run(config, dataset, processes=processes)
             if not asks:  # else the part says it, too
                 segmenter.check.earlier_output(config, dataset)
-        found[about_it] = facts
         if asks:
             # Steps that start from one file ask once. WORLD_SIZE is what torchrun would say.
             about = find_resumable(now.folder) or init_of(now) or now.folder
             alone = replace(now, processes=1).command
             question: Question = [*alone, "--dry-run", "check"], {"WORLD_SIZE": str(processes)}
             questions.setdefault((now.program, about), question)
-    ask(questions.values())
+        return facts
+
+    complaints: dict[str, str] = {}  # by kind of step: those of one are alike
+    with Counter("checking", total=len(waiting), unit="steps") as counter:
+        for step in waiting:
+            counter.what = f"checking {step.name}"
+            counter.advance()
+            about = step.kind, step.run, dataset_of(step.name)
+            if step.config is None or about in found or step.kind in complaints:
+                continue
+            # All are heard, so that one of many that are wrong does not hide the others.
+            try:
+                found[about] = check(step)
+            except ValueError as error:
+                complaints[step.kind] = in_words_of_the_plan(str(error), step.kind)
+        counter.what = "checking what weights hold"
+        counter.reach(counter.done)
+        if complaints:
+            raise ValueError("\n".join(dict.fromkeys(complaints.values())))
+        ask(questions.values())
     known_of = {s.name: found.get((s.kind, s.run, dataset_of(s.name))) for s in waiting}
     return {name: facts for name, facts in known_of.items() if facts}
 

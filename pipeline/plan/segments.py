@@ -18,7 +18,7 @@ from mae.masking import METHODS
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, step_of_words
-from segments.config import GENERATORS, STORE_NAME
+from segments.config import GENERATORS, STORE_NAME, default_masks
 
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store
 
@@ -36,7 +36,7 @@ def with_segments(steps: Sequence[Step], settings: Settings, done: Collection[st
     first = {step.run: step.name for step in reversed(reading) if step.name not in done}
     if not first or data.in1k_dir is None:
         return list(steps)
-    source = data.masks_dir or data.in1k_dir / "masks"
+    source = data.masks_dir or default_masks(data.in1k_dir)
     # Where training finds them, unless it, or what it would be made in, cannot be written to.
     there = next(path for path in (source, *source.parents) if path.exists())
     store = source / STORE_NAME if os.access(there, os.W_OK) else paths.segments

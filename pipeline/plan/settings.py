@@ -23,6 +23,7 @@ from segmenter.config import DEFAULT_RECIPE, ENCODER_FORMS, RANDOM, encoder_labe
 # More than so many of anything that has a process of its own is a slip of the hand.
 FROM_ONE: dict[str, Any] = {"at_least": 1, "at_most": MOST_PROCESSES}
 FROM_ZERO = {**FROM_ONE, "at_least": 0}
+Keep = Literal["all", "scored", "finetuned"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Data(OptionGroup):
 
     title: ClassVar[str] = "Data"
     in1k_dir: Path | None = option("Images: train/, perhaps val/ and masks/.", None)
-    masks_dir: Path | None = option("Segments. Default: IN1K-DIR/masks.", None)
+    masks_dir: Path | None = option("Segments. Default: IN1K-DIR/masks, or masks.sqlite there.", None)
     make_segments: str | None = option(
         "Where there are no segments, make them first: by felzenszwalb, a model by name (python -m "
         "segments generate --help), in a folder or on the Hugging Face hub.", None,
@@ -122,6 +123,9 @@ class Experiment(OptionGroup):
         "Evaluate only this: N (epochs completed), or scratch, mae, [NAME=]ENCODER without pretraining.",
         None, parse=lambda value: _scored(value),
     )  # fmt: skip
+    pretrained_from: Path | None = option(
+        "Another output directory: its checkpoints are scored, and nothing is pretrained.", None
+    )
 
     def __post_init__(self) -> None:
         for name, values in vars(self).items():
@@ -134,6 +138,9 @@ class Experiment(OptionGroup):
             raise ValueError("--baselines names none and others; give one or the other")
         if self.mae_checkpoint is not None and not self.mae_checkpoint.is_file():
             raise ValueError(f"--mae-checkpoint {self.mae_checkpoint} is not a file")
+        source = self.pretrained_from
+        if source is not None and not (source / "pretrain_output").is_dir():
+            raise ValueError(f"--pretrained-from {source} is not the output directory of a run")
         if self.eval is not None and len(self.eval) > 1 and any(map(str.isdecimal, self.eval)):
             raise ValueError(f"--eval is {','.join(self.eval)}; give epochs completed, or encoders")
         for names in (self.baselines or (), self.eval or ()):
@@ -278,6 +285,10 @@ class Parts(OptionGroup):
     probe: Mapping[str, Any] = option("An option of python -m segmenter probe.", {})
     log_with: tuple[str, ...] | None = option_of(RunConfig, "log_with", None)
     plugin: Path | None = option_of(RunConfig, "plugin", None)
+    keep: Keep = option(
+        "Weights that stay: all; the checkpoints of pretraining that are scored, not what only continuing "
+        "needs, nor finetuned models; or of those the ones that are finetuned, and each run's last.", "all",
+    )  # fmt: skip
     keep_going: bool = option("After a failed step, go on with those that do not need it.", True)
 
 
@@ -292,7 +303,8 @@ class Settings:
     parts: Parts
 
     def __post_init__(self) -> None:
-        if self.data.in1k_dir is None and self.experiment.eval is None:
+        told = (self.data.in1k_dir, self.experiment.eval, self.experiment.pretrained_from)
+        if not any(told):
             raise ValueError("--in1k-dir is missing: the folder with train/ and masks/")
         if not self.data.datasets:
             raise ValueError("--ade20k-dir (or --eval-dataset FILE.yml) is missing")

@@ -6,6 +6,7 @@ Steps meet in files only; `needs` names the steps that make them. Read `make_pla
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any, Literal, Self
 
 from common import step_files as files
 from common.formats import check_names, read_json
+from common.images import has_classes
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS
@@ -31,7 +33,7 @@ from pipeline.plan.layout import (
     eval_name,
     seed_of_eval,
 )
-from pipeline.plan.settings import Settings
+from pipeline.plan.settings import GROUPS, Settings
 from segmenter.check import ScoringFacts, dataset_name
 from segmenter.config import AUTO, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 from segmenter.config import GROUPS as FINETUNE_GROUPS
@@ -41,6 +43,10 @@ _FLAGS = {
     "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
     "dataset": "--ade20k-dir or --eval-dataset", "init": "--stack or --eval",
 }  # fmt: skip
+
+# What the options that pass something on are made of.
+PARTS = {"pretrain": PRETRAIN_GROUPS, "finetune": FINETUNE_GROUPS, "probe": PROBE_GROUPS}
+SECTIONS = {"pretrain": "pretrain", "evaluate": "finetune", "probe": "probe"}  # by kind of step
 
 Facts = PretrainFacts | ScoringFacts
 PartConfig = PretrainConfig | TrainConfig | ProbeConfig
@@ -89,6 +95,11 @@ class Step:
         return self.processes if self.device == "cuda" else 1
 
     @property
+    def places(self) -> int:
+        """How many steps like it run beside each other: as many as there are GPUs for."""
+        return max(1, len(self.gpus or ()) // self.processes)
+
+    @property
     def lane(self) -> str:
         """Without GPUs, steps of different lanes may run beside each other."""
         return "evaluate" if self.kind == "probe" else self.kind  # both need a checkpoint
@@ -127,7 +138,7 @@ def make_plan(settings: Settings) -> list[Step]:
     """
     experiment, plan = settings.experiment, _Planner(settings)
     only, baselines = experiment.only_epochs, plan.baselines
-    stacks = experiment.stack and experiment.eval is None
+    stacks = experiment.stack and experiment.eval is None and not experiment.pretrained_from
     steps = plan.fetch() if "mae" in baselines or stacks else []
     fetched = tuple(step.name for step in steps)
     for baseline, seed in product(baselines, experiment.seed):
@@ -145,13 +156,35 @@ def make_plan(settings: Settings) -> list[Step]:
         if (run.method, run.seed) in started:
             scored.discard(0)
         started.add((run.method, run.seed))
+        if experiment.pretrained_from:
+            # A start that nobody kept is not missed, unless it is asked for.
+            starts = files.checkpoint_path(plan.pretrained.pretrain_dir(run.name), 0)
+            asked = {*experiment.eval_points, *experiment.probe_points}
+            for epochs in sorted(scored if starts.exists() else asked):
+                steps += plan.score(run, epochs, needs=())
+            continue
         for epochs in sorted({*scored, experiment.pretrain_epochs}):
             steps.append(plan.pretrain(run, epochs, previous))
             previous = (steps[-1].name,)
             steps += plan.score(run, epochs, needs=previous)
     if settings.cluster.launcher == "local" and settings.compute.scores_last:
         steps.sort(key=lambda step: {"probe": 1, "evaluate": 2}.get(step.kind, 0))
+        if settings.parts.keep == "finetuned":
+            steps = list(_probed_early(steps))
     return steps
+
+
+def _probed_early(steps: Sequence[Step]) -> Iterator[Step]:
+    """Probes as soon as there are enough to fill the GPUs: until then their checkpoints take room."""
+    probes, made = [step for step in steps if step.kind == "probe"], set[str]()
+    for step in [step for step in steps if step.kind != "probe"]:
+        ready = [probe for probe in probes if made.issuperset(probe.needs)]
+        if ready and (step.kind == "evaluate" or len(ready) >= ready[0].places):
+            yield from ready
+            probes = [probe for probe in probes if probe not in ready]
+        yield step
+        made.add(step.name)
+    yield from probes
 
 
 def _runs(settings: Settings) -> Iterator[RunId]:
@@ -171,6 +204,8 @@ class _Planner:
     def __init__(self, settings: Settings) -> None:
         self.settings, experiment = settings, settings.experiment
         self.paths = Layout(settings.data.output_dir)
+        # Where checkpoints lie, or will.
+        self.pretrained = Layout(experiment.pretrained_from) if experiment.pretrained_from else self.paths
         # Where the official MAE checkpoint is, or will be.
         download = self.paths.pretrain_output / f"mae_pretrain_{experiment.model}.pth"
         self.official = experiment.mae_checkpoint or download
@@ -223,6 +258,7 @@ class _Planner:
         planned = {
             **self.shared,
             "in1k_dir": settings.data.in1k_dir,
+            "index_dir": self.paths.bookkeeping,
             "masks_dir": settings.data.masks_dir,
             "mask_method": run.method,
             **{name: value for name, value in of_segments.items() if name in known},
@@ -262,7 +298,7 @@ class _Planner:
         A baseline's is an encoder that is there, or will be fetched.
         """
         experiment, parts, data = self.settings.experiment, self.settings.parts, self.settings.data
-        init: Any = files.checkpoint_path(self.paths.pretrain_dir(run.name), epochs)
+        init: Any = files.checkpoint_path(self.pretrained.pretrain_dir(run.name), epochs)
         is_reference = run.method in self.baselines
         init = self.baselines.get(run.method, init)
         given = {"recipe": experiment.recipe, **parts.finetune}
@@ -282,8 +318,8 @@ class _Planner:
             told, below = {**planned, "seed": run.seed, "output_dir": folder}, {**given}
             # Of whole images, too, where val/ has a folder for each class.
             val = (data.in1k_dir or Path()) / "val"
-            if data.in1k_dir and val.is_dir() and sum(e.is_dir() for e in os.scandir(val)) > 1:
-                below["image_folder"] = val
+            if data.in1k_dir and has_classes(val, self.paths.bookkeeping):
+                below |= {"image_folder": val, "index_dir": self.paths.bookkeeping}
             groups = _groups(PROBE_GROUPS, "--probe", told, parts.probe, below)
             on = f", on {dataset}" if dataset else ""
             what = f"probe the frozen encoder, seed {run.seed}{on}"
@@ -347,6 +383,25 @@ class _Planner:
             values.pop(idle, None)
         within = f"{self.paths.root}/"  # relative, so that the output directory may be moved
         return {n: v.removeprefix(within) if isinstance(v, str) else v for n, v in values.items()}
+
+
+def in_words_of_the_plan(said: str, kind: str) -> str:
+    """What a part says of its options, as they are given to benchmark.py."""
+    section, own = SECTIONS[kind], fields_of(*GROUPS.values())
+    fields = fields_of(*PARTS[section].values())
+
+    def here(found: re.Match[str]) -> str:
+        name, value = found[1].replace("-", "_"), found[2] or ""
+        if name in _FLAGS:
+            return _FLAGS[name] + (f" {value}" if value else "")
+        if name in own or name not in fields:
+            return found[0]
+        value = value or ("true" if fields[name].kind is bool else "")
+        return f"--{section} {name}" + (f"={value}" if value else "")
+
+    command = said.find("python -m ")  # what follows is to be given to the part itself
+    text, rest = (said, "") if command < 0 else (said[:command], said[command:])
+    return re.sub(r"--([a-z][a-z0-9-]*[a-z0-9])(?: (\d[\d.]*\d|\d))?", here, text) + rest
 
 
 def _groups(

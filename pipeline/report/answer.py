@@ -1,49 +1,64 @@
-"""What the scores say, in sentences that follow from intervals: better, worse, or not shown."""
+"""What the scores say, as verdicts that follow from intervals: better, worse, or not shown."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from pipeline.report.figures import Chart, Point, Series, line_chart
-from pipeline.report.scores import FINETUNING, REFERENCE, Level, Line, Measure, last_common_epochs
+from pipeline.plan.layout import OWN
+from pipeline.report.scores import (
+    FINETUNING,
+    MEASURES,
+    REFERENCE,
+    Level,
+    Line,
+    Measure,
+    compared_epochs,
+)
 from pipeline.report.statistics import (
     CONFIDENCE,
     LEAST_IMAGES,
     LEAST_VARIANCE,
     Interval,
     holm,
+    holm_levels,
     interval,
 )
-from pipeline.report.tables import Table, cost_cells
 
-_LEAST_SPAN = 5.0  # points of a score's axis, unless intervals are narrower
 _EQUAL_COST = 0.02  # share by which training FLOPs may differ
-# State of a comparison -> how its sentence begins, and its cell of the table.
-_VERDICTS = {
-    "better": ("Better than", "better"),
-    "worse": ("Worse than", "worse"),
-    "higher": ("Higher than", "higher, not the first look"),
-    "lower": ("Lower than", "lower, not the first look"),
-    "none": ("No difference shown to", "no difference shown"),
-    "unknown": ("No verdict against", "none: "),
-}
+_MOST_NAMES = 3  # in a warning
+# State of a comparison -> in a table and on the page; beyond the first look it is a hint.
+STATES = {
+    "better": "better", "worse": "worse", "higher": "higher, a hint", "lower": "lower, a hint",
+    "none": "not shown", "unknown": "no verdict",
+}  # fmt: skip
 
 
 class Comparison(NamedTuple):
-    """Two lines after the same epochs, by the seeds that both have."""
+    """Two lines, by the seeds that both have."""
 
     first: Line
     second: Line
     is_control: bool  # whether they differ in nothing but whose segments are hidden
-    seeds: int
-    value: float | None = None  # first - second; None where they have no seed in common
-    difference: Interval | None = None  # the same with its interval; None where nothing gives one
+    by_seed: Mapping[int, float]  # first - second
+    # Their mean with the interval that the verdict stands on; None where nothing gives one.
+    difference: Interval | None = None
     why_not: str = ""  # there is no verdict
     cost_ratio: float | None = None  # training FLOPs of the first for one of the second
     p_value: float = 1.0  # corrected for the number of comparisons in the report
+    family: int = 1  # comparisons that it is corrected for, itself among them
     is_first_look: bool = True  # others are hints: who looks often enough finds something
+
+    @property
+    def value(self) -> float | None:
+        """The mean difference; None where they have no seed in common."""
+        return fmean(self.by_seed.values()) if self.by_seed else None
+
+    @property
+    def seeds(self) -> int:
+        """How many they have in common."""
+        return len(self.by_seed)
 
     @property
     def state(self) -> str:
@@ -56,37 +71,89 @@ class Comparison(NamedTuple):
         return words[self.difference.value > 0]
 
     @property
-    def words(self) -> str:
-        """What tells it from others with the same question, and the difference."""
-        control = self.second.label.removeprefix(self.first.label).strip()
-        name, found = control if self.is_control else self.first.label, self.difference
-        if found is None or self.state == "unknown":
-            said = "" if self.value is None else f"{self.value:+.2f} points, "
-            return f"{name} ({said}{self.why_not})"
-        within = f"95% interval {found.low:+.2f} to {found.high:+.2f}"
-        if self.state != "none":
-            return f"{name} (by {abs(found.value):.2f} points, {within})"
-        # The interval stands for one comparison, the p-value is corrected for several.
-        alone = "" if found.low <= 0 <= found.high else ", too near to 0 for one of several"
-        return f"{name} ({found.value:+.2f} points, {within}{alone})"
+    def kind(self) -> str:
+        """What is asked: object or not, which method, what pretraining gains, which directory."""
+        if self.is_control or self.second.is_baseline:
+            return "objects" if self.is_control else "start"
+        is_twin = self.first.home != self.second.home and self.first.method == self.second.method
+        return "directory" if is_twin else "method"
+
+    @property
+    def shown(self) -> Interval | None:
+        """The interval, where a verdict stands on it: of one seed there is only that of the images."""
+        return None if self.state == "unknown" else self.difference
+
+    @property
+    def against(self) -> str:
+        """What it is compared with, in as few words as tell it beside the first."""
+        if self.is_control:
+            return self.second.source
+        return "untrained" if self.second.is_untrained else self.second.label
+
+    @property
+    def numbers(self) -> str:
+        """The difference with its interval, or why there is none."""
+        said = "" if self.value is None else f"{self.value:+.2f}"
+        if self.shown is None:
+            return f"{said}, {self.why_not}" if said else self.why_not
+        return f"{said} ({self.shown.low:+.2f} to {self.shown.high:+.2f})"
+
+
+class Said(NamedTuple):
+    """An answer to one question about one method."""
+
+    state: str  # of STATES, or "" where it was not asked
+    short: str
+    parts: Sequence[str] = ()  # each comparison with its numbers
+
+
+class Verdict(NamedTuple):
+    """All that is asked of one method."""
+
+    line: Line
+    level: Level
+    objects: Said  # whether it matters that the image's own segment is hidden
+    reference: Said  # whether it is better than plain MAE
+    start: Said  # whether pretraining helps
+    directory: Said  # whether it is better than in another directory
 
 
 class Answer(NamedTuple):
-    """What one measure says: all that its section of the page lays out."""
+    """What one measure says."""
 
     sentences: Sequence[str]
     measure: Measure = FINETUNING
-    chart: Chart | None = None
-    remarks: Sequence[str] = ()  # what speaks against trusting the sentences
-    objects: Sequence[str] = ()  # whether it matters that the image's own segment is hidden
-    doubts: Sequence[str] = ()  # what speaks against trusting that
+    epochs: str = ""  # after which, in words
+    verdicts: Sequence[Verdict] = ()
+    remarks: Sequence[str] = ()  # what speaks against trusting them
     comparisons: Sequence[Comparison] = ()
-    differences: Table | None = None
-    levels: Table | None = None
+    ends: Mapping[str, int] = {}  # label -> epochs completed where it is compared
+    levels: Mapping[str, Level] = {}
+
+
+def answers(lines: Sequence[Line]) -> list[Answer]:
+    """What the measures say: complete finetuning first, the probes where there is none yet.
+
+    One of them is looked at first, at the end of pretraining: the others say what differs as a hint.
+    """
+    scored = [one for one in MEASURES.values() if any(line.epochs(one) for line in lines)]
+    asked = next((one for one in scored if one.areas), FINETUNING)
+    reached, planned = compared_epochs(lines, asked), max((line.end for line in lines), default=0)
+    is_early = any(0 < reached.get(line.label, 0) < line.end for line in lines)
+    first_look = f"{asked.words} after {planned} epochs" if is_early else asked.words
+    looks = ((one, "" if one is asked and not is_early else first_look) for one in scored)
+    found = [one for measure, look in looks if (one := answer(lines, measure, first_look=look))]
+    first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
+    if not first.sentences:
+        first = first._replace(sentences=["No evaluation has finished yet."])
+    elif first.measure is not FINETUNING:
+        said = "No finetuning has been scored yet; this is what frozen probes say."
+        first = first._replace(sentences=[*first.sentences, said])
+    return [first, *others]
 
 
 def answer(every_line: Sequence[Line], measure: Measure, *, first_look: str = "") -> Answer | None:
-    """Sentences, warnings, tables and chart of one measure; None where nothing was scored by it.
+    """Verdicts and warnings of one measure; None where nothing was scored by it.
 
     first_look: what is looked at first, in words, where that is not this.
     """
@@ -94,162 +161,235 @@ def answer(every_line: Sequence[Line], measure: Measure, *, first_look: str = ""
     trained = [line for line in lines if not line.is_baseline]
     if not lines:
         return None
-    chart, epochs = _chart(lines, measure), last_common_epochs(lines, measure)
-    if epochs is None:
+    ends = compared_epochs(lines, measure)
+    if not trained or not ends:
         missing = "The methods have not been evaluated at a common epoch yet."
-        return Answer([missing] if trained else [], measure, chart)
-    levels = {line.label: line.level(epochs, measure) for line in lines}
-    best = max(trained, key=lambda line: levels[line.label].score)
+        return Answer([missing] if trained else [], measure)
+    levels = {line.label: line.level(ends[line.label], measure) for line in lines}
     # Without areas by image nothing tells how much the choice of images makes: no comparisons.
-    found = _comparisons(lines, best, levels) if measure.areas else []
+    found = _comparisons(lines, levels) if measure.areas else []
     found = [c._replace(is_first_look=not first_look) for c in found]
-    controls, others = [c for c in found if c.is_control], [c for c in found if not c.is_control]
-    sentences = [_about_best(best.label, levels[best.label], epochs, measure, len(trained))]
-    if measure.areas:
-        sentences += _verdicts(others)
-        start = _start_of(best, lines)
-        sentences += _about_chance(best, start, levels) if start else []
-        sentences += _about_cost(others)
-    level_rows = [
-        {"method": label, measure.unit: f"{level.score:.2f}",
-         "95% interval": level.spread.within(measure.most) if level.spread else "",
-         "seeds": str(len(level.scores)), **cost_cells(level.costs)}
-        for label, level in levels.items()
-    ]  # fmt: skip
-    known = {name for row in level_rows for name, cell in row.items() if cell}
-    level_rows = [{name: row[name] for name in row if name in known} for row in level_rows]
-    hint = [
-        f"This is a look beyond the first, which is {first_look}: what differs here is a hint, "
-        "no finding."
+    after = _after(sorted({ends[line.label] for line in trained}))
+    sentences = [_headline(found, trained, levels, f"{after}, by {measure.words}", measure)]
+    of_own = [line for line in trained if not any(c.is_control and c.second is line for c in found)]
+    verdicts = [_verdict(line, found, levels) for line in of_own] if found else []
+    sentences += _about_objects(verdicts) + _ranking(lines, levels, measure)
+    remarks = [
+        f"What is looked at first is {first_look}. Whatever else differs is a hint, no finding."
     ] if first_look and found else []  # fmt: skip
-    remarks = hint + _warnings(others)
-    return Answer(
-        sentences, measure, chart, remarks, _about_objects(controls), _warnings(controls),
-        found, _difference_table(found) if found else None, Table(level_rows),
-    )  # fmt: skip
+    if len({ends[line.label] for line in trained}) > 1:
+        runs = ", ".join(dict.fromkeys(f"{line.home}: {ends[line.label]}" for line in trained))
+        remarks.append(
+            f"The runs end after different epochs ({runs}). Each is compared at its end: differences "
+            "are those of whole runs, not of equal epochs."
+        )
+    return Answer(sentences, measure, after, verdicts, remarks + _warnings(found), found, ends, levels)
 
 
-def _comparisons(lines: Sequence[Line], best: Line, levels: Mapping[str, Level]) -> list[Comparison]:
-    """Methods with the reference, each with its own start, own segments with their controls.
+def _after(epochs: Sequence[int]) -> str:
+    if len(epochs) > 1:
+        return f"At the end of pretraining ({epochs[0]} to {epochs[-1]} epochs)"
+    return f"After {epochs[0]} {'epoch' if epochs[0] == 1 else 'epochs'} of pretraining"
 
-    All are one family, that of the report: a report makes a false claim in 5% of cases at most. The
-    best of the methods is compared with scratch; as it was selected, all count.
+
+def _comparisons(lines: Sequence[Line], levels: Mapping[str, Level]) -> list[Comparison]:
+    """Methods with plain MAE, own segments with their controls, all with what is not pretrained.
+
+    All are one family, that of the report: a report makes a false claim in 5% of cases at most.
+    Controls against scratch count, and are not told: the best of them was chosen for being best.
     """
     trained = {line.label: line for line in lines if not line.is_baseline}
     # A control's family bears the name of its own line; without that line, it is one of the others.
     own = {label: trained.get(line.family, line) for label, line in trained.items()}
     others = [line for label, line in trained.items() if own[label] is line]
-    reference = next((line for line in others if line.method == REFERENCE), others[0])
-    pairs = [(line, reference, False) for line in others if line is not reference]
-    starts = [(line, _start_of(line, lines), False) for line in others]
-    pairs += [(line, start, no) for line, start, no in starts if start and start.is_untrained]
-    scratch = next((line for line in lines if line.method == "scratch"), None)
-    pairs += [(line, scratch, False) for line in trained.values() if scratch]
-    pairs += [(own[label], line, True) for label, line in trained.items() if own[label] is not line]
-    found = [_compared(first, second, is_control, levels, len(pairs)) for first, second, is_control in pairs]
-    p_values = holm([c.difference.p_value if c.difference and not c.why_not else 1.0 for c in found])
-    judged = [c._replace(p_value=p) for c, p in zip(found, p_values, strict=True)]
-    return [c for c in judged if c.second is not scratch or c.first is best]
+    references = [line for line in others if line.method == REFERENCE] or others
+    scratches = [line for line in lines if line.method == "scratch"]
+
+    def of_home(line: Line, found: Sequence[Line]) -> Line | None:
+        return next((one for one in found if one.home == line.home), next(iter(found), None))
+
+    pairs = [(line, of_home(line, references), False) for line in others]
+    # The same method in another directory is what the two directories are compared by.
+    twins = {_name(line): line for line in reversed(others)}
+    pairs += [(line, twins[_name(line)], False) for line in others]
+    untrained = [line for line in lines if line.is_untrained]
+    starts = [(line, [u for u in untrained if u.method == line.method]) for line in others]
+    pairs += [(line, of_home(line, found), False) for line, found in starts]
+    pairs += [(line, of_home(line, scratches), False) for line in trained.values()]
+    pairs += [(own[label], line, True) for label, line in trained.items()]
+    asked = dict.fromkeys((one, two, no) for one, two, no in pairs if two is not None and one is not two)
+    found = [_compared(first, second, is_control, levels, len(asked)) for first, second, is_control in asked]
+    p_values = [c.difference.p_value if c.difference and not c.why_not else 1.0 for c in found]
+    judged = zip(found, holm(p_values), holm_levels(p_values), strict=True)
+    found = [_at_level(c, levels, among)._replace(p_value=p) for c, p, among in judged]
+    return [c for c in found if c.second.method != "scratch" or c.first in others]
+
+
+def _name(line: Line) -> str:
+    return line.label.removesuffix(f" ({line.home})")
+
+
+def _difference(c: Comparison, levels: Mapping[str, Level], among: int = 1) -> Interval | None:
+    """By the seeds that both have; both were drawn on the same images."""
+    one, two = levels[c.first.label].drawn, levels[c.second.label].drawn
+    drawn = [one[s] - two[s] for s in c.by_seed] if one and two else None
+    return interval(list(c.by_seed.values()), drawn, among=among)
+
+
+def _at_level(c: Comparison, levels: Mapping[str, Level], among: int) -> Comparison:
+    """With the interval that holds 0 unless the corrected p-value shows a difference."""
+    found = _difference(c, levels, among) if c.difference else None
+    if found is None or c.difference is None:
+        return c
+    return c._replace(difference=replace(c.difference, low=found.low, high=found.high))
 
 
 def _compared(
-    first: Line, second: Line, is_control: bool, levels: Mapping[str, Level], among: int
+    first: Line, second: Line, is_control: bool, levels: Mapping[str, Level], count: int
 ) -> Comparison:
-    """By the seeds that both have; both were drawn on the same images."""
+    """With its own p-value; what could be told from 0 is that of one among `count`."""
     one, two = levels[first.label], levels[second.label]
     seeds = sorted(one.scores.keys() & two.scores.keys())
-    drawn = [one.drawn[s] - two.drawn[s] for s in seeds] if one.drawn and two.drawn else None
-    scores = [one.scores[seed] - two.scores[seed] for seed in seeds]
-    found, in_family = interval(scores, drawn), interval(scores, drawn, among=among)
+    c = Comparison(first, second, is_control, {s: one.scores[s] - two.scores[s] for s in seeds}, family=count)
+    found, in_family = _difference(c, levels), _difference(c, levels, count)
     if found and in_family:
         found = replace(found, detectable=in_family.detectable)
+    draws = [one.drawn[s] for s in seeds] if one.drawn and two.drawn else []
     why_not = (
         f"{len(seeds) or 'no'} seed in common" if len(seeds) < 2
         else "scored on different validation images" if len((one.images | two.images) - {None}) > 1
-        else f"fewer than {LEAST_IMAGES} validation images" if drawn and not len(drawn[0])
+        else f"fewer than {LEAST_IMAGES} validation images" if draws and not len(draws[0])
         else "nothing varies" if found is None else ""
     )  # fmt: skip
     cost, other = one.costs["train_flops"], two.costs["train_flops"]
-    return Comparison(
-        first, second, is_control, len(seeds), fmean(scores) if scores else None, found, why_not,
-        cost / other if cost and other else None,
-    )  # fmt: skip
+    ratio = cost / other if cost and other else None
+    return c._replace(difference=found, why_not=why_not, cost_ratio=ratio)
 
 
-def _start_of(line: Line, lines: Sequence[Line]) -> Line | None:
-    """What gains are counted from: the method's model before its first epoch, else scratch."""
-    found = [one for one in lines if one.is_untrained and one.method == line.method]
-    return next(iter(found + [one for one in lines if one.method == "scratch"]), None)
+# In words -----------------------------------------------------------------------------------------
 
 
-def _verdicts(comparisons: Sequence[Comparison]) -> list[str]:
-    """A sentence for each verdict, which names all that share it; controls by their source."""
-    groups: dict[str, list[Comparison]] = {}
-    for c in comparisons:
-        against = "" if c.is_control else f" {c.second.label}"
-        groups.setdefault(_VERDICTS[c.state][0] + against, []).append(c)
-    sentences = []
-    for verdict, found in groups.items():
-        sentences.append(f"{verdict}: {'; '.join(c.words for c in found)}.")
-        would = [c.difference.detectable for c in found if c.difference and c.state == "none"]
-        if would:
-            more = f"{max(would):.2f} points or more"
-            sentences[-1] += f" {more} would have been shown with 80% probability."
-    return sentences
+def _headline(
+    comparisons: Sequence[Comparison], trained: Sequence[Line], levels: Mapping[str, Level],
+    where: str, measure: Measure,
+) -> str:  # fmt: skip
+    """Names nobody as better without a verdict."""
+    if len(trained) == 1:
+        level = levels[trained[0].label]
+        return f"{where}, {trained[0].label} reaches {_score(level, measure)}."
+    asked = [c for c in comparisons if c.kind == "method"]
+    seconds = list(dict.fromkeys(c.second.label for c in asked))
+    methods = dict.fromkeys(c.second.method for c in asked)
+    against, said = seconds[0] if seconds else "", list[str]()
+    if len(seconds) > 1:  # each directory has its own
+        against = f"{_listed(methods)} of the same directory"
+    if asked and not any(c.state in ("better", "higher") for c in asked):
+        said.append(f"no method is shown better than {against}")
+    for state, words in (
+        ("better", f"shown better than {against}"), ("higher", f"higher, as a hint, than {against}"),
+        ("worse", f"shown worse than {against}"), ("lower", f"lower, as a hint, than {against}"),
+    ):  # fmt: skip
+        if names := [c.first.label for c in asked if c.state == state]:
+            said.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {words}")
+    scratch = [c for c in comparisons if c.second.method == "scratch" and c.value is not None]
+    below = [c.first.label for c in scratch if (c.value or 0) < 0]
+    if below:
+        who = f"{_listed(below)} {'lies' if len(below) == 1 else 'lie'}"
+        said.append(f"{'all lie' if len(below) == len(scratch) > 1 else who} below scratch")
+    if not said:
+        own = [line for line in trained if line.source == OWN] or trained
+        said = [f"{line.label} reaches {_score(levels[line.label], measure)}" for line in own[:_MOST_NAMES]]
+    return f"{where}, {'; '.join(said)}."
 
 
-def _about_best(label: str, level: Level, epochs: int, measure: Measure, methods: int) -> str:
+def _about_objects(verdicts: Sequence[Verdict]) -> list[str]:
+    """What it makes that the image's own segment is hidden, by all that is asked of it."""
+    asked: dict[str, list[str]] = {}
+    for v in verdicts:
+        if v.objects.state:
+            asked.setdefault(v.objects.short, []).append(v.line.label)
+    said = "; ".join(f"{short} for {_listed(labels)}" for short, labels in asked.items())
+    return [f"That what is hidden is an object matters: {said}."] if said else []
+
+
+def _ranking(lines: Sequence[Line], levels: Mapping[str, Level], measure: Measure) -> list[str]:
+    """Means over the seeds that all have: those over others rank the seeds, not the methods."""
+    ranked = [line for line in lines if not line.is_untrained]
+    if len(ranked) < 2 or math.isinf(measure.most):
+        return []
+    for group in (ranked, [line for line in ranked if not line.is_baseline]):
+        if seeds := set.intersection(*(set(levels[line.label].scores) for line in group)):
+            break
+    else:
+        return ["No seed is common to all, so their means are not ranked."]
+    ranked = group
+    means = {one.label: fmean(levels[one.label].scores[s] for s in seeds) for one in ranked}
+    order = sorted(means, key=lambda label: -means[label])
+    which = f"the seed {min(seeds)}" if len(seeds) == 1 else f"the seeds {_listed(map(str, sorted(seeds)))}"
+    return [f"Over {which} that all share: {', '.join(f'{label} {means[label]:.2f}' for label in order)}."]
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _score(level: Level, measure: Measure) -> str:
     score = f"{level.score:.2f}" + ("" if math.isinf(measure.most) else "%")
-    # The highest of several owes something to chance: its interval is one of as many.
-    spread = level.spread and interval(
-        list(level.scores.values()), list(level.drawn.values()) or None, among=methods
-    )
-    if spread:
-        of = "" if methods == 1 else f" as the highest of {methods}"
-        within = spread.within(measure.most)
-        score += f" (95% interval{of} {within}, {len(level.scores)} seeds)"
-    after = f"After {epochs} {'epoch' if epochs == 1 else 'epochs'} of pretraining"
-    verb = "reaches" if methods == 1 else "is highest:"
-    return f"{after}, by {measure.words}, {label} {verb} {score}."
+    if level.spread:
+        score += f" (95% interval {level.spread.within(measure.most)}, {len(level.scores)} seeds)"
+    return score
 
 
-def _about_chance(best: Line, start: Line, levels: Mapping[str, Level]) -> list[str]:
+def _verdict(line: Line, comparisons: Sequence[Comparison], levels: Mapping[str, Level]) -> Verdict:
+    mine = [c for c in comparisons if c.first is line]
+    kinds = [[c for c in mine if c.kind == kind] for kind in ("objects", "method", "start", "directory")]
+    controls, others, *_ = kinds
+    said = [_about(of, levels) for of in kinds]
+    if not controls and line.coverage_ratio is None:
+        said[0] = Said("", "hides no segments")
+    elif not controls:
+        said[0] = Said("", "not asked", ["no controls were run: --segments-from borrowed,blob,block"])
+    if not others:
+        said[1] = Said("", "the reference")
+    return Verdict(line, levels[line.label], *said)
+
+
+def _about(found: Sequence[Comparison], levels: Mapping[str, Level]) -> Said:
+    """What comparisons of one kind say together, then each of them."""
+    if not found:
+        return Said("", "not asked")
+    states = {c.state for c in found}
+    better, worse = ("better", "worse") if found[0].is_first_look else ("higher", "lower")
+    state, short = (
+        ("unknown", "no verdict") if "unknown" in states
+        else (better, "yes") if states == {better} else (worse, "no, worse") if worse in states
+        else ("none", "not shown") if better not in states else (better, "in part")
+    )  # fmt: skip
+    parts = [f"{c.against} {c.numbers}{_cost(c)}{_apart(c, levels)}" for c in found]
+    would = [c.difference.detectable for c in found if c.difference and c.state == "none"]
+    if would:
+        parts.append(f"{max(would):.2f} or more would have been shown with 80% probability")
+    hint = ", a hint" if state in ("higher", "lower") else ""
+    return Said(state, short + hint, parts)
+
+
+def _cost(c: Comparison) -> str:
+    """Whether a comparison with another method is at equal cost."""
+    if c.cost_ratio is None or c.is_control:
+        return ""
+    equal = "equal cost" if abs(c.cost_ratio - 1) <= _EQUAL_COST else "equal epochs only"
+    is_unlike = c.first.end != c.second.end and equal != "equal cost"
+    return f", {c.cost_ratio:.2f} x its FLOPs" + ("" if is_unlike else f" ({equal})")
+
+
+def _apart(c: Comparison, levels: Mapping[str, Level]) -> str:
     """How far pretraining leads out of what the seeds of the initial weights do."""
-    scores = list(levels[start.label].scores.values())
-    if len(scores) < 3 or stdev(scores) ** 2 < LEAST_VARIANCE:
-        return []
-    above = (levels[best.label].score - fmean(scores)) / stdev(scores)
-    where = f"{abs(above):.1f} standard deviations of the {len(scores)} {start.label} seeds"
-    return [f"{best.label} lies {where} {'above' if above > 0 else 'below'} their mean."]
-
-
-def _about_cost(comparisons: Sequence[Comparison]) -> list[str]:
-    """Which comparisons with the reference are at equal cost."""
-    known = [(c, c.cost_ratio) for c in comparisons if c.cost_ratio]
-    if not known:
-        return []
-    equal = ("equal epochs only", "equal cost")
-    said = [f"{c.first.label} {r:.2f} x ({equal[abs(r - 1) <= _EQUAL_COST]})" for c, r in known]
-    return [f"Training FLOPs against {known[0][0].second.label}: {', '.join(said)}."]
-
-
-def _about_objects(controls: Sequence[Comparison]) -> list[str]:
-    """What it makes that the image's own segment is hidden: a sentence for each method."""
-    sentences = []
-    for own in dict.fromkeys(c.first.label for c in controls):
-        found = [c for c in controls if c.first.label == own]
-        states = {c.state for c in found}
-        better, worse = ("better", "worse") if found[0].is_first_look else ("higher", "lower")
-        verdict = (
-            "not known" if "unknown" in states
-            else f"yes, the image's own segment is {better} than every control"
-            if states == {better}
-            else f"no, the image's own segment is {worse} than a control" if worse in states
-            else "not shown" if better not in states
-            else f"in part, the image's own segment is {better} than some controls"
-        )  # fmt: skip
-        sentences.append(f"{own}: {verdict}. {' '.join(_verdicts(found))}")
-    return sentences
+    scores = list(levels[c.second.label].scores.values())
+    if not c.second.is_untrained or len(scores) < 3 or stdev(scores) ** 2 < LEAST_VARIANCE:
+        return ""
+    above = (levels[c.first.label].score - fmean(scores)) / stdev(scores)
+    return f", {above:+.1f} standard deviations of its {len(scores)} seeds"
 
 
 def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
@@ -258,7 +398,9 @@ def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
     for seeds, words in ((1, "There is one seed"), (0, "There is no seed")):
         few = [f"{c.first.label} and {c.second.label}" for c in comparisons if c.seeds == seeds]
         if few:
-            all_of = "per method" if len(few) == len(comparisons) else f"for {', '.join(few)}"
+            more = f" and {len(few) - _MOST_NAMES} more pairs" if len(few) > _MOST_NAMES else ""
+            named = f"for {', '.join(few[:_MOST_NAMES])}{more}"
+            all_of = "per method" if len(few) == len(comparisons) else named
             why = "so nothing tells a real difference from chance"
             remarks.append(f"{words} in common {all_of}, {why}: run several, such as --seed 0,1,2.")
     for why in dict.fromkeys(c.why_not for c in comparisons if c.seeds > 1 and c.why_not):
@@ -269,61 +411,3 @@ def _warnings(comparisons: Sequence[Comparison]) -> list[str]:
             "between seeds only, not that in the choice of images."
         )
     return remarks
-
-
-def _difference_table(comparisons: Sequence[Comparison]) -> Table:
-    """A row for each comparison; its bar: where the page draws it, in percent of the cell."""
-    # Pretraining leads so far that beside a baseline's bar the others would be dots.
-    drawn = [c.difference for c in comparisons if c.difference and not c.second.is_baseline]
-    half = 1.05 * max((max(abs(d.low), abs(d.high)) for d in drawn), default=1.0)
-    rows = []
-    for c in comparisons:
-        d = c.difference
-        bar = [50 + 50 * end / half for end in (d.low, d.value, d.high)] if d else ""
-        rows.append({
-            "method": c.first.label, "against": c.second.label,
-            "": "" if c.second.is_baseline else bar,
-            "difference": "" if c.value is None else f"{c.value:+.2f}",
-            "95% interval": f"{d.low:+.2f} to {d.high:+.2f}" if d else "",
-            "detectable": f"{d.detectable:.2f}" if d and c.seeds > 1 else "",
-            "seeds": str(c.seeds), "FLOPs": f"{c.cost_ratio:.2f} x" if c.cost_ratio else "",
-            "verdict": _VERDICTS[c.state][1] + c.why_not,
-        })  # fmt: skip
-    return Table(rows, [c.state for c in comparisons])
-
-
-def _chart(lines: Sequence[Line], measure: Measure) -> Chart:
-    """Over epochs, device-hours and FLOPs, as far as they are known."""
-    levels = {line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines}
-    every_level = [level for of_line in levels.values() for level in of_line.values()]
-    widths = [level.spread.high - level.spread.low for level in every_level if level.spread]
-    least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(every_level) else _LEAST_SPAN
-    flops = max(level.costs["train_flops"] or 0 for level in every_level)
-    power = math.floor(math.log10(flops or 1))
-    views = {
-        "epochs of pretraining": _series(lines, levels, "", 1.0),
-        "device-hours of pretraining": _series(lines, levels, "device_hours", 1.0),
-        f"training FLOPs (x 1e{power})": _series(lines, levels, "train_flops", 10.0**power),
-    }
-    unit, limits = measure.unit, (0.0, measure.most)
-    caption = f"{unit[0].upper()}{unit[1:].split(' (')[0]} by {measure.words}, against pretraining."
-    if widths:
-        caption += " Points are means over seeds, bars their 95% intervals."
-    return line_chart(views, caption, y_title=unit, least_span=least, limits=limits, is_wide=True)
-
-
-def _series(
-    lines: Sequence[Line], levels: Mapping[str, Mapping[int, Level]], cost: str, unit: float
-) -> list[Series]:
-    """The lines over a cost where it is known, or over epochs; a baseline is a level."""
-    series, last = [], 0.0
-    for line in sorted(lines, key=lambda line: line.is_baseline):  # when the last x is known
-        points = []
-        for at, level in levels[line.label].items():
-            x, spread = level.costs[cost] if cost else at, level.spread
-            ends = (spread.low, spread.high) if spread else ()
-            places = [0.0, last] if line.is_baseline and last else [] if x is None else [x / unit]
-            points += [Point(x, level.score, *ends) for x in places]
-        last = max([last, *(point.x for point in points)])
-        series.append(Series(line.label, points, line.style))
-    return series

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from common.files import read_text
 from common.step_files import RESULT
 from pipeline.plan.layout import Layout, dataset_of
-from pipeline.report.scores import MEASURES, Level, Line, Measure, last_common_epochs, make_lines
+from pipeline.report.scores import MEASURES, Level, Line, Measure, make_lines
 from pipeline.report.statistics import CONFIDENCE
 from pipeline.report.tables import Table
 
@@ -47,7 +47,8 @@ def benchmarks(all_paths: Sequence[Layout]) -> list[Benchmark]:
 
 def _levels(lines: Sequence[Line], measure: Measure) -> dict[str, Level]:
     """Where each line stands, after the last epochs that all methods have."""
-    epochs = last_common_epochs(lines, measure) or 0
+    trained = [set(line.epochs(measure)) for line in lines if not line.is_baseline]
+    epochs = max(set.intersection(*trained), default=0) if trained else 0
     scored = [
         line
         for line in lines

@@ -4,9 +4,10 @@
 same method in directories of equal settings is one line, with the spread over their seeds.
 """
 
+import base64
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -17,53 +18,113 @@ from common.step_files import LOG
 from pipeline.plan.layout import Layout, is_report, is_results_csv
 from pipeline.plan.records import read_all_records, read_plan
 from pipeline.report import scores, tables
-from pipeline.report.answer import Answer, answer
+from pipeline.report.answer import Answer, answers
+from pipeline.report.bundle import opened
+from pipeline.report.charts import forest, scores_chart
 from pipeline.report.encoders import benchmarks
-from pipeline.report.figures import Chart, Point, Series, line_chart, pictures
-from pipeline.report.scores import FINETUNING, MEASURES, Line
+from pipeline.report.figures import Chart, Point, Series, files_of, line_chart, pictures, sample
+from pipeline.report.paper import check_paper, paper_tables, write_paper
+from pipeline.report.scores import COSTS, Line
+
+TITLE = "Does hiding objects make pretraining better?"
+OF_ENCODERS = "Encoders on the same bench"  # where nothing was pretrained
+_QUESTIONS = (
+    "Does it matter that what is hidden is an object?", "Better than plain MAE?",
+    "Better than without pretraining?", "Better than in the other directory?",
+)  # fmt: skip
+
+
+def page_of(folders: Sequence[Path]) -> Path:
+    """Where the page goes: into the one directory, or beside nobody's own page."""
+    if len(folders) == 1 and not folders[0].is_file():
+        return Layout(folders[0]).report_html
+    return Path(f"report-{'-'.join(folder.name for folder in folders)}"[:100] + ".html")
 
 
 def write_all(paths: Layout) -> str:
-    """Writes results.csv and report.html from what there is; returns the table to show."""
-    write_report([paths.root], paths.report_html)
-    shown = [f"by {one.measure.words}\n{tables.aligned_table(one.table)}\n" for one in benchmarks([paths])]
-    if evaluations := scores.read_evaluations(paths):
-        shown += [tables.terminal_table(evaluations), "", str(paths.results_csv)]
-    elif not shown:
+    """Writes results.csv and report.html from what there is; returns the tables to show."""
+    lines, found = write_report([paths.root], paths.report_html)
+    if not any(line.scored for line in lines):
         return f"no evaluation has finished; {paths.report_html}"
-    return "\n".join(["", *shown, str(paths.report_html)])
+    shown = [f"by {one.measure.words}\n{tables.aligned_table(one.table)}\n" for one in benchmarks([paths])]
+    shown = shown or [tables.terminal_table(lines, found), ""]
+    return "\n".join(["", *shown, str(paths.results_csv), str(paths.report_html)])
 
 
-def write_report(folders: Sequence[Path], page: Path) -> None:
-    """Writes results.csv in each of the folders, and one page over all of them.
+def write_report(
+    folders: Sequence[Path], page: Path, *, paper: Path | None = None
+) -> tuple[list[Line], list[Answer]]:
+    """Writes results.csv in each of the folders, one page over all of them; returns what it says.
 
+    A bundle is read as its directory is, and left as it is. paper: a folder for what a paper needs.
     Raises ValueError for a folder that is no output directory; then nothing is written.
     """
-    all_paths = [Layout(folder) for folder in folders]
     check_output_file(page, is_own=is_report)
-    for paths in all_paths:
-        check_output_file(paths.results_csv, "report", is_own=is_results_csv, makes_folder=True)
-        outputs = (paths.pretrain_output, paths.probe_output, paths.eval_output)
-        # run.yml alone is a run that has just begun.
-        if not any(path.exists() for path in (*outputs, paths.run_yml)):
-            raise ValueError(f"{paths.root} is not the output directory of a run")
-    lines = scores.make_lines(all_paths)
+    if paper is not None:
+        check_paper(paper)
+    with opened(folders) as all_paths:
+        for paths in (paths for paths in all_paths if paths.root in folders):
+            check_output_file(paths.results_csv, "report", is_own=is_results_csv, makes_folder=True)
+        for paths in all_paths:
+            outputs = (paths.pretrain_output, paths.probe_output, paths.eval_output)
+            # run.yml alone is a run that has just begun.
+            if not any(path.exists() for path in (*outputs, paths.run_yml)):
+                raise ValueError(f"{paths.root} is not the output directory of a run")
+        lines = scores.make_lines(all_paths)
+        found = answers(lines)
+        html = _page(all_paths, lines, found)
+        for paths in (paths for paths in all_paths if paths.root in folders):
+            is_alone = len(all_paths) == 1
+            own = lines if is_alone else scores.make_lines([paths])
+            write_text(paths.results_csv, tables.results_csv(own, found if is_alone else answers(own)))
+        write_text(page, html)
+        if paper is not None:
+            write_paper(paper, all_paths, lines, found)
+    return lines, found
+
+
+def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[Answer]) -> str:
+    first, *others = found
     scored = [(line.label, one) for line in lines for one in line.evaluations]
-    if is_of_encoders := bool(lines) and all(line.is_baseline for line in lines):
-        first, *others = [Answer(["Nothing was pretrained here: the tables compare encoders."])]
-    else:
-        first, *others = _answers(lines, _planned_epochs(all_paths))
     settings, differing = tables.provenance(all_paths)
+    matrix = tables.matrix(lines, found)
+    charts = {"forest": forest(first), "scores": scores_chart(lines, first)}
+    curves = [scores_chart(lines, one, has_costs=False) for one in others if len(one.ends) > 1]
+    costs = {line: tables.cost_cells(first.levels[line.label].costs) if line.label in first.levels
+             else dict.fromkeys(COSTS.values(), "") for line in matrix}  # fmt: skip
+    there = {
+        "answer": "The answer", "encoders": (tabled := benchmarks(all_paths)),
+        "differences": charts["forest"].views, "scores": matrix,
+        "curves": charts["scores"].views, "pictures": (shown := pictures(all_paths)),
+        "classes": (classes := tables.class_tables(lines)),
+        "training": (loss_charts := _training_charts(lines)),
+        "settings": True, "downloads": True,
+    }  # fmt: skip
+    remarks = filter(None, map(_progress, all_paths))
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
-    html = template.render(
-        title="Encoders on the same bench" if is_of_encoders else "Mean IoU against pretraining",
-        subtitle=f"{', '.join(scores.names_of(all_paths))}; {time.strftime('%F %H:%M')}",
-        progress=" ".join(filter(None, map(_progress, all_paths))),
+    return template.render(
+        title=OF_ENCODERS if all(line.is_baseline for line in lines) and lines else TITLE,
+        benchmarks=tabled,
+        subtitle=_subtitle(all_paths, lines),
+        contents={
+            name: name.capitalize() if value != "The answer" else value
+            for name, value in there.items()
+            if value
+        },
+        remarks=list(dict.fromkeys([*remarks, *(remark for one in found for remark in one.remarks)])),
+        questions=_QUESTIONS[: 3 + any(v.directory.state for v in first.verdicts)],
         answer=first,
-        other_answers=others,
-        benchmarks=benchmarks(all_paths),
+        all_answers=found,
+        differences=tables.differences(found),
+        matrix=matrix,
+        marks=tables.MARKS,
+        sample=lambda line, where: sample(line.style, f"{where}{line.label}"),
+        costs=[name for name in COSTS.values() if any(of[name] for of in costs.values())],
+        line_costs=costs,
+        charts=charts,
+        curves=[one for one in curves if one.legend],
         scores=tables.score_table(scored),
         # Where evaluations differ, all values.
         protocol=tables.joined(
@@ -72,15 +133,38 @@ def write_report(folders: Sequence[Path], page: Path) -> None:
             for part in ("dataset", "model", "protocol", "recipe")
             for name, text in tables.flatten({part: one.result.get(part)})
         ),
-        loss_charts=_training_charts(lines),
-        classes=tables.class_tables(lines),
-        pictures=pictures(all_paths),
+        loss_charts=loss_charts,
+        classes=classes,
+        pictures=shown,
         settings=settings,
         differing=differing,
+        downloads=_downloads(lines, found, charts),
     )
-    for paths in all_paths:
-        tables.write_results_csv(paths)
-    write_text(page, html)
+
+
+def _subtitle(all_paths: Sequence[Layout], lines: Sequence[Line]) -> str:
+    """Where it comes from: what was scored, by how many seeds, in which directories, when."""
+    known = [one.result for line in lines for one in line.scored]
+    datasets = dict.fromkeys(
+        str(r["dataset"].get("name")) for r in known if isinstance(r.get("dataset"), dict)
+    )
+    models = dict.fromkeys(str(r["model"]) for r in known if r.get("model"))
+    seeds = {one.run.seed for line in lines for one in line.scored if not line.is_baseline}
+    count = f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}" if seeds else ""
+    said = [*models, *datasets, count, ", ".join(scores.names_of(all_paths)), time.strftime("%F %H:%M")]
+    return " · ".join(filter(None, said))
+
+
+def _downloads(lines: Sequence[Line], found: Sequence[Answer], charts: Mapping[str, Chart]) -> dict[str, str]:
+    """File name -> what it holds as an address, so that the page needs nothing beside it."""
+    files = {"results.csv": tables.results_csv(lines, found).encode()}
+    files |= {name: text.encode() for name, text in paper_tables(lines, found).items()}
+    files |= {f"{name}.svg": data for name, c in charts.items() for data in files_of(c, "svg").values()}
+    types = {"csv": "text/csv", "svg": "image/svg+xml", "tex": "application/x-tex"}
+    return {
+        name: f"data:{types[name.rpartition('.')[2]]};base64,{base64.b64encode(data).decode('ascii')}"
+        for name, data in files.items()
+    }
 
 
 def _progress(paths: Layout) -> str:
@@ -93,35 +177,6 @@ def _progress(paths: Layout) -> str:
     failed = [step["name"] for step in steps if states.get(step["name"]) == "failed"]
     failure = f"; failed: {', '.join(failed)}" if failed else ""
     return f"{paths.root.name}: {done} of {len(steps)} steps are done{failure}."
-
-
-def _planned_epochs(all_paths: Sequence[Layout]) -> int:
-    """Where pretraining ends, as the calls said; 0: it is not known."""
-    known = [scores.read_run_yml(paths).get("settings", {}).get("pretrain_epochs") for paths in all_paths]
-    return max((epochs for epochs in known if isinstance(epochs, int)), default=0)
-
-
-def _answers(lines: Sequence[Line], planned_epochs: int) -> list[Answer]:
-    """What the measures say: complete finetuning first, the probes where there is none yet.
-
-    One of them is looked at first, at the end of pretraining: the others say what differs as a hint.
-    """
-    scored = [one for one in MEASURES.values() if any(line.epochs(one) for line in lines)]
-    asked = next((one for one in scored if one.areas), FINETUNING)
-    reached = scores.last_common_epochs(lines, asked)
-    is_early = reached is not None and reached < planned_epochs
-    first_look = f"{asked.words} after {planned_epochs} epochs" if is_early else asked.words
-    found = []
-    for measure in scored:
-        look = "" if measure is asked and not is_early else first_look
-        found += [one for one in [answer(lines, measure, first_look=look)] if one]
-    first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
-    if not first.sentences:
-        first = first._replace(sentences=["No evaluation has finished yet."])
-    elif first.measure is not FINETUNING:
-        said = "No finetuning has been scored yet; this is what frozen probes say."
-        first = first._replace(sentences=[said, *first.sentences])
-    return [first, *others]
 
 
 def _training_charts(lines: Sequence[Line]) -> list[Chart]:

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from common.formats import ProbeResult, Result, parsed, read_json, read_log, read_yaml
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT, epochs_of
-from pipeline.plan.layout import BASELINES, OWN, Layout, RunId, parse_eval_name
+from pipeline.plan.layout import BASELINES, CONTROLS, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, made_alike, read_all_records
 from pipeline.plan.segments import MAKING
 from pipeline.report.statistics import Interval, draw_images, images_of, interval
@@ -33,12 +33,14 @@ COSTS = {
     "device_hours_with_segments": "with segments",
 }  # fmt: skip
 REFERENCE = "patches"  # plain MAE, what the others are compared with
+SOURCES = (OWN, *CONTROLS)  # in the order in which they stand everywhere
 
 
 class Measure(NamedTuple):
     """Something that checkpoints are compared by."""
 
     words: str
+    short: str  # the same as a column's title
     unit: str = "mean IoU (%)"  # the score in words, for an axis
     key: str = "mean_iou"  # where result.json has it
     areas: str = ""  # the file of areas by image; none where there are no areas
@@ -47,18 +49,22 @@ class Measure(NamedTuple):
 
 # By the names in a probe's result.json, in the order of what they are worth.
 MEASURES = {
-    "finetuning": Measure("complete finetuning", areas=AREAS),
-    "linear": Measure("the frozen linear probe", areas=PROBE_AREAS["linear"]),
-    "knn": Measure("the frozen kNN probe", areas=PROBE_AREAS["knn"]),
-    "knn_raw": Measure("kNN on raw tokens", areas=PROBE_AREAS["knn_raw"]),
-    "dinov2_linear": Measure("DINOv2's linear probe", areas=PROBE_AREAS["dinov2_linear"]),
-    "dinov3_linear": Measure("DINOv3's linear probe", areas=PROBE_AREAS["dinov3_linear"]),
-    "capi_knn": Measure("CAPI's kNN probe", areas=PROBE_AREAS["capi_knn"]),
-    "capi_logreg": Measure("CAPI's logistic regression", areas=PROBE_AREAS["capi_logreg"]),
-    "hummingbird": Measure("Hummingbird's retrieval", areas=PROBE_AREAS["hummingbird"]),
-    "image_linear": Measure("a linear classifier of whole images", "accuracy (%)", "accuracy"),
-    "image_knn": Measure("kNN over whole images", "accuracy (%)", "accuracy"),
-    "rankme": Measure("the spread of its features", "RankMe (features used)", "rankme", most=math.inf),
+    "finetuning": Measure("complete finetuning", "finetuned", areas=AREAS),
+    "linear": Measure("the frozen linear probe", "linear probe", areas=PROBE_AREAS["linear"]),
+    "knn": Measure("the frozen kNN probe", "kNN", areas=PROBE_AREAS["knn"]),
+    "knn_raw": Measure("kNN on raw tokens", "kNN, raw tokens", areas=PROBE_AREAS["knn_raw"]),
+    "dinov2_linear": Measure("DINOv2's linear probe", "DINOv2's", areas=PROBE_AREAS["dinov2_linear"]),
+    "dinov3_linear": Measure("DINOv3's linear probe", "DINOv3's", areas=PROBE_AREAS["dinov3_linear"]),
+    "capi_knn": Measure("CAPI's kNN probe", "CAPI's kNN", areas=PROBE_AREAS["capi_knn"]),
+    "capi_logreg": Measure("CAPI's logistic regression", "CAPI's", areas=PROBE_AREAS["capi_logreg"]),
+    "hummingbird": Measure("Hummingbird's retrieval", "Hummingbird's", areas=PROBE_AREAS["hummingbird"]),
+    "image_linear": Measure(
+        "a linear classifier of whole images", "image linear", "accuracy (%)", "accuracy"
+    ),
+    "image_knn": Measure("kNN over whole images", "image kNN", "accuracy (%)", "accuracy"),
+    "rankme": Measure(
+        "the spread of its features", "RankMe", "RankMe (features used)", "rankme", most=math.inf
+    ),
 }
 FINETUNING = MEASURES["finetuning"]
 
@@ -111,8 +117,12 @@ def read_evaluations(paths: Layout, shape: type = Result, dataset: str = "") -> 
     """
     parent = paths.eval_output if shape is Result else paths.probe_output
     records, rank, found = read_all_records(paths), method_rank([paths]), list[Evaluation]()
+    # What was pretrained in another directory has its costs there.
+    source = read_run_yml(paths).get("settings", {}).get("pretrained_from")
+    pretrained = Layout(Path(source)) if isinstance(source, str) else paths
+    records += read_all_records(pretrained) if isinstance(source, str) else []
     seconds = {record.name: record.seconds for record in records}
-    costs = cache(lambda run: _costs(paths, run, records))
+    costs = cache(lambda run: _costs(pretrained, run, records))
     for file in parent.glob(f"*/{RESULT}"):  # written last: it is finished
         folder = file.parent
         try:
@@ -140,9 +150,8 @@ def read_evaluations(paths: Layout, shape: type = Result, dataset: str = "") -> 
                 found.append(Evaluation(**common, result=part, measure=measure))
 
     def place(one: Evaluation) -> tuple[Any, ...]:
-        run, is_control = one.run, one.run.segments_from != OWN
-        ratio, source = run.coverage_ratio or 0, run.segments_from
-        return rank(run.method), ratio, is_control, source, run.seed, one.eval_seed, one.epochs
+        run, ratio, source = one.run, one.run.coverage_ratio or 0, one.run.segments_from
+        return rank(run.method), ratio, SOURCES.index(source), run.seed, one.eval_seed, one.epochs
 
     return sorted(found, key=place)
 
@@ -198,6 +207,12 @@ def read_run_yml(paths: Layout) -> dict[str, Any]:
     return parsed(RunYml, content, f"{paths.run_yml} is damaged")
 
 
+def planned_epochs(paths: Layout) -> int:
+    """Where pretraining ends, as the call said; 0: it is not known."""
+    known = read_run_yml(paths).get("settings", {}).get("pretrain_epochs")
+    return known if isinstance(known, int) else 0
+
+
 def method_rank(all_paths: Sequence[Layout]) -> Callable[[str], tuple[int, str]]:
     """Sorts methods: baselines, then as the calls named them, then by the alphabet."""
     order = list(BASELINES)
@@ -222,14 +237,18 @@ class Level(NamedTuple):
     images: frozenset[int | None] = frozenset()  # on which it was scored: one, unless they differ
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Line:
     """What the charts show as one line: a method, and its ratio, over seeds and epochs."""
 
     label: str
     family: str  # the label of the line that hides the images' own segments
     method: str
-    style: tuple[int, int] = (0, 0)  # number of the family, and in the family
+    source: str = OWN  # of the segments
+    coverage_ratio: float | None = None
+    home: str = ""  # the directory, where those of several are told apart
+    end: int = 0  # epochs of the whole pretraining, as its call said; 0: that is not known
+    style: tuple[int, int] = (0, 0)  # number of the family, from 0, and of the source; -1: a baseline
     scored: list[Evaluation] = field(default_factory=list)  # by any measure
     # Folders; an evaluation may have outlived its pretraining, or not have begun.
     pretrainings: list[Path] = field(default_factory=list)
@@ -270,10 +289,17 @@ class Line:
         return Level(fmean(scores.values()), spread, scores, drawn, costs, scored_on)
 
 
-def last_common_epochs(lines: Sequence[Line], measure: Measure = FINETUNING) -> int | None:
-    """The last epochs after which all methods were scored, None if there are none."""
-    scored = [set(line.epochs(measure)) for line in lines if not line.is_baseline]
-    return max(set.intersection(*scored), default=None) if scored else None
+def compared_epochs(lines: Sequence[Line], measure: Measure = FINETUNING) -> dict[str, int]:
+    """Label -> the epochs after which each line is compared with the others; empty if it cannot be.
+
+    Its own end where all have reached theirs, else the last that all methods have in common.
+    """
+    trained = [line for line in lines if not line.is_baseline]
+    ends = {line.label: line.end for line in trained if line.end in line.epochs(measure)}
+    if len(ends) < len(trained):
+        common = set.intersection(*(set(line.epochs(measure)) for line in trained))
+        ends = {line.label: max(common) for line in trained if common}
+    return {line.label: 0 for line in lines if line.is_baseline} | ends if ends else {}
 
 
 def names_of(all_paths: Sequence[Layout]) -> list[str]:
@@ -296,36 +322,46 @@ def make_lines(all_paths: Sequence[Layout], dataset: str = "") -> list[Line]:
     apart = len(all_paths) > 1 and not made_alike(all_paths)
     lines: dict[str, Line] = {}
 
-    def line_of(run: RunId, suffix: str, *, is_untrained: bool = False, is_reference: bool = False) -> Line:
+    def line_of(
+        run: RunId, home: str, end: int, *, is_untrained: bool = False, is_reference: bool = False
+    ) -> Line:
+        suffix = f" ({home})" if home else ""
         label, family = (r.label + suffix for r in (run, replace(run, segments_from=OWN)))
         # Ratios and controls change nothing of the model before the first epoch.
         label = f"untrained {run.method}{suffix}" if is_untrained else label
         if is_reference and run.method not in BASELINES:  # whatever its name, it has no ratio
             label = family = f"{run.method}{suffix}"
+        source = OWN if is_untrained else run.segments_from
         line = Line(
-            label=label,
-            family=family,
-            method=run.method,
-            is_untrained=is_untrained,
+            label=label, family=family, method=run.method, source=source, home=home, end=end,
+            coverage_ratio=run.coverage_ratio, is_untrained=is_untrained,
             is_reference=is_reference,
-        )
+        )  # fmt: skip
         return lines.setdefault(label, line)
 
     for paths, name in zip(all_paths, names_of(all_paths), strict=True):
-        suffix = f" ({name})" if apart else ""
+        home, end = name if apart else "", planned_epochs(paths)
         for one in _scored(paths, dataset):
             is_untrained = one.epochs == 0 and not one.is_reference
-            line = line_of(one.run, suffix, is_untrained=is_untrained, is_reference=one.is_reference)
-            line.scored.append(one)
+            told = {"is_untrained": is_untrained, "is_reference": one.is_reference}
+            line_of(one.run, home, end, **told).scored.append(one)
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name
                 run = RunId.parse(folder.name)
-                line_of(as_recorded(run, records), suffix).pretrainings.append(folder)
+                line_of(as_recorded(run, records), home, end).pretrainings.append(folder)
     rank = method_rank(all_paths)
-    ordered = sorted(lines.values(), key=lambda line: (not line.is_baseline, rank(line.method)))
-    families = list(dict.fromkeys(line.family for line in ordered))
-    for index, line in enumerate(ordered):  # a method and its controls share a colour
-        variants = [earlier.family for earlier in ordered[:index]].count(line.family)
-        line.style = (families.index(line.family), variants)
+    families = list(dict.fromkeys(line.family for line in lines.values() if not line.is_baseline))
+
+    def place(line: Line) -> tuple[Any, ...]:
+        known = families.index(line.family) if line.family in families else -1
+        return not line.is_baseline, rank(line.method), known, SOURCES.index(line.source)
+
+    ordered = sorted(lines.values(), key=place)
+    families = list(dict.fromkeys(line.family for line in ordered if not line.is_baseline))
+    baselines = [line.label for line in ordered if line.is_baseline]
+    for line in ordered:  # a method and its controls share a colour, a source has its marker
+        number = -1 if line.is_baseline else families.index(line.family)
+        of_family = baselines.index(line.label) if line.is_baseline else SOURCES.index(line.source)
+        line.style = (number, of_family)
     return ordered

@@ -5,60 +5,112 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from common.console import aligned
-from common.files import write_text
 from pipeline.plan.layout import Layout, ratio_text
 from pipeline.plan.records import read_all_records
 from pipeline.report import scores
-from pipeline.report.scores import COSTS, REFERENCE, Evaluation, Line
+from pipeline.report.answer import STATES, Answer, Comparison
+from pipeline.report.scores import COSTS, FINETUNING, MEASURES, REFERENCE, Evaluation, Line, Measure
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
-# Of results.csv, with their forms. Equal runs differ in the minutes and device-hours only.
+# Of results.csv, with their forms. Equal runs differ in the minutes and device-hours only. `row` is
+# score (of one seed), mean (over seeds) or difference (to `against`); low and high are the interval.
 COLUMNS = {
     "method": "", "coverage_ratio": "", "segments_from": "", "seed": "", "eval_seed": "",
-    "epochs": "", **dict.fromkeys(SCORES, ".4f"), "minutes": ".2f", "device_hours": ".4f",
-    "train_flops": ".6g", "device_hours_with_segments": ".4f",
+    "epochs": "", "measure": "", "row": "", "score": ".4f", "low": ".4f", "high": ".4f",
+    "against": "", "seeds": "", "p_value": ".4g", "detectable": ".4f", "verdict": "", "why_not": "",
+    **dict.fromkeys(SCORES, ".4f"), "minutes": ".2f", "device_hours": ".4f", "train_flops": ".6g",
+    "device_hours_with_segments": ".4f", "directory": "",
 }  # fmt: skip
 _WIDEST = 110  # characters of a table on a terminal
 _LEAST_CHANGE = 0.05  # in points; less is shown as 0.0
 _MOST_CLASSES = 8  # shown for each method: those with the largest change
+MARKS = {"better": "▲", "worse": "▼", "higher": "△", "lower": "▽", "none": "=", "unknown": "?"}
 
 
 class Table(NamedTuple):
     """What the page lays out."""
 
-    # Title of the column -> text, or ends and middle of a bar; the same titles in each.
-    rows: Sequence[Mapping[str, Any]]
+    # Title of the column -> text; the same titles in each.
+    rows: Sequence[Mapping[str, str]]
     looks: Sequence[str] = ()  # of each row: its class in CSS
 
 
-def write_results_csv(paths: Layout) -> None:
-    """Writes results.csv anew from the evaluations there are."""
-    stream = io.StringIO()
+def results_csv(lines: Sequence[Line], answers: Sequence[Answer]) -> str:
+    """All scores, their means over seeds and their differences: a row for each."""
+    stream, names = io.StringIO(), {measure: name for name, measure in MEASURES.items()}
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_csv_row(evaluation) for evaluation in scores.read_evaluations(paths))
-    write_text(paths.results_csv, stream.getvalue())
+
+    def write(line: Line, measure: Measure, **known: Any) -> None:
+        ratio = known.pop("coverage_ratio", line.coverage_ratio)
+        known |= {"method": line.method, "segments_from": line.source, "directory": line.home or None}
+        known |= {"measure": names[measure], "coverage_ratio": None if ratio is None else ratio_text(ratio)}
+        there = {name: known[name] for name in COLUMNS if known.get(name) is not None}
+        writer.writerow({name: f"{value:{COLUMNS[name]}}" for name, value in there.items()})
+
+    for line in lines:
+        for one in line.scored:
+            if one.score is not None:
+                known = {name: one.result.get(name) for name in SCORES} | one.costs
+                known |= {"minutes": one.minutes if one.measure is FINETUNING else None}
+                known |= {"seed": one.run.seed, "eval_seed": one.eval_seed, "epochs": one.epochs}
+                write(line, one.measure, row="score", score=one.score, **known)
+    for line, measure in product(lines, MEASURES.values()):
+        for at in line.epochs(measure):
+            level = line.level(at, measure)
+            ends = {"low": level.spread.low, "high": level.spread.high} if level.spread else {}
+            write(line, measure, row="mean", score=level.score, epochs=at, seeds=len(level.scores),
+                  **ends, **level.costs)  # fmt: skip
+    for found in answers:
+        for c in found.comparisons:
+            known = {"against": c.second.label, "verdict": c.state, "why_not": c.why_not or None}
+            if c.shown:
+                known |= {"low": c.shown.low, "high": c.shown.high, "p_value": c.p_value}
+                known |= {"detectable": c.shown.detectable}
+            write(c.first, found.measure, row="difference", score=c.value, seeds=c.seeds,
+                  epochs=found.ends[c.first.label], **known)  # fmt: skip
+    return stream.getvalue()
 
 
-def _csv_row(evaluation: Evaluation) -> dict[str, str]:
-    known = evaluation.result | vars(evaluation) | vars(evaluation.run) | evaluation.costs
-    if (ratio := evaluation.run.coverage_ratio) is not None:
-        known["coverage_ratio"] = ratio_text(ratio)
-    known = {name: value for name, value in known.items() if value is not None}
-    return {n: f"{known[n]:{form}}" if n in known else "" for n, form in COLUMNS.items()}
+def terminal_table(lines: Sequence[Line], answers: Sequence[Answer]) -> str:
+    """Means over seeds, a line for each checkpoint, with the cost where it fits; then differences."""
+    measures = [found.measure for found in answers]
+    rows = [["method", "epochs", "seeds", *(m.short for m in measures), *COSTS.values()]]
+    for line in lines:
+        for at in sorted({epochs for measure in measures for epochs in line.epochs(measure)}):
+            there = {m: line.level(at, m) for m in measures if at in line.epochs(m)}
+            scores = [f"{there[m].score:.2f}" if m in there else "" for m in measures]
+            seeds = max(len(level.scores) for level in there.values())
+            costs = cost_cells(next(iter(there.values())).costs).values()
+            rows.append([line.label, str(at), str(seeds), *scores, *costs])
+    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    rows = [[row[i] for i in kept] for row in rows]
+    text = _fitting(rows, right=range(1, len(rows[0])))
+    first, *others = [found for found in answers if found.comparisons] or [Answer([])]
+    compared = [
+        {"method": c.first.label, "against": c.second.label, **_difference_cells(c),
+         **{o.measure.short: _in_short(o, c) for o in others}}
+        for c in first.comparisons
+    ]  # fmt: skip
+    if compared:
+        rows = [list(compared[0]), *(list(row.values()) for row in compared)]
+        after = f"{first.epochs[0].lower()}{first.epochs[1:]}"
+        text += f"\n\nby {first.measure.words}, {after}\n{_fitting(rows, right=(2, 3))}"
+        marks = "△ ▽ higher or lower, a hint; = no difference shown; ? no verdict"
+        text += f"\n{marks}" if any(o.comparisons for o in others) else ""
+    return text
 
 
-def terminal_table(evaluations: Sequence[Evaluation]) -> str:
-    """The scores as aligned text, a line per evaluation; with the cost where it fits."""
-    rows = score_table([(evaluation.run.label, evaluation) for evaluation in evaluations]).rows
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    for most in range(len(cells[0]), 0, -1):  # costs come last
-        text = aligned([row[:most] for row in cells], right=range(1, most))
-        if len(text.split("\n")[0]) <= _WIDEST:
+def _fitting(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
+    """As many of the columns as a terminal has room for; the last ones matter least."""
+    for most in range(len(rows[0]), 0, -1):
+        text = aligned([row[:most] for row in rows], right=[i for i in right if i < most])
+        if max(map(len, text.split("\n"))) <= _WIDEST:
             break
     return text
 
@@ -67,6 +119,55 @@ def aligned_table(table: Table) -> str:
     """A table as aligned text."""
     cells = [list(table.rows[0]), *(list(row.values()) for row in table.rows)]
     return aligned(cells, right=range(1, len(cells[0])))
+
+
+def _in_short(answer: Answer, c: Comparison) -> str:
+    """The difference of the same two lines by another measure, with its mark."""
+    same = (d for d in answer.comparisons if (d.first, d.second) == (c.first, c.second))
+    return next((f"{d.value:+.2f} {MARKS[d.state]}" for d in same if d.value is not None), "")
+
+
+def differences(answers: Sequence[Answer]) -> list[dict[str, str]]:
+    """A row for each comparison, as text."""
+    return [
+        {"measure": found.measure.short, "method": c.first.label, "against": c.second.label,
+         **_difference_cells(c), "seeds": str(c.seeds),
+         "detectable": f"{c.shown.detectable:.2f}" if c.shown else ""}
+        for found in answers for c in found.comparisons
+    ]  # fmt: skip
+
+
+def _difference_cells(c: Comparison) -> dict[str, str]:
+    return {
+        "difference": "" if c.value is None else f"{c.value:+.2f}",
+        "corrected interval": f"{c.shown.low:+.2f} to {c.shown.high:+.2f}" if c.shown else "",
+        "verdict": STATES[c.state] + (f": {c.why_not}" if c.why_not else ""),
+    }
+
+
+class Cell(NamedTuple):
+    """A score of the matrix."""
+
+    score: str
+    within: str = ""  # its interval over seeds
+    state: str = ""  # of the comparison with the reference
+
+
+def matrix(lines: Sequence[Line], answers: Sequence[Answer]) -> dict[Line, list[Cell]]:
+    """Methods x measures where each measure compares them."""
+    found: dict[Line, list[Cell]] = {}
+    for line in sorted(lines, key=lambda line: line.is_baseline):
+        cells = []
+        for one in answers:
+            level = one.levels.get(line.label)
+            states = {c.first: c.state for c in one.comparisons if c.kind == "method"}
+            cells.append(Cell("") if level is None else Cell(
+                f"{level.score:.2f}", level.spread.within(one.measure.most) if level.spread else "",
+                states.get(line, ""),
+            ))  # fmt: skip
+        if any(cell.score for cell in cells):
+            found[line] = cells
+    return found
 
 
 def score_table(labelled: Sequence[tuple[str, Evaluation]]) -> Table:
@@ -103,14 +204,13 @@ def class_tables(lines: Sequence[Line]) -> dict[str, Any]:
     no such epochs.
     """
     lines = [line for line in lines if line.evaluations]
-    epochs = scores.last_common_epochs(lines)
-    if epochs is None:
+    trained, ends = [line for line in lines if not line.is_baseline], scores.compared_epochs(lines)
+    if not ends:
         return {}
-    trained = [line for line in lines if not line.is_baseline]
-    iou = {line.label: _class_iou(line, epochs) for line in trained}
+    iou = {line.label: _class_iou(line, ends[line.label]) for line in trained}
     reference = next((line.label for line in trained if line.method == REFERENCE), "")
     others = [label for label in iou if label != reference] if reference else []
-    caption = f"IoU in percent after {epochs} epochs of pretraining."
+    caption = f"IoU in percent after {max(ends.values())} epochs of pretraining."
     if others:
         caption += f" First the classes that change most against {reference}."
     names = dict.fromkeys(name for values in iou.values() for name in values)
@@ -153,7 +253,7 @@ def provenance(all_paths: Sequence[Layout]) -> tuple[dict[str, list[tuple[str, s
     run_ymls = [scores.read_run_yml(paths) for paths in all_paths]
     flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
     folders, common, differing = scores.names_of(all_paths), [], []
-    for name in dict.fromkeys(name for settings in flat for name in settings):
+    for name in dict.fromkeys(name for settings in flat for name in settings if name != "output_dir"):
         texts = [settings.get(name, "not given") for settings in flat]
         if len(set(texts)) == 1:
             common.append((name, texts[0]))

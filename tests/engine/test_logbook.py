@@ -1,7 +1,9 @@
 """What a run tells of itself while it goes."""
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,17 @@ def test_the_time_left_is_that_of_the_epochs_left(tmp_path: Path) -> None:
 def test_before_the_first_step_no_time_is_told(tmp_path: Path) -> None:
     open_logbook(tmp_path).close("failed")
     assert json.loads((tmp_path / PROGRESS).read_text())["seconds_left"] is None
+
+
+def test_an_epochs_line_fits_100_columns_and_has_losses_and_scores(tmp_path: Path, caplog: Any) -> None:
+    scores = {f"val_{name}": 88.6234567 for name in ("pixel_accuracy", "mean_accuracy", "mean_iou")}
+    more = {f"a_long_number_{i}": 123.456789 for i in range(20)}
+    caplog.set_level(logging.INFO)
+    open_logbook(tmp_path).add_epoch({"epoch": 1000, **more, "train_loss": 0.70397, **scores})
+    line = caplog.messages[-1]
+    assert line.startswith("epoch 1000  train_loss 0.704  val_mean_iou 88.62")
+    assert len("21:30:03 " + line) <= 100
+    assert json.loads((tmp_path / "log.txt").read_text())["a_long_number_19"] == 123.456789
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e31, "high"])

@@ -100,7 +100,7 @@ def _rng(*seed: object) -> np.random.Generator:
 def write_pretraining(paths: Layout, run: RunId, epochs: tuple[int, ...]) -> None:
     folder = paths.pretrain_dir(run.name)
     folder.mkdir(parents=True)
-    made_with: dict[str, object] = {"mask_method": run.method, "seed": run.seed}
+    made_with: dict[str, object] = {"mask_method": run.method, "seed": run.seed, "epochs": max(epochs)}
     if run.method in METHODS and "coverage_ratio" in METHODS[run.method].settings:
         made_with["coverage_ratio"] = run.coverage_ratio
     cost = 1.0 if run.method in ("patches", "segment_patches") else 2.4

@@ -48,6 +48,25 @@ def test_steps_run_in_order_and_count_as_done(settings: Make) -> None:
     assert "started" in steps[0].console_log.read_text()
 
 
+class _Terminal(io.BytesIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_progress_line_has_the_whole_plans_time_and_is_erased_when_a_step_ends(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, paths = plan(settings("--pretrain-epochs 1"), seconds=0.3)
+    monkeypatch.setattr("pipeline.launch.local.time_left_text", lambda *_: "about 3 h left")
+    screen = _Terminal()
+    assert (
+        benchmark.alternate(steps, LocalLauncher(paths, overlaps=False, output=screen), keep_going=True) == 0
+    )
+    *drawn, last = screen.getvalue().split(b"\r\x1b[2K")
+    assert any(line.startswith(b"[about 3 h left in all]   pretrain_") for line in drawn)
+    assert last == b"", "what was drawn last is about a step that has ended"
+
+
 def test_a_second_run_starts_nothing(settings: Make) -> None:
     steps, paths = plan(settings("--pretrain-epochs 1"))
     alternate(steps, paths)

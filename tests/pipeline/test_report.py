@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -13,10 +15,11 @@ from common.formats import ProbeResult
 from common.step_files import LOG, PREDICTIONS, RESULT
 from pipeline.plan.layout import Layout, RunId, is_results_csv
 from pipeline.plan.records import Record, read_record, write_record
+from pipeline.report.answer import answers
 from pipeline.report.figures import Point, Series, line_chart, ticks
 from pipeline.report.page import write_all, write_report
-from pipeline.report.scores import MEASURES, read_evaluations
-from pipeline.report.tables import COLUMNS, terminal_table, write_results_csv
+from pipeline.report.scores import MEASURES, make_lines, read_evaluations
+from pipeline.report.tables import COLUMNS, matrix, results_csv, terminal_table
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
@@ -27,37 +30,67 @@ def text_of(page: Path) -> str:
     return " ".join(re.sub(r"<[^>]*>", " ", html).split())
 
 
-def test_results_csv_has_a_row_per_evaluation(tmp_path: Path) -> None:
-    paths = write_run(tmp_path / "run", methods=("patches", "four_channels"))
-    write_results_csv(paths)
-    with paths.results_csv.open() as stream:
-        rows = list(csv.DictReader(stream))
+def rows_of(paths: Layout, row: str = "score", measure: str = "finetuning") -> list[dict[str, str]]:
+    """Rows of one kind of results.csv."""
+    lines = make_lines([paths])
+    rows = csv.DictReader(io.StringIO(results_csv(lines, answers(lines))))
+    return [one for one in rows if (one["row"], one["measure"]) == (row, measure)]
+
+
+def test_results_csv_has_a_row_per_score(tmp_path: Path) -> None:
+    rows = rows_of(write_run(tmp_path / "run", methods=("patches", "four_channels")))
     assert [(row["method"], row["epochs"]) for row in rows] == [
         *(("scratch", "0"), ("patches", "5"), ("patches", "10")),
         *(("four_channels", "5"), ("four_channels", "10")),
     ]
     assert [row["coverage_ratio"] for row in rows] == ["", "", "", "15", "15"]
-    assert float(rows[-1]["mean_iou"]) == 34
+    assert float(rows[-1]["mean_iou"]) == float(rows[-1]["score"]) == 34
 
 
-def test_the_table_has_the_scores(tmp_path: Path) -> None:
-    paths = write_run(tmp_path / "run", methods=("patches",))
-    lines = terminal_table(read_evaluations(paths)).splitlines()
-    assert lines[0].split() == [
-        *("method", "epochs", "pixel", "accuracy", "mean", "accuracy", "mean", "IoU", "minutes"),
-        *("device-hours", "train", "FLOPs"),
-    ]
-    scores = ["60.00", "40.00", "30.00"]
-    assert lines[-1].split() == ["patches", "10", *scores, "1.5", "0.05", "3.00e+18"]
+def test_pandas_reads_scores_means_and_differences_from_results_csv(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    seeds, methods = (0, 1, 2), ("patches", "segments")
+    paths = write_run(
+        tmp_path / "run", methods, seeds=seeds, chance=0.3, probes=True, sources=("own", "blob")
+    )
+    write_all(paths)
+    table = pandas.read_csv(paths.results_csv)
+    last = table[(table.epochs == 10) & (table.measure == "linear")]
+    scores = last[last.row == "score"].groupby(["method", "segments_from"]).score
+    means = last[last.row == "mean"].set_index(["method", "segments_from"])
+    assert means.score.to_numpy() == pytest.approx(scores.mean().loc[means.index].to_numpy(), abs=1e-4)
+    assert set(means.seeds) == {3}
+    [own] = [c for one in answers(make_lines([paths])) for c in one.comparisons
+             if one.measure is MEASURES["linear"] and c.is_control]  # fmt: skip
+    [row] = last[(last.row == "difference") & (last.against == "segments 15% blob")].to_dict("records")
+    assert (row["low"], row["high"]) == pytest.approx((own.difference.low, own.difference.high), abs=1e-4)
+    assert row["score"] == pytest.approx(own.value, abs=1e-4)
+    assert row["verdict"] == own.state
+
+
+def shown(paths: Layout) -> list[str]:
+    """What the terminal shows of a run."""
+    lines = make_lines([paths])
+    return terminal_table(lines, answers(lines)).splitlines()
+
+
+def test_the_table_has_scores_probes_and_differences(tmp_path: Path) -> None:
+    methods = ("patches", "segments")
+    lines = shown(write_run(tmp_path / "run", methods, epochs=(10,), probes=True, seeds=(0, 1, 2)))
+    assert lines[0].endswith("device-hours")
+    assert lines[0].split()[:6] == ["method", "epochs", "seeds", "finetuned", "linear", "probe"]
+    [patches] = [line.split() for line in lines if line.startswith("patches  ")][:1]
+    assert patches[:5] == ["patches", "10", "3", "31.00", "27.00"]
+    blank = lines.index("")
+    assert lines[blank + 1] == "by complete finetuning, after 10 epochs of pretraining"
+    assert lines[blank + 3].split()[:4] == ["segments", "15%", "patches", "+2.00"]
 
 
 def test_cost_is_left_out_of_a_table_that_is_too_wide(tmp_path: Path) -> None:
-    paths = write_run(tmp_path / "run", methods=("four_channels",), sources=("borrowed",))
-    evaluations = [replace(e, eval_seed=i) for i, e in enumerate(read_evaluations(paths))]
-    run = replace(evaluations[-1].run, method="my_four_channels")
-    wide = terminal_table([replace(e, run=replace(run, seed=e.epochs)) for e in evaluations])
-    assert wide.split("\n")[0].endswith("minutes")
-    assert max(map(len, wide.split("\n"))) <= 110
+    methods, sources = ("four_channels", "segment_patches"), ("own", "borrowed")
+    lines = shown(write_run(tmp_path / "run", methods, sources=sources, probes=True, seeds=(0, 1)))
+    assert max(map(len, lines)) <= 110
+    assert "RankMe" in lines[0] and "FLOPs" not in lines[0]
 
 
 def test_cost_adds_up_over_the_rounds_and_is_left_out_where_it_is_not_known(tmp_path: Path) -> None:
@@ -66,8 +99,7 @@ def test_cost_adds_up_over_the_rounds_and_is_left_out_where_it_is_not_known(tmp_
     assert record is not None
     write_record(paths, replace(record, seconds=3600, devices=8))
     paths.record("pretrain_four_channels_6").unlink()
-    with write_csv(paths).open() as stream:
-        rows = list(csv.DictReader(stream))[1:]
+    rows = rows_of(paths)[1:]
     hours = [row["device_hours"] for row in rows]
     assert hours == [f"{216 / 3600:.4f}", f"{216 / 3600 + 8:.4f}", ""]
     assert [row["train_flops"] for row in rows] == ["1.44e+18", "2.88e+18", "4.32e+18"]
@@ -79,8 +111,7 @@ def test_making_segments_is_a_cost_of_the_methods_that_hide_them(tmp_path: Path)
     paths = write_run(tmp_path / "run", methods=("patches", "segments"), epochs=(2, 4))
 
     def with_segments() -> list[str]:
-        with write_csv(paths).open() as stream:
-            return [row["device_hours_with_segments"] for row in csv.DictReader(stream)][1:]
+        return [row["device_hours_with_segments"] for row in rows_of(paths)][1:]
 
     assert with_segments() == [""] * 4, "they were there: what they cost is not known"
     for epochs in (2, 4):
@@ -116,10 +147,9 @@ def test_the_answer_comes_first(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", seeds=(0, 1))
     write_all(paths)
     words = text_of(paths.report_html)
-    answer = "by complete finetuning, four_channels 15% is highest: 34.50%"
-    assert answer in words
-    assert words.index(answer) < words.index("Scores")
-    assert "four_channels 15% (by 4.00 points" in words
+    first = "by complete finetuning, segments 15% and four_channels 15% are shown better than patches"
+    assert words.index(first) < words.index("Better than plain MAE?") < words.index("Over pretraining")
+    assert "yes patches +4.00 (" in words
 
 
 def test_a_run_in_progress_gives_a_report_of_what_there_is(tmp_path: Path) -> None:
@@ -181,7 +211,7 @@ def test_methods_stand_in_the_order_of_the_call_then_by_the_alphabet(tmp_path: P
     order = [evaluation.run.method for evaluation in read_evaluations(paths)]
     assert order == ["scratch", "segments", "patches", "ant", "zebra"]
     write_all(paths)
-    assert "against patches: segments 15%" in text_of(paths.report_html), "the reference, wherever it stands"
+    assert "better than patches" in text_of(paths.report_html), "the reference, wherever it stands"
 
 
 def test_settings_of_the_version_before_are_shown(tmp_path: Path) -> None:
@@ -199,19 +229,13 @@ def test_finetunings_of_one_checkpoint_are_averaged_and_told_apart(tmp_path: Pat
     paths = write_run(tmp_path / "run", methods=("patches",), epochs=(10,), seeds=(0, 1))
     for seed, score in ((0, 40), (1, 41)):
         write_evaluation(paths, RunId(method="patches", seed=seed), 10, score, eval_seed=1)
-    with write_csv(paths).open() as stream:
-        rows = [row for row in csv.DictReader(stream) if row["method"] == "patches"]
+    rows = [row for row in rows_of(paths) if row["method"] == "patches"]
     assert [(row["seed"], row["eval_seed"]) for row in rows] == [
         *(("0", "0"), ("0", "1"), ("1", "1"), ("1", "2"))
     ]
     assert [row["minutes"] for row in rows] == ["1.50", "0.00", "1.50", "0.00"]
     write_all(paths)
     assert "patches reaches 35.50% (95% interval" in text_of(paths.report_html)
-
-
-def write_csv(paths: Layout) -> Path:
-    write_results_csv(paths)
-    return paths.results_csv
 
 
 def test_directories_of_other_settings_are_kept_apart_and_differences_shown(tmp_path: Path) -> None:
@@ -246,7 +270,32 @@ def test_the_page_asks_for_nothing_from_outside_and_runs_nothing(tmp_path: Path)
     assert "<script" not in html
     assert re.findall(r'(?:src|href)="(?!data:|#)', html) == []
     assert "url(" not in html
-    assert len(html) < 2_000_000
+    assert len(html) < 2_500_000
+
+
+def test_the_page_holds_its_downloads_and_its_contents_lead_somewhere(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=(0, 1), probes=True)
+    write_all(paths)
+    html = paths.report_html.read_text()
+    anchors = re.findall(r"<nav>.*?</nav>", html, re.S)[0].count("href=")
+    assert anchors == len(re.findall(r'href="#(\w+)"(?=.*\bid="\1")', html, re.S)) >= 8
+    found = re.findall(r'download="([^"]+)" href="data:[^;]+;base64,([^"]+)"', html)
+    files = {name: base64.b64decode(data) for name, data in found}
+    assert list(files) == ["results.csv", "scores.tex", "differences.tex", "forest.svg", "scores.svg"]
+    assert files["results.csv"] == paths.results_csv.read_bytes()
+    assert b"toprule" in files["scores.tex"]
+    assert b"<svg" in files["forest.svg"] and b"var(" not in files["forest.svg"], "other programs know no var"
+
+
+def test_the_matrix_marks_methods_by_their_verdicts(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=(0, 1, 2), chance=0.05, probes=True)
+    lines = make_lines([paths])
+    found = answers(lines)
+    rows = {line.label: cells for line, cells in matrix(lines, found).items()}
+    assert list(rows) == ["patches", "segments 15%", "scratch"], "what was pretrained comes first"
+    assert [cell.state for cell in rows["segments 15%"]] == ["better", "higher", "higher", "higher", ""]
+    assert rows["patches"][0].score == f"{found[0].levels['patches'].score:.2f}"
+    assert {cell.state for cell in rows["patches"]} == {""}
 
 
 def test_text_from_a_run_cannot_break_the_page(tmp_path: Path) -> None:

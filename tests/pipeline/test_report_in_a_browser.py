@@ -10,6 +10,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -72,7 +73,7 @@ def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paths = write_run(tmp_path_factory.mktemp("report") / "run", seeds=(0, 1))
+    paths = write_run(tmp_path_factory.mktemp("report") / "run", seeds=(0, 1), probes=True)
     for picture in paths.root.rglob("*.png"):
         Image.new("RGB", (1200, 400), (90, 120, 160)).save(picture)  # wider than a phone
     write_all(paths)
@@ -91,7 +92,19 @@ def test_page_fits_and_can_be_read(page: Path, width: int, tmp_path: Path) -> No
     assert found["texts"] > 100
 
 
-def test_page_prints(page: Path, tmp_path: Path) -> None:
+def test_page_prints_its_tables_as_tables_and_is_short(page: Path, tmp_path: Path) -> None:
     paper = tmp_path / "report.pdf"
     browse(tmp_path, f"--print-to-pdf={paper}", page.as_uri())
-    assert paper.read_bytes().startswith(b"%PDF")
+    pages = len(re.findall(rb"/Type\s*/Page\b(?!s)", paper.read_bytes()))
+    assert 2 <= pages <= 10
+
+
+def test_in_the_dark_the_page_is_dark_and_its_charts_can_be_seen(page: Path, tmp_path: Path) -> None:
+    shades = {}
+    for name, more in (("light", ()), ("dark", ("--blink-settings=preferredColorScheme=0",))):
+        picture = tmp_path / f"{name}.png"
+        browse(tmp_path, *more, "--window-size=1280,2000", f"--screenshot={picture}", page.as_uri())
+        shades[name] = np.asarray(Image.open(picture).convert("L"))
+    assert np.median(shades["light"]) > 240
+    assert np.median(shades["dark"]) < 40
+    assert (shades["dark"] > 120).mean() > 0.005, "text and lines"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.report.statistics import DRAWS, draw_images, holm, interval, mean_iou, read_areas
+from pipeline.report.statistics import DRAWS, draw_images, holm, holm_levels, interval, mean_iou, read_areas
 
 EXPERIMENTS, IMAGES, CLASSES = 500, 60, 5
 _HARDNESS = np.linspace(-0.5, 1, CLASSES)  # of the classes
@@ -118,6 +118,20 @@ def test_holm_corrects_as_its_paper_says() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_interval_at_its_level_of_holm_holds_0_unless_the_verdict_shows_a_difference(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    samples = [rng.normal(size=5) + shift for shift in (0, 0.5, 1, 1.5, 2, 3, 4, 8)]
+    p_values = [float(stats.ttest_1samp(one, 0).pvalue) for one in samples]
+    for one, corrected, among in zip(samples, holm(p_values), holm_levels(p_values), strict=True):
+        low, high = stats.t.interval(1 - 0.05 / among, 4, loc=one.mean(), scale=stats.sem(one))
+        assert (low <= 0 <= high) == (corrected >= 0.05)
+        found = interval(list(one), among=among)
+        assert found and (found.low, found.high) == pytest.approx((low, high), rel=1e-3)
+    assert holm_levels([0.001, 0.9, 0.02, 0.03]) == [4, 3, 3, 3]
+    assert holm_levels([]) == []
 
 
 def write(path: Path, areas: np.ndarray, names: list[str] | None = None) -> Path:

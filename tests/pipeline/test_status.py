@@ -16,7 +16,8 @@ from common.step_files import PROGRESS
 from pipeline.launch import status
 from pipeline.launch.local import MARK, LocalLauncher, marked, shortage
 from pipeline.launch.slurm import follow
-from pipeline.launch.status import read_status
+from pipeline.launch.status import read_status, status_text
+from pipeline.launch.time_left import time_left_text
 from pipeline.plan import machine
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import (
@@ -207,7 +208,33 @@ def test_the_status_command_works_while_another_run_holds_the_lock(started: Layo
     started.lock.write_text("{}")
     shown = run_benchmark("status", started.root)
     assert shown.returncode == 0
-    assert shown.stdout.splitlines()[-1] == "4 waiting"
+    assert shown.stdout.splitlines()[0] == "4 steps: 4 waiting"
+
+
+def test_status_begins_with_the_summary_and_counts_what_is_done(started: Layout) -> None:
+    record(started, "pretrain_four_channels_1", "done", seconds=600.0)
+    record(started, "evaluate_four_channels_1", "failed", exit_code=3)
+    first, _, *rows = status_text(started).splitlines()
+    # The second round is as long as the first; a finetuning has told nothing yet.
+    assert first == "4 steps: 2 waiting, 1 done, 1 failed; more than 10 min left"
+    assert [row.split()[1] for row in rows] == [
+        "evaluate_four_channels_1", "pretrain_four_channels_2", "evaluate_four_channels_2",
+    ]  # fmt: skip
+    record(started, "evaluate_four_channels_1", "done", seconds=300.0)
+    assert status_text(started).splitlines()[0] == "4 steps: 2 done, 2 waiting; about 15 min left"
+    for name in ("pretrain_four_channels_2", "evaluate_four_channels_2"):
+        record(started, name, "done")
+    assert status_text(started) == "4 steps: 4 done"
+
+
+def test_the_time_left_of_a_running_round_is_its_share_of_the_pretraining(started: Layout) -> None:
+    folder = started.pretrain_output / "four_channels"
+    folder.mkdir(parents=True)
+    now = {"epoch": 0.5, "epochs_total": 2, "seconds_left": 1800.0}  # 20 minutes an epoch
+    (folder / PROGRESS).write_text(json.dumps(now))
+    record(started, "pretrain_four_channels_1", "running", host="elsewhere")
+    # Half of this round and the next one; of two finetunings nothing is known.
+    assert time_left_text(started, ["pretrain_four_channels_1"]) == "more than 30 min left"
 
 
 def test_scoring_is_told_from_training(tmp_path: Path) -> None:

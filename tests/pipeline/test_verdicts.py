@@ -35,7 +35,7 @@ def line_of(
     """
     run = RunId(method=method, coverage_ratio=None, segments_from=source)
     label = f"untrained {method}" if untrained else run.label
-    line = Line(label=label, family=method, method=method, is_untrained=untrained)
+    line = Line(label=label, family=method, method=method, source=source, is_untrained=untrained)
     chance = np.random.default_rng(len(label)).normal(size=DRAWS)
     for seed, score in zip(seeds, scores, strict=False):
         one = Evaluation(
@@ -66,12 +66,15 @@ def test_a_verdict_follows_from_the_p_value_of_the_family_not_from_its_own() -> 
     patches, segments = line_of("patches", LOW), line_of("segments", NEARLY)
     found = answered(patches, segments)
     assert compared(found, "segments", "patches").p_value == pytest.approx(alone, rel=1e-4)
-    assert "Better than patches: segments (by 1.50 points" in " ".join(found.sentences)
+    assert "segments is shown better than patches" in found.sentences[0]
     found = answered(patches, segments, line_of("preencoder", [29.0, 30.0, 31.5]))
     c = compared(found, "segments", "patches")
     assert (c.state, c.p_value) == ("none", pytest.approx(2 * alone, rel=1e-4))
-    assert c.difference and c.difference.low > 0
-    assert "(+1.50 points, 95% interval +0.26 to +2.74, too near to 0 for one of several)" in c.words
+    # The interval at the level of its verdict holds 0; alone it would be +0.26 to +2.74.
+    expected = stats.t.interval(1 - 0.05 / 2, 2, loc=1.5, scale=stats.sem([1.0, 1.5, 2.0]))
+    assert c.difference
+    assert (c.difference.low, c.difference.high) == pytest.approx(expected, abs=1e-3)
+    assert c.difference.low < 0
 
 
 def test_what_has_no_verdict_counts_as_chance_in_the_family() -> None:
@@ -101,7 +104,8 @@ def test_what_could_have_been_shown_is_that_of_one_of_the_family_and_the_largest
         assert expected and c.difference
         assert c.difference.detectable == pytest.approx(expected.detectable)
         detectable.append(expected.detectable)
-    assert f"{max(detectable):.2f} points or more would have been shown" in " ".join(found.sentences)
+    told = " ".join(part for v in found.verdicts for part in v.reference.parts)
+    assert all(f"{one:.2f} or more would have been shown" in told for one in detectable)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +117,8 @@ def test_what_could_have_been_shown_is_that_of_one_of_the_family_and_the_largest
 )  # fmt: skip
 def test_equal_cost_is_within_two_percent_to_either_side(ratio: float, said: str) -> None:
     lines = line_of("patches", LOW, flops=2e18), line_of("segments", NEARLY, flops=ratio * 2e18)
-    expected = f"Training FLOPs against patches: segments {ratio:.2f} x ({said})."
-    assert expected in answered(*lines).sentences
+    [verdict] = [v for v in answered(*lines).verdicts if v.line is lines[1]]
+    assert verdict.reference.parts[0].endswith(f", {ratio:.2f} x its FLOPs ({said})")
 
 
 CONTROLS = {
@@ -128,12 +132,12 @@ CONTROLS = {
 @pytest.mark.parametrize(
     ("states", "verdict"),
     [
-        (("better", "better"), "yes, the image's own segment is better than every control"),
-        (("better", "none"), "in part, the image's own segment is better than some controls"),
-        (("better", "worse"), "no, the image's own segment is worse than a control"),
-        (("worse", "none"), "no, the image's own segment is worse than a control"),
+        (("better", "better"), "yes"),
+        (("better", "none"), "in part"),
+        (("better", "worse"), "no, worse"),
+        (("worse", "none"), "no, worse"),
         (("none", "none"), "not shown"),
-        (("better", "unknown"), "not known"),
+        (("better", "unknown"), "no verdict"),
     ],
 )
 def test_what_the_controls_say_together(states: tuple[str, str], verdict: str) -> None:
@@ -143,7 +147,7 @@ def test_what_the_controls_say_together(states: tuple[str, str], verdict: str) -
     ]
     found = answered(line_of("segments", LOW), *controls)
     assert tuple(c.state for c in found.comparisons) == states
-    assert found.objects[0].startswith(f"segments: {verdict}. ")
+    assert found.verdicts[0].objects.short == verdict
 
 
 def test_without_patches_the_first_method_is_what_others_are_compared_with() -> None:
@@ -156,11 +160,12 @@ def test_without_patches_the_first_method_is_what_others_are_compared_with() -> 
 def test_standard_deviations_of_the_start_are_told_from_three_seeds_on(start: list[float]) -> None:
     begins = line_of("segments", start, untrained=True)
     others = line_of("patches", [10.0, 11.0, 13.0], untrained=True), line_of("patches", LOW)
-    sentences = answered(others[0], begins, others[1], line_of("segments", NEARLY)).sentences
+    found = answered(others[0], begins, others[1], line_of("segments", NEARLY))
+    [verdict] = [v for v in found.verdicts if v.line.label == "segments"]
     above = (fmean(NEARLY) - fmean(start)) / stdev(start)
-    expected = f"segments lies {above:.1f} standard deviations of the 3 untrained segments seeds above"
-    assert any(expected in sentence for sentence in sentences) == (len(start) == 3)
-    assert any("standard deviations" in sentence for sentence in sentences) == (len(start) == 3)
+    expected = f", {above:+.1f} standard deviations of its 3 seeds"
+    assert verdict.start.parts[0].endswith(expected) == (len(start) == 3)
+    assert ("standard deviations" in verdict.start.parts[0]) == (len(start) == 3)
 
 
 def test_several_finetunings_of_a_pretraining_count_as_their_mean_on_all_images() -> None:

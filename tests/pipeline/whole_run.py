@@ -49,7 +49,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def scores(output_dir: Path) -> list[dict[str, str]]:
-    """results.csv without the times: what equal runs have in common."""
+    """The finetunings of results.csv without the times: what equal runs have in common."""
     with (output_dir / "results.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
+        rows = [r for r in csv.DictReader(stream) if (r["row"], r["measure"]) == ("score", "finetuning")]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
