@@ -265,7 +265,8 @@ class Field:
             return value
         if self.is_mapping:
             return self._pairs(value)
-        if not self.several:
+        is_path = isinstance(value, str | Path | list | tuple)
+        if not self.several or (self.kind is Path and not is_path):
             return self._item(value)
         # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
         is_list = isinstance(value, list | tuple)

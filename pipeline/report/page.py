@@ -85,10 +85,13 @@ def write_report(
 
 def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[Answer]) -> str:
     first, *others = found
+    if is_of_encoders := bool(lines) and all(line.is_baseline for line in lines):
+        said = "Nothing was pretrained here: the tables compare encoders."
+        first, others = first._replace(sentences=[said]), []
     scored = [(line.label, one) for line in lines for one in line.evaluations]
     settings, differing = tables.provenance(all_paths)
     matrix = tables.matrix(lines, found)
-    charts = {"forest": forest(first), "scores": scores_chart(lines, first)}
+    charts = {"forest": forest(first), "scores": scores_chart([] if is_of_encoders else lines, first)}
     curves = [scores_chart(lines, one, has_costs=False) for one in others if len(one.ends) > 1]
     costs = {line: tables.cost_cells(first.levels[line.label].costs) if line.label in first.levels
              else dict.fromkeys(COSTS.values(), "") for line in matrix}  # fmt: skip
@@ -105,7 +108,7 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
     return template.render(
-        title=OF_ENCODERS if all(line.is_baseline for line in lines) and lines else TITLE,
+        title=OF_ENCODERS if is_of_encoders else TITLE,
         benchmarks=tabled,
         subtitle=_subtitle(all_paths, lines),
         contents={
