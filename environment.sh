@@ -41,17 +41,32 @@ refuse_others() {  # at $1, where nothing may be, or an empty folder, or what wa
     fi
 }
 
+is_complete() {  # it may be, and its interpreter gone with an older system
+    wanted | cmp -s - "$1/$mark" && "$1/bin/python" -c "$fits" 2>/dev/null
+}
+
+hold() {  # the file $1, as descriptor 9, which only one call can; whoever had it removes it
+    until [ "$1" -ef /dev/fd/9 ]; do
+        { exec 9>>"$1"; } 2>/dev/null || fail "VENV_DIR: $1 cannot be made; name another folder."
+        flock -n 9 || { echo "Another call sets this environment up; waiting for it." && flock 9; }
+    done
+}
+
 make_environment() (  # at $1
     base="$(find_python)" || exit 2
     part="$1$unfinished"
+    refuse_others "$1"
+    mkdir -p -- "$(dirname "$1")" 2>/dev/null || fail "VENV_DIR: $1 cannot be made; name another folder."
+    hold "$part.lock"
+    trap 'rm -f -- "$part.lock"' EXIT
+    ! is_complete "$1" || exit 0  # by the call that was waited for
     # What was there when a kill came between the two last steps below.
     [ -e "$1" ] || [ ! -d "$part/replaced" ] || mv -T -- "$part/replaced" "$1"
-    refuse_others "$1"
     refuse_others "$part"
     echo "Setting up $1 with $base ($("$base" -c "$version")): downloads and unpacks about 6 GB, once; some minutes."
-    rm -rf -- "$part" && mkdir -p -- "$(dirname "$1")" && mkdir -- "$part" && touch -- "$part/pyvenv.cfg" "$part/$mark" ||
+    rm -rf -- "$part" && mkdir -- "$part" && touch -- "$part/pyvenv.cfg" "$part/$mark" ||
         fail "VENV_DIR: $1 cannot be made; name another folder."
-    trap 'rm -rf -- "$part"' EXIT  # whatever ends this, what was there is as it was
+    trap 'rm -rf -- "$part" "$part.lock"' EXIT  # whatever ends this, what was there is as it was
     trap 'exit 75' INT TERM
     "$base" -m venv "$part" || fail "could not make a virtual environment in $1 (on Debian and Ubuntu: apt install python3-venv)."
     pip=("$part/bin/python" -m pip install --quiet --disable-pip-version-check)
@@ -77,7 +92,7 @@ make_environment() (  # at $1
     grep -rlIZ "\\$unfinished" "$part/bin" "$part/pyvenv.cfg" | xargs -0r sed -i "s/\\$unfinished//g"
     wanted >"$part/$mark"
     trap '' INT TERM
-    trap - EXIT
+    trap 'rm -f -- "$part.lock"' EXIT
     ! is_ours "$1" || mv -T -- "$1" "$part/replaced"
     if ! mv -T -- "$part" "$1"; then
         [ ! -d "$part/replaced" ] || mv -T -- "$part/replaced" "$1"
@@ -100,9 +115,6 @@ else
     # Where a link leads to: that is what is replaced, not the link.
     venv="$(readlink -m -- "${VENV_DIR:-.venv}")" || fail "VENV_DIR=$VENV_DIR cannot be followed; name another folder."
     index="${TORCH_INDEX-$(sed -n 's/^# TORCH_INDEX=//p' "$venv/$mark" 2>/dev/null || true)}"
-    # It may be complete, and its interpreter gone with an older system.
-    if ! wanted | cmp -s - "$venv/$mark" || ! "$venv/bin/python" -c "$fits" 2>/dev/null; then
-        make_environment "$venv"
-    fi
+    is_complete "$venv" || make_environment "$venv"
     python="$venv/bin/python"
 fi

@@ -12,11 +12,13 @@ from typing import NoReturn, TextIO
 import click
 
 from common.environment import rank
+from common.files import shortened
 from common.interruption import end_children
 
 # 75 is EX_TEMPFAIL: saved; the same command goes on.
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 MOST_LINES = 4  # of an error
+MOST_LETTERS = 900  # of a line
 OF_THE_PATH = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)  # what a user can mend
 
 
@@ -55,10 +57,15 @@ def _report(message: str, code: int) -> int:
     lines = message.strip().splitlines()
     if message.startswith("Caught "):  # torch: an error of a loader process, with its traceback
         lines = [lines[-1].partition(": ")[2]]
-    message = "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."])
+    message = _shown("\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."]))
     with suppress(OSError, ValueError):  # nobody may be listening; the exit code says it, too
         click.echo(f"{f'process {rank()}: ' if rank() else ''}Error: {message}", err=True)
     return code
+
+
+def _shown(text: str) -> str:
+    """Lines that are not too long, and do nothing to a terminal: names in them are other people's."""
+    return "\n".join(shortened(line, MOST_LETTERS) for line in text.splitlines())
 
 
 def say(message: str, *, err: bool = False) -> None:
@@ -71,6 +78,7 @@ def say(message: str, *, err: bool = False) -> None:
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Lines with columns of equal width; `right` are those that end alike."""
+    rows = [[shortened(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join(f"{{:{'>' if i in right else '<'}{width}}}" for i, width in enumerate(widths))
     return "\n".join(form.format(*row).rstrip() for row in rows)
@@ -118,6 +126,9 @@ def log_to_stderr(form: str = "%(asctime)s %(message)s") -> None:
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
     """Follows `sys.stderr`, which a progress bar replaces to print above itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _shown(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(sys.stderr)

@@ -94,7 +94,7 @@ class Counter(AbstractContextManager["Counter"]):
 def progress_text(now: Mapping[str, Any]) -> str:
     """What progress.json holds in words: epoch or count, rate and time left, if they are known."""
     parts = []
-    if now.keys() >= {"done", "total"}:
+    if now.keys() >= {"stage", "done", "total", "unit", "per_second"}:
         parts = [f"{now['stage']}: {now['done']} of {now['total']} {now['unit']}"]
         parts.append(f"{now['per_second']:.1f}/s")
     elif "epoch" not in now:

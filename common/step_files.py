@@ -8,6 +8,8 @@ LOG = "log.txt"  # one JSON object per epoch
 PROGRESS = "progress.json"  # where the step is now
 CONSOLE_LOG = "console.log"  # what it printed
 LOCK = ".lock"  # who writes here
+# What trackers got, and the folder of one.
+TRACKERS, TENSORBOARD = ".trackers.json", "tensorboard"
 # Pretraining's; see also `checkpoint_path` and `reconstructions_path`.
 LAST = "last.pth"  # rolling, for resume
 # Finetuning's.

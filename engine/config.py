@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from common.environment import PROCESSES_HERE, number_of
 from common.files import NOTHING_WRITTEN
 from common.options import MOST_PROCESSES, OptionGroup, load_plugin, option
-from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS
+from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS, TENSORBOARD, TRACKERS
 
 Precision = Literal["auto", "bf16", "bf16-residual", "float8", "fp16", "fp32"]
 AHEAD_BYTES = 2 * 2**30  # of a call's loaders together, unless a batch each is more
@@ -79,7 +79,10 @@ class OutputConfig(DeviceConfig):
         for pattern in set(OF_RUNS) - set(own):
             for path in folder.glob(pattern):
                 raise ValueError(f"--output-dir: {path} is of a run of another kind")
-        for path in (path for pattern in (*own, LOG, PROGRESS) for path in folder.glob(pattern)):
+        trackers = folder / TENSORBOARD
+        if os.path.lexists(trackers) and not trackers.is_dir():
+            raise ValueError(f"--output-dir: {trackers} is no folder; {NOTHING_WRITTEN}")
+        for path in (path for pattern in (*own, LOG, PROGRESS, TRACKERS) for path in folder.glob(pattern)):
             if path.exists() and not path.is_file():
                 raise ValueError(f"--output-dir: {path} is no regular file; {NOTHING_WRITTEN}")
             if not is_run and not (folder / LOCK).exists():

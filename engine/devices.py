@@ -6,6 +6,7 @@
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
@@ -30,6 +31,8 @@ from engine.config import DeviceConfig, OutputConfig, Precision, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
+MORE_SHARED_MEMORY = "make /dev/shm larger (docker: --shm-size), or give a lower --workers; 0 needs none"
+
 
 def make_accelerator(config: DeviceConfig) -> Accelerator:
     """Join the process group that torchrun describes, if any, and choose the device.
@@ -37,6 +40,12 @@ def make_accelerator(config: DeviceConfig) -> Accelerator:
     Raises ValueError if the wanted device is not there.
     """
     _refuse_unconnected_processes()
+    try:
+        _ = config.loader_workers and multiprocessing.Lock()  # they have many
+    except OSError as error:
+        raise RuntimeError(
+            f"loader processes have no room in memory ({error}); {MORE_SHARED_MEMORY}"
+        ) from None
     on_cuda = choose_device(config.device, number_of("LOCAL_RANK", 0)).type == "cuda"
     precision = choose_precision(config.precision, on_cuda=on_cuda)
     compiled, mode, by_regions = False, None, False

@@ -11,18 +11,19 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from typing_extensions import TypedDict
 
 from common.files import write_json, write_text
-from common.formats import read_json, read_log
+from common.formats import Count, LogRecord, parsed, read_json, read_log
 from common.progress import Display, progress_text
-from common.step_files import LOG, PROGRESS
+from common.step_files import LOG, PROGRESS, TENSORBOARD, TRACKERS
 from engine.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 PROJECT = "segmae"
-STATE = ".trackers.json"
 NONE = "none"
 # They keep what they got in memory until they are closed, and ignore a step that they have already.
 BUFFERING = {"wandb"}
@@ -56,6 +57,10 @@ class Logbook:
 
     def add_epoch(self, record: dict[str, Any]) -> None:
         """Append one epoch; on disk when this returns, for the checkpoint that follows."""
+        try:  # NaN, say, would be damage to whoever reads it
+            parsed(LogRecord, record, f"epoch {record['epoch']}")
+        except ValueError as error:
+            raise RuntimeError(f"{error}; the last checkpoint is from before") from None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -110,7 +115,7 @@ def _short(value: Any) -> str:
 
 def unusual(names: Sequence[str]) -> set[str]:
     """Those that only accelerate can judge, which takes seconds to import."""
-    return set(names) - {"tensorboard", NONE}  # always installed
+    return set(names) - {TENSORBOARD, NONE}  # always installed
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -129,15 +134,21 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"--log-with {name}: the package is missing; pip install {package}")
 
 
+# By tracker: the name of its run, and the last epoch that it got.
+class _Told(TypedDict):
+    ids: dict[str, str]
+    sent: dict[str, Count]
+
+
 class Trackers:
     """Sends each epoch once, also over kills and restarts; a tracker starts with the first."""
 
     def __init__(self, output_dir: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
-        self.output_dir, self.path, self.settings = output_dir, output_dir / STATE, settings
+        self.output_dir, self.path, self.settings = output_dir, output_dir / TRACKERS, settings
         self.names = [name for name in dict.fromkeys(names) if name != NONE]
         stored = self._read()
-        self.ids: dict[str, str] = stored.get("ids", {})
-        self.safe: dict[str, int] = stored.get("sent", {})  # last epoch that a kill cannot take
+        self.ids: dict[str, str] = stored["ids"]
+        self.safe: dict[str, int] = stored["sent"]  # last epoch that a kill cannot take
         self.sent = dict(self.safe)
         self.trackers: dict[str, Any] = {}
 
@@ -165,12 +176,12 @@ class Trackers:
 
         is_new = name not in self.ids
         options = self._start_options(name)
-        run = name if name == "tensorboard" else PROJECT  # there it is a folder of logging_dir
+        run = name if name == TENSORBOARD else PROJECT  # there it is a folder of logging_dir
         self.trackers[name] = tracker = LOGGER_TYPE_TO_CLASS[name](run, **options)
         tracker.start()
         if name == "mlflow":  # it gives the names itself
             self.ids[name] = tracker.active_run.info.run_id
-        if is_new and name != "tensorboard":  # its hparams would be a second run there
+        if is_new and name != TENSORBOARD:  # its hparams would be a second run there
             plain = bool | int | float | str
             settings = {k: v if isinstance(v, plain) else str(v) for k, v in self.settings.items()}
             tracker.store_init_configuration(settings)
@@ -184,7 +195,7 @@ class Trackers:
             return {"run_id": run_id} if run_id else {"run_name": output_dir.name}
         run_id = self.ids.setdefault(name, uuid.uuid4().hex[:12])
         options: dict[str, dict[str, Any]] = {
-            "tensorboard": {"logging_dir": output_dir, "purge_step": self.sent.get(name, 0) + 1},
+            TENSORBOARD: {"logging_dir": output_dir, "purge_step": self.sent.get(name, 0) + 1},
             "wandb": {
                 "id": run_id, "name": output_dir.name, "resume": "allow", "dir": str(output_dir),
             },
@@ -192,14 +203,14 @@ class Trackers:
         }  # fmt: skip
         return options.get(name, {})
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> _Told:
         try:
-            return read_json(self.path, dict[str, dict[str, int | str]])
+            return cast(_Told, read_json(self.path, _Told))
         except FileNotFoundError:
-            return {}
+            pass
         except ValueError as error:  # it decides nothing: a run does not end for it
             logger.warning("%s: trackers get a new run", error)
-            return {}
+        return {"ids": {}, "sent": {}}
 
     def _write(self, *, closed: bool = False) -> None:
         self.safe |= {n: e for n, e in self.sent.items() if closed or n not in BUFFERING}

@@ -6,20 +6,22 @@ import logging
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from common.formats import parsed_plain
+from common.formats import Count, Positive, parsed_plain
 from common.images import Unreadable
-from common.interruption import Interruption
+from common.interruption import Interruption, leave_signals_to_the_main_process
 from engine.checkpoint import Saver
 from engine.config import TrainingConfig, batches_ahead
-from engine.devices import peak_memory_mib
+from engine.devices import MORE_SHARED_MEMORY, peak_memory_mib
 from engine.logbook import Logbook
 from engine.schedule import BatchPlan
 from engine.update import GuardedUpdate
@@ -144,14 +146,14 @@ class State:
     scores: of the newest evaluation, plain; best_score: of all.
     """
 
-    sums: dict[str, float]
-    epochs_completed: int = 0
-    steps_completed: int = 0
-    seconds: float = 0.0
-    waited_seconds: float = 0.0
-    total_seconds: float = 0.0
+    sums: dict[str, Positive]
+    epochs_completed: Count = 0
+    steps_completed: Count = 0
+    seconds: Positive = 0.0
+    waited_seconds: Positive = 0.0
+    total_seconds: Positive = 0.0
     scores: dict[str, Any] | None = None
-    best_score: float | None = None
+    best_score: Positive | None = None
 
     @classmethod
     def of(cls, task: Task, checkpoint: Mapping[str, Any], path: Path | None) -> State:
@@ -166,7 +168,10 @@ class State:
             values = [float(stored.get(name, 0)) for name in ("loss_sum", "unreadable_images")]
             stored["sums"] = dict(zip(names, values, strict=True))
             stored["best_score"] = stored.get("best_mean_iou")
-        return parsed_plain(cls, stored, f"{path}: state")
+        state: State = parsed_plain(cls, stored, f"{path}: state")
+        if tuple(state.sums) != names:
+            raise ValueError(f"{path}: state: sums are of {', '.join(state.sums)}, not {', '.join(names)}")
+        return state
 
     def add(self, sums: Sequence[float]) -> None:
         """Those of some steps, in the order of the names."""
@@ -256,6 +261,21 @@ def load(run: Run, start: tuple[int, int], epochs: int) -> Iterator[MicroBatch]:
         prefetch_factor=batches_ahead(workers, batch_bytes) if workers else None,
     )
     return iter(loader)
+
+
+def start_loader_process(worker: int) -> None:
+    """What a loader's process does first: see below, and it ends with its parent only."""
+    # Python prints what kept a batch from being handed over, forgets it, and the parent would wait
+    # for ever (https://github.com/pytorch/pytorch/issues/1355).
+    Queue._on_queue_feeder_error = _hand_over_the_reason  # type: ignore[attr-defined]
+    leave_signals_to_the_main_process(worker)
+
+
+def _hand_over_the_reason(queue: Queue[Any], error: Exception, item: tuple[Any, ...]) -> None:
+    try:
+        raise RuntimeError(f"a loader process cannot hand over a batch ({error}); {MORE_SHARED_MEMORY}")
+    except RuntimeError:
+        queue.put((item[0], ExceptionWrapper(where="in a loader process")))
 
 
 def _allow_many_files() -> None:

@@ -86,6 +86,10 @@ def build(
     if task.run.activation_checkpointing:
         recompute_activations(model)
     plan = task.plan(accelerator.num_processes)
+    epochs, steps = state.epochs_completed, state.steps_completed
+    if epochs > task.total_epochs or steps > plan.steps_per_epoch:
+        of = f"{task.total_epochs} epochs of {plan.steps_per_epoch} steps"
+        raise ValueError(f"{path} is damaged: {epochs} epochs and {steps} steps are completed, of {of}")
     if task.auto_batch and accelerator.device.type == "cuda":
         # Measured before the model is compiled, which would take each size for a new shape.
         share = plan.effective_batch_size // plan.processes

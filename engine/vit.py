@@ -21,6 +21,13 @@ class VitSize:
     patch_size: int = 16
     timm_name: str | None = None
 
+    def __post_init__(self) -> None:  # a plugin's may be anything
+        numbers = (self.width, self.depth, self.heads, self.patch_size)
+        if not all(isinstance(n, int) and n > 0 for n in numbers) or self.width % self.heads:
+            raise ValueError(
+                f"{self}: give whole numbers from 1, and a width that can be split into its heads"
+            )
+
 
 VIT_SIZES: dict[str, VitSize] = {
     "vit_tiny": VitSize(width=192, depth=12, heads=3, timm_name="vit_tiny_patch16_224"),

@@ -59,10 +59,10 @@ def describe_vit(weights: Mapping[str, Tensor], source: object, *, prefix_tokens
     prefix_tokens: before the patches, the class token among them.
     """
     kernel, positions = weights.get(PROJECTION), weights.get(POSITIONS)
-    if kernel is None or kernel.dim() != 4:
+    if kernel is None or kernel.dim() != 4 or not kernel.numel():
         raise ValueError(f"{source} is not a checkpoint of a ViT encoder: it has no {PROJECTION}")
     patches = 0  # [1, prefix + N, D]
-    if positions is not None and positions.dim() == 3:
+    if positions is not None and positions.dim() == 3 and positions.shape[::2] == (1, len(kernel)):
         patches = max(0, positions.shape[1] - prefix_tokens)
     grid = round(patches**0.5)  # ViTs of MAE and timm are pretrained on squares
     if not grid or grid**2 != patches:

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 from common.environment import peak_flops, world_size
 from common.images import evenly_spread
-from common.interruption import Interruption, leave_signals_to_the_main_process
+from common.interruption import Interruption
 from common.step_files import LAST, checkpoint_path, find_resumable, reconstructions_path
 from engine.devices import device_name
 from engine.schedule import BatchPlan
-from engine.task import Built, Earlier, Evaluation, Run, State, Task
+from engine.task import Built, Earlier, Evaluation, Run, State, Task, start_loader_process
 from engine.trainer import train
 from engine.vit import IMAGE_CHANNELS
 from engine.weights import read_vit_weights
@@ -73,7 +73,7 @@ class Pretraining(Task):
             method=make_method(config.method, config.model), seed=self.seed,
         )  # fmt: skip
         self.hidden = Hidden(self.images)
-        self.collate, self.start_worker = collate, leave_signals_to_the_main_process
+        self.collate, self.start_worker = collate, start_loader_process
         self.heldout = replace(self.images, folder=listing.val_folder, paths=listing.val, is_fixed=True)
         self.num_heldout = len(self.heldout)
         self.evaluations = self.total_epochs if self.num_heldout else 0
@@ -159,7 +159,7 @@ class Pretraining(Task):
         loader: Any = DataLoader(
             self.heldout, sampler=share, batch_size=run.plan.micro_batch_size,
             num_workers=0 if len(share) <= FEW_IMAGES else self.run.loader_workers,
-            collate_fn=collate, worker_init_fn=leave_signals_to_the_main_process,
+            collate_fn=collate, worker_init_fn=start_loader_process,
         )  # fmt: skip
         for batch in loader:
             for text in batch.unreadable:

@@ -14,12 +14,12 @@ from torch import Tensor
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from engine.checkpoint import load_weights
-from mae.config import MethodConfig, ModelConfig, make_method, parse_group
+from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method, parse_group
 from mae.controls import SegmentSource
 from mae.crops import centre_crop, read_crop
 from mae.listing import check_donors, encode_paths
 from mae.model import MaskedAutoencoder
-from mae.weights import load_checkpoint
+from mae.weights import check_fixed_set, load_checkpoint
 from segments.forms import open_segments
 from segments.store import PackedStore
 
@@ -41,6 +41,7 @@ def reconstruct_files(
     check_output_file(out, reads=reads, is_own=is_marked(KIND))
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint, checkpoint_path)
+    check_fixed_set(checkpoint, checkpoint_path)
     fixed_set = checkpoint["fixed_set"]
     if images:
         patterns, segments = fixed_set["pattern"], None
@@ -51,7 +52,7 @@ def reconstruct_files(
             donors = [f"{key}.jpg" for key in sorted(store.images())]
             if options.segments_from == "borrowed":
                 check_donors(donors)
-            seed = checkpoint["config"]["seed"]
+            seed = parse_group(OptimisationConfig, checkpoint["config"], checkpoint_path).seed
             segments = SegmentSource(store=store, donors=encode_paths(donors), options=options, seed=seed)
         pairs = [_hide(model, path, n, patterns, segments) for n, path in enumerate(images)]
         pixels, patterns = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))

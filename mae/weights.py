@@ -46,6 +46,7 @@ class WholeCheckpoint(Checkpoint):
     """What is needed to continue, and to draw without the dataset."""
 
     images: TrainedImages
+    # images [B, 3, H, W] uint8 of every round's picture, and pattern [B, ...], what hides each.
     fixed_set: dict[str, Tensor]
 
 
@@ -53,6 +54,15 @@ class WholeCheckpoint(Checkpoint):
 load_checkpoint = partial(
     engine.checkpoint.load_checkpoint, program="python -m mae pretrain", shape=WholeCheckpoint
 )
+
+
+def check_fixed_set(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the checkpoint at `path` holds what its rounds' pictures show."""
+    side = checkpoint["config"].get("image_size")
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["fixed_set"].items()}
+    images, pattern = shapes.get("images", ()), shapes.get("pattern", ())
+    if images[1:] != (IMAGE_CHANNELS, side, side) or not images[0] or pattern[:1] != images[:1]:
+        raise ValueError(f"{path} is damaged: no set of images of {side} pixels and patterns: {shapes}")
 
 
 def open_own_checkpoint(
@@ -65,6 +75,7 @@ def open_own_checkpoint(
     """
     checkpoint = load_checkpoint(path, lazily=lazily)
     config.check_same(checkpoint["config"], path)
+    check_fixed_set(checkpoint, path)
     trained = checkpoint["images"]
     if trained["digest"] != listing.digest:
         raise ValueError(

@@ -15,12 +15,12 @@ from common.files import check_output_folder
 from common.formats import ProbeResult, Result, plain, read_json
 from common.images import find_images
 from common.options import check_same, older_values
-from common.step_files import CHECKPOINT, RESULT
+from common.step_files import CHECKPOINT, PROBE_AREAS, RESULT
 from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
 from segmenter.config import AUXILIARY_WIDTH, GROUPS, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
-from segmenter.dataset import TRAIN, VAL, DatasetDescription, check_split, read_description
+from segmenter.dataset import TRAIN, VAL, DatasetDescription, check_split, other_names, read_description
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 
@@ -167,13 +167,20 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
     if found is None:
         return None
     if found.name == RESULT:
-        stored = read_json(found, Result if is_training else ProbeResult)["settings"]
+        result = read_json(found, Result if is_training else ProbeResult)
+        scores = result if is_training else next((result[name] for name in PROBE_AREAS if name in result), {})
+        stored, classes = result["settings"], list(scores.get("class_iou", ()))
     else:
         from segmenter.loading import load_checkpoint
 
-        stored = load_checkpoint(found, lazily=True)["config"]
+        checkpoint = load_checkpoint(found, lazily=True)
+        stored, classes = checkpoint["config"], checkpoint["classes"]
     older = older_values(*(GROUPS if is_training else PROBE_GROUPS).values(), stored={})
     check_same(stored, all_settings(config, dataset), older, what=str(found))
+    # To ask for the names of a dataset of mmsegmentation takes seconds, and they do not change.
+    names = classes if isinstance(dataset.classes, str) else dataset.classes
+    if classes and (differing := other_names(classes, names)):
+        raise ValueError(f"{found} is of other classes: {differing}; use another --output-dir")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from common.command import CONTEXT, PATH, command, dry_run
-from common.console import EXIT_STOPPED, log_to_stderr, run_program, say
+from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
 from common.environment import rank, world_size
 from common.files import check_output_file, write_json
 from common.step_files import RESULT
@@ -113,9 +113,8 @@ def evaluate(
             write_json(evaluation.out, result)
         scores = {name.replace("_", " "): result[name] for name in SCORES}
         rows = {"class": "IoU %", **result["class_iou"], **scores}
-        for name, value in rows.items():
-            shown = f"{value:.2f}" if isinstance(value, float) else value or "absent"
-            say(f"{name:<{max(map(len, rows))}}  {shown}")
+        texts = (f"{v:.2f}" if isinstance(v, float) else v or "absent" for v in rows.values())
+        say(aligned([*zip(rows, texts, strict=True)]))
         say(f"protocol: {json.dumps(result['protocol'])}")
 
 

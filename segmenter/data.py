@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.images import next_usable
-from common.interruption import leave_signals_to_the_main_process
 from engine.schedule import SAMPLE, derived_seeds
-from engine.task import MicroBatch
+from engine.task import MicroBatch, start_loader_process
 from segmenter.config import ProtocolConfig
 from segmenter.dataset import DatasetDescription, Pair, quiet_imports, read_image, read_labels
 
@@ -153,4 +152,4 @@ def start_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # as many workers as cores run already
-    leave_signals_to_the_main_process(worker)  # which will stop them
+    start_loader_process(worker)

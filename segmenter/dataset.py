@@ -258,6 +258,8 @@ def read_classes(description: DatasetDescription) -> Classes:
 
 def other_names(stored: Sequence[str], names: Sequence[str]) -> str:
     """What a model's stored classes are called, where that is not what the dataset says; or ""."""
+    if len(stored) != len(names):
+        return f"{len(stored)}, not {len(names)}"
     both = enumerate(zip(stored, names, strict=True))
     differing = [f"{n} is {had!r}, not {name!r}" for n, (had, name) in both if had != name]
     return f"{_some(differing)} ({len(differing)} of {len(names)} differ)" if differing else ""

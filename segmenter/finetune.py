@@ -41,7 +41,7 @@ from segmenter.config import (
     TrainConfig,
 )
 from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
-from segmenter.dataset import DatasetDescription, other_names, read_classes
+from segmenter.dataset import DatasetDescription, read_classes
 from segmenter.encoder import EncoderShape, read_encoder, start_encoder
 from segmenter.evaluate import evaluate_model
 from segmenter.loading import load_checkpoint
@@ -86,10 +86,7 @@ class Finetuning(Task):
         path = earlier_output(self.config, self.dataset)
         if path is None or path.name == RESULT:
             return Earlier(path=path, is_complete=path is not None)
-        checkpoint = load_checkpoint(path)
-        if differing := other_names(checkpoint["classes"], self.classes.names):
-            raise ValueError(f"{path} is of other classes: {differing}")
-        return Earlier(path=path, checkpoint=checkpoint)
+        return Earlier(path=path, checkpoint=load_checkpoint(path))
 
     def build(self, accelerator: Accelerator, checkpoint: dict[str, Any]) -> Built:
         """The model as a checkpoint says, or with the encoder of --init."""

@@ -18,7 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import engine.checkpoint
 from common.files import read_text
-from common.formats import parse_value, parsed_plain
+from common.formats import parse_value, parsed, parsed_plain
 from engine.checkpoint import Checkpoint, load_weights, read_torch_file, refuse_damaged
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values
@@ -93,8 +93,8 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
         protocol = ProtocolConfig.from_described(checkpoint["protocol"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    first_is_none, classes = checkpoint["dataset"]["reduce_zero_label"], Classes(names, palette)
-    return LoadedSegmenter(model, classes, protocol, first_is_none)
+    first_is_none = parsed(bool, checkpoint["dataset"].get("reduce_zero_label"), f"{path}: reduce_zero_label")
+    return LoadedSegmenter(model, Classes(names, palette), protocol, first_is_none)
 
 
 def _model(shape: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Segmenter:

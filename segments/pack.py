@@ -2,17 +2,17 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from common.files import check_output_file, check_output_folder, path_below, write_text
+from common.files import beside, check_output_file, check_output_folder, path_below, write_text
 from common.formats import rle_annotation
 from common.step_files import shard_of
 from segments.config import STORE_NAME, check_made_alike, made_for
 from segments.forms import open_folder
 from segments.parallel import Failure, each, in_order, one_pass
-from segments.segment import ordered, segment_from_counts
+from segments.segment import Segment, ordered, segment_from_counts
 from segments.store import PackedImage, PackedStore, Summary, pack_image, write_store
 
 MOST_NAMED = 10  # of missing shards
@@ -56,15 +56,19 @@ def unpack(store_path: Path, out: Path, *, processes: int | None) -> Summary:
     files = {key: path_below(out, f"{key}.json", str(store_path)) for key in keys}
     todo = [key for key, path in files.items() if not path.exists()]
 
-    def write(key: str) -> None:
+    def sound(key: str) -> list[Segment]:
         segments = store.segments(key)
         try:  # zlib's checksum says nothing of a store that others have written
-            sound = [segment_from_counts(s.height, s.width, s.counts) for s in segments]
+            return [segment_from_counts(s.height, s.width, s.counts) for s in segments]
         except ValueError as error:
             raise ValueError(f"{store_path}: {key}: {error}") from None
-        annotations = [rle_annotation(s.height, s.width, s.counts) for s in sound]
+
+    def write(key: str) -> None:
+        annotations = [rle_annotation(s.height, s.width, s.counts) for s in sound(key)]
         write_text(files[key], json.dumps(annotations))
 
+    for _ in in_order(lambda key: len(sound(key)), todo, processes=processes):
+        pass  # every segment, too
     already_there = len(files) - len(todo)
     written = in_order(write, todo, processes=processes)
     new = sum(1 for _ in one_pass("unpack", written, total=len(files), done=already_there))
@@ -119,9 +123,15 @@ def join(stores: Sequence[PackedStore], out: Path, keys: Collection[str], ratios
         found = {one for store, images in there if key in images for one in store.segments(key)}
         return pack_image(key, ordered(found))
 
+    def rows(left: list[str]) -> Generator[PackedImage | Failure, None, None]:
+        try:
+            yield from map(row, left)
+        except ValueError:  # one of the stores is damaged: nobody wants what was written so far
+            beside(out).unlink()
+            raise
+
     return write_store(
-        out, [*sorted(failed), *sorted(keys)], lambda left: (row(key) for key in left),
-        what="merge", source=stores[0].meta["source"],
+        out, [*sorted(failed), *sorted(keys)], rows, what="merge", source=stores[0].meta["source"],
         settings=stores[0].settings | ({"for_coverage": ratios} if ratios else {}),
     )  # fmt: skip
 

@@ -195,7 +195,10 @@ class PackedStore:
             if not (height > 0 and width > 0 and 0 <= coverage <= 100):
                 raise ValueError(f"{width} x {height} pixels, {coverage} % inside")
             # A code has at most two characters for each pixel; a bomb would have more.
-            unpacked = zlib.decompressobj().decompress(counts, 2 * height * width + 64)
+            stream = zlib.decompressobj()
+            unpacked = stream.decompress(counts, 2 * height * width + 64)
+            if not stream.eof:
+                raise ValueError("its counts are cut short, or too many")
         except (zlib.error, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.path}: a segment of {key} is damaged: {error}") from None
         return Segment(height=height, width=width, coverage_percent=coverage, counts=unpacked)

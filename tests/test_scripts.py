@@ -334,6 +334,17 @@ def test_a_set_up_that_is_stopped_leaves_it_too_and_starts_over(
         assert not beside.exists()
 
 
+def test_of_two_set_ups_at_once_one_waits_for_the_other(checkout: Checkout, quick_python: str) -> None:
+    a_working_environment(checkout.venv)
+    both = [checkout.start(PATH=quick_python) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert all("'torch 2.14.1'" in out for out, _ in said)
+    assert sum("Setting up" in out for out, _ in said) == 1
+    assert sum("waiting for it" in out for out, _ in said) == 1
+    assert not list(checkout.venv.parent.glob("venv?*"))
+
+
 def test_what_a_kill_between_the_last_steps_left_is_put_back(checkout: Checkout, quick_python: str) -> None:
     beside = checkout.venv.with_name("venv.segmae-part")
     a_working_environment(beside)

@@ -236,6 +236,7 @@ def test_a_record_names_the_process_while_it_runs(tmp_path: Path) -> None:
 def test_a_step_that_counts_tells_its_launcher_how_far_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / PROGRESS).write_text('{"done": 1, "total": 2}')  # of another version, perhaps
     assert progress_text(read_progress(tmp_path)) == "starting"
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / PROGRESS))
     counter = Counter("generate", total=96, done=3)

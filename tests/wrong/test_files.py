@@ -19,6 +19,7 @@ SCORE = ("segmenter evaluate {w}/fine/best.pth --plugin {w}/nano.py --device cpu
 PREDICT = ("segmenter predict {w}/fine/best.pth {w}/photos --plugin {w}/nano.py --device cpu "
            "--out {w}/out")  # fmt: skip
 STORE = "in1k/masks/masks.sqlite"
+MERGE = f"segments merge {{w}}/{STORE} --out {{w}}/joined.sqlite"
 UNPACK = f"segments unpack {{w}}/{STORE} {{w}}/out --processes 1"
 INSPECT = "segments inspect {w}/in1k/masks --processes 1 --out {w}/out"
 REPORT = "benchmark report {w}/run"
@@ -91,6 +92,10 @@ NO_CHECKPOINTS = {
     "a size that is negative": change(PRE, config__image_size=-32),
     "a size that is not the weights'": change(PRE, config__image_size=64),
     "epochs that are text": change(PRE, epochs_completed="one"),
+    "no settings": change(PRE, config={}), "an empty fixed set": change(PRE, fixed_set={}),
+    "a fixed set of no images": change(PRE, fixed_set=lambda f: {n: x[:0] for n, x in f.items()}),
+    "a fixed set of larger images": change(PRE, fixed_set__images=torch.zeros(8, 3, 64, 64).byte()),
+    "a fixed set with a pattern less": change(PRE, fixed_set__pattern=lambda pattern: pattern[1:]),
     "NaN": change(PRE, model=poison(NAN)), "infinity": change(PRE, model=poison(-INF)),
     "a finetuned file": lambda w: (w / PRE).write_bytes((w / FINE).read_bytes()),
     "a folder": lambda w: ((w / PRE).unlink(), (w / PRE).mkdir()),
@@ -116,7 +121,7 @@ NO_FINETUNED = {
     "a protocol without its window": change(FINE, protocol__window_size=DELETE),
     "a stride of 0": change(FINE, protocol__window_stride=0),
     "a normalization of its own": change(FINE, protocol__normalization="own"),
-    "a dataset that is text": change(FINE, dataset="x"),
+    "a dataset that is text": change(FINE, dataset="x"), "an empty dataset": change(FINE, dataset={}),
 }  # fmt: skip
 
 
@@ -141,6 +146,7 @@ def rebuilt(change_rows):
     )  # fmt: skip
 
 
+CUT = sql("UPDATE segments SET counts = x'00' WHERE id = (SELECT max(id) FROM segments)")
 BOMB = f"zeroblob({50_000_000})"
 STORES = {
     "empty": write(STORE, b""), "text": write(STORE, "no store"), "cut": cut(STORE, 0.6),
@@ -250,17 +256,67 @@ NO_AREAS = {
     "halves": areas(saved(images=["a"], areas=SOUND / 2)),
 }  # fmt: skip
 
+TRACKED = {
+    "TensorBoard's folder is a file": write("pre/tensorboard", "notes"),
+    "TensorBoard's folder is a link to nothing": lambda w: (w / "pre/tensorboard").symlink_to("nothing"),
+    "what trackers got is a folder": lambda w: (w / "pre/.trackers.json").mkdir(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_what_is_in_the_way_of_trackers_is_named(name, world, capsys):
+    words = [*pretrain_words(world, "pre"), "--log-with", "tensorboard"]
+    check(Case(name, words, "--output-dir: .*pre/(tensorboard|.trackers.json)", prepare=TRACKED[name]),
+          world, capsys)  # fmt: skip
+
+
+OF_TRACKERS = [
+    "[]", '"x"', "{}", "\0", '{"ids": {"tensorboard": 5}, "sent": {"tensorboard": 1}}',
+    '{"ids": {}, "sent": {"tensorboard": "x"}}', '{"ids": {}, "sent": {"tensorboard": -5}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", OF_TRACKERS)
+def test_a_run_does_not_end_for_what_its_trackers_got(text, world, capsys, caplog):
+    write("pre/.trackers.json", text)(world)
+    code, _, err = call([*pretrain_words(world, "pre"), "--log-with", "tensorboard"], capsys)
+    assert code == 0, err
+    assert ".trackers.json is damaged" in caplog.text
+    assert json.loads((world / "pre/.trackers.json").read_text())["sent"] == {"tensorboard": 2}
+
+
+LONG = "n" * 10**6
+NAMES = {
+    "a name": {"name": LONG, "needs": [], "folder": "x"},
+    "names of others": {"name": "a", "needs": [LONG], "folder": "x"},
+    "control characters": {"name": "a\x1b]0;b\n\x1b[31mc", "needs": [], "folder": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_file_holds_does_not_flood_or_steer_a_terminal(name, world, capsys):
+    run_directory(world)
+    (world / "run/.segmae/plan.json").write_text(json.dumps([NAMES[name]]))
+    code, out, err = call(STATUS.replace("{w}", str(world)).split(), capsys)
+    assert code == (2 if name == "a name" else 0)
+    assert len(out + err) < 1000
+    assert "\x1b" not in out + err
+
+
 CASES = [
     *[Case(f"export {name}", EXPORT, "checkpoint-1.pth|pre", prepare=prepare)
-      for name, prepare in NO_CHECKPOINTS.items()],
+      for name, prepare in NO_CHECKPOINTS.items() if "fixed set" not in name],
     *[Case(f"reconstruct {name}", DRAW, "checkpoint-1.pth|pre", prepare=prepare)
       for name, prepare in NO_CHECKPOINTS.items()],
     *[Case(f"evaluate {name}", SCORE, "best.pth", prepare=prepare)
       for name, prepare in NO_FINETUNED.items()],
     *[Case(f"predict {name}", PREDICT, "best.pth", prepare=prepare)
       for name, prepare in NO_FINETUNED.items()],
+    Case("unpack a store whose last segment is damaged", UNPACK, "a segment of .* is damaged", prepare=CUT),
     *[Case(f"unpack a store: {name}", UNPACK, "masks.sqlite|masks", prepare=prepare)
       for name, prepare in STORES.items() if "coverage" not in name],
+    Case("merge a store with a damaged segment", MERGE, "masks.sqlite: a segment of .* is damaged",
+         prepare=CUT),
     *[Case(f"inspect a store: {name}", INSPECT, "masks.sqlite", prepare=prepare)
       for name, prepare in STORES.items() if "keys that" not in name and "absolute" not in name],
     *[Case(f"areas: {name}", REPORT, "areas.npz is damaged", prepare=prepare)
@@ -279,7 +335,8 @@ def test_a_damaged_file_is_named(case, world, capsys):
 NO_MATTER = (
     "of another format", "of a strange format", "epochs that are text", "settings that are text",
     "a model that is a number", "a model that is not known", "a size that is text",
-    "a size that is negative", "a size that is not the weights'",
+    "a size that is negative", "a size that is not the weights'", "no settings",
+    *[name for name in NO_CHECKPOINTS if "fixed set" in name],
 )  # fmt: skip
 STARTS = {name: prepare for name, prepare in NO_CHECKPOINTS.items() if name not in NO_MATTER}
 
@@ -307,6 +364,41 @@ def test_a_pretraining_does_not_go_on_from_it(name, world, capsys):
         (world / PRE).unlink()
         (world / "pre/last.pth").symlink_to("nothing")
     check(Case(name, pretrain_words(world, "pre"), "pre"), world, capsys)
+
+
+NO_PROGRESS = {
+    "99 steps": {"steps_completed": 99}, "99 epochs": {"epochs_completed": 99},
+    "fewer steps than none": {"steps_completed": -1}, "no sums": {"state__sums": {}},
+    "other sums": {"state__sums": {"loss": 1.0}}, "NaN seconds": {"state__seconds": NAN},
+    "NaN in sums": {"state__sums": lambda sums: dict.fromkeys(sums, NAN)},
+    "a score below 0": {"state__best_score": -1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_PROGRESS)
+def test_no_training_goes_on_from_what_contradicts_itself(name, world, capsys):
+    change("pre/last.pth", **NO_PROGRESS[name])(world)
+    says = "99 epochs already" if name == "99 epochs" else "last.pth"
+    check(Case(name, pretrain_words(world, "pre"), says), world, capsys)
+    (world / "fine/result.json").unlink()
+    change("fine/checkpoint.pth", **NO_PROGRESS[name])(world)
+    check(Case(name, train_words(world, "fine"), "checkpoint.pth"), world, capsys)
+
+
+POSITIONS = {
+    "no square": torch.zeros(1, 8, 16), "two at once": torch.zeros(2, 10, 16), "flat": torch.zeros(5, 16),
+    "another width": torch.zeros(1, 10, 7), "no width": torch.zeros(1, 10, 0),
+    "whole numbers": torch.zeros(1, 10, 16, dtype=torch.long), "of the class alone": torch.zeros(1, 1, 16),
+    "more than there is": torch.zeros(1, 1, 16).expand(1, 10**10 + 1, 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("check_only", [[], ["--dry-run", "check"]])
+def test_nothing_starts_from_odd_position_embeddings(name, world, capsys, check_only):
+    change(PRE, model__pos_embed=POSITIONS[name])(world)
+    words = [*pretrain_words(world), "--init", str(world / PRE), *check_only]
+    check(Case(name, words, "checkpoint-1.pth"), world, capsys)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
