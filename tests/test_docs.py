@@ -29,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [line for block in blocks("extend.md", "sh") for line in block.splitlines()])
+@pytest.mark.parametrize(
+    "command", [line for block in blocks("extend.md", "sh") for line in block.splitlines()]
+)
 def test_what_extends_it_is_known_to_the_plan(folder: Path, command: str) -> None:
     done = subprocess.run(
         [sys.executable, *shlex.split(command)[1:]], cwd=folder, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": ""},
@@ -40,7 +42,9 @@ def test_what_extends_it_is_known_to_the_plan(folder: Path, command: str) -> Non
 
 
 def test_the_messages_that_are_quoted_are_those_of_the_code() -> None:
-    sources = [path for room in ROOMS for path in [ROOT / room, *(ROOT / room).rglob("*.py")] if path.is_file()]
+    sources = [
+        path for room in ROOMS for path in [ROOT / room, *(ROOT / room).rglob("*.py")] if path.is_file()
+    ]
     code = "\n".join(path.read_text() for path in sources)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # one message over several lines
     rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)[2:]
