@@ -1,4 +1,4 @@
-"""Builds for `pip install -e .` (PEP 660): the checkout comes first on the path, whatever else is called `common`.
+"""Builds for `pip install -e .` (PEP 660): the checkout comes first on the path, before any other `common`.
 
 A copy in site-packages is refused: names as common as `common` and `engine` would be everybody's there.
 """
@@ -25,7 +25,7 @@ def build_editable(wheel_directory: str, config_settings: Any = None, metadata_d
     needs = "".join(f"Requires-Dist: {name}{'' if of == '*' else of}\n" for name, of in packages.items())
     files = {
         "segmae.pth": f"import sys; sys.path.insert(0, {str(ROOT)!r})\n",
-        f"{INFO}/METADATA": f"Metadata-Version: 2.1\nName: segmae\nVersion: 0\nRequires-Python: >=3.11\n{needs}",
+        f"{INFO}/METADATA": f"Metadata-Version: 2.1\nName: segmae\nVersion: 0\n{needs}",
         f"{INFO}/WHEEL": "Wheel-Version: 1.0\nGenerator: segmae\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{INFO}/entry_points.txt": "[console_scripts]\nsegmae = benchmark:command_line\n",
     }
