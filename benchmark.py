@@ -7,6 +7,7 @@ comes when is decided in pipeline/plan/steps.py. No torch is imported here.
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,8 @@ def doctor(**groups: Any) -> int:
     say(examination.findings_text(findings))
     return 1 if any(finding.fix for finding in findings) else 0
 
+
+command_line = partial(run_program, main, "segmae")  # of `pip install -e .`
 
 if __name__ == "__main__":
     run_program(main, "benchmark.py")
