@@ -1,6 +1,6 @@
 """Masked-autoencoder pretraining by masking methods of one class each; start at `python -m mae --help`.
 
-    from mae import load_encoder     # timm's ViT out of a checkpoint
+from mae import load_encoder     # timm's ViT out of a checkpoint
 """
 
 from typing import Any

@@ -188,7 +188,7 @@ def _evaluation(bench: Bench, group: int, windows: int) -> dict[str, float]:
 
 def _probe(bench: Bench) -> dict[str, float]:
     from segmenter.dataset import read_description
-    from segmenter.probe import probe
+    from segmenter.probing import probe
 
     afresh()
     config = bench.config(ProbeConfig, model="vit_large", output_dir=bench.scratch / "timed-probe")

@@ -12,6 +12,7 @@ from common.command import CONTEXT, PATH, command, dry_run
 from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
 from common.environment import rank, world_size
 from common.files import check_output_file, write_json
+from common.formats import ProbeResult, read_json
 from common.step_files import RESULT
 from engine.config import DeviceConfig
 from segmenter.config import (
@@ -105,7 +106,7 @@ def probe(encoder: Path | str, dry_run: str | None, **groups: Any) -> int:
     check_some_labels(dataset)
     if dry_run:
         return 0
-    from segmenter.probe import probe as run_probes
+    from segmenter.probing import probe as run_probes
 
     return 0 if run_probes(config, dataset) else EXIT_STOPPED
 
@@ -201,3 +202,28 @@ def check(dataset: Path) -> None:
     pairs = check_dataset(dataset)
     counts = ", ".join(f"{count} {split} pairs" for split, count in pairs.items())
     say(f"{dataset}: {counts}, all sound")
+
+
+def probe_encoder(
+    encoder: Path | str, dataset: Path | str, output_dir: Path | str, **options: Any
+) -> dict[str, Any]:
+    """From Python, what `python -m segmenter probe` leaves in result.json; what is there is read.
+
+    options: of that command, such as model="vit_base", probes=("linear", "knn"). Raises ValueError for
+    what is wrong with them, RuntimeError if a signal stopped it.
+    """
+    words = ["probe", str(encoder), "--dataset", str(dataset), "--output-dir", str(output_dir)]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{flag}")
+        else:
+            several = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{flag}", ",".join(map(str, several))]
+    try:
+        code = cli.main(args=words, standalone_mode=False)
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from error
+    if code:
+        raise RuntimeError("stopped by a signal; the same call begins anew")
+    return read_json(Path(output_dir) / RESULT, ProbeResult)

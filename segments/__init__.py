@@ -1,6 +1,6 @@
 """Segments of images. Training reads a packed store of them; `forms` says what can be packed.
 
-    from segments import open_segments
+from segments import open_segments
 """
 
 from typing import Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -53,3 +55,15 @@ def test_the_messages_that_are_quoted_are_those_of_the_code() -> None:
         for quoted in re.findall(r"`(.*?)`", row):
             for fragment in filter(str.strip, quoted.split("...")):
                 assert fragment.strip() in code, (row, fragment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["look", "score"])
+def test_a_notebook_runs_from_above_to_below(tmp_path: Path, name: str) -> None:
+    cells = json.loads((ROOT / f"docs/notebooks/{name}.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import segmenter.finetune
-import segmenter.probe
+import segmenter.probing
 from engine.config import DeviceConfig
 from engine.devices import make_accelerator
 from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
@@ -20,7 +20,7 @@ from segmenter.dataset import read_description
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.finetune import start_model
 from segmenter.frozen import NearestNeighbours, fit_linear
-from segmenter.probe import Tokens
+from segmenter.probing import Tokens
 from tests import toy
 from tests.segmenter.boxes import IGNORE, call, run, train_arguments, write_dataset
 
@@ -62,7 +62,7 @@ def probed(dataset, tmp_path_factory):
 @pytest.fixture
 def kept(dataset, monkeypatch):
     """Tokens of three images of 50 places each, room for 10 in all: 3, 3 and 4."""
-    monkeypatch.setattr(segmenter.probe, "MOST_TOKENS", 10)
+    monkeypatch.setattr(segmenter.probing, "MOST_TOKENS", 10)
     description = read_description(dataset)
     model = start_model("random", EncoderConfig(model="vit_toy"), PROTOCOL, CLASSES)
 
@@ -100,7 +100,7 @@ def test_knn_is_whitened_along_a_chosen_number_of_directions_and_knn_raw_is_not(
             asked.append(directions)
             super().__init__(tokens, labels, num_classes, directions)
 
-    monkeypatch.setattr(segmenter.probe, "NearestNeighbours", Spy)
+    monkeypatch.setattr(segmenter.probing, "NearestNeighbours", Spy)
     assert call(*probe_arguments(dataset, tmp_path / "out", probes="knn")).code == 0
     *tried, chosen, raw = asked
     assert tried == [8, 16]  # of 24 features
@@ -237,7 +237,7 @@ def test_random_is_the_encoder_that_train_begins_with(dataset, tmp_path, monkeyp
         seen.append(start_model(*arguments))
         return seen[0]
 
-    monkeypatch.setattr(segmenter.probe, "start_model", spy)
+    monkeypatch.setattr(segmenter.probing, "start_model", spy)
     arguments = probe_arguments(dataset, tmp_path / "out", seed=5, probes="rankme")
     assert call(*arguments).code == 0
     for name, weight in seen[0].encoder.state_dict().items():
@@ -268,14 +268,14 @@ def test_a_folded_fourth_channel_changes_nothing(dataset, tmp_path):
 
 def test_no_more_tokens_are_kept_than_the_bound_allows(dataset, tmp_path, monkeypatch):
     """7 images of 9 windows' tokens each, and room for 10 in all: one or two of each image."""
-    monkeypatch.setattr(segmenter.probe, "MOST_TOKENS", 10)
+    monkeypatch.setattr(segmenter.probing, "MOST_TOKENS", 10)
     kept = []
 
     def spy(tokens, labels, num_classes, weight_decay):
         kept.append(tokens)
         return fit_linear(tokens, labels, num_classes, weight_decay)
 
-    monkeypatch.setattr(segmenter.probe, "fit_linear", spy)
+    monkeypatch.setattr(segmenter.probing, "fit_linear", spy)
     assert call(*probe_arguments(dataset, tmp_path / "out", probes="linear")).code == 0
     assert kept[-1].shape == (10, 24)
     assert {len(tokens) for tokens in kept[:-1]} < {7, 8, 9}, "a fifth of the images is left out"
@@ -309,14 +309,14 @@ def test_check_says_what_is_wrong_and_writes_nothing(dataset, tmp_path, command)
 
 @pytest.mark.parametrize("at", ["tokens", "linear"])
 def test_a_signal_ends_it_and_leaves_nothing_half_written(dataset, probed, tmp_path, monkeypatch, at):
-    original = segmenter.probe._Probing.over
+    original = segmenter.probing._Probing.over
 
     def interrupted(run, name, *arguments, **more):
         if name == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(run, name, *arguments, **more)
 
-    monkeypatch.setattr(segmenter.probe._Probing, "over", interrupted)
+    monkeypatch.setattr(segmenter.probing._Probing, "over", interrupted)
     assert call(*probe_arguments(dataset, tmp_path / "out")).code == 75
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
     monkeypatch.undo()
