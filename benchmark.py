@@ -6,6 +6,8 @@ comes when is decided in pipeline/plan/steps.py. No torch is imported here.
 """
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, run_program, say
 from common.files import check_output_file, check_output_folder, hold
 from common.interruption import Interruption
-from common.options import MOST_SEED
+from common.options import MOST_SEED, fields_of
 from pipeline.launch import doctor as examination
 from pipeline.launch import slurm
 from pipeline.launch.estimate import estimate_run
@@ -158,6 +160,24 @@ def _settings(groups: dict[str, Any]) -> Settings:
     return Settings(**{**groups, "compute": compute})
 
 
+@command(main, "score", own={"eval_seeds": 0}, **GROUPS)
+@click.argument("encoders", metavar="[NAME=]ENCODER,...")
+@click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
+def score(encoders: str, dry_run: bool, **groups: Any) -> int:
+    """Probe any ENCODERS on --eval-dataset, and report; with --eval-seeds N finetune them, too.
+
+    An ENCODER is random, a file, timm:NAME|FOLDER, hf:NAME|FOLDER or FILE.py:FUNCTION.
+    """
+    # An argument, since there is nothing to score without encoders; else it is --eval.
+    judged = fields_of(GROUPS["experiment"])["eval"].judge(encoders)
+    groups["experiment"] = replace(groups["experiment"], eval=judged)
+    settings = _settings(groups)
+    if dry_run:
+        show(settings, verbose=False)
+        return 0
+    return run(settings)
+
+
 @main.command()
 @click.argument("folder", type=PATH)
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
@@ -220,6 +240,8 @@ def doctor(**groups: Any) -> int:
     say(examination.findings_text(findings))
     return 1 if any(finding.fix for finding in findings) else 0
 
+
+command_line = partial(run_program, main, "segmae")  # of `pip install -e .`
 
 if __name__ == "__main__":
     run_program(main, "benchmark.py")
