@@ -61,7 +61,7 @@ SCHEMA = f"""
     DROP TABLE IF EXISTS tars; DROP TABLE IF EXISTS parts; DROP TABLE IF EXISTS images;
     CREATE TABLE tars (id INTEGER PRIMARY KEY, path TEXT NOT NULL, size INTEGER, mtime_ns INTEGER);
     CREATE TABLE parts (tar INTEGER, start INTEGER, size INTEGER, inner TEXT, is_done INTEGER DEFAULT 0);
-    CREATE TABLE images (name TEXT NOT NULL, tar INTEGER, start INTEGER, size INTEGER);
+    CREATE TABLE images (tar INTEGER, name TEXT NOT NULL, start INTEGER, size INTEGER);
     PRAGMA application_id = {INDEX_ID};
     PRAGMA user_version = {INDEX_VERSION};
 """
@@ -304,10 +304,12 @@ def _fill(store: sqlite3.Connection, folder: Path, scan: Callable[[_Part], _Foun
                 for part, found in zip(parts, in_order(scan, parts, processes=None), strict=True):
                     of = part.tar, part.start
                     store.execute("UPDATE parts SET is_done = 1 WHERE tar = ? AND start = ?", of)
-                    for table, rows in (("parts (tar, start, size, inner)", found.inner),
-                                        ("images (tar, name, start, size)", found.images)):  # fmt: skip
-                        values = [(part.tar, *row) for row in rows]
-                        store.executemany(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", values)
+                    inner = [(part.tar, *row) for row in found.inner]
+                    store.executemany(
+                        "INSERT INTO parts (tar, start, size, inner) VALUES (?, ?, ?, ?)", inner
+                    )
+                    images = [(part.tar, *row) for row in found.images]
+                    store.executemany("INSERT INTO images VALUES (?, ?, ?, ?)", images)
                     left_out += found.left_out
                     counter.advance()
                     if time.monotonic() - committed_at > SECONDS_PER_COMMIT:
@@ -345,13 +347,15 @@ def _scan(folder: Path, is_image: Callable[[str], bool], classes: dict[str, str]
 
 
 def _refuse_compressed(path: Path, where: str, head: bytes) -> None:
-    for tool in (tool for magic, tool in UNPACKERS.items() if head.startswith(magic)):
-        unpacked = path.with_name(f"{TAR_NAME.sub('', path.name)}-unpacked.tar")
-        how = f"This unpacks it: {tool} -dc {shlex.quote(str(path))} > {shlex.quote(str(unpacked))}"
-        if where != str(path):  # one in a tar
-            how = f"Unpack {path.name} into another folder, and what it holds by {tool} -d"
-        said = "is compressed, so that no image can be read by itself"
-        raise ValueError(f"{where} {said}. {how}; then move the compressed one away")
+    tool = next((tool for magic, tool in UNPACKERS.items() if head.startswith(magic)), None)
+    if tool is None:
+        return
+    unpacked = path.with_name(f"{TAR_NAME.sub('', path.name)}-unpacked.tar")
+    how = f"This unpacks it: {tool} -dc {shlex.quote(str(path))} > {shlex.quote(str(unpacked))}"
+    if where != str(path):  # one in a tar
+        how = f"Unpack {path.name} into another folder, and what it holds by {tool} -d"
+    said = "is compressed, so that no image can be read by itself"
+    raise ValueError(f"{where} {said}. {how}; then move the compressed one away")
 
 
 def _look_into(

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.step_files import BEST, CHECKPOINT, LAST
+from mae.config import PretrainConfig
 from pipeline.plan.check import init_of
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import read_record, write_record
 from pipeline.plan.settings import Keep
 from pipeline.plan.steps import Step
+from segmenter.config import TrainConfig
 
 
 class Expiring(NamedTuple):
@@ -54,16 +56,12 @@ def expiring(steps: Sequence[Step], keep: Keep) -> list[Expiring]:
         for step in earlier if keep == "finetuned" else ():
             scores = readers.get(step.outputs[0], [])
             # Another call may have finetuned it, and may again.
-            finetuned = any(score.kind == "evaluate" for score in scores) or _was_finetuned(step)
+            was_finetuned = Layout(step.folder.parent.parent).eval_dir(step.run, step.epochs).exists()
+            finetuned = was_finetuned or any(score.kind == "evaluate" for score in scores)
             if scores and not finetuned:
                 after = frozenset(score.name for score in scores) | {step.name}
                 found.append(Expiring(step.outputs[0], step.name, after))
     return found
-
-
-def _was_finetuned(step: Step) -> bool:
-    root = step.folder.parent.parent
-    return Layout(root).eval_dir(step.run, step.epochs).exists()
 
 
 def remove_expired(files: Iterable[Expiring], is_done: Callable[[str], bool], paths: Layout) -> None:
@@ -107,11 +105,9 @@ def _side_by_side(steps: Sequence[Step]) -> Iterable[Sequence[Step]]:
 
 def _leaves(step: Step) -> dict[Path, int]:
     """Files of weights that a step leaves, and their bytes; each is there once, whoever leaves it."""
-    facts = step.facts
-    if facts is None or step.kind not in ("pretrain", "evaluate"):
+    if step.facts is None or not isinstance(step.config, PretrainConfig | TrainConfig):
         return {}
     rolling, own = (LAST, step.outputs[0].name) if step.kind == "pretrain" else (CHECKPOINT, BEST)
-    config = step.config
-    keeps = config is not None and getattr(config.run, "keep_optimizer", False)
-    sizes = {own: facts.checkpoint_bytes if keeps else facts.model_bytes, rolling: facts.checkpoint_bytes}
-    return {step.folder / name: size for name, size in sizes.items()}
+    with_optimizer = step.facts.checkpoint_bytes
+    kept = with_optimizer if step.config.run.keep_optimizer else step.facts.model_bytes
+    return {step.folder / own: kept, step.folder / rolling: with_optimizer}
