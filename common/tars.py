@@ -350,6 +350,7 @@ def _refuse_compressed(path: Path, where: str, head: bytes) -> None:
     tool = next((tool for magic, tool in UNPACKERS.items() if head.startswith(magic)), None)
     if tool is None:
         return
+    # Beside it, by a name that no other tar there has.
     unpacked = path.with_name(f"{TAR_NAME.sub('', path.name)}-unpacked.tar")
     how = f"This unpacks it: {tool} -dc {shlex.quote(str(path))} > {shlex.quote(str(unpacked))}"
     if where != str(path):  # one in a tar

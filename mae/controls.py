@@ -171,8 +171,6 @@ def block(own: Segment, count: int, crop: Crop, side: int, rng: np.random.Genera
 
 def _in_pixels_of(own: Segment, image: CroppedImage) -> Crop:
     """The crop of an image in pixels of its segments, which were made before it was shrunk."""
-    if (own.height, own.width) == (image.height, image.width):
-        return image.crop
     crop, rows, columns = image.crop, own.height / image.height, own.width / image.width
     return replace(
         crop, top=round(crop.top * rows), height=max(1, round(crop.height * rows)),
