@@ -62,29 +62,23 @@ FINETUNED = [f"eval_output/four_channels_{n}/{name}" for n in (2, 4) for name in
         ("finetuned", [ROUNDS[1], ROUNDS[3]]),
     ],
 )
-def test_what_goes_once_it_is_scored_counts_as_done(settings: Make, keep: Keep, left: list[str]) -> None:
+def test_what_goes_once_it_is_scored_counts_as_done_and_less_can_be_kept_later(
+    settings: Make, keep: Keep, left: list[str]
+) -> None:
     code, steps, paths = run(settings(PLAN), keep)
     assert code == 0 and weights(paths) == sorted(left)
     assert all(is_done(step, paths) for step in steps)
     attempts = [read_record(paths, step.name).attempts for step in steps]
     assert run(settings(PLAN), keep)[0] == 0
     assert [read_record(paths, step.name).attempts for step in steps] == attempts
+    # Later: what another call finetuned stays.
+    later = PLAN if keep == "all" else "--pretrain-epochs 4 --eval-freq 0 --probe-freq 1"
+    assert run(settings(later), "finetuned")[0] == 0
+    assert weights(paths) == [ROUNDS[1], ROUNDS[3]]
     # A file that somebody else removed, or cut, is made again.
     kept = next(step for step in steps if step.name == "pretrain_four_channels_4")
     kept.outputs[0].write_text("")
     assert not is_done(kept, paths)
-
-
-def test_less_can_be_kept_later(settings: Make) -> None:
-    _, _, paths = run(settings(PLAN), "all")
-    assert run(settings(PLAN), "finetuned")[0] == 0
-    assert weights(paths) == [ROUNDS[1], ROUNDS[3]]
-
-
-def test_what_another_call_finetuned_stays(settings: Make) -> None:
-    _, _, paths = run(settings(PLAN), "scored")
-    run(settings("--pretrain-epochs 4 --eval-freq 0 --probe-freq 1"), "finetuned")
-    assert weights(paths) == [ROUNDS[1], ROUNDS[3]]
 
 
 def test_a_score_that_failed_keeps_its_checkpoint(settings: Make) -> None:
