@@ -346,7 +346,7 @@ def test_estimate_times_the_parts_and_leaves_nothing(tmp_path: Path) -> None:
         *("pretrain_four_channels_0", "probe_four_channels_0", "pretrain_four_channels_6"),
         *("probe_four_channels_6", "evaluate_four_channels_6"),
     ]
-    for text in ("generate_segments", "evaluate_scratch_0", "wall time: ", "will be kept"):
+    for text in ("generate_segments", "evaluate_scratch_0", "wall time: ", "at the peak"):
         assert text in done.stdout
 
 
