@@ -296,32 +296,30 @@ def _lock(store: sqlite3.Connection) -> None:
 def _fill(store: sqlite3.Connection, folder: Path, scan: Callable[[_Part], _Found]) -> None:
     """All tars, then all that lie in them, on all cores: on a network's disk each header is a wait."""
     left_out: list[str] = []
+    committed_at = time.monotonic()
+    while parts := [_Part(*row) for row in store.execute(WAITING)]:
+        logger.info("indexing %d tars of %s", len(parts), folder)
+        with Counter(f"index {folder.name}", total=len(parts), unit="tars") as counter:
+            for part, found in zip(parts, in_order(scan, parts, processes=None), strict=True):
+                of = part.tar, part.start
+                store.execute("UPDATE parts SET is_done = 1 WHERE tar = ? AND start = ?", of)
+                inner = [(part.tar, *row) for row in found.inner]
+                store.executemany("INSERT INTO parts (tar, start, size, inner) VALUES (?, ?, ?, ?)", inner)
+                images = [(part.tar, *row) for row in found.images]
+                store.executemany("INSERT INTO images VALUES (?, ?, ?, ?)", images)
+                left_out += found.left_out
+                counter.advance()
+                # Here, never where something was raised: a part is there as a whole, or not at all.
+                if time.monotonic() - committed_at >= SECONDS_PER_COMMIT:
+                    store.commit()
+                    committed_at = time.monotonic()
     try:
-        while parts := [_Part(*row) for row in store.execute(WAITING)]:
-            logger.info("indexing %d tars of %s", len(parts), folder)
-            committed_at = time.monotonic()
-            with Counter(f"index {folder.name}", total=len(parts), unit="tars") as counter:
-                for part, found in zip(parts, in_order(scan, parts, processes=None), strict=True):
-                    of = part.tar, part.start
-                    store.execute("UPDATE parts SET is_done = 1 WHERE tar = ? AND start = ?", of)
-                    inner = [(part.tar, *row) for row in found.inner]
-                    store.executemany(
-                        "INSERT INTO parts (tar, start, size, inner) VALUES (?, ?, ?, ?)", inner
-                    )
-                    images = [(part.tar, *row) for row in found.images]
-                    store.executemany("INSERT INTO images VALUES (?, ?, ?, ?)", images)
-                    left_out += found.left_out
-                    counter.advance()
-                    if time.monotonic() - committed_at > SECONDS_PER_COMMIT:
-                        store.commit()
-                        committed_at = time.monotonic()
         store.execute("CREATE UNIQUE INDEX IF NOT EXISTS by_name ON images (name)")
     except sqlite3.IntegrityError:
         name, first, last = store.execute(FIND_TWO).fetchone()
         where = f"{folder / first} twice" if first == last else f"{first} and in {last}"
         raise ValueError(f"{folder}: {name} is in {where}; rename or remove one") from None
-    finally:
-        store.commit()
+    store.commit()
     if left_out:
         text = "%s: %d members are left out: they are no regular files, of dot folders, or not UTF-8: %s"
         logger.warning(text, folder, len(left_out), ", ".join(map(shortened, left_out[:3])))

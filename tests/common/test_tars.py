@@ -320,6 +320,7 @@ def test_an_interrupted_index_goes_on(folder, tmp_path, monkeypatch):
         return scan(*arguments)
 
     monkeypatch.setattr(tars, "_scan", fails_at_the_third)
+    monkeypatch.setattr(tars, "SECONDS_PER_COMMIT", 0)
     monkeypatch.setattr(tars, "in_order", lambda work, items, processes: map(work, items))
     tar_of_tars(folder, tmp_path / "train")
     with pytest.raises(KeyboardInterrupt):
