@@ -25,12 +25,12 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from common.files import write_json, write_text
-from common.formats import StepProgress, read_json
+from common.formats import StepProgress, parsed_plain, read_json, read_yaml
 from common.options import REQUIRED, fields_of
 from common.options import differences as differing_settings
 from common.step_files import PROGRESS
 from mae.config import GROUPS as PRETRAIN_GROUPS
-from mae.config import idle_settings
+from mae.config import PretrainConfig, idle_settings, make_method, training_flops
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import hardware, versions
 from pipeline.plan.settings import Settings
@@ -122,11 +122,49 @@ def write_run_files(chosen: Settings, steps: Iterable[Step], paths: Layout) -> N
     """run.yml for people, plan.json for `status` and the report."""
     content = {"settings": chosen.flat(), "command": shlex.join(sys.argv)}
     content |= {"versions": versions(), "hardware": hardware()}
+    if spends := _spends(chosen, steps):
+        content["budget"] = spends
     write_text(paths.run_yml, yaml.safe_dump(content, sort_keys=False))
     write_json(paths.plan, [
         PlannedStep(name=s.name, needs=list(s.needs), folder=os.path.relpath(s.folder, paths.root))
         for s in steps
     ])  # fmt: skip
+
+
+def _spends(chosen: Settings, steps: Iterable[Step]) -> dict[str, Any]:
+    """The budget as the report, and the same command again, need it; empty where there is none."""
+    found, budget = {}, chosen.experiment.shared_budget
+    for step in steps:
+        if isinstance(config := step.config, PretrainConfig) and "budget" in step.settings:
+            of_image = training_flops(config.model, make_method(config.method, config.model))
+            flops = of_image * config.optimisation.effective_batch_size
+            found[config.method.mask_method] = {"end": config.optimisation.end, "flops_per_step": flops}
+    if budget is None or not found:
+        return {}
+    counted = chosen.experiment.count_segments
+    return {"asked": str(budget), "parts": budget.parts, "count_segments": counted, "methods": found}
+
+
+class _OfMethod(TypedDict):
+    end: Annotated[FiniteFloat, Field(gt=0)]
+    flops_per_step: Annotated[FiniteFloat, Field(gt=0)]
+
+
+class Spends(TypedDict):
+    """run.yml's budget. methods: the epochs of each, and what an optimizer step of it costs."""
+
+    asked: str
+    parts: Annotated[int, Field(ge=1)]
+    count_segments: bool
+    methods: dict[str, _OfMethod]
+
+
+def read_spends(paths: Layout) -> Spends | None:
+    """Of the latest call; None where it had no budget. Raises ValueError for a damaged run.yml."""
+    content = read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
+    if "budget" not in content:
+        return None
+    return cast(Spends, parsed_plain(Spends, content["budget"], f"{paths.run_yml} is damaged: budget"))
 
 
 def read_plan(paths: Layout) -> list[PlannedStep]:
@@ -178,7 +216,8 @@ def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
         # All rounds of a pretraining are one training; a score is compared with itself.
         own = [r for r in of_run if step.kind == "pretrain" or r.name == step.name]
         for record in own or (r for r in one_of_each if r.kind == step.kind):
-            leave_out = () if own else MAY_DIFFER[step.kind] | idle_settings(record.method)
+            leave_out = () if own else _may_differ(step.kind, record.fingerprint, step.settings)
+            leave_out = leave_out if own else {*leave_out, *idle_settings(record.method)}
             whose = "" if record.run == step.run else f" (of {record.run})"
             others = other_settings(step.settings, record, leave_out)
             found += [f"{step.run}: {text}{whose}" for text in others]
@@ -190,10 +229,17 @@ def made_alike(all_paths: Sequence[Layout]) -> bool:
     first: dict[str, Record] = {}  # of each kind: being alike is transitive
     for record in chain.from_iterable(map(_binding, all_paths)):
         other = first.setdefault(record.kind, record)
-        idle = MAY_DIFFER[record.kind] | idle_settings(record.method) | idle_settings(other.method)
+        idle = _may_differ(record.kind, record.fingerprint, other.fingerprint)
+        idle = idle | idle_settings(record.method) | idle_settings(other.method)
         if other_settings(_made_with(record), other, idle):
             return False
     return True
+
+
+def _may_differ(kind: str, one: Mapping[str, Any], two: Mapping[str, Any]) -> frozenset[str]:
+    """Also the epochs, where both pretrainings spend one budget."""
+    is_bound = one.get("budget") is not None and one.get("budget") == two.get("budget")
+    return MAY_DIFFER[kind] | ({"epochs", "last_epoch"} if is_bound else frozenset())
 
 
 def _made_with(record: Record) -> dict[str, Any]:

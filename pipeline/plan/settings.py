@@ -8,13 +8,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common.formats import plain
 from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, RunConfig, SegmentsFrom
+from pipeline.plan.budget import Budget
 from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN, UNTRAINED
 from segmenter.config import DEFAULT_RECIPE
 
@@ -71,6 +72,12 @@ class Experiment(OptionGroup):
     seed: tuple[int, ...] = option_of(OptimisationConfig, "seed", (DEFAULT_SEED,))
     model: str = option_of(ModelConfig, "model", ModelConfig.model)
     pretrain_epochs: int = option_of(OptimisationConfig, "epochs", OptimisationConfig.epochs)
+    budget: str | None = option(
+        "What every method spends, each in epochs of its own with a schedule of its own: flops=METHOD@EPOCHS "
+        "(what so many epochs of METHOD cost), gpu-hours=N (by timed steps), or epochs=N. Epochs of other "
+        "flags are then parts of the budget: of EPOCHS, of N, or percent of the hours.", None,
+    )  # fmt: skip
+    count_segments: bool = option("With --budget gpu-hours: making segments is a part of it.", False)
     eval_freq: int = option("Evaluate every so many epochs, and at the end; 0 = probes only.", 5, at_least=0)
     eval_epochs: tuple[int, ...] | None = option(
         "Evaluate at these instead; 0 = before pretraining.", None, at_least=0
@@ -99,6 +106,14 @@ class Experiment(OptionGroup):
             # Each makes a step that is called so.
             if isinstance(values, tuple) and len(set(values)) != len(values):
                 raise ValueError(f"--{name.replace('_', '-')} names one twice")
+        if (budget := self.shared_budget) is not None:
+            if self.pretrain_epochs not in (OptimisationConfig.epochs, budget.parts):
+                raise ValueError(
+                    f"--pretrain-epochs {self.pretrain_epochs} contradicts --budget {budget}; leave it out"
+                )
+            object.__setattr__(self, "pretrain_epochs", budget.parts)
+        if self.count_segments and (budget is None or budget.kind != "gpu-hours"):
+            raise ValueError("--count-segments: their FLOPs are not known; give --budget gpu-hours=N")
         if any(epochs > self.pretrain_epochs for epochs in self.eval_epochs or ()):
             raise ValueError(f"--eval-epochs end with the {self.pretrain_epochs} of pretraining")
         if self.baselines and "none" in self.baselines and len(self.baselines) > 1:
@@ -112,8 +127,13 @@ class Experiment(OptionGroup):
             raise ValueError(f"--eval is {self.eval}; give epochs completed, scratch or mae")
 
     @property
+    def shared_budget(self) -> Budget | None:
+        """What every method spends, where it is told."""
+        return None if self.budget is None else Budget.parse(self.budget)
+
+    @property
     def eval_points(self) -> tuple[int, ...]:
-        """Epochs completed at which to evaluate, ascending; 0 = before any pretraining."""
+        """Epochs (or parts of the budget) at which to evaluate, ascending; 0 = before any pretraining."""
         if self.eval_epochs is not None:
             return tuple(sorted(self.eval_epochs))
         if self.eval_freq == 0:
@@ -123,7 +143,7 @@ class Experiment(OptionGroup):
 
     @property
     def probe_points(self) -> tuple[int, ...]:
-        """Epochs completed at which to probe, ascending."""
+        """The same of probes."""
         if self.probe_freq == 0:
             return ()
         freq = self.probe_freq or self.pretrain_epochs + 1  # beyond the end: none of its own
@@ -247,6 +267,8 @@ class Settings:
     compute: Compute  # resolved: its numbers are known
     cluster: Cluster
     parts: Parts
+    # Method -> its epochs, where --budget is in hours, which only timed steps tell.
+    ends: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         told = (self.data.in1k_dir, self.experiment.eval, self.experiment.pretrained_from)
@@ -257,7 +279,7 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """All options by name, plain: what run.yml keeps, in the form that --config reads."""
-        groups = vars(self).values()
+        groups = (getattr(self, name) for name in GROUPS)
         return {name: plain(value) for group in groups for name, value in vars(group).items()}
 
     def notes(self) -> Iterator[str]:
@@ -285,4 +307,4 @@ class Settings:
                 yield f"--coverage-ratio is in percent: {ratio} % of the image"
 
 
-GROUPS = groups_of(Settings)
+GROUPS = {name: group for name, group in groups_of(Settings).items() if name != "ends"}
