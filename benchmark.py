@@ -18,7 +18,7 @@ from common.interruption import Interruption
 from common.options import MOST_SEED
 from pipeline.launch import doctor as examination
 from pipeline.launch import slurm
-from pipeline.launch.estimate import estimate_run
+from pipeline.launch.estimate import estimate_run, with_hours
 from pipeline.launch.local import LocalLauncher
 from pipeline.launch.status import status_text
 from pipeline.launch.view import show
@@ -135,12 +135,12 @@ def main() -> None:
 def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> int:
     """Run the plan, or show it."""
     settings = _settings(groups)
-    if dry_run:
-        show(settings, verbose=verbose)
-    elif estimate:
+    if estimate:
         say(estimate_run(settings))
+    elif dry_run:
+        show(with_hours(settings), verbose=verbose)
     else:
-        return run(settings)
+        return run(with_hours(settings))
     return 0
 
 
