@@ -23,10 +23,11 @@ from pipeline.launch.local import LocalLauncher
 from pipeline.launch.status import status_text
 from pipeline.launch.view import show
 from pipeline.plan.check import checked_plan
+from pipeline.plan.keep import expiring, remove_expired
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import visible_gpus
 from pipeline.plan.records import Record, is_done, write_run_files
-from pipeline.plan.settings import GROUPS, Settings
+from pipeline.plan.settings import GROUPS, Keep, Settings
 from pipeline.plan.steps import PARTS, Step
 
 _POLL_SECONDS = 0.1
@@ -46,12 +47,12 @@ def run(settings: Settings) -> int:
     with hold(paths.lock, paths.root):
         write_run_files(settings, steps, paths)
         launcher = LocalLauncher(paths, overlaps=settings.compute.overlaps)
-        exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going)
+        exit_code = alternate(steps, launcher, keep_going=settings.parts.keep_going, keep=settings.parts.keep)
         say(write_all(paths))  # also after a failure: over what is there
     return exit_code
 
 
-def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -> int:
+def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool, keep: Keep = "all") -> int:
     """Runs every step that is not done yet, each after those it needs; returns the exit code.
 
     In sequence that is the order of the plan. Steps that have devices of their own run beside each
@@ -59,12 +60,16 @@ def alternate(steps: list[Step], launcher: LocalLauncher, *, keep_going: bool) -
     """
     # Each step is done, waiting, running, failed, stopped, or left: not to be started in this call.
     states = {s.name: "done" if is_done(s, launcher.paths) else "waiting" for s in steps}
+    files = expiring(steps, keep)
+    remove_expired(files, lambda name: states[name] == "done", launcher.paths)
     with Interruption(notice=_STOPPING, ends_process=False) as stop:
         while not {"waiting", "running"}.isdisjoint(states.values()):
             for record in [*start_ready(steps, states, launcher), *launcher.poll()]:
                 states[record.name] = record.state
                 if record.message:
                     say(f"Error: {record.message}", err=True)
+                if record.state == "done":
+                    remove_expired(files, lambda name: states[name] == "done", launcher.paths)
             stopping = stop.requested or "stopped" in states.values()
             over = stopping or ("failed" in states.values() and not keep_going)
             if over:  # until it has ended: what does not save in time is ended

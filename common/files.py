@@ -39,11 +39,11 @@ def open_regular(path: Path | str) -> FileIO:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def read_bytes(path: Path | str) -> bytes:
-    """All that a regular file holds. Raises ValueError that names it."""
+def read_bytes(path: Path | str, most: int = -1) -> bytes:
+    """What a regular file holds, or its first bytes. Raises ValueError that names it."""
     try:
         with open_regular(path) as file:
-            return file.read()
+            return file.read(most)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from common.files import read_bytes, relative_files, shortened
+from common.tars import TAR, TarImages, TarMember, open_tars, tars_among
 
 if TYPE_CHECKING:  # not every command that lists images opens some
     from PIL import Image
 
 Item = TypeVar("Item")
+ImagePath = Path | TarMember  # what `source / name` is
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -41,23 +43,77 @@ GREY_OR_COLOUR = (1, 3)  # channels of a JPEG; four are CMYK
 EXTRANEOUS, FEW_BYTES = re.compile(r"(\d+) extraneous bytes before marker"), 64
 
 
-def find_images(folder: Path) -> list[str]:
-    """Image files below a folder, at any depth, as sorted posix paths; ValueError if none."""
+class Images(NamedTuple):
+    """Images below a folder: `source / name` can be read; names are posix paths, sorted."""
+
+    source: Path | TarImages
+    names: list[str]
+
+
+def open_images(folder: Path, index_dir: Path | None = None) -> Images:
+    """Images below a folder, at any depth: files, or where there are none, those in tar files.
+
+    index_dir: where tars are indexed whose folder cannot be written; see `open_tars`. Raises
+    ValueError if there are none.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; images are expected there")
     every = [path for path in relative_files(folder) if not path.rpartition("/")[2].startswith(".")]
-    found = sorted(path for path in every if path.lower().endswith(IMAGE_SUFFIXES))
+    found = sorted(filter(_is_image, every))
     if others := [path for path in every if path.lower().endswith(OTHER_SUFFIXES)]:
         text = "%s: %d images are left out, such as %s; those that are read end in %s"
         logger.warning(text, folder, len(others), min(others), " ".join(IMAGE_SUFFIXES))
-    if not found:
-        raise ValueError(f"no image below {folder} (looked for {' '.join(IMAGE_SUFFIXES)})")
-    return found
+    if found:
+        if tars := [path for path in every if path.lower().endswith(TAR)]:
+            text = "%s: %d tars are left out, since there are image files: %s"
+            logger.warning(text, folder, len(tars), min(tars))
+        return Images(folder, found)
+    if tars := tars_among(folder, every):
+        in_tars = open_tars(folder, tars, _is_image, index_dir)
+        if names := in_tars.names():
+            return Images(in_tars, names)
+    where = f"below {folder}" + (f", nor in the {len(tars)} tars there" if tars else "")
+    raise ValueError(f"no image {where} (looked for {' '.join(IMAGE_SUFFIXES)})")
 
 
-def read_rgb(path: Path) -> np.ndarray:
+def has_classes(folder: Path, index_dir: Path | None = None) -> bool:
+    """Whether a folder, if it is there, has a folder for each class: by a look, unless it holds tars."""
+    entries = list(os.scandir(folder)) if folder.is_dir() else []
+    if not any(entry.is_dir() for entry in entries) and any(e.name.lower().endswith(TAR) for e in entries):
+        with suppress(ValueError):  # whoever trains on it will say so
+            return (
+                len({name.partition("/")[0] for name in open_images(folder, index_dir).names if "/" in name})
+                > 1
+            )
+    return sum(entry.is_dir() for entry in entries) > 1
+
+
+def find_images(folder: Path) -> list[str]:
+    """The names of these images alone."""
+    return open_images(folder).names
+
+
+def locate_image(path: Path) -> ImagePath:
+    """An image file, or what a folder of tars calls so: IN1K/train/n01440764/n01440764_18.JPEG."""
+    if not path.exists():
+        folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+        if any(entry.suffix.lower() == TAR for entry in folder.iterdir()):
+            return open_images(folder).source / path.absolute().relative_to(folder).as_posix()
+    return path
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def read_content(path: ImagePath) -> bytes:
+    """All bytes of an image, wherever it lies. Raises ValueError that names it."""
+    return path.read() if isinstance(path, TarMember) else read_bytes(path)
+
+
+def read_rgb(path: ImagePath) -> np.ndarray:
     """All pixels of an image of any kind, see `decode_rgb`. Raises ValueError naming the file."""
-    content = read_bytes(path)
+    content = read_content(path)
     try:
         return decode_rgb(content)
     except ValueError as error:
@@ -87,14 +143,14 @@ def decode_rgb(content: bytes | bytearray) -> np.ndarray:
     return np.array(_to_rgb(image))
 
 
-def read_reduced(path: Path, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+def read_reduced(path: ImagePath, side: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Pixels of an image, and its own (height, width). Raises ValueError as `read_rgb`.
 
     A large upright JPEG has fewer pixels, but no side is shorter than `side`.
     """
     import simplejpeg
 
-    content = read_bytes(path)
+    content = read_content(path)
     header = jpeg_header(content)
     if header is not None and header.is_upright and min(header.height, header.width) >= 2 * side:
         with suppress(ValueError):  # `read_rgb` judges what is huge, damaged or of another kind
@@ -122,7 +178,7 @@ def _decode_jpeg(content: bytes | bytearray) -> np.ndarray | None:
 
 
 def load_image(
-    source: Path | bytes | bytearray, *, draft: tuple[int, int] | None = None, decode: bool = True
+    source: ImagePath | bytes | bytearray, *, draft: tuple[int, int] | None = None, decode: bool = True
 ) -> Image.Image:
     """An image file by Pillow, first picture, as it lies in the file.
 
@@ -131,8 +187,8 @@ def load_image(
     """
     from PIL import Image
 
-    name = f"{source} cannot be read as an image: " if isinstance(source, Path) else ""
-    content = read_bytes(source) if isinstance(source, Path) else source
+    name = "" if isinstance(source, bytes | bytearray) else f"{source} cannot be read as an image: "
+    content = source if isinstance(source, bytes | bytearray) else read_content(source)
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     refuse_huge(0, 0)  # a wrong limit is no damage of the image
     try:

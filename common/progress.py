@@ -64,13 +64,16 @@ class Display:
 class Counter(AbstractContextManager["Counter"]):
     """Counts `unit`s of work that come one after the other. Use as a context manager."""
 
-    def __init__(self, what: str, *, total: int, done: int = 0, unit: str = "images") -> None:
+    def __init__(
+        self, what: str, *, total: int, done: int = 0, unit: str = "images", of_step: bool = True
+    ) -> None:
+        """of_step: whether it is what a plan's step is about, so that progress.json tells of it."""
         self.what, self.total, self.unit = what, total, unit
         self.done = self.begun_with = done
         self.started = time.monotonic()
         # Set by the launcher of a plan. Processes beside the first do the same kind of work.
         path = os.environ.get(PROGRESS_FILE)
-        self.display = Display(total, Path(path) if path and not rank() else None)
+        self.display = Display(total, Path(path) if path and of_step and not rank() else None)
         self.display.seconds_per_line = 10.0
 
     def __exit__(self, *_: object) -> None:

@@ -5,6 +5,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, Self
 
@@ -35,7 +36,7 @@ class Checkpoint(TypedDict):
     """What a training's checkpoint holds, whatever it trains, beside the format's version."""
 
     model: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: NotRequired[dict[str, Any]]  # in the rolling one: what training goes on from
     epochs_completed: Count
     steps_completed: Count
     config: dict[str, Any]
@@ -43,19 +44,29 @@ class Checkpoint(TypedDict):
     loss_scaling: NotRequired[LossScaling]
 
 
-def save_checkpoint(content: dict[str, Any], path: Path, also: Path | None = None) -> None:
+def save_checkpoint(
+    content: dict[str, Any], path: Path, also: Path | None = None, *, keep_optimizer: bool = True
+) -> None:
     """Replace `path`; a kill at any moment leaves the old file or the new one.
 
-    also: a second name that it gets. Raises RuntimeError if the disk does not take it, or a tensor
+    also: a second name that it gets. keep_optimizer: else only that one holds the optimizer, which is
+    twice as large as the model. Raises RuntimeError if the disk does not take it, or a tensor
     is not finite.
     """
     damage = not_finite(content)
     if damage:
         raise RuntimeError(f"{damage} is not finite; {path} was not saved")
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, **content}, file)
+    _write(content, path)
     if also is not None:
         also_save_as(path, also)
+        # Last: until the other is there, training goes on from this one.
+        if not keep_optimizer:
+            _write({name: value for name, value in content.items() if name != "optimizer"}, path)
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        torch.save({"format_version": FORMAT_VERSION, **content}, file)
 
 
 class Saver:
@@ -90,17 +101,19 @@ class Saver:
         path: Path,
         *,
         also: Path | None = None,
+        keep_optimizer: bool = True,
         afterwards: Callable[[], None] | None = None,
     ) -> None:
         """Take a copy of what is to be saved, and begin to write it when the one before is done.
 
-        also: a second name that it gets. afterwards: is called by `settle`. Raises RuntimeError if
-        the one before could not be written.
+        also, keep_optimizer: see `save_checkpoint`. afterwards: is called by `settle`. Raises
+        RuntimeError if the one before could not be written.
         """
         self.settle(wait=True)  # there is never more than one copy in memory
         # Training changes the tensors meanwhile.
         copied = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), content)
-        self.running = self.thread.submit(save_checkpoint, copied, path, also)
+        save = partial(save_checkpoint, copied, path, also, keep_optimizer=keep_optimizer)
+        self.running = self.thread.submit(save)
         self.afterwards, self.saved_at = afterwards, time.monotonic()
 
     def settle(self, *, wait: bool) -> None:
@@ -130,6 +143,15 @@ def load_checkpoint(path: Path, *, program: str, shape: Any, lazily: bool = Fals
     if not lazily:
         refuse_damaged(content, path)
     return content
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError if training cannot go on from the checkpoint at `path`."""
+    if "optimizer" not in checkpoint:
+        raise ValueError(
+            f"{path} holds the model without the optimizer, so that training cannot go on from it; "
+            "put the rolling checkpoint back that held both, or use another --output-dir"
+        )
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -111,6 +111,10 @@ class TrainingConfig(OutputConfig):
     save_every_minutes: float | None = option(
         "Also save inside an epoch. Default: after epochs only.", None, above=0, neutral=True
     )
+    keep_optimizer: bool = option(
+        "In every checkpoint, which is then three times as large; else in the rolling one alone.", False,
+        neutral=True,
+    )  # fmt: skip
     log_with: tuple[str, ...] = option(
         "Trackers of accelerate that get the values of log.txt: tensorboard, wandb, ...; or none.",
         ("tensorboard",), neutral=True,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common.console import say
 from common.interruption import Interruption
-from engine.checkpoint import Saver, load_optimizer, load_weights, not_finite
+from engine.checkpoint import Saver, check_resumable, load_optimizer, load_weights, not_finite
 from engine.devices import LateReads, make_accelerator, refuse_disagreement, working_in
 from engine.layers import lower_precision, recompute_activations
 from engine.logbook import Logbook, send_to_trackers
@@ -80,6 +80,7 @@ def build(
     state = State.of(task, checkpoint, path)
     if checkpoint:
         assert path is not None
+        check_resumable(checkpoint, path)
         load_weights(model, checkpoint["model"], path)
         load_optimizer(optimizer, checkpoint["optimizer"], path)
         update.continue_from(checkpoint.get("loss_scaling", {}))
@@ -184,7 +185,8 @@ def save(
     # rely on the other being there.
     *own, rolling = names or task.checkpoint_names(state.epochs_completed, is_best=False)[-1:]
     path, also = (folder / own[0], folder / rolling) if own else (folder / rolling, None)
-    run.saver.save(content, path, also=also, afterwards=afterwards)
+    keeps = task.run.keep_optimizer
+    run.saver.save(content, path, also=also, keep_optimizer=keeps, afterwards=afterwards)
 
 
 # An epoch, and a step

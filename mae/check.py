@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.files import check_output_folder
-from common.images import evenly_spread
+from common.images import ImagePath, evenly_spread
 from common.step_files import OF_PRETRAINING, find_resumable
 from engine.config import batches_ahead
 from engine.logbook import check_trackers, unusual
@@ -32,8 +32,13 @@ class PretrainFacts:
     plan: BatchPlan
     # (epoch, rate, what is there) at the epochs that matter, ascending.
     learning_rates: tuple[tuple[float, float, str], ...]
-    checkpoint_bytes: int  # about the size of one
-    some_images: tuple[Path, ...]  # training images, evenly spread
+    checkpoint_bytes: int  # about the size of one with the optimizer
+    some_images: tuple[ImagePath, ...]  # training images, evenly spread
+
+    @property
+    def model_bytes(self) -> int:
+        """About the size of one without: AdamW keeps two numbers of each weight."""
+        return self.checkpoint_bytes // 3
 
 
 def check_pretraining(
@@ -63,7 +68,7 @@ def check_pretraining(
         learning_rates=tuple((n, run.rate_at(n / whole), named[n]) for n in sorted(named)),
         checkpoint_bytes=config.model.checkpoint_bytes,
         some_images=tuple(
-            config.data.in1k_dir / "train" / listing.train[index].decode()
+            listing.train_folder / listing.train[index].decode()
             for index in evenly_spread(range(len(listing.train)), SOME)
         ),
     )  # fmt: skip

@@ -4,7 +4,7 @@ import textwrap
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import click
 
@@ -17,6 +17,7 @@ from engine.config import PluginConfig
 from engine.vit import IMAGE_CHANNELS
 from mae.config import GROUPS, OFFICIAL_FILES, PretrainConfig
 from mae.masking import METHODS
+from mae.pack import PackOptions, pack_images
 
 RELEASE = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_{}.pth"
 
@@ -104,7 +105,18 @@ def reconstruct(checkpoint: Path, images: tuple[Path, ...], options: _Reconstruc
 
 @dataclass(frozen=True, kw_only=True)
 class _ExportOptions(PluginConfig):
-    out: Path = option("A .safetensors or .pth file.")
+    out: Path = option("A .safetensors or .pth file; with --to, a folder.")
+    to: Literal["timm", "transformers", "mmseg"] | None = option(
+        "Write the folder that this library loads, with a model card.", None
+    )
+    license: str | None = option("Of the weights, for the model card, as the hub calls it: mit, ...", None)
+    push: str | None = option(
+        "Upload the folder to this repository of the Hugging Face hub, OWNER/NAME.", None
+    )
+
+    def __post_init__(self) -> None:
+        if self.to is None and (self.push or self.license):
+            raise ValueError("--push and --license are about a folder: say for which library by --to")
 
 
 @command(cli, options=_ExportOptions)
@@ -112,11 +124,42 @@ class _ExportOptions(PluginConfig):
 def export(checkpoint: Path, options: _ExportOptions) -> None:
     """Write the encoder as a plain 3-channel ViT, whatever the masking method was.
 
-    Prints the line of Python that loads it with timm.
+    Prints the lines of Python that load it.
     """
-    from mae.weights import export_encoder
+    if options.to is None:
+        from mae.weights import export_encoder
 
-    say(export_encoder(checkpoint, options.out))
+        say(export_encoder(checkpoint, options.out))
+    else:
+        from mae.export import export_folder
+
+        more = {"licence": options.license, "push": options.push}
+        say(export_folder(checkpoint, options.to, options.out, **more))
+
+
+@cli.group(context_settings=CONTEXT)
+def images() -> None:
+    """Prepare the images of a dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardsOptions(OptionGroup):
+    title: ClassVar[str] = "Output"
+    out: Path = option("Folder of the shards, such as PACKED/train: they are called after it.")
+
+
+@command(images, "pack", output=_ShardsOptions, options=PackOptions)
+@click.argument("source", type=PATH)
+def pack_command(source: Path, output: _ShardsOptions, options: PackOptions) -> int:
+    """Pack images of class folders, tars, or parquet files of imagenet-1k into WebDataset shards.
+
+    With --short-side they are shrunk once. The same command goes on if interrupted.
+    """
+    log_to_stderr("%(message)s")
+    packed = pack_images(source, output.out, options)
+    if packed is not None:
+        say(packed)
+    return EXIT_STOPPED if packed is None else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,9 @@ class DataConfig(OptionGroup):
     masks_dir: Path | None = option(
         "Packed segments, or their folder. Default: IN1K_DIR/masks, or masks.sqlite there.", None
     )
+    index_dir: Path | None = option(
+        "Where images in tars are indexed if their own folder cannot be written.", None, neutral=True
+    )
     allow_missing_segments: bool = option(
         "Go on if more than half of the images have no segment.", False, neutral=True
     )

@@ -8,7 +8,7 @@ vary alike: in the first place an image has one of either, which the crop moves.
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -51,7 +51,7 @@ class SegmentSource:
             rng = sample_rng(self.seed, CONTROL, 0, zlib.crc32(key.encode()))
         size, side = (image.height, image.width), method.segment_side
         segments = own = self._segments(method, key, rng)
-        if (own[0].height, own[0].width) != size:
+        if not own[0].fits(*size):
             raise ValueError(
                 f"it is {image.width}x{image.height} pixels, upright, but its segments are "
                 f"{own[0].width}x{own[0].height}"
@@ -66,7 +66,8 @@ class SegmentSource:
         if shape is not None:
             counts = np.count_nonzero(cut, axis=(1, 2)).tolist()
             of_each = zip(own, counts, strict=True)
-            cut = np.stack([shape(one, count, image.crop, side, rng) for one, count in of_each])
+            crop = _in_pixels_of(own[0], image)
+            cut = np.stack([shape(one, count, crop, side, rng) for one, count in of_each])
             cut = cut[..., ::-1] if image.crop.flip else cut
         return cut if method.all_segments else np.ascontiguousarray(cut[0])
 
@@ -166,6 +167,17 @@ def block(own: Segment, count: int, crop: Crop, side: int, rng: np.random.Genera
     box = np.arange(height * width).reshape(height, width) < count
     inside[top : top + height, left : left + width] = box
     return inside
+
+
+def _in_pixels_of(own: Segment, image: CroppedImage) -> Crop:
+    """The crop of an image in pixels of its segments, which were made before it was shrunk."""
+    if (own.height, own.width) == (image.height, image.width):
+        return image.crop
+    crop, rows, columns = image.crop, own.height / image.height, own.width / image.width
+    return replace(
+        crop, top=round(crop.top * rows), height=max(1, round(crop.height * rows)),
+        left=round(crop.left * columns), width=max(1, round(crop.width * columns)),
+    )  # fmt: skip
 
 
 def _area(own: Segment) -> float:

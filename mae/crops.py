@@ -7,7 +7,6 @@ damaged, goes through the reader of the whole project (common/images.py). Images
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -16,8 +15,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.files import read_bytes
-from common.images import GREY_OR_COLOUR, JpegHeader, decode_rgb, jpeg_header, load_image, refuse_huge
+from common.images import (
+    GREY_OR_COLOUR,
+    ImagePath,
+    JpegHeader,
+    decode_rgb,
+    jpeg_header,
+    load_image,
+    read_content,
+    refuse_huge,
+)
 from segments.segment import Segment, decode_at
 
 CROP_AREA = (0.2, 1.0)  # of the image, as MAE crops
@@ -88,13 +95,13 @@ def _centred(height: int, width: int, box_height: int, box_width: int, flip: boo
     return Crop(top=top, left=left, height=box_height, width=box_width, flip=flip)
 
 
-def read_crop(path: Path | str, choose_crop: Callable[[int, int], Crop], size: int) -> CroppedImage:
+def read_crop(path: ImagePath, choose_crop: Callable[[int, int], Crop], size: int) -> CroppedImage:
     """Read an image file, crop it as `choose_crop(height, width)` says, and resize the crop.
 
     Of an upright JPEG no rows below the crop are decoded, and where it is going to be shrunk by 2
     or more, only 1/2, 1/4 or 1/8 of the size. Raises ValueError as `decode_rgb`.
     """
-    content = bytearray(read_bytes(path))
+    content = bytearray(read_content(path))
     header = jpeg_header(content)
     if header is not None and header.is_upright and header.channels in GREY_OR_COLOUR:
         refuse_huge(header.height, header.width)  # by what it claims: before anything is decoded

@@ -1,4 +1,4 @@
-"""Samples: from a list of files to uint8 batches, the same on any number of workers.
+"""Samples: from a list of images to uint8 batches, the same on any number of workers.
 
 What happens to a sample is a pure function of (seed, epoch, image index), so neither the worker,
 nor the process, nor the batch it falls into matters.
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.images import next_usable
+from common.tars import TarImages
 from engine.schedule import FIXED, SAMPLE, sample_rng
 from engine.task import MicroBatch
 from engine.vit import IMAGE_CHANNELS
@@ -42,7 +43,7 @@ class MaskedImages(Dataset[Sample]):
     An unreadable image is replaced by the next one in the list and named in the sample.
     """
 
-    folder: Path
+    folder: Path | TarImages
     paths: np.ndarray
     segments: SegmentSource | None
     method: MaskingMethod
@@ -69,7 +70,7 @@ class MaskedImages(Dataset[Sample]):
         choose_crop = centre_crop if self.is_fixed else partial(random_crop, rng)
         relative, segment = self.paths[index].decode(), None
         try:
-            image = read_crop(f"{self.folder}/{relative}", choose_crop, self.method.image_size)
+            image = read_crop(self.folder / relative, choose_crop, self.method.image_size)
             if self.segments is not None:
                 segment = self.segments.cut(self.method, segment_key(relative), image, rng)
         except ValueError as error:

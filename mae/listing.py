@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from common.images import evenly_spread, find_images
+from common.images import evenly_spread, open_images
+from common.tars import TarImages
 from mae.config import DataConfig, MethodConfig
 from mae.masking import METHODS
 from segments.config import GENERATORS, VAL, command_of, made_for
@@ -27,9 +28,10 @@ class Listing:
     counts change.
     """
 
-    train: np.ndarray  # relative to train/
+    train: np.ndarray  # relative to train_folder
     val: np.ndarray  # to val_folder; where segments are hidden, those that have one under this key
-    val_folder: Path
+    train_folder: Path | TarImages
+    val_folder: Path | TarImages
     left_out: int  # images that have no segment
     val_left_out: int
     source: PackedStore | None  # the segments, if the method uses them
@@ -62,13 +64,14 @@ def make_listing(
 
 
 def _list(data: DataConfig, uses_segments: bool, packed: bool, known: dict[Any, Any]) -> Listing:
-    val_folder = data.in1k_dir / VAL
-    has_val = val_folder.is_dir() and data.val_images > 0
-    for folder in (data.in1k_dir / "train", *([val_folder] if has_val else [])):
+    val_dir = data.in1k_dir / VAL
+    has_val = val_dir.is_dir() and data.val_images > 0
+    for folder in (data.in1k_dir / "train", *([val_dir] if has_val else [])):
         # Walked once for all methods: a million images on a network's disk take minutes.
-        known[folder] = known.get(folder) or find_images(folder)
-    train = known[data.in1k_dir / "train"]
-    kept_val = val = known[val_folder] if has_val else []
+        known[folder] = known.get(folder) or open_images(folder, data.index_dir)
+    train_folder, train = known[data.in1k_dir / "train"]
+    val_folder, val = known[val_dir] if has_val else (val_dir, [])
+    kept_val = val
     kept, source = train, _open_source(data, uses_segments, packed)
     if source:
         # Every method trains on the same images, those that have a segment: else a difference
@@ -86,7 +89,7 @@ def _list(data: DataConfig, uses_segments: bool, packed: bool, known: dict[Any, 
             kept_val, val_folder = _with_their_own(val, val_folder, theirs)
     held_out = encode_paths(evenly_spread(kept_val, data.val_images))
     return Listing(
-        train=encode_paths(kept), val=held_out, val_folder=val_folder,
+        train=encode_paths(kept), val=held_out, train_folder=train_folder, val_folder=val_folder,
         left_out=len(train) - len(kept), val_left_out=len(val) - len(kept_val),
         source=source if uses_segments else None,
     )  # fmt: skip
@@ -134,7 +137,9 @@ def _check_made_for(store: PackedStore, data: DataConfig, options: MethodConfig)
     raise ValueError(f"{has}. This makes them: {command_of(settings, train, out, val)}")
 
 
-def _with_their_own(val: list[str], folder: Path, theirs: set[str]) -> tuple[list[str], Path]:
+def _with_their_own(
+    val: list[str], folder: Path | TarImages, theirs: set[str]
+) -> tuple[list[str], Path | TarImages]:
     """The held-out images that have segments, and the folder to which their paths are relative."""
     # Keys of segments that people have of them lack the val/ that `generate` gives them.
     for prefix, relative_to in ((f"{VAL}/", folder.parent), ("", folder)):
@@ -142,7 +147,7 @@ def _with_their_own(val: list[str], folder: Path, theirs: set[str]) -> tuple[lis
         if found := [path for path in within if segment_key(path) in theirs]:
             return found, relative_to
     if val:
-        logger.info("none of the %d images in %s has a segment: no held-out loss", len(val), folder)
+        logger.info("none of the %d images in %s has a segment: no held-out loss", len(val), VAL)
     return [], folder
 
 

@@ -69,7 +69,7 @@ class Pretraining(Task):
         if store is not None:
             segments = SegmentSource(store=store, donors=donors, options=config.method, seed=self.seed)
         self.train_set = self.images = MaskedImages(
-            folder=config.data.in1k_dir / "train", paths=listing.train, segments=segments,
+            folder=listing.train_folder, paths=listing.train, segments=segments,
             method=make_method(config.method, config.model), seed=self.seed,
         )  # fmt: skip
         self.hidden = Hidden(self.images)

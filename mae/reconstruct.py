@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
+from common.images import locate_image
 from engine.checkpoint import load_weights
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method, parse_group
 from mae.controls import SegmentSource
@@ -98,7 +99,7 @@ def _hide(
 ) -> tuple[Tensor, Tensor]:
     """Centre crop of an image file, and its segment's pattern, or the fixed set's in turn."""
     try:
-        image = read_crop(path, centre_crop, model.config.image_size)
+        image = read_crop(locate_image(path), centre_crop, model.config.image_size)
         if segments is None:
             return image.pixels, patterns[number % len(patterns)]
         key, rng = _key_of(path, segments.store), np.random.default_rng(number)

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 import engine.checkpoint
 from common.files import check_output_file, is_marked, mark, replacing
 from common.formats import Count
-from engine.checkpoint import Checkpoint, load_weights, refuse_damaged, refuse_misfits
+from engine.checkpoint import Checkpoint, check_resumable, load_weights, refuse_damaged, refuse_misfits
 from engine.vit import IMAGE_CHANNELS, IMAGE_MEAN, IMAGE_STD, VIT_SIZES
 from engine.weights import PROJECTION, describe_vit, fold_channels, resample_positions
 from mae.config import ModelConfig, PretrainConfig, parse_group
@@ -82,6 +82,8 @@ def open_own_checkpoint(
             f"the training images are not those of the checkpoint ({trained['count']} then, "
             f"{len(listing.train)} now, or other names); use another --output-dir"
         )
+    if checkpoint["epochs_completed"] < config.epochs_this_round:
+        check_resumable(checkpoint, path)
     return checkpoint
 
 
@@ -119,7 +121,7 @@ def export_encoder(checkpoint_path: Path, out: Path) -> str:
     # Lazily: of a checkpoint with its decoder a good part is never read.
     checkpoint = load_checkpoint(checkpoint_path, lazily=True)
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
-    weights = dict(_make_encoder(checkpoint["model"], config, checkpoint_path).state_dict())
+    weights = dict(make_encoder(checkpoint["model"], config, checkpoint_path).state_dict())
     kept = ("model", "image_size", "patch_size", "mask_method", "coverage_ratio")
     about = {name: str(checkpoint["config"][name]) for name in kept}
     about |= {"made_by": mark(KIND), "epochs_completed": str(checkpoint["epochs_completed"])}
@@ -134,17 +136,25 @@ def export_encoder(checkpoint_path: Path, out: Path) -> str:
 
 def _timm_line(config: ModelConfig, path: Path) -> str:
     """The line of Python that makes the exported ViT at `path`, and knows its pixels."""
+    name, values = timm_arguments(config)
+    overlay = values.pop("pretrained_cfg_overlay")
+    values |= {"checkpoint_path": str(path), "pretrained_cfg_overlay": overlay}
+    given = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return f"timm.create_model({name!r}, {given})"
+
+
+def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Name and arguments by which `timm.create_model` makes the encoder, without its weights."""
     values: dict[str, Any] = {"img_size": config.image_size, "patch_size": config.patch_pixels}
     name, size = config.encoder.timm_name, config.encoder
     if name is None:  # a plugin's: any plain ViT of timm takes other sizes
         name = VIT_SIZES["vit_base"].timm_name
         values |= {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
-    values |= {"num_classes": 0, "checkpoint_path": str(path)}
     # timm's own ViTs are for another mean and deviation; its transforms take them from here.
     pixels = {"input_size": (IMAGE_CHANNELS, *[config.image_size] * 2)}
-    values["pretrained_cfg_overlay"] = {**pixels, "mean": IMAGE_MEAN, "std": IMAGE_STD}
-    given = ", ".join(f"{key}={value!r}" for key, value in values.items())
-    return f"timm.create_model({name!r}, {given})"
+    overlay = {**pixels, "mean": IMAGE_MEAN, "std": IMAGE_STD}
+    assert name is not None
+    return name, {**values, "num_classes": 0, "pretrained_cfg_overlay": overlay}
 
 
 def load_encoder(checkpoint_path: Path) -> VisionTransformer:
@@ -152,10 +162,10 @@ def load_encoder(checkpoint_path: Path) -> VisionTransformer:
     # Its `forward_features` takes normalised pixels [B, 3, H, W] and gives tokens [B, 1 + N, D].
     checkpoint = load_checkpoint(checkpoint_path)
     config = parse_group(ModelConfig, checkpoint["config"], checkpoint_path)
-    return _make_encoder(checkpoint["model"], config, checkpoint_path).eval()
+    return make_encoder(checkpoint["model"], config, checkpoint_path).eval()
 
 
-def _make_encoder(stored: dict[str, Tensor], config: ModelConfig, path: Path) -> VisionTransformer:
+def make_encoder(stored: dict[str, Tensor], config: ModelConfig, path: Path) -> VisionTransformer:
     """Raises ValueError about the file at `path` if its weights are damaged, or do not fit."""
     weights = {name: weight for name, weight in stored.items() if name.startswith(ENCODER)}
     describe_vit(weights, path)

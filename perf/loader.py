@@ -29,6 +29,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from common.images import find_images
+from common.tars import TarImages
 from engine.vit import IMAGE_MEAN, IMAGE_STD
 from mae.config import MethodConfig, ModelConfig, make_method
 from mae.controls import SegmentSource
@@ -82,7 +83,7 @@ def make_peer_of_patches(folder: Path) -> ImageFolder:
 
 
 def make_ours(
-    folder: Path,
+    folder: Path | TarImages,
     paths: list[str],
     source: PackedStore | None,
     model: ModelConfig,

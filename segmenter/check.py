@@ -13,7 +13,7 @@ from typing import Any
 
 from common.files import check_output_folder
 from common.formats import ProbeResult, Result, plain, read_json
-from common.images import find_images
+from common.images import open_images
 from common.options import check_same, older_values
 from common.step_files import CHECKPOINT, PROBE_AREAS, RESULT
 from engine.logbook import check_trackers, unusual
@@ -27,11 +27,16 @@ MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringFacts:
-    """What a run will be. train, val: images; checkpoint_bytes: about, 0 where none is kept."""
+    """What a run will be. train, val: images.
+
+    checkpoint_bytes, model_bytes: about, of a checkpoint with and without the optimizer; 0 where none
+    is kept.
+    """
 
     train: int
     val: int
     checkpoint_bytes: int = 0
+    model_bytes: int = 0
 
 
 def read_checked(path: Path) -> DatasetDescription:
@@ -52,18 +57,20 @@ def check_run(
 ) -> ScoringFacts:
     """What the run will be. Raises ValueError for what would stop it at once."""
     train, val, reads = len(dataset.train), len(dataset.val), list(dataset.reads)
-    flag, checkpoint_bytes = "CHECKPOINT", 0
+    flag, model_bytes, checkpoint_bytes = "CHECKPOINT", 0, 0
     if isinstance(config, TrainConfig):
         flag = "--init"
         plan_batches(config, dataset, processes)
-        checkpoint_bytes = _checkpoint_bytes(config, dataset.num_classes)
+        model_bytes = _model_bytes(config, dataset.num_classes)
+        # SGD keeps a momentum of each weight, AdamW two means.
+        checkpoint_bytes = model_bytes * (2 if config.optimisation.optimizer == "sgd" else 3)
     elif config.run.image_folder is not None:
-        find_images(config.run.image_folder)
+        open_images(config.run.image_folder, config.run.index_dir)
         reads.append(config.run.image_folder)
     check_output_folder(config.run.output_dir, reads=reads)
     if config.init != RANDOM and not config.init.is_file():
         raise ValueError(f"{flag} {config.init} does not exist; give a checkpoint, or {RANDOM}")
-    return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes)
+    return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes)
 
 
 def plan_batches(config: TrainConfig, dataset: DatasetDescription, processes: int) -> BatchPlan:
@@ -184,8 +191,8 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
     return found
 
 
-def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
-    """About the size of a checkpoint: fp32 weights, and what the optimizer keeps of each."""
+def _model_bytes(config: TrainConfig, num_classes: int) -> int:
+    """About the size of fp32 weights."""
     model, size = config.model, config.model.encoder
     patch = model.patch_size or size.patch_size
     patches = (config.protocol.crop_size // patch) ** 2
@@ -195,9 +202,7 @@ def _checkpoint_bytes(config: TrainConfig, num_classes: int) -> int:
     )  # fmt: skip
     if model.decoder == "mask_transformer":
         parameters += transformer_parameters(size.width, model.decoder_layers) + 3 * size.width**2
-    # SGD keeps a momentum of each weight, AdamW two means.
-    moments = 1 if config.optimisation.optimizer == "sgd" else 2
     if model.decoder == "upernet":  # UPerHead 115 and pyramid 12 times the width's square
         parameters += 127 * size.width**2 + 9 * size.width * AUXILIARY_WIDTH
         parameters += size.depth * size.heads * 4 * patches  # relative positions
-    return 4 * parameters * (1 + moments)
+    return 4 * parameters

@@ -201,6 +201,10 @@ class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig):
     )
     seed: int = option("Of random weights, and of the tokens that are kept.", 0, **SEED)
     image_folder: Path | None = option("Class folders, for kNN of images. Default: none.", None)
+    index_dir: Path | None = option(
+        "Where its images are indexed if they are in tars and their own folder cannot be written.", None,
+        neutral=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,15 @@ from pydantic import Field
 
 from common.files import read_text, relative_files, shortened
 from common.formats import check_names, parsed_plain, read_yaml
-from common.images import IMAGE_SUFFIXES, MOST_UNREADABLE, ORIENTATION, load_image, read_rgb, too_many
+from common.images import (
+    IMAGE_SUFFIXES,
+    MOST_UNREADABLE,
+    ORIENTATION,
+    ImagePath,
+    load_image,
+    read_rgb,
+    too_many,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +57,7 @@ class Pair(NamedTuple):
     """One image and its annotation."""
 
     name: str  # path within the split, without suffix
-    image: Path
+    image: ImagePath
     annotation: Path
 
 
@@ -356,7 +364,7 @@ def _held_labels(pair: Pair, description: DatasetDescription, completely: bool) 
         return error
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: ImagePath) -> np.ndarray:
     """[H, W, 3] uint8 RGB. Raises ValueError, also if nothing would be left when it is scaled."""
     image = read_rgb(path)
     height, width, _ = image.shape
@@ -376,10 +384,8 @@ def read_labels(pair: Pair, size: tuple[int, ...], description: DatasetDescripti
             f"{pair.image} is {size[1]} x {size[0]}"
         )
     if not allowed[labels].all():
-        wrong = labels[~allowed[labels]].min()
-        raise MisfitError(
-            f"{pair.annotation} holds label {wrong}; allowed are {_ranges(np.flatnonzero(allowed))}"
-        )
+        wrong, known = labels[~allowed[labels]].min(), _ranges(np.flatnonzero(allowed))
+        raise MisfitError(f"{pair.annotation} holds label {wrong}, which is none of {known}")
     return labels
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.files import write_json
-from common.images import find_images
+from common.images import open_images
 from common.interruption import Interruption
 from common.progress import Counter
 from common.step_files import PROBE_AREAS, RESULT
@@ -138,7 +138,7 @@ class _Probing:
 
     def image_knn(self, folder: Path, like: WholeImages) -> dict[str, Any]:
         """Each image by all but itself, so that one folder serves: no other images are needed."""
-        folders = ClassFolders(folder, like)
+        folders = ClassFolders(folder, like, self.config.run.index_dir)
         classes = len(folders.classes)
         if classes < 2:
             logger.info("no image kNN: %s has no two class folders", folder)
@@ -242,10 +242,11 @@ class Tokens:
 class ClassFolders(WholeImages):
     """Images of DIR/<class>/, evenly spaced; the label of one is its class, from 1."""
 
-    def __init__(self, folder: Path, like: WholeImages) -> None:
-        names = [name for name in find_images(folder) if "/" in name]
+    def __init__(self, folder: Path, like: WholeImages, index_dir: Path | None = None) -> None:
+        images = open_images(folder, index_dir)
+        names = [name for name in images.names if "/" in name]
         names = names[:: -(-len(names) // MOST_IMAGES) or 1]
-        pairs = [Pair(n, folder / n, folder / n) for n in names]
+        pairs = [Pair(n, images.source / n, folder / n) for n in names]
         super().__init__(like.description, pairs, like.protocol)
         self.classes = sorted({name.partition("/")[0] for name in names})
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from common.files import HEAD_BYTES, check_output_file, write_text
 from common.formats import read_json_lines
-from common.images import find_images, read_rgb
+from common.images import ImagePath, open_images, read_rgb
+from common.parallel import Failure, each, one_pass
 from segments.forms import AnyForm, open_any_form
-from segments.parallel import Failure, each, one_pass
 from segments.segment import segment_from_counts
 from segments.store import segment_key
 
@@ -22,7 +22,7 @@ def check(
     Raises ValueError if folders are missing or the state is that of another check.
     """
     train = in1k_dir / "train"
-    paths = find_images(train)
+    images, paths = open_images(train, offenders_path.parent)
     source = open_any_form(masks_dir)
     without = source.listed_empty()
     state_path = offenders_path.with_name(f"{offenders_path.name}.state")
@@ -33,7 +33,7 @@ def check(
     known = _read_state(state_path, identity)
     seen = {path: known[path] for path in paths if path in known}
     todo = [path for path in paths if path not in seen]
-    checked = each(lambda path: _check_one(train, source, without, path), todo, processes=processes)
+    checked = each(lambda path: _check_one(images / path, source, without, path), todo, processes=processes)
     checked = one_pass("check", checked, total=len(paths), done=len(seen))
     with state_path.open("a", buffering=1) as state:  # each line survives a kill
         if state.tell() == 0:
@@ -55,22 +55,22 @@ def _lists_offenders(head: bytes) -> bool:
     return all(b"\t" in line for line in (lines[:-1] if len(head) == HEAD_BYTES else lines))
 
 
-def _check_one(train: Path, source: AnyForm, without: set[str], path: str) -> str:
+def _check_one(image: ImagePath, source: AnyForm, without: set[str], path: str) -> str:
     """What the files of an image say that is not so. Raises ValueError for what cannot be used."""
     reports: list[str] = []
-    height, width = read_rgb(train / path).shape[:2]  # all of it is decoded: it may be cut short
+    height, width = read_rgb(image).shape[:2]  # all of it is decoded: it may be cut short
     key = segment_key(path)
     segments = source.segments(key, reports.append)
     if not segments and key not in without:
         raise ValueError("has no segments, and no list says so")
     for one in segments:
-        if (one.height, one.width) != (height, width):
+        if not one.fits(height, width):
             # EXIF's orientation was not applied when the segments were made.
             how = " (transposed)" if (one.width, one.height) == (height, width) else ""
             its = f"its segments are {one.width}x{one.height}{how}"
             raise ValueError(f"is {width}x{height} pixels, upright, but {its}")
         # A store's index goes by what it states.
-        counted = segment_from_counts(height, width, one.counts).coverage_percent
+        counted = segment_from_counts(one.height, one.width, one.counts).coverage_percent
         if counted != (stated := one.coverage_percent):
             raise ValueError(f"a segment is said to cover {stated} %, but covers {counted} %")
     return "; ".join(reports)

@@ -11,7 +11,7 @@ import click
 from common.command import CONTEXT, PATH, command
 from common.console import EXIT_FAILED, EXIT_STOPPED, log_to_stderr, run_program, say
 from common.files import check_output_file, check_output_folder, is_marked
-from common.images import IMAGE_SUFFIXES, find_images
+from common.images import IMAGE_SUFFIXES, open_images
 from common.options import MOST_PROCESSES, OptionGroup, option
 from common.progress import duration
 from segments.check import check
@@ -127,7 +127,8 @@ def _generate(options: _GenerateOptions, settings: Any, speed: _Speed | None = N
     check_output_file(options.out)
     if options.out.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"--out {options.out} has an image's name; give one such as masks.sqlite")
-    shard, images = parse_shard(options.shard), images_by_key(options.images, options.val_dir)
+    shard = parse_shard(options.shard)
+    images = images_by_key(options.images, options.val_dir, options.out.parent)
     generator: Generator
     # One needs torch, the other scikit-image: neither is loaded for the other.
     if isinstance(settings, SamSettings):
@@ -190,7 +191,8 @@ def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
     source = open_any_form(masks_dir)
     other = open_any_form(options.against) if options.against else None
     ratios = options.coverage_ratio or made_for(source.settings) or (5.0, 15.0, 30.0, 50.0)
-    found = {segment_key(path): folder / path for path in find_images(folder)} if folder else {}
+    images = open_images(folder, picture.parent) if folder else None
+    found = {segment_key(path): images.source / path for path in images.names} if images else {}
     statistics = collect(source, ratios, processes=options.processes)
     if statistics is None:
         return EXIT_STOPPED

@@ -23,11 +23,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.files import beside
-from common.images import evenly_spread, find_images, read_reduced
+from common.images import ImagePath, evenly_spread, open_images, read_reduced
+from common.parallel import Failure, in_order
 from common.step_files import shard_path
 from segments.config import STORE_NAME, VAL, check_made_alike, made_for
 from segments.pack import join
-from segments.parallel import Failure, in_order
 from segments.segment import Segment
 from segments.store import PackedImage, PackedStore, Summary, by_key, pack_image, write_store
 
@@ -77,21 +77,24 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def images_by_key(images_dir: Path, val_dir: Path | None) -> dict[str, Path]:
+def images_by_key(
+    images_dir: Path, val_dir: Path | None, index_dir: Path | None = None
+) -> dict[str, ImagePath]:
     """All images below a folder, and below that of held-out ones, by the names of their segments.
 
-    Raises ValueError if there are none, or two of the same name.
+    index_dir: see `open_images`. Raises ValueError if there are none, or two of the same name.
     """
     folders = {"": images_dir} | ({f"{VAL}/": val_dir} if val_dir else {})
+    opened = {prefix: open_images(folder, index_dir) for prefix, folder in folders.items()}
     return by_key(
-        (f"{prefix}{path}", folder / path)
-        for prefix, folder in folders.items()
-        for path in find_images(folder)
+        (f"{prefix}{path}", images.source / path)
+        for prefix, images in opened.items()
+        for path in images.names
     )
 
 
 def generate(
-    images: Mapping[str, Path], out: Path, generator: Generator, *,
+    images: Mapping[str, ImagePath], out: Path, generator: Generator, *,
     shard: tuple[int, int] = (0, 1), processes: int | None,
 ) -> Summary:  # fmt: skip
     """Make the segments of images, by key, that are not in the packed store yet.
@@ -155,7 +158,7 @@ class Work:
     """From images, by key, to rows of a store. base: a finished one that is added to."""
 
     def __init__(
-        self, images: Mapping[str, Path], generator: Generator, shard: tuple[int, int] = (0, 1),
+        self, images: Mapping[str, ImagePath], generator: Generator, shard: tuple[int, int] = (0, 1),
         processes: int | None = None, base: PackedStore | None = None,
     ) -> None:  # fmt: skip
         self.images, self.generator, self.processes = images, generator, processes
@@ -217,7 +220,7 @@ class Work:
 
 
 def estimate_price(
-    images: Mapping[str, Path], generator: Generator, *, processes: int | None
+    images: Mapping[str, ImagePath], generator: Generator, *, processes: int | None
 ) -> dict[str, Any]:
     """What all images take, by timing batches that are spread over them.
 

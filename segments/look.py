@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_rle
 
 from common.contact_sheet import Tile, contact_sheet, stacked
-from common.images import evenly_spread, read_rgb
+from common.images import ImagePath, evenly_spread, read_rgb
+from common.parallel import Failure, each, in_order, one_pass
 from segments.forms import AnyForm
-from segments.parallel import Failure, each, in_order, one_pass
-from segments.segment import Segment, count_islands, nearest, sides_touched
+from segments.segment import Segment, count_islands, decode_at, nearest, sides_touched
 
 MOST_READ = 2000  # images whose segments are counted
 MOST_DRAWN = 8  # images on a contact sheet
@@ -132,7 +131,7 @@ def _spread(values: np.ndarray | list[int], unit: str, digits: int) -> str:
 
 
 def draw(
-    statistics: Statistics, source: AnyForm, images: Mapping[str, Path], ratios: Sequence[float]
+    statistics: Statistics, source: AnyForm, images: Mapping[str, ImagePath], ratios: Sequence[float]
 ) -> Image.Image:
     """Contact sheets: what each coverage would hide of some images, and of those whose nearest
     segment is farthest from it.
@@ -161,7 +160,7 @@ def farthest(statistics: Statistics, keys: Sequence[str], ratio: float) -> list[
     return sorted(keys, key=distances.__getitem__, reverse=True)[:WORST]
 
 
-def _tiles(source: AnyForm, key: str, path: Path, ratios: Sequence[float | None]) -> list[Tile]:
+def _tiles(source: AnyForm, key: str, path: ImagePath, ratios: Sequence[float | None]) -> list[Tile]:
     """The image with what is hidden for each coverage; None: the image as it is."""
     try:
         image, segments = read_rgb(path), source.segments(key)
@@ -172,11 +171,16 @@ def _tiles(source: AnyForm, key: str, path: Path, ratios: Sequence[float | None]
         segment = None if ratio is None else nearest(segments, ratio)
         if segment is None:
             tiles.append((image, path.name))
-        elif (segment.height, segment.width) != image.shape[:2]:
+        elif not segment.fits(*image.shape[:2]):
             tiles.append((image, f"{ratio:g}: does not fit"))
         else:
             # Tinted, so that what is hidden can still be guessed.
-            tint = 0.75 * segment.decode()[..., None].astype(np.float32)  # [H, W, 1]
+            rows, columns = (
+                np.arange(length) * whole // length
+                for length, whole in zip(image.shape, (segment.height, segment.width), strict=False)
+            )
+            inside = decode_at([segment], rows, columns)[0]  # of the image's size, which may be shrunk
+            tint = 0.75 * inside[..., None].astype(np.float32)  # [H, W, 1]
             hidden = (image * (1 - tint) + HIDDEN_COLOUR * tint).astype(np.uint8)
             tiles.append((hidden, f"{ratio:g}: {segment.coverage_percent:.1f} %"))
     return tiles

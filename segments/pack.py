@@ -8,10 +8,10 @@ from pathlib import Path
 
 from common.files import beside, check_output_file, check_output_folder, path_below, write_text
 from common.formats import rle_annotation
+from common.parallel import Failure, each, in_order, one_pass
 from common.step_files import shard_of
 from segments.config import STORE_NAME, check_made_alike, made_for
 from segments.forms import open_folder
-from segments.parallel import Failure, each, in_order, one_pass
 from segments.segment import Segment, ordered, segment_from_counts
 from segments.store import PackedImage, PackedStore, Summary, pack_image, write_store
 

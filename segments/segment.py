@@ -33,6 +33,16 @@ class Segment:
     coverage_percent: float  # share of the image inside, 0 to 100, counted from the pixels
     counts: bytes  # COCO's compressed run lengths
 
+    def fits(self, height: int, width: int) -> bool:
+        """Whether it is of an image of this size, or of one that was shrunk to it, by whole pixels."""
+        if (self.height, self.width) == (height, width):
+            return True
+        # `images pack --short-side` rounds the longer side: to half a pixel of the shrunk image.
+        is_smaller = height < self.height and width < self.width
+        return is_smaller and 2 * abs(self.height * width - self.width * height) <= min(
+            self.height, self.width
+        )
+
     def decode(self) -> np.ndarray:
         """[H, W] uint8, 1 inside. Raises ValueError if the runs do not fill the image."""
         runs = _checked_runs(self.height, self.width, self.counts)

@@ -24,8 +24,8 @@ from typing_extensions import TypedDict  # typing's is not enough before Python 
 
 from common.files import beside, check_written_alone, open_regular
 from common.formats import Percent, parsed, parsed_text
+from common.parallel import Failure, one_pass
 from segments.config import check_made_alike
-from segments.parallel import Failure, one_pass
 from segments.segment import Segment
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from common.console import aligned
 from common.environment import CUDA_REMEDY, least_driver
 from common.images import read_rgb
 from mae.check import PretrainFacts, shared_memory_bytes
-from pipeline.launch.estimate import kept_bytes
 from pipeline.plan import machine
 from pipeline.plan.check import ask, checked_plan
+from pipeline.plan.keep import disk_bytes
 from pipeline.plan.machine import GIB
 from pipeline.plan.segments import MAKING
 from pipeline.plan.settings import Settings
@@ -170,6 +170,8 @@ def _run(make_settings: Callable[[], Settings]) -> Iterator[Finding]:
         yield Finding("images", f"{counts}, {images.val_left_out} val left out", _unreadable(images))
     if (dataset := facts.get("evaluate")) is not None:
         yield Finding("dataset", f"{dataset.train} train, {dataset.val} val")
-    kept, free = kept_bytes(steps), machine.free_bytes(settings.data.output_dir)
-    text = f"{free / GIB:.0f} GiB free, the run keeps about {kept / GIB:.1f} GiB"
-    yield Finding("disk", text, "free some, or use another --output-dir" if free < kept else "")
+    disk, free = disk_bytes(steps, settings.parts.keep), machine.free_bytes(settings.data.output_dir)
+    taken = f"{disk.peak / GIB:.1f} GiB, {disk.end / GIB:.1f} in the end"
+    text = f"{free / GIB:.0f} GiB free, the run takes about {taken}"
+    fix = "free some, use another --output-dir, or --keep less"
+    yield Finding("disk", text, fix if free < disk.peak else "")

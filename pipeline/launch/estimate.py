@@ -18,11 +18,9 @@ from mae.check import PretrainFacts
 from mae.config import PretrainConfig, make_method, training_flops
 from mae.masking import METHODS
 from pipeline.launch.local import environment
-from pipeline.launch.view import devices_text, step_table
-from pipeline.plan import machine
+from pipeline.launch.view import devices_text, disk_text, step_table
 from pipeline.plan.check import ask, checked_plan, startable, without_segments
 from pipeline.plan.layout import Layout
-from pipeline.plan.machine import GIB
 from pipeline.plan.records import is_done, read_all_records, read_progress, read_spends
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
@@ -54,7 +52,7 @@ def estimate_run(settings: Settings) -> str:
     # Shards run side by side only where there are machines for them: each is counted.
     seconds |= {step.name: price["seconds"] / shards for step in making}
     # The parts are kept beside what they are joined to.
-    kept = kept_bytes(left) + price.get("bytes", 0) * (1 + (shards > 1))
+    segments = price.get("bytes", 0) * (1 + (shards > 1))
     total = wall_seconds(left, seconds, overlaps=settings.compute.overlaps)
     wall = f"wall time: {duration(total)} ({total / 3600:.2f} h)"
     if (in_turn := sum(seconds.values())) > total:  # some steps run beside each other
@@ -66,8 +64,7 @@ def estimate_run(settings: Settings) -> str:
         "device-hours": [f"{one:.2f}" for one in hours],
     }
     table = step_table([step.name for step in left], columns, numbers=("time", "device-hours"))
-    free = machine.free_bytes(paths.root) / GIB
-    disk = f"disk: about {kept / GIB:.1f} GiB will be kept, {free:.0f} GiB are free"
+    disk = disk_text(left, settings, besides=segments)
     costs = _costs_of_methods([step for step in left if step.facts], timed)
     costs = f"\n\na pretraining of each, to the end of its schedule:\n{costs}" if costs else ""
     return f"{table}\n{wall}\ndevice-hours: {sum(hours):.2f}\n{disk}{costs}"
@@ -87,13 +84,6 @@ def _asked(command: Sequence[str], step: Step) -> dict[str, float]:
     click.echo(f"timing {step.name} ...", err=True)
     silent = {**environment(step), PROGRESS_FILE: ""}  # a question leaves nothing in the folder
     return cast(dict[str, float], json.loads(ask([(command, silent)])[0]))
-
-
-def kept_bytes(steps: Sequence[Step]) -> int:
-    """About what these steps leave on the disk."""
-    # A round leaves its checkpoint, of which last.pth is a second name; an evaluation two.
-    files = {"pretrain": 1, "evaluate": 2}
-    return sum(files.get(s.kind, 0) * s.facts.checkpoint_bytes for s in steps if s.facts)
 
 
 def timings(steps: Sequence[Step]) -> dict[Timed, Mapping[str, float]]:

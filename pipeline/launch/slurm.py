@@ -11,7 +11,9 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from common.interruption import Interruption
 from pipeline.launch import status
 from pipeline.launch.local import Child, LocalLauncher, end_marked, was_stopped
 from pipeline.plan import records
+from pipeline.plan.keep import Expiring, expiring, remove_expired
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import REPO_ROOT
 from pipeline.plan.records import Record, is_done, other_settings, read_record, write_record
@@ -83,6 +86,7 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
                 "it first, or give the settings it was submitted with"
             )
     missing = [step for step in steps if step.name not in job_ids and not is_done(step, paths)]
+    files = expiring(steps, settings.parts.keep)
     for step in missing:
         # What a step needs and is not there is a job by now: the plan is in that order.
         needed = [job_ids[need] for need in step.needs if need in job_ids]
@@ -90,7 +94,8 @@ def submit(settings: Settings, steps: list[Step], paths: Layout) -> int:
         executor = submitit.SlurmExecutor(folder=paths.slurm, max_num_timeout=10_000)
         executor.update_parameters(**job_parameters(settings, step, needed))
         try:
-            job = executor.submit(StepJob(paths.root, step))
+            goes = [file for file in files if step.name in file.after]
+            job = executor.submit(StepJob(paths.root, step, goes))
         except FailedJobError as error:
             raise ValueError(f"{step.name} was refused: {' '.join(str(error).split())}") from None
         job_ids[step.name] = job.job_id
@@ -197,6 +202,7 @@ class StepJob:
 
     root: Path
     step: Step
+    goes: Sequence[Expiring] = ()  # files that may go when it is done
     _launcher: LocalLauncher | None = None
 
     def __call__(self) -> str:
@@ -221,6 +227,7 @@ class StepJob:
                 raise RuntimeError(record.message)
             if record.state == "stopped":
                 raise SystemExit(EXIT_STOPPED)  # requeued by whoever ended it, it goes on
+            remove_expired(self.goes, partial(_is_recorded_done, paths), paths)
             if step.lane == "evaluate":
                 _write_report(paths)
             return record.state
@@ -234,7 +241,7 @@ class StepJob:
             self._launcher.stop(grace_seconds=_SIGNAL_SECONDS - 15)
             self._launcher.poll()
             time.sleep(_POLL_SECONDS)
-        return DelayedSubmission(StepJob(self.root, self.step))
+        return DelayedSubmission(StepJob(self.root, self.step, self.goes))
 
     def _await_record(self, paths: Layout, stop: Interruption) -> None:
         """Returns when the step's record names this job; ends the job if it does not come to.
@@ -256,6 +263,11 @@ class StepJob:
                 path = paths.record(self.step.name)
                 raise SystemExit(f"job {job} does nothing: {path}, of its step, {owner}")
             time.sleep(_POLL_SECONDS)
+
+
+def _is_recorded_done(paths: Layout, name: str) -> bool:
+    record = read_record(paths, name)
+    return record is not None and record.state == "done"
 
 
 def _assist(step: Step, paths: Layout, stop: Interruption) -> str:

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.console import aligned, say
+from pipeline.plan import machine
 from pipeline.plan.check import checked_plan
+from pipeline.plan.keep import disk_bytes
 from pipeline.plan.layout import Layout
+from pipeline.plan.machine import GIB
 from pipeline.plan.records import is_done
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step
@@ -45,8 +48,20 @@ def show(settings: Settings, *, verbose: bool) -> None:
     # All pretrainings of a plan have one schedule: the first one left stands for them.
     for step in [step for step in steps if step.kind == "pretrain" and step.facts][:1]:
         say(f"\n{_schedule_text(step.facts, step.config)}")
+    say(f"\n{disk_text([step for step in steps if step.name not in done], settings)}")
     if not verbose:
         say("\n--verbose shows the commands")
+
+
+def disk_text(steps: Sequence[Step], settings: Settings, besides: float = 0) -> str:
+    """What the weights of steps that are left take, at the most and in the end, and what is free.
+
+    besides: bytes of what else they leave.
+    """
+    keep, free = settings.parts.keep, machine.free_bytes(settings.data.output_dir) / GIB
+    peak, end = ((one + besides) / GIB for one in disk_bytes(steps, keep))
+    taken = f"about {peak:.1f} GiB at the peak, {end:.1f} GiB in the end (--keep {keep})"
+    return f"disk: {taken}, {free:.0f} GiB are free"
 
 
 def devices_text(step: Step) -> str:

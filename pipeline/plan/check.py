@@ -60,7 +60,8 @@ def checked_plan(settings: Settings) -> list[Step]:
     if waiting and settings.cluster.launcher == "local" and wanted > there:
         by = "by CUDA_VISIBLE_DEVICES, or else the driver"
         raise ValueError(f"--num-gpus {wanted}: there are {there} here, {by}")
-    made = {output for step in steps for output in step.outputs}  # by the end of the plan
+    # By the end of the plan; what is done already may be gone again.
+    made = {output for step in waiting for output in step.outputs}
     for step in waiting:
         _check_possible(step, made)
     facts = _check_by_parts(waiting, settings)

@@ -61,6 +61,7 @@ class Record:
     fingerprint: Mapping[str, Any]
     # Path relative to the output directory -> bytes; filled in when done.
     outputs: Mapping[str, int] = field(default_factory=dict)
+    gone: Sequence[str] = ()  # of these, what --keep has removed: it counts as done
     exit_code: int | None = None
     started: float = 0.0  # Unix seconds at which the latest attempt began
     seconds: Annotated[FiniteFloat, Field(le=1e12)] = 0.0  # wall, over all finished attempts
@@ -197,7 +198,10 @@ def is_done(step: Step, paths: Layout) -> bool:
     # A step of an earlier call may bear the name: then it was made otherwise, and is done again.
     if record is None or record.state != "done" or other_settings(step.settings, record):
         return False
-    return output_sizes(step, paths) == record.outputs
+    sizes, recorded = output_sizes(step, paths), record.outputs
+    return sizes.keys() == recorded.keys() and all(
+        size == recorded[path] or (path in record.gone and not size) for path, size in sizes.items()
+    )
 
 
 def other_settings(wanted: Mapping[str, Any], record: Record, leave_out: Collection[str] = ()) -> list[str]:
@@ -216,8 +220,8 @@ def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
         # All rounds of a pretraining are one training; a score is compared with itself.
         own = [r for r in of_run if step.kind == "pretrain" or r.name == step.name]
         for record in own or (r for r in one_of_each if r.kind == step.kind):
-            leave_out = () if own else _may_differ(step.kind, record.fingerprint, step.settings)
-            leave_out = leave_out if own else {*leave_out, *idle_settings(record.method)}
+            different = _may_differ(step.kind, record.fingerprint, step.settings)
+            leave_out = () if own else different | idle_settings(record.method)
             whose = "" if record.run == step.run else f" (of {record.run})"
             others = other_settings(step.settings, record, leave_out)
             found += [f"{step.run}: {text}{whose}" for text in others]

@@ -22,6 +22,7 @@ from segmenter.config import DEFAULT_RECIPE
 # More than so many of anything that has a process of its own is a slip of the hand.
 FROM_ONE: dict[str, Any] = {"at_least": 1, "at_most": MOST_PROCESSES}
 FROM_ZERO = {**FROM_ONE, "at_least": 0}
+Keep = Literal["all", "scored", "finetuned"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +256,10 @@ class Parts(OptionGroup):
     probe: Mapping[str, Any] = option("An option of python -m segmenter probe.", {})
     log_with: tuple[str, ...] | None = option_of(RunConfig, "log_with", None)
     plugin: Path | None = option_of(RunConfig, "plugin", None)
+    keep: Keep = option(
+        "Weights that stay: all; the checkpoints of pretraining that are scored, not what only continuing "
+        "needs, nor finetuned models; or of those the ones that are finetuned, and each run's last.", "all",
+    )  # fmt: skip
     keep_going: bool = option("After a failed step, go on with those that do not need it.", True)
 
 

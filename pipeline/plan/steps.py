@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 from common import step_files as files
 from common.formats import check_names, read_json
+from common.images import has_classes
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS
@@ -95,6 +96,11 @@ class Step:
         return self.processes if self.device == "cuda" else 1
 
     @property
+    def places(self) -> int:
+        """How many steps like it run beside each other: as many as there are GPUs for."""
+        return max(1, len(self.gpus or ()) // self.processes)
+
+    @property
     def lane(self) -> str:
         """Without GPUs, steps of different lanes may run beside each other."""
         return "evaluate" if self.kind == "probe" else self.kind  # both need a checkpoint
@@ -164,7 +170,22 @@ def make_plan(settings: Settings) -> list[Step]:
             steps += plan.score(run, epochs, needs=previous)
     if settings.cluster.launcher == "local" and settings.compute.scores_last:
         steps.sort(key=lambda step: {"probe": 1, "evaluate": 2}.get(step.kind, 0))
+        if settings.parts.keep == "finetuned":
+            steps = list(_probed_early(steps))
     return steps
+
+
+def _probed_early(steps: Sequence[Step]) -> Iterator[Step]:
+    """Probes as soon as there are enough to fill the GPUs: until then their checkpoints take room."""
+    probes, made = [step for step in steps if step.kind == "probe"], set[str]()
+    for step in [step for step in steps if step.kind != "probe"]:
+        ready = [probe for probe in probes if made.issuperset(probe.needs)]
+        if ready and (step.kind == "evaluate" or len(ready) >= ready[0].places):
+            yield from ready
+            probes = [probe for probe in probes if probe not in ready]
+        yield step
+        made.add(step.name)
+    yield from probes
 
 
 def _runs(settings: Settings) -> Iterator[RunId]:
@@ -265,6 +286,7 @@ class _Planner:
         planned = {
             **self.shared,
             "in1k_dir": settings.data.in1k_dir,
+            "index_dir": self.paths.bookkeeping,
             "masks_dir": settings.data.masks_dir,
             "mask_method": run.method,
             **{name: value for name, value in of_segments.items() if name in known},
@@ -325,8 +347,8 @@ class _Planner:
             told, below = {**planned, "seed": run.seed, "output_dir": folder}, {**given}
             # Of whole images, too, where val/ has a folder for each class.
             val = (data.in1k_dir or Path()) / "val"
-            if data.in1k_dir and val.is_dir() and sum(e.is_dir() for e in os.scandir(val)) > 1:
-                below["image_folder"] = val
+            if data.in1k_dir and has_classes(val, self.paths.bookkeeping):
+                below |= {"image_folder": val, "index_dir": self.paths.bookkeeping}
             groups = _groups(PROBE_GROUPS, "--probe", told, parts.probe, below)
             what = f"probe the frozen encoder, seed {run.seed}"
             probe = ProbeConfig(init=init, **groups)

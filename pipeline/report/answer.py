@@ -47,6 +47,7 @@ class Comparison(NamedTuple):
     why_not: str = ""  # there is no verdict
     cost_ratio: float | None = None  # training FLOPs of the first for one of the second
     p_value: float = 1.0  # corrected for the number of comparisons in the report
+    family: int = 1  # comparisons that it is corrected for, itself among them
     is_first_look: bool = True  # others are hints: who looks often enough finds something
 
     @property
@@ -249,7 +250,7 @@ def _compared(
     """With its own p-value; what could be told from 0 is that of one among `count`."""
     one, two = levels[first.label], levels[second.label]
     seeds = sorted(one.scores.keys() & two.scores.keys())
-    c = Comparison(first, second, is_control, {s: one.scores[s] - two.scores[s] for s in seeds})
+    c = Comparison(first, second, is_control, {s: one.scores[s] - two.scores[s] for s in seeds}, family=count)
     found, in_family = _difference(c, levels), _difference(c, levels, count)
     if found and in_family:
         found = replace(found, detectable=in_family.detectable)
@@ -277,14 +278,19 @@ def _headline(
         level = levels[trained[0].label]
         return f"{where}, {trained[0].label} reaches {_score(level, measure)}."
     asked = [c for c in comparisons if c.kind == "method"]
-    against, said = _listed(dict.fromkeys(c.second.label for c in asked)) if asked else "", []
-    for state, words in (("better", "shown better"), ("higher", "higher, as a hint,")):
-        if names := [c.first.label for c in asked if c.state == state]:
-            said.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {words} than {against}")
-    if asked and not said:
+    seconds = list(dict.fromkeys(c.second.label for c in asked))
+    methods = dict.fromkeys(c.second.method for c in asked)
+    against, said = seconds[0] if seconds else "", list[str]()
+    if len(seconds) > 1:  # each directory has its own
+        against = f"{_listed(methods)} of the same directory"
+    if asked and not any(c.state in ("better", "higher") for c in asked):
         said.append(f"no method is shown better than {against}")
-    if worse := [c.first.label for c in asked if c.state in ("worse", "lower")]:
-        said.append(f"{_listed(worse)} {'is' if len(worse) == 1 else 'are'} worse")
+    for state, words in (
+        ("better", f"shown better than {against}"), ("higher", f"higher, as a hint, than {against}"),
+        ("worse", f"shown worse than {against}"), ("lower", f"lower, as a hint, than {against}"),
+    ):  # fmt: skip
+        if names := [c.first.label for c in asked if c.state == state]:
+            said.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {words}")
     scratch = [c for c in comparisons if c.second.method == "scratch" and c.value is not None]
     below = [c.first.label for c in scratch if (c.value or 0) < 0]
     if below:
@@ -309,11 +315,14 @@ def _about_objects(verdicts: Sequence[Verdict]) -> list[str]:
 def _ranking(lines: Sequence[Line], levels: Mapping[str, Level], measure: Measure) -> list[str]:
     """Means over the seeds that all have: those over others rank the seeds, not the methods."""
     ranked = [line for line in lines if not line.is_untrained]
-    seeds = set.intersection(*(set(levels[line.label].scores) for line in ranked))
     if len(ranked) < 2 or math.isinf(measure.most):
         return []
-    if not seeds:
+    for group in (ranked, [line for line in ranked if not line.is_baseline]):
+        if seeds := set.intersection(*(set(levels[line.label].scores) for line in group)):
+            break
+    else:
         return ["No seed is common to all, so their means are not ranked."]
+    ranked = group
     means = {one.label: fmean(levels[one.label].scores[s] for s in seeds) for one in ranked}
     order = sorted(means, key=lambda label: -means[label])
     which = f"the seed {min(seeds)}" if len(seeds) == 1 else f"the seeds {_listed(map(str, sorted(seeds)))}"

@@ -57,12 +57,12 @@ def _rows(comparisons: Sequence[Comparison], is_plain: bool = False) -> list[Row
     return rows
 
 
-def scores_chart(every_line: Sequence[Line], answer: Answer) -> Chart:
-    """Scores over pretraining; where all are of one point, which makes no curve, as dots."""
+def scores_chart(every_line: Sequence[Line], answer: Answer, *, has_costs: bool = True) -> Chart:
+    """Scores over pretraining, and its costs; where all are of one point, which makes no curve, as dots."""
     measure, levels, after = answer.measure, answer.levels, answer.epochs
     lines = [line for line in every_line if line.epochs(measure)]
     if not levels or any(len(line.epochs(measure)) > 1 for line in lines):
-        return _curves(lines, measure)
+        return _curves(lines, measure, has_costs)
     rows = []
     for line in sorted(lines, key=lambda line: line.is_baseline):
         level = levels[line.label]
@@ -77,7 +77,7 @@ def scores_chart(every_line: Sequence[Line], answer: Answer) -> Chart:
     return dot_chart([Panel("", rows, is_difference=False)], caption, measure.unit)
 
 
-def _curves(lines: Sequence[Line], measure: Measure) -> Chart:
+def _curves(lines: Sequence[Line], measure: Measure, has_costs: bool) -> Chart:
     """Over epochs, device-hours and FLOPs, as far as they are known."""
     levels = {line.label: {at: line.level(at, measure) for at in line.epochs(measure)} for line in lines}
     if not lines:
@@ -87,11 +87,10 @@ def _curves(lines: Sequence[Line], measure: Measure) -> Chart:
     least = min(_LEAST_SPAN, 4 * max(widths)) if len(widths) == len(every_level) else _LEAST_SPAN
     flops = max(level.costs["train_flops"] or 0 for level in every_level)
     power = math.floor(math.log10(flops or 1))
-    views = {
-        "epochs of pretraining": _series(lines, levels, "", 1.0),
-        "device-hours of pretraining": _series(lines, levels, "device_hours", 1.0),
-        f"training FLOPs (x 1e{power})": _series(lines, levels, "train_flops", 10.0**power),
-    }
+    views = {"epochs of pretraining": _series(lines, levels, "", 1.0)}
+    if has_costs:
+        views["device-hours of pretraining"] = _series(lines, levels, "device_hours", 1.0)
+        views[f"training FLOPs (x 1e{power})"] = _series(lines, levels, "train_flops", 10.0**power)
     unit, limits = measure.unit, (0.0, measure.most)
     caption = f"{unit[0].upper()}{unit[1:].split(' (')[0]} by {measure.words}, against pretraining."
     if widths:

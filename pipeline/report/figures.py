@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from types import MappingProxyType
@@ -55,6 +56,7 @@ _NOISE = re.compile(
     r'| transform="rotate[^"]*"',  # of text, by nothing
     re.DOTALL,
 )
+_MARKER_ID = re.compile(r'(?<=\bid=")m\w+|(?<=href="#)m\w+')
 _TAG, _LONG_NUMBER = re.compile(r"<[^>]*>"), re.compile(r'(?<=[" ])-?\d+\.\d{2,}')
 
 
@@ -154,10 +156,16 @@ def line_chart(
 
 def sample(style: tuple[int, int], name: str = "") -> Markup:
     """A piece of a line of this style, for a legend; name: unique, of where it is used."""
+    own = f"x{zlib.crc32(f'{name}{style}'.encode()):x}"  # ids are unique in a page
+    return Markup(_MARKER_ID.sub(lambda found: found[0] + own, _sample(style)))
+
+
+@lru_cache
+def _sample(style: tuple[int, int]) -> Markup:
     with mpl.rc_context(fname=Path(__file__).with_suffix(".mplstyle")):
         figure = Figure((40 / 72, 14 / 72))
         figure.add_artist(Line2D((0.05, 0.5, 0.95), (0.5,) * 3, **{"markevery": [1], **_look(style)}))
-        return _svg(figure, f"{name}{style}", 'width="40" height="14" aria-hidden="true"')
+        return _svg(figure, str(style), 'width="40" height="14" aria-hidden="true"')
 
 
 def dot_chart(panels: Sequence[Panel], caption: str, x_title: str) -> Chart:

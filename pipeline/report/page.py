@@ -86,7 +86,7 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
     settings, differing = tables.provenance(all_paths)
     matrix = tables.matrix(lines, found)
     charts = {"forest": forest(first), "scores": scores_chart(lines, first)}
-    curves = [scores_chart(lines, one) for one in others]
+    curves = [scores_chart(lines, one, has_costs=False) for one in others if len(one.ends) > 1]
     costs = {line: tables.cost_cells(first.levels[line.label].costs) if line.label in first.levels
              else dict.fromkeys(COSTS.values(), "") for line in matrix}  # fmt: skip
     there = {

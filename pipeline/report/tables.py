@@ -35,8 +35,8 @@ MARKS = {"better": "▲", "worse": "▼", "higher": "△", "lower": "▽", "none
 class Table(NamedTuple):
     """What the page lays out."""
 
-    # Title of the column -> text, or ends and middle of a bar; the same titles in each.
-    rows: Sequence[Mapping[str, Any]]
+    # Title of the column -> text; the same titles in each.
+    rows: Sequence[Mapping[str, str]]
     looks: Sequence[str] = ()  # of each row: its class in CSS
 
 
@@ -101,6 +101,8 @@ def terminal_table(lines: Sequence[Line], answers: Sequence[Answer]) -> str:
         rows = [list(compared[0]), *(list(row.values()) for row in compared)]
         after = f"{first.epochs[0].lower()}{first.epochs[1:]}"
         text += f"\n\nby {first.measure.words}, {after}\n{_fitting(rows, right=(2, 3))}"
+        marks = "△ ▽ higher or lower, a hint; = no difference shown; ? no verdict"
+        text += f"\n{marks}" if any(o.comparisons for o in others) else ""
     return text
 
 
@@ -245,7 +247,7 @@ def provenance(all_paths: Sequence[Layout]) -> tuple[dict[str, list[tuple[str, s
     run_ymls = [scores.read_run_yml(paths) for paths in all_paths]
     flat = [dict(flatten(run_yml.get("settings", {}))) for run_yml in run_ymls]
     folders, common, differing = scores.names_of(all_paths), [], []
-    for name in dict.fromkeys(name for settings in flat for name in settings):
+    for name in dict.fromkeys(name for settings in flat for name in settings if name != "output_dir"):
         texts = [settings.get(name, "not given") for settings in flat]
         if len(set(texts)) == 1:
             common.append((name, texts[0]))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.images import open_images
 from mae import listing
 from mae.config import make_method
 from mae.controls import SegmentSource
 from mae.data import MaskedImages
-from mae.listing import find_images, make_listing
+from mae.listing import make_listing
 from segments.config import FelzenszwalbSettings
 from segments.felzenszwalb import Felzenszwalb
 from segments.generate import generate, images_by_key
@@ -98,7 +99,7 @@ def test_before_the_segments_are_made_every_image_counts(twins, tmp_path):
 
 def test_images_are_listed_once_for_all_methods(twins, tmp_path, monkeypatch):
     walked, known = [], {}
-    monkeypatch.setattr(listing, "find_images", lambda f: walked.append(f.name) or find_images(f))
+    monkeypatch.setattr(listing, "open_images", lambda f, d: walked.append(f.name) or open_images(f, d))
     make_segments(twins, val_dir=twins / "val")
     for mask_method in ("patches", "segments", "segment_patches"):
         config = make_config(twins, tmp_path / "out", mask_method=mask_method)

@@ -266,3 +266,49 @@ def test_the_effective_batch_decides_not_the_number_of_processes(whole, whole_on
     a, b = (torch.load(run / "last.pth", weights_only=True) for run in (whole, whole_on_two))
     for name, weight in a["model"].items():
         assert torch.allclose(weight, b["model"][name], atol=2e-3), name
+
+
+def test_only_the_rolling_checkpoint_holds_the_optimizer_unless_it_is_asked_for(
+    whole, in1k_dir, tmp_path, processes
+):
+    own, rolling = (torch.load(whole / name, weights_only=True) for name in ("checkpoint-4.pth", "last.pth"))
+    assert rolling.keys() - own.keys() == {"optimizer"}
+    assert_same_weights(whole / "checkpoint-4.pth", whole / "last.pth")
+    first = make_config(in1k_dir, tmp_path, stop_after=1, **SPLIT)
+    assert processes.run(first) == [0]
+    # Without the rolling one nothing goes on, and nothing is written; what is done stays done.
+    shutil.move(tmp_path / "last.pth", tmp_path.parent / "last.pth")
+    before = content_of(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint-1\.pth holds the model without the optimizer, so that"):
+        pretrain(make_config(in1k_dir, tmp_path, stop_after=2, **SPLIT))
+    assert content_of(tmp_path) == before
+    assert pretrain(first)
+    # With it in every checkpoint, also a round's own goes on, to the same end.
+    shutil.move(tmp_path.parent / "last.pth", tmp_path / "last.pth")
+    assert processes.run(make_config(in1k_dir, tmp_path, stop_after=2, keep_optimizer=True, **SPLIT)) == [0]
+    assert (tmp_path / "checkpoint-2.pth").samefile(tmp_path / "last.pth")
+    (tmp_path / "last.pth").unlink()
+    assert processes.run(make_config(in1k_dir, tmp_path, **SPLIT)) == [0]
+    assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")
+
+
+def _kill_before_the_optimizer_goes(rank):
+    from engine import checkpoint
+
+    write = checkpoint._write
+
+    def write_or_die(content, path):
+        if "optimizer" not in content:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(content, path)
+
+    checkpoint._write = write_or_die
+
+
+def test_a_kill_before_the_optimizer_goes_leaves_a_round_that_goes_on(whole, in1k_dir, tmp_path, processes):
+    config = make_config(in1k_dir, tmp_path, stop_after=1, **SPLIT)
+    assert processes.run(config, sabotage=_kill_before_the_optimizer_goes) == [-signal.SIGKILL]
+    assert (tmp_path / "checkpoint-1.pth").samefile(tmp_path / "last.pth")
+    assert processes.run(config) == [0]
+    assert processes.run(make_config(in1k_dir, tmp_path, **SPLIT)) == [0]
+    assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")

@@ -420,6 +420,7 @@ def test_directories_that_end_at_different_epochs_are_compared_at_their_ends(tmp
     assert pairs["patches (long)", "patches (short)"].value == pytest.approx(15, abs=0.3)
     assert {c.seeds for c in pairs.values()} == {3}
     assert "The runs end after different epochs (short: 5, long: 20)" in " ".join(found.remarks)
+    assert "are shown better than patches of the same directory" in found.sentences[0]
 
 
 def test_a_page_of_several_directories_replaces_nobodys_own(tmp_path: Path, monkeypatch: Any) -> None:

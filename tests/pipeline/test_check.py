@@ -45,8 +45,8 @@ def test_a_new_plan_lists_each_dataset_once_and_starts_no_process(
     tiny: Callable[[str], Settings], asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked, read = [], []
-    find_images, whole_dataset = listing.find_images, check.segmenter.check.read_description
-    monkeypatch.setattr(listing, "find_images", lambda f: walked.append(f.name) or find_images(f))
+    open_images, whole_dataset = listing.open_images, check.segmenter.check.read_description
+    monkeypatch.setattr(listing, "open_images", lambda f, d: walked.append(f.name) or open_images(f, d))
     monkeypatch.setattr(
         check.segmenter.check,
         "read_description",

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.launch import estimate
-from pipeline.launch.estimate import kept_bytes, step_seconds, timings, wall_seconds
+from pipeline.launch.estimate import step_seconds, timings, wall_seconds
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
@@ -87,7 +87,7 @@ def test_making_segments_is_priced_and_what_reads_them_timed_without(
         assert ("--mask-ratio 0.0" in timed) == (timed == segments)
     assert "generate_segments_3-of-4" in text
     assert "10.00" in text
-    assert "about 6.0 GiB will be kept" in text
+    assert "about 6.0 GiB at the peak" in text
 
 
 def test_the_price_is_what_the_generator_itself_says_and_nothing_is_written(
@@ -142,9 +142,3 @@ def test_the_estimate_says_what_running_beside_each_other_gains(
     # two rounds of 5 + 2 x 10 seconds; two finetunings of 1 + 6 x 2 + 3 x 30 at once
     assert "wall time: 2 min 33 s (0.04 h); one step after another it would be 4 min 16 s" in said
     assert f"device-hours: {(2 * 50 + 2 * 103) / 3600:.2f}" in said
-
-
-def test_what_is_kept_is_counted_by_the_sizes_that_the_parts_give(settings: Make) -> None:
-    steps = make_plan(settings("--pretrain-epochs 2 --eval-freq 1"))
-    steps = [replace(step, facts=ScoringFacts(train=1, val=1, checkpoint_bytes=100)) for step in steps]
-    assert kept_bytes(steps) == 2 * 100 + 2 * 2 * 100

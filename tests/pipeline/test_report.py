@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -18,7 +19,7 @@ from pipeline.report.answer import answers
 from pipeline.report.figures import Point, Series, line_chart, ticks
 from pipeline.report.page import write_all, write_report
 from pipeline.report.scores import MEASURES, make_lines, read_evaluations
-from pipeline.report.tables import COLUMNS, results_csv, terminal_table
+from pipeline.report.tables import COLUMNS, matrix, results_csv, terminal_table
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
@@ -270,6 +271,31 @@ def test_the_page_asks_for_nothing_from_outside_and_runs_nothing(tmp_path: Path)
     assert re.findall(r'(?:src|href)="(?!data:|#)', html) == []
     assert "url(" not in html
     assert len(html) < 2_500_000
+
+
+def test_the_page_holds_its_downloads_and_its_contents_lead_somewhere(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=(0, 1), probes=True)
+    write_all(paths)
+    html = paths.report_html.read_text()
+    anchors = re.findall(r"<nav>.*?</nav>", html, re.S)[0].count("href=")
+    assert anchors == len(re.findall(r'href="#(\w+)"(?=.*\bid="\1")', html, re.S)) >= 8
+    found = re.findall(r'download="([^"]+)" href="data:[^;]+;base64,([^"]+)"', html)
+    files = {name: base64.b64decode(data) for name, data in found}
+    assert list(files) == ["results.csv", "scores.tex", "differences.tex", "forest.svg", "scores.svg"]
+    assert files["results.csv"] == paths.results_csv.read_bytes()
+    assert b"toprule" in files["scores.tex"]
+    assert b"<svg" in files["forest.svg"] and b"var(" not in files["forest.svg"], "other programs know no var"
+
+
+def test_the_matrix_marks_methods_by_their_verdicts(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=(0, 1, 2), chance=0.05, probes=True)
+    lines = make_lines([paths])
+    found = answers(lines)
+    rows = {line.label: cells for line, cells in matrix(lines, found).items()}
+    assert list(rows) == ["patches", "segments 15%", "scratch"], "what was pretrained comes first"
+    assert [cell.state for cell in rows["segments 15%"]] == ["better", "higher", "higher", "higher", ""]
+    assert rows["patches"][0].score == f"{found[0].levels['patches'].score:.2f}"
+    assert {cell.state for cell in rows["patches"]} == {""}
 
 
 def test_text_from_a_run_cannot_break_the_page(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from common.images import read_rgb
+from common.parallel import Failure
 from segments.config import PRESETS, SamSettings
 from segments.generate import Work, generate, images_by_key
 from segments.pack import merge
-from segments.parallel import Failure
 from segments.sam import Sam
 from segments.store import PackedStore
 from tests.segments.tiny_models import MODELS, make_tiny_model

@@ -320,7 +320,7 @@ def test_an_open_store_is_safe_after_fork_and_pickle(packed_table, in_child):
 
 
 def pack_many_and_report(folder, out, pids_path):
-    from segments import parallel
+    from common import parallel
 
     start = parallel.leave_signals_to_the_main_process
 

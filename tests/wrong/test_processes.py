@@ -22,7 +22,7 @@ import mae.listing
 def wait_for_ever(*arguments, **more):
     print("hangs", file=sys.stderr, flush=True)
     while True: time.sleep(1)
-mae.listing.find_images = wait_for_ever
+mae.listing.open_images = wait_for_ever
 """
 
 
