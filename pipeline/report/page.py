@@ -86,7 +86,9 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
     settings, differing = tables.provenance(all_paths)
     matrix = tables.matrix(lines, found)
     charts = {"forest": forest(first), "scores": scores_chart(lines, first)}
-    curves = [scores_chart(lines, one, has_costs=False) for one in others if len(one.ends) > 1]
+    curves = [
+        scores_chart(lines, one, has_costs=False) for one in others if len(one.ends) > 1 and not one.where
+    ]
     costs = {line: tables.cost_cells(first.levels[line.label].costs) if line.label in first.levels
              else dict.fromkeys(COSTS.values(), "") for line in matrix}  # fmt: skip
     there = {
@@ -119,6 +121,7 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
         costs=[name for name in COSTS.values() if any(of[name] for of in costs.values())],
         line_costs=costs,
         charts=charts,
+        spent=tables.spent(lines, first),
         curves=[one for one in curves if one.legend],
         scores=tables.score_table(scored),
         # Where evaluations differ, all values.
