@@ -158,6 +158,29 @@ def _settings(groups: dict[str, Any]) -> Settings:
     return Settings(**{**groups, "compute": compute})
 
 
+@command(main, "freeze", passed_on=PARTS, **GROUPS)
+@click.option("--primary", metavar="A-B,...", required=True, help="The differences that are asked for.")
+def freeze(primary: str, **groups: Any) -> None:
+    """Write preregistration.yml, given the flags of a run: what is asked, and by what, before it is run."""
+    from pipeline.plan.preregistration import write_frozen
+
+    settings = with_hours(_settings(groups))
+    paths = Layout(settings.data.output_dir)
+    digest = write_frozen(paths, settings, checked_plan(settings), primary)
+    say(f"{paths.preregistration}\ndigest {digest}")
+
+
+@main.command()
+@click.argument("folder", type=PATH, required=False)
+@click.option("--effect", type=float, required=True, help="The difference that matters, in points.")
+@click.option("--primary", metavar="A-B", help="Of which lines.  [default: the mean over the compared]")
+def power(folder: Path | None, effect: float, primary: str | None) -> None:
+    """Say how many seeds, and hours, show a difference, by a pilot in FOLDER or published spreads."""
+    from pipeline.report.power import power_text
+
+    say(power_text(Layout(folder.resolve()) if folder else None, effect, primary))
+
+
 @main.command()
 @click.argument("folder", type=PATH)
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)

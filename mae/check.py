@@ -29,6 +29,7 @@ class PretrainFacts:
     left_out: int  # those that have no segment
     val: int
     val_left_out: int
+    digest: str = ""  # of the list of training images
     plan: BatchPlan
     # (epoch, rate, what is there) at the epochs that matter, ascending.
     learning_rates: tuple[tuple[float, float, str], ...]
@@ -64,7 +65,7 @@ def check_pretraining(
     }  # fmt: skip
     return PretrainFacts(
         train=len(listing.train), left_out=listing.left_out, val=len(listing.val),
-        val_left_out=listing.val_left_out, plan=plan,
+        val_left_out=listing.val_left_out, plan=plan, digest=listing.digest,
         learning_rates=tuple((n, run.rate_at(n / whole), named[n]) for n in sorted(named)),
         checkpoint_bytes=config.model.checkpoint_bytes,
         some_images=tuple(

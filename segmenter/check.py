@@ -35,6 +35,7 @@ class ScoringFacts:
 
     train: int
     val: int
+    digest: str = ""  # of the lists of images
     checkpoint_bytes: int = 0
     model_bytes: int = 0
 
@@ -70,7 +71,11 @@ def check_run(
     check_output_folder(config.run.output_dir, reads=reads)
     if config.init != RANDOM and not config.init.is_file():
         raise ValueError(f"{flag} {config.init} does not exist; give a checkpoint, or {RANDOM}")
-    return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes)
+    names = "\n".join(pair.name for pair in (*dataset.train, *dataset.val))
+    return ScoringFacts(
+        train=train, val=val, digest=hashlib.sha256(names.encode()).hexdigest()[:16],
+        checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes,
+    )  # fmt: skip
 
 
 def plan_batches(config: TrainConfig, dataset: DatasetDescription, processes: int) -> BatchPlan:

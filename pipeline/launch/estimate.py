@@ -21,6 +21,7 @@ from pipeline.launch.local import environment
 from pipeline.launch.view import devices_text, disk_text, step_table
 from pipeline.plan.check import ask, checked_plan, startable, without_segments
 from pipeline.plan.layout import Layout
+from pipeline.plan.preregistration import read_frozen
 from pipeline.plan.records import is_done, read_all_records, read_progress, read_spends
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
@@ -161,13 +162,13 @@ def with_hours(settings: Settings) -> Settings:
     budget, paths = settings.experiment.shared_budget, Layout(settings.data.output_dir)
     if budget is None or budget.kind != "gpu-hours" or settings.experiment.eval is not None:
         return settings
-    counts = settings.experiment.count_segments
+    counts, told = settings.experiment.count_segments, settings.experiment.budget_text
     source = settings.experiment.pretrained_from
     spends = read_spends(Layout(source) if source else paths)
-    told = (str(budget), counts)  # another's epochs are none of this one's
-    is_same = spends is not None and (spends["asked"], spends["count_segments"]) == told
-    known = {name: of["end"] for name, of in spends["methods"].items()} if spends and is_same else {}
-    ends = {name: known[name] for name in settings.experiment.mask_method if name in known}
+    known = frozen.ends if (frozen := read_frozen(paths)) else {}
+    if spends is not None:  # told with its budget: another's epochs are none of this one's
+        known |= {(spends["told"], name): of["end"] for name, of in spends["methods"].items()}
+    ends = {m: known[told, m] for m in settings.experiment.mask_method if (told, m) in known}
     if len(ends) < len(settings.experiment.mask_method) and settings.data.missing_sample:
         raise ValueError(
             "--budget gpu-hours times steps on images: make the sample first, by `sample FOLDER`"

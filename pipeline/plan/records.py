@@ -32,7 +32,7 @@ from common.step_files import PROGRESS
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import PretrainConfig, idle_settings, make_method, training_flops
 from pipeline.plan.layout import Layout
-from pipeline.plan.machine import hardware, versions
+from pipeline.plan.machine import code_digest, hardware, versions
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step
 from segmenter.config import GROUPS as FINETUNE_GROUPS
@@ -71,6 +71,8 @@ class Record:
     host: str = ""
     pid: int = 0  # of the latest attempt's child process
     job_id: str = ""  # Slurm's, where there is one
+    code: str = ""  # digest of the sources, and of the images that it trains or scores on
+    images: str = ""
     message: str = ""  # of a failed step: what happened, with the last lines of its log
 
     @classmethod
@@ -80,7 +82,8 @@ class Record:
             name=step.name, state=state, run=step.run, kind=step.kind, fingerprint=step.settings,
             seconds=earlier.seconds if earlier else 0.0,
             attempts=(earlier.attempts if earlier else 0) + (state == "running"),
-            devices=step.devices, **more,
+            devices=step.devices, code=code_digest(step.plugin),
+            images=step.facts.digest if step.facts else earlier.images if earlier else "", **more,
         )  # fmt: skip
 
     @property
@@ -142,8 +145,10 @@ def _spends(chosen: Settings, steps: Iterable[Step]) -> dict[str, Any]:
             found[config.method.mask_method] = {"end": config.optimisation.end, "flops_per_step": flops}
     if budget is None or not found:
         return {}
-    counted = chosen.experiment.count_segments
-    return {"asked": str(budget), "parts": budget.parts, "count_segments": counted, "methods": found}
+    return {
+        "asked": str(budget), "told": chosen.experiment.budget_text, "parts": budget.parts,
+        "count_segments": chosen.experiment.count_segments, "methods": found,
+    }  # fmt: skip
 
 
 class _OfMethod(TypedDict):
@@ -155,6 +160,7 @@ class Spends(TypedDict):
     """run.yml's budget. methods: the epochs of each, and what an optimizer step of it costs."""
 
     asked: str
+    told: str  # the same, and whether segments are counted
     parts: Annotated[int, Field(ge=1)]
     count_segments: bool
     methods: dict[str, _OfMethod]

@@ -133,6 +133,11 @@ class Experiment(OptionGroup):
         return None if self.budget is None else Budget.parse(self.budget)
 
     @property
+    def budget_text(self) -> str:
+        """The same in words."""
+        return f"{self.shared_budget}{', segments counted' if self.count_segments else ''}"
+
+    @property
     def eval_points(self) -> tuple[int, ...]:
         """Epochs (or parts of the budget) at which to evaluate, ascending; 0 = before any pretraining."""
         if self.eval_epochs is not None:

@@ -86,6 +86,11 @@ class Step:
     facts: Facts | None = None  # what its check found, where it was checked and is a part's
 
     @property
+    def plugin(self) -> Path | None:
+        """Whose code is part of what it runs."""
+        return self.config.run.plugin if self.config else None
+
+    @property
     def console_log(self) -> Path:
         """What the step printed."""
         return self.folder / files.CONSOLE_LOG
@@ -319,8 +324,7 @@ class _Planner:
         if not self.is_bound:
             return step
         # What allows methods to differ in their epochs (`records.differences`).
-        counted = ", segments counted" if self.settings.experiment.count_segments else ""
-        return replace(step, settings={**step.settings, "budget": f"{self.budget}{counted}"})
+        return replace(step, settings={**step.settings, "budget": self.settings.experiment.budget_text})
 
     def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
         """Probes and finetunes the checkpoint after `epochs`, where that is wanted.

@@ -171,10 +171,12 @@ def answers(lines: Sequence[Line], question: Question | None = None) -> list[Ans
     if equal and len({line.exact_end for line in trained if line.spends}) > 1:
         told: Any = {"first_look": first_look, "primary": () if pairs else None, "at": max(equal)}
         found += [one for one in [answer(lines, asked, **told)] if one]
-    first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
+    first, *others = sorted(
+        found or [Answer([])], key=lambda one: (not one.sentences, one.measure is not asked)
+    )
     if not first.sentences:
         first = first._replace(sentences=["No evaluation has finished yet."])
-    elif first.measure is not FINETUNING:
+    elif FINETUNING not in scored:
         said = "No finetuning has been scored yet; this is what frozen probes say."
         first = first._replace(sentences=[*first.sentences, said])
     return [first, *others]
@@ -208,6 +210,9 @@ def answer(
     sentences = [_headline(found, trained, levels, f"{after}, by {measure.words}", measure)]
     of_own = [line for line in trained if not any(c.is_control and c.second is line for c in found)]
     verdicts = [_verdict(line, found, levels) for line in of_own] if found else []
+    planned = [c for c in found if c.plan == _ASKED]
+    told = (f"{c.first.label} against {c.against} {c.numbers}, {STATES[c.state]}" for c in planned)
+    sentences += [f"Asked for beforehand: {one}." for one in told]
     sentences += _about_objects(verdicts) + _ranking(lines, levels, measure)
     remarks = [
         f"What is looked at first is {first_look}. Whatever else differs is a hint, no finding."
@@ -244,7 +249,7 @@ def _after(epochs: Sequence[int]) -> str:
 
 
 def _comparisons(
-    lines: Sequence[Line], levels: Mapping[str, Level], primary: Collection[tuple[str, str]]
+    lines: Sequence[Line], levels: Mapping[str, Level], primary: Collection[tuple[str, str]] = ()
 ) -> list[Comparison]:
     """Methods with plain MAE, own segments with their controls, all with what is not pretrained.
 
