@@ -14,7 +14,7 @@ from scipy import stats
 from pipeline.report.scores import FINETUNING, MEASURES, Line, Measure
 from pipeline.report.statistics import CONFIDENCE
 
-LEAST_LINES = 4  # of three, a bootstrap hardly draws three
+LEAST_LINES = 5  # of fewer, draws hold hardly a pair
 _DRAWS = 1000
 
 
