@@ -6,6 +6,8 @@ comes when is decided in pipeline/plan/steps.py. No torch is imported here.
 """
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from common.command import CONTEXT, PATH, command
 from common.console import EXIT_STOPPED, run_program, say
 from common.files import check_output_file, check_output_folder, hold
 from common.interruption import Interruption
-from common.options import MOST_SEED
+from common.options import MOST_SEED, fields_of
+from pipeline.launch import beforehand, slurm
 from pipeline.launch import doctor as examination
-from pipeline.launch import slurm
 from pipeline.launch.estimate import estimate_run, with_hours
 from pipeline.launch.local import LocalLauncher
 from pipeline.launch.status import status_text
@@ -158,27 +160,25 @@ def _settings(groups: dict[str, Any]) -> Settings:
     return Settings(**{**groups, "compute": compute})
 
 
-@command(main, "freeze", passed_on=PARTS, **GROUPS)
-@click.option("--primary", metavar="A-B,...", required=True, help="The differences that are asked for.")
-def freeze(primary: str, **groups: Any) -> None:
-    """Write preregistration.yml, given the flags of a run: what is asked, and by what, before it is run."""
-    from pipeline.plan.preregistration import write_frozen
+@command(main, "score", own={"eval_seeds": 0}, **GROUPS)
+@click.argument("encoders", metavar="[NAME=]ENCODER,...")
+@click.option("--dry-run", is_flag=True, help="Check and show the plan; nothing is run.")
+def score(encoders: str, dry_run: bool, **groups: Any) -> int:
+    """Probe any ENCODERS on --eval-dataset, and report; with --eval-seeds N finetune them, too.
 
-    settings = with_hours(_settings(groups))
-    paths = Layout(settings.data.output_dir)
-    digest = write_frozen(paths, settings, checked_plan(settings), primary)
-    say(f"{paths.preregistration}\ndigest {digest}")
+    An ENCODER is random, a file, timm:NAME|FOLDER, hf:NAME|FOLDER or FILE.py:FUNCTION.
+    """
+    # An argument, since there is nothing to score without encoders; else it is --eval.
+    judged = fields_of(GROUPS["experiment"])["eval"].judge(encoders)
+    groups["experiment"] = replace(groups["experiment"], eval=judged)
+    settings = _settings(groups)
+    if dry_run:
+        show(settings, verbose=False)
+        return 0
+    return run(settings)
 
 
-@main.command()
-@click.argument("folder", type=PATH, required=False)
-@click.option("--effect", type=float, required=True, help="The difference that matters, in points.")
-@click.option("--primary", metavar="A-B", help="Of which lines.  [default: the mean over the compared]")
-def power(folder: Path | None, effect: float, primary: str | None) -> None:
-    """Say how many seeds, and hours, show a difference, by a pilot in FOLDER or published spreads."""
-    from pipeline.report.power import power_text
-
-    say(power_text(Layout(folder.resolve()) if folder else None, effect, primary))
+beforehand.add_to(main, _settings)
 
 
 @main.command()
@@ -243,6 +243,8 @@ def doctor(**groups: Any) -> int:
     say(examination.findings_text(findings))
     return 1 if any(finding.fix for finding in findings) else 0
 
+
+command_line = partial(run_program, main, "segmae")  # of `pip install -e .`
 
 if __name__ == "__main__":
     run_program(main, "benchmark.py")

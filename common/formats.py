@@ -206,7 +206,13 @@ class ProbeResult(_Shape):
     linear: NotRequired[Scores]
     knn: NotRequired[Scores]
     knn_raw: NotRequired[Scores]
+    dinov2_linear: NotRequired[Scores]
+    dinov3_linear: NotRequired[Scores]
+    capi_knn: NotRequired[Scores]
+    capi_logreg: NotRequired[Scores]
+    hummingbird: NotRequired[Scores]
     image_knn: NotRequired[dict[str, Positive]]  # "accuracy", in percent
+    image_linear: NotRequired[dict[str, Positive]]
     rankme: NotRequired[Positive]
     first_direction_percent: NotRequired[Positive]
     position_percent: NotRequired[Positive]

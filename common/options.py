@@ -199,7 +199,8 @@ def _fields_of(*groups: type[OptionGroup]) -> dict[str, Field]:
             is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
             # The first is what a value is; then come words and None.
             kind, *others = typing.get_args(hint) if is_union else (hint,)
-            instead = tuple(word for one in others for word in typing.get_args(one) or (None,))
+            words = [(None,) if one is types.NoneType else typing.get_args(one) for one in others]
+            instead = tuple(word for some in words for word in some)
             several = typing.get_origin(kind) is tuple
             kind = typing.get_args(kind)[0] if several else kind
             found[field.name] = Field(
@@ -215,6 +216,7 @@ class Field:
     choices: the allowed words, where the type is not a Literal; asked when a value is judged, since
         plugins add some.
     at_least, above, at_most, below: the range of a number, or of each of several.
+    parse: makes the value of what was written, where its type alone does not; raises ValueError.
     early: called with the value before any other option is judged: it may load what brings
         choices, or give a layer, such as a recipe, that lies below all that the user wrote.
     """
@@ -228,6 +230,7 @@ class Field:
     # What a file counts as that was written before this option existed, or a function of its values.
     older: Any
     choices: Callable[[], Iterable[str]] | None = None
+    parse: Callable[[Any], Any] | None = None
     at_least: float | None = None
     above: float = -LARGEST
     at_most: float | None = None
@@ -262,7 +265,8 @@ class Field:
             return value
         if self.is_mapping:
             return self._pairs(value)
-        if not self.several:
+        is_path = isinstance(value, str | Path | list | tuple)
+        if not self.several or (self.kind is Path and not is_path):
             return self._item(value)
         # 15,30 on the command line and as a word of YAML, [15, 30] in YAML, 15 in both.
         is_list = isinstance(value, list | tuple)
@@ -272,6 +276,11 @@ class Field:
     def _item(self, value: Any) -> Any:
         if words := self.words():
             return self._word(value, words)
+        if self.parse is not None:
+            try:
+                return self.parse(value)
+            except ValueError as error:
+                raise _refusal(self.flag, value, str(error)) from None
         if self.kind is Path:
             return absolute_path(value, self.flag)
         # pydantic takes Python's 1_000, and true for 1; nobody who writes them means a number.

@@ -18,11 +18,14 @@ PREDICTIONS = "predictions.png"
 AREAS = "areas.npz"  # of each validation image: images [N], areas [N, 3, K] in pixels
 RESULT = "result.json"  # the scores; written last
 # A probe's, beside its result.json: the same areas.
-PROBE_AREAS = {name: f"areas-{name}.npz" for name in ("linear", "knn", "knn_raw")}
+PROBE_AREAS = {name: f"areas-{name}.npz" for name in (
+    "linear", "knn", "knn_raw", "dinov2_linear", "dinov3_linear", "capi_knn", "capi_logreg", "hummingbird",
+)}  # fmt: skip
 # By which the folders of runs are told from each other, and from a stranger's.
 OF_PRETRAINING = (LAST, "checkpoint-*.pth", "reconstructions-*.png")
 OF_FINETUNING = (CHECKPOINT, BEST, AREAS, RESULT, PREDICTIONS)
-OF_PROBES = (*PROBE_AREAS.values(), RESULT)
+FEATURES = "features.png"  # what its tokens look like
+OF_PROBES = (*PROBE_AREAS.values(), RESULT, FEATURES)
 OF_RUNS = (*OF_PRETRAINING, *OF_FINETUNING, *OF_PROBES)
 
 

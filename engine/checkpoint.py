@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, read as tensors and plain values only."""
 
+import contextlib
 import pickle
 import time
 import zipfile
@@ -14,6 +15,7 @@ from accelerate.utils import recursively_apply
 from pydantic import ConfigDict, PositiveFloat, with_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from typing_extensions import TypedDict
 
 from common.files import also_save_as, replacing, shortened
@@ -204,6 +206,25 @@ def _is_sound(tensor: Tensor) -> bool:
         tensor = tensor.float()
     low, high = torch.aminmax(tensor.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+class _StandIn:
+    """Takes the place of an object that is not needed; does nothing with what it is given."""
+
+    def __init__(self, *given: Any, **more: Any) -> None: ...
+
+    __setstate__ = __init__
+
+
+def read_with_stand_ins(path: Path, *, lazily: bool = True) -> Any:
+    """What a file holds; stand-ins for all but tensors and plain values, so no code of it runs."""
+    # Trainings of others store their arguments, message hubs, numpy's scalars beside the weights.
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # what is wrong with the file, reading it will say
+        if path.is_file():  # a pipe would be waited for
+            names = get_unsafe_globals_in_checkpoint(path)
+    with safe_globals([(_StandIn, name) for name in names]):
+        return read_torch_file(path, lazily=lazily)
 
 
 def read_torch_file(path: Path, *, lazily: bool = False) -> Any:

@@ -133,11 +133,11 @@ def _check_init(config: PretrainConfig, path: Path) -> None:
     """Whether an official checkpoint fits the model, by shapes alone."""
     import torch
 
-    from engine.weights import read_vit_weights
+    from engine.weights import CLASSIFIERS, read_vit_weights
     from mae.model import MaskedAutoencoder
     from mae.weights import fit_official
 
-    weights = read_vit_weights(path, lazily=True)
+    weights = read_vit_weights(path, ignored=CLASSIFIERS, lazily=True)
     with torch.device("meta"):  # no memory is taken for a model of 600 million weights
         model = MaskedAutoencoder(config.model, make_method(config.method, config.model))
     try:

@@ -24,7 +24,7 @@ from engine.schedule import BatchPlan
 from engine.task import Built, Earlier, Evaluation, Run, State, Task, start_loader_process
 from engine.trainer import train
 from engine.vit import IMAGE_CHANNELS
-from engine.weights import read_vit_weights
+from engine.weights import CLASSIFIERS, read_vit_weights
 from mae.check import check_pretraining, look_inside, plan_batches
 from mae.config import OptimisationConfig, PretrainConfig, make_method, training_flops
 from mae.controls import SegmentSource
@@ -103,7 +103,7 @@ class Pretraining(Task):
             self.fixed_set = checkpoint["fixed_set"]
         else:
             if (init := self.config.run.init) is not None:
-                fresh = start_from_official(model, read_vit_weights(init))
+                fresh = start_from_official(model, read_vit_weights(init, ignored=CLASSIFIERS))
                 logger.info("started from %s; fresh: %s", init, ", ".join(fresh) or "nothing")
             # The training images that every round's picture shows: evenly spread, with segments.
             paths = self.images.paths[evenly_spread(range(len(self.images)), FIXED_SET_SIZE)]

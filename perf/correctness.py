@@ -264,7 +264,7 @@ def _compared(here: float, there: float) -> dict[str, float]:
 def _probe(bench: Bench) -> dict[str, Any]:
     """The linear probe of the same random weights."""
     from segmenter.dataset import read_description
-    from segmenter.probe import probe
+    from segmenter.probing import probe
 
     scores: list[float] = []
     for device in (bench.device.type, "cpu"):

@@ -138,7 +138,7 @@ def _finetuning(bench: Bench, batch: int, name: str) -> dict[str, float]:
     run = _segmenter(bench, batch, workers=0, **FINETUNING[name])
     if "outside" in name:
         compiled = run.accelerator.prepare_model(run.model)
-        run.prepared = _LossOutside(compiled, run.task.dataset.ignore_index)
+        run.prepared = _LossOutside(compiled, run.task.dataset.ignored)
     warm_up, steps = bench.size(WARM_UP), bench.size(MEASURED)
     interpolation = mock.patch.object(Segmenter, "upsample", _interpolated)
     with interpolation if "interpolation" in name else nullcontext():
@@ -188,7 +188,7 @@ def _evaluation(bench: Bench, group: int, windows: int) -> dict[str, float]:
 
 def _probe(bench: Bench) -> dict[str, float]:
     from segmenter.dataset import read_description
-    from segmenter.probe import probe
+    from segmenter.probing import probe
 
     afresh()
     config = bench.config(ProbeConfig, model="vit_large", output_dir=bench.scratch / "timed-probe")

@@ -189,7 +189,7 @@ def evaluate_one_by_one(accelerator: Accelerator, model: Segmenter, images: Whol
             scaled, size = [sample.scaled], [sample.labels.shape]
             (predicted,) = predict_classes(model, scaled, size, images.protocol)
             kept.append((predicted.cpu(), sample.labels))
-    areas = Areas(len(images), model.shape.num_classes, images.description.ignore_index)
+    areas = Areas(len(images), model.shape.num_classes, images.description.ignored)
     for index, (predicted, labels) in enumerate(kept):
         areas.add(index, predicted, labels)
     return areas.scores([str(number) for number in range(areas.num_classes)])["mean_iou"]

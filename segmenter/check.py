@@ -7,6 +7,7 @@ look into is judged apart, by `look_inside`.
 import dataclasses
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,19 @@ from common.step_files import CHECKPOINT, PROBE_AREAS, RESULT
 from engine.logbook import check_trackers, unusual
 from engine.schedule import BatchPlan
 from engine.vit import IMAGE_CHANNELS, transformer_parameters
-from segmenter.config import AUXILIARY_WIDTH, GROUPS, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
+from segmenter.config import (
+    AUTO,
+    AUXILIARY_WIDTH,
+    GROUPS,
+    PROBE_GROUPS,
+    RANDOM,
+    ProbeConfig,
+    TrainConfig,
+    check_encoder,
+    encoder_label,
+    encoder_path,
+    is_library,
+)
 from segmenter.dataset import TRAIN, VAL, DatasetDescription, check_split, other_names, read_description
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
@@ -40,6 +53,12 @@ class ScoringFacts:
     model_bytes: int = 0
 
 
+def dataset_name(path: Path) -> str:
+    """What names of files may have of it; of a file that is still to be made, that file's name."""
+    name = read_description(path).name if path.exists() else path.stem
+    return re.sub(r"[^\w.]", "_", name)
+
+
 def read_checked(path: Path) -> DatasetDescription:
     """A dataset some of whose labels were looked at. Raises ValueError."""
     dataset = read_description(path)
@@ -58,19 +77,24 @@ def check_run(
 ) -> ScoringFacts:
     """What the run will be. Raises ValueError for what would stop it at once."""
     train, val, reads = len(dataset.train), len(dataset.val), list(dataset.reads)
-    flag, model_bytes, checkpoint_bytes = "CHECKPOINT", 0, 0
+    flag, model_bytes, checkpoint_bytes = "ENCODER", 0, 0
     if isinstance(config, TrainConfig):
         flag = "--init"
         plan_batches(config, dataset, processes)
         model_bytes = _model_bytes(config, dataset.num_classes)
         # SGD keeps a momentum of each weight, AdamW two means.
         checkpoint_bytes = model_bytes * (2 if config.optimisation.optimizer == "sgd" else 3)
+        if config.model.dropout and is_library(config.init):
+            raise ValueError("--dropout is of plain ViTs; encoders of libraries have --drop-path")
     elif config.run.image_folder is not None:
         open_images(config.run.image_folder, config.run.index_dir)
         reads.append(config.run.image_folder)
     check_output_folder(config.run.output_dir, reads=reads)
-    if config.init != RANDOM and not config.init.is_file():
-        raise ValueError(f"{flag} {config.init} does not exist; give a checkpoint, or {RANDOM}")
+    check_encoder(config.init, flag)
+    if config.model.patch_size and is_library(config.init):
+        raise ValueError(f"--patch-size is of plain ViTs; {config.init} has its own")
+    if config.init == RANDOM:
+        _ = config.model.encoder  # a size has to be named
     names = "\n".join(pair.name for pair in (*dataset.train, *dataset.val))
     return ScoringFacts(
         train=train, val=val, digest=hashlib.sha256(names.encode()).hexdigest()[:16],
@@ -125,9 +149,9 @@ def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
 def look_inside(config: TrainConfig | ProbeConfig) -> None:
     """Raise ValueError unless checkpoint and trackers are what the run needs; loads torch."""
     if config.init != RANDOM:
-        from segmenter.encoder import read_encoder
+        from segmenter.libraries import look_at_encoder
 
-        read_encoder(config.init, config.model, lazily=True)
+        look_at_encoder(config)
     if isinstance(config, TrainConfig):
         check_trackers(config.run.log_with)
 
@@ -138,19 +162,32 @@ def all_settings(config: TrainConfig | ProbeConfig, dataset: DatasetDescription)
     if isinstance(config, TrainConfig):
         own = dataclasses.asdict(config.optimisation)
     else:
-        own = {name: plain(getattr(config.run, name)) for name in ("probes", "seed", "image_folder")}
+        names = ("probes", "seed", "image_folder", "linear_weight_decay", "probe_steps")
+        own = {name: plain(getattr(config.run, name)) for name in names}
     return {
         **dataclasses.asdict(config.model),
         **config.protocol.described(),
         "precision": config.run.precision,
-        "init": init if init == RANDOM else init.name,  # not its folder: runs may be moved
-        "init_fingerprint": None if init == RANDOM else _fingerprint(init),
+        "init": encoder_label(init),
+        "init_fingerprint": _fingerprint_of(init),
         **own,
         "dataset": dataset.name,
         "num_classes": dataset.num_classes,
         "num_train": len(dataset.train),
         "num_val": len(dataset.val),
     }
+
+
+def _fingerprint_of(init: Path | str) -> str | None:
+    """Tells encoders of one name apart; of a folder: what holds its weights and settings."""
+    path = encoder_path(init)
+    if path is None:
+        return None
+    if not path.is_dir():
+        return _fingerprint(path)
+    kinds = (".json", ".safetensors", ".bin")
+    files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
+    return hashlib.sha256("".join(map(_fingerprint, files)).encode()).hexdigest()[:16]
 
 
 def _fingerprint(path: Path) -> str:
@@ -198,8 +235,12 @@ def earlier_output(config: TrainConfig | ProbeConfig, dataset: DatasetDescriptio
 
 def _model_bytes(config: TrainConfig, num_classes: int) -> int:
     """About the size of fp32 weights."""
-    model, size = config.model, config.model.encoder
-    patch = model.patch_size or size.patch_size
+    model = config.model
+    if model.model == AUTO or is_library(config.init):
+        path = encoder_path(config.init)  # about as much as its weights
+        files = [path] if path and path.is_file() else path.glob("*") if path else []
+        return sum(file.stat().st_size for file in files if file.is_file())
+    size, patch = model.encoder, model.patch_size or model.encoder.patch_size
     patches = (config.protocol.crop_size // patch) ** 2
     parameters = (
         transformer_parameters(size.width, size.depth)

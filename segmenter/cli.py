@@ -12,20 +12,40 @@ from common.command import CONTEXT, PATH, command, dry_run
 from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
 from common.environment import rank, world_size
 from common.files import check_output_file, write_json
+from common.formats import ProbeResult, read_json
 from common.step_files import RESULT
 from engine.config import DeviceConfig
 from segmenter.config import (
     GROUPS,
     PROBE_GROUPS,
-    RANDOM,
     SCORES,
+    EncoderConfig,
     EvaluateConfig,
+    FeaturesConfig,
     PictureConfig,
     ProbeConfig,
     ProtocolChanges,
     ScoringConfig,
     TrainConfig,
+    check_encoder,
+    parse_encoder,
 )
+
+
+class EncoderArgument(click.ParamType):
+    """An argument that names an encoder, as --init does."""
+
+    name = "encoder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """Click's hook."""
+        try:
+            return parse_encoder(value)
+        except ValueError as error:
+            self.fail(f"{value}: {error}", param, ctx)
+
+
+ENCODER = EncoderArgument()
 
 
 @click.group(context_settings=CONTEXT)
@@ -65,16 +85,18 @@ def train(dry_run: str | None, **groups: Any) -> int:
 
 
 @command(cli, **PROBE_GROUPS)
-@click.argument("checkpoint", type=PATH, metavar="CHECKPOINT|random")
+@click.argument("encoder", type=ENCODER, metavar="ENCODER")
 @dry_run("check")
-def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
-    """Score what a frozen encoder knows: minutes instead of a finetuning's hours."""
+def probe(encoder: Path | str, dry_run: str | None, **groups: Any) -> int:
+    """Score what a frozen encoder knows: minutes instead of a finetuning's hours.
+
+    ENCODER is random, a file, timm:NAME|FOLDER, hf:NAME|FOLDER or FILE.py:FUNCTION.
+    """
     from segmenter.check import check_run, check_some_labels, earlier_output, look_inside
     from segmenter.dataset import read_description
 
     # An argument, since there is no probe without something to probe.
-    init: Any = RANDOM if str(checkpoint) == RANDOM else checkpoint.absolute()
-    config = ProbeConfig(init=init, **groups)
+    config = ProbeConfig(init=encoder, **groups)
     dataset = read_description(config.run.dataset)
     check_run(config, dataset, processes=world_size())
     look_inside(config)
@@ -84,7 +106,7 @@ def probe(checkpoint: Path, dry_run: str | None, **groups: Any) -> int:
     check_some_labels(dataset)
     if dry_run:
         return 0
-    from segmenter.probe import probe as run_probes
+    from segmenter.probing import probe as run_probes
 
     return 0 if run_probes(config, dataset) else EXIT_STOPPED
 
@@ -132,6 +154,25 @@ def predict(
     predict_files(checkpoint, images, pictures.out, changes, devices)
 
 
+@command(cli, "draw-features", features=FeaturesConfig, model=EncoderConfig, devices=DeviceConfig)
+@click.argument("encoder", type=ENCODER)
+@click.argument("images", type=PATH, nargs=-1, required=True)
+def draw_features(
+    encoder: Path | str, images: tuple[Path, ...], features: FeaturesConfig, model: EncoderConfig,
+    devices: DeviceConfig,
+) -> None:  # fmt: skip
+    """Draw ENCODER's patch tokens of IMAGES: principal components as colours, likeness to a patch."""
+    check_encoder(encoder, "ENCODER")
+    if features.before is not None:
+        check_encoder(features.before, "--before")
+    from engine.devices import make_accelerator
+    from segmenter.features import draw_files
+
+    log_to_stderr()
+    draw_files(encoder, images, features, model, make_accelerator(devices))
+    say(str(features.out))
+
+
 @cli.group(context_settings=CONTEXT)
 def prepare() -> None:
     """Download ADE20K, or check a dataset down to every label."""
@@ -161,3 +202,28 @@ def check(dataset: Path) -> None:
     pairs = check_dataset(dataset)
     counts = ", ".join(f"{count} {split} pairs" for split, count in pairs.items())
     say(f"{dataset}: {counts}, all sound")
+
+
+def probe_encoder(
+    encoder: Path | str, dataset: Path | str, output_dir: Path | str, **options: Any
+) -> dict[str, Any]:
+    """From Python, what `python -m segmenter probe` leaves in result.json; what is there is read.
+
+    options: of that command, such as model="vit_base", probes=("linear", "knn"). Raises ValueError for
+    what is wrong with them, RuntimeError if a signal stopped it.
+    """
+    words = ["probe", str(encoder), "--dataset", str(dataset), "--output-dir", str(output_dir)]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{flag}")
+        else:
+            several = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{flag}", ",".join(map(str, several))]
+    try:
+        code = cli.main(args=words, standalone_mode=False)
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from error
+    if code:
+        raise RuntimeError("stopped by a signal; the same call begins anew")
+    return read_json(Path(output_dir) / RESULT, ProbeResult)

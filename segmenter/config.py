@@ -5,6 +5,7 @@ have no default here. What is given with a command wins over its recipe.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,14 @@ from engine.schedule import half_cosine, learning_rate
 from engine.vit import VIT_SIZES, VitSize
 
 RECIPES = Path(__file__).parent / "recipes"
+PRESETS = Path(__file__).parent / "presets"
 DEFAULT_RECIPE, OF_RECIPE = "segmenter", "default: the recipe's"
-RANDOM: Literal["random"] = "random"  # --init of a ViT that starts from nothing
+RANDOM: Literal["random"] = "random"  # an encoder that starts from nothing: timm's ViT
+AUTO = "auto"  # --model of an encoder that says itself what it is
+ENCODER_FORMS = "random, a file, timm:NAME|FOLDER, hf:NAME|FOLDER or FILE.py:FUNCTION"
+Probe = Literal[
+    "linear", "knn", "rankme", "dinov2_linear", "dinov3_linear", "capi_knn", "capi_logreg", "hummingbird"
+]  # fmt: skip
 Decoder = Literal["mask_transformer", "linear", "upernet"]
 Normalization = Literal["imagenet", "half"]  # half: as in the first ViTs
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou")  # percent, by their names in files
@@ -45,19 +52,80 @@ RATE: dict[str, Any] = {"at_least": 0, "below": 1}
 SEED: dict[str, Any] = {"at_least": 0, "at_most": MOST_SEED}
 
 
+# --- Encoders, by one grammar wherever one is named ---
+
+
+def parse_encoder(value: Any) -> Path | str:
+    """What was written: a file's path, or as it was, with an absolute path in it. ValueError.
+
+    `random`, FILE, `timm:NAME|FOLDER`, `hf:NAME|FOLDER` (transformers), `FILE.py:FUNCTION`.
+    """
+    text = str(value).strip()
+    library, colon, name = text.partition(":")
+    if text == RANDOM:
+        return RANDOM
+    if colon and library in ("timm", "hf"):
+        is_path = name.startswith(("/", ".", "~")) or Path(name).expanduser().is_dir()
+        if not name or "\0" in name:
+            raise ValueError(f"give {library}:NAME or {library}:FOLDER")
+        return f"{library}:{absolute_path(name, library)}" if is_path else text
+    file, colon, function = text.rpartition(":")
+    if colon and file.endswith(".py"):
+        if not function.isidentifier():
+            raise ValueError("give FILE.py:FUNCTION")
+        return f"{absolute_path(file, 'FILE.py')}:{function}"
+    if colon and re.fullmatch(r"[a-z-]{2,12}", library) and not Path(text).exists():
+        raise ValueError(f"there are no encoders of {library}; give {ENCODER_FORMS}")
+    return absolute_path(value, "the file of an encoder")
+
+
+def is_library(init: Path | str) -> bool:
+    """Whether it comes from code of others: timm's, transformers', or a Python file's."""
+    return not isinstance(init, Path) and init != RANDOM
+
+
+def encoder_path(init: Path | str) -> Path | None:
+    """The file or folder that an encoder comes from; None of one that a library fetches by name."""
+    if isinstance(init, Path):
+        return init
+    before, _, after = init.rpartition(":")
+    path = before if before.endswith(".py") else after
+    return Path(path) if path.startswith("/") else None
+
+
+def encoder_label(init: Path | str) -> str:
+    """An encoder as files record it: without the folder, since runs and checkpoints may be moved."""
+    path = encoder_path(init)
+    return init.name if isinstance(init, Path) else init.replace(str(path), path.name) if path else init
+
+
+def check_encoder(init: Path | str, flag: str) -> None:
+    """Raise ValueError unless what it comes from is there."""
+    path, is_folder = encoder_path(init), not isinstance(init, Path) and ".py:" not in init
+    if path is not None and not (path.is_dir() if is_folder else path.is_file()):
+        kind = "no folder" if is_folder else "is no file" if path.exists() else "does not exist"
+        what = f"{path} {kind}" if not is_folder else f"there is {kind} {path}"
+        raise ValueError(f"{flag} {what}; give {ENCODER_FORMS}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(OptionGroup):
     """The encoder."""
 
     title, no_default = "Model", OF_RECIPE
-    model: str = option("Size of the encoder.", "vit_large", choices=lambda: VIT_SIZES)
+    model: str = option(
+        "Size of the encoder; auto: what its file says.", "vit_large",
+        choices=lambda: (*VIT_SIZES, AUTO),
+    )  # fmt: skip
     patch_size: int | None = option(
         "Pixels per side of a patch. Default: the checkpoint's, else the model's.", None, **PIXELS
     )
 
     @property
     def encoder(self) -> VitSize:
-        """Its sizes."""
+        """Its sizes. Raises ValueError where only the encoder's file would say them."""
+        if self.model == AUTO:
+            raise ValueError("--model auto is for encoders that say what they are; name a size")
         return VIT_SIZES[self.model]
 
 
@@ -174,7 +242,7 @@ class ScoringConfig(DeviceConfig):
 class DatasetConfig(OptionGroup):
     """What is trained on, and from where come the values that are not given."""
 
-    dataset: Path = option("ADEChallengeData2016 folder, or the YAML file of a dataset.")
+    dataset: Path = option("Folder of a known layout (ADE20K, Cityscapes, VOC, ...), or a YAML file.")
     recipe: str = option(
         "segmenter, mae, upernet, fast, or a YAML file.", DEFAULT_RECIPE,
         early=lambda name: read_recipe(name),  # its values lie below all others
@@ -185,7 +253,7 @@ class DatasetConfig(OptionGroup):
 class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
     """What one finetuning starts from, where it goes and how it is kept."""
 
-    init: Path | Literal["random"] = option("Checkpoint of the encoder, or random.")
+    init: Path | str = option(f"The encoder: {ENCODER_FORMS}.", parse=parse_encoder)
     device_batch_size: int | Literal["auto"] | None = option(
         "Most images per device at once; auto: by a GPU's memory. Default: no limit.", None,
         at_least=1, neutral=True, memory=True,
@@ -193,12 +261,25 @@ class RunConfig(TrainingConfig, ScoringConfig, DatasetConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig):
+class PresetConfig(OptionGroup):
+    """Probes as others publish theirs."""
+
+    preset: str | None = option(
+        "Probes and sizes of a published protocol: dinov2-linear, dinov3-linear, capi, hummingbird.", None,
+        early=lambda name: read_preset(name),  # its values lie below what is given, above a recipe's
+    )  # fmt: skip
+
+
+# PresetConfig last, since its fields come first: a preset wins over a recipe.
+@dataclass(frozen=True, kw_only=True)
+class ProbeRunConfig(OutputConfig, ScoringConfig, DatasetConfig, PresetConfig):
     """What is asked of a frozen encoder, and where the answers go."""
 
-    probes: tuple[Literal["linear", "knn", "rankme"], ...] = option(
-        "What is asked.", ("linear", "knn", "rankme")
+    probes: tuple[Probe, ...] = option("What is asked.", ("linear", "knn", "rankme"))
+    linear_weight_decay: float | None = option(
+        "Of the linear probe. Default: chosen on a fifth of the training images.", None, at_least=0
     )
+    probe_steps: int | None = option("Of dinov2_linear and dinov3_linear. Default: theirs.", None, at_least=1)
     seed: int = option("Of random weights, and of the tokens that are kept.", 0, **SEED)
     image_folder: Path | None = option("Class folders, for kNN of images. Default: none.", None)
     index_dir: Path | None = option(
@@ -213,7 +294,7 @@ class EvaluateConfig(OptionGroup):
 
     title = "Evaluation"
     dataset: Path = option_of(DatasetConfig, "dataset", REQUIRED)
-    split: Literal["train", "val"] = option("Which images.", "val")
+    split: Literal["train", "val", "test"] = option("Which images.", "val")
     save_predictions: Path | None = option("Folder for the label maps.", None)
     classes_by_number: bool = option("Score classes that the checkpoint calls otherwise.", False)
     predictions: Path | None = option("Score the label maps of this folder instead.", None)
@@ -226,6 +307,25 @@ class PictureConfig(OptionGroup):
 
     title = "Pictures"
     out: Path = option("Folder for the pictures.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(OptionGroup):
+    """What `draw-features` draws."""
+
+    title = "Pictures"
+    out: Path = option("PNG file.")
+    before: Path | str | None = option(
+        "Another encoder, to be drawn beside it: what it was before pretraining.", None, parse=parse_encoder
+    )
+    size: int = option("Images' short side, in pixels.", 512, **PIXELS)
+    patch: tuple[int, ...] = option(
+        "Whose likeness is shown: percent from the top, from the left.", (50, 50), at_least=0, at_most=100
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.patch) != 2:
+            raise ValueError(f"--patch is {','.join(map(str, self.patch))}; give two numbers, as 50,50")
 
 
 RECIPE_GROUPS: tuple[type[OptionGroup], ...] = (ModelConfig, OptimisationConfig, ProtocolConfig)
@@ -243,8 +343,8 @@ class TrainConfig:
     leaves = OF_FINETUNING  # by these names
 
     @property
-    def init(self) -> Path | Literal["random"]:
-        """Checkpoint of the encoder, or random."""
+    def init(self) -> Path | str:
+        """The encoder, as `parse_encoder` has it."""
         return self.run.init
 
     def recipe(self) -> dict[str, Any]:
@@ -264,7 +364,7 @@ class TrainConfig:
 class ProbeConfig:
     """Everything `python -m segmenter probe` needs, by concern. init: its argument."""
 
-    init: Path | Literal["random"]
+    init: Path | str
     run: ProbeRunConfig
     model: EncoderConfig  # no decoder, no dropout: nothing of it learns
     protocol: ProtocolConfig
@@ -274,6 +374,8 @@ class ProbeConfig:
     def arguments(self) -> list[str]:
         """The words after `python -m segmenter probe` that make this again."""
         below = recipe_values(self.run.recipe)
+        if self.run.preset:  # it lies above the recipe
+            below |= merge(PROBE_GROUPS.values(), [read_preset(self.run.preset)])
         return [str(self.init), *as_arguments(self.run, self.model, self.protocol, below=below)]
 
 
@@ -293,6 +395,15 @@ def read_recipe(name: str) -> Layer:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return layer
+
+
+def read_preset(name: str) -> Layer:
+    """A preset of probes, by name. Raises ValueError if there is none."""
+    path = PRESETS / f"{str(name).replace('_', '-')}.yml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yml")))
+        raise ValueError(f"--preset is {name!r}; choose one of {known}")
+    return read_layer(path, PROBE_GROUPS.values())
 
 
 def recipe_names() -> list[str]:

@@ -47,12 +47,14 @@ class TestImage(NamedTuple):
 
 
 class _Pairs:
-    """Pairs of image and annotation, by index."""
+    """Pairs of image and annotation, by index. interpolation: by which images are scaled."""
 
     def __init__(
-        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig
-    ) -> None:
+        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig,
+        interpolation: str = "bilinear",
+    ) -> None:  # fmt: skip
         self.description, self.pairs, self.protocol = description, pairs, protocol
+        self.interpolation = interpolation
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -69,14 +71,15 @@ class TrainingCrops(_Pairs, Dataset[Crop]):
     """Random crops of the training images by (epoch, index)."""
 
     def __init__(
-        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig, seed: int
-    ) -> None:
-        super().__init__(description, pairs, protocol)
+        self, description: DatasetDescription, pairs: Sequence[Pair], protocol: ProtocolConfig, seed: int,
+        interpolation: str = "bilinear",
+    ) -> None:  # fmt: skip
+        super().__init__(description, pairs, protocol, interpolation)
         self.seed = seed
-        side, ignored = protocol.crop_size, description.ignore_index
+        side, ignored = protocol.crop_size, description.ignored
         # The augmentation of mmsegmentation's ADE20K configs, which Segmenter and MAE trained with.
         scale = 4 * protocol.image_size, protocol.image_size  # (2048, 512)
-        resize = RandomResize(scale, ratio_range=(0.5, 2.0), keep_ratio=True)
+        resize = RandomResize(scale, ratio_range=(0.5, 2.0), keep_ratio=True, interpolation=interpolation)
         # A crop with more of one class than that is drawn again, up to ten times.
         crop = RandomCrop((side, side), cat_max_ratio=0.75, ignore_index=ignored)
         self.transform = Compose([resize, crop, RandomFlip(prob=0.5), PhotoMetricDistortion()])
@@ -100,7 +103,7 @@ class TrainingCrops(_Pairs, Dataset[Crop]):
         size = torch.tensor(sample["img"].shape[:2])
         sample = self.pad(sample)
         cropped = torch.from_numpy(sample["gt_seg_map"])
-        valid_pixels = (cropped != self.description.ignore_index).sum()
+        valid_pixels = (cropped != self.description.ignored).sum()
         return Crop(_to_chw(sample["img"][..., ::-1]), cropped, size, valid_pixels)
 
 
@@ -133,13 +136,15 @@ class WholeImages(_Pairs, Dataset[TestImage]):
             image, labels = self.load(index)
         except ValueError as error:  # evaluating goes on without it, and names it
             return TestImage(scaled=[], labels=torch.zeros(0, 0), unreadable=str(error))
-        return TestImage(scaled_images(image, self.protocol), torch.from_numpy(labels))
+        return TestImage(scaled_images(image, self.protocol, self.interpolation), torch.from_numpy(labels))
 
 
-def scaled_images(image: np.ndarray, protocol: ProtocolConfig) -> list[Tensor]:
+def scaled_images(
+    image: np.ndarray, protocol: ProtocolConfig, interpolation: str = "bilinear"
+) -> list[Tensor]:
     """[H, W, 3] uint8 RGB to one [3, h, w] per scale, ratio kept, by mmcv's Resize."""
     sizes = [round(protocol.image_size * scale) for scale in protocol.scales]
-    resizes = [Resize(scale=(4 * size, size), keep_ratio=True) for size in sizes]
+    resizes = [Resize(scale=(4 * size, size), keep_ratio=True, interpolation=interpolation) for size in sizes]
     return [_to_chw(resize({"img": image})["img"]) for resize in resizes]
 
 

@@ -1,6 +1,7 @@
 """What a dataset consists of: folders, pairs of image and annotation, classes, labels. No torch.
 
-A dataset is an ADEChallengeData2016 folder, or a YAML file whose folders are relative to it:
+A dataset is a folder that has the layout of one of `datasets/*.yml`, such as ADEChallengeData2016, or
+a YAML file whose folders are relative to it:
 
     dataset = read_description(Path("camvid.yml"))
     pairs, classes = dataset.train, read_classes(dataset)
@@ -36,13 +37,17 @@ from common.images import (
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "test"]
 TRAIN: Split = "train"
 VAL: Split = "val"
+TEST: Split = "test"
 DESCRIPTIONS = Path(__file__).parent / "datasets"
 IGNORED = 255  # what mmsegmentation's reduce_zero_label makes of label 0
 # mmsegmentation knows their names; how many there are is asked before torch is loaded.
-NUM_CLASSES = {"ADE20KDataset": 150, "CityscapesDataset": 19, "PascalContextDataset": 60}
+NUM_CLASSES = {
+    "ADE20KDataset": 150, "CityscapesDataset": 19, "COCOStuffDataset": 171, "PascalContextDataset": 60,
+    "PascalVOCDataset": 21,
+}  # fmt: skip
 MOST_NAMED = 3
 THINNEST = 64  # an image's longer side, by the other
 LOSSY = ("JPEG", "MPO", "JPEG2000")  # Pillow's names of what may change labels
@@ -73,11 +78,14 @@ class DatasetDescription:
     image_suffix: _Suffixes = (".jpg",)
     annotation_suffix: _Suffixes = (".png",)
     lossy_annotations: bool = False  # whether they may be JPEGs, which change labels
+    colour_labels: bool = False  # annotations are RGB in the palette's colours; others are ignored
     # A word: the mmsegmentation dataset that knows them.
     classes: Annotated[tuple[_Word, ...], Field(min_length=2)] | _Word
     palette: tuple[tuple[_Byte, _Byte, _Byte], ...] = ()  # empty: mmsegmentation's, or generated
     reduce_zero_label: bool = False  # label 0 is ignored and label 1 is the first class
-    ignore_index: _Byte = IGNORED  # neither trained nor scored; after reduce_zero_label
+    ignore_index: _Byte = IGNORED  # as files number it: neither trained nor scored, nor is 255
+    # Numbers of annotation files to those of classes, or to ignore_index; what it has not is ignored.
+    label_map: dict[_Byte, _Byte] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = () if isinstance(self.classes, str) else self.classes  # else nobody knows them yet
@@ -85,10 +93,19 @@ class DatasetDescription:
             raise ValueError(f"classes names {statistics.mode(names)!r} twice")
         if self.palette and names and len(self.palette) != len(names):
             raise ValueError(f"{len(self.palette)} colours for {len(names)} classes")
-        if self.reduce_zero_label and self.ignore_index != IGNORED:
-            raise ValueError(f"with reduce_zero_label, ignore_index has to be {IGNORED}")
+        if self.colour_labels and (self.reduce_zero_label or self.label_map or not self.palette):
+            raise ValueError("colour_labels needs a palette, and no reduce_zero_label or label_map")
+        if self.label_map and self.reduce_zero_label:
+            raise ValueError("give label_map or reduce_zero_label: the one can say what the other does")
+        colours = [tuple(colour) for colour in self.palette]
+        if self.colour_labels and len(set(colours)) < len(colours):
+            raise ValueError(f"two classes have the colour {list(statistics.mode(colours))}")
+        beyond = [n for n in self.label_map.values() if names and len(names) <= n != self.ignore_index]
+        if beyond:
+            raise ValueError(f"label_map has the class {beyond[0]}, and there are 0 to {len(names) - 1}")
         first = int(self.reduce_zero_label)  # the first class, as annotation files number it
-        if self.ignore_index < first + len(names):
+        ignores_a_class = first <= self.ignore_index < first + len(names)
+        if ignores_a_class or (self.ignore_index < first and not self.reduce_zero_label):
             raise ValueError(
                 f"ignore_index {self.ignore_index} is the class {names[self.ignore_index - first]!r}; if "
                 "label 0 is no class, leave that name out and set reduce_zero_label: true"
@@ -121,14 +138,42 @@ class DatasetDescription:
         """[256] bool: which labels an annotation file may hold."""
         # An array, since indexing it by labels is the fastest way to judge every pixel. With
         # reduce_zero_label, the file's 0 stands before the classes.
+        if self.label_map:
+            return np.ones(256, bool)
         allowed = np.arange(256) < self.num_classes + self.reduce_zero_label
         allowed[self.ignore_index] = True
+        allowed[IGNORED] |= self.reduce_zero_label or self.colour_labels
         return allowed
 
+    @property
+    def ignored(self) -> int:
+        """What `as_classes` makes of all labels that are ignored."""
+        return (
+            IGNORED if self.reduce_zero_label or self.label_map or self.colour_labels else self.ignore_index
+        )
+
+    @cached_property
+    def _numbering(self) -> np.ndarray:
+        """[256] uint8: from numbers of annotation files to classes."""
+        numbers = np.arange(256, dtype=np.uint8)
+        if self.label_map:
+            numbers[:] = IGNORED
+            for number, label in self.label_map.items():
+                numbers[number] = IGNORED if label == self.ignore_index else label
+        elif self.reduce_zero_label:  # as mmsegmentation: 0 and 255 become 255
+            numbers[1:IGNORED] = numbers[: IGNORED - 1].copy()
+            numbers[[0, self.ignore_index]] = IGNORED
+        return numbers
+
     def as_classes(self, labels: np.ndarray) -> np.ndarray:
-        """Labels as annotation files number them, uint8, to classes; what is ignored keeps its own."""
-        # As mmsegmentation does: uint8 wraps round, so that 0 becomes 255, and 255 stays what it is.
-        return labels - (labels != IGNORED) if self.reduce_zero_label else labels
+        """Labels as annotation files number them, uint8, to classes, and `ignored`."""
+        return self._numbering[labels]
+
+    @cached_property
+    def file_labels(self) -> np.ndarray:
+        """[K] uint8: the (first) number of each class in annotation files."""
+        classes = np.arange(self.num_classes)
+        return np.array([np.flatnonzero(self._numbering == n)[0] for n in classes], dtype=np.uint8)
 
     def pairs(self, split: Split) -> list[Pair]:
         """Image and annotation of a split, by name. Raises ValueError that says what is missing.
@@ -214,15 +259,28 @@ def is_ade20k(folder: Path) -> bool:
     return (folder / "images").is_dir() and (folder / "annotations").is_dir()
 
 
+def _ready_description(folder: Path) -> Path:
+    """The one of this project's descriptions that a folder has the layout of. Raises ValueError."""
+    known, fitting = sorted(DESCRIPTIONS.glob("*.yml")), list[Path]()
+    for path in known:
+        content = read_yaml(path)
+        parts = [content[kind]["val"] for kind in ("images", "annotations", "splits") if kind in content]
+        fitting += [path] if all((folder / part).exists() for part in parts) else []
+    if not fitting and is_ade20k(folder):  # not whole: what is missing will be said
+        fitting = [DESCRIPTIONS / "ade20k.yml"]
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(path.stem for path in fitting or known)
+    text = f"has the layouts of {names}" if fitting else f"has none of the layouts of {names}"
+    raise ValueError(f"{folder} {text}; copy one of {DESCRIPTIONS}/*.yml into it and give that file")
+
+
 def read_description(source: Path) -> DatasetDescription:
     """The description of an ADE20K folder or of a YAML file. Raises ValueError."""
-    if source.is_dir() and not is_ade20k(source):
-        text = "is not an ADEChallengeData2016 folder (no images/ and annotations/ in it); give one"
-        raise ValueError(f"{source} {text}, or the .yml file of a dataset")
     if not source.exists():
         raise ValueError(f"the dataset {source} does not exist")
     folder = source if source.is_dir() else source.parent
-    content = read_yaml(DESCRIPTIONS / "ade20k.yml" if source.is_dir() else source)
+    content = read_yaml(_ready_description(source) if source.is_dir() else source)
     known = [option.name for option in dataclasses.fields(DatasetDescription)]
     check_names(content, known[1:], str(source))  # but for the source
     given = {name: value for name, value in content.items() if value is not None}
@@ -298,10 +356,12 @@ def check_split(
 
     most, completely: as `check_labels` has them.
     """
-    # As annotation files number them.
+    # As annotation files number them; with a map, as it does.
+    is_mapped = bool(description.label_map)
     classes = np.arange(description.num_classes) + description.reduce_zero_label
     held = check_labels(description, pairs, most=most, completely=completely)
     there = np.flatnonzero(held.any(0))
+    there = np.unique(description.as_classes(there)) if is_mapped else there
     absent, ignored = np.setdiff1d(classes, there), np.setdiff1d(there, classes)
     about = f"{description.source}: {len(held)} of {len(pairs)} {split} annotations were looked at"
     if len(absent) == len(classes):
@@ -376,7 +436,7 @@ def read_image(path: ImagePath) -> np.ndarray:
 
 def read_labels(pair: Pair, size: tuple[int, ...], description: DatasetDescription) -> np.ndarray:
     """[H, W] uint8 as the file numbers them. Raises MisfitError if they are another image's."""
-    labels = read_label_file(pair.annotation, lossy=description.lossy_annotations)
+    labels = read_label_file(pair.annotation, description)
     allowed = description.allowed
     if labels.shape != size:  # also of an image that EXIF turns and its annotation is not
         raise MisfitError(
@@ -396,16 +456,29 @@ def _ranges(numbers: np.ndarray) -> str:
     return " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
 
 
-def read_label_file(path: Path, *, lossy: bool) -> np.ndarray:
-    """[H, W] uint8 labels of an annotation or prediction; lossy: even of a JPEG. Raises ValueError."""
+def read_label_file(path: Path, description: DatasetDescription) -> np.ndarray:
+    """[H, W] uint8 labels of an annotation or prediction, as it numbers them. Raises ValueError."""
     file = load_image(path)
-    if not lossy and (file.format in LOSSY or file.info.get("compression") == "jpeg"):  # a TIFF
+    is_lossy = file.format in LOSSY or file.info.get("compression") == "jpeg"  # a TIFF
+    if is_lossy and not description.lossy_annotations:
         remedy = "give PNGs, or set lossy_annotations: true"
         raise MisfitError(f"{path} is a JPEG, whose compression changes labels; {remedy}")
+    if description.colour_labels and file.mode in ("RGB", "RGBA"):
+        return _labels_of_colours(np.asarray(file.convert("RGB")), description.palette)
     if file.mode not in ("L", "P", "1", "I", "I;16"):  # P: the numbers, whatever their colours
-        raise MisfitError(f"{path} is a {file.mode} image; labels have one channel")
+        remedy = "; colours need a palette and colour_labels: true" if file.mode in ("RGB", "RGBA") else ""
+        raise MisfitError(f"{path} is a {file.mode} image; labels have one channel{remedy}")
     labels = np.asarray(file)
     outside = labels[(labels < 0) | (labels > 255)]
     if outside.size:
         raise MisfitError(f"{path} holds label {outside[0]}; 0 to 255 are possible")
     return labels.astype(np.uint8)
+
+
+def _labels_of_colours(image: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """[H, W, 3] uint8 to [H, W] places in the palette; IGNORED for any other colour."""
+    weights = np.array([65536, 256, 1])
+    codes, known = image.astype(np.int64) @ weights, np.array(palette, np.int64) @ weights
+    order = np.argsort(known)
+    places = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
+    return np.where(known[order][places] == codes, order[places], IGNORED).astype(np.uint8)

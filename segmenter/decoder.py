@@ -6,6 +6,7 @@ features, K classes.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,9 +76,13 @@ class MaskTransformer(nn.Module):
 class UPerNet(nn.Module):
     """mmsegmentation's feature pyramid, UPerHead, and the FCN head that trains beside it."""
 
-    # dropout: of whole feature maps before the classifiers.
-    def __init__(self, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
+    # dropout: of whole feature maps before the classifiers. is_pyramid: the four maps have strides
+    # of 4, 8, 16, 32, as those of stages have.
+    def __init__(
+        self, widths: Sequence[int], num_classes: int, *, dropout: float = 0.0, is_pyramid: bool = False
+    ) -> None:
         super().__init__()
+        width = widths[-1]
         with quiet_imports():  # seconds
             from mmseg.models.decode_heads import FCNHead, UPerHead
             from mmseg.models.necks import Feature2Pyramid
@@ -89,10 +94,10 @@ class UPerNet(nn.Module):
                 "norm_cfg": norm, "align_corners": False,
             }  # fmt: skip
             # The four depths to strides 4, 8, 16, 32 for patches of 16.
-            self.neck = Feature2Pyramid(width, [4, 2, 1, 0.5], norm_cfg=norm)
-            depths = {"in_channels": [width] * 4, "in_index": [0, 1, 2, 3]}
+            self.neck = nn.Identity() if is_pyramid else Feature2Pyramid(width, [4, 2, 1, 0.5], norm_cfg=norm)
+            depths = {"in_channels": list(widths), "in_index": [0, 1, 2, 3]}
             self.decode_head = UPerHead(channels=width, **depths, **common)
-            third = {"in_channels": width, "in_index": 2, "num_convs": 1, "concat_input": False}
+            third = {"in_channels": widths[2], "in_index": 2, "num_convs": 1, "concat_input": False}
             self.auxiliary_head = FCNHead(channels=AUXILIARY_WIDTH, **third, **common)
         for head in (self.decode_head, self.auxiliary_head):
             nn.init.normal_(head.conv_seg.weight, std=0.01)

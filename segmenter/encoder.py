@@ -11,7 +11,7 @@ Shapes: B images, C channels, H x W pixels, h x w patches, N = h * w tokens, D f
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -23,13 +23,13 @@ from torch.nn import functional as F
 from engine.checkpoint import refuse_misfits
 from engine.layers import PatchEmbedding
 from engine.vit import IMAGE_CHANNELS, VISIBLE, vit_size
-from engine.weights import describe_vit, read_vit_weights, resample_positions
-from segmenter.config import EncoderConfig
+from engine.weights import CLASSIFIERS, describe_vit, read_vit_weights, resample_positions
+from segmenter.config import AUTO, EncoderConfig
 
 RELATIVE_POSITIONS = "relative_position_bias_table"
 CLASS_TOKEN_DISTANCES = 3  # class token to patch, patch to class token, class token to itself
 # Of a file: ignored on purpose is what pretraining alone needs, and classifiers.
-IGNORED = ("mask_token", "decoder_", "preencoder.", "head.", "head_drop", "fc_norm.", "pre_logits.")
+IGNORED = ("mask_token", "decoder_", "preencoder.", *CLASSIFIERS)
 # May be missing, and then starts fresh: MAE files that end in an average pool have no final norm.
 OPTIONAL = ("norm.weight", "norm.bias")
 # Of UPerNet's encoder, as pretraining has none of them: they start without effect.
@@ -44,7 +44,8 @@ class EncoderShape:
     patch_size: Annotated[int, Field(ge=1, le=16384)]  # pixels per side
     in_channels: Annotated[int, Field(ge=1, le=4)]
     grid: Annotated[int, Field(ge=1, le=16384)]  # patches per side that positions are stored for
-    extra_tokens: Annotated[int, Field(ge=0, le=1)] = 0  # 1: the distillation token of DeiT
+    extra_tokens: Annotated[int, Field(ge=0, le=64)] = 0  # registers, or DeiT's distillation token
+    embeds_prefix: bool = True  # whether class token and those have position embeddings
     norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6  # MAE's
 
     def __post_init__(self) -> None:
@@ -64,7 +65,8 @@ class Encoder(VisionTransformer):
             img_size=shape.grid * shape.patch_size, dynamic_img_size=True, embed_dim=size.width,
             patch_size=shape.patch_size, in_chans=shape.in_channels, embed_layer=PatchEmbedding,
             depth=size.depth, num_heads=size.heads, num_classes=0, global_pool="",
-            reg_tokens=shape.extra_tokens, drop_path_rate=drop_path, pos_drop_rate=dropout,
+            reg_tokens=shape.extra_tokens, no_embed_class=not shape.embeds_prefix,
+            drop_path_rate=drop_path, pos_drop_rate=dropout,
             proj_drop_rate=dropout, attn_drop_rate=dropout, final_norm=not pyramid,
             norm_layer=functools.partial(nn.LayerNorm, eps=shape.norm_eps),
             init_values=1.0 if pyramid else None,
@@ -84,6 +86,19 @@ class Encoder(VisionTransformer):
         if self.depths:
             return self._forward_pyramid(images)
         return self.forward_features(images)[:, self.num_prefix_tokens :]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's hook for layer-wise rates, by names; the final norm comes after the last block."""
+        # (timm's own ViT counts the final norm to the last block.)
+        return {
+            "stem": r"^(?:cls_token|pos_embed|reg_token|patch_embed)",
+            "blocks": [(r"^blocks\.(\d+)", None)],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's hook: embeddings, which are matrices by shape only."""
+        # With UPerNet they decay, as in mmsegmentation, whose rule misses them by their prefix.
+        return set() if self.depths else {"cls_token", "pos_embed", "reg_token"}
 
     def _forward_pyramid(self, images: Tensor) -> list[Tensor]:
         rows, columns = (side // self.shape.patch_size for side in images.shape[-2:])
@@ -110,23 +125,35 @@ def depths_of(depth: int) -> list[int]:
 
 
 def read_encoder(
-    path: Path, config: EncoderConfig, *, lazily: bool = False
+    path: Path, config: EncoderConfig, *, lazily: bool = False, pyramid: bool = False
 ) -> tuple[dict[str, Tensor], EncoderShape]:
     """Weights of a ViT by their official names, and what they say about it.
 
     Raises ValueError for any other file, and if it is not the wanted encoder. lazily: for a look.
+    pyramid: it is for UPerNet.
     """
     weights = read_vit_weights(path, ignored=IGNORED, lazily=lazily)
-    found, wanted = describe_vit(weights, path), config.encoder.width
-    patch, channels, asked = found.patch_size, found.in_channels, config.patch_size
+    found = describe_vit(weights, path)
+    model = found.model if config.model == AUTO else config.model
+    if model is None:
+        raise ValueError(
+            f"{path} is {found.width} wide and {found.depth} deep, which no model here is; give the "
+            "--plugin that defines it, or the encoder as timm:FOLDER"
+        )
+    wanted, asked = vit_size(model).width, config.patch_size
     if found.width != wanted:
         hint = f"; it may be a {found.model}" if found.model else ""
-        raise ValueError(f"{path} is {found.width} wide, {config.model} is {wanted} wide{hint}")
-    if asked not in (None, patch):
-        raise ValueError(f"{path} has patches of {patch} pixels, --patch-size is {asked}")
-    if channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
-        raise ValueError(f"{path} has {channels} input channels; 3 or 4 are possible")
-    shape = EncoderShape(model=config.model, patch_size=patch, in_channels=channels, grid=found.grid)
+        raise ValueError(f"{path} is {found.width} wide, {model} is {wanted} wide{hint}")
+    if asked not in (None, found.patch_size):
+        raise ValueError(f"{path} has patches of {found.patch_size} pixels, --patch-size is {asked}")
+    if found.in_channels not in (IMAGE_CHANNELS, IMAGE_CHANNELS + 1):
+        raise ValueError(f"{path} has {found.in_channels} input channels; 3 or 4 are possible")
+    if pyramid and (found.extra_tokens or not found.embeds_prefix):
+        raise ValueError(f"{path} has registers, which --decoder upernet does not know; give timm:FOLDER")
+    shape = EncoderShape(
+        model=model, patch_size=found.patch_size, in_channels=found.in_channels, grid=found.grid,
+        extra_tokens=found.extra_tokens, embeds_prefix=found.embeds_prefix,
+    )  # fmt: skip
     with torch.device("meta"):  # no memory is taken, no random number drawn
         own = Encoder(shape).state_dict()
     refuse_misfits(own, weights, f"{path} does not fit", OPTIONAL)

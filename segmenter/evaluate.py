@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -65,10 +66,10 @@ def evaluate_checkpoint(
         check_output_folder(target, "--save-predictions", reads=description.reads)
         if target.is_symlink() or (target.exists() and any(target.iterdir())):
             raise ValueError(f"--save-predictions {target} is not empty; {NOTHING_WRITTEN}")
-    model, images = loaded.model.to(accelerator.device), WholeImages(description, pairs, protocol)
+    model = loaded.model.to(accelerator.device)
+    images = WholeImages(description, pairs, protocol, model.interpolation)
     counter = Counter("evaluate", total=len(pairs))
-    first = int(description.reduce_zero_label)
-    saving = _saving(target, pairs, first, accelerator) if target else nullcontext()
+    saving = _saving(target, pairs, description.file_labels, accelerator) if target else nullcontext()
     with saving as save, counter:
         areas = evaluate_model(
             accelerator, model, images, devices, on_prediction=save,
@@ -80,7 +81,7 @@ def evaluate_checkpoint(
 
 @contextmanager
 def _saving(
-    path: Path, pairs: Sequence[Pair], first_label: int, accelerator: Accelerator
+    path: Path, pairs: Sequence[Pair], file_labels: np.ndarray, accelerator: Accelerator
 ) -> Iterator[Callable[[int, Tensor], None]]:
     """What saves label maps to a folder that gets the name `path` when everything is in it."""
     unfinished = beside(path)
@@ -93,7 +94,7 @@ def _saving(
         file, labels = unfinished / f"{pairs[index].name}.png", predicted.numpy()
         file.parent.mkdir(parents=True, exist_ok=True)  # a name may hold folders
         # In the numbering of the dataset's annotation files, so that they can be compared.
-        Image.fromarray(labels + first_label).save(file)
+        Image.fromarray(file_labels[labels]).save(file)
 
     try:
         yield save
@@ -116,7 +117,7 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"--predictions {folder} is not a folder")
     description = read_description(evaluation.dataset)
     names, pairs = read_classes(description).names, description.pairs(evaluation.split)
-    areas, stored = Areas(len(pairs), len(names), description.ignore_index), []
+    areas, stored = Areas(len(pairs), len(names), description.ignored), []
     for pair in pairs:
         # .png is what this command saves, whatever the suffix there.
         paths = [folder / f"{pair.name}{end}" for end in (".png", *description.annotation_suffix)]
@@ -124,9 +125,7 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
     check_split(description, evaluation.split, pairs)  # all: nothing is skipped here
     check_labels(description, stored)
     for index, both in enumerate(zip(stored, pairs, strict=True)):
-        predicted, labels = (
-            read_label_file(pair.annotation, lossy=description.lossy_annotations) for pair in both
-        )
+        predicted, labels = (read_label_file(pair.annotation, description) for pair in both)
         classes = (torch.as_tensor(description.as_classes(one)) for one in (predicted, labels))
         areas.add(index, *classes)
     return _result(areas, names, description.name, None)  # of whose protocol nobody knows
@@ -149,7 +148,7 @@ def evaluate_model(
     [H, W] uint8 classes) of each image of this process, on_progress the images done and in all.
     """
     device = accelerator.device
-    num_classes, ignored = model.shape.num_classes, images.description.ignore_index
+    num_classes, ignored = model.shape.num_classes, images.description.ignored
     areas = Areas(len(images), num_classes, ignored, device)
 
     def count(usable: list[tuple[int, TestImage]]) -> None:

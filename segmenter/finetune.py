@@ -7,8 +7,9 @@ finetune(config, dataset)           # all of it, or what is left
 import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -42,8 +43,9 @@ from segmenter.config import (
 )
 from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import DatasetDescription, read_classes
-from segmenter.encoder import EncoderShape, read_encoder, start_encoder
+from segmenter.encoder import Encoder, EncoderShape, read_encoder, start_encoder
 from segmenter.evaluate import evaluate_model
+from segmenter.libraries import LibraryEncoder, LibraryShape, encoder_cost, freeze_unused, make_encoder
 from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
 from segmenter.predict import draw_predictions
@@ -78,8 +80,6 @@ class Finetuning(Task):
         self.evaluations, self.num_heldout = optimisation.evaluations, len(dataset.val)
         self.classes = read_classes(dataset)
         self.collate, self.start_worker = collate, start_worker
-        self.train_set = TrainingCrops(dataset, dataset.train, config.protocol, self.seed)
-        self.images = WholeImages(dataset, dataset.val, config.protocol)
 
     def find_earlier(self) -> Earlier:
         """result.json, with which all is done, or checkpoint.pth."""
@@ -102,7 +102,12 @@ class Finetuning(Task):
             # UPerNet's means are over the batch of all GPUs; on CPUs torch has no such layer.
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(accelerator.device)
-        loss = TrainingLoss(model, self.dataset.ignore_index)
+        if isinstance(model.encoder, LibraryEncoder):
+            freeze_unused(model.encoder)
+        dataset, protocol, scaling = self.dataset, config.protocol, model.interpolation
+        self.train_set = TrainingCrops(dataset, dataset.train, protocol, self.seed, scaling)
+        self.images = WholeImages(dataset, dataset.val, protocol, scaling)
+        loss = TrainingLoss(model, self.dataset.ignored)
         return Built(model, loss, make_optimizer(model, config.optimisation))
 
     def plan(self, processes: int) -> BatchPlan:
@@ -151,7 +156,7 @@ class Finetuning(Task):
     def evaluate_some(self, run: Run, images: int) -> None:
         """To see how long it takes."""
         pairs = evenly_spread(self.dataset.val, images)
-        some = WholeImages(self.dataset, pairs, self.config.protocol)
+        some = WholeImages(self.dataset, pairs, self.config.protocol, self.images.interpolation)
         evaluate_model(run.accelerator, run.model, some, self.config.run)
 
     def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]:
@@ -197,37 +202,48 @@ class Finetuning(Task):
             "seed": self.seed,
             "minutes": state.total_seconds / 60,
             "recipe": self.config.recipe(),
-            **depends_on(self.config, run.accelerator, self.dataset),
+            **depends_on(self.config, run.accelerator, self.dataset, run.model),
         }
         write_json(folder / RESULT, result)
 
 
 def start_model(
-    init: Path | Literal["random"], config: EncoderConfig, protocol: ProtocolConfig, num_classes: int
+    init: Path | str, config: EncoderConfig, protocol: ProtocolConfig, num_classes: int
 ) -> Segmenter:
     """A new model, its encoder from `init`; with a linear decoder if only the encoder is given."""
-    patch, in_channels = config.patch_size or config.encoder.patch_size, IMAGE_CHANNELS
-    if init != RANDOM:
-        weights, stored = read_encoder(init, config)
-        patch, in_channels = stored.patch_size, stored.in_channels
     whole = config if isinstance(config, ModelConfig) else None
+    pyramid, weights = whole is not None and whole.decoder == "upernet", dict[str, Tensor]()
+    made: LibraryEncoder | None = None
+    encoder: EncoderShape | LibraryShape
+    if isinstance(init, str) and init != RANDOM:
+        drop_path = whole.drop_path if whole else 0.0
+        made = make_encoder(init, protocol.crop_size, pyramid=pyramid, drop_path=drop_path)
+        encoder = made.shape
+    elif isinstance(init, Path):
+        weights, stored = read_encoder(init, config, pyramid=pyramid)
+        encoder = replace(stored, grid=-(-protocol.crop_size // stored.patch_size))
+    else:
+        patch = config.patch_size or config.encoder.patch_size
+        grid = -(-protocol.crop_size // patch)
+        encoder = EncoderShape(model=config.model, patch_size=patch, in_channels=IMAGE_CHANNELS, grid=grid)
     shape = SegmenterShape(
-        encoder=EncoderShape(
-            model=config.model, patch_size=patch, in_channels=in_channels,
-            grid=-(-protocol.crop_size // patch),
-        ),
-        decoder=whole.decoder if whole else "linear",
+        encoder=encoder, decoder=whole.decoder if whole else "linear",
         decoder_layers=whole.decoder_layers if whole else 0,
         num_classes=num_classes, normalization=protocol.normalization,
     )  # fmt: skip
-    model = Segmenter(shape, whole)
-    if init == RANDOM:
+    model = Segmenter(shape, whole, made)
+    if isinstance(encoder, LibraryShape):
+        text = "the encoder is %s: stride %d, width %d, mean %s, deviation %s, images scaled %s"
+        values = encoder.patch_size, encoder.widths[-1], encoder.mean, encoder.std, encoder.interpolation
+        logger.info(text, init, *values)
+    elif init == RANDOM:
         logger.info("the encoder starts from random weights")
     else:
+        assert isinstance(model.encoder, Encoder)
         fresh = start_encoder(model.encoder, weights)
         logger.info(
             "the encoder starts from %s, %d input channels; fresh: %s",
-            init, in_channels, ", ".join([*fresh, "the decoder"]),
+            init, encoder.in_channels, ", ".join([*fresh, "the decoder"]),
         )  # fmt: skip
     return model
 
@@ -250,7 +266,7 @@ def make_optimizer(model: Segmenter, optimisation: OptimisationConfig) -> Optimi
     # One group for each pair of values, in the order of the model: what optimizer states in
     # checkpoints are stored by.
     members: dict[tuple[float, float], list[Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in filter(of_parameter.__contains__, model.parameters()):  # the others are frozen
         members.setdefault(of_parameter[parameter], []).append(parameter)
     groups = [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
@@ -263,12 +279,15 @@ def make_optimizer(model: Segmenter, optimisation: OptimisationConfig) -> Optimi
 
 
 def depends_on(
-    config: TrainConfig | ProbeConfig, accelerator: Accelerator, dataset: DatasetDescription
-) -> dict[str, Any]:
-    """What scores depend on, in every result.json."""
+    config: TrainConfig | ProbeConfig, accelerator: Accelerator, dataset: DatasetDescription,
+    model: Segmenter,
+) -> dict[str, Any]:  # fmt: skip
+    """What scores depend on, in every result.json; and what the encoder costs."""
+    encoder = model.shape.encoder
     return {
         "protocol": config.protocol.described(),
-        "model": config.model.model,
+        "model": encoder.name if isinstance(encoder, LibraryShape) else encoder.model,
+        "encoder": encoder_cost(model.encoder, config.protocol.window_size, accelerator.device),
         "init": str(config.init),
         "dataset": {"name": dataset.name, "num_classes": dataset.num_classes, "num_val": len(dataset.val)},
         "versions": versions(PACKAGES),

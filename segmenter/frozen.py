@@ -7,7 +7,7 @@ Shapes: N tokens of an image, T kept ones of all, D features, K classes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,38 @@ RANKME_TOKENS = 25_600  # as many as its paper takes
 
 
 class TrainingTokens(NamedTuple):
-    """features [T, D] fp32, class, number of the image, and place in its window [T] of each."""
+    """features [T, D] fp32, class, number of the image, and place in its window [T] of each.
+
+    shares: [T, K] of the classes in its patch, where they were asked for.
+    """
 
     features: Tensor
     labels: Tensor
     images: Tensor
     places: Tensor
+    shares: Tensor = torch.zeros(0)
 
 
+# CAPI's probes: facebookresearch/capi, eval_segmentation.py.
+CAPI_NEIGHBOURS = tuple(f"{k} by {metric}" for k in (1, 3, 10, 30) for metric in ("cosine", "L2"))
+CAPI_C = tuple(10 ** (-6 + 11 * step / 7) for step in range(8))  # 10 ** linspace(-6, 5, 8)
+CAPI_SHARE = 10  # one of so many training images chooses
+# Hummingbird's: vpariza/open-hummingbird-eval, hbird_eval.py.
+RETRIEVED, RETRIEVAL_TEMPERATURE = 30, 0.02
+
+Value = TypeVar("Value", float, str)
 Fit = Callable[[Tensor, Tensor, int, Any], nn.Module]  # of tokens [T, D], labels [T], classes, value
 
 
-def choose(fit: Fit, values: Sequence[float], found: TrainingTokens, num_classes: int) -> float:
+def choose(
+    fit: Fit, values: Sequence[Value], found: TrainingTokens, num_classes: int, one_of: int = 5
+) -> Value:
     """The value with which four of five images tell most of the fifth, by mean IoU of its tokens.
 
     The middle one where there are less than five images. The validation images have no say in it.
+    one_of: five.
     """
-    held_out = found.images % 5 == 4
+    held_out = found.images % one_of == one_of - 1
     train, test = (
         rows[:: -(-len(rows) // CHOOSING_TOKENS) or 1]  # evenly spread
         for rows in (part.nonzero()[:, 0] for part in (~held_out, held_out))
@@ -146,6 +161,57 @@ class NearestNeighbours(nn.Module):
         for weight, label in zip(weights.T, self.labels[nearest.indices].T, strict=True):
             votes.scatter_add_(1, label[:, None], weight[:, None])  # one per row: always the same
         return votes
+
+
+class Retrieval(nn.Module):
+    """What the nearest training tokens are, as CAPI (each of them one vote) and Hummingbird ask."""
+
+    def __init__(
+        self, tokens: Tensor, values: Tensor, neighbours: int, *, metric: str = "cosine",
+        standardised: bool = True, temperature: float | None = None,
+    ) -> None:  # fmt: skip
+        """Tokens [T, D] with values [T, K]: classes, or shares of them.
+
+        temperature: of the softmax of cosines that weighs them; None: all weigh the same.
+        """
+        super().__init__()
+        self.mean, self.deviation = _statistics(tokens)
+        if not standardised:
+            self.mean, self.deviation = torch.zeros_like(self.mean), torch.ones_like(self.mean)
+        self.metric, self.temperature, self.values = metric, temperature, values
+        self.neighbours, self.bank = min(neighbours, len(tokens)), self.project(tokens)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """[..., D], standardised; of length 1 where angles are compared."""
+        projected = (tokens - self.mean) / self.deviation
+        return F.normalize(projected, dim=-1) if self.metric == "cosine" else projected
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to the mean value of the nearest [B, N, K]."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            queries = self.project(tokens.float().flatten(0, 1))
+            parts = queries.split(max(1, MOST_SIMILARITIES // len(self.bank)))
+            found = torch.cat([self._mean_value(part) for part in parts])
+        return found.unflatten(0, tokens.shape[:2])
+
+    def _mean_value(self, queries: Tensor) -> Tensor:
+        near = queries @ self.bank.T if self.metric == "cosine" else -torch.cdist(queries, self.bank)
+        nearest = near.topk(self.neighbours)  # [n, k]
+        weights = torch.full_like(nearest.values, 1 / self.neighbours)
+        if self.temperature is not None:
+            weights = (nearest.values / self.temperature).softmax(-1)
+        return torch.einsum("nk,nkc->nc", weights, self.values[nearest.indices])
+
+
+def fit_capi_knn(tokens: Tensor, labels: Tensor, num_classes: int, chosen: str) -> Retrieval:
+    """The nearest standardised tokens, as many and by the metric that was chosen: "10 by cosine"."""
+    number, _, metric = chosen.split()
+    return Retrieval(tokens, F.one_hot(labels, num_classes).float(), int(number), metric=metric)
+
+
+def fit_capi_logreg(tokens: Tensor, labels: Tensor, num_classes: int, c: float) -> LinearProbe:
+    """scikit-learn's (cuML's) LogisticRegression(C) of standardised tokens."""
+    return fit_linear(tokens, labels, num_classes, 1 / (c * len(tokens)))
 
 
 def _statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:

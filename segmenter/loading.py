@@ -4,7 +4,6 @@ those of mmsegmentation's UPerNet on MAE.
     loaded = load_segmenter(Path("eval_output/patches_50/best.pth"))
 """
 
-import contextlib
 import dataclasses
 import re
 from functools import partial
@@ -14,12 +13,17 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import Field
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import engine.checkpoint
 from common.files import read_text
 from common.formats import parse_value, parsed, parsed_plain
-from engine.checkpoint import Checkpoint, load_weights, read_torch_file, refuse_damaged
+from engine.checkpoint import (
+    Checkpoint,
+    load_weights,
+    read_torch_file,
+    read_with_stand_ins,
+    refuse_damaged,
+)
 from engine.weights import describe_vit
 from segmenter.config import ProtocolConfig, recipe_values
 from segmenter.dataset import DESCRIPTIONS, Classes, read_classes, read_description
@@ -80,7 +84,7 @@ def load_segmenter(path: Path) -> LoadedSegmenter:
     """A trained model, ours, of the Segmenter release or of mmsegmentation. Raises ValueError."""
     if (path.parent / VARIANT).is_file():
         return _load_release(path)
-    content = _read_with_stand_ins(path)
+    content = read_with_stand_ins(path)
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if isinstance(weights, dict) and MMSEG_CLASSIFIER in weights:
         return _load_mmseg(weights, content.get("meta") or {}, path)
@@ -138,29 +142,11 @@ def _load_release(path: Path) -> LoadedSegmenter:
 def _encoder_shape(weights: dict[str, Tensor], extra_tokens: int = 0) -> dict[str, Any]:
     """Of `EncoderShape`, what the weights of a whole model say. Raises one of WRONG_CONTENT."""
     parts = {name.partition("encoder.")[2]: weight for name, weight in weights.items()}
-    found = describe_vit(parts, "it", prefix_tokens=1 + extra_tokens)
+    found = describe_vit(parts, "it")
     if found.model is None:
         raise KeyError(f"no model here is {found.width} wide and {found.depth} deep")
     values = {name: getattr(found, name) for name in ("model", "patch_size", "in_channels", "grid")}
     return {**values, "extra_tokens": extra_tokens}
-
-
-class _StandIn:
-    """Takes the place of an object that is not needed; does nothing with what it is given."""
-
-    def __init__(self, *given: Any) -> None: ...
-
-    __setstate__ = __init__
-
-
-def _read_with_stand_ins(path: Path) -> Any:
-    """What a file holds; stand-ins for all but tensors and plain values, so no code of it runs."""
-    # mmengine stores its message hub, objects of its own and of numpy, beside the weights.
-    names: list[str] = []
-    with contextlib.suppress(Exception):  # what is wrong with the file, reading it will say
-        names = get_unsafe_globals_in_checkpoint(path)
-    with safe_globals([(_StandIn, name) for name in names]):
-        return read_torch_file(path, lazily=True)
 
 
 def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> LoadedSegmenter:

@@ -3,12 +3,13 @@
 Shapes: B images, H x W pixels, K classes, P pixels per patch side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from engine.vit import IMAGE_MEAN, IMAGE_STD
 from segmenter.config import Decoder, ModelConfig, Normalization
 from segmenter.decoder import AUXILIARY_WEIGHT, LinearDecoder, MaskTransformer, UPerNet
 from segmenter.encoder import Encoder, EncoderShape
+from segmenter.libraries import Interpolation, LibraryEncoder, LibraryShape, remake_encoder
 
 # Mean and deviation of RGB pixels in 0 to 1, by `ProtocolConfig.normalization`.
 PIXEL_STATISTICS = {"imagenet": (IMAGE_MEAN, IMAGE_STD), "half": ((0.5,) * 3, (0.5,) * 3)}
@@ -25,7 +27,7 @@ PIXEL_STATISTICS = {"imagenet": (IMAGE_MEAN, IMAGE_STD), "half": ((0.5,) * 3, (0
 class SegmenterShape:
     """All that decides the shapes of the weights, so that a checkpoint can be rebuilt."""
 
-    encoder: EncoderShape
+    encoder: EncoderShape | LibraryShape
     decoder: Decoder
     decoder_layers: Annotated[int, Field(ge=0, le=1024)]  # of the mask transformer alone
     num_classes: Annotated[int, Field(ge=1, le=256)]
@@ -38,42 +40,65 @@ class Segmenter(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, shape: SegmenterShape, rates: ModelConfig | None = None) -> None:
-        """rates: drop path and dropout for training; None: none."""
+    def __init__(
+        self, shape: SegmenterShape, rates: ModelConfig | None = None, encoder: LibraryEncoder | None = None
+    ) -> None:
+        """rates: drop path and dropout for training; None: none. encoder: of `shape.encoder`, made."""
         super().__init__()
-        self.shape = shape
-        self.encoder = Encoder(
-            shape.encoder, drop_path=rates.drop_path if rates else 0.0,
-            dropout=rates.dropout if rates else 0.0, pyramid=shape.decoder == "upernet",
-        )  # fmt: skip
+        self.shape, drop_path = shape, rates.drop_path if rates else 0.0
+        self.encoder: Encoder | LibraryEncoder
+        if isinstance(shape.encoder, LibraryShape):
+            self.encoder = encoder or remake_encoder(shape.encoder, drop_path)
+        else:
+            self.encoder = Encoder(
+                shape.encoder, drop_path=drop_path, dropout=rates.dropout if rates else 0.0,
+                pyramid=shape.decoder == "upernet",
+            )  # fmt: skip
         width, classes = self.encoder.embed_dim, shape.num_classes
         dropout = rates.decoder_dropout if rates else 0.0
         self.decoder: nn.Module
         if shape.decoder == "linear":
             self.decoder = LinearDecoder(width, classes)
         elif shape.decoder == "upernet":
-            self.decoder = UPerNet(width, classes, dropout=dropout)
+            of_library = shape.encoder if isinstance(shape.encoder, LibraryShape) else None
+            self.decoder = UPerNet(
+                of_library.widths if of_library else [width] * 4, classes, dropout=dropout,
+                is_pyramid=of_library is not None and len(set(of_library.strides)) > 1,
+            )  # fmt: skip
         else:
             self.decoder = MaskTransformer(
                 width, classes, layers=shape.decoder_layers, dropout=dropout,
                 drop_path=rates.decoder_drop_path if rates else 0.0,
             )  # fmt: skip
-        mean, std = PIXEL_STATISTICS[shape.normalization]
-        for name, values in (("mean", mean), ("std", std)):
+        pixels: Sequence[Sequence[float]] = PIXEL_STATISTICS[shape.normalization]
+        if isinstance(shape.encoder, LibraryShape):
+            pixels = shape.encoder.mean, shape.encoder.std
+        for name, values in zip(("mean", "std"), pixels, strict=True):
             # Times 255, since pixels come as uint8; no weights, so no part of a checkpoint.
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's hook for layer-wise rates, by names; the final norm and the decoder come last."""
-        # (timm's own ViT counts the final norm to the last block.)
-        stem = r"^encoder\.(?:cls_token|pos_embed|reg_token|patch_embed)"
-        return {"stem": stem, "blocks": [(r"^encoder\.blocks\.(\d+)", None)]}
+    @property
+    def interpolation(self) -> Interpolation:
+        """By which images are scaled for it."""
+        encoder = self.shape.encoder
+        return encoder.interpolation if isinstance(encoder, LibraryShape) else "bilinear"
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """timm's hook for layer-wise rates: the encoder's groups, and then the decoder."""
+        # No group has the decoder, for which "" stands: so it comes last, with what else has none.
+        names = [("", None), *((name, None) for name, _ in self.encoder.named_parameters())]
+        numbers = group_with_matcher(iter(names), self.encoder.group_matcher(), reverse=True)
+
+        def place(name: str) -> tuple[float, ...]:
+            room, _, rest = name.partition(".")
+            return (float(numbers[rest if room == "encoder" else ""]),)
+
+        return place
 
     def no_weight_decay(self) -> set[str]:
         """timm's hook: embeddings, which are matrices by shape only."""
-        # With UPerNet they decay, as in mmsegmentation, whose rule misses them by their prefix.
-        names = ("encoder.cls_token", "encoder.pos_embed", "encoder.reg_token", "decoder.cls_emb")
-        return set() if self.shape.decoder == "upernet" else set(names)
+        own = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return own if self.shape.decoder == "upernet" else {*own, "decoder.cls_emb"}
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """[B, 3, H, W] uint8 RGB to class logits [B, K, H, W]; UPerNet in training: to a pair.

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 @torch.inference_mode()
 def predict_image(loaded: LoadedSegmenter, image: np.ndarray) -> np.ndarray:
     """The class of every pixel, [H, W] uint8, of an image [H, W, 3] uint8 RGB."""
-    scaled = scaled_images(image, loaded.protocol)
+    scaled = scaled_images(image, loaded.protocol, loaded.model.interpolation)
     (classes,) = predict_classes(loaded.model, [scaled], [image.shape[:2]], loaded.protocol)
     return classes.cpu().numpy()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.download import download, has_digest
 from common.files import beside, check_output_file, check_output_folder, path_below
-from segmenter.dataset import TRAIN, VAL, Pair, Split, check_split, is_ade20k, read_description
+from segmenter.dataset import TEST, TRAIN, VAL, Pair, Split, check_split, is_ade20k, read_description
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def check_dataset(path: Path, expected: Mapping[Split, int] | None = None) -> di
     description = read_description(path)
     found: dict[Split, list[Pair]] = {}
     problems = []
-    for split in expected or (TRAIN, VAL):
+    for split in expected or (TRAIN, VAL, TEST):
         folders = (folder.get(split) for folder in (description.images, description.annotations))
         if not expected and not any(folder and folder.is_dir() for folder in folders):
             continue  # as test servers' datasets do

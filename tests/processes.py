@@ -15,7 +15,7 @@ SECONDS = 300  # on a machine that does a lot beside the tests
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["mae.pretrain", "segmenter.probe", "torch.utils.tensorboard", "tests.mae.conftest"]
+    ["mae.pretrain", "segmenter.probing", "torch.utils.tensorboard", "tests.mae.conftest"]
 )
 
 

@@ -43,7 +43,7 @@ def examine(settings: Callable[[], Settings], groups: Mapping[str, Any]) -> Iter
     for name, version in machine.versions().items():
         yield Finding(name, version, _SET_UP if version == "not installed" else "")
     yield from _machine(groups)
-    if groups["data"].in1k_dir or groups["data"].dataset:
+    if groups["data"].in1k_dir or groups["data"].datasets:
         yield from _run(settings)
 
 

@@ -23,7 +23,7 @@ from common.progress import Counter
 from common.step_files import find_resumable, round_checkpoints
 from mae.config import PretrainConfig
 from mae.masking import METHODS
-from pipeline.plan.layout import Layout, is_report, is_results_csv, is_run_yml
+from pipeline.plan.layout import Layout, dataset_of, is_report, is_results_csv, is_run_yml
 from pipeline.plan.machine import REPO_ROOT, visible_gpus
 from pipeline.plan.preregistration import deviations, of_steps, read_frozen
 from pipeline.plan.records import differences, is_done, read_progress
@@ -130,12 +130,12 @@ def _check_possible(step: Step, made: Collection[Path]) -> None:
 
 
 def init_of(step: Step) -> Path | None:
-    """The checkpoint that it starts from."""
+    """The checkpoint that it starts from; what a library brings is judged by the part."""
     config = step.config
     if config is None:
         return None
     init = config.run.init if isinstance(config, PretrainConfig) else config.init
-    return None if init == RANDOM else init
+    return init if isinstance(init, Path) else None
 
 
 def startable(step: Step) -> Step:
@@ -199,11 +199,12 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
         for step in waiting:
             counter.what = f"checking {step.name}"
             counter.advance()
-            if step.config is None or (step.kind, step.run) in found or step.kind in complaints:
+            about = step.kind, step.run, dataset_of(step.name)
+            if step.config is None or about in found or step.kind in complaints:
                 continue
             # All are heard, so that one of many that are wrong does not hide the others.
             try:
-                found[step.kind, step.run] = check(step)
+                found[about] = check(step)
             except ValueError as error:
                 complaints[step.kind] = in_words_of_the_plan(str(error), step.kind)
         counter.what = "checking what weights hold"
@@ -211,7 +212,8 @@ def _check_by_parts(waiting: Sequence[Step], settings: Settings) -> dict[str, Fa
         if complaints:
             raise ValueError("\n".join(dict.fromkeys(complaints.values())))
         ask(questions.values())
-    return {s.name: found[s.kind, s.run] for s in waiting if (s.kind, s.run) in found}
+    known_of = {s.name: found.get((s.kind, s.run, dataset_of(s.name))) for s in waiting}
+    return {name: facts for name, facts in known_of.items() if facts}
 
 
 def ask(questions: Iterable[Question]) -> list[str]:

@@ -27,7 +27,10 @@ _RUN_NAME = re.compile(
     r"(?P<method>[A-Za-z]\w*)(-cov(?P<coverage>\d+(\.\d+)?))?"
     rf"(-(?P<segments_from>{'|'.join(CONTROLS)}))?(-seed(?P<seed>\d+))?"
 )
-_EVAL_NAME = re.compile(r"(?P<run>.+)_(?P<epochs>\d+)(-evalseed(?P<eval_seed>\d+))?")
+_ON = "-on-"  # before the name of a dataset that is not the plan's first
+_EVAL_NAME = re.compile(
+    rf"(?P<run>.+?)_(?P<epochs>\d+)({_ON}(?P<dataset>[\w.]+))?(-evalseed(?P<eval_seed>\d+))?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +83,27 @@ def seed_of_eval(seed: int, number: int) -> int:
     return (seed + number * EVAL_SEEDS_APART) % (MOST_SEED + 1)
 
 
-def eval_name(run: str, epochs: int, eval_seed: int = 0) -> str:
-    """The name of an evaluation; eval_seed counts the finetunings of one checkpoint from 0."""
-    return f"{run}_{epochs}" + (f"-evalseed{eval_seed}" if eval_seed else "")
+def eval_name(run: str, epochs: int, eval_seed: int = 0, dataset: str = "") -> str:
+    """The name of an evaluation; eval_seed counts the finetunings of one checkpoint from 0.
+
+    dataset: its name, unless it is the plan's first.
+    """
+    on = f"{_ON}{dataset}" if dataset else ""
+    return f"{run}_{epochs}{on}" + (f"-evalseed{eval_seed}" if eval_seed else "")
 
 
-def parse_eval_name(name: str) -> tuple[RunId, int, int]:
-    """The inverse: run, epochs completed, eval_seed; ValueError for a name that is none."""
+def parse_eval_name(name: str, dataset: str = "") -> tuple[RunId, int, int]:
+    """The inverse: run, epochs completed, eval_seed; ValueError for a name that is none of the dataset's."""
     match = _EVAL_NAME.fullmatch(name)
-    if match is None:
+    if match is None or (match["dataset"] or "") != dataset:
         raise ValueError(f"{name!r} is not an evaluation such as four_channels_5")
     return RunId.parse(match["run"]), int(match["epochs"]), int(match["eval_seed"] or 0)
+
+
+def dataset_of(name: str) -> str:
+    """The dataset in the name of an evaluation, or of its step; "" of the plan's first, or of none."""
+    match = _EVAL_NAME.fullmatch(name)
+    return (match and match["dataset"]) or ""
 
 
 class Layout:
@@ -118,13 +131,13 @@ class Layout:
         """One pretraining run's folder."""
         return self.pretrain_output / run
 
-    def probe_dir(self, run: str, epochs: int) -> Path:
+    def probe_dir(self, run: str, epochs: int, dataset: str = "") -> Path:
         """One probe's folder."""
-        return self.probe_output / eval_name(run, epochs)
+        return self.probe_output / eval_name(run, epochs, dataset=dataset)
 
-    def eval_dir(self, run: str, epochs: int, eval_seed: int = 0) -> Path:
+    def eval_dir(self, run: str, epochs: int, eval_seed: int = 0, dataset: str = "") -> Path:
         """One evaluation's folder."""
-        return self.eval_output / eval_name(run, epochs, eval_seed)
+        return self.eval_output / eval_name(run, epochs, eval_seed, dataset)
 
     def record(self, step_name: str) -> Path:
         """One step's record."""

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from common.files import read_text, write_text
 from common.formats import parse_value, parsed_plain, plain
 from common.options import differences
-from pipeline.plan.layout import BASELINES, Layout, RunId, parse_eval_name
+from pipeline.plan.layout import BASELINES, Layout, RunId, dataset_of, parse_eval_name
 from pipeline.plan.machine import code_digest
 from pipeline.plan.records import Record, read_all_records
 from pipeline.plan.settings import Settings
@@ -46,7 +46,7 @@ class Content(TypedDict):
     question: list[_Difference]
     measure: str
     correction: str
-    dataset: str
+    datasets: list[str]
     budget: str
     seeds: list[int]
     settings: dict[str, dict[str, Any]]
@@ -158,13 +158,13 @@ def write_frozen(paths: Layout, settings: Settings, steps: Sequence[Step], prima
         "question": [{"first": first, "second": second} for first, second in pairs],
         "measure": "finetuning" if "evaluate" in shared else "linear",
         "correction": f"Holm over {len(pairs)} at 5%",
-        "dataset": str(settings.data.dataset),
+        "datasets": list(map(str, settings.data.datasets)),
         "budget": str(experiment.shared_budget or f"epochs={experiment.pretrain_epochs}"),
         "seeds": list(experiment.seed),
         "settings": shared,
         "steps": own,
         # Before segments are there, nobody knows which images have some.
-        "images": {kinds[name]: one.images for name, one in made.items() if one.images},
+        "images": {_lists(name): one.images for name, one in made.items() if one.images},
         "code": next((one.code for one in made.values()), ""),
     }
     body = _HEAD + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
@@ -198,12 +198,12 @@ def deviations(frozen: Frozen, made: Mapping[str, Made], *, is_over: bool = Fals
             if _is_of_question(name, frozen):
                 found.setdefault("not in the plan", []).append(name)
             continue
-        kind, written = name.partition("_")[0], frozen.settings_of(name)
+        written = frozen.settings_of(name)
         now = {n: v for n, v in one.settings.items() if n in written}
         said = differences(written, now, {})
         if one.code and one.code != content["code"]:
             said.append(f"code: {content['code']} -> {one.code}")
-        listed = content["images"].get(kind, "")
+        listed = content["images"].get(_lists(name), "")
         if listed and one.images and one.images != listed:
             said.append(f"images: {listed} -> {one.images}")
         if is_over and 0 < one.started < content["written_seconds"]:
@@ -213,6 +213,11 @@ def deviations(frozen: Frozen, made: Mapping[str, Made], *, is_over: bool = Fals
     if is_over and (missing := [name for name in content["steps"] if name not in made]):
         found[f"not done, of {len(content['steps'])} steps"] = missing
     return [text + _named(names) for text, names in found.items()]
+
+
+def _lists(name: str) -> str:
+    """Which lists of images a step sees: its kind's, of its dataset."""
+    return f"{name.partition('_')[0]} {dataset_of(name)}".strip()
 
 
 def _is_of_question(name: str, frozen: Frozen) -> bool:

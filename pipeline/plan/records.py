@@ -31,7 +31,7 @@ from common.options import differences as differing_settings
 from common.step_files import PROGRESS
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import PretrainConfig, idle_settings, make_method, training_flops
-from pipeline.plan.layout import Layout
+from pipeline.plan.layout import Layout, dataset_of
 from pipeline.plan.machine import code_digest, hardware, versions
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step
@@ -41,8 +41,8 @@ from segmenter.config import PROBE_GROUPS, recipe_names, recipe_values
 # Settings in which the steps of a kind may differ within one output directory, or one report.
 MAY_DIFFER = {
     "pretrain": frozenset({"mask_method", "coverage_ratio", "segments_from", "seed"}),
-    "probe": frozenset({"init", "patch_size", "seed"}),
-    "evaluate": frozenset({"init", "patch_size", "seed"}),
+    "probe": frozenset({"init", "patch_size", "seed", "model"}),  # encoders of others have their own
+    "evaluate": frozenset({"init", "patch_size", "seed", "model"}),
 }
 _GROUPS = {"pretrain": PRETRAIN_GROUPS, "probe": PROBE_GROUPS, "evaluate": FINETUNE_GROUPS}
 
@@ -220,12 +220,15 @@ def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
     """How the settings differ from those the output directory's steps were made with."""
     records, found = _binding(paths), []
     # Those of one kind and method are alike: a new step is compared with one of them.
-    one_of_each = {(record.kind, record.method): record for record in records}.values()
+    one_of_each = {(r.kind, r.method, dataset_of(r.name)): r for r in records}.values()
     for step in steps:
         of_run = [r for r in records if (r.kind, r.run) == (step.kind, step.run)]
         # All rounds of a pretraining are one training; a score is compared with itself.
         own = [r for r in of_run if step.kind == "pretrain" or r.name == step.name]
-        for record in own or (r for r in one_of_each if r.kind == step.kind):
+        others_of_kind = [
+            r for r in one_of_each if r.kind == step.kind and dataset_of(r.name) == dataset_of(step.name)
+        ]
+        for record in own or others_of_kind:
             different = _may_differ(step.kind, record.fingerprint, step.settings)
             leave_out = () if own else different | idle_settings(record.method)
             whose = "" if record.run == step.run else f" (of {record.run})"
@@ -236,9 +239,9 @@ def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
 
 def made_alike(all_paths: Sequence[Layout]) -> bool:
     """Whether what these directories hold may stand on one line of a report."""
-    first: dict[str, Record] = {}  # of each kind: being alike is transitive
+    first: dict[tuple[str, str], Record] = {}  # of each kind and dataset: being alike is transitive
     for record in chain.from_iterable(map(_binding, all_paths)):
-        other = first.setdefault(record.kind, record)
+        other = first.setdefault((record.kind, dataset_of(record.name)), record)
         idle = _may_differ(record.kind, record.fingerprint, other.fingerprint)
         idle = idle | idle_settings(record.method) | idle_settings(other.method)
         if other_settings(_made_with(record), other, idle):

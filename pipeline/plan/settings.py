@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any, ClassVar, Literal
 
 from common.formats import plain
 from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, RunConfig, SegmentsFrom
+from mae.masking import METHODS
 from pipeline.plan.budget import Budget
 from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN, UNTRAINED
-from segmenter.config import DEFAULT_RECIPE
+from segmenter.config import DEFAULT_RECIPE, ENCODER_FORMS, RANDOM, encoder_label, parse_encoder
 
 # More than so many of anything that has a process of its own is a slip of the hand.
 FROM_ONE: dict[str, Any] = {"at_least": 1, "at_most": MOST_PROCESSES}
@@ -38,7 +40,7 @@ class Data(OptionGroup):
     )  # fmt: skip
     segment_shards: int = option("Steps, or jobs, that share making them.", 1, **FROM_ONE)
     ade20k_dir: Path | None = option("ADEChallengeData2016, to evaluate on.", None)
-    eval_dataset: Path | None = option("YAML file of another dataset.", None)
+    eval_dataset: tuple[Path, ...] | None = option("Other datasets: their folders or YAML files.", None)
     output_dir: Path = option("Where everything goes.", Path())
     make_sample: Path | None = option("Where sample data are made, if used and missing.", None)
 
@@ -49,16 +51,41 @@ class Data(OptionGroup):
             raise ValueError("give --ade20k-dir or --eval-dataset, not both")
 
     @property
-    def dataset(self) -> Path | None:
+    def datasets(self) -> tuple[Path, ...]:
         """What to evaluate on."""
-        return self.ade20k_dir or self.eval_dataset
+        return (self.ade20k_dir,) if self.ade20k_dir else self.eval_dataset or ()
 
     @property
     def missing_sample(self) -> Path | None:
         """The folder of sample data that are to be used and are not there."""
-        folder, used = self.make_sample, filter(None, (self.in1k_dir, self.dataset))
+        folder, used = self.make_sample, filter(None, (self.in1k_dir, *self.datasets))
         is_missing = any(folder and p.is_relative_to(folder) and not p.exists() for p in used)
         return folder if is_missing else None
+
+
+def _reference(value: Any, words: tuple[str, ...]) -> str:
+    """One of the words, or NAME=ENCODER with what is a path in it made absolute. ValueError."""
+    text = str(value).strip()
+    name, equals, encoder = text.partition("=")
+    if text in words:
+        return text
+    if not equals:
+        raise ValueError(f"give {', '.join(words)}, or NAME=ENCODER; an encoder is {ENCODER_FORMS}")
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or name in (*METHODS, *BASELINES, UNTRAINED, "none"):
+        raise ValueError("a name has letters, digits and _, begins with a letter, and is no method's")
+    return f"{name}={parse_encoder(encoder)}"
+
+
+def _scored(value: Any) -> str:
+    """Epochs completed, or an encoder under the name that it has itself. Raises ValueError."""
+    text = str(value).strip()
+    if text == RANDOM:  # timm's random ViT has a name here
+        return BASELINES[0]
+    if text.isdecimal() or text in BASELINES or re.match(r"\w+=", text):
+        return text if text.isdecimal() else _reference(text, BASELINES)
+    last = re.split(r"[:/]", encoder_label(parse_encoder(text)))[-1]
+    name = re.sub(r"\W", "_", re.sub(r"\.(pth?|bin|safetensors)$", "", last))
+    return _reference(f"{name if name[:1].isalpha() else f'e{name}'}={text}", BASELINES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +114,25 @@ class Experiment(OptionGroup):
         "Probe the frozen encoder every so many epochs, too; 0 = no probes at all. "
         "Default: where it is evaluated.", None, at_least=0,
     )  # fmt: skip
-    eval_seeds: int = option("Finetunings of each checkpoint, by seeds of their own.", 1, **FROM_ONE)
+    eval_seeds: int = option(
+        "Finetunings of each checkpoint, by seeds of their own; 0 = probes only.", 1, **FROM_ZERO
+    )
     recipe: str = option("Finetuning recipe: a name or a YAML file.", DEFAULT_RECIPE)
     stack: bool = option("Start from the official MAE checkpoint.", False)
     mae_checkpoint: Path | None = option("A local copy of it, else downloaded.", None)
     baselines: tuple[str, ...] | None = option(
         "Reference lines: untrained (each method's model before its first epoch), scratch (timm's "
-        "random ViT: labels alone), mae (the official checkpoint), or none. "
-        "Default: untrained, scratch, and mae if that file is at hand.", None,
-        choices=lambda: (UNTRAINED, *BASELINES, "none"),
+        "random ViT: labels alone), mae (the official checkpoint), NAME=ENCODER (any, under a name of "
+        "your own), or none. Default: untrained, scratch, and mae if that file is at hand.", None,
+        parse=lambda value: _reference(value, (UNTRAINED, *BASELINES, "none")),
+    )  # fmt: skip
+    eval: tuple[str, ...] | None = option(
+        "Evaluate only this: N (epochs completed), or scratch, mae, [NAME=]ENCODER without pretraining.",
+        None, parse=lambda value: _scored(value),
     )  # fmt: skip
     pretrained_from: Path | None = option(
         "Another output directory: its checkpoints are scored, and nothing is pretrained.", None
     )
-    eval: str | None = option("Evaluate only this: N (epochs completed), scratch or mae.", None)
 
     def __post_init__(self) -> None:
         for name, values in vars(self).items():
@@ -124,8 +156,25 @@ class Experiment(OptionGroup):
         source = self.pretrained_from
         if source is not None and not (source / "pretrain_output").is_dir():
             raise ValueError(f"--pretrained-from {source} is not the output directory of a run")
-        if self.eval is not None and self.eval not in BASELINES and not self.eval.isdecimal():
-            raise ValueError(f"--eval is {self.eval}; give epochs completed, scratch or mae")
+        if self.eval is not None and len(self.eval) > 1 and any(map(str.isdecimal, self.eval)):
+            raise ValueError(f"--eval is {','.join(self.eval)}; give epochs completed, or encoders")
+        for names in (self.baselines or (), self.eval or ()):
+            called = [name.partition("=")[0] for name in names]
+            if len(set(called)) != len(called):
+                raise ValueError(
+                    f"two encoders are called {mode(called)}; give NAME=ENCODER with other names"
+                )
+
+    @property
+    def only_epochs(self) -> int | None:
+        """The epochs completed of the one checkpoint that is evaluated, if --eval says so."""
+        return int(self.eval[0]) if self.eval and self.eval[0].isdecimal() else None
+
+    @property
+    def references(self) -> dict[str, Path | str]:
+        """The encoders of --eval or --baselines that have a name of the user's, as the parts take them."""
+        named = (one.partition("=") for one in self.eval or self.baselines or ())
+        return {name: parse_encoder(encoder) for name, equals, encoder in named if equals}
 
     @property
     def shared_budget(self) -> Budget | None:
@@ -284,7 +333,7 @@ class Settings:
         told = (self.data.in1k_dir, self.experiment.eval, self.experiment.pretrained_from)
         if not any(told):
             raise ValueError("--in1k-dir is missing: the folder with train/ and masks/")
-        if self.data.dataset is None:
+        if not self.data.datasets:
             raise ValueError("--ade20k-dir (or --eval-dataset FILE.yml) is missing")
 
     def flat(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -35,9 +36,9 @@ from pipeline.plan.layout import (
     seed_of_eval,
 )
 from pipeline.plan.settings import GROUPS, Settings
-from segmenter.check import ScoringFacts
+from segmenter.check import ScoringFacts, dataset_name
+from segmenter.config import AUTO, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 from segmenter.config import GROUPS as FINETUNE_GROUPS
-from segmenter.config import PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 
 # Options of the parts that the plan sets, by a flag of another name.
 _FLAGS = {
@@ -143,19 +144,19 @@ def make_plan(settings: Settings) -> list[Step]:
     GPUs are kept for them. Raises ValueError for an option of a part that cannot be.
     """
     experiment, plan = settings.experiment, _Planner(settings)
-    only, baselines = experiment.eval, plan.baselines()
-    starts_here = experiment.stack and only is None and not experiment.pretrained_from
-    steps = plan.fetch() if "mae" in baselines or starts_here else []
+    only, baselines = experiment.only_epochs, plan.baselines
+    stacks = experiment.stack and experiment.eval is None and not experiment.pretrained_from
+    steps = plan.fetch() if "mae" in baselines or stacks else []
     fetched = tuple(step.name for step in steps)
     for baseline, seed in product(baselines, experiment.seed):
         needs = fetched if baseline == "mae" else ()
         steps += plan.score(RunId(method=baseline, seed=seed), 0, needs)
-    if only in BASELINES:
+    if experiment.eval is not None and only is None:
         return steps  # there is nothing to pretrain
     started = set[tuple[str, int]]()  # ratios and controls begin with the same model
     for run in _runs(settings):
         if only is not None:
-            steps += plan.score(run, int(only), needs=())
+            steps += plan.score(run, only, needs=())
             continue
         previous = fetched if experiment.stack else ()  # what a round starts from
         asked = plan.own_points(run, experiment.eval_points, experiment.probe_points)
@@ -245,16 +246,16 @@ class _Planner:
             return set(chain(*points))
         return {self.budget.epochs_at(end, point) for point in chain(*points)}
 
-    def baselines(self) -> tuple[str, ...]:
-        """What is scored without a pretraining of ours."""
+    @cached_property
+    def baselines(self) -> dict[str, Path | str]:
+        """What is scored without a pretraining of ours, by name."""
         experiment = self.settings.experiment
-        if experiment.eval is not None:
-            return (experiment.eval,) if experiment.eval in BASELINES else ()
-        chosen = experiment.baselines
+        chosen = experiment.eval or experiment.baselines
         if chosen is None:  # a download of gigabytes is not begun without being asked for
             at_hand = experiment.stack or self.official.is_file()
             chosen = BASELINES if at_hand else ("scratch",)
-        return tuple(name for name in BASELINES if name in chosen)
+        known: dict[str, Path | str] = {"scratch": RANDOM, "mae": self.official}
+        return {n: known[n] for n in BASELINES if n in chosen} | experiment.references
 
     def untrained_points(self) -> set[int]:
         """Epoch 0 where each method's own start is probed; finetuned where 0 is to be evaluated."""
@@ -326,35 +327,55 @@ class _Planner:
         # What allows methods to differ in their epochs (`records.differences`).
         return replace(step, settings={**step.settings, "budget": self.settings.experiment.budget_text})
 
+    @cached_property
+    def datasets(self) -> dict[str, Path]:
+        """By the names that their scores bear; the first one's bear none. ValueError if two are alike."""
+        paths = self.settings.data.datasets
+        names = [dataset_name(path) for path in paths] if len(paths) > 1 else [""]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"--eval-dataset: two are called {name}; give one another `name:` in its YAML"
+                )
+        return dict(zip(("", *names[1:]), paths, strict=True))
+
     def score(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
+        """`score_on` each of the datasets."""
+        for dataset in self.datasets:
+            yield from self.score_on(dataset, run, epochs, needs)
+
+    def score_on(self, dataset: str, run: RunId, epochs: int, needs: tuple[str, ...]) -> Iterator[Step]:
         """Probes and finetunes the checkpoint after `epochs`, where that is wanted.
 
-        A baseline's is a random ViT (scratch) or the official checkpoint (mae).
+        A baseline's is an encoder that is there, or will be fetched.
         """
         experiment, parts, data = self.settings.experiment, self.settings.parts, self.settings.data
         init: Any = files.checkpoint_path(self.pretrained.pretrain_dir(run.name), epochs)
-        if run.method in BASELINES:
-            init = RANDOM if run.method == "scratch" else self.official
+        is_reference = run.method in self.baselines
+        init = self.baselines.get(run.method, init)
         given = {"recipe": experiment.recipe, **parts.finetune}
         if init == RANDOM:  # no checkpoint tells the patches: give it the others' size
             given.setdefault("patch_size", parts.pretrain.get("patch_size"))
         if str(given["recipe"]).endswith((".yml", ".yaml")):  # the parts run elsewhere
             given["recipe"] = os.path.abspath(Path(given["recipe"]).expanduser())  # noqa: PTH100
-        planned = {**self.shared, "dataset": data.dataset}
-        always = run.method in BASELINES or experiment.eval is not None
+        planned = {**self.shared, "dataset": self.datasets[dataset]}
+        if run.method in experiment.references and init != RANDOM:
+            planned["model"] = AUTO  # it says itself what it is
+        always = is_reference or experiment.eval is not None
 
         # The frozen encoder, by the finetuning's protocol unless told otherwise.
         probed = self.own_points(run, experiment.probe_points) | self.untrained_points()
         is_probed = always or epochs in probed
         if experiment.probe_freq != 0 and is_probed:
-            folder = self.paths.probe_dir(run.name, epochs)
+            folder = self.paths.probe_dir(run.name, epochs, dataset)
             told, below = {**planned, "seed": run.seed, "output_dir": folder}, {**given}
             # Of whole images, too, where val/ has a folder for each class.
             val = (data.in1k_dir or Path()) / "val"
             if data.in1k_dir and has_classes(val, self.paths.bookkeeping):
                 below |= {"image_folder": val, "index_dir": self.paths.bookkeeping}
             groups = _groups(PROBE_GROUPS, "--probe", told, parts.probe, below)
-            what = f"probe the frozen encoder, seed {run.seed}"
+            on = f", on {dataset}" if dataset else ""
+            what = f"probe the frozen encoder, seed {run.seed}{on}"
             probe = ProbeConfig(init=init, **groups)
             yield self._step("probe", what, run, epochs, needs, probe, files.RESULT)
 
@@ -362,12 +383,13 @@ class _Planner:
         is_asked = bool(experiment.eval_points) or experiment.eval is not None
         is_evaluated = (always and is_asked) or epochs in self.own_points(run, experiment.eval_points)
         for eval_seed in range(experiment.eval_seeds if is_evaluated else 0):
-            folder = self.paths.eval_dir(run.name, epochs, eval_seed)
+            folder = self.paths.eval_dir(run.name, epochs, eval_seed, dataset)
             seed = self._seed_of(run, folder.name, eval_seed)
             told = {**planned, "init": init, "seed": seed, "output_dir": folder}
             config = TrainConfig(**_groups(FINETUNE_GROUPS, "--finetune", told, given))
             left = (files.RESULT, files.LOG, files.PREDICTIONS)
             what = f"finetune and score, seed {config.optimisation.seed}"
+            what += f", on {dataset}" if dataset else ""
             yield self._step("evaluate", what, run, epochs, needs, config, *left)
 
     def _seed_of(self, run: RunId, name: str, number: int) -> int:

@@ -31,7 +31,7 @@ from matplotlib.transforms import ScaledTranslation, nonsingular
 from PIL import Image
 
 from common.images import load_image
-from common.step_files import PREDICTIONS, epochs_of
+from common.step_files import FEATURES, PREDICTIONS, epochs_of
 from pipeline.plan.layout import Layout, RunId, parse_eval_name
 from pipeline.report.scores import SOURCES, method_rank, names_of
 
@@ -369,10 +369,14 @@ def pictures(all_paths: Sequence[Layout]) -> dict[str, dict[int, list[tuple[str,
 
 def _pictures(paths: Layout) -> Iterator[tuple[str, RunId, int, Path]]:
     """Their kind, run and epochs completed; of a checkpoint's finetunings, the first one's."""
-    for image in [*paths.pretrain_output.glob("*/*.png"), *paths.eval_output.glob("*/*.png")]:
+    folders = (paths.pretrain_output, paths.eval_output, paths.probe_output)
+    for image in [image for folder in folders for image in folder.glob("*/*.png")]:
         with suppress(ValueError):  # a folder that is no run's
             if (count := epochs_of(image)) is not None:
                 yield "Reconstructions", RunId.parse(image.parent.name), count, image
+            elif image.name == FEATURES:
+                run, epochs, _ = parse_eval_name(image.parent.name)
+                yield "Features of the frozen encoder", run, epochs, image
             elif image.name == PREDICTIONS:
                 run, epochs, number = parse_eval_name(image.parent.name)
                 if not number:

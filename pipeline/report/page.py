@@ -23,11 +23,13 @@ from pipeline.report.agreement import agreements, rows, sentence
 from pipeline.report.answer import Answer, Question, answers
 from pipeline.report.bundle import opened
 from pipeline.report.charts import forest, scores_chart
+from pipeline.report.encoders import benchmarks
 from pipeline.report.figures import Chart, Point, Series, files_of, line_chart, pictures, sample
 from pipeline.report.paper import check_paper, paper_tables, write_paper
 from pipeline.report.scores import COSTS, Line
 
 TITLE = "Does hiding objects make pretraining better?"
+OF_ENCODERS = "Encoders on the same bench"  # where nothing was pretrained
 _QUESTIONS = (
     "Does it matter that what is hidden is an object?", "Better than plain MAE?",
     "Better than without pretraining?", "Better than in the other directory?",
@@ -46,8 +48,9 @@ def write_all(paths: Layout) -> str:
     lines, found = write_report([paths.root], paths.report_html)
     if not any(line.scored for line in lines):
         return f"no evaluation has finished; {paths.report_html}"
-    table = tables.terminal_table(lines, found)
-    return f"\n{table}\n\n{paths.results_csv}\n{paths.report_html}"
+    shown = [f"by {one.measure.words}\n{tables.aligned_table(one.table)}\n" for one in benchmarks([paths])]
+    shown = shown or [tables.terminal_table(lines, found), ""]
+    return "\n".join(["", *shown, str(paths.results_csv), str(paths.report_html)])
 
 
 def write_report(
@@ -113,17 +116,21 @@ def _page(
     all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[Answer], deviating: Sequence[str]
 ) -> str:
     first, *others = found
+    if is_of_encoders := bool(lines) and all(line.is_baseline for line in lines):
+        said = "Nothing was pretrained here: the tables compare encoders."
+        first, others = first._replace(sentences=[said]), []
     scored = [(line.label, one) for line in lines for one in line.evaluations]
     settings, differing = tables.provenance(all_paths)
     matrix = tables.matrix(lines, found)
-    charts = {"forest": forest(first), "scores": scores_chart(lines, first)}
+    charts = {"forest": forest(first), "scores": scores_chart([] if is_of_encoders else lines, first)}
     curves = [
         scores_chart(lines, one, has_costs=False) for one in others if len(one.ends) > 1 and not one.where
     ]
     costs = {line: tables.cost_cells(first.levels[line.label].costs) if line.label in first.levels
              else dict.fromkeys(COSTS.values(), "") for line in matrix}  # fmt: skip
     there = {
-        "answer": "The answer", "differences": charts["forest"].views, "scores": matrix,
+        "answer": "The answer", "encoders": (tabled := benchmarks(all_paths)),
+        "differences": charts["forest"].views, "scores": matrix,
         "curves": charts["scores"].views, "pictures": (shown := pictures(all_paths)),
         "classes": (classes := tables.class_tables(lines)),
         "training": (loss_charts := _training_charts(lines)),
@@ -134,7 +141,8 @@ def _page(
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
     return template.render(
-        title=TITLE,
+        title=OF_ENCODERS if is_of_encoders else TITLE,
+        benchmarks=tabled,
         subtitle=_subtitle(all_paths, lines),
         contents={
             name: name.capitalize() if value != "The answer" else value

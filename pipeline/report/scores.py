@@ -21,7 +21,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from common.formats import ProbeResult, Result, parsed, read_json, read_log, read_yaml
-from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT
+from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT, epochs_of
 from pipeline.plan.budget import epochs_at
 from pipeline.plan.layout import BASELINES, CONTROLS, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, Spends, made_alike, read_all_records, read_spends
@@ -54,6 +54,14 @@ MEASURES = {
     "linear": Measure("the frozen linear probe", "linear probe", areas=PROBE_AREAS["linear"]),
     "knn": Measure("the frozen kNN probe", "kNN", areas=PROBE_AREAS["knn"]),
     "knn_raw": Measure("kNN on raw tokens", "kNN, raw tokens", areas=PROBE_AREAS["knn_raw"]),
+    "dinov2_linear": Measure("DINOv2's linear probe", "DINOv2's", areas=PROBE_AREAS["dinov2_linear"]),
+    "dinov3_linear": Measure("DINOv3's linear probe", "DINOv3's", areas=PROBE_AREAS["dinov3_linear"]),
+    "capi_knn": Measure("CAPI's kNN probe", "CAPI's kNN", areas=PROBE_AREAS["capi_knn"]),
+    "capi_logreg": Measure("CAPI's logistic regression", "CAPI's", areas=PROBE_AREAS["capi_logreg"]),
+    "hummingbird": Measure("Hummingbird's retrieval", "Hummingbird's", areas=PROBE_AREAS["hummingbird"]),
+    "image_linear": Measure(
+        "a linear classifier of whole images", "image linear", "accuracy (%)", "accuracy"
+    ),
     "image_knn": Measure("kNN over whole images", "image kNN", "accuracy (%)", "accuracy"),
     "rankme": Measure(
         "the spread of its features", "RankMe", "RankMe (features used)", "rankme", most=math.inf
@@ -75,6 +83,7 @@ class Evaluation:
     costs: dict[str, float | None]
     result: dict[str, Any]  # the whole result.json, or a probe's part of it
     measure: Measure = FINETUNING
+    is_reference: bool = False  # of an encoder that no run here pretrained
 
     @property
     def score(self) -> float | None:
@@ -101,10 +110,11 @@ class Evaluation:
         return next(filter(Path.exists, files), None)
 
 
-def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
+def read_evaluations(paths: Layout, shape: type = Result, dataset: str = "") -> list[Evaluation]:
     """All finished ones, by the methods in the order of the run, then ratio, seed and epochs.
 
     shape: Result for finetunings; ProbeResult for the frozen probes, one for each of their scores.
+    dataset: unless it is the plan's first.
     """
     parent = paths.eval_output if shape is Result else paths.probe_output
     records, rank, found = read_all_records(paths), method_rank([paths]), list[Evaluation]()
@@ -117,7 +127,7 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
     for file in parent.glob(f"*/{RESULT}"):  # written last: it is finished
         folder = file.parent
         try:
-            run, epochs, number = parse_eval_name(folder.name)
+            run, epochs, number = parse_eval_name(folder.name, dataset)
         except ValueError:
             continue  # somebody else's folder
         result = read_json(file, shape)
@@ -127,6 +137,7 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
         common: dict[str, Any] = {
             "folder": folder, "run": as_recorded(run, records),
             "eval_seed": result["seed"], "epochs": epochs,
+            "is_reference": run.method in BASELINES or _is_foreign(result["settings"].get("init"), epochs),
             "minutes": sum(timed) / 60 if timed else float(result.get("minutes") or 0),
             "costs": {cost: known.get(epochs) for cost, known in costs(run.name).items()},
         }  # fmt: skip
@@ -144,6 +155,11 @@ def read_evaluations(paths: Layout, shape: type = Result) -> list[Evaluation]:
         return rank(run.method), ratio, SOURCES.index(source), run.seed, one.eval_seed, one.epochs
 
     return sorted(found, key=place)
+
+
+def _is_foreign(init: object, epochs: int) -> bool:
+    """Whether an encoder, as settings have it, is none that a round of pretraining left."""
+    return init is not None and epochs == 0 and epochs_of(Path(str(init))) != epochs
 
 
 def _costs(paths: Layout, run: str, records: Iterable[Record]) -> dict[str, dict[int, float]]:
@@ -239,11 +255,12 @@ class Line:
     # Folders; an evaluation may have outlived its pretraining, or not have begun.
     pretrainings: list[Path] = field(default_factory=list)
     is_untrained: bool = False  # the method's own model before its first epoch
+    is_reference: bool = False  # an encoder that no run here pretrained
 
     @property
     def is_baseline(self) -> bool:
         """Whether nothing was pretrained here."""
-        return self.is_untrained or self.method in BASELINES
+        return self.is_untrained or self.is_reference or self.method in BASELINES
 
     @property
     def evaluations(self) -> list[Evaluation]:
@@ -312,16 +329,28 @@ def names_of(all_paths: Sequence[Layout]) -> list[str]:
     return ends if len(set(ends)) == len(ends) else [str(paths.root) for paths in all_paths]
 
 
-def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
+def _scored(paths: Layout, dataset: str) -> list[Evaluation]:
+    finetuned = read_evaluations(paths, dataset=dataset)
+    return [*finetuned, *read_evaluations(paths, ProbeResult, dataset)]
+
+
+def make_lines(all_paths: Sequence[Layout], dataset: str = "") -> list[Line]:
     """All runs sorted into lines; baselines come first, what is untrained among them.
 
-    Directories whose settings differ have lines of their own, which bear the directory's name.
+    dataset: unless it is the plans' first. Directories whose settings differ have lines of their
+    own, which bear the directory's name.
     """
     apart = len(all_paths) > 1 and not made_alike(all_paths)
     lines: dict[str, Line] = {}
 
     def line_of(
-        run: RunId, home: str, end: int, spends: Spends | None, *, is_untrained: bool = False
+        run: RunId,
+        home: str,
+        end: int,
+        spends: Spends | None,
+        *,
+        is_untrained: bool = False,
+        is_reference: bool = False,
     ) -> Line:
         suffix = f" ({home})" if home else ""
         label, family = (r.label + suffix for r in (run, replace(run, segments_from=OWN)))
@@ -329,18 +358,22 @@ def make_lines(all_paths: Sequence[Layout]) -> list[Line]:
         label = f"untrained {run.method}{suffix}" if is_untrained else label
         spends = spends if spends and run.method in spends["methods"] and not is_untrained else None
         end = math.ceil(spends["methods"][run.method]["end"]) if spends else end
+        if is_reference and run.method not in BASELINES:  # whatever its name, it has no ratio
+            label = family = f"{run.method}{suffix}"
         source = OWN if is_untrained else run.segments_from
         line = Line(
             label=label, family=family, method=run.method, source=source, home=home, end=end, spends=spends,
             coverage_ratio=run.coverage_ratio, is_untrained=is_untrained,
+            is_reference=is_reference,
         )  # fmt: skip
         return lines.setdefault(label, line)
 
     for paths, name in zip(all_paths, names_of(all_paths), strict=True):
         home, end, spends = name if apart else "", planned_epochs(paths), read_spends(paths)
-        for one in [*read_evaluations(paths), *read_evaluations(paths, ProbeResult)]:
-            is_untrained = one.epochs == 0 and one.run.method not in BASELINES
-            line_of(one.run, home, end, spends, is_untrained=is_untrained).scored.append(one)
+        for one in _scored(paths, dataset):
+            is_untrained = one.epochs == 0 and not one.is_reference
+            told = {"is_untrained": is_untrained, "is_reference": one.is_reference}
+            line_of(one.run, home, end, spends, **told).scored.append(one)
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name

@@ -116,6 +116,12 @@ def _fitting(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
     return text
 
 
+def aligned_table(table: Table) -> str:
+    """A table as aligned text."""
+    cells = [list(table.rows[0]), *(list(row.values()) for row in table.rows)]
+    return aligned(cells, right=range(1, len(cells[0])))
+
+
 def _in_short(answer: Answer, c: Comparison) -> str:
     """The difference of the same two lines by another measure, with its mark."""
     same = (d for d in answer.comparisons if (d.first, d.second) == (c.first, c.second))

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.vit import IMAGE_MEAN, IMAGE_STD, VISIBLE, VIT_SIZES, VitSize
-from engine.weights import read_vit_weights, resample_positions
+from engine.weights import CLASSIFIERS, read_vit_weights, resample_positions
 from mae.config import METHODS, MethodConfig, ModelConfig, make_method
 from mae.model import MaskedAutoencoder, sincos_positions
 from mae.weights import export_encoder, load_encoder, start_from_official
@@ -160,3 +160,24 @@ def test_the_printed_line_makes_the_exported_encoder_in_timm(tmp_path, monkeypat
             found = timm.data.resolve_model_data_config(encoder)
             assert (found["mean"], found["std"]) == (IMAGE_MEAN, IMAGE_STD)
             assert found["input_size"] == (3, config.image_size, config.image_size)
+
+
+def test_a_run_starts_from_the_files_that_people_have(tmp_path):
+    """Flat or wrapped, DINOv2's LayerScale and transformers' names: as far as they fit."""
+    import transformers
+
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=224, init_values=0.1)  # with a classifier
+    torch.save({"teacher": {f"backbone.{n}": w for n, w in vit.state_dict().items()}}, tmp_path / "dino.pth")
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+    of_hf = transformers.ViTModel(transformers.ViTConfig(**sizes))
+    of_hf.save_pretrained(tmp_path)
+    kernels = vit.patch_embed.proj.weight, of_hf.embeddings.patch_embeddings.projection.weight
+    for path, kernel in zip((tmp_path / "dino.pth", tmp_path / "model.safetensors"), kernels, strict=True):
+        model = make_model("segments", seed=1)
+        fresh = start_from_official(model, read_vit_weights(path, ignored=CLASSIFIERS))
+        assert "blocks" not in fresh
+        assert torch.equal(model.patch_embed.proj.weight, kernel)
+    with_registers = timm.create_model("vit_tiny_patch16_224", num_classes=0, reg_tokens=4)
+    torch.save(with_registers.state_dict(), tmp_path / "registers.pth")
+    with pytest.raises(ValueError, match=r"does not fit.*reg_token is not part of the model"):
+        start_from_official(make_model("segments"), read_vit_weights(tmp_path / "registers.pth"))

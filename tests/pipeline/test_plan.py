@@ -244,7 +244,7 @@ def test_plugin_and_trackers_reach_every_step_that_has_them(settings: Make, tmp_
         ("--eval-epochs 3 --pretrain-epochs 2", "eval-epochs"),
         ("--eval-freq -1", "greater than or equal to 0"),
         ("--pretrain-epochs 0", "greater than or equal to 1"),
-        ("--eval-seeds 0", "greater than or equal to 1"),
+        ("--eval-seeds -1", "greater than or equal to 0"),
         ("--seed 1,1", "twice"),
         ("--pretrain lr", "KEY=VALUE"),
         ("--num-gpus 2 --eval-gpus 2", "GPUs 0 to 1"),

@@ -140,7 +140,7 @@ def test_a_recipe_of_ones_own_is_read_and_checked(dataset, tmp_path, command):
         ),
         ({"log_with": "lightning"}, ["--log-with is 'lightning'", "tensorboard"]),
         ({"dataset": "nowhere.yml"}, ["nowhere.yml does not exist"]),
-        ({"dataset": "/tmp"}, ["is not an ADEChallengeData2016 folder"]),
+        ({"dataset": "/tmp"}, ["has none of the layouts of ade20k, camvid"]),
         ({"window_stride": 99}, ["--window-stride 99 is more than --window-size 32"]),
         ({"drop_path": 1.5}, ["--drop-path is '1.5'", "less than 1"]),
         ({"epochs": 0}, ["--epochs is '0'"]),

@@ -87,7 +87,7 @@ def test_position_embeddings_are_resampled_to_the_crop(tmp_path):
         (lambda w: w.pop("blocks.3.mlp.fc1.bias"), r"blocks\.3\.mlp\.fc1\.bias is missing"),
         (lambda w: w.update({"cls_token": torch.zeros(1, 2, 192)}), "cls_token is"),
         (lambda w: w.pop("patch_embed.proj.weight"), "is not a checkpoint of a ViT encoder"),
-        (lambda w: w.update(pos_embed=torch.zeros(1, 16, 192)), "no pos_embed of a class token"),
+        (lambda w: w.update(pos_embed=torch.zeros(1, 15, 192)), "no pos_embed of a class token"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change, message):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import segmenter.finetune
-import segmenter.probe
+import segmenter.probing
 from engine.config import DeviceConfig
 from engine.devices import make_accelerator
 from segmenter.config import EncoderConfig, ProtocolConfig, ScoringConfig
@@ -20,7 +20,7 @@ from segmenter.dataset import read_description
 from segmenter.evaluate import each_group, evaluate_model
 from segmenter.finetune import start_model
 from segmenter.frozen import NearestNeighbours, fit_linear
-from segmenter.probe import Tokens
+from segmenter.probing import Tokens
 from tests import toy
 from tests.segmenter.boxes import IGNORE, call, run, train_arguments, write_dataset
 
@@ -62,7 +62,7 @@ def probed(dataset, tmp_path_factory):
 @pytest.fixture
 def kept(dataset, monkeypatch):
     """Tokens of three images of 50 places each, room for 10 in all: 3, 3 and 4."""
-    monkeypatch.setattr(segmenter.probe, "MOST_TOKENS", 10)
+    monkeypatch.setattr(segmenter.probing, "MOST_TOKENS", 10)
     description = read_description(dataset)
     model = start_model("random", EncoderConfig(model="vit_toy"), PROTOCOL, CLASSES)
 
@@ -71,7 +71,8 @@ def kept(dataset, monkeypatch):
         for index in range(3):
             labels = (torch.arange(50) >= 8) * (1 + index)  # the first 8 have none
             features = torch.arange(50.0)[:, None] + 100 * index
-            tokens._keep(index, features.expand(-1, model.encoder.embed_dim), labels, torch.arange(50))
+            features = features.expand(-1, model.encoder.embed_dim)
+            tokens._keep(index, features, labels, torch.arange(50), torch.zeros(50, 0))
         return tokens.total(make_accelerator(DeviceConfig(device="cpu")))
 
     return keep
@@ -99,7 +100,7 @@ def test_knn_is_whitened_along_a_chosen_number_of_directions_and_knn_raw_is_not(
             asked.append(directions)
             super().__init__(tokens, labels, num_classes, directions)
 
-    monkeypatch.setattr(segmenter.probe, "NearestNeighbours", Spy)
+    monkeypatch.setattr(segmenter.probing, "NearestNeighbours", Spy)
     assert call(*probe_arguments(dataset, tmp_path / "out", probes="knn")).code == 0
     *tried, chosen, raw = asked
     assert tried == [8, 16]  # of 24 features
@@ -122,7 +123,7 @@ def test_a_token_has_the_label_of_most_valid_pixels(dataset):
     labels = torch.full((5, 6), IGNORE, dtype=torch.uint8)
     labels[:3, :3] = torch.tensor([[2, 2, IGNORE], [2, 1, IGNORE], [1, IGNORE, IGNORE]])
     labels[4, 5] = 0
-    assert tokens._majority(labels).tolist() == [3, 0, 0, 1]
+    assert tokens._majority(labels)[0].tolist() == [3, 0, 0, 1]
 
 
 a_linear_probe = partial(fit_linear, weight_decay=1e-5)
@@ -182,12 +183,12 @@ def test_tokens_of_noise_score_what_the_majority_class_scores(tmp_path):
 
 def test_a_probe_leaves_scores_areas_and_nothing_else(probed, dataset):
     assert {path.name for path in probed.iterdir()} == {
-        "result.json", "areas-linear.npz", "areas-knn.npz", "areas-knn_raw.npz", ".lock",
+        "result.json", "areas-linear.npz", "areas-knn.npz", "areas-knn_raw.npz", "features.png", ".lock",
     }  # fmt: skip
     result = result_of(probed)
     assert set(result) == {
         "format_version", "linear", "knn", "knn_raw", "rankme", "first_direction_percent",
-        "position_percent", "seed", "seconds", "model", "init",
+        "position_percent", "seed", "seconds", "model", "encoder", "init",
         "protocol", "dataset", "versions", "device", "num_processes", "settings",
     }  # fmt: skip
     assert (result["init"], result["seed"], result["model"]) == ("random", 0, "vit_toy")
@@ -236,7 +237,7 @@ def test_random_is_the_encoder_that_train_begins_with(dataset, tmp_path, monkeyp
         seen.append(start_model(*arguments))
         return seen[0]
 
-    monkeypatch.setattr(segmenter.probe, "start_model", spy)
+    monkeypatch.setattr(segmenter.probing, "start_model", spy)
     arguments = probe_arguments(dataset, tmp_path / "out", seed=5, probes="rankme")
     assert call(*arguments).code == 0
     for name, weight in seen[0].encoder.state_dict().items():
@@ -267,14 +268,14 @@ def test_a_folded_fourth_channel_changes_nothing(dataset, tmp_path):
 
 def test_no_more_tokens_are_kept_than_the_bound_allows(dataset, tmp_path, monkeypatch):
     """7 images of 9 windows' tokens each, and room for 10 in all: one or two of each image."""
-    monkeypatch.setattr(segmenter.probe, "MOST_TOKENS", 10)
+    monkeypatch.setattr(segmenter.probing, "MOST_TOKENS", 10)
     kept = []
 
     def spy(tokens, labels, num_classes, weight_decay):
         kept.append(tokens)
         return fit_linear(tokens, labels, num_classes, weight_decay)
 
-    monkeypatch.setattr(segmenter.probe, "fit_linear", spy)
+    monkeypatch.setattr(segmenter.probing, "fit_linear", spy)
     assert call(*probe_arguments(dataset, tmp_path / "out", probes="linear")).code == 0
     assert kept[-1].shape == (10, 24)
     assert {len(tokens) for tokens in kept[:-1]} < {7, 8, 9}, "a fifth of the images is left out"
@@ -302,20 +303,20 @@ def test_check_says_what_is_wrong_and_writes_nothing(dataset, tmp_path, command)
     outcome = command(*probe_arguments(dataset, tmp_path / "out"), *check)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     outcome = command(*probe_arguments(dataset, tmp_path / "out", tmp_path / "no.pth"), *check)
-    assert (outcome.code, "CHECKPOINT" in outcome.err) == (2, True)
+    assert (outcome.code, "ENCODER" in outcome.err) == (2, True)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("at", ["tokens", "linear"])
 def test_a_signal_ends_it_and_leaves_nothing_half_written(dataset, probed, tmp_path, monkeypatch, at):
-    original = segmenter.probe._Probing.over
+    original = segmenter.probing._Probing.over
 
     def interrupted(run, name, *arguments, **more):
         if name == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(run, name, *arguments, **more)
 
-    monkeypatch.setattr(segmenter.probe._Probing, "over", interrupted)
+    monkeypatch.setattr(segmenter.probing._Probing, "over", interrupted)
     assert call(*probe_arguments(dataset, tmp_path / "out")).code == 75
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
     monkeypatch.undo()

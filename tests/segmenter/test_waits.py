@@ -39,7 +39,7 @@ class Images:
     """Five test images of two sizes; windows overlap in some of them."""
 
     def __init__(self, protocol):
-        self.protocol, self.description = protocol, SimpleNamespace(ignore_index=255)
+        self.protocol, self.description = protocol, SimpleNamespace(ignored=255)
 
     def __len__(self):
         return 5

@@ -22,27 +22,38 @@ from common.files import write_json
 from common.images import open_images
 from common.interruption import Interruption
 from common.progress import Counter
-from common.step_files import PROBE_AREAS, RESULT
+from common.step_files import FEATURES, PROBE_AREAS, RESULT
 from engine.devices import working_in
 from engine.schedule import TOKENS
 from segmenter.check import earlier_output
 from segmenter.config import ProbeConfig
-from segmenter.data import TestImage, WholeImages, scaled_images
+from segmenter.data import TestImage, TrainingCrops, WholeImages, scaled_images
 from segmenter.dataset import DatasetDescription, Pair, read_classes, read_image
 from segmenter.evaluate import each_group, evaluate_model, patch_logits
+from segmenter.features import draw_some
 from segmenter.finetune import depends_on, start_model
 from segmenter.frozen import (
+    CAPI_C,
+    CAPI_NEIGHBOURS,
+    CAPI_SHARE,
     DIRECTIONS,
+    RETRIEVAL_TEMPERATURE,
+    RETRIEVED,
     WEIGHT_DECAYS,
     Fit,
     NearestNeighbours,
+    Retrieval,
     TrainingTokens,
     choose,
+    fit_capi_knn,
+    fit_capi_logreg,
     fit_linear,
     rankme,
     spread,
 )
 from segmenter.model import Segmenter
+from segmenter.stepwise import PROBES as STEPWISE
+from segmenter.stepwise import fit_by_steps
 
 MOST_TOKENS = 200_000  # kept of all images together: 0.8 GB of ViT-L's
 MOST_IMAGES = 5000  # of class folders
@@ -70,8 +81,10 @@ def probe(config: ProbeConfig, dataset: DatasetDescription) -> bool:
             logger.warning("stopped by a signal; run the same command again")
             return False
         if accelerator.is_main_process:
+            images = WholeImages(dataset, dataset.val, config.protocol, model.interpolation)
+            draw_some(model, accelerator, images, config.run.output_dir / FEATURES)
             about = {"seed": config.run.seed, "seconds": run.seconds}
-            about |= depends_on(config, accelerator, dataset)
+            about |= depends_on(config, accelerator, dataset, model)
             write_json(config.run.output_dir / RESULT, {"format_version": 1, **answers, **about})
         accelerator.wait_for_everyone()
         return True
@@ -90,15 +103,27 @@ class _Probing:
         """What result.json says of each probe."""
         asked, dataset, answers = self.config.run, self.dataset, dict[str, Any]()
         protocol = dataclasses.replace(self.config.protocol, multi_scale=False)  # tokens of one
-        images = WholeImages(dataset, dataset.train, protocol)
+        images = WholeImages(dataset, dataset.train, protocol, self.model.interpolation)
         found = self.tokens("tokens", images)
         if "linear" in asked.probes:
-            answers["linear"] = self.chosen("linear", fit_linear, WEIGHT_DECAYS, found)
+            fixed = asked.linear_weight_decay
+            decays = WEIGHT_DECAYS if fixed is None else (fixed,)
+            answers["linear"] = self.chosen("linear", fit_linear, decays, found)
         if "knn" in asked.probes:
             fewer = [number for number in DIRECTIONS if number < found.features.shape[1]]
             answers["knn"] = self.chosen("knn", NearestNeighbours, fewer, found)
             raw = partial(NearestNeighbours, found.features, found.labels, dataset.num_classes)
             answers["knn_raw"] = self.scores("knn_raw", raw)
+        if "capi_knn" in asked.probes:
+            answers["capi_knn"] = self.chosen("capi_knn", fit_capi_knn, CAPI_NEIGHBOURS, found, CAPI_SHARE)
+        if "capi_logreg" in asked.probes:
+            answers["capi_logreg"] = self.chosen("capi_logreg", fit_capi_logreg, CAPI_C, found, CAPI_SHARE)
+        if "hummingbird" in asked.probes:
+            told: dict[str, Any] = {"standardised": False, "temperature": RETRIEVAL_TEMPERATURE}
+            retrieval = partial(Retrieval, found.features, found.shares, RETRIEVED, **told)
+            answers["hummingbird"] = self.scores("hummingbird", retrieval)
+        for name in (name for name in STEPWISE if name in asked.probes):
+            answers[name] = self.trained(name)
         if "rankme" in asked.probes:
             answers["rankme"] = rankme(found.features)
             answers |= spread(found)
@@ -111,15 +136,39 @@ class _Probing:
             answers |= self.image_knn(asked.image_folder, images)
         return answers
 
-    def chosen(self, name: str, fit: Fit, values: Sequence[float], found: TrainingTokens) -> dict[str, Any]:
+    def trained(self, name: str) -> dict[str, Any]:
+        """Scores of a probe that is trained by steps."""
+        run, recipe, began = self.config.run, STEPWISE[name], time.monotonic()
+        protocol, scaling = self.config.protocol, self.model.interpolation
+        crops = TrainingCrops(self.dataset, self.dataset.train, protocol, run.seed, scaling)
+        steps = run.probe_steps or recipe.steps
+        with Counter(f"train {name}", total=steps) as counter:
+            decoder = fit_by_steps(
+                self.model, crops, recipe, self.accelerator, run, steps=steps,
+                on_progress=counter.reach if self.accelerator.is_main_process else None,
+                interruption=self.interruption,
+            )  # fmt: skip
+        if decoder is None:
+            raise _StoppedError
+        seconds = time.monotonic() - began
+        scores = self.scores(name, lambda: decoder)
+        self.seconds[name] += seconds
+        return {**scores, "made_with": {**dataclasses.asdict(recipe), "steps": steps}}
+
+    def chosen(
+        self, name: str, fit: Fit, values: Sequence[Any], found: TrainingTokens, one_of: int = 5
+    ) -> dict[str, Any]:
         """Scores of a probe that is made with the value that suits the encoder best."""
-        best = choose(fit, values, found, self.dataset.num_classes)
+        classes = self.dataset.num_classes
+        best = values[0] if len(values) == 1 else choose(fit, values, found, classes, one_of)
         decoder = partial(fit, found.features, found.labels, self.dataset.num_classes, best)
         return {**self.scores(name, decoder), "made_with": best}
 
     def tokens(self, name: str, images: WholeImages) -> TrainingTokens:
         """Those of images, the same on every process."""
-        tokens = Tokens(self.model, images, self.config.run.seed)
+        wants_shares = "hummingbird" in self.config.run.probes and name == "tokens"
+        classes = self.dataset.num_classes if wants_shares else 0
+        tokens = Tokens(self.model, images, self.config.run.seed, classes)
         # Without a decoder, a model's logits are its tokens.
         self.over(name, images, each_group, tokens.add, decoder=nn.Identity)
         return tokens.total(self.accelerator)
@@ -127,7 +176,7 @@ class _Probing:
     def scores(self, name: str, decoder: Callable[[], nn.Module]) -> dict[str, Any]:
         """Of the validation images, as `train` scores them; leaves their areas."""
         dataset = self.dataset
-        images = WholeImages(dataset, dataset.val, self.config.protocol)
+        images = WholeImages(dataset, dataset.val, self.config.protocol, self.model.interpolation)
         areas = self.over(name, images, evaluate_model, decoder=decoder)
         if self.accelerator.is_main_process:
             path = self.config.run.output_dir / PROBE_AREAS[name]
@@ -137,16 +186,31 @@ class _Probing:
         return scores
 
     def image_knn(self, folder: Path, like: WholeImages) -> dict[str, Any]:
-        """Each image by all but itself, so that one folder serves: no other images are needed."""
+        """Accuracy of whole images' mean tokens: one folder serves, no other images are needed.
+
+        kNN: each image by all but itself. Linear: a fifth of the images by the others.
+        """
         folders = ClassFolders(folder, like, self.config.run.index_dir)
         classes = len(folders.classes)
         if classes < 2:
             logger.info("no image kNN: %s has no two class folders", folder)
             return {}
         means, labels, *_ = self.tokens("image_knn", folders)
+        counts = {"num_images": len(labels), "num_classes": classes}
         predicted = NearestNeighbours(means, labels, classes).of_the_others().argmax(1)
-        told = {"accuracy": 100 * (predicted == labels).double().mean().item()}
-        return {"image_knn": {**told, "num_images": len(labels), "num_classes": classes}}
+        found = {"image_knn": {"accuracy": _percent_equal(predicted, labels), **counts}}
+        # A linear classifier of four fifths, evenly spread over the classes, tells the last one.
+        rows = torch.arange(len(labels), device=labels.device)
+        train, test = rows[rows % 5 != 4], rows[rows % 5 == 4]
+        if len(test):
+            known = TrainingTokens(means[train], labels[train], torch.arange(len(train)).to(rows), train)
+            decay = choose(fit_linear, WEIGHT_DECAYS, known, classes)
+            decoder = fit_linear(known.features, known.labels, classes, decay)
+            with torch.no_grad():
+                predicted = decoder(means[test][None])[0].argmax(-1)
+            told = {"accuracy": _percent_equal(predicted, labels[test]), "num_tested": len(test)}
+            found["image_linear"] = {**told, **counts}
+        return found
 
     def over(
         self, name: str, images: WholeImages, work: Callable[..., Any], *more: Any,
@@ -167,6 +231,10 @@ class _Probing:
         return found
 
 
+def _percent_equal(predicted: Tensor, labels: Tensor) -> float:
+    return 100 * (predicted == labels).double().mean().item()
+
+
 # --- What the encoder makes of images: tokens with labels ---
 
 
@@ -178,13 +246,15 @@ class Tokens:
     that has one label itself keeps the mean of its tokens.
     """
 
-    def __init__(self, model: Segmenter, images: WholeImages, seed: int) -> None:
+    # shares_of: so many classes have their shares of each patch kept, too; 0: they are not.
+    def __init__(self, model: Segmenter, images: WholeImages, seed: int, shares_of: int = 0) -> None:
         # The model's decoder is nn.Identity, so that its patch logits are the encoder's tokens.
         self.model, self.images, self.seed = model, images, seed
         device = model.mean.device
         self.features = torch.zeros(MOST_TOKENS, model.encoder.embed_dim, device=device)
         self.labels = torch.zeros(MOST_TOKENS, dtype=torch.int64)  # from 1; 0: none
         self.places = torch.zeros(MOST_TOKENS, dtype=torch.int64)
+        self.shares = torch.zeros(MOST_TOKENS if shares_of else 0, shares_of)
 
     def add(self, usable: list[tuple[int, TestImage]]) -> None:
         """The images of a group, with their indices."""
@@ -192,22 +262,27 @@ class Tokens:
         scaled = [sample.scaled[0] for _, sample in usable]
         windows = patch_logits(self.model, scaled, self.images.protocol)
         for (image, rows, columns), features in windows:
-            labels = usable[image][1].labels
+            labels, shares = usable[image][1].labels, self.shares
+            features = features.flatten(1).T.float()  # [D, h, w] to [N, D]
             if labels.dim() == 2:  # by pixel; else the image's own
                 size = scaled[image].shape[-2:]
                 fitting = F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
-                labels = self._majority(fitting[rows, columns])
-            features = features.flatten(1).T.float()  # [D, h, w] to [N, D]
-            found[image].append((features, labels, torch.arange(len(features))))
+                labels, shares = self._majority(fitting[rows, columns])
+            else:
+                shares = torch.zeros(len(features), 0)
+            found[image].append((features, labels, torch.arange(len(features)), shares))
         for (index, sample), by_window in zip(usable, found, strict=True):
-            features, labels, places = (torch.cat(parts) for parts in zip(*by_window, strict=True))
+            features, labels, places, shares = (torch.cat(p) for p in zip(*by_window, strict=True))
             if sample.labels.dim() == 1:
                 features, labels, places = features.mean(0, keepdim=True), sample.labels, places[:1]
-            self._keep(index, features, labels, places)
+            self._keep(index, features, labels, places, shares)
 
-    def _majority(self, labels: Tensor) -> Tensor:
-        """[h, w] uint8 to [N]: 1 + the class of most valid pixels of each patch, 0 if none is."""
-        patch, ignored = self.model.shape.encoder.patch_size, self.images.description.ignore_index
+    def _majority(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """[h, w] uint8 to [N]: 1 + the class of most valid pixels of each patch, 0 if none is.
+
+        And to [N, K]: the classes' shares of those pixels.
+        """
+        patch, ignored = self.model.shape.encoder.patch_size, self.images.description.ignored
         height, width = labels.shape
         padded = F.pad(labels, (0, -width % patch, 0, -height % patch), value=ignored)
         by_patch = padded.unfold(0, patch, patch).unfold(1, patch, patch)
@@ -215,9 +290,10 @@ class Tokens:
         counts = torch.zeros(len(pixels), 256).scatter_add_(1, pixels, torch.ones(pixels.shape))
         counts[:, ignored] = 0  # padding, too
         most, classes = counts.max(1)
-        return torch.where(most > 0, classes + 1, 0)
+        shares = counts[:, : self.shares.shape[1]] / counts.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(most > 0, classes + 1, 0), shares
 
-    def _keep(self, index: int, features: Tensor, labels: Tensor, places: Tensor) -> None:
+    def _keep(self, index: int, features: Tensor, labels: Tensor, places: Tensor, shares: Tensor) -> None:
         first, end = ((index + n) * MOST_TOKENS // len(self.images) for n in (0, 1))
         rng = np.random.default_rng([self.seed, TOKENS, index])
         known = rng.permutation(labels.nonzero()[:, 0].numpy())  # those that have a label
@@ -225,18 +301,21 @@ class Tokens:
         place = slice(first, first + len(chosen))
         self.features[place] = features[chosen.to(features.device, non_blocking=True)]
         self.labels[place], self.places[place] = labels[chosen], places[chosen]
+        if self.shares.numel():
+            self.shares[place] = shares[chosen]
 
     def total(self, accelerator: Accelerator) -> TrainingTokens:
         """Those of all processes. RuntimeError if there are none."""
-        features, labels, places = (
+        features, labels, places, shares = (
             accelerator.reduce(part.to(self.features.device), reduction="sum")
-            for part in (self.features, self.labels, self.places)
+            for part in (self.features, self.labels, self.places, self.shares)
         )
         (kept,) = torch.where(labels > 0)  # places that no image filled, of small images, stay 0
         if not len(kept):
             raise RuntimeError("no pixel of the training images has a label that counts")
         images = ((kept + 1) * len(self.images) - 1) // MOST_TOKENS  # whose share a place is of
-        return TrainingTokens(features[kept], labels[kept] - 1, images, places[kept])
+        shares = shares[kept] if shares.numel() else shares
+        return TrainingTokens(features[kept], labels[kept] - 1, images, places[kept], shares)
 
 
 class ClassFolders(WholeImages):
@@ -247,7 +326,7 @@ class ClassFolders(WholeImages):
         names = [name for name in images.names if "/" in name]
         names = names[:: -(-len(names) // MOST_IMAGES) or 1]
         pairs = [Pair(n, images.source / n, folder / n) for n in names]
-        super().__init__(like.description, pairs, like.protocol)
+        super().__init__(like.description, pairs, like.protocol, like.interpolation)
         self.classes = sorted({name.partition("/")[0] for name in names})
 
     def __getitem__(self, index: int) -> TestImage:
@@ -257,4 +336,4 @@ class ClassFolders(WholeImages):
             image = read_image(pair.image)
         except ValueError as error:
             return TestImage([], label, unreadable=str(error))
-        return TestImage(scaled_images(image, self.protocol), label)
+        return TestImage(scaled_images(image, self.protocol, self.interpolation), label)
