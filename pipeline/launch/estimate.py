@@ -19,6 +19,7 @@ from mae.config import PretrainConfig, make_method, training_flops
 from mae.masking import METHODS
 from pipeline.launch.local import environment
 from pipeline.launch.view import devices_text, disk_text, step_table
+from pipeline.plan.budget import in_words
 from pipeline.plan.check import ask, checked_plan, startable, without_segments
 from pipeline.plan.layout import Layout
 from pipeline.plan.preregistration import read_frozen
@@ -167,7 +168,8 @@ def with_hours(settings: Settings) -> Settings:
     spends = read_spends(Layout(source) if source else paths)
     known = frozen.ends if (frozen := read_frozen(paths)) else {}
     if spends is not None:  # told with its budget: another's epochs are none of this one's
-        known |= {(spends["told"], name): of["end"] for name, of in spends["methods"].items()}
+        words = in_words(spends["asked"], counts_segments=spends["count_segments"])
+        known |= {(words, name): of["end"] for name, of in spends["methods"].items()}
     ends = {m: known[told, m] for m in settings.experiment.mask_method if (told, m) in known}
     if len(ends) < len(settings.experiment.mask_method) and settings.data.missing_sample:
         raise ValueError(

@@ -65,7 +65,12 @@ class Budget:
 
     def __str__(self) -> str:
         method = f"{self.method}@" if self.method else ""
-        return f"{self.kind}={method}{self.amount:g}"
+        return f"{self.kind}={method}{self.amount:.12g}"
+
+
+def in_words(asked: str, *, counts_segments: bool) -> str:
+    """A budget, and whether making the segments is a part of it."""
+    return f"{asked}, segments {'' if counts_segments else 'not '}counted"
 
 
 def epochs_at(end: float, point: int, parts: int) -> int:

@@ -146,7 +146,7 @@ def _spends(chosen: Settings, steps: Iterable[Step]) -> dict[str, Any]:
     if budget is None or not found:
         return {}
     return {
-        "asked": str(budget), "told": chosen.experiment.budget_text, "parts": budget.parts,
+        "asked": str(budget), "parts": budget.parts,
         "count_segments": chosen.experiment.count_segments, "methods": found,
     }  # fmt: skip
 
@@ -160,7 +160,6 @@ class Spends(TypedDict):
     """run.yml's budget. methods: the epochs of each, and what an optimizer step of it costs."""
 
     asked: str
-    told: str  # the same, and whether segments are counted
     parts: Annotated[int, Field(ge=1)]
     count_segments: bool
     methods: dict[str, _OfMethod]

@@ -17,7 +17,7 @@ from common.formats import plain
 from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, RunConfig, SegmentsFrom
 from mae.masking import METHODS
-from pipeline.plan.budget import Budget
+from pipeline.plan.budget import Budget, in_words
 from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN, UNTRAINED
 from segmenter.config import DEFAULT_RECIPE, ENCODER_FORMS, RANDOM, encoder_label, parse_encoder
 
@@ -184,7 +184,7 @@ class Experiment(OptionGroup):
     @property
     def budget_text(self) -> str:
         """The same in words."""
-        return f"{self.shared_budget}{', segments counted' if self.count_segments else ''}"
+        return in_words(str(self.shared_budget), counts_segments=self.count_segments)
 
     @property
     def eval_points(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from pipeline.plan.budget import in_words
 from pipeline.plan.layout import OWN
 from pipeline.report.scores import (
     FINETUNING,
@@ -238,8 +239,7 @@ def answer(
 
 def _budget_of(line: Line) -> str:
     assert line.spends is not None
-    counted = "" if line.spends["count_segments"] else "not "
-    return f"{line.spends['asked']}, the making of segments {counted}counted"
+    return in_words(line.spends["asked"], counts_segments=line.spends["count_segments"])
 
 
 def _after(epochs: Sequence[int]) -> str:
@@ -452,7 +452,9 @@ def _cost(c: Comparison) -> str:
     if c.cost_ratio is None or c.is_control:
         return ""
     equal = "equal cost" if abs(c.cost_ratio - 1) <= _EQUAL_COST else "equal epochs only"
-    is_unlike = c.first.exact_end != c.second.exact_end and equal != "equal cost"
+    if equal != "equal cost" and c.first.spends and c.second.spends:
+        equal = "one budget"
+    is_unlike = c.first.end != c.second.end and equal == "equal epochs only"
     return f", {c.cost_ratio:.2f} x its FLOPs" + ("" if is_unlike else f" ({equal})")
 
 

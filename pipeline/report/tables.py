@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from common.console import aligned
+from pipeline.plan.budget import in_words
 from pipeline.plan.layout import Layout, ratio_text
 from pipeline.plan.records import read_all_records
 from pipeline.report import scores
@@ -215,9 +216,8 @@ def spent(lines: Sequence[Line], answer: Answer) -> dict[str, Any]:
         })  # fmt: skip
     if reference is None or reference.spends is None:
         return {}
-    counted = "" if reference.spends["count_segments"] else "not "
-    caption = f"Budget: {reference.spends['asked']}, the making of segments {counted}counted. "
-    caption += "Each line's own steps by which its FLOPs exceed the first's: below 1, they are equal."
+    asked = in_words(reference.spends["asked"], counts_segments=reference.spends["count_segments"])
+    caption = f"Budget: {asked}. More: in optimizer steps of its own; within 1, FLOPs cannot be more equal."
     return {"caption": caption, "table": Table(rows)}
 
 

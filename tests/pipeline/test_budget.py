@@ -120,7 +120,7 @@ def test_methods_of_one_budget_share_a_directory_and_another_budget_is_refused(
     done(make_plan(settings(f"{call} patches")), paths)
     assert differences(make_plan(settings(f"{call} patches,four_channels")), paths) == []
     other = "--budget flops=patches@9 --eval-freq 9 --mask-method four_channels"
-    assert "budget: flops=patches@8 -> flops=patches@9" in " ".join(
+    assert "budget: flops=patches@8, segments not counted -> flops=patches@9," in " ".join(
         differences(make_plan(settings(other)), paths)
     )
     alone = "--pretrain-epochs 5 --eval-freq 5 --mask-method four_channels"
@@ -216,7 +216,7 @@ def with_budget(
     content = yaml.safe_load(paths.run_yml.read_text())
     methods = {name: {"end": end, "flops_per_step": 3e16} for name, end in ends.items()}
     content["budget"] = {
-        "asked": asked, "told": asked, "parts": parts, "count_segments": False, "methods": methods,
+        "asked": asked, "parts": parts, "count_segments": False, "methods": methods,
     }  # fmt: skip
     paths.run_yml.write_text(yaml.safe_dump(content))
 
@@ -243,7 +243,7 @@ def test_the_report_compares_equal_budgets_first_and_equal_epochs_where_they_are
     write_all(bound)
     words = text_of(bound.report_html)
     assert (
-        "Compared at equal shares of the budget, each by its own schedule: flops=patches@10, the making"
+        "Compared at equal shares of the budget, each by its own schedule: flops=patches@10, segments not"
         in words
     )
     assert "After 5 epochs of each: there they have spent different amounts" in words
