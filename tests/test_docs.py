@@ -17,7 +17,7 @@ ROOMS = ("common", "engine", "segments", "mae", "segmenter", "pipeline")
 
 
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "benchmark.py").symlink_to(ROOT / "benchmark.py")
-    for block in blocks("extend.md", "python"):
+    for block in blocks("docs/extend.md", "python"):
         (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    (folder / "stripes.py").write_text(blocks("README.md", "python")[0])
     return folder
 
 
 @pytest.mark.parametrize(
-    "command", [line for block in blocks("extend.md", "sh") for line in block.splitlines()]
+    "command", [line for block in blocks("docs/extend.md", "sh") for line in block.splitlines()]
 )
 def test_what_extends_it_is_known_to_the_plan(folder: Path, command: str) -> None:
     done = subprocess.run(

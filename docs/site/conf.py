@@ -11,14 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 project, author, html_title = "SegMAE", "the SegMAE team", "SegMAE"
 project_copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click", "sphinx_copybutton", "sphinx_design"]
-include_patterns = [
-    "README.md",
-    "mae/README.md",
-    "segments/README.md",
-    "segmenter/README.md",
-    "docs/*.md",
-    "perf/*.md",
-]
+include_patterns = ["*.md", "mae/*.md", "segments/*.md", "segmenter/*.md", "docs/*.md", "perf/*.md"]
 root_doc = "docs/index"
 html_theme = "pydata_sphinx_theme"
 html_theme_options = {
