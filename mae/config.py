@@ -29,6 +29,7 @@ from segments.config import default_masks
 
 _VARIETY = re.compile(r"fixed|nearest-(?P<count>[1-9]\d{0,3})")
 AT_ONCE = 64  # images on a device
+END_DIGITS = 6  # of a number of epochs: far below a step
 # Whose segments are hidden: the image's, or those of a control; the first is the default.
 SegmentsFrom = Literal["own", "borrowed", "blob", "block"]
 # The published checkpoints, and their digests, of which the release tells the first digits.
@@ -183,8 +184,8 @@ class OptimisationConfig(OptionGroup):
 
     @property
     def end(self) -> float:
-        """Epochs that are trained, the last one by its share."""
-        return self.epochs - 1 + self.last_epoch
+        """Epochs that are trained, the last one by its share; of so many digits that it comes back."""
+        return round(self.epochs - 1 + self.last_epoch, END_DIGITS)
 
     @property
     def learning_rate(self) -> float:

@@ -15,7 +15,7 @@ from common.console import aligned
 from common.environment import PROGRESS_FILE
 from common.progress import duration
 from mae.check import PretrainFacts
-from mae.config import PretrainConfig, make_method, training_flops
+from mae.config import END_DIGITS, PretrainConfig, make_method, training_flops
 from mae.masking import METHODS
 from pipeline.launch.local import environment
 from pipeline.launch.view import devices_text, disk_text, step_table
@@ -166,7 +166,8 @@ def with_hours(settings: Settings) -> Settings:
     counts, told = settings.experiment.count_segments, settings.experiment.budget_text
     source = settings.experiment.pretrained_from
     spends = read_spends(Layout(source) if source else paths)
-    known = frozen.ends if (frozen := read_frozen(paths)) else {}
+    frozen = read_frozen(paths)
+    known = frozen.ends if frozen and not frozen.is_changed else {}
     if spends is not None:  # told with its budget: another's epochs are none of this one's
         words = in_words(spends["asked"], counts_segments=spends["count_segments"])
         known |= {(words, name): of["end"] for name, of in spends["methods"].items()}
@@ -182,7 +183,7 @@ def with_hours(settings: Settings) -> Settings:
     for (_, name), cost in timings([*making, *trained]).items():
         spent = segments if METHODS[str(name)].uses_segments else 0.0
         hours = _epoch_seconds(cost) * trained[0].devices / 3600
-        ends[str(name)] = round((budget.amount - spent) / hours, 6)
+        ends[str(name)] = round((budget.amount - spent) / hours, END_DIGITS)
         budget.check_end(str(name), ends[str(name)])
     return replace(settings, ends=ends)
 

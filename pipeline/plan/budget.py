@@ -16,7 +16,8 @@ from common.options import MOST_EPOCHS
 from mae.masking import METHODS
 
 _FORMS = re.compile(
-    r"flops=(?P<method>\w+)@(?P<flops>\d+)|gpu-hours=(?P<hours>\d+(\.\d+)?)|epochs=(?P<epochs>\d+)"
+    r"flops=(?P<method>\w+)@(?P<flops>\d+)|gpu-hours=(?P<hours>\d+(\.\d+)?)|epochs=(?P<epochs>\d+)",
+    re.ASCII,
 )
 _PERCENT = 100  # of hours: the parts in which rounds are counted
 

@@ -12,14 +12,16 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
+from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
 from common.files import read_text, write_text
 from common.formats import parse_value, parsed_plain, plain
 from common.options import differences
+from mae.config import END_DIGITS
 from pipeline.plan.layout import BASELINES, Layout, RunId, dataset_of, parse_eval_name
 from pipeline.plan.machine import code_digest
 from pipeline.plan.records import Record, read_all_records
@@ -42,9 +44,9 @@ class Content(TypedDict):
     """The file. settings: by kind, those that all its steps share; steps: by name, their own."""
 
     written: str
-    written_seconds: float
+    written_seconds: FiniteFloat
     question: list[_Difference]
-    measure: str
+    measure: Literal["finetuning", "linear"]
     correction: str
     datasets: list[str]
     budget: str
@@ -72,7 +74,7 @@ class Frozen:
         """The budget and the method of pretrainings -> their epochs."""
         planned = [self.settings_of(name) for name in self.content["steps"] if name.startswith("pretrain_")]
         return {
-            (s["budget"], s["mask_method"]): s["epochs"] - 1 + s["last_epoch"]
+            (s["budget"], s["mask_method"]): round(s["epochs"] - 1 + s["last_epoch"], END_DIGITS)
             for s in planned if "budget" in s
         }  # fmt: skip
 

@@ -22,7 +22,7 @@ from common.images import has_classes
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
 from mae.check import PretrainFacts
 from mae.config import GROUPS as PRETRAIN_GROUPS
-from mae.config import OFFICIAL_FILES, PretrainConfig, idle_settings, make_method, training_flops
+from mae.config import END_DIGITS, OFFICIAL_FILES, PretrainConfig, idle_settings, make_method, training_flops
 from mae.masking import METHODS
 from pipeline.plan.budget import Budget
 from pipeline.plan.layout import (
@@ -233,8 +233,8 @@ class _Planner:
         for method in {budget.method: 0, **dict.fromkeys(self.settings.experiment.mask_method)}:
             config = self._pretraining(RunId(method=method), 1, 1.0)
             flops[method] = training_flops(config.model, make_method(config.method, config.model))
-        # Rounded far below a step, so that no digit too many makes an epoch of its own.
-        ends = {n: round(budget.amount * flops[budget.method] / of, 6) for n, of in flops.items()}
+        # Rounded, so that no digit too many makes an epoch of its own.
+        ends = {n: round(budget.amount * flops[budget.method] / of, END_DIGITS) for n, of in flops.items()}
         for name, end in ends.items():
             budget.check_end(name, end)
         return ends
@@ -297,7 +297,7 @@ class _Planner:
             "mask_method": run.method,
             **{name: value for name, value in of_segments.items() if name in known},
             "epochs": math.ceil(end),
-            "last_epoch": end - math.ceil(end) + 1,
+            "last_epoch": round(end - math.ceil(end) + 1, END_DIGITS),
             "stop_after": epochs,
             "init": self.official if settings.experiment.stack else None,
             "seed": run.seed,

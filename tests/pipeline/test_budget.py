@@ -19,6 +19,7 @@ from pipeline.launch import estimate
 from pipeline.launch.estimate import estimate_run, with_hours
 from pipeline.plan import records
 from pipeline.plan.layout import Layout
+from pipeline.plan.preregistration import write_frozen
 from pipeline.plan.records import Record, differences, read_spends, write_record, write_run_files
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
@@ -156,12 +157,26 @@ def test_hours_are_those_of_timed_steps_once_for_a_directory(settings: Make, tim
     paths = Layout(chosen.data.output_dir)
     write_run_files(known, steps, paths)
     timed.clear()
+    done(steps, paths)
     assert with_hours(chosen).ends == known.ends
+    assert differences(make_plan(with_hours(chosen)), paths) == [], "to the last digit"
     assert timed == [], "else the same command would go on with other epochs"
     more = settings("--budget gpu-hours=1 --mask-method patches,segments")
     assert with_hours(more).ends == {"patches": 200, "segments": 200}
     assert timed == ["segments"]
     assert with_hours(settings("--budget gpu-hours=2")).ends["four_channels"] == round(7200 / 54, 6)
+
+
+def test_a_frozen_plan_keeps_the_hours_that_were_timed_for_it(settings: Make, timed: list[str]) -> None:
+    chosen = settings("--budget gpu-hours=1 --eval-freq 50 --mask-method patches,four_channels")
+    known, paths = with_hours(chosen), Layout(chosen.data.output_dir)
+    write_frozen(paths, known, make_plan(known), "four_channels-patches")
+    timed.clear()
+    assert with_hours(chosen).ends == known.ends
+    assert timed == []
+    paths.preregistration.write_text(paths.preregistration.read_text().replace("epochs: 200", "epochs: 2"))
+    assert with_hours(chosen).ends == known.ends
+    assert timed == ["patches", "four_channels"], "what was changed tells nothing"
 
 
 def test_making_segments_is_part_of_the_hours_where_it_is_asked_for(

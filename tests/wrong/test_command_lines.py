@@ -120,7 +120,7 @@ PLAN = [
         ("flops=patches", "give flops=METHOD@EPOCHS"), ("flops=patches@0", "give 1 to 100000 epochs"),
         ("flops=nothing@2", "choose a method of patches"), ("gpu-hours=0", "give hours above 0"),
         ("gpu-hours=-2", "give flops=METHOD@EPOCHS"), ("epochs=9999999", "give 1 to 100000 epochs"),
-        ("flops=patches@1e3", "give flops=METHOD@EPOCHS"))],
+        ("flops=patches@1e3", "give flops=METHOD@EPOCHS"), ("epochs=٣", "give flops=METHOD@EPOCHS"))],
     ("a budget beside epochs", ["--budget", "epochs=3"], "--pretrain-epochs 2 contradicts --budget epochs=3"),
     ("segments in FLOPs", ["--budget", "flops=patches@2", "--count-segments"], "their FLOPs are not known"),
     ("hours of segments that are there", ["--budget", "gpu-hours=1", "--count-segments", "--pretrain-epochs",
