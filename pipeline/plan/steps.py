@@ -21,8 +21,8 @@ from common.formats import check_names, read_json
 from common.images import has_classes
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
 from mae.check import PretrainFacts
-from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.config import END_DIGITS, OFFICIAL_FILES, PretrainConfig, idle_settings, make_method, training_flops
+from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.masking import METHODS
 from pipeline.plan.budget import Budget
 from pipeline.plan.layout import (
