@@ -29,6 +29,7 @@ PROJECTION, PROJECTION_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 POSITIONS, CLASS_TOKEN, REGISTERS = "pos_embed", "cls_token", "reg_token"
 # Under which of its names a file holds the weights; DINO's student is worse than its teacher.
 WRAPPERS = ("model", "state_dict", "teacher", "module", "model_state_dict", "model_ema", "net", "network")
+FINETUNED = {"classes", "palette", "protocol"}  # what our own finetunings hold beside the model
 MOST_WRAPPERS = 4  # one in another: {"state_dict": {"model": ...}}
 # transformers' name of the projection, which tells its files, and its others by ours. Its version 5
 # calls the blocks of some models otherwise, in memory and perhaps in files.
@@ -75,7 +76,10 @@ def read_vit_weights(path: Path, *, ignored: tuple[str, ...] = (), lazily: bool 
     Wrappings are taken off, one common prefix, too; LayerScale becomes part of the layer that it
     scales, which computes the same. ignored: beginnings of names that are left out.
     """
-    stored, tried = _unwrapped(read_with_stand_ins(path, lazily=lazily))
+    content = read_with_stand_ins(path, lazily=lazily)
+    if isinstance(content, dict) and content.keys() >= FINETUNED:  # its encoder has seen labels
+        raise ValueError(f"{path} is a finetuned segmenter, not the encoder that it was made from")
+    stored, tried = _unwrapped(content)
     weights = {str(name): weight for name, weight in stored.items() if isinstance(weight, Tensor)}
     prefix = _prefix(weights, path)
     inside = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

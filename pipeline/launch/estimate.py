@@ -37,12 +37,15 @@ def estimate_run(settings: Settings) -> str:
     with tempfile.TemporaryDirectory() as folder:
         data, sample = settings.data, settings.data.missing_sample
         if sample is not None:  # a question writes none where they belong
-            moved: dict[str, Any] = {
-                name: Path(folder) / path.relative_to(sample)
-                for name, path in vars(data).items()
-                if isinstance(path, Path) and path.is_relative_to(sample)
-            }
-            settings = replace(settings, data=replace(data, **moved))
+
+            def moved(value: Any) -> Any:
+                if isinstance(value, tuple):
+                    return tuple(map(moved, value))
+                within = isinstance(value, Path) and value.is_relative_to(sample)
+                return Path(folder) / value.relative_to(sample) if within else value
+
+            there = {name: moved(value) for name, value in vars(data).items()}
+            settings = replace(settings, data=replace(data, **there))
         settings = with_hours(settings)
         paths, steps = Layout(settings.data.output_dir), checked_plan(settings)
         left = [step for step in steps if not is_done(step, paths)]

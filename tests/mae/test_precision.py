@@ -68,7 +68,7 @@ def test_real_overflows_are_skipped_until_the_scale_fits(in1k_dir, tmp_path, pro
     assert 5 < skipped <= 12
     assert scale == 2.0 ** (40 - skipped)
     assert all(math.isfinite(record["train_loss"]) for record in records)
-    kept = torch.load(tmp_path / "checkpoint-4.pth", weights_only=True)
+    kept = torch.load(tmp_path / "last.pth", weights_only=True)
     assert kept["loss_scaling"]["skipped_steps"] == skipped
     assert all(state["step"] == 12 - skipped for state in kept["optimizer"]["state"].values())
 

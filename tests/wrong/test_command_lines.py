@@ -144,7 +144,7 @@ PLAN = [
      "cannot be split over 3 processes"),
     ("a finetuning for no 4", ["--num-processes", "4", "--finetune", "batch_size=2"],
      "cannot be spread over 4 processes"),
-    ("an epoch of words", ["--eval", "last"], "--eval is last"),
+    ("an epoch of words", ["--eval", "last"], "last, which does not exist"),
     ("an epoch that was not", ["--eval", "7"], "which does not exist"),
     ("an unknown method", ["--mask-method", "segment"], "choose one of patches"),
     ("an unknown model", ["--model", "vit_giant"], "vit_giant"),

@@ -404,14 +404,13 @@ def test_nothing_starts_from_odd_position_embeddings(name, world, capsys, check_
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 def test_damaged_weights_are_not_trained_on(world, capsys, value, part):
-    path = world / PRE
+    path = world / "pre/last.pth"  # the rounds' own have no optimizer
     content = torch.load(path, weights_only=True)
     if part == "model":
         content["model"] = poison(value)(content["model"])
     else:
         content["optimizer"]["state"][0]["exp_avg"].fill_(value)
     torch.save(content, path)
-    (world / "pre/last.pth").unlink(missing_ok=True)
     check(Case(part, pretrain_words(world, "pre"), ("is not finite", part)), world, capsys)
 
 
