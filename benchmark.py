@@ -18,9 +18,9 @@ from common.console import EXIT_STOPPED, run_program, say
 from common.files import check_output_file, check_output_folder, hold
 from common.interruption import Interruption
 from common.options import MOST_SEED, fields_of
+from pipeline.launch import beforehand, slurm
 from pipeline.launch import doctor as examination
-from pipeline.launch import slurm
-from pipeline.launch.estimate import estimate_run
+from pipeline.launch.estimate import estimate_run, with_hours
 from pipeline.launch.local import LocalLauncher
 from pipeline.launch.status import status_text
 from pipeline.launch.view import show
@@ -142,12 +142,12 @@ def main() -> None:
 def run_or_show(dry_run: bool, verbose: bool, estimate: bool, **groups: Any) -> int:
     """Run the plan, or show it."""
     settings = _settings(groups)
-    if dry_run:
-        show(settings, verbose=verbose)
-    elif estimate:
+    if estimate:
         say(estimate_run(settings))
+    elif dry_run:
+        show(with_hours(settings), verbose=verbose)
     else:
-        return run(settings)
+        return run(with_hours(settings))
     return 0
 
 
@@ -176,6 +176,9 @@ def score(encoders: str, dry_run: bool, **groups: Any) -> int:
         show(settings, verbose=False)
         return 0
     return run(settings)
+
+
+beforehand.add_to(main, _settings)
 
 
 @main.command()

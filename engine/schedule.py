@@ -37,6 +37,7 @@ class BatchPlan:
     Step s of an epoch takes the images at s * effective_batch_size of that epoch's order, whatever
     the number of processes. An incomplete last batch is left out: every step weighs the same.
 
+    end: epochs after which all is done; a fraction ends within the last one's steps (a budget's end).
     effective_batch_size: images per optimizer step, on all processes together.
     micro_batch_size: most images of a forward pass.
     """
@@ -46,6 +47,7 @@ class BatchPlan:
     processes: int
     micro_batch_size: int
     seed: int
+    end: float = math.inf
 
     def passes(self, rank: int) -> int:
         """Forward passes of one process per optimizer step."""
@@ -63,9 +65,18 @@ class BatchPlan:
         """Optimizer steps per epoch."""
         return self.num_images // self.effective_batch_size
 
+    def steps_in(self, epoch: int) -> int:
+        """The same of that epoch, from 0: fewer in the one within which all ends, and at least one."""
+        whole = self.steps_per_epoch
+        return whole if epoch + 1 <= self.end else max(1, round(whole * (self.end - epoch)))
+
+    def epochs_until(self, epochs: int) -> float:
+        """Of so many, those that are trained: the last one counts by its steps."""
+        return epochs - 1 + self.steps_in(epochs - 1) / self.steps_per_epoch
+
     @property
     def images_per_epoch(self) -> int:
-        """Images that an epoch trains on."""
+        """Images that a whole epoch trains on."""
         return self.steps_per_epoch * self.effective_batch_size
 
     def order(self, epoch: int) -> np.ndarray:
@@ -79,7 +90,7 @@ class BatchPlan:
         first_epoch, first_step = start
         for epoch in range(first_epoch, epochs):
             order = self.order(epoch)
-            for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
+            for step in range(first_step if epoch == first_epoch else 0, self.steps_in(epoch)):
                 first = step * self.effective_batch_size
                 # Every n-th image, so that no process has two more than another: each has to take
                 # part in the exchange of gradients, with however few images.

@@ -231,8 +231,9 @@ class Run:
 
     def speed(self, state: State) -> dict[str, float]:
         """What a line of log.txt says of time and memory; it may differ between equal runs."""
+        images = self.plan.steps_in(state.epochs_completed) * self.plan.effective_batch_size
         speed = {
-            "images_per_second": self.plan.images_per_epoch / state.seconds,
+            "images_per_second": images / state.seconds,
             "data_wait_share": state.waited_seconds / state.seconds,
             "epoch_seconds": state.seconds,
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),

@@ -14,6 +14,7 @@ meanwhile, and the optimizer divides them.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -88,8 +89,9 @@ def build(
         recompute_activations(model)
     plan = task.plan(accelerator.num_processes)
     epochs, steps = state.epochs_completed, state.steps_completed
-    if epochs > task.total_epochs or steps > plan.steps_per_epoch:
-        of = f"{task.total_epochs} epochs of {plan.steps_per_epoch} steps"
+    most = plan.steps_in(min(epochs, task.total_epochs - 1))
+    if epochs > task.total_epochs or steps > most:
+        of = f"{task.total_epochs} epochs of {most} steps"
         raise ValueError(f"{path} is damaged: {epochs} epochs and {steps} steps are completed, of {of}")
     if task.auto_batch and accelerator.device.type == "cuda":
         # Measured before the model is compiled, which would take each size for a new shape.
@@ -119,7 +121,7 @@ def fit(run: Run, state: State) -> bool:
         try:
             while state.epochs_completed < task.epochs and not stopped:
                 stopped = trainer.train_one_epoch(state, batches)
-                if state.steps_completed == run.plan.steps_per_epoch:
+                if state.steps_completed == run.plan.steps_in(state.epochs_completed):
                     # A stop that came with the last step need not leave the rest to another call.
                     stopped = not _finish_epoch(run, state) or stopped
             is_done = state.epochs_completed == task.epochs
@@ -213,7 +215,7 @@ class EpochTrainer:
         batches: this process's loader, standing where the state stands. Raises RuntimeError if a
         loss is not finite or too many images are unreadable; the weights are then those before.
         """
-        run, steps = self.run, self.run.plan.steps_per_epoch
+        run, steps = self.run, self.run.plan.steps_in(state.epochs_completed)
         run.prepared.train()
         while state.steps_completed < steps:
             began = time.monotonic()
@@ -280,7 +282,7 @@ class EpochTrainer:
         self.first_bad_step.masked_fill_(bad_here, state.steps_completed)
         # DDP gives the mean of the processes' gradients.
         divisor = num_values / (run.values_per_pass * accelerator.num_processes)
-        progress = run.epochs_done(state) / task.total_epochs
+        progress = run.epochs_done(state) / run.plan.epochs_until(task.total_epochs)
         run.update.step(loss, divisor, task.rate_at(progress))
         sums = torch.cat([loss.reshape(1), total[4:]])
         self.sums = sums if self.sums is None else self.sums + sums
@@ -311,7 +313,8 @@ class EpochTrainer:
         where = [f"process {n}, step {step + 1:.0f}" for n, step in enumerate(steps) if step >= 0]
         named = f"the loss is not finite on {', '.join(where)}"
         raise RuntimeError(
-            f"{named if where else 'a gradient is not finite'} of {self.run.plan.steps_per_epoch} "
+            f"{named if where else 'a gradient is not finite'} of "
+            f"{self.run.plan.steps_in(state.epochs_completed)} "
             f"in epoch {state.epochs_completed + 1}; {self.run.task.remedy}"
         )
 
@@ -330,7 +333,7 @@ def time_training(task: Task) -> None:
     whole = run.plan
     steps = min(TIMED_STEPS, whole.steps_per_epoch)
     # An epoch of so many steps, twice.
-    run.plan = replace(whole, num_images=steps * whole.effective_batch_size)
+    run.plan = replace(whole, num_images=steps * whole.effective_batch_size, end=math.inf)
     batches, trainer = load(run, (0, 0), epochs=2), EpochTrainer(run)
     # From the start of the process: its imports are part of every step of a plan.
     setup_seconds = time.time() - psutil.Process().create_time()

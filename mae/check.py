@@ -29,6 +29,7 @@ class PretrainFacts:
     left_out: int  # those that have no segment
     val: int
     val_left_out: int
+    digest: str = ""  # of the list of training images
     plan: BatchPlan
     # (epoch, rate, what is there) at the epochs that matter, ascending.
     learning_rates: tuple[tuple[float, float, str], ...]
@@ -54,18 +55,18 @@ def check_pretraining(
     plan = plan_batches(config, len(listing.train), processes)
     # Last, since a wrong dataset is the likelier mistake: it writes only over what is its own.
     run, folder = config.optimisation, config.run.output_dir
-    found, end = find_resumable(folder), config.epochs_this_round
+    found, end, whole = find_resumable(folder), config.epochs_this_round, plan.epochs_until(run.epochs)
     check_output_folder(folder, reads=config.data.reads)
     config.run.check_folder(OF_PRETRAINING, is_run=found is not None)
     config.run.check_resume(found)
     named = {  # of two at the same place, the later counts
-        end: "end of this round", run.epochs / 2: "middle",
-        run.warmup_fraction * run.epochs: "end of warm-up", 0: "start", run.epochs: "end",
+        min(end, whole): "end of this round", whole / 2: "middle",
+        run.warmup_fraction * whole: "end of warm-up", 0: "start", whole: "end",
     }  # fmt: skip
     return PretrainFacts(
         train=len(listing.train), left_out=listing.left_out, val=len(listing.val),
-        val_left_out=listing.val_left_out, plan=plan,
-        learning_rates=tuple((n, run.rate_at(n / run.epochs), named[n]) for n in sorted(named)),
+        val_left_out=listing.val_left_out, plan=plan, digest=listing.digest,
+        learning_rates=tuple((n, run.rate_at(n / whole), named[n]) for n in sorted(named)),
         checkpoint_bytes=config.model.checkpoint_bytes,
         some_images=tuple(
             listing.train_folder / listing.train[index].decode()
@@ -94,6 +95,7 @@ def plan_batches(config: PretrainConfig, num_images: int, processes: int) -> Bat
     plan = BatchPlan(
         num_images=num_images, effective_batch_size=effective, processes=processes,
         micro_batch_size=share // accumulation, seed=config.optimisation.seed,
+        end=config.optimisation.end,
     )  # fmt: skip
     config.run.check_passes(plan.accumulation_steps)
     return plan

@@ -29,6 +29,7 @@ from segments.config import default_masks
 
 _VARIETY = re.compile(r"fixed|nearest-(?P<count>[1-9]\d{0,3})")
 AT_ONCE = 64  # images on a device
+END_DIGITS = 6  # of a number of epochs: far below a step
 # Whose segments are hidden: the image's, or those of a control; the first is the default.
 SegmentsFrom = Literal["own", "borrowed", "blob", "block"]
 # The published checkpoints, and their digests, of which the release tells the first digits.
@@ -166,6 +167,9 @@ class OptimisationConfig(OptionGroup):
     epochs: int = option(
         "Epochs of the whole run; the schedule ends there.", 50, at_least=1, at_most=MOST_EPOCHS
     )
+    last_epoch: float = option(
+        "Share of the last epoch that is trained, where a budget ends within it.", 1.0, above=0, at_most=1
+    )
     warmup_fraction: float = option("Share of the run in which the rate rises.", 0.05, at_least=0, below=1)
     base_lr: float = option("Learning rate per 256 images.", 1.5e-4, above=0)
     min_lr: float = option("Learning rate at the end.", 0.0, at_least=0)
@@ -177,6 +181,11 @@ class OptimisationConfig(OptionGroup):
     seed: int = option(
         "Of order, augmentation, masking and initial weights.", 0, at_least=0, at_most=MOST_SEED
     )
+
+    @property
+    def end(self) -> float:
+        """Epochs that are trained, the last one by its share; of so many digits that it comes back."""
+        return round(self.epochs - 1 + self.last_epoch, END_DIGITS)
 
     @property
     def learning_rate(self) -> float:
@@ -284,6 +293,29 @@ def make_method(method: MethodConfig, model: ModelConfig) -> MaskingMethod:
         hide=method.hide,
         noise=method.noise,
     )
+
+
+def training_flops(config: ModelConfig, method: MaskingMethod) -> float:
+    """Floating-point operations of one image's forward and backward pass, by its matrix products.
+
+    Twice the multiply-adds, and the backward pass counted as two forward passes, as is usual for
+    model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
+    """
+    kept = method.num_kept
+    encoder, patch_values = config.encoder, config.patch_pixels**2 * IMAGE_CHANNELS
+    forward = (
+        _transformer_flops(kept + 1, encoder.width, encoder.depth)
+        + _transformer_flops(config.num_patches + 1, config.decoder_width, config.decoder_depth)
+        + 2 * patch_values * (kept * encoder.width + config.num_patches * config.decoder_width)
+        + 2 * (kept + 1) * encoder.width * config.decoder_width
+        + 2 * config.image_size**2 * method.preencoder_weights(IMAGE_CHANNELS)  # each at every pixel
+    )
+    return 3.0 * forward
+
+
+def _transformer_flops(tokens: int, width: int, depth: int) -> int:
+    """Forward pass of `depth` blocks: 12 width^2 weights each, and tokens x tokens attention."""
+    return depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
 
 
 def parse_group(group: type[Group], settings: Mapping[str, Any], path: Path) -> Group:

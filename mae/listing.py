@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Listing:
     val_left_out: int
     source: PackedStore | None  # the segments, if the method uses them
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Changes when the list of training images does."""
         return hashlib.sha256(b"\n".join(self.train.tolist())).hexdigest()[:16]

@@ -127,6 +127,11 @@ class MaskingMethod:
         """A layer in front of the patch embedding that lives only during pretraining."""
         return None
 
+    def preencoder_weights(self, image_channels: int) -> int:
+        """How many of its weights are multiplied with each pixel."""
+        layer = self.preencoder(image_channels)
+        return sum(p.numel() for p in layer.parameters() if p.dim() > 1) if layer is not None else 0
+
 
 class Patches(MaskingMethod):
     """MAE (He et al. 2022): a random share of the patches never enters the encoder."""
@@ -216,6 +221,10 @@ class Preencoder(FourChannels):
             assert convolution.bias is not None
             convolution.bias.zero_()
         return torch.nn.Sequential(padding, convolution)
+
+    def preencoder_weights(self, image_channels: int) -> int:
+        """Those of the convolution, known without torch."""
+        return (image_channels + 1) * image_channels * self.patch_size**2
 
 
 class SegmentPatches(Patches):

@@ -166,31 +166,6 @@ def sincos_positions(side: int, width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches]).float()
 
 
-def training_flops(config: ModelConfig, method: MaskingMethod) -> float:
-    """Floating-point operations of one image's forward and backward pass, by its matrix products.
-
-    Twice the multiply-adds, and the backward pass counted as two forward passes, as is usual for
-    model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
-    """
-    kept = method.num_kept
-    encoder, patch_values = config.encoder, config.patch_pixels**2 * IMAGE_CHANNELS
-    forward = (
-        _transformer_flops(kept + 1, encoder.width, encoder.depth)
-        + _transformer_flops(config.num_patches + 1, config.decoder_width, config.decoder_depth)
-        + 2 * patch_values * (kept * encoder.width + config.num_patches * config.decoder_width)
-        + 2 * (kept + 1) * encoder.width * config.decoder_width
-    )
-    if (preencoder := method.preencoder(IMAGE_CHANNELS)) is not None:  # each weight at every pixel
-        weights = sum(p.numel() for p in preencoder.parameters() if p.dim() > 1)
-        forward += 2 * config.image_size**2 * weights
-    return 3.0 * forward
-
-
-def _transformer_flops(tokens: int, width: int, depth: int) -> int:
-    """Forward pass of `depth` blocks: 12 width^2 weights each, and tokens x tokens attention."""
-    return depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
-
-
 def _fixed_positions(num_patches: int, width: int) -> nn.Parameter:
     """[1, 1 + N, width], not trained."""
     positions = sincos_positions(round(num_patches**0.5), width)

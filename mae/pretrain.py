@@ -26,12 +26,12 @@ from engine.trainer import train
 from engine.vit import IMAGE_CHANNELS
 from engine.weights import CLASSIFIERS, read_vit_weights
 from mae.check import check_pretraining, look_inside, plan_batches
-from mae.config import OptimisationConfig, PretrainConfig, make_method
+from mae.config import OptimisationConfig, PretrainConfig, make_method, training_flops
 from mae.controls import SegmentSource
 from mae.data import MaskedImages, collate
 from mae.hidden import Hidden
 from mae.listing import make_listing
-from mae.model import MaskedAutoencoder, training_flops
+from mae.model import MaskedAutoencoder
 from mae.reconstruct import FIXED_SET_SIZE, draw_reconstructions
 from mae.weights import open_own_checkpoint, start_from_official
 
@@ -174,31 +174,33 @@ class Pretraining(Task):
 
     def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]:
         """Losses, rate, what was hidden, cost and speed."""
-        steps, images = run.plan.steps_per_epoch, run.plan.images_per_epoch
-        flops = images * training_flops(self.config.model, self.images.method)
+        plan, epochs = run.plan, state.epochs_completed
+        steps = plan.steps_in(epochs)
+        images = steps * plan.effective_batch_size
+        of_image = training_flops(self.config.model, self.images.method)
         coverage = state.sums["coverage"] / images
         if not coverage:
             raise RuntimeError(
-                f"epoch {state.epochs_completed + 1} hid nothing of any image, so that nothing was learned: "
+                f"epoch {epochs + 1} hid nothing of any image, so that nothing was learned: "
                 "`python -m segments check` and `inspect` look at the segments"
             )
         variance = max(0.0, state.sums["coverage_square"] / images - coverage**2)
         accelerator = run.accelerator
-        last_step = state.epochs_completed + (steps - 1) / steps  # a step's rate is its beginning's
+        last_step = epochs + (steps - 1) / plan.steps_per_epoch  # a step's rate is its beginning's
         record = {
             "train_loss": state.sums["loss"] / steps,
             **scores,
-            "train_lr": self.rate_at(last_step / self.total_epochs),
+            "train_lr": self.rate_at(last_step / plan.epochs_until(self.total_epochs)),
             "coverage_percent_mean": coverage,
             "coverage_percent_std": math.sqrt(variance),
-            **(self.hidden.in_epoch(state.epochs_completed) if accelerator.is_main_process else {}),
-            "train_flops": flops * (state.epochs_completed + 1),
+            **(self.hidden.in_epoch(epochs) if accelerator.is_main_process else {}),
+            "train_flops": plan.images_per_epoch * of_image * plan.epochs_until(epochs + 1),
             "unreadable_images": round(state.sums["unreadable_images"]),
             **run.speed(state),
         }
         peak = peak_flops(device_name(accelerator.device), accelerator.mixed_precision)
         if peak is not None:
-            record["mfu"] = flops / state.seconds / (peak * accelerator.num_processes)
+            record["mfu"] = images * of_image / state.seconds / (peak * accelerator.num_processes)
         return record
 
     def extra_state(self, run: Run) -> dict[str, Any]:

@@ -27,9 +27,8 @@ from common.environment import peak_flops
 from engine.devices import choose_precision, device_name
 from engine.task import Run, load
 from engine.vit import IMAGE_CHANNELS, VIT_SIZES
-from mae.config import ModelConfig, PretrainConfig, make_method
+from mae.config import ModelConfig, PretrainConfig, make_method, training_flops
 from mae.masking import METHODS
-from mae.model import training_flops
 from perf.campaign import Bench, Row, Table
 from perf.rehearsal import build, rehearse, steps_of
 

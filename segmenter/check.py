@@ -48,6 +48,7 @@ class ScoringFacts:
 
     train: int
     val: int
+    digest: str = ""  # of the lists of images
     checkpoint_bytes: int = 0
     model_bytes: int = 0
 
@@ -94,7 +95,11 @@ def check_run(
         raise ValueError(f"--patch-size is of plain ViTs; {config.init} has its own")
     if config.init == RANDOM:
         _ = config.model.encoder  # a size has to be named
-    return ScoringFacts(train=train, val=val, checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes)
+    names = "\n".join(pair.name for pair in (*dataset.train, *dataset.val))
+    return ScoringFacts(
+        train=train, val=val, digest=hashlib.sha256(names.encode()).hexdigest()[:16],
+        checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes,
+    )  # fmt: skip
 
 
 def plan_batches(config: TrainConfig, dataset: DatasetDescription, processes: int) -> BatchPlan:

@@ -45,7 +45,7 @@ def show(settings: Settings, *, verbose: bool) -> None:
         log, *left = (os.path.relpath(p, paths.root) for p in (step.console_log, *step.outputs))
         say(f"\n{numbers[step.name]}  {shlex.join(step.command)}")
         say(f"   leaves {', '.join(left)}\n   log    {log}")
-    # All pretrainings of a plan have one schedule: the first one left stands for them.
+    # The first one left stands for all: their schedules differ in the end at most (--budget).
     for step in [step for step in steps if step.kind == "pretrain" and step.facts][:1]:
         say(f"\n{_schedule_text(step.facts, step.config)}")
     say(f"\n{disk_text([step for step in steps if step.name not in done], settings)}")

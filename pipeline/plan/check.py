@@ -25,6 +25,7 @@ from mae.config import PretrainConfig
 from mae.masking import METHODS
 from pipeline.plan.layout import Layout, dataset_of, is_report, is_results_csv, is_run_yml
 from pipeline.plan.machine import REPO_ROOT, visible_gpus
+from pipeline.plan.preregistration import deviations, of_steps, read_frozen
 from pipeline.plan.records import differences, is_done, read_progress
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
@@ -65,9 +66,21 @@ def checked_plan(settings: Settings) -> list[Step]:
     for step in waiting:
         _check_possible(step, made)
     facts = _check_by_parts(waiting, settings)
-    for note in settings.notes():  # last: an error stays alone
+    steps = [replace(step, facts=facts.get(step.name)) for step in steps]
+    notes = [*settings.notes(), *_from_the_frozen_plan(steps, paths)]
+    for note in notes:  # last: an error stays alone
         say(f"Note: {note}", err=True)
-    return [replace(step, facts=facts.get(step.name)) for step in steps]
+    return steps
+
+
+def _from_the_frozen_plan(steps: Sequence[Step], paths: Layout) -> list[str]:
+    """Where the plan is not the one that was frozen. Raises ValueError for a file that was changed."""
+    frozen = read_frozen(paths)
+    if frozen is None:
+        return []
+    if frozen.is_changed:
+        raise ValueError(f"{paths.preregistration} was changed after it was written: put it back as it was")
+    return [f"not as in {paths.preregistration.name}: {text}" for text in deviations(frozen, of_steps(steps))]
 
 
 def _check_own_files(paths: Layout) -> None:

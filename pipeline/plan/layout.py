@@ -114,6 +114,7 @@ class Layout:
         # What a user looks for.
         self.run_yml = root / "run.yml"  # the settings, versions and hardware
         self.results_csv = root / "results.csv"  # one row per evaluation
+        self.preregistration = root / "preregistration.yml"  # a plan that was frozen before the run
         self.report_html = root / "report.html"  # the page that answers the question
         self.pretrain_output = root / "pretrain_output"  # a folder for each run
         self.probe_output = root / "probe_output"  # a folder for each checkpoint that was probed

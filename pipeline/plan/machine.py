@@ -1,11 +1,13 @@
 """This machine: versions, processor, memory, GPUs, disk space. No torch here."""
 
+import hashlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 from contextlib import suppress
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,17 @@ def versions() -> dict[str, str]:
         found["segmae"] = done.stdout.strip()
     names = ("torch", "torchvision", "timm", "accelerate", "onedl-mmsegmentation", "numpy")
     return found | environment.versions(names)
+
+
+@cache
+def code_digest(plugin: Path | None = None) -> str:
+    """Changes when the project's sources, or a plugin, do: of all that computes, scores and compares."""
+    rooms = ("benchmark.py", "common", "engine", "mae", "pipeline", "segmenter", "segments")
+    files = [file for room in rooms for file in sorted([REPO_ROOT / room, *(REPO_ROOT / room).rglob("*.py")])]
+    digest = hashlib.sha256()
+    for file in [file for file in (*files, *([plugin] if plugin else [])) if file.is_file()]:
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def hardware() -> dict[str, Any]:

@@ -25,14 +25,14 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from common.files import write_json, write_text
-from common.formats import StepProgress, read_json
+from common.formats import StepProgress, parsed_plain, read_json, read_yaml
 from common.options import REQUIRED, fields_of
 from common.options import differences as differing_settings
 from common.step_files import PROGRESS
 from mae.config import GROUPS as PRETRAIN_GROUPS
-from mae.config import idle_settings
+from mae.config import PretrainConfig, idle_settings, make_method, training_flops
 from pipeline.plan.layout import Layout, dataset_of
-from pipeline.plan.machine import hardware, versions
+from pipeline.plan.machine import code_digest, hardware, versions
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step
 from segmenter.config import GROUPS as FINETUNE_GROUPS
@@ -71,6 +71,8 @@ class Record:
     host: str = ""
     pid: int = 0  # of the latest attempt's child process
     job_id: str = ""  # Slurm's, where there is one
+    code: str = ""  # digest of the sources, and of the images that it trains or scores on
+    images: str = ""
     message: str = ""  # of a failed step: what happened, with the last lines of its log
 
     @classmethod
@@ -80,7 +82,8 @@ class Record:
             name=step.name, state=state, run=step.run, kind=step.kind, fingerprint=step.settings,
             seconds=earlier.seconds if earlier else 0.0,
             attempts=(earlier.attempts if earlier else 0) + (state == "running"),
-            devices=step.devices, **more,
+            devices=step.devices, code=code_digest(step.plugin),
+            images=step.facts.digest if step.facts else earlier.images if earlier else "", **more,
         )  # fmt: skip
 
     @property
@@ -123,11 +126,51 @@ def write_run_files(chosen: Settings, steps: Iterable[Step], paths: Layout) -> N
     """run.yml for people, plan.json for `status` and the report."""
     content = {"settings": chosen.flat(), "command": shlex.join(sys.argv)}
     content |= {"versions": versions(), "hardware": hardware()}
+    if spends := _spends(chosen, steps):
+        content["budget"] = spends
     write_text(paths.run_yml, yaml.safe_dump(content, sort_keys=False))
     write_json(paths.plan, [
         PlannedStep(name=s.name, needs=list(s.needs), folder=os.path.relpath(s.folder, paths.root))
         for s in steps
     ])  # fmt: skip
+
+
+def _spends(chosen: Settings, steps: Iterable[Step]) -> dict[str, Any]:
+    """The budget as the report, and the same command again, need it; empty where there is none."""
+    found, budget = {}, chosen.experiment.shared_budget
+    for step in steps:
+        if isinstance(config := step.config, PretrainConfig) and "budget" in step.settings:
+            of_image = training_flops(config.model, make_method(config.method, config.model))
+            flops = of_image * config.optimisation.effective_batch_size
+            found[config.method.mask_method] = {"end": config.optimisation.end, "flops_per_step": flops}
+    if budget is None or not found:
+        return {}
+    return {
+        "asked": str(budget), "parts": budget.parts,
+        "count_segments": chosen.experiment.count_segments, "methods": found,
+    }  # fmt: skip
+
+
+class _OfMethod(TypedDict):
+    end: Annotated[FiniteFloat, Field(gt=0)]
+    flops_per_step: Annotated[FiniteFloat, Field(gt=0)]
+
+
+class Spends(TypedDict):
+    """run.yml's budget. methods: the epochs of each, and what an optimizer step of it costs."""
+
+    asked: str
+    parts: Annotated[int, Field(ge=1)]
+    count_segments: bool
+    methods: dict[str, _OfMethod]
+
+
+def read_spends(paths: Layout) -> Spends | None:
+    """Of the latest call; None where it had no budget. Raises ValueError for a damaged run.yml."""
+    content = read_yaml(paths.run_yml) if paths.run_yml.exists() else {}
+    if "budget" not in content:
+        return None
+    return cast(Spends, parsed_plain(Spends, content["budget"], f"{paths.run_yml} is damaged: budget"))
 
 
 def read_plan(paths: Layout) -> list[PlannedStep]:
@@ -185,7 +228,8 @@ def differences(steps: Sequence[Step], paths: Layout) -> list[str]:
             r for r in one_of_each if r.kind == step.kind and dataset_of(r.name) == dataset_of(step.name)
         ]
         for record in own or others_of_kind:
-            leave_out = () if own else MAY_DIFFER[step.kind] | idle_settings(record.method)
+            different = _may_differ(step.kind, record.fingerprint, step.settings)
+            leave_out = () if own else different | idle_settings(record.method)
             whose = "" if record.run == step.run else f" (of {record.run})"
             others = other_settings(step.settings, record, leave_out)
             found += [f"{step.run}: {text}{whose}" for text in others]
@@ -197,10 +241,17 @@ def made_alike(all_paths: Sequence[Layout]) -> bool:
     first: dict[tuple[str, str], Record] = {}  # of each kind and dataset: being alike is transitive
     for record in chain.from_iterable(map(_binding, all_paths)):
         other = first.setdefault((record.kind, dataset_of(record.name)), record)
-        idle = MAY_DIFFER[record.kind] | idle_settings(record.method) | idle_settings(other.method)
+        idle = _may_differ(record.kind, record.fingerprint, other.fingerprint)
+        idle = idle | idle_settings(record.method) | idle_settings(other.method)
         if other_settings(_made_with(record), other, idle):
             return False
     return True
+
+
+def _may_differ(kind: str, one: Mapping[str, Any], two: Mapping[str, Any]) -> frozenset[str]:
+    """Also the epochs, where both pretrainings spend one budget."""
+    is_bound = one.get("budget") is not None and one.get("budget") == two.get("budget")
+    return MAY_DIFFER[kind] | ({"epochs", "last_epoch"} if is_bound else frozenset())
 
 
 def _made_with(record: Record) -> dict[str, Any]:

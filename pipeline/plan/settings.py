@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mode
 from typing import Any, ClassVar, Literal
@@ -17,6 +17,7 @@ from common.formats import plain
 from common.options import MOST_PROCESSES, OptionGroup, groups_of, option, option_of
 from mae.config import MethodConfig, ModelConfig, OptimisationConfig, RunConfig, SegmentsFrom
 from mae.masking import METHODS
+from pipeline.plan.budget import Budget, in_words
 from pipeline.plan.layout import BASELINES, DEFAULT_RATIO, DEFAULT_SEED, OWN, UNTRAINED
 from segmenter.config import DEFAULT_RECIPE, ENCODER_FORMS, RANDOM, encoder_label, parse_encoder
 
@@ -99,6 +100,12 @@ class Experiment(OptionGroup):
     seed: tuple[int, ...] = option_of(OptimisationConfig, "seed", (DEFAULT_SEED,))
     model: str = option_of(ModelConfig, "model", ModelConfig.model)
     pretrain_epochs: int = option_of(OptimisationConfig, "epochs", OptimisationConfig.epochs)
+    budget: str | None = option(
+        "What every method spends, each in epochs of its own with a schedule of its own: flops=METHOD@EPOCHS "
+        "(what so many epochs of METHOD cost), gpu-hours=N (by timed steps), or epochs=N. Epochs of other "
+        "flags are then parts of the budget: of EPOCHS, of N, or percent of the hours.", None,
+    )  # fmt: skip
+    count_segments: bool = option("With --budget gpu-hours: making segments is a part of it.", False)
     eval_freq: int = option("Evaluate every so many epochs, and at the end; 0 = probes only.", 5, at_least=0)
     eval_epochs: tuple[int, ...] | None = option(
         "Evaluate at these instead; 0 = before pretraining.", None, at_least=0
@@ -132,6 +139,14 @@ class Experiment(OptionGroup):
             # Each makes a step that is called so.
             if isinstance(values, tuple) and len(set(values)) != len(values):
                 raise ValueError(f"--{name.replace('_', '-')} names one twice")
+        if (budget := self.shared_budget) is not None:
+            if self.pretrain_epochs not in (OptimisationConfig.epochs, budget.parts):
+                raise ValueError(
+                    f"--pretrain-epochs {self.pretrain_epochs} contradicts --budget {budget}; leave it out"
+                )
+            object.__setattr__(self, "pretrain_epochs", budget.parts)
+        if self.count_segments and (budget is None or budget.kind != "gpu-hours"):
+            raise ValueError("--count-segments: their FLOPs are not known; give --budget gpu-hours=N")
         if any(epochs > self.pretrain_epochs for epochs in self.eval_epochs or ()):
             raise ValueError(f"--eval-epochs end with the {self.pretrain_epochs} of pretraining")
         if self.baselines and "none" in self.baselines and len(self.baselines) > 1:
@@ -162,8 +177,18 @@ class Experiment(OptionGroup):
         return {name: parse_encoder(encoder) for name, equals, encoder in named if equals}
 
     @property
+    def shared_budget(self) -> Budget | None:
+        """What every method spends, where it is told."""
+        return None if self.budget is None else Budget.parse(self.budget)
+
+    @property
+    def budget_text(self) -> str:
+        """The same in words."""
+        return in_words(str(self.shared_budget), counts_segments=self.count_segments)
+
+    @property
     def eval_points(self) -> tuple[int, ...]:
-        """Epochs completed at which to evaluate, ascending; 0 = before any pretraining."""
+        """Epochs (or parts of the budget) at which to evaluate, ascending; 0 = before any pretraining."""
         if self.eval_epochs is not None:
             return tuple(sorted(self.eval_epochs))
         if self.eval_freq == 0:
@@ -173,7 +198,7 @@ class Experiment(OptionGroup):
 
     @property
     def probe_points(self) -> tuple[int, ...]:
-        """Epochs completed at which to probe, ascending."""
+        """The same of probes."""
         if self.probe_freq == 0:
             return ()
         freq = self.probe_freq or self.pretrain_epochs + 1  # beyond the end: none of its own
@@ -301,6 +326,8 @@ class Settings:
     compute: Compute  # resolved: its numbers are known
     cluster: Cluster
     parts: Parts
+    # Method -> its epochs, where --budget is in hours, which only timed steps tell.
+    ends: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         told = (self.data.in1k_dir, self.experiment.eval, self.experiment.pretrained_from)
@@ -311,7 +338,7 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """All options by name, plain: what run.yml keeps, in the form that --config reads."""
-        groups = vars(self).values()
+        groups = (getattr(self, name) for name in GROUPS)
         return {name: plain(value) for group in groups for name, value in vars(group).items()}
 
     def notes(self) -> Iterator[str]:
@@ -339,4 +366,4 @@ class Settings:
                 yield f"--coverage-ratio is in percent: {ratio} % of the image"
 
 
-GROUPS = groups_of(Settings)
+GROUPS = {name: group for name, group in groups_of(Settings).items() if name != "ends"}

@@ -5,13 +5,14 @@ pretrain up to the end of a round, probe a checkpoint's frozen encoder, or finet
 Steps meet in files only; `needs` names the steps that make them. Read `make_plan` first.
 """
 
+import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,9 +21,10 @@ from common.formats import check_names, read_json
 from common.images import has_classes
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
 from mae.check import PretrainFacts
+from mae.config import END_DIGITS, OFFICIAL_FILES, PretrainConfig, idle_settings, make_method, training_flops
 from mae.config import GROUPS as PRETRAIN_GROUPS
-from mae.config import OFFICIAL_FILES, PretrainConfig, idle_settings
 from mae.masking import METHODS
+from pipeline.plan.budget import Budget
 from pipeline.plan.layout import (
     BASELINES,
     DEFAULT_RATIO,
@@ -40,8 +42,8 @@ from segmenter.config import GROUPS as FINETUNE_GROUPS
 
 # Options of the parts that the plan sets, by a flag of another name.
 _FLAGS = {
-    "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "device": "--num-gpus",
-    "dataset": "--ade20k-dir or --eval-dataset", "init": "--stack or --eval",
+    "epochs": "--pretrain-epochs", "stop_after": "--eval-epochs", "last_epoch": "--budget",
+    "device": "--num-gpus", "dataset": "--ade20k-dir or --eval-dataset", "init": "--stack or --eval",
 }  # fmt: skip
 
 # What the options that pass something on are made of.
@@ -83,6 +85,11 @@ class Step:
     # How torchrun's processes find each other; one machine picks a free port by itself.
     rendezvous: tuple[str, ...] = ("--standalone",)
     facts: Facts | None = None  # what its check found, where it was checked and is a part's
+
+    @property
+    def plugin(self) -> Path | None:
+        """Whose code is part of what it runs."""
+        return self.config.run.plugin if self.config else None
 
     @property
     def console_log(self) -> Path:
@@ -152,18 +159,18 @@ def make_plan(settings: Settings) -> list[Step]:
             steps += plan.score(run, only, needs=())
             continue
         previous = fetched if experiment.stack else ()  # what a round starts from
-        scored = {*experiment.eval_points, *experiment.probe_points, *plan.untrained_points()}
+        asked = plan.own_points(run, experiment.eval_points, experiment.probe_points)
+        scored = asked | plan.untrained_points()
         if (run.method, run.seed) in started:
             scored.discard(0)
         started.add((run.method, run.seed))
         if experiment.pretrained_from:
             # A start that nobody kept is not missed, unless it is asked for.
             starts = files.checkpoint_path(plan.pretrained.pretrain_dir(run.name), 0)
-            asked = {*experiment.eval_points, *experiment.probe_points}
             for epochs in sorted(scored if starts.exists() else asked):
                 steps += plan.score(run, epochs, needs=())
             continue
-        for epochs in sorted({*scored, experiment.pretrain_epochs}):
+        for epochs in sorted(scored | plan.own_points(run, [experiment.pretrain_epochs])):
             steps.append(plan.pretrain(run, epochs, previous))
             previous = (steps[-1].name,)
             steps += plan.score(run, epochs, needs=previous)
@@ -216,6 +223,28 @@ class _Planner:
             "log_with": settings.parts.log_with,
             "plugin": settings.parts.plugin,
         }
+        self.budget, self.ends = experiment.shared_budget, dict(settings.ends)
+        if self.budget is not None and self.budget.kind == "flops":
+            self.ends = self._ends_by_flops(self.budget)
+
+    def _ends_by_flops(self, budget: Budget) -> dict[str, float]:
+        """Method -> the epochs that cost what the budget does: all see the same images."""
+        flops = {}
+        for method in {budget.method: 0, **dict.fromkeys(self.settings.experiment.mask_method)}:
+            config = self._pretraining(RunId(method=method), 1, 1.0)
+            flops[method] = training_flops(config.model, make_method(config.method, config.model))
+        # Rounded, so that no digit too many makes an epoch of its own.
+        ends = {n: round(budget.amount * flops[budget.method] / of, END_DIGITS) for n, of in flops.items()}
+        for name, end in ends.items():
+            budget.check_end(name, end)
+        return ends
+
+    def own_points(self, run: RunId, *points: Iterable[int]) -> set[int]:
+        """Epochs completed by the run at these points of the plan: the same, unless it has a budget."""
+        end = self.ends.get(run.method)
+        if end is None or self.budget is None:
+            return set(chain(*points))
+        return {self.budget.epochs_at(end, point) for point in chain(*points)}
 
     @cached_property
     def baselines(self) -> dict[str, Path | str]:
@@ -248,13 +277,18 @@ class _Planner:
         folder = self.paths.bookkeeping / "fetch"
         return [step_of_words("mae", "fetch", model, words, what, folder, self.official)]
 
-    def pretrain(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Step:
-        """Pretraining from where the run is up to `epochs` completed."""
+    def _pretraining(self, run: RunId, epochs: int, end: float) -> PretrainConfig:
+        """Its options up to so many epochs; end: at which the whole ends."""
         settings, folder = self.settings, self.paths.pretrain_dir(run.name)
         known, given = METHODS[run.method].settings, settings.parts.pretrain
         of_segments = {"coverage_ratio": run.coverage_ratio, "segments_from": run.segments_from}
-        # What can do without segments need not wait for them.
-        is_free = settings.data.make_segments and "use_unmasked_images" in known
+        # What can do without segments need not wait for them; equal budgets are of equal images.
+        is_free = settings.data.make_segments and "use_unmasked_images" in known and not self.is_bound
+        if self.is_bound and given.get("use_unmasked_images") and self._use_segments():
+            raise ValueError(
+                f"--budget {self.budget} is for methods on the same images; leave out --pretrain "
+                "use_unmasked_images"
+            )
         planned = {
             **self.shared,
             "in1k_dir": settings.data.in1k_dir,
@@ -262,18 +296,36 @@ class _Planner:
             "masks_dir": settings.data.masks_dir,
             "mask_method": run.method,
             **{name: value for name, value in of_segments.items() if name in known},
-            "epochs": settings.experiment.pretrain_epochs,
+            "epochs": math.ceil(end),
+            "last_epoch": round(end - math.ceil(end) + 1, END_DIGITS),
             "stop_after": epochs,
             "init": self.official if settings.experiment.stack else None,
             "seed": run.seed,
             "output_dir": folder,
         }
         below = {"use_unmasked_images": True} if is_free else {}
-        config = PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given, below))
+        return PretrainConfig(**_groups(PRETRAIN_GROUPS, "--pretrain", planned, given, below))
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether methods have different numbers of epochs."""
+        return self.budget is not None and self.budget.kind != "epochs"
+
+    def _use_segments(self) -> bool:
+        return any(METHODS[name].uses_segments for name in self.settings.experiment.mask_method)
+
+    def pretrain(self, run: RunId, epochs: int, needs: tuple[str, ...]) -> Step:
+        """Pretraining from where the run is up to `epochs` completed."""
+        end = self.ends.get(run.method, self.settings.experiment.pretrain_epochs)
+        config, folder = self._pretraining(run, epochs, end), self.paths.pretrain_dir(run.name)
         left = (files.checkpoint_path(folder, epochs), files.reconstructions_path(folder, epochs))
-        what = f"pretrain up to epoch {epochs} of {config.optimisation.epochs}"
+        what = f"pretrain up to epoch {round(min(epochs, end), 2):g} of {round(end, 2):g}"
         what += ", without segments too" if config.data.use_unmasked_images else ""
-        return self._step("pretrain", what, run, epochs, needs, config, *left)
+        step = self._step("pretrain", what, run, epochs, needs, config, *left)
+        if not self.is_bound:
+            return step
+        # What allows methods to differ in their epochs (`records.differences`).
+        return replace(step, settings={**step.settings, "budget": self.settings.experiment.budget_text})
 
     @cached_property
     def datasets(self) -> dict[str, Path]:
@@ -312,7 +364,8 @@ class _Planner:
         always = is_reference or experiment.eval is not None
 
         # The frozen encoder, by the finetuning's protocol unless told otherwise.
-        is_probed = always or epochs in {*experiment.probe_points, *self.untrained_points()}
+        probed = self.own_points(run, experiment.probe_points) | self.untrained_points()
+        is_probed = always or epochs in probed
         if experiment.probe_freq != 0 and is_probed:
             folder = self.paths.probe_dir(run.name, epochs, dataset)
             told, below = {**planned, "seed": run.seed, "output_dir": folder}, {**given}
@@ -328,7 +381,7 @@ class _Planner:
 
         # Finetuned once for each seed.
         is_asked = bool(experiment.eval_points) or experiment.eval is not None
-        is_evaluated = (always and is_asked) or epochs in experiment.eval_points
+        is_evaluated = (always and is_asked) or epochs in self.own_points(run, experiment.eval_points)
         for eval_seed in range(experiment.eval_seeds if is_evaluated else 0):
             folder = self.paths.eval_dir(run.name, epochs, eval_seed, dataset)
             seed = self._seed_of(run, folder.name, eval_seed)

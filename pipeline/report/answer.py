@@ -1,11 +1,12 @@
 """What the scores say, as verdicts that follow from intervals: better, worse, or not shown."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pipeline.plan.budget import in_words
 from pipeline.plan.layout import OWN
 from pipeline.report.scores import (
     FINETUNING,
@@ -26,6 +27,7 @@ from pipeline.report.statistics import (
     interval,
 )
 
+_ASKED = "confirmatory"  # what a frozen plan asks for
 _EQUAL_COST = 0.02  # share by which training FLOPs may differ
 _MOST_NAMES = 3  # in a warning
 # State of a comparison -> in a table and on the page; beyond the first look it is a hint.
@@ -48,6 +50,7 @@ class Comparison(NamedTuple):
     cost_ratio: float | None = None  # training FLOPs of the first for one of the second
     p_value: float = 1.0  # corrected for the number of comparisons in the report
     family: int = 1  # comparisons that it is corrected for, itself among them
+    plan: str = ""  # confirmatory or exploratory, where a plan was frozen
     is_first_look: bool = True  # others are hints: who looks often enough finds something
 
     @property
@@ -99,6 +102,13 @@ class Comparison(NamedTuple):
         return f"{said} ({self.shown.low:+.2f} to {self.shown.high:+.2f})"
 
 
+class Question(NamedTuple):
+    """What a frozen plan asks: the differences of which lines, by their labels, by which measure."""
+
+    pairs: Collection[tuple[str, str]]
+    measure: str
+
+
 class Said(NamedTuple):
     """An answer to one question about one method."""
 
@@ -129,61 +139,107 @@ class Answer(NamedTuple):
     comparisons: Sequence[Comparison] = ()
     ends: Mapping[str, int] = {}  # label -> epochs completed where it is compared
     levels: Mapping[str, Level] = {}
+    where: str = ""  # it is compared, unless at the ends
+
+    @property
+    def short(self) -> str:
+        """As a column's title."""
+        return f"{self.measure.short}, {self.where}" if self.where else self.measure.short
 
 
-def answers(lines: Sequence[Line]) -> list[Answer]:
+def answers(lines: Sequence[Line], question: Question | None = None) -> list[Answer]:
     """What the measures say: complete finetuning first, the probes where there is none yet.
 
     One of them is looked at first, at the end of pretraining: the others say what differs as a hint.
+    With a question that was frozen, that is the first look, and all else is a hint.
     """
     scored = [one for one in MEASURES.values() if any(line.epochs(one) for line in lines)]
     asked = next((one for one in scored if one.areas), FINETUNING)
+    asked = MEASURES[question.measure] if question else asked
     reached, planned = compared_epochs(lines, asked), max((line.end for line in lines), default=0)
     is_early = any(0 < reached.get(line.label, 0) < line.end for line in lines)
     first_look = f"{asked.words} after {planned} epochs" if is_early else asked.words
     looks = ((one, "" if one is asked and not is_early else first_look) for one in scored)
-    found = [one for measure, look in looks if (one := answer(lines, measure, first_look=look))]
-    first, *others = sorted(found or [Answer([])], key=lambda one: not one.sentences)
+    pairs = None if question is None else question.pairs
+    found = [
+        one
+        for measure, look in looks
+        if (one := answer(lines, measure, first_look=look, primary=() if look and pairs else pairs))
+    ]
+    # Budgets end at different epochs: where all were scored after equal ones, that is told, too.
+    trained = [line for line in lines if not line.is_baseline and line.epochs(asked)]
+    equal = set.intersection(*(set(line.epochs(asked)) for line in trained)) - {0} if trained else set()
+    if equal and len({line.exact_end for line in trained if line.spends}) > 1:
+        told: Any = {"first_look": first_look, "primary": () if pairs else None, "at": max(equal)}
+        found += [one for one in [answer(lines, asked, **told)] if one]
+    first, *others = sorted(
+        found or [Answer([])], key=lambda one: (not one.sentences, one.measure is not asked)
+    )
     if not first.sentences:
         first = first._replace(sentences=["No evaluation has finished yet."])
-    elif first.measure is not FINETUNING:
+    elif FINETUNING not in scored:
         said = "No finetuning has been scored yet; this is what frozen probes say."
         first = first._replace(sentences=[*first.sentences, said])
     return [first, *others]
 
 
-def answer(every_line: Sequence[Line], measure: Measure, *, first_look: str = "") -> Answer | None:
+def answer(
+    every_line: Sequence[Line], measure: Measure, *, first_look: str = "",
+    primary: Collection[tuple[str, str]] | None = None, at: int = 0,
+) -> Answer | None:  # fmt: skip
     """Verdicts and warnings of one measure; None where nothing was scored by it.
 
-    first_look: what is looked at first, in words, where that is not this.
+    first_look: what is looked at first, in words, where that is not this. primary: labels of the
+    differences that a frozen plan asks for; None without one. at: epochs to compare after, in place
+    of the ends.
     """
     lines = [line for line in every_line if line.epochs(measure)]
     trained = [line for line in lines if not line.is_baseline]
     if not lines:
         return None
-    ends = compared_epochs(lines, measure)
+    ends = {line.label: at for line in lines} if at else compared_epochs(lines, measure)
     if not trained or not ends:
         missing = "The methods have not been evaluated at a common epoch yet."
         return Answer([missing] if trained else [], measure)
     levels = {line.label: line.level(ends[line.label], measure) for line in lines}
     # Without areas by image nothing tells how much the choice of images makes: no comparisons.
-    found = _comparisons(lines, levels) if measure.areas else []
-    found = [c._replace(is_first_look=not first_look) for c in found]
+    found = _comparisons(lines, levels, primary or ()) if measure.areas else []
+    is_free = primary is None  # nothing was frozen: all of the first look counts
+    found = [c._replace(is_first_look=not first_look and (is_free or c.plan == _ASKED)) for c in found]
+    found = [c._replace(plan="" if is_free else c.plan or "exploratory") for c in found]
     after = _after(sorted({ends[line.label] for line in trained}))
     sentences = [_headline(found, trained, levels, f"{after}, by {measure.words}", measure)]
     of_own = [line for line in trained if not any(c.is_control and c.second is line for c in found)]
     verdicts = [_verdict(line, found, levels) for line in of_own] if found else []
+    planned = [c for c in found if c.plan == _ASKED]
+    told = (f"{c.first.label} against {c.against} {c.numbers}, {STATES[c.state]}" for c in planned)
+    sentences += [f"Asked for beforehand: {one}." for one in told]
     sentences += _about_objects(verdicts) + _ranking(lines, levels, measure)
     remarks = [
         f"What is looked at first is {first_look}. Whatever else differs is a hint, no finding."
     ] if first_look and found else []  # fmt: skip
-    if len({ends[line.label] for line in trained}) > 1:
+    if at:
+        remarks.append(
+            f"After {at} epochs of each: there they have spent different amounts, and stand at different "
+            "places of their schedules."
+        )
+    elif asked := {_budget_of(line) for line in trained if line.spends}:
+        said = "; ".join(sorted(asked))
+        remarks.append(f"Compared at equal shares of the budget, each by its own schedule: {said}.")
+    elif len({ends[line.label] for line in trained}) > 1:
         runs = ", ".join(dict.fromkeys(f"{line.home}: {ends[line.label]}" for line in trained))
         remarks.append(
             f"The runs end after different epochs ({runs}). Each is compared at its end: differences "
             "are those of whole runs, not of equal epochs."
         )
-    return Answer(sentences, measure, after, verdicts, remarks + _warnings(found), found, ends, levels)
+    remarks += [] if at else _warnings(found)
+    where = "equal epochs" if at else ""
+    return Answer(sentences, measure, after, verdicts, remarks, found, ends, levels, where)
+
+
+def _budget_of(line: Line) -> str:
+    assert line.spends is not None
+    return in_words(line.spends["asked"], counts_segments=line.spends["count_segments"])
 
 
 def _after(epochs: Sequence[int]) -> str:
@@ -192,10 +248,13 @@ def _after(epochs: Sequence[int]) -> str:
     return f"After {epochs[0]} {'epoch' if epochs[0] == 1 else 'epochs'} of pretraining"
 
 
-def _comparisons(lines: Sequence[Line], levels: Mapping[str, Level]) -> list[Comparison]:
+def _comparisons(
+    lines: Sequence[Line], levels: Mapping[str, Level], primary: Collection[tuple[str, str]] = ()
+) -> list[Comparison]:
     """Methods with plain MAE, own segments with their controls, all with what is not pretrained.
 
-    All are one family, that of the report: a report makes a false claim in 5% of cases at most.
+    All are one family, that of the report: a report makes a false claim in 5% of cases at most. Those
+    that were asked for beforehand (`primary`) are a family of their own, which alone makes claims.
     Controls against scratch count, and are not told: the best of them was chosen for being best.
     """
     trained = {line.label: line for line in lines if not line.is_baseline}
@@ -217,12 +276,26 @@ def _comparisons(lines: Sequence[Line], levels: Mapping[str, Level]) -> list[Com
     pairs += [(line, of_home(line, found), False) for line, found in starts]
     pairs += [(line, of_home(line, scratches), False) for line in trained.values()]
     pairs += [(own[label], line, True) for label, line in trained.items()]
-    asked = dict.fromkeys((one, two, no) for one, two, no in pairs if two is not None and one is not two)
-    found = [_compared(first, second, is_control, levels, len(asked)) for first, second, is_control in asked]
+    made = dict.fromkeys((one, two, no) for one, two, no in pairs if two is not None and one is not two)
+    known = {(one.label, two.label): (one, two, no) for one, two, no in made}
+    by_label = {line.label: line for line in lines}
+    asked = [
+        known.pop((one, two), (by_label[one], by_label[two], False))
+        for one, two in primary
+        if one in by_label and two in by_label
+    ]
+    judged = _family(asked, levels, _ASKED) + _family([*known.values()], levels, "")
+    return [c for c in judged if c.second.method != "scratch" or c.first in others or c.plan]
+
+
+def _family(
+    pairs: Sequence[tuple[Line, Line, bool]], levels: Mapping[str, Level], plan: str
+) -> list[Comparison]:
+    """Compared, and corrected for their number."""
+    found = [_compared(first, second, is_control, levels, len(pairs)) for first, second, is_control in pairs]
     p_values = [c.difference.p_value if c.difference and not c.why_not else 1.0 for c in found]
     judged = zip(found, holm(p_values), holm_levels(p_values), strict=True)
-    found = [_at_level(c, levels, among)._replace(p_value=p) for c, p, among in judged]
-    return [c for c in found if c.second.method != "scratch" or c.first in others]
+    return [_at_level(c, levels, among)._replace(p_value=p, plan=plan) for c, p, among in judged]
 
 
 def _name(line: Line) -> str:
@@ -366,7 +439,7 @@ def _about(found: Sequence[Comparison], levels: Mapping[str, Level]) -> Said:
         else (better, "yes") if states == {better} else (worse, "no, worse") if worse in states
         else ("none", "not shown") if better not in states else (better, "in part")
     )  # fmt: skip
-    parts = [f"{c.against} {c.numbers}{_cost(c)}{_apart(c, levels)}" for c in found]
+    parts = [f"{c.against} {c.numbers}{_cost(c)}{_apart(c, levels)}{c.plan and f', {c.plan}'}" for c in found]
     would = [c.difference.detectable for c in found if c.difference and c.state == "none"]
     if would:
         parts.append(f"{max(would):.2f} or more would have been shown with 80% probability")
@@ -379,7 +452,9 @@ def _cost(c: Comparison) -> str:
     if c.cost_ratio is None or c.is_control:
         return ""
     equal = "equal cost" if abs(c.cost_ratio - 1) <= _EQUAL_COST else "equal epochs only"
-    is_unlike = c.first.end != c.second.end and equal != "equal cost"
+    if equal != "equal cost" and c.first.spends and c.second.spends:
+        equal = "one budget"
+    is_unlike = c.first.end != c.second.end and equal == "equal epochs only"
     return f", {c.cost_ratio:.2f} x its FLOPs" + ("" if is_unlike else f" ({equal})")
 
 

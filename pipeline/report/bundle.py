@@ -27,7 +27,7 @@ from pipeline.plan.layout import Layout
 _FIRST = "segmae-bundle.json"  # by which it is recognised: the name stands in the file's first bytes
 _MOST_BYTES = 2**32  # of what one unpacks to; ADE20K's areas are some MB
 _KEPT = (
-    "run.yml", ".segmae/plan.json", ".segmae/steps/*.json", f"pretrain_output/*/{LOG}",
+    "run.yml", "preregistration.yml", ".segmae/plan.json", ".segmae/steps/*.json", f"pretrain_output/*/{LOG}",
     *(f"eval_output/*/{name}" for name in (LOG, AREAS, RESULT)),
     *(f"probe_output/*/{name}" for name in (*PROBE_AREAS.values(), RESULT)),
 )  # fmt: skip

@@ -15,10 +15,12 @@ import jinja2
 from common.files import check_output_file, write_text
 from common.formats import read_log
 from common.step_files import LOG
-from pipeline.plan.layout import Layout, is_report, is_results_csv
+from pipeline.plan.layout import Layout, RunId, is_report, is_results_csv
+from pipeline.plan.preregistration import deviations, name_of_line, of_records, read_frozen
 from pipeline.plan.records import read_all_records, read_plan
 from pipeline.report import scores, tables
-from pipeline.report.answer import Answer, answers
+from pipeline.report.agreement import agreements, rows, sentence
+from pipeline.report.answer import Answer, Question, answers
 from pipeline.report.bundle import opened
 from pipeline.report.charts import forest, scores_chart
 from pipeline.report.encoders import benchmarks
@@ -71,19 +73,48 @@ def write_report(
             if not any(path.exists() for path in (*outputs, paths.run_yml)):
                 raise ValueError(f"{paths.root} is not the output directory of a run")
         lines = scores.make_lines(all_paths)
-        found = answers(lines)
-        html = _page(all_paths, lines, found)
+        question, deviating = frozen_question(all_paths, lines)
+        found = answers(lines, question)
+        html = _page(all_paths, lines, found, deviating)
         for paths in (paths for paths in all_paths if paths.root in folders):
             is_alone = len(all_paths) == 1
             own = lines if is_alone else scores.make_lines([paths])
-            write_text(paths.results_csv, tables.results_csv(own, found if is_alone else answers(own)))
+            alone = found if is_alone else answers(own, frozen_question([paths], own)[0])
+            write_text(paths.results_csv, tables.results_csv(own, alone))
         write_text(page, html)
         if paper is not None:
             write_paper(paper, all_paths, lines, found)
     return lines, found
 
 
-def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[Answer]) -> str:
+def frozen_question(all_paths: Sequence[Layout], lines: Sequence[Line]) -> tuple[Question | None, list[str]]:
+    """What frozen plans ask for, None where there is none, and what was done otherwise, in words."""
+    pairs, measures, said = [], [], []
+    for paths, name in zip(all_paths, scores.names_of(all_paths), strict=True):
+        if (frozen := read_frozen(paths)) is None:
+            continue
+        measures.append(frozen.content["measure"])
+        said.append(
+            f"{name}: a plan was frozen on {frozen.content['written']} (digest {frozen.digest[:12]}). "
+            "Verdicts on what it asks for are confirmatory, all others exploratory."
+        )
+        made = of_records(read_all_records(paths))
+        said += [f"Deviation from the plan: {text}" for text in deviations(frozen, made, is_over=True)]
+        here = [line for line in lines if not line.is_untrained and line.home in ("", name)]
+        label = {
+            name_of_line(RunId(
+                method=line.method, coverage_ratio=line.coverage_ratio, segments_from=line.source
+            )): line.label
+            for line in here
+        }  # fmt: skip
+        known = [] if frozen.is_changed else frozen.pairs  # a changed plan binds nobody
+        pairs += [(label[one], label[two]) for one, two in known if one in label and two in label]
+    return (Question(pairs, measures[0]) if measures else None), said
+
+
+def _page(
+    all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[Answer], deviating: Sequence[str]
+) -> str:
     first, *others = found
     if is_of_encoders := bool(lines) and all(line.is_baseline for line in lines):
         said = "Nothing was pretrained here: the tables compare encoders."
@@ -92,7 +123,9 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
     settings, differing = tables.provenance(all_paths)
     matrix = tables.matrix(lines, found)
     charts = {"forest": forest(first), "scores": scores_chart([] if is_of_encoders else lines, first)}
-    curves = [scores_chart(lines, one, has_costs=False) for one in others if len(one.ends) > 1]
+    curves = [
+        scores_chart(lines, one, has_costs=False) for one in others if len(one.ends) > 1 and not one.where
+    ]
     costs = {line: tables.cost_cells(first.levels[line.label].costs) if line.label in first.levels
              else dict.fromkeys(COSTS.values(), "") for line in matrix}  # fmt: skip
     there = {
@@ -116,7 +149,7 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
             for name, value in there.items()
             if value
         },
-        remarks=list(dict.fromkeys([*remarks, *(remark for one in found for remark in one.remarks)])),
+        remarks=list(dict.fromkeys([*remarks, *deviating, *(said for one in found for said in one.remarks)])),
         questions=_QUESTIONS[: 3 + any(v.directory.state for v in first.verdicts)],
         answer=first,
         all_answers=found,
@@ -127,6 +160,9 @@ def _page(all_paths: Sequence[Layout], lines: Sequence[Line], found: Sequence[An
         costs=[name for name in COSTS.values() if any(of[name] for of in costs.values())],
         line_costs=costs,
         charts=charts,
+        spent=tables.spent(lines, first),
+        predicts=sentence(agreed := agreements(lines)),
+        agreements=rows(agreed, "part of the budget" if any(line.spends for line in lines) else "epochs"),
         curves=[one for one in curves if one.legend],
         scores=tables.score_table(scored),
         # Where evaluations differ, all values.

@@ -107,7 +107,7 @@ def paper_tables(lines: Sequence[Line], answers: Sequence[Answer]) -> dict[str, 
     found, matrix = {}, tables.matrix(lines, answers)
     if matrix:
         rows = [[tex(line.label), *map(_cell, cells)] for line, cells in matrix.items()]
-        titles = ["method", *(tex(one.measure.short) for one in answers)]
+        titles = ["method", *(tex(one.short) for one in answers)]
         body = _tabular("tabular", "l" + "r" * len(answers), titles, rows)
         note = f"{tex(answers[0].epochs)}. " if answers[0].epochs else ""
         fitting = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
@@ -116,7 +116,7 @@ def paper_tables(lines: Sequence[Line], answers: Sequence[Answer]) -> dict[str, 
             f"{fitting}\n{body}}}\n\\end{{table}}\n"
         )
     rows = [
-        [tex(one.measure.short), tex(c.first.label), tex(c.second.label),
+        [tex(one.short), tex(c.first.label), tex(c.second.label),
          "" if c.value is None else f"${c.value:+.2f}$",
          f"$[{c.shown.low:+.2f}, {c.shown.high:+.2f}]$" if c.shown else "--", str(c.seeds),
          tex(STATES[c.state]) + _MARKS[c.state]]

@@ -22,8 +22,9 @@ from typing_extensions import TypedDict
 
 from common.formats import ProbeResult, Result, parsed, read_json, read_log, read_yaml
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT, epochs_of
+from pipeline.plan.budget import epochs_at
 from pipeline.plan.layout import BASELINES, CONTROLS, OWN, Layout, RunId, parse_eval_name
-from pipeline.plan.records import Record, made_alike, read_all_records
+from pipeline.plan.records import Record, Spends, made_alike, read_all_records, read_spends
 from pipeline.plan.segments import MAKING
 from pipeline.report.statistics import Interval, draw_images, images_of, interval
 
@@ -248,6 +249,7 @@ class Line:
     coverage_ratio: float | None = None
     home: str = ""  # the directory, where those of several are told apart
     end: int = 0  # epochs of the whole pretraining, as its call said; 0: that is not known
+    spends: Spends | None = None  # the budget of its call, where it had one
     style: tuple[int, int] = (0, 0)  # number of the family, from 0, and of the source; -1: a baseline
     scored: list[Evaluation] = field(default_factory=list)  # by any measure
     # Folders; an evaluation may have outlived its pretraining, or not have begun.
@@ -269,6 +271,24 @@ class Line:
         """Where it was scored, ascending."""
         known = (e for e in self.scored if e.measure is measure and e.score is not None)
         return sorted({e.epochs for e in known})
+
+    def epochs_at(self, point: int) -> int:
+        """Its epochs after so many parts of its budget; without one, a part is an epoch."""
+        return epochs_at(self.exact_end, point, self.spends["parts"]) if self.spends else point
+
+    @property
+    def exact_end(self) -> float:
+        """Epochs of the whole pretraining; a budget ends within the last one."""
+        return self.spends["methods"][self.method]["end"] if self.spends else self.end
+
+    def points(self, measure: Measure) -> set[int]:
+        """The parts of its budget after which it was scored."""
+        there = set(self.epochs(measure))
+        return (
+            {p for p in range(self.spends["parts"] + 1) if self.epochs_at(p) in there}
+            if self.spends
+            else there
+        )
 
     def level(self, epochs: int, measure: Measure) -> Level:
         """Its scores after `epochs`, where it has some; a baseline's are the same after any."""
@@ -292,13 +312,14 @@ class Line:
 def compared_epochs(lines: Sequence[Line], measure: Measure = FINETUNING) -> dict[str, int]:
     """Label -> the epochs after which each line is compared with the others; empty if it cannot be.
 
-    Its own end where all have reached theirs, else the last that all methods have in common.
+    Its own end where all have reached theirs, else the last that all methods have in common: after
+    equal epochs, or equal shares of their budgets.
     """
     trained = [line for line in lines if not line.is_baseline]
     ends = {line.label: line.end for line in trained if line.end in line.epochs(measure)}
     if len(ends) < len(trained):
-        common = set.intersection(*(set(line.epochs(measure)) for line in trained))
-        ends = {line.label: max(common) for line in trained if common}
+        common = set.intersection(*(line.points(measure) for line in trained))
+        ends = {line.label: line.epochs_at(max(common)) for line in trained if common}
     return {line.label: 0 for line in lines if line.is_baseline} | ends if ends else {}
 
 
@@ -323,33 +344,41 @@ def make_lines(all_paths: Sequence[Layout], dataset: str = "") -> list[Line]:
     lines: dict[str, Line] = {}
 
     def line_of(
-        run: RunId, home: str, end: int, *, is_untrained: bool = False, is_reference: bool = False
+        run: RunId,
+        home: str,
+        end: int,
+        spends: Spends | None,
+        *,
+        is_untrained: bool = False,
+        is_reference: bool = False,
     ) -> Line:
         suffix = f" ({home})" if home else ""
         label, family = (r.label + suffix for r in (run, replace(run, segments_from=OWN)))
         # Ratios and controls change nothing of the model before the first epoch.
         label = f"untrained {run.method}{suffix}" if is_untrained else label
+        spends = spends if spends and run.method in spends["methods"] and not is_untrained else None
+        end = math.ceil(spends["methods"][run.method]["end"]) if spends else end
         if is_reference and run.method not in BASELINES:  # whatever its name, it has no ratio
             label = family = f"{run.method}{suffix}"
         source = OWN if is_untrained else run.segments_from
         line = Line(
-            label=label, family=family, method=run.method, source=source, home=home, end=end,
+            label=label, family=family, method=run.method, source=source, home=home, end=end, spends=spends,
             coverage_ratio=run.coverage_ratio, is_untrained=is_untrained,
             is_reference=is_reference,
         )  # fmt: skip
         return lines.setdefault(label, line)
 
     for paths, name in zip(all_paths, names_of(all_paths), strict=True):
-        home, end = name if apart else "", planned_epochs(paths)
+        home, end, spends = name if apart else "", planned_epochs(paths), read_spends(paths)
         for one in _scored(paths, dataset):
             is_untrained = one.epochs == 0 and not one.is_reference
             told = {"is_untrained": is_untrained, "is_reference": one.is_reference}
-            line_of(one.run, home, end, **told).scored.append(one)
+            line_of(one.run, home, end, spends, **told).scored.append(one)
         records = read_all_records(paths)
         for folder in sorted(paths.pretrain_output.glob("*/")):
             with contextlib.suppress(ValueError):  # not a run's name
                 run = RunId.parse(folder.name)
-                line_of(as_recorded(run, records), home, end).pretrainings.append(folder)
+                line_of(as_recorded(run, records), home, end, spends).pretrainings.append(folder)
     rank = method_rank(all_paths)
     families = list(dict.fromkeys(line.family for line in lines.values() if not line.is_baseline))
 

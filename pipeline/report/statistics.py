@@ -67,7 +67,7 @@ def interval(
         shared = float(off_diagonal) / (seeds * (seeds - 1)) if seeds > 1 else covariance[0, 0]
     if max(between, shared) < LEAST_VARIANCE:
         return None
-    error = _Error(max(between, 1e-18) ** 0.5, max(1, seeds - 1), max(0.0, shared) ** 0.5)
+    error = Error(max(between, 1e-18) ** 0.5, max(1, seeds - 1), max(0.0, shared) ** 0.5)
     half = error.exceeded_by((1 - CONFIDENCE) / 2 / among)
     return Interval(
         value=value, low=value - half, high=value + half, of_images=drawn is not None,
@@ -77,7 +77,7 @@ def interval(
 
 
 @dataclass(frozen=True)
-class _Error:
+class Error:
     """Of an estimate: deviation x Student's t of `freedom` + common x a normal variable."""
 
     deviation: float

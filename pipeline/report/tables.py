@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from common.console import aligned
+from pipeline.plan.budget import in_words
 from pipeline.plan.layout import Layout, ratio_text
 from pipeline.plan.records import read_all_records
 from pipeline.report import scores
@@ -21,7 +22,7 @@ SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")
 # score (of one seed), mean (over seeds) or difference (to `against`); low and high are the interval.
 COLUMNS = {
     "method": "", "coverage_ratio": "", "segments_from": "", "seed": "", "eval_seed": "",
-    "epochs": "", "measure": "", "row": "", "score": ".4f", "low": ".4f", "high": ".4f",
+    "epochs": "", "measure": "", "row": "", "plan": "", "score": ".4f", "low": ".4f", "high": ".4f",
     "against": "", "seeds": "", "p_value": ".4g", "detectable": ".4f", "verdict": "", "why_not": "",
     **dict.fromkeys(SCORES, ".4f"), "minutes": ".2f", "device_hours": ".4f", "train_flops": ".6g",
     "device_hours_with_segments": ".4f", "directory": "",
@@ -69,6 +70,7 @@ def results_csv(lines: Sequence[Line], answers: Sequence[Answer]) -> str:
     for found in answers:
         for c in found.comparisons:
             known = {"against": c.second.label, "verdict": c.state, "why_not": c.why_not or None}
+            known["plan"] = c.plan or None
             if c.shown:
                 known |= {"low": c.shown.low, "high": c.shown.high, "p_value": c.p_value}
                 known |= {"detectable": c.shown.detectable}
@@ -79,7 +81,7 @@ def results_csv(lines: Sequence[Line], answers: Sequence[Answer]) -> str:
 
 def terminal_table(lines: Sequence[Line], answers: Sequence[Answer]) -> str:
     """Means over seeds, a line for each checkpoint, with the cost where it fits; then differences."""
-    measures = [found.measure for found in answers]
+    measures = list(dict.fromkeys(found.measure for found in answers))
     rows = [["method", "epochs", "seeds", *(m.short for m in measures), *COSTS.values()]]
     for line in lines:
         for at in sorted({epochs for measure in measures for epochs in line.epochs(measure)}):
@@ -94,7 +96,7 @@ def terminal_table(lines: Sequence[Line], answers: Sequence[Answer]) -> str:
     first, *others = [found for found in answers if found.comparisons] or [Answer([])]
     compared = [
         {"method": c.first.label, "against": c.second.label, **_difference_cells(c),
-         **{o.measure.short: _in_short(o, c) for o in others}}
+         **{o.short: _in_short(o, c) for o in others}}
         for c in first.comparisons
     ]  # fmt: skip
     if compared:
@@ -130,7 +132,7 @@ def _in_short(answer: Answer, c: Comparison) -> str:
 def differences(answers: Sequence[Answer]) -> list[dict[str, str]]:
     """A row for each comparison, as text."""
     return [
-        {"measure": found.measure.short, "method": c.first.label, "against": c.second.label,
+        {"measure": found.short, "method": c.first.label, "against": c.second.label,
          **_difference_cells(c), "seeds": str(c.seeds),
          "detectable": f"{c.shown.detectable:.2f}" if c.shown else ""}
         for found in answers for c in found.comparisons
@@ -141,7 +143,7 @@ def _difference_cells(c: Comparison) -> dict[str, str]:
     return {
         "difference": "" if c.value is None else f"{c.value:+.2f}",
         "corrected interval": f"{c.shown.low:+.2f} to {c.shown.high:+.2f}" if c.shown else "",
-        "verdict": STATES[c.state] + (f": {c.why_not}" if c.why_not else ""),
+        "verdict": STATES[c.state] + (f": {c.why_not}" if c.why_not else "") + (c.plan and f", {c.plan}"),
     }
 
 
@@ -195,6 +197,33 @@ def cost_cells(costs: Mapping[str, float | None]) -> dict[str, str]:
         form = ".2e" if name == "train_flops" else ".3g" if (value or 0) < 1000 else ".0f"
         cells[COSTS[name]] = "" if value is None else f"{value:{form}}"
     return cells
+
+
+def spent(lines: Sequence[Line], answer: Answer) -> dict[str, Any]:
+    """What each line with a budget has spent where it is compared: caption and table; empty without."""
+    bound = [line for line in lines if line.spends and line.label in answer.levels]
+    rows, reference = [], next((line for line in bound if _is_reference(line)), next(iter(bound), None))
+    for line in bound:
+        assert line.spends is not None and reference is not None
+        costs, whole = answer.levels[line.label].costs, answer.levels[reference.label].costs["train_flops"]
+        of_step, flops = line.spends["methods"][line.method]["flops_per_step"], costs["train_flops"]
+        steps, off = (f"{flops / of_step:.0f}", flops - (whole or math.nan)) if flops else ("", math.nan)
+        rows.append({
+            "method": line.label, "epochs": f"{min(answer.ends[line.label], line.exact_end):.4g}",
+            "optimizer steps": steps,
+            f"own steps more than {reference.label}": "" if math.isnan(off) else f"{off / of_step:+.2f}",
+            **cost_cells(costs),
+        })  # fmt: skip
+    if reference is None or reference.spends is None:
+        return {}
+    asked = in_words(reference.spends["asked"], counts_segments=reference.spends["count_segments"])
+    caption = f"Budget: {asked}. More: in optimizer steps of its own; within 1, FLOPs cannot be more equal."
+    return {"caption": caption, "table": Table(rows)}
+
+
+def _is_reference(line: Line) -> bool:
+    """Whether the budget is told in its epochs."""
+    return line.spends is not None and line.spends["asked"].startswith(f"flops={line.method}@")
 
 
 def class_tables(lines: Sequence[Line]) -> dict[str, Any]:

@@ -61,3 +61,13 @@ def test_without_warmup_it_starts_at_the_peak():
 
 def test_every_step_and_process_has_its_own_seed():
     assert len({derived_seeds(0, 2, step, rank)[0] for step in range(50) for rank in range(4)}) == 200
+
+
+def test_an_end_within_an_epoch_takes_whole_steps_of_it_the_nearest_and_at_least_one():
+    steps = {end: [plan_of(end=end).steps_in(epoch) for epoch in range(3)] for end in (2.7, 2.9, 3, 2.01)}
+    assert steps == {2.7: [3, 3, 2], 2.9: [3, 3, 3], 3: [3, 3, 3], 2.01: [3, 3, 1]}
+    plan = plan_of(end=2.7)
+    assert plan.epochs_until(3) == 2 + 2 / 3
+    assert len(list(plan.micro_batches(0, (0, 0), 3))) == 2 * (3 + 3 + 2)
+    whole = list(plan_of().micro_batches(0, (0, 0), 3))
+    assert list(plan.micro_batches(0, (0, 0), 3)) == whole[:16], "until there it is the longer run's"

@@ -7,9 +7,8 @@ import yaml
 from PIL import Image
 
 from mae.cli import main
-from mae.config import make_method
+from mae.config import make_method, training_flops
 from mae.masking import METHODS
-from mae.model import training_flops
 from mae.weights import load_checkpoint
 from tests.mae.conftest import SMALL_RUN, assert_same_weights, make_config, read_epochs
 

@@ -1,5 +1,6 @@
 """Rounds, kills, restarts, accumulation and processes change nothing."""
 
+import math
 import os
 import shutil
 import signal
@@ -61,6 +62,26 @@ def test_rounds_give_the_weights_and_log_of_one_run(whole, in1k_dir, tmp_path, p
     assert_same_weights(tmp_path / "checkpoint-4.pth", whole / "checkpoint-4.pth")
     assert processes.run(config) == [0]  # a finished round has nothing to do
     assert read_epochs(tmp_path) == read_epochs(whole)
+
+
+def test_a_run_that_ends_within_an_epoch_has_its_whole_schedule_and_is_the_same_after_a_stop(
+    in1k_dir, tmp_path, processes
+):
+    """Two epochs, of 3 steps and 2: what a budget of 1.67 epochs is."""
+    short = {"epochs": 2, "last_epoch": 0.6, "warmup_fraction": 0.0, **SPLIT}
+    config = make_config(in1k_dir, tmp_path / "whole", **short)
+    assert pretrain(config)
+    first, last = read_epochs(tmp_path / "whole")
+    assert last["train_flops"] == first["train_flops"] * (1 + 2 / 3)
+    peak = config.optimisation.learning_rate
+    assert first["train_lr"] == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * 2 / 5)))
+    assert last["train_lr"] == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * 4 / 5)))
+    stopped = make_config(in1k_dir, tmp_path / "stopped", **short)
+    # It comes with the last step of the first epoch, and is seen with the next: one is left.
+    assert processes.run(stopped, sabotage=partial(_signal_before_step, 3, signal.SIGTERM, (0,))) == [75]
+    assert processes.run(stopped) == [0]
+    assert read_epochs(tmp_path / "stopped") == [first, last]
+    assert_same_weights(*(tmp_path / name / "checkpoint-2.pth" for name in ("whole", "stopped")))
 
 
 def test_the_model_as_it_starts_is_saved_whenever_it_is_asked_for(whole, in1k_dir, tmp_path, processes):

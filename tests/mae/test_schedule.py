@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae.check import plan_batches
-from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method
-from mae.model import MaskedAutoencoder, training_flops
+from mae.config import MethodConfig, ModelConfig, OptimisationConfig, make_method, training_flops
+from mae.model import MaskedAutoencoder
 from mae.pretrain import make_optimizer
 from tests.mae.conftest import make_config
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.launch import estimate
-from pipeline.launch.estimate import step_seconds, wall_seconds
+from pipeline.launch.estimate import step_seconds, timings, wall_seconds
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import Step, make_plan
@@ -28,6 +28,10 @@ COST = {
 }  # fmt: skip
 
 
+def seconds_of(steps: list[Step]) -> dict[str, float]:
+    return step_seconds(steps, timings(steps))
+
+
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The steps that were timed, of a plan whose parts answer at once."""
@@ -43,7 +47,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_costs_are_set_up_epochs_and_evaluations(settings: Make, timed: list[str]) -> None:
     steps = make_plan(settings("--pretrain-epochs 4 --eval-epochs 1,4"))
-    assert step_seconds(steps) == {
+    assert seconds_of(steps) == {
         "pretrain_four_channels_1": 5 + 10,
         "evaluate_four_channels_1": 1 + 6 * 2 + 3 * 30,
         "pretrain_four_channels_4": 5 + 3 * 10,
@@ -56,7 +60,7 @@ def test_a_probe_looks_once_at_the_training_images_and_at_the_others(
 ) -> None:
     steps = make_plan(settings("--pretrain-epochs 4 --eval-freq 4 --probe-freq 2"))
     steps = [replace(step, facts=ScoringFacts(train=40, val=10)) for step in steps]
-    found = step_seconds(steps)
+    found = seconds_of(steps)
     assert found["probe_four_channels_2"] == found["probe_four_channels_4"] == 1 + (1 + 4) * 30
 
 
@@ -106,7 +110,7 @@ def test_the_price_is_what_the_generator_itself_says_and_nothing_is_written(
 
 def test_each_method_is_timed_once(settings: Make, timed: list[str]) -> None:
     call = "--mask-method patches,segments --seed 0,1 --pretrain-epochs 2"
-    step_seconds(make_plan(settings(call)))
+    seconds_of(make_plan(settings(call)))
     assert timed == ["pretrain_patches_2", "evaluate_patches_2", "pretrain_segments_2"]
 
 

@@ -1,5 +1,7 @@
 """Whole command lines that cannot be meant."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.wrong.world import Case, benchmark_words, check, pretrain_words, train_words
@@ -14,6 +16,14 @@ def plugin(text):
 
 def yaml_file(text):
     return lambda world: (world / "own.yml").write_text(text)
+
+
+def plan_of(text):
+    def prepare(world):
+        (world / "new").mkdir()
+        (world / "new/preregistration.yml").write_text(text)
+
+    return prepare
 
 
 BARE = [
@@ -42,6 +52,20 @@ BARE = [
     Case("an option without its value", "mae pretrain --epochs", "requires an argument"),
     Case("a digest of nothing", "segmenter prepare ade20k {w}/x --digest abc", "give md5:"),
     Case("a model without a file", "mae fetch --model vit_tiny --out {w}/x.pth", "choose one of"),
+    *[Case(f"an effect of {text}", f"benchmark power --effect={text}", says)
+      for text, says in (("0", "above 0"), ("nan", "above 0"), ("-1", "above 0"), ("1e9", "at most 100"),
+                         ("big", "not a valid float"))],
+    Case("power without an effect", "benchmark power", "Missing option '--effect'"),
+    Case("power of images", "benchmark power {w}/photos --effect 1", "not the output directory"),
+    Case("power of a pretraining alone", "benchmark power {w}/pre --effect 1", "not the output directory"),
+    Case("lines of no pilot", "benchmark power --effect 1 --primary a-b", "give its FOLDER, too"),
+    *[Case(f"a plan of {text[:9]!r}", [*benchmark_words(Path("{w}")), "--dry-run"],
+           ("preregistration.yml", says), prepare=plan_of(text))
+      for text, says in (("", "is damaged"), ("written: now\ndigest: 0\n", "Field required"),
+                         ("a: [\ndigest: 0\n", "is not YAML"), ("- 1\ndigest: 0\n", "is damaged"))],
+    Case("a question about no line", ["benchmark", "freeze", *benchmark_words(Path("{w}"))[1:],
+         "--primary", "patches-green_patches"], "give A-B, two different of scratch, four_channels"),
+    Case("freeze without its question", "benchmark freeze --in1k-dir {w}/in1k", "Missing option '--primary'"),
     Case("a seed below 0", "benchmark sample {w}/s --seed -1", "-1 is not in the range"),
     *[Case(f"shard {text}", "segments generate felzenszwalb --images {w}/photos --out "
            f"{{w}}/o.sqlite --shard={text}", "write it as 0/4")
@@ -91,6 +115,17 @@ PLAN = [
       for text in ("output_dir=/tmp/x", "seed=1")],
     *[(f"--pretrain {text}", ["--pretrain", text], "base-lr")
       for text in ("base_lr=nan", "base_lr=[1]")],
+    *[(f"a budget of {text}", ["--budget", text], says) for text, says in (
+        ("lots", "give flops=METHOD@EPOCHS, gpu-hours=N or epochs=N"),
+        ("flops=patches", "give flops=METHOD@EPOCHS"), ("flops=patches@0", "give 1 to 100000 epochs"),
+        ("flops=nothing@2", "choose a method of patches"), ("gpu-hours=0", "give hours above 0"),
+        ("gpu-hours=-2", "give flops=METHOD@EPOCHS"), ("epochs=9999999", "give 1 to 100000 epochs"),
+        ("flops=patches@1e3", "give flops=METHOD@EPOCHS"), ("epochs=٣", "give flops=METHOD@EPOCHS"))],
+    ("a budget beside epochs", ["--budget", "epochs=3"], "--pretrain-epochs 2 contradicts --budget epochs=3"),
+    ("segments in FLOPs", ["--budget", "flops=patches@2", "--count-segments"], "their FLOPs are not known"),
+    ("hours of segments that are there", ["--budget", "gpu-hours=1", "--count-segments", "--pretrain-epochs",
+     "50"], "nobody knows what the segments cost"),
+    ("a last epoch of one's own", ["--pretrain", "last_epoch=0.5"], "contradict the plan; use --budget"),
     ("no processes", ["--num-processes", "0"], "--num-processes is '0'; it should be greater"),
     ("a stack without a file", ["--stack"], "vit_speck has no official checkpoint"),
     ("mae without a file", ["--eval", "mae"], "vit_speck has no official checkpoint"),
