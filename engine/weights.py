@@ -48,6 +48,17 @@ HF_NAMES = {
     r"(blocks\.\d+)\.output\.dense\.": r"\1.mlp.fc2.",
     r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
 }
+# The same of mmsegmentation's MAE backbone.
+MMSEG_PROJECTION = "patch_embed.projection.weight"
+MMSEG_NAMES = {
+    r"^patch_embed\.projection\.": "patch_embed.proj.",
+    r"^layers\.": "blocks.",
+    r"^norm1\.": "norm.",
+    r"\.ln(\d)\.": r".norm\1.",
+    r"\.gamma_(\d)$": r".ls\1.gamma",
+    r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.",
+    r"\.ffn\.layers\.1\.": ".mlp.fc2.",
+}
 # Of trainings of DINO and its successors, whose blocks may come in chunks.
 OTHER_NAMES = {r"^register_tokens$": REGISTERS, r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."}
 # What a block's LayerScale multiplies: its two last layers.
@@ -83,8 +94,9 @@ def read_vit_weights(path: Path, *, ignored: tuple[str, ...] = (), lazily: bool 
     weights = {str(name): weight for name, weight in stored.items() if isinstance(weight, Tensor)}
     prefix = _prefix(weights, path)
     inside = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-    names = {**(HF_NAMES if HF_PROJECTION in inside else {}), **OTHER_NAMES}
-    named = {_renamed(name, names): weight for name, weight in inside.items()}
+    libraries = {HF_PROJECTION: HF_NAMES, MMSEG_PROJECTION: MMSEG_NAMES}
+    own = next((names for projection, names in libraries.items() if projection in inside), {})
+    named = {renamed_by(name, {**own, **OTHER_NAMES}): weight for name, weight in inside.items()}
     if PROJECTION not in named:
         found = ", ".join(map(shortened, sorted(map(str, stored))[:MOST_NAMED])) or "nothing"
         keys = f" under {'.'.join(tried)}" if tried else ""
@@ -128,7 +140,7 @@ def _prefix(weights: Mapping[str, Tensor], path: Path) -> str:
     found = sorted(
         name.removesuffix(end)
         for name in weights
-        for end in (PROJECTION, HF_PROJECTION)
+        for end in (PROJECTION, HF_PROJECTION, MMSEG_PROJECTION)
         if name == end or name.endswith(f".{end}")
     )
     if len(found) > 1:  # a student and its teacher, say: which is meant only the user knows
@@ -137,7 +149,8 @@ def _prefix(weights: Mapping[str, Tensor], path: Path) -> str:
     return found[0] if found else ""
 
 
-def _renamed(name: str, names: Mapping[str, str]) -> str:
+def renamed_by(name: str, names: Mapping[str, str]) -> str:
+    """A weight's name, each pattern replaced in turn."""
     for pattern, own in names.items():
         name = re.sub(pattern, own, name)
     return name

@@ -5,7 +5,6 @@ those of mmsegmentation's UPerNet on MAE.
 """
 
 import dataclasses
-import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -24,7 +23,7 @@ from engine.checkpoint import (
     read_with_stand_ins,
     refuse_damaged,
 )
-from engine.weights import describe_vit
+from engine.weights import MMSEG_NAMES, describe_vit, renamed_by
 from segmenter.config import ProtocolConfig, recipe_values
 from segmenter.dataset import DESCRIPTIONS, Classes, read_classes, read_description
 from segmenter.model import Segmenter, SegmenterShape
@@ -35,18 +34,7 @@ RELEASE_NORM_EPS = 1e-5  # of its layer norms; MAE's is 1e-6
 RELEASE_IGNORED = ("encoder.head.", "encoder.head_dist.", "encoder.pre_logits.")
 RELEASE_NORMALIZATION = {"vit": "half", "deit": "imagenet"}
 
-# What tells a checkpoint of mmsegmentation's UPerNet, and its names by ours.
-MMSEG_CLASSIFIER = "decode_head.conv_seg.weight"
-MMSEG_NAMES = {
-    r"^(neck|decode_head|auxiliary_head)\.": r"decoder.\1.",
-    r"^backbone\.layers\.": "encoder.blocks.",
-    r"^backbone\.": "encoder.",
-    r"\.patch_embed\.projection\.": ".patch_embed.proj.",
-    r"\.ln(\d)\.": r".norm\1.",
-    r"\.gamma_(\d)$": r".ls\1.gamma",
-    r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.",
-    r"\.ffn\.layers\.1\.": ".mlp.fc2.",
-}
+MMSEG_CLASSIFIER = "decode_head.conv_seg.weight"  # tells a checkpoint of mmsegmentation's UPerNet
 MMSEG_IGNORED = "relative_position_index"  # follows from the grid
 
 # What looking for something in a file of another kind, or with other values, may raise.
@@ -175,9 +163,8 @@ def _load_mmseg(stored: dict[str, Tensor], meta: dict[str, Any], path: Path) -> 
 
 def our_name(name: str) -> str:
     """The name here of a weight of mmsegmentation's UPerNet."""
-    for pattern, own in MMSEG_NAMES.items():
-        name = re.sub(pattern, own, name)
-    return name
+    part, _, rest = name.partition(".")
+    return f"encoder.{renamed_by(rest, MMSEG_NAMES)}" if part == "backbone" else f"decoder.{name}"
 
 
 def _mmseg_classes(meta: dict[str, Any], num_classes: int) -> tuple[Classes, bool]:

@@ -13,6 +13,7 @@ from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTModel
 
 from common.areas import draw_images
 from engine.vit import IMAGE_MEAN, IMAGE_STD, VISIBLE, VIT_SIZES, VitSize
+from engine.weights import read_vit_weights
 from mae.config import METHODS, ModelConfig
 from mae.export import export_folder
 from mae.weights import load_encoder
@@ -307,3 +308,12 @@ def test_the_command_prints_what_loads_the_folder(tmp_path):
     assert done.exit_code == 0 and f'timm.create_model("local-dir:{tmp_path / "out"}"' in done.output
     refused = CliRunner().invoke(cli, [*words, "--push", "me/segmae"])
     assert "--push and --license are about a folder: say for which library by --to" in str(refused.exception)
+
+
+def test_what_is_exported_for_mmseg_is_read_as_an_encoder_again(tmp_path):
+    _, checkpoint = saved("patches", tmp_path)
+    export_folder(checkpoint, "mmseg", tmp_path / "out")
+    found = read_vit_weights(tmp_path / "out/backbone.pth")
+    expected = load_encoder(checkpoint).state_dict()
+    assert found.keys() <= expected.keys() and "blocks.0.attn.qkv.bias" in found
+    assert all(torch.allclose(weight, expected[name], atol=1e-6) for name, weight in found.items())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 
 from engine.vit import IMAGE_MEAN, IMAGE_STD
-from engine.weights import HF_NAMES, _renamed, read_vit_weights
+from engine.weights import HF_NAMES, read_vit_weights, renamed_by
 from segmenter.config import EncoderConfig
 from segmenter.encoder import IGNORED, Encoder, read_encoder, start_encoder
 from tests.segmenter.boxes import train_arguments
@@ -275,7 +275,7 @@ def test_one_vit_by_file_timm_folder_and_hf_folder_scores_alike(plain, dataset, 
         parts = weight.chunk(3) if ".qkv." in name else [weight]
         names = [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else [name]
         weights |= dict(zip(names, parts, strict=True))
-    own = {_renamed(name, HF_NAMES): name for name in of_hf.state_dict()}
+    own = {renamed_by(name, HF_NAMES): name for name in of_hf.state_dict()}
     of_hf.load_state_dict({own[name]: weight for name, weight in weights.items()})
     of_hf.save_pretrained(tmp_path / "hf")
     about = {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD, "resample": 2}
