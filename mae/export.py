@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL.Image import Resampling
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
@@ -132,7 +133,8 @@ def _save_transformers(folder: Path, weights: Mapping[str, Tensor], about: Mappi
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
     size = {"height": about["image_size"], "width": about["image_size"]}
     processor = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": size, "do_rescale": True,
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": size,
+        "resample": Resampling.BILINEAR, "do_rescale": True,
         "do_normalize": True, "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD,
     }  # fmt: skip
     for name, settings in (("config.json", about), ("preprocessor_config.json", processor)):

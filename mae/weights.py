@@ -152,7 +152,8 @@ def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         values |= {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
     # timm's own ViTs are for another mean and deviation; its transforms take them from here.
     pixels = {"input_size": (IMAGE_CHANNELS, *[config.image_size] * 2)}
-    overlay = {**pixels, "mean": IMAGE_MEAN, "std": IMAGE_STD}
+    # As our own scoring scales images; timm's default is bicubic.
+    overlay = {**pixels, "mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bilinear"}
     assert name is not None
     return name, {**values, "num_classes": 0, "pretrained_cfg_overlay": overlay}
 

@@ -231,9 +231,10 @@ def _timm_model(
 def _load_hf(source: str, drop_path: float) -> tuple[str, dict[str, Any], Any, dict[str, Any]]:
     from transformers import AutoConfig, AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
+    set_verbosity_error()  # of a pooler that it lacks, and that is not used
     config = AutoConfig.from_pretrained(source)
     if config.model_type == "timm_wrapper":
         raise ValueError("it is timm's; give timm:FOLDER, or timm:NAME")
