@@ -169,16 +169,20 @@ def test_peak_and_end_are_counted_by_the_sizes_that_the_parts_give(
     assert f"GiB in the end (--keep {keep})" in disk_text(steps, chosen)
 
 
-def test_the_recommended_run_leaves_less_than_60_gb(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("gpus_per_eval", "peak"), [(1, 105), (4, 50)])
+def test_the_recommended_run_leaves_less_than_60_gb(
+    data: Path, tmp_path: Path, gpus_per_eval: int, peak: int
+) -> None:
     given = yaml.safe_load((REPO_ROOT / "configs/imagenet.yml").read_text())
     told = {"in1k_dir": data / "in1k", "eval_dataset": data / "dataset.yml", "output_dir": tmp_path / "out"}
-    groups = make_all(GROUPS, [Layer({**given, **told, "num_gpus": 8})])
+    groups = make_all(GROUPS, [Layer({**given, **told, "num_gpus": 8, "gpus_per_eval": gpus_per_eval})])
     groups["compute"] = groups["compute"].resolved(groups["cluster"], 8)
     settings = Settings(**groups)
     one = ModelConfig(model="vit_large").checkpoint_bytes
     steps = sized(make_plan(settings), pretrain=(one, one // 3), evaluate=(one, one // 3))
     assert 3.9e9 < one < 4.1e9
     assert disk_bytes(steps, settings.parts.keep).end < 60e9
+    assert disk_bytes(steps, settings.parts.keep).peak / 1e9 == pytest.approx(peak, abs=0.5)
     assert disk_bytes(steps, "all").end > 800e9
     before = sum({"pretrain": one, "evaluate": 2 * one}.get(step.kind, 0) for step in steps)
     assert before > 1.4e12
