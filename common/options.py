@@ -356,8 +356,10 @@ def load_plugin(path: Path) -> None:
     # Known before it runs, as any module is: pickle finds its classes by this name.
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
+        # Compiled here: importing would leave a __pycache__ beside the user's file, also of one that fails.
+        code = compile(path.read_bytes(), str(path), "exec")
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be for a program to read
-            spec.loader.exec_module(module)
+            exec(code, vars(module))
     # It is the user's code: whatever it raises, the user can mend; an exit would look like success.
     except (Exception, SystemExit) as error:
         del sys.modules[name]

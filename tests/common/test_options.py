@@ -1,5 +1,6 @@
 """One declaration of an option gives the flag, the YAML key, the help and the error."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from common.options import (
     check_same,
     decisive_values,
     differences,
+    load_plugin,
     make,
     make_all,
     merge,
@@ -285,3 +287,13 @@ def test_too_little_gpu_memory_ends_in_one_line_that_says_what_helps(group, advi
     assert end.value.code == 1
     expected = f"Error: CUDA out of memory. Tried to allocate 2.00 GiB: {advice}\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_plugin_leaves_nothing_beside_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for name, text in (("good.py", "x = 1\n"), ("bad.py", "1 / 0\n")):
+        (tmp_path / name).write_text(text)
+    load_plugin(tmp_path / "good.py")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        load_plugin(tmp_path / "bad.py")
+    assert {path.name for path in tmp_path.iterdir()} == {"good.py", "bad.py"}
