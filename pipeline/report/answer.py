@@ -6,6 +6,7 @@ from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from common.areas import LEAST_IMAGES
 from pipeline.plan.budget import in_words
 from pipeline.plan.layout import OWN
 from pipeline.report.scores import (
@@ -17,15 +18,7 @@ from pipeline.report.scores import (
     Measure,
     compared_epochs,
 )
-from pipeline.report.statistics import (
-    CONFIDENCE,
-    LEAST_IMAGES,
-    LEAST_VARIANCE,
-    Interval,
-    holm,
-    holm_levels,
-    interval,
-)
+from pipeline.report.statistics import CONFIDENCE, LEAST_VARIANCE, Interval, holm, holm_levels, interval
 
 _ASKED = "confirmatory"  # what a frozen plan asks for
 _EQUAL_COST = 0.02  # share by which training FLOPs may differ

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from typing_extensions import TypedDict
 
+from common.areas import draw_images, images_of
 from common.formats import ProbeResult, Result, parsed, read_json, read_log, read_yaml
 from common.step_files import AREAS, LOG, PROBE_AREAS, RESULT, epochs_of
 from pipeline.plan.budget import epochs_at
 from pipeline.plan.layout import BASELINES, CONTROLS, OWN, Layout, RunId, parse_eval_name
 from pipeline.plan.records import Record, Spends, made_alike, read_all_records, read_spends
 from pipeline.plan.segments import MAKING
-from pipeline.report.statistics import Interval, draw_images, images_of, interval
+from pipeline.report.statistics import Interval, interval
 
 # Of pretraining: columns of results.csv, and how they are called for people.
 COSTS = {

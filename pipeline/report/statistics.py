@@ -16,13 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special
 
-from common.areas import DRAWS, LEAST_IMAGES, draw_images, images_of, mean_iou, read_areas
-
-__all__ = [
-    "CONFIDENCE", "DRAWS", "LEAST_IMAGES", "Interval", "draw_images", "holm", "images_of", "interval",
-    "mean_iou", "read_areas",
-]  # fmt: skip
-
 CONFIDENCE, POWER = 0.95, 0.80
 LEAST_VARIANCE = 1e-12  # of scores in percent; what is below is rounding
 _GRID = 200  # points of a normal distribution, of equal probability

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from common.areas import mean_iou, read_areas
 from common.step_files import AREAS, LOG, RESULT
 from pipeline.plan.layout import Layout, RunId
 from pipeline.report.answer import Answer, answer, answers
@@ -29,7 +30,7 @@ from pipeline.report.scores import (
     make_lines,
     read_evaluations,
 )
-from pipeline.report.statistics import interval, mean_iou, read_areas
+from pipeline.report.statistics import interval
 from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT
 from tests.pipeline.test_report import text_of

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from scipy.stats import rankdata
 
+from common.areas import DRAWS, draw_images
 from common.step_files import PROBE_AREAS
 from pipeline.plan.layout import Layout, dataset_of, eval_name, parse_eval_name
 from pipeline.plan.steps import make_plan
 from pipeline.report.encoders import benchmarks
 from pipeline.report.page import write_report
-from pipeline.report.statistics import DRAWS, draw_images
 
 
 def two_datasets(folder):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.report.statistics import DRAWS, draw_images, holm, holm_levels, interval, mean_iou, read_areas
+from common.areas import DRAWS, draw_images, mean_iou, read_areas
+from pipeline.report.statistics import holm, holm_levels, interval
 
 EXPERIMENTS, IMAGES, CLASSES = 500, 60, 5
 _HARDNESS = np.linspace(-0.5, 1, CLASSES)  # of the classes

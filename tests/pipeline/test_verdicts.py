@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from common.areas import DRAWS
 from pipeline.plan.layout import RunId
 from pipeline.report.answer import Answer, Comparison, answer
 from pipeline.report.scores import COSTS, FINETUNING, Evaluation, Line
-from pipeline.report.statistics import DRAWS, interval
+from pipeline.report.statistics import interval
 
 LOW = [30.0, 30.0, 30.0]
 NEARLY = [31.0, 31.5, 32.0]  # by 1.5 more, p = 0.035: a verdict alone, none as one of two
