@@ -1,11 +1,10 @@
-"""The site's pages: their commands run, and the messages they quote are those of the code."""
+"""The site's pages: what they say of the code is so, and the notebooks run."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,34 +13,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("common", "engine", "segments", "mae", "segmenter", "pipeline")
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout's configs, and the files of the page by the names in their first lines."""
-    folder = tmp_path_factory.mktemp("docs")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "benchmark.py").symlink_to(ROOT / "benchmark.py")
-    for block in blocks("docs/extend.md", "python"):
-        (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
-    (folder / "stripes.py").write_text(blocks("README.md", "python")[0])
-    return folder
-
-
-@pytest.mark.parametrize(
-    "command", [line for block in blocks("docs/extend.md", "sh") for line in block.splitlines()]
-)
-def test_what_extends_it_is_known_to_the_plan(folder: Path, command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command)[1:]], cwd=folder, capture_output=True, text=True,
-        env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "stripes" in done.stdout or "vit_nano" in command
 
 
 def test_the_messages_that_are_quoted_are_those_of_the_code() -> None:
@@ -56,6 +27,13 @@ def test_the_messages_that_are_quoted_are_those_of_the_code() -> None:
         for quoted in re.findall(r"`(.*?)`", row):
             for fragment in filter(str.strip, quoted.split("...")):
                 assert fragment.strip() in code, (row, fragment)
+
+
+def test_what_is_said_of_presets_and_datasets_is_there() -> None:
+    page = (ROOT / "docs/score.md").read_text()
+    presets = {path.stem for path in (ROOT / "segmenter/presets").glob("*.yml")}
+    assert presets == set(re.findall(r"^\| `([\w-]+)` \| ", page, re.MULTILINE)) & presets
+    assert len(list((ROOT / "segmenter/datasets").glob("*.yml"))) == 6
 
 
 @pytest.mark.slow

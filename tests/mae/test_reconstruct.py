@@ -1,7 +1,5 @@
 """Pictures of what a checkpoint reconstructs."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -89,17 +87,3 @@ def test_a_checkpoint_gives_the_model_back(checkpoint):
     model = load_model(load_checkpoint(checkpoint), checkpoint)
     assert model.config.norm_pix_loss
     assert model.method.name == "four_channels"
-
-
-def test_the_example_of_the_readme_runs(checkpoint, tmp_path, monkeypatch):
-    """Its lines as they stand there, in a folder with a checkpoint and a photograph."""
-    readme = Path(__file__).resolve().parents[2] / "mae/README.md"
-    example = readme.read_text().split("```python\n")[1].split("```")[0]
-    (tmp_path / "OUT").mkdir()
-    (tmp_path / "OUT/checkpoint-50.pth").symlink_to(checkpoint)
-    write_image(tmp_path / "photo.jpg", np.random.default_rng(0))
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(example, names)
-    assert names["tokens"].shape == (1, 1 + 4, 24)
-    assert is_a_picture(tmp_path / "picture.png")
