@@ -20,16 +20,13 @@ from segmenter.config import (
     PROBE_GROUPS,
     SCORES,
     EncoderConfig,
-    EvaluateConfig,
-    FeaturesConfig,
-    PictureConfig,
     ProbeConfig,
-    ProtocolChanges,
     ScoringConfig,
     TrainConfig,
     check_encoder,
     parse_encoder,
 )
+from segmenter.use_config import EvaluateConfig, FeaturesConfig, PictureConfig, ProtocolChanges
 
 
 class EncoderArgument(click.ParamType):

@@ -31,7 +31,7 @@ from engine.trainer import seconds_of_all, seconds_since_start
 from segmenter.check import earlier_output
 from segmenter.config import ProbeConfig
 from segmenter.data import TestImage, TrainingCrops, WholeImages, scaled_images
-from segmenter.dataset import DatasetDescription, Pair, read_classes, read_image
+from segmenter.dataset import DatasetDescription, Pair, read_classes
 from segmenter.evaluate import each_group, evaluate_model, patch_logits
 from segmenter.features import draw_some
 from segmenter.finetune import depends_on, start_model
@@ -54,6 +54,7 @@ from segmenter.frozen import (
     rankme,
     spread,
 )
+from segmenter.labels import read_image
 from segmenter.model import Segmenter
 from segmenter.stepwise import PROBES as STEPWISE
 from segmenter.stepwise import fit_by_steps

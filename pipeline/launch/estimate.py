@@ -26,7 +26,8 @@ from pipeline.plan.preregistration import read_frozen
 from pipeline.plan.records import is_done, read_all_records, read_progress, read_spends
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 
 Timed = tuple[str, Any]  # a kind of step, and the method of a pretraining
 _DISAGREE = 0.1  # of hours with FLOPs, that is told

@@ -12,7 +12,8 @@ from pipeline.launch import estimate
 from pipeline.launch.estimate import step_seconds, timings, wall_seconds
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from segmenter.check import ScoringFacts
 
 Make = Callable[..., Settings]
