@@ -30,7 +30,7 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.machine import visible_gpus
 from pipeline.plan.records import Record, is_done, write_run_files
 from pipeline.plan.settings import GROUPS, Keep, Settings
-from pipeline.plan.steps import PARTS, Step
+from pipeline.plan.step import PARTS, Step
 
 _POLL_SECONDS = 0.1
 _STOPPING = "\nStopping: waiting for the running step to save (again: end it now)\n"

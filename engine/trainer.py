@@ -335,15 +335,17 @@ def time_training(task: Task) -> None:
     # An epoch of so many steps, twice.
     run.plan = replace(whole, num_images=steps * whole.effective_batch_size, end=math.inf)
     batches, trainer = load(run, (0, 0), epochs=2), EpochTrainer(run)
-    # From the start of the process: its imports are part of every step of a plan.
-    setup_seconds = time.time() - psutil.Process().create_time()
+    setup_seconds = seconds_since_start()
     with interruption:
         for _ in range(2):
             state.begin_epoch(0)  # a schedule of one epoch has no second
             if trainer.train_one_epoch(state, batches):
                 raise RuntimeError("stopped by a signal")
     epoch_seconds = state.seconds * whole.steps_per_epoch / steps
-    evaluation_seconds = _evaluation_seconds(run) if task.evaluations else 0.0
+    evaluation_seconds = 0.0
+    if task.evaluations:
+        processes = run.accelerator.num_processes
+        evaluation_seconds = seconds_of_all(partial(task.evaluate_some, run), task.num_heldout, processes)
     told = {
         "setup_seconds": setup_seconds,
         "epoch_seconds": epoch_seconds,
@@ -356,11 +358,15 @@ def time_training(task: Task) -> None:
         say(json.dumps(told))
 
 
-def _evaluation_seconds(run: Run) -> float:
-    """Of all held-out images, by scoring some of them; the first few warm up."""
-    total, processes = run.task.num_heldout, run.accelerator.num_processes
+def seconds_since_start() -> float:
+    """Of this process: its imports are part of every step of a plan."""
+    return time.time() - psutil.Process().create_time()
+
+
+def seconds_of_all(evaluate_some: Callable[[int], None], total: int, processes: int) -> float:
+    """Of evaluating `total` images, by evaluating some of them; the first few warm up."""
     for images in (4 * processes, 16 * processes):
         began = time.monotonic()
-        run.task.evaluate_some(run, min(images, total))
+        evaluate_some(min(images, total))
         seconds = time.monotonic() - began
     return seconds * total / min(images, total)

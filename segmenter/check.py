@@ -33,7 +33,8 @@ from segmenter.config import (
     encoder_path,
     is_library,
 )
-from segmenter.dataset import TRAIN, VAL, DatasetDescription, check_split, other_names, read_description
+from segmenter.dataset import TRAIN, VAL, DatasetDescription, other_names, read_description
+from segmenter.labels import check_split
 
 MOST_CHECKED = 500  # pairs of a split before training; `prepare check` looks at all of them
 

@@ -20,16 +20,13 @@ from segmenter.config import (
     PROBE_GROUPS,
     SCORES,
     EncoderConfig,
-    EvaluateConfig,
-    FeaturesConfig,
-    PictureConfig,
     ProbeConfig,
-    ProtocolChanges,
     ScoringConfig,
     TrainConfig,
     check_encoder,
     parse_encoder,
 )
+from segmenter.use_config import EvaluateConfig, FeaturesConfig, PictureConfig, ProtocolChanges
 
 
 class EncoderArgument(click.ParamType):
@@ -86,7 +83,7 @@ def train(dry_run: str | None, **groups: Any) -> int:
 
 @command(cli, **PROBE_GROUPS)
 @click.argument("encoder", type=ENCODER, metavar="ENCODER")
-@dry_run("check")
+@dry_run("check", "time")
 def probe(encoder: Path | str, dry_run: str | None, **groups: Any) -> int:
     """Score what a frozen encoder knows: minutes instead of a finetuning's hours.
 
@@ -100,14 +97,18 @@ def probe(encoder: Path | str, dry_run: str | None, **groups: Any) -> int:
     dataset = read_description(config.run.dataset)
     check_run(config, dataset, processes=world_size())
     look_inside(config)
-    if earlier_output(config, dataset) is not None:
+    if dry_run != "time" and earlier_output(config, dataset) is not None:
         return 0
     log_to_stderr()
     check_some_labels(dataset)
-    if dry_run:
+    if dry_run == "check":
         return 0
     from segmenter.probing import probe as run_probes
+    from segmenter.probing import time_probing
 
+    if dry_run:
+        time_probing(config, dataset)
+        return 0
     return 0 if run_probes(config, dataset) else EXIT_STOPPED
 
 

@@ -19,7 +19,8 @@ from common.images import next_usable
 from engine.schedule import SAMPLE, derived_seeds
 from engine.task import MicroBatch, start_loader_process
 from segmenter.config import ProtocolConfig
-from segmenter.dataset import DatasetDescription, Pair, quiet_imports, read_image, read_labels
+from segmenter.dataset import DatasetDescription, Pair, quiet_imports
+from segmenter.labels import read_image, read_labels
 
 with quiet_imports():
     from mmcv.transforms import Compose, Pad, RandomResize

@@ -27,20 +27,14 @@ from common.images import Unreadable
 from common.interruption import Interruption
 from common.progress import Counter
 from engine.devices import make_accelerator
-from segmenter.config import EvaluateConfig, ProtocolChanges, ProtocolConfig, ScoringConfig
+from segmenter.config import ProtocolConfig, ScoringConfig
 from segmenter.data import TestImage, WholeImages, start_worker
-from segmenter.dataset import (
-    Pair,
-    check_labels,
-    check_split,
-    other_names,
-    read_classes,
-    read_description,
-    read_label_file,
-)
+from segmenter.dataset import Pair, other_names, read_classes, read_description
+from segmenter.labels import check_labels, check_split, read_label_file
 from segmenter.loading import load_segmenter
 from segmenter.metrics import Areas
 from segmenter.model import Segmenter
+from segmenter.use_config import EvaluateConfig, ProtocolChanges
 
 MOST_CHECKED = 5000  # pairs that are looked at first
 MOST_WINDOWS = 32  # in one forward pass

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from common.contact_sheet import contact_sheet, save_png
 from common.files import check_output_file, is_marked
 from common.images import Unreadable, evenly_spread
-from segmenter.config import EncoderConfig, FeaturesConfig, ProtocolConfig
+from segmenter.config import EncoderConfig, ProtocolConfig
 from segmenter.data import WholeImages, scaled_images
-from segmenter.dataset import read_image
 from segmenter.evaluate import evaluating
 from segmenter.finetune import start_model
+from segmenter.labels import read_image
 from segmenter.model import Segmenter
+from segmenter.use_config import FeaturesConfig
 
 KIND = "features"
 SHEET_IMAGES = 4

@@ -17,12 +17,13 @@ from common.files import check_output_file, check_output_folder, is_marked
 from common.images import Unreadable, evenly_spread, load_image
 from engine.config import DeviceConfig
 from engine.devices import make_accelerator
-from segmenter.config import ProtocolChanges
 from segmenter.data import WholeImages, scaled_images
-from segmenter.dataset import Classes, read_image
+from segmenter.dataset import Classes
 from segmenter.evaluate import evaluating, predict_classes
+from segmenter.labels import read_image
 from segmenter.loading import LoadedSegmenter, load_segmenter
 from segmenter.model import Segmenter
+from segmenter.use_config import ProtocolChanges
 
 # What follows an image's name in those of its pictures, and what kind of picture it is.
 KINDS = {"": "label-map", "_overlay": "overlay"}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from common.download import download, has_digest
 from common.files import beside, check_output_file, check_output_folder, path_below
-from segmenter.dataset import TEST, TRAIN, VAL, Pair, Split, check_split, is_ade20k, read_description
+from segmenter.dataset import TEST, TRAIN, VAL, Pair, Split, is_ade20k, read_description
+from segmenter.labels import check_split
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ Shapes: N tokens of an image, T kept ones of all, D features, K classes, P pixel
 """
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,17 +19,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.console import say
 from common.files import write_json
-from common.images import open_images
+from common.images import evenly_spread, open_images
 from common.interruption import Interruption
 from common.progress import Counter
 from common.step_files import FEATURES, PROBE_AREAS, RESULT
-from engine.devices import working_in
+from engine.devices import make_accelerator, working_in
 from engine.schedule import TOKENS
+from engine.trainer import seconds_of_all, seconds_since_start
 from segmenter.check import earlier_output
 from segmenter.config import ProbeConfig
 from segmenter.data import TestImage, TrainingCrops, WholeImages, scaled_images
-from segmenter.dataset import DatasetDescription, Pair, read_classes, read_image
+from segmenter.dataset import DatasetDescription, Pair, read_classes
 from segmenter.evaluate import each_group, evaluate_model, patch_logits
 from segmenter.features import draw_some
 from segmenter.finetune import depends_on, start_model
@@ -51,6 +54,7 @@ from segmenter.frozen import (
     rankme,
     spread,
 )
+from segmenter.labels import read_image
 from segmenter.model import Segmenter
 from segmenter.stepwise import PROBES as STEPWISE
 from segmenter.stepwise import fit_by_steps
@@ -88,6 +92,26 @@ def probe(config: ProbeConfig, dataset: DatasetDescription) -> bool:
             write_json(config.run.output_dir / RESULT, {"format_version": 1, **answers, **about})
         accelerator.wait_for_everyone()
         return True
+
+
+def time_probing(config: ProbeConfig, dataset: DatasetDescription) -> None:
+    """Print seconds of setting up, and of all validation images once, as JSON: --dry-run time.
+
+    Writes nothing. Fitting is not timed.
+    """
+    accelerator = make_accelerator(config.run)
+    model = start_model(config.init, config.model, config.protocol, dataset.num_classes)
+    model.to(accelerator.device)
+
+    def evaluate_some(count: int) -> None:
+        pairs = evenly_spread(dataset.val, count)
+        some = WholeImages(dataset, pairs, config.protocol, model.interpolation)
+        evaluate_model(accelerator, model, some, config.run)
+
+    told = {"setup_seconds": seconds_since_start()}
+    told["evaluation_seconds"] = seconds_of_all(evaluate_some, len(dataset.val), accelerator.num_processes)
+    if accelerator.is_main_process:
+        say(json.dumps(told))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pipeline.launch.estimate import with_hours
 from pipeline.plan.check import checked_plan
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import GROUPS, Settings
-from pipeline.plan.steps import PARTS
+from pipeline.plan.step import PARTS
 
 
 def add_to(main: click.Group, settings_of: Callable[[dict[str, Any]], Settings]) -> None:

@@ -21,7 +21,7 @@ from pipeline.plan.keep import disk_bytes
 from pipeline.plan.machine import GIB
 from pipeline.plan.segments import MAKING
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
+from pipeline.plan.step import Step
 
 SHARED_MEMORY = Path("/dev/shm")
 _SET_UP = "set the environment up with ./run_benchmark.sh, or install requirements.txt"

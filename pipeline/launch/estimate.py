@@ -26,7 +26,8 @@ from pipeline.plan.preregistration import read_frozen
 from pipeline.plan.records import is_done, read_all_records, read_progress, read_spends
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 
 Timed = tuple[str, Any]  # a kind of step, and the method of a pretraining
 _DISAGREE = 0.1  # of hours with FLOPs, that is told
@@ -94,9 +95,12 @@ def _asked(command: Sequence[str], step: Step) -> dict[str, float]:
 def timings(steps: Sequence[Step]) -> dict[Timed, Mapping[str, float]]:
     """Kind of step, and method of a pretraining -> what timing one of them says."""
     timed: dict[Timed, Mapping[str, float]] = {}
-    makes_segments = any(step.kind in MAKING for step in steps)
+    kinds = {step.kind for step in steps}
+    makes_segments = bool(kinds & set(MAKING))
+    # What a probe does, an evaluation does: one of them is timed.
+    asked = ("pretrain", "evaluate" if "evaluate" in kinds else "probe")
     for step in steps:
-        if step.kind in ("pretrain", "evaluate") and (key := _timed_as(step)) not in timed:
+        if step.kind in asked and (key := _timed_as(step)) not in timed:
             now = startable(step)
             now = without_segments(now) if makes_segments and reads_segments(step) else now
             timed[key] = _asked([*now.command, "--dry-run", "time"], step)
@@ -126,11 +130,11 @@ def step_seconds(steps: Sequence[Step], timed: Mapping[Timed, Mapping[str, float
             reached[step.run] = min(step.epochs, step.config.optimisation.end)
             epochs = max(reached[step.run] - begun, 0)
         found[step.name] = cost["setup_seconds"] + epochs * _epoch_seconds(cost)
-    # A probe is not timed: what it does, an evaluation does.
+    probing = timed.get(("evaluate", None)) or timed.get(("probe", None))
     for step in steps:
-        if step.kind == "probe" and ("evaluate", None) in timed and step.facts:
+        if step.kind == "probe" and probing and step.facts:
             # It sees every training image once, and the others as an evaluation does.
-            cost, passes = timed["evaluate", None], 1 + step.facts.train / step.facts.val
+            cost, passes = probing, 1 + step.facts.train / step.facts.val
             found[step.name] = cost["setup_seconds"] + passes * cost["evaluation_seconds"]
     return found
 

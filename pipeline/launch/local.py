@@ -34,7 +34,7 @@ from pipeline.plan import machine
 from pipeline.plan.layout import Layout
 from pipeline.plan.machine import GIB, REPO_ROOT
 from pipeline.plan.records import Record, StepState, output_sizes, read_progress, read_record, write_record
-from pipeline.plan.steps import Step
+from pipeline.plan.step import Step
 
 MARK = "SEGMAE_STEP"  # environment variable, inherited by every descendant: which step it works for
 GRACE_SECONDS = 120.0  # between SIGTERM and SIGKILL: time to finish a step and save

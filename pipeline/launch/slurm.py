@@ -30,7 +30,7 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.machine import REPO_ROOT
 from pipeline.plan.records import Record, is_done, other_settings, read_record, write_record
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
+from pipeline.plan.step import Step
 
 _POLL_SECONDS = 0.2
 _FOLLOW_SECONDS = 2.0

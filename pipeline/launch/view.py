@@ -13,7 +13,7 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.machine import GIB
 from pipeline.plan.records import is_done
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
+from pipeline.plan.step import Step
 
 
 def step_table(

@@ -29,7 +29,8 @@ from pipeline.plan.preregistration import deviations, of_steps, read_frozen
 from pipeline.plan.records import differences, is_done, read_progress
 from pipeline.plan.segments import MAKING, reads_segments, with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Facts, Step, in_words_of_the_plan, make_plan
+from pipeline.plan.step import Facts, Step
+from pipeline.plan.steps import in_words_of_the_plan, make_plan
 from segmenter.config import RANDOM, ProbeConfig
 
 # A command, and what its environment has beside this process's own.

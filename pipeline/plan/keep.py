@@ -17,7 +17,7 @@ from pipeline.plan.check import init_of
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import read_record, write_record
 from pipeline.plan.settings import Keep
-from pipeline.plan.steps import Step
+from pipeline.plan.step import Step
 from segmenter.config import TrainConfig
 
 

@@ -26,7 +26,7 @@ from pipeline.plan.layout import BASELINES, Layout, RunId, dataset_of, parse_eva
 from pipeline.plan.machine import code_digest
 from pipeline.plan.records import Record, read_all_records
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
+from pipeline.plan.step import Step
 
 _HEAD = (
     "# Written once, before the run, by `benchmark.py freeze`. The last line is the digest of all above.\n"

@@ -34,7 +34,7 @@ from mae.config import PretrainConfig, idle_settings, make_method, training_flop
 from pipeline.plan.layout import Layout, dataset_of
 from pipeline.plan.machine import code_digest, hardware, versions
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step
+from pipeline.plan.step import Step
 from segmenter.config import GROUPS as FINETUNE_GROUPS
 from segmenter.config import PROBE_GROUPS, recipe_names, recipe_values
 

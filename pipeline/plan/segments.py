@@ -17,7 +17,7 @@ from mae.config import PretrainConfig
 from mae.masking import METHODS
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, step_of_words
+from pipeline.plan.step import Step, step_of_words
 from segments.config import GENERATORS, STORE_NAME, default_masks
 
 MAKING = ("pack", "generate", "merge")  # kinds of steps; the last of them leaves the store

@@ -1,4 +1,4 @@
-"""From settings to steps. Nothing is written or started here.
+"""From settings to steps (`step.py`). Nothing is written or started here.
 
 A step is one child process: fetch the official checkpoint, make segments (`segments.py` here),
 pretrain up to the end of a round, probe a checkpoint's frozen encoder, or finetune and score it.
@@ -8,19 +8,17 @@ Steps meet in files only; `needs` names the steps that make them. Read `make_pla
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 from common import step_files as files
 from common.formats import check_names, read_json
 from common.images import has_classes
 from common.options import Layer, OptionGroup, decisive_values, fields_of, make_all
-from mae.check import PretrainFacts
 from mae.config import END_DIGITS, OFFICIAL_FILES, PretrainConfig, idle_settings, make_method, training_flops
 from mae.config import GROUPS as PRETRAIN_GROUPS
 from mae.masking import METHODS
@@ -36,7 +34,8 @@ from pipeline.plan.layout import (
     seed_of_eval,
 )
 from pipeline.plan.settings import GROUPS, Settings
-from segmenter.check import ScoringFacts, dataset_name
+from pipeline.plan.step import PARTS, Kind, PartConfig, Step, step_of_words
+from segmenter.check import dataset_name
 from segmenter.config import AUTO, PROBE_GROUPS, RANDOM, ProbeConfig, TrainConfig
 from segmenter.config import GROUPS as FINETUNE_GROUPS
 
@@ -46,95 +45,12 @@ _FLAGS = {
     "device": "--num-gpus", "dataset": "--ade20k-dir or --eval-dataset", "init": "--stack or --eval",
 }  # fmt: skip
 
-# What the options that pass something on are made of.
-PARTS = {"pretrain": PRETRAIN_GROUPS, "finetune": FINETUNE_GROUPS, "probe": PROBE_GROUPS}
 SECTIONS = {"pretrain": "pretrain", "evaluate": "finetune", "probe": "probe"}  # by kind of step
 
-Facts = PretrainFacts | ScoringFacts
-PartConfig = PretrainConfig | TrainConfig | ProbeConfig
-Kind = Literal["fetch", "pack", "generate", "merge", "pretrain", "probe", "evaluate"]
 _PROGRAMS = {
     "pretrain": ("mae", "pretrain"), "probe": ("segmenter", "probe"),
     "evaluate": ("segmenter", "train"),
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One child process and what it has to leave behind."""
-
-    name: str  # unique, usable as a file name: pretrain_four_channels_5
-    kind: Kind
-    what: str  # it does, in a few words
-    run: str  # the run's name; its folder is called so
-    epochs: int = 0  # of pretraining, completed when the step is done
-    program: tuple[str, ...]  # Python module and command, such as ("mae", "pretrain")
-    # What it is told: a part's options, or for a step that trains and scores nothing, words.
-    config: PartConfig | None = None
-    words: tuple[str, ...] = ()
-    folder: Path  # where it writes, console.log included
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    nodes: int = 1  # machines that share it
-    processes: int = 1  # on each
-    needs: tuple[str, ...] = ()  # names of steps
-    outputs: tuple[Path, ...]  # files that have to be there, and not empty, afterwards
-    # All that decides what it makes, plain; paths in the output directory are relative to it.
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    # GPUs of this machine, of which it gets one for each process; None = all that are visible.
-    gpus: tuple[int, ...] | None = None
-    # How torchrun's processes find each other; one machine picks a free port by itself.
-    rendezvous: tuple[str, ...] = ("--standalone",)
-    facts: Facts | None = None  # what its check found, where it was checked and is a part's
-
-    @property
-    def plugin(self) -> Path | None:
-        """Whose code is part of what it runs."""
-        return self.config.run.plugin if self.config else None
-
-    @property
-    def console_log(self) -> Path:
-        """What the step printed."""
-        return self.folder / files.CONSOLE_LOG
-
-    @property
-    def devices(self) -> int:
-        """What it occupies: GPUs, or 1 for the CPU."""
-        return self.processes if self.device == "cuda" else 1
-
-    @property
-    def places(self) -> int:
-        """How many steps like it run beside each other: as many as there are GPUs for."""
-        return max(1, len(self.gpus or ()) // self.processes)
-
-    @property
-    def lane(self) -> str:
-        """Without GPUs, steps of different lanes may run beside each other."""
-        return "evaluate" if self.kind == "probe" else self.kind  # both need a checkpoint
-
-    @property
-    def command(self) -> list[str]:
-        """The command line; torchrun's module form when there are several processes."""
-        words = ["-m", *self.program, *(self.config.arguments() if self.config else self.words)]
-        if self.processes > 1 or self.rendezvous != ("--standalone",):
-            launch = ["-m", "torch.distributed.run", *self.rendezvous]
-            words = [*launch, f"--nproc-per-node={self.processes}", *words]
-        return [sys.executable, *words]
-
-    def with_options(self, **groups: Mapping[str, Any]) -> Self:
-        """The same with other options: with_options(data={"masks_dir": path})."""
-        config: Any = self.config
-        changed = {name: replace(getattr(config, name), **groups[name]) for name in groups}
-        return replace(self, config=replace(config, **changed))
-
-
-def step_of_words(
-    room: str, kind: Kind, subject: str, words: Sequence[str], what: str, folder: Path, out: Path, **more: Any
-) -> Step:
-    """A step that trains and scores nothing."""
-    return Step(
-        name=f"{kind}_{subject}", kind=kind, what=what, run=room, program=(room, kind),
-        words=tuple(words), folder=folder, outputs=(out,), **more,
-    )  # fmt: skip
 
 
 def make_plan(settings: Settings) -> list[Step]:

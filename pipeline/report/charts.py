@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from pipeline.report.answer import STATES, Answer, Comparison
+from pipeline.report.answer import Answer
+from pipeline.report.comparisons import STATES, Comparison
 from pipeline.report.figures import Chart, Panel, Point, Row, Series, dot_chart, line_chart
 from pipeline.report.scores import Level, Line, Measure
 

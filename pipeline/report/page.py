@@ -7,7 +7,7 @@ same method in directories of equal settings is one line, with the spread over t
 import base64
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -165,19 +165,23 @@ def _page(
         agreements=rows(agreed, "part of the budget" if any(line.spends for line in lines) else "epochs"),
         curves=[one for one in curves if one.legend],
         scores=tables.score_table(scored),
-        # Where evaluations differ, all values.
-        protocol=tables.joined(
-            (name.removeprefix("protocol: "), text)
-            for _, one in scored
-            for part in ("dataset", "model", "protocol", "recipe")
-            for name, text in tables.flatten({part: one.result.get(part)})
-        ),
+        protocol=_protocol(one for _, one in scored),
         loss_charts=loss_charts,
         classes=classes,
         pictures=shown,
         settings=settings,
         differing=differing,
         downloads=_downloads(lines, found, charts),
+    )
+
+
+def _protocol(evaluations: Iterable[scores.Evaluation]) -> list[tuple[str, str]]:
+    """What they were made with; where they differ, all values."""
+    return tables.joined(
+        (name.removeprefix("protocol: "), text)
+        for one in evaluations
+        for part in ("dataset", "model", "protocol", "recipe")
+        for name, text in tables.flatten({part: one.result.get(part)})
     )
 
 

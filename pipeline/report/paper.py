@@ -14,8 +14,9 @@ from common.files import HEAD_BYTES, check_output_folder, open_regular, replacin
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import read_all_records
 from pipeline.report import scores, tables
-from pipeline.report.answer import STATES, Answer
+from pipeline.report.answer import Answer
 from pipeline.report.charts import forest, scores_chart
+from pipeline.report.comparisons import STATES
 from pipeline.report.figures import files_of
 from pipeline.report.scores import Line
 

@@ -21,7 +21,8 @@ from scipy import special, stats
 from common.console import aligned
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import Record, read_all_records
-from pipeline.report.answer import Answer, Comparison, answers
+from pipeline.report.answer import Answer, answers
+from pipeline.report.comparisons import Comparison
 from pipeline.report.scores import FINETUNING, Line, make_lines
 from pipeline.report.statistics import CONFIDENCE, POWER, Error
 

@@ -14,7 +14,8 @@ from pipeline.plan.budget import in_words
 from pipeline.plan.layout import Layout, ratio_text
 from pipeline.plan.records import read_all_records
 from pipeline.report import scores
-from pipeline.report.answer import STATES, Answer, Comparison
+from pipeline.report.answer import Answer
+from pipeline.report.comparisons import STATES, Comparison
 from pipeline.report.scores import COSTS, FINETUNING, MEASURES, REFERENCE, Evaluation, Line, Measure
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "mean_iou", "best_mean_iou")

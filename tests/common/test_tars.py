@@ -282,8 +282,8 @@ def test_image_files_come_before_tars(folder, tmp_path, caplog):
 
 
 def test_an_index_is_built_once_and_again_when_a_tar_was_changed(folder, tmp_path, monkeypatch):
-    scanned, scan = [], tars._scan
-    monkeypatch.setattr(tars, "_scan", lambda *a: scanned.append(a[-1].path) or scan(*a))
+    scanned, scan = [], tars.scan
+    monkeypatch.setattr(tars, "scan", lambda *a: scanned.append(a[-1].path) or scan(*a))
     monkeypatch.setattr(tars, "in_order", lambda work, items, processes: map(work, items))
     shards(folder, tmp_path / "train", count=2)
     images = open_images(tmp_path / "train")
@@ -311,7 +311,7 @@ def test_an_index_is_built_once_and_again_when_a_tar_was_changed(folder, tmp_pat
 
 
 def test_an_interrupted_index_goes_on(folder, tmp_path, monkeypatch):
-    scanned, scan = [], tars._scan
+    scanned, scan = [], tars.scan
 
     def fails_at_the_third(*arguments):
         scanned.append(arguments[-1].inner)
@@ -319,7 +319,7 @@ def test_an_interrupted_index_goes_on(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return scan(*arguments)
 
-    monkeypatch.setattr(tars, "_scan", fails_at_the_third)
+    monkeypatch.setattr(tars, "scan", fails_at_the_third)
     monkeypatch.setattr(tars, "SECONDS_PER_COMMIT", 0)
     monkeypatch.setattr(tars, "in_order", lambda work, items, processes: map(work, items))
     tar_of_tars(folder, tmp_path / "train")

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.plan.steps import Step
+from pipeline.plan.step import Step
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,8 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.preregistration import write_frozen
 from pipeline.plan.records import Record, differences, read_spends, write_record, write_run_files
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from pipeline.report.answer import answers
 from pipeline.report.page import write_all
 from pipeline.report.scores import make_lines

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.plan.layout import Layout
-from pipeline.report.answer import Comparison, answers
+from pipeline.report.answer import answers
 from pipeline.report.bundle import opened, write_bundle
+from pipeline.report.comparisons import Comparison
 from pipeline.report.page import write_report
 from pipeline.report.scores import make_lines
 from tests.pipeline.finished_run import write_run

@@ -12,7 +12,8 @@ from pipeline.launch import estimate
 from pipeline.launch.estimate import step_seconds, timings, wall_seconds
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from segmenter.check import ScoringFacts
 
 Make = Callable[..., Settings]
@@ -62,6 +63,22 @@ def test_a_probe_looks_once_at_the_training_images_and_at_the_others(
     steps = [replace(step, facts=ScoringFacts(train=40, val=10)) for step in steps]
     found = seconds_of(steps)
     assert found["probe_four_channels_2"] == found["probe_four_channels_4"] == 1 + (1 + 4) * 30
+
+
+def test_of_probes_alone_one_is_timed(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(command: list[str], step: Step) -> dict[str, float]:
+        asked.append((step.name, command[-2:]))
+        return COST.get(step.kind, {"setup_seconds": 2, "evaluation_seconds": 30})
+
+    monkeypatch.setattr(estimate, "_asked", answer)
+    steps = make_plan(settings("--pretrain-epochs 4 --eval-freq 0 --probe-freq 2"))
+    found = seconds_of([replace(step, facts=ScoringFacts(train=40, val=10)) for step in steps])
+    assert asked == [
+        (name, ["--dry-run", "time"]) for name in ("pretrain_four_channels_2", "probe_four_channels_2")
+    ]
+    assert found["probe_four_channels_4"] == 2 + (1 + 4) * 30
 
 
 def test_making_segments_is_priced_and_what_reads_them_timed_without(

@@ -22,7 +22,8 @@ from pipeline.plan.keep import Expiring, disk_bytes, expiring, remove_expired
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import is_done, read_record
 from pipeline.plan.settings import GROUPS, Keep, Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from segmenter.check import ScoringFacts
 from tests.pipeline.programs import REPO_ROOT, standin
 

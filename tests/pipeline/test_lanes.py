@@ -19,7 +19,8 @@ from pipeline.plan.layout import Layout
 from pipeline.plan.machine import Gpu
 from pipeline.plan.records import Record, is_done, read_record
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from tests.pipeline.programs import standin
 from tests.processes import until
 

@@ -22,7 +22,8 @@ from pipeline.launch.local import LocalLauncher, end_orphans, failure_message, m
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import Record, is_done, read_progress, read_record, write_record
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from tests.pipeline.programs import REPO_ROOT, standin
 from tests.processes import until
 

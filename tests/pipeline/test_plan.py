@@ -14,7 +14,8 @@ from pipeline.launch import view
 from pipeline.plan.check import init_of
 from pipeline.plan.layout import Layout
 from pipeline.plan.settings import Experiment, Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 
 Make = Callable[..., Settings]
 

@@ -19,7 +19,8 @@ from pipeline.plan.records import (
     write_record,
 )
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from segmenter.config import ProbeConfig, TrainConfig
 
 Make = Callable[..., Settings]

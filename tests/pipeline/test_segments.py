@@ -13,7 +13,8 @@ from mae.config import PretrainConfig
 from pipeline.plan.layout import Layout
 from pipeline.plan.segments import with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from segments.config import PRESETS
 
 Make = Callable[..., Settings]

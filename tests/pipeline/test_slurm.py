@@ -21,7 +21,8 @@ from pipeline.plan.machine import REPO_ROOT
 from pipeline.plan.records import read_record, write_record, write_run_files
 from pipeline.plan.segments import MAKING, with_segments
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from segments.store import PackedStore
 from tests.pipeline.programs import standin
 from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm

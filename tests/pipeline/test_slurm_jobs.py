@@ -18,7 +18,8 @@ from pipeline.launch.slurm import job_parameters, on_this_cluster
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import Record, read_all_records, read_progress, read_record, write_record
 from pipeline.plan.settings import Cluster, Compute, Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from tests.pipeline.programs import REPO_ROOT, fake_program, standin
 from tests.processes import until
 

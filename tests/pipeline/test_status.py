@@ -30,7 +30,8 @@ from pipeline.plan.records import (
     write_run_files,
 )
 from pipeline.plan.settings import Settings
-from pipeline.plan.steps import Step, make_plan
+from pipeline.plan.step import Step
+from pipeline.plan.steps import make_plan
 from segmenter.check import ScoringFacts
 from tests.pipeline.programs import fake_program, run_benchmark
 

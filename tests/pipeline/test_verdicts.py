@@ -12,7 +12,8 @@ from scipy import stats
 
 from common.areas import DRAWS
 from pipeline.plan.layout import RunId
-from pipeline.report.answer import Answer, Comparison, answer
+from pipeline.report.answer import Answer, answer
+from pipeline.report.comparisons import Comparison
 from pipeline.report.scores import COSTS, FINETUNING, Evaluation, Line
 from pipeline.report.statistics import interval
 

@@ -14,7 +14,7 @@ from common.step_files import checkpoint_path
 from pipeline.plan.check import checked_plan
 from pipeline.plan.settings import Settings
 from pipeline.plan.steps import in_words_of_the_plan, make_plan
-from segmenter.dataset import _ranges
+from segmenter.labels import _ranges
 from segments.config import default_masks
 
 

@@ -7,15 +7,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from segmenter.dataset import (
-    DESCRIPTIONS,
-    check_labels,
-    check_split,
-    quiet_imports,
-    read_classes,
-    read_description,
-    read_label_file,
-)
+from segmenter.dataset import DESCRIPTIONS, quiet_imports, read_classes, read_description
+from segmenter.labels import check_labels, check_split, read_label_file
 from tests.segmenter.boxes import write_dataset
 
 

@@ -354,3 +354,12 @@ def test_images_of_class_folders_are_told_apart(dataset, tmp_path, caplog):
     arguments = probe_arguments(dataset, tmp_path / "one", image_folder=tmp_path / "val/red")
     assert call(*arguments).code == 0
     assert "image_knn" not in result_of(tmp_path / "one")
+
+
+def test_seconds_are_told_and_nothing_is_written(dataset, tmp_path, command):
+    outcome = command(*probe_arguments(dataset, tmp_path / "probe"), "--dry-run", "time")
+    assert outcome.code == 0, outcome.err
+    told = json.loads(outcome.out)
+    assert set(told) == {"setup_seconds", "evaluation_seconds"}
+    assert min(told.values()) > 0
+    assert list(tmp_path.iterdir()) == []
