@@ -1,5 +1,5 @@
 # The locked environment and the checkout: docker build -t segmae . && docker run --gpus all --shm-size=16g segmae --help
-# For Apptainer: apptainer build segmae.sif docker-daemon://segmae:latest
+# For Apptainer: segmae.def.
 FROM python:3.12-slim-bookworm
 
 # A C compiler for torch.compile.

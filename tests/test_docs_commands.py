@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -67,7 +68,7 @@ SAYS = {  # a part of a command: of what it has to say
 }
 OF_OTHERS = (
     "--nnodes --node-rank --master-addr --master-port --nproc-per-node --standalone --shutdown-timeout "
-    "--logdir --shm-size --convert-to-rle --help"
+    "--logdir --gpus --shm-size --nv --convert-to-rle --help"
 )
 
 
@@ -179,6 +180,7 @@ def file_name(block: Block) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_block_says_what_it_is(page: str) -> None:
+    assert (ROOT / page).read_text().count("```") == 2 * len(blocks(page))
     for block in blocks(page):
         assert re.fullmatch(r"sh|python|yaml|text|\{[\w-]+\}", block.language), (block.language, block.text)
         if block.mark:
@@ -199,6 +201,7 @@ def test_the_blocks_of_a_page_run(page: str, things: Path, tmp_path: Path) -> No
         if block.language == "python":
             code, said = in_a_process(partial(_execute, block.text), folder)
             assert code == 0, said
+            assert all((folder / out).exists() for out in re.findall(r'out=Path\("(.*?)"\)', block.text))
             continue
         for line in block.lines:
             call = CALL.search(line)
@@ -208,12 +211,10 @@ def test_the_blocks_of_a_page_run(page: str, things: Path, tmp_path: Path) -> No
             code, said = in_a_process(partial(_call, call["room"], words), folder)
             assert code == 0, f"{page}: {line}\n{said}"
             assert all(text in said for part, text in SAYS.items() if part in line), said
-            outputs = [words[i + 1] for i, w in enumerate(words) if w in ("--out", "--output-dir", "--paper")]
-            wrote = "--dry-run" not in words
-            made = [
-                any((folder / f"{output}{suffix}").exists() for suffix in ("", ".png")) for output in outputs
-            ]
-            assert made == [wrote] * len(outputs), (line, outputs)
+            for flag, value in pairwise(words):
+                if flag in ("--out", "--output-dir", "--paper"):
+                    made = any((folder / f"{value}{suffix}").exists() for suffix in ("", ".png"))
+                    assert made == ("--dry-run" not in words), (line, value)
 
 
 def calls() -> Iterator[tuple[str, str, bool]]:

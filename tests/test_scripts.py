@@ -91,6 +91,29 @@ def test_without_options_the_sample_config_is_run(options: list[str], tmp_path: 
     assert last == f"{ROOT if not options else Path.cwd()}: {words}"
 
 
+def test_the_definition_for_apptainer_does_the_dockerfiles_steps(tmp_path: Path) -> None:
+    """And holds all that runs: from what it copies the command starts as it starts there."""
+    parts = re.split(r"^%(\w+).*\n", (ROOT / "segmae.def").read_text(), flags=re.MULTILINE)
+    header, sections = parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
+    docker = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    assert re.findall(r"^From: (.*)", header, re.M) == re.findall(r"^FROM (.*)", docker, re.M)
+    (apt, setup) = re.findall(r"^RUN (.*)", docker, re.M)
+    steps = [*re.split(r" && +", apt), *json.loads(setup)[2].split("; ")]
+    lines = [line.strip() for line in sections["post"].splitlines() if "#" not in line]
+    assert sorted(step.strip() for step in steps) == sorted(filter(None, {*lines} - {"cd /segmae"}))
+    for files, place in map(str.split, sections["files"].strip().splitlines()):
+        assert place == "/segmae/"
+        for path in ROOT.glob(files):
+            subprocess.run(["cp", "-Lr", path, tmp_path], check=True)
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert rooms == {path.parent.name for path in tmp_path.glob("*/__init__.py")}
+    run = sections["runscript"].replace("/segmae/", f"{tmp_path}/")
+    done = subprocess.run(
+        ["sh", "-c", run], env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert "--mask-method" in done.stdout, done.stderr
+
+
 def test_the_lock_is_hashed_names_no_index_and_takes_headless_opencv() -> None:
     lock = json.loads((ROOT / "Pipfile.lock").read_text())
     assert lock["_meta"]["sources"] == []
