@@ -11,6 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from common.options import fields_of
+from mae.config import GROUPS as PRETRAIN_GROUPS
+from pipeline.plan.settings import GROUPS as BENCHMARK_GROUPS
+from pipeline.plan.settings import Cluster, Compute
+from segmenter.config import GROUPS as TRAIN_GROUPS
+from segmenter.config import PROBE_GROUPS
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("common", "engine", "segments", "mae", "segmenter", "pipeline")
 
@@ -34,6 +41,26 @@ def test_what_is_said_of_presets_and_datasets_is_there() -> None:
     presets = {path.stem for path in (ROOT / "segmenter/presets").glob("*.yml")}
     assert presets == set(re.findall(r"^\| `([\w-]+)` \| ", page, re.MULTILINE)) & presets
     assert len(list((ROOT / "segmenter/datasets").glob("*.yml"))) == 6
+
+
+def test_options_that_are_said_to_matter_decide_and_the_others_do_not() -> None:
+    parts = {
+        **fields_of(*PROBE_GROUPS.values()),
+        **fields_of(*TRAIN_GROUPS.values(), *PRETRAIN_GROUPS.values()),
+    }
+    places = fields_of(Compute, Cluster)
+    matter, speed, _ = (ROOT / "docs/options.md").read_text().split("\n## ")
+
+    def named(text: str) -> list[str]:
+        return [name.replace("-", "_") for name in re.findall(r"`(?:--)?([a-z][\w-]+)[^`]*`", text)]
+
+    firsts = named("".join(re.findall(r"^\| (`.*?) \|", matter, re.MULTILINE)))
+    assert len(firsts) > 15
+    known = {**parts, **fields_of(*BENCHMARK_GROUPS.values())}
+    assert all(not known[name].neutral and name not in places for name in firsts)
+    others = named(speed.split("They may change")[0])
+    assert len(others) > 18
+    assert all(known[name].neutral or name in {**places, "keep": None} for name in others)
 
 
 @pytest.mark.slow
