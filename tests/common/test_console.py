@@ -25,8 +25,8 @@ def test_what_heavy_imports_made_is_not_looked_at_again():
         "import gc, sys; from common.console import heavy_imports\n"
         "with heavy_imports(): made = [[] for _ in range(100_000)]; sys.modules['torch'] = gc\n"
         "frozen = gc.get_freeze_count(); assert frozen > 100_000, frozen\n"
-        "with heavy_imports(): made = [[] for _ in range(100_000)]\n"  # nothing is left to import
-        "assert gc.get_freeze_count() == frozen\n"
+        "with heavy_imports(): more = [[] for _ in range(100_000)]\n"  # nothing is left to import
+        "assert gc.get_freeze_count() <= frozen\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
