@@ -1,12 +1,14 @@
 """How a program ends, where its messages go, and what a table looks like there."""
 
+import atexit
 import errno
+import gc
 import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 import click
@@ -29,6 +31,7 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
     machine refuses (other OSErrors, RuntimeError) end in one line. A command's return value is its exit code.
     """
     _open_standard_streams()
+    atexit.register(gc.freeze)  # to look for garbage in all of torch takes a second of the exit
     try:
         code = cli.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -51,6 +54,20 @@ def run_program(cli: click.Command, name: str, arguments: Sequence[str] | None =
             distributed.destroy_process_group()
     lost = _close_output()
     sys.exit(code if isinstance(code, int) and code else EXIT_FAILED if lost else 0)
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Without looking for garbage: what torch makes while it is imported stays, millions of objects."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _report(message: str, code: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from common.console import heavy_imports
 from common.files import check_output_folder
 from common.images import ImagePath, evenly_spread
 from common.step_files import OF_PRETRAINING, find_resumable
@@ -120,9 +121,9 @@ def look_inside(config: PretrainConfig, known: Listings | None = None) -> None:
     """Raise ValueError unless checkpoints and trackers are what the run needs; loads torch."""
     check_trackers(config.run.log_with)
     if (path := find_resumable(config.run.output_dir)) is not None:
-        from mae.listing import make_listing
-        from mae.weights import open_own_checkpoint
-
+        with heavy_imports():
+            from mae.listing import make_listing
+            from mae.weights import open_own_checkpoint
         listing = make_listing(config.data, config.method, known=known)
         open_own_checkpoint(config, listing, path, lazily=True)
     elif config.run.init is not None:  # a run that goes on does not look at it again
@@ -131,12 +132,12 @@ def look_inside(config: PretrainConfig, known: Listings | None = None) -> None:
 
 def _check_init(config: PretrainConfig, path: Path) -> None:
     """Whether an official checkpoint fits the model, by shapes alone."""
-    import torch
+    with heavy_imports():
+        import torch
 
-    from engine.weights import CLASSIFIERS, read_vit_weights
-    from mae.model import MaskedAutoencoder
-    from mae.weights import fit_official
-
+        from engine.weights import CLASSIFIERS, read_vit_weights
+        from mae.model import MaskedAutoencoder
+        from mae.weights import fit_official
     weights = read_vit_weights(path, ignored=CLASSIFIERS, lazily=True)
     with torch.device("meta"):  # no memory is taken for a model of 600 million weights
         model = MaskedAutoencoder(config.model, make_method(config.method, config.model))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import click
 
 from common.command import CONTEXT, PATH, command, dry_run
-from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
+from common.console import EXIT_STOPPED, aligned, heavy_imports, log_to_stderr, run_program, say
 from common.environment import world_size
 from common.files import check_output_file
 from common.options import OptionGroup, option
@@ -43,14 +43,13 @@ def pretrain(dry_run: str | None, **groups: Any) -> int:
         look_inside(config, known)
         return 0
     log_to_stderr()  # stdout is for the seconds
-    if dry_run == "time":
+    with heavy_imports():
         from engine.trainer import time_training
         from mae.pretrain import Pretraining
-
+        from mae.pretrain import pretrain as train
+    if dry_run == "time":
         time_training(Pretraining(config))
         return 0
-    from mae.pretrain import pretrain as train
-
     return 0 if train(config) else EXIT_STOPPED
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.console import heavy_imports
 from common.files import check_output_folder
 from common.formats import ProbeResult, Result, plain, read_json
 from common.images import open_images
@@ -150,8 +151,8 @@ def needs_torch(config: TrainConfig | ProbeConfig) -> bool:
 def look_inside(config: TrainConfig | ProbeConfig) -> None:
     """Raise ValueError unless checkpoint and trackers are what the run needs; loads torch."""
     if config.init != RANDOM:
-        from segmenter.libraries import look_at_encoder
-
+        with heavy_imports():
+            from segmenter.libraries import look_at_encoder
         look_at_encoder(config)
     if isinstance(config, TrainConfig):
         check_trackers(config.run.log_with)

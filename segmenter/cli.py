@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from common.command import CONTEXT, PATH, command, dry_run
-from common.console import EXIT_STOPPED, aligned, log_to_stderr, run_program, say
+from common.console import EXIT_STOPPED, aligned, heavy_imports, log_to_stderr, run_program, say
 from common.environment import rank, world_size
 from common.files import check_output_file, write_json
 from common.formats import ProbeResult, read_json
@@ -72,9 +72,9 @@ def train(dry_run: str | None, **groups: Any) -> int:
     check_some_labels(dataset)
     if dry_run == "check":
         return 0
-    from engine.trainer import time_training
-    from segmenter.finetune import Finetuning, finetune
-
+    with heavy_imports():
+        from engine.trainer import time_training
+        from segmenter.finetune import Finetuning, finetune
     if not dry_run:
         return 0 if finetune(config, dataset) else EXIT_STOPPED
     time_training(Finetuning(config, dataset))
@@ -103,9 +103,9 @@ def probe(encoder: Path | str, dry_run: str | None, **groups: Any) -> int:
     check_some_labels(dataset)
     if dry_run == "check":
         return 0
-    from segmenter.probing import probe as run_probes
-    from segmenter.probing import time_probing
-
+    with heavy_imports():
+        from segmenter.probing import probe as run_probes
+        from segmenter.probing import time_probing
     if dry_run:
         time_probing(config, dataset)
         return 0
@@ -124,8 +124,8 @@ def evaluate(
         reads = [path for path in (checkpoint, evaluation.dataset) if path is not None]
         own = f'"{SCORES[0]}"'.encode()  # what begins such a file
         check_output_file(evaluation.out, reads=reads, is_own=lambda head: own in head[:40])
-    from segmenter.evaluate import evaluate_checkpoint, evaluate_predictions
-
+    with heavy_imports():
+        from segmenter.evaluate import evaluate_checkpoint, evaluate_predictions
     log_to_stderr()
     if checkpoint is not None:
         result = evaluate_checkpoint(checkpoint, evaluation, changes, devices)

@@ -1,9 +1,26 @@
 """For all tests."""
 
+import gc
 import os
 import tempfile
 
 import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """As `heavy_imports` does it: every worker imports all libraries."""
+    gc.disable()
+    found = yield
+    gc.freeze()
+    gc.enable()
+    return found
+
+
+def pytest_collection_modifyitems(items):
+    """Files with long tests first, so that no core waits for one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True, scope="session")
