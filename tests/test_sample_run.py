@@ -1,6 +1,7 @@
 """The sample run of `./run_benchmark.sh` has to show learning, before and after the hand-over."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.pipeline.programs import REPO_ROOT, run_benchmark
 
 FALL_OF_THE_LOSS = 0.30
 TIMES_THE_BASELINE = 3
+NEAR = 5  # points of mean IoU
 METHODS, KINDS = ("patches", "four_channels"), ("eval", "probe")
 
 
@@ -28,6 +30,17 @@ def majority_mean_iou(dataset_yml: Path) -> float:
 
 def results_in(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/result.json")}
+
+
+def check_readme(printed: str) -> None:
+    """README.md shows the end of it: the same words, and numbers as near as other processors come."""
+    shown = re.findall(r"```text\n(method .*?)```", (REPO_ROOT / "README.md").read_text(), re.DOTALL)[0]
+    shown, printed = (" ".join(text.split()) for text in (shown, printed[printed.index("method  ") :]))
+    number = re.compile(r"[+-]?\d+\.\d+")
+    assert number.sub("N", printed).startswith(number.sub("N", shown))
+    for mine, its in zip(number.findall(shown), number.findall(printed), strict=False):
+        is_share_of_six = (6 * float(its) + 0.05) % 100 < 0.1  # images: one more or less is 16.67
+        assert abs(float(mine) - float(its)) < (17 if is_share_of_six else NEAR), (mine, its)
 
 
 @pytest.mark.slow
@@ -51,6 +64,8 @@ def test_the_sample_run_shows_learning(tmp_path: Path) -> None:
         assert scores[f"{method}_6"] > scores[f"{method}_0"], scores
     assert "scratch_0" in probed
     assert "scratch" in done.stdout
+
+    check_readme(done.stdout)
 
     # The data are made where it is called, once.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
