@@ -26,9 +26,10 @@ def value(name: str, default: str = "") -> str:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, ask_to_stop)
     folder = Path(value("--output-dir"))
     behaviour = value("--behaviour")
+    # Before it says that it has started: a signal may follow at once.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "stubborn" else ask_to_stop)
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(f"started {os.getpid()}\n")
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if "--gpus" in sys.argv else []
@@ -49,8 +50,6 @@ def work(folder: Path, behaviour: str) -> int:
     if behaviour == "with-orphan":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
         return 3
-    if behaviour == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log = folder / "log.txt"
     epochs, event = int(value("--stop-after", "1")), Path(value("--until", "."))
     first = len(log.read_text().splitlines()) if log.exists() else 0
