@@ -54,7 +54,7 @@ def test_options_that_are_said_to_matter_decide_and_the_others_do_not() -> None:
     def named(text: str) -> list[str]:
         return [name.replace("-", "_") for name in re.findall(r"`(?:--)?([a-z][\w-]+)[^`]*`", text)]
 
-    firsts = named("".join(re.findall(r"^\| (`.*?) \|", matter, re.MULTILINE)))
+    firsts = named("".join(re.findall(r"^- (`.*?) –", matter, re.MULTILINE)))
     assert len(firsts) > 15
     known = {**parts, **fields_of(*BENCHMARK_GROUPS.values())}
     assert all(not known[name].neutral and name not in places for name in firsts)
