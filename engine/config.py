@@ -10,9 +10,17 @@ from common.environment import PROCESSES_HERE, number_of
 from common.files import NOTHING_WRITTEN
 from common.options import MOST_PROCESSES, OptionGroup, load_plugin, option
 from common.step_files import LOCK, LOG, OF_RUNS, PROGRESS, TENSORBOARD, TRACKERS
+from engine.vit import VIT_SIZES, VitSize
 
 Precision = Literal["auto", "bf16", "bf16-residual", "float8", "fp16", "fp32"]
 AHEAD_BYTES = 2 * 2**30  # of a call's loaders together, unless a batch each is more
+
+
+def _load_plugin(path: Path) -> None:
+    load_plugin(path)
+    # What a dictionary takes is judged by nobody; a method is, by its class.
+    if wrong := [name for name, size in VIT_SIZES.items() if not isinstance(size, VitSize)]:
+        raise ValueError(f"--plugin {path}: VIT_SIZES[{wrong[0]!r}] is no VitSize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +29,7 @@ class PluginConfig(OptionGroup):
 
     title: ClassVar[str] = "Options"
     plugin: Path | None = option(
-        "Python file with masking methods or models of your own.", None, neutral=True, early=load_plugin
+        "Python file with masking methods or models of your own.", None, neutral=True, early=_load_plugin
     )
 
 

@@ -68,7 +68,7 @@ class _InspectOptions(_Speed):
         "Coverages to look at, percent. Default: those it was made for, or 5,15,30,50.", None, **PERCENT
     )
     against: Path | None = option("Also compare what is chosen with that of these segments.", None)
-    out: Path = option("Writes OUT.png.", Path("inspected"))
+    out: Path = option("The picture, with or without .png.", Path("inspected"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ def inspect_command(masks_dir: Path, options: _InspectOptions) -> int:
     folder = options.images or next(filter(Path.is_dir, beside), None)
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; name a file, without .png")
-    picture = options.out.with_name(f"{options.out.name}.png")
+    picture = options.out.with_name(f"{options.out.name.removesuffix('.png')}.png")
     check_output_folder(picture.parent, "--out", reads=[folder] if folder else [])
     check_output_file(picture, is_own=is_marked(PICTURE))
     source = open_any_form(masks_dir)

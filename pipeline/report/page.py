@@ -61,9 +61,6 @@ def write_report(
     A bundle is read as its directory is, and left as it is. paper: a folder for what a paper needs.
     Raises ValueError for a folder that is no output directory; then nothing is written.
     """
-    check_output_file(page, is_own=is_report)
-    if paper is not None:
-        check_paper(paper)
     with opened(folders) as all_paths:
         for paths in (paths for paths in all_paths if paths.root in folders):
             check_output_file(paths.results_csv, "report", is_own=is_results_csv, makes_folder=True)
@@ -72,6 +69,9 @@ def write_report(
             # run.yml alone is a run that has just begun.
             if not any(path.exists() for path in (*outputs, paths.run_yml)):
                 raise ValueError(f"{paths.root} is not the output directory of a run")
+        check_output_file(page, is_own=is_report)
+        if paper is not None:
+            check_paper(paper)
         lines = scores.make_lines(all_paths)
         question, deviating = frozen_question(all_paths, lines)
         found = answers(lines, question)

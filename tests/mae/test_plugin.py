@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from engine.vit import VIT_SIZES
 from mae.cli import main
 from mae.masking import METHODS
 from tests.mae.conftest import SMALL_RUN
@@ -85,6 +86,15 @@ def test_a_plugin_that_fails_is_one_line(tmp_path, run):
         assert (code, printed) == (2, "")
         assert len(errors.splitlines()) == 1
         assert message in errors
+
+
+def test_a_model_of_a_plugin_is_a_vit_size(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(VIT_SIZES, "vit_odd", VIT_SIZES["vit_tiny"])  # is taken out again
+    plugin = tmp_path / "odd.py"
+    plugin.write_text("from engine.vit import VIT_SIZES\nVIT_SIZES['vit_odd'] = (16, 1, 2)")
+    code, _, said = run("methods", "--plugin", plugin)
+    assert code == 2
+    assert said == f"Error: --plugin {plugin}: VIT_SIZES['vit_odd'] is no VitSize\n"
 
 
 @pytest.mark.parametrize("name", ["patches", "scratch", "mae", "untrained", "../../x", "a b", "", "-x", "é"])

@@ -133,7 +133,7 @@ def test_the_state_of_another_check_is_refused(dataset, tmp_path, in_child):
 
 def test_inspect_prints_numbers_and_draws(dataset, tmp_path, masks_command):
     Image.open(images_of(dataset)[0]).save(dataset / "train/stranger.jpeg")
-    out = tmp_path / "look"
+    out = tmp_path / "look.png"
     ratios = ["--coverage_ratio", "10,25"]
     code, said = masks_command("inspect", dataset / "masks", "--out", out, *ratios)
     assert code == 0, said

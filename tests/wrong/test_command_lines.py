@@ -75,6 +75,7 @@ BARE = [
     Case("the status of nothing", "benchmark status {w}/nowhere", "not the output directory"),
     Case("the status of a file", "benchmark status {w}/nano.py", "not the output directory"),
     Case("the report of data", "benchmark report {w}/data", "not the output directory"),
+    Case("the report of nothing", "benchmark report {w}/nowhere", "nowhere is not the output directory"),
     Case("inspect images", "segments inspect {w}/photos --out {w}/o", "no folder of segments"),
     Case("pack images", "segments pack {w}/photos", "no folder of segments"),
     Case("check without masks", "segments check {w}/data", "not a folder"),
