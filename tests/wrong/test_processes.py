@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -77,13 +78,16 @@ def test_a_reader_that_has_gone_changes_no_exit_code(world):
     assert process.wait(240) == 0
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file of this process can be larger than 4 KiB."""
+    """No file of this process can be larger than 4 KiB; pytest's own may be one of them afterwards."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 COMMANDS = {
@@ -105,14 +109,14 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half_made(command, world, capsys, full_disk):
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half_made(command, world, capsys):
     run_directory(world)
     (world / "out").mkdir()
     words = COMMANDS[command].replace("{w}", str(world)).split()
     runs = {"pretrain": pretrain_words, "train": train_words, "probe": probe_words}
     words = runs[command](world) if command in runs else words
-    full_disk()
-    code, _, err = call(words, capsys)
+    with full_disk():
+        code, _, err = call(words, capsys)
     if command in ("unpack", "predict", "probe") and code == 0:
         pytest.skip("its files are small enough")
     assert code == 1, err
