@@ -201,7 +201,7 @@ def _drawn(c: Comparison, found: Answer) -> list[np.ndarray]:
 def _hours(
     records: Iterable[Record], chosen: Sequence[Comparison], found: Answer
 ) -> tuple[float, float] | None:
-    """GPU-hours of both lines of a difference: of a pretraining, of a score; None where it is not known."""
+    """Device-hours of both lines of a difference: pretraining, and a score; None where it is not known."""
     kind = "evaluate" if found.measure is FINETUNING else "probe"
     spent = [r.seconds * r.devices / 3600 for r in records if r.kind == kind and r.state == "done"]
     costs = [[found.levels[line.label].costs["device_hours"] for line in c[:2]] for c in chosen]
@@ -237,13 +237,13 @@ def _pilot_text(
         rows[2] = ("seed of finetuning", "-", "in that of pretraining: --eval-seeds 2 tells them apart")
     lines += [aligned(rows, right=(1,)), ""]
     curve = {n: power(effect, parts, Design(seeds=n, finetunings=k)) for n in _CURVE}
-    drawn = [("seeds", "power", "GPU-hours", "")]
+    drawn = [("seeds", "power", "device-hours", "")]
     drawn += [(str(n), f"{p:.0%}", cost(n, k), "#" * round(_BAR * p)) for n, p in curve.items()]
     lines += [aligned(drawn, right=(0, 1, 2)), "", f"{_needed(effect, _with(parts, k))}, {k} finetuned each."]
     tried = {j: seeds_for(effect, parts, j) for j in (_FINETUNINGS if k > 1 else ())}
     if hours and (enough := {j: n for j, n in tried.items() if n}):
         j = min(enough, key=lambda j: price(enough[j], j))
-        lines.append(f"Cheapest: {enough[j]} seeds, {j} finetunings each: {cost(enough[j], j)} GPU-hours.")
+        lines.append(f"Cheapest: {enough[j]} seeds, {j} finetunings each: {cost(enough[j], j)} device-hours.")
     at = power(effect, parts, pilot)
     twice = {
         "seeds of pretraining": replace(pilot, seeds=2 * pilot.seeds),
