@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +19,10 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(items):
-    """Files with long tests first, so that no core waits for one at the end."""
+    """Whole runs first, then other files with long tests: no core waits for one at the end."""
+    here = Path(__file__).parent
     long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path.parent != here, item.path not in long))
 
 
 @pytest.fixture(autouse=True, scope="session")

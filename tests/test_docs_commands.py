@@ -156,6 +156,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "mine.yml").write_text(yaml.safe_dump(mine))
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "docs").mkdir()
+    (folder / "docs/study.yml").symlink_to(ROOT / "docs/study.yml")
     for name in ("DIR", "A", "B", "PILOT"):
         write_run(folder / name, methods=("patches", "four_channels"), seeds=(0, 1), probes=True)
     for block in (block for page in PAGES for block in blocks(page)):

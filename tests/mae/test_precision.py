@@ -1,6 +1,7 @@
 """fp16 by torch's autocast on CPUs, with the scaling of the loss that GPUs without bf16 need."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -28,6 +29,23 @@ def many_images(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def losses_of(many_images, tmp_path_factory, processes):
+    """Mean losses of the epochs of a method at a precision: 200 steps, made once."""
+
+    @cache
+    def losses_of(method, precision):
+        out = tmp_path_factory.mktemp(f"{method}-{precision}")
+        options = FP16 | {
+            "mask_method": method, "effective_batch_size": 2, "batch_size": 1, "base_lr": 5e-3,
+            "clip_grad": 1.0, "precision": precision,
+        }  # fmt: skip
+        assert processes.run(make_config(many_images, out, **options)) == [0]
+        return [record["train_loss"] for record in read_epochs(out)]
+
+    return losses_of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "lower"),
@@ -36,22 +54,13 @@ def many_images(tmp_path_factory):
         ("four_channels", "bf16-residual"), ("patches", "float8"),
     ],
 )  # fmt: skip
-def test_losses_of_200_steps_are_those_of_fp32(many_images, tmp_path, processes, method, lower):
+def test_losses_of_200_steps_are_those_of_fp32(losses_of, method, lower):
     if lower == "float8":
         pytest.importorskip("torchao")
-    run = {
-        "mask_method": method, "effective_batch_size": 2, "batch_size": 1, "base_lr": 5e-3,
-        "clip_grad": 1.0,
-    }  # fmt: skip
-    losses = []
-    for precision in ("fp32", lower):
-        options = FP16 | run | {"precision": precision}
-        config = make_config(many_images, tmp_path / precision, **options)
-        assert processes.run(config) == [0]
-        losses.append([record["train_loss"] for record in read_epochs(tmp_path / precision)])
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
-    assert losses[1] != losses[0]
-    assert losses[0][-1] < 0.95 * losses[0][0]
+    exact, found = losses_of(method, "fp32"), losses_of(method, lower)
+    assert found == pytest.approx(exact, rel=0.01)
+    assert found != exact
+    assert exact[-1] < 0.95 * exact[0]
 
 
 def _too_large_a_scale(rank):
