@@ -193,6 +193,7 @@ def to_run(page: str) -> list[Block]:
     return [block for block in blocks(page) if block.language in ("sh", "python") and not block.mark]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)])
 def test_the_blocks_of_a_page_run(page: str, things: Path, tmp_path: Path) -> None:
     folder = tmp_path / "here"

@@ -20,6 +20,8 @@ import pytest
 
 from tests.processes import until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SHELL_TOOLS = ["bash", "env", "dirname", "basename", "cat", "sed", "cmp", "cp", "readlink"]
 
@@ -245,7 +247,6 @@ def quick_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-@pytest.mark.slow
 def test_torch_comes_from_another_index_and_the_rest_from_the_lock(checkout: Checkout) -> None:
     indexes = checkout.indexes
     made = checkout.call(TORCH_INDEX=f"{indexes}/cu126")

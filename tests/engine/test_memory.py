@@ -15,6 +15,7 @@ from mae.model import MaskedAutoencoder
 GIB = 2**30
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_large_batch_is_what_torchs_tracker_says(monkeypatch):
     """Real passes of the real model over fake tensors, in mixed precision."""
     monkeypatch.setitem(VIT_SIZES, "two_blocks", VitSize(width=384, depth=2, heads=6))

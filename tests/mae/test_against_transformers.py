@@ -76,7 +76,8 @@ def _translated(tensors):
 
 
 @pytest.mark.parametrize(
-    ("model_name", "norm_pix_loss"), [("vit_tiny", False), ("vit_tiny", True), ("vit_base", True)]
+    ("model_name", "norm_pix_loss"),
+    [("vit_tiny", False), ("vit_tiny", True), pytest.param("vit_base", True, marks=pytest.mark.slow)],
 )
 def test_patches_has_the_loss_prediction_and_gradients_of_transformers(model_name, norm_pix_loss):
     ours = _ours(model_name, norm_pix_loss)

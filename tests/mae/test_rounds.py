@@ -17,6 +17,8 @@ from engine import devices
 from mae.pretrain import pretrain
 from tests.mae.conftest import assert_same_weights, make_config, read_epochs
 
+pytestmark = pytest.mark.slow
+
 SPLIT = {"batch_size": 2}  # 4 forward passes per step on one process, 2 on each of two
 
 

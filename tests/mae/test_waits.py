@@ -19,6 +19,8 @@ from mae.pretrain import Pretraining, make_optimizer
 from tests.mae.conftest import make_config
 from tests.waits import Waits, fill_gradients
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("method", "scales_loss"), [*((method, False) for method in METHODS), ("four_channels", True)]

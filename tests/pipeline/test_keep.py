@@ -27,6 +27,8 @@ from pipeline.plan.steps import make_plan
 from segmenter.check import ScoringFacts
 from tests.pipeline.programs import REPO_ROOT, standin
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Settings]
 # Probed after each of 4 epochs, finetuned after the second and the last.
 PLAN = "--pretrain-epochs 4 --eval-freq 2 --probe-freq 1"

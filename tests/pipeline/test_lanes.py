@@ -24,6 +24,8 @@ from pipeline.plan.steps import make_plan
 from tests.pipeline.programs import standin
 from tests.processes import until
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Settings]
 
 

@@ -17,6 +17,8 @@ from pipeline.report.scores import make_lines
 from tests.pipeline.finished_run import write_run
 from tests.pipeline.programs import run_benchmark
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Layout:

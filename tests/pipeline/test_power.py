@@ -51,6 +51,7 @@ def experiment(
     return scores, drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "design", "effect"),
     [

@@ -16,6 +16,8 @@ from pipeline.plan.steps import make_plan
 from tests.pipeline.programs import standin
 from tests.processes import until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 @pytest.mark.parametrize(

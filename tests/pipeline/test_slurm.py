@@ -28,6 +28,8 @@ from tests.pipeline.programs import standin
 from tests.pipeline.slurm_cluster import SlurmCluster, running_slurm
 from tests.processes import until
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Settings]
 
 
@@ -119,7 +121,6 @@ def test_output_of_the_step_is_in_its_console_log(settings: Make, cluster: Slurm
     assert "started" in Path(steps[0].console_log).read_text()
 
 
-@pytest.mark.slow
 def test_a_shard_killed_on_the_way_is_gone_on_with_and_the_parts_make_the_whole(
     settings: Make, cluster: SlurmCluster, data: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,8 @@ from pipeline.plan.steps import make_plan
 from tests.pipeline.programs import REPO_ROOT, fake_program, standin
 from tests.processes import until
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Settings]
 
 

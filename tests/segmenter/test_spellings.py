@@ -20,6 +20,8 @@ from segmenter.encoder import IGNORED, Encoder, read_encoder, start_encoder
 from tests.segmenter.boxes import train_arguments
 from tests.segmenter.test_encoders import config_of
 
+pytestmark = pytest.mark.slow
+
 TINY = EncoderConfig(model="auto")
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 

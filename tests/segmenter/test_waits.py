@@ -23,6 +23,8 @@ from tests.segmenter.boxes import call, train_arguments
 from tests.segmenter.test_inference import PROTOCOL
 from tests.waits import Waits, fill_gradients
 
+pytestmark = pytest.mark.slow
+
 GPU = torch.device("cuda", 0)
 
 

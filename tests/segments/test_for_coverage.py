@@ -18,6 +18,8 @@ from segments.segment import nearest, run_lengths
 from segments.store import PackedStore
 from tests.segments.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 PHOTOGRAPHS = 6
 TOLERANCE = 1.5
 

@@ -8,6 +8,8 @@ from segments.forms import open_any_form
 from segments.pack import pack
 from segments.segment import nearest
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 2
 
 

@@ -15,6 +15,8 @@ from tests.segmenter.boxes import REPOSITORY
 from tests.wrong.test_files import INSPECT, REPORT, run_directory
 from tests.wrong.world import call, pretrain_words, probe_words, train_words
 
+pytestmark = pytest.mark.slow
+
 HANG = """
 import sys, time
 from engine.vit import VIT_SIZES, VitSize
