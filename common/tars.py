@@ -223,7 +223,6 @@ def _build(
     part = beside(index)
     check_written_alone(part)
     with closing(sqlite3.connect(part, 1, isolation_level="EXCLUSIVE")) as store:
-        store.execute("PRAGMA locking_mode = EXCLUSIVE")
         _lock(store)
         if _is_current(index, stamps):
             part.unlink(missing_ok=True)  # made by waiting for it
@@ -247,6 +246,8 @@ def _lock(store: sqlite3.Connection) -> None:
     while True:
         try:
             store.execute("BEGIN EXCLUSIVE")
+            # Kept over commits; before, whoever waits would keep what he shares, and all wait for each other.
+            store.execute("PRAGMA locking_mode = EXCLUSIVE")
             return
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:

@@ -285,8 +285,8 @@ def write_store(
 def _begin(store: sqlite3.Connection, part: Path, source: str, settings: Mapping[str, Any]) -> None:
     """Take the file for this process, and make its tables if it has none."""
     # Held to the end: a second process that writes the same store is refused.
-    store.execute("PRAGMA locking_mode = EXCLUSIVE")
     store.execute("BEGIN EXCLUSIVE")
+    store.execute("PRAGMA locking_mode = EXCLUSIVE")  # only now: see `common.tars._lock`
     if not store.execute("SELECT 1 FROM sqlite_master").fetchone():
         for statement in SCHEMA.split(";"):
             store.execute(statement)

@@ -10,6 +10,10 @@ import pickle
 import sqlite3
 import subprocess
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ import pytest
 from PIL import Image
 
 from common import tars
+from common.files import beside
 from common.images import find_images, has_classes, locate_image, open_images, read_reduced, read_rgb
 from tests.processes import ended, start, until
 from tests.tar_forms import FORMS, class_tars, put, shards, tar_of_tars
@@ -350,6 +355,24 @@ def test_processes_that_come_at_once_build_one_index(tmp_path):
         "3.tar",
         "tars.sqlite",
     ]
+
+
+def test_who_waits_for_the_index_does_not_keep_its_builder_from_it(tmp_path, monkeypatch):
+    simple(tmp_path / "train/0.tar", "c/0.jpg")
+    comes, lock = threading.Event(), tars._lock
+    monkeypatch.setattr(tars, "_lock", lambda store: (comes.set(), lock(store)))
+    monkeypatch.setattr(tars, "WAIT_SECONDS", 10.0)
+    # Of three that came at once, one stood here, and the others shared what it wanted alone: for an hour.
+    with closing(sqlite3.connect(beside(tmp_path / "train" / tars.INDEX), timeout=5)) as builder:
+        builder.execute("BEGIN IMMEDIATE")
+        builder.execute("CREATE TABLE of_its (own)")
+        with ThreadPoolExecutor() as pool:
+            found = pool.submit(find_images, tmp_path / "train")
+            comes.wait()
+            time.sleep(0.3)
+            builder.commit()
+            builder.close()
+            assert found.result() == ["c/0.jpg"]
 
 
 def test_where_tars_lie_read_only_the_index_lies_elsewhere(folder, tmp_path, monkeypatch, caplog):
