@@ -18,9 +18,10 @@ check ruff check .
 check ruff format --check .
 check mypy
 # A file's tests stay together, for what they share, in the order of tests/conftest.py: the long ones are not
-# the last. Four processes on two cores, too: some wait for programs. pytest itself comes last, so that the
+# the last. One process more than cores: some wait for programs. pytest itself comes last, so that the
 # summary closes the output.
-OMP_NUM_THREADS=1 check pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 15 "$@"
+workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
+OMP_NUM_THREADS=1 check pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations 15 "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "Failed: ${failed[*]}" >&2
