@@ -133,6 +133,9 @@ def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError("something comes after its end mark, as where tars were joined by `cat`")
 
 
+# Names
+
+
 def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> str:
     """The class that stands beside an image in a shard."""
     file = tar.extractfile(member)

@@ -284,9 +284,3 @@ def _fill(store: sqlite3.Connection, folder: Path, scan: Callable[[Part], Found]
     if left_out:
         text = "%s: %d members are left out: they are no regular files, of dot folders, or not UTF-8: %s"
         logger.warning(text, folder, len(left_out), ", ".join(map(shortened, left_out[:3])))
-
-
-# Looking into a tar
-
-
-# Names

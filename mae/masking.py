@@ -288,7 +288,7 @@ class GreenPatches(Patches):
     settings = (*Patches.settings, "noise")
     # Deviations in patches of the weak and the strong blur; red's and blue's is the first. Ours: the
     # paper's formula has them as parameters, and its patterns are files. Its figure has the band where
-    # these have it, 0.19 and 0.20 cycles per patch, but half as wide (docs/related.md).
+    # these have it, 0.19 and 0.20 cycles per patch, but less than half as wide (docs/related.md).
     WEAK, STRONG = 0.75, 1.5
 
     def pattern(self, rng: np.random.Generator, segment: np.ndarray | None) -> np.ndarray:

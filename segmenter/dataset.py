@@ -328,6 +328,3 @@ def quiet_imports() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
-
-
-# --- Images and annotations: read, and judged whether they fit each other and the classes ---

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from common.files import NOTHING_WRITTEN, beside, check_output_folder
-from common.images import Unreadable
+from common.images import Unreadable, evenly_spread
 from common.interruption import Interruption
 from common.progress import Counter
 from engine.devices import make_accelerator
@@ -128,6 +128,15 @@ def evaluate_predictions(evaluation: EvaluateConfig) -> dict[str, Any]:
 def _result(areas: Areas, classes: Sequence[str], dataset: str, protocol: Any) -> dict[str, Any]:
     told = {"name": dataset, "num_images": len(areas.by_image)}
     return {**areas.scores(classes), "dataset": told, "protocol": protocol}
+
+
+def evaluate_some(
+    accelerator: Accelerator, model: Segmenter, images: WholeImages, scoring: ScoringConfig, count: int
+) -> None:
+    """So many of them, evenly spread, to see how long it takes."""
+    pairs = evenly_spread(images.pairs, count)
+    some = WholeImages(images.description, pairs, images.protocol, images.interpolation)
+    evaluate_model(accelerator, model, some, scoring)
 
 
 def evaluate_model(

@@ -22,7 +22,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from common.environment import versions
 from common.files import write_json
 from common.formats import parsed_plain
-from common.images import evenly_spread
 from common.interruption import Interruption
 from common.step_files import AREAS, BEST, CHECKPOINT, PREDICTIONS, RESULT
 from engine.devices import device_name
@@ -44,7 +43,7 @@ from segmenter.config import (
 from segmenter.data import TrainingCrops, WholeImages, collate, start_worker
 from segmenter.dataset import DatasetDescription, read_classes
 from segmenter.encoder import Encoder, EncoderShape, read_encoder, start_encoder
-from segmenter.evaluate import evaluate_model
+from segmenter.evaluate import evaluate_model, evaluate_some
 from segmenter.libraries import LibraryEncoder, LibraryShape, encoder_cost, freeze_unused, make_encoder
 from segmenter.loading import load_checkpoint
 from segmenter.model import Segmenter, SegmenterShape, TrainingLoss
@@ -155,9 +154,7 @@ class Finetuning(Task):
 
     def evaluate_some(self, run: Run, images: int) -> None:
         """To see how long it takes."""
-        pairs = evenly_spread(self.dataset.val, images)
-        some = WholeImages(self.dataset, pairs, self.config.protocol, self.images.interpolation)
-        evaluate_model(run.accelerator, run.model, some, self.config.run)
+        evaluate_some(run.accelerator, run.model, self.images, self.config.run, images)
 
     def record(self, run: Run, state: State, scores: dict[str, float]) -> dict[str, Any]:
         """Loss, rate, speed and scores."""

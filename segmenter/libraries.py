@@ -319,9 +319,6 @@ def freeze_unused(encoder: LibraryEncoder) -> None:
         parameter.grad = None
 
 
-# --- Asking it ---
-
-
 # --- What it costs ---
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from common.console import say
 from common.files import write_json
-from common.images import evenly_spread, open_images
+from common.images import open_images
 from common.interruption import Interruption
 from common.progress import Counter
 from common.step_files import FEATURES, PROBE_AREAS, RESULT
@@ -32,7 +32,7 @@ from segmenter.check import earlier_output
 from segmenter.config import ProbeConfig
 from segmenter.data import TestImage, TrainingCrops, WholeImages, scaled_images
 from segmenter.dataset import DatasetDescription, Pair, read_classes
-from segmenter.evaluate import each_group, evaluate_model, patch_logits
+from segmenter.evaluate import each_group, evaluate_model, evaluate_some, patch_logits
 from segmenter.features import draw_some
 from segmenter.finetune import depends_on, start_model
 from segmenter.frozen import (
@@ -102,14 +102,10 @@ def time_probing(config: ProbeConfig, dataset: DatasetDescription) -> None:
     accelerator = make_accelerator(config.run)
     model = start_model(config.init, config.model, config.protocol, dataset.num_classes)
     model.to(accelerator.device)
-
-    def evaluate_some(count: int) -> None:
-        pairs = evenly_spread(dataset.val, count)
-        some = WholeImages(dataset, pairs, config.protocol, model.interpolation)
-        evaluate_model(accelerator, model, some, config.run)
-
-    told = {"setup_seconds": seconds_since_start()}
-    told["evaluation_seconds"] = seconds_of_all(evaluate_some, len(dataset.val), accelerator.num_processes)
+    images = WholeImages(dataset, dataset.val, config.protocol, model.interpolation)
+    some, told = partial(evaluate_some, accelerator, model, images, config.run), {}
+    told["setup_seconds"] = seconds_since_start()
+    told["evaluation_seconds"] = seconds_of_all(some, len(images), accelerator.num_processes)
     if accelerator.is_main_process:
         say(json.dumps(told))
 

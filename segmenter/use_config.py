@@ -5,12 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.options import (
-    REQUIRED,
-    OptionGroup,
-    option,
-    option_of,
-)
+from common.options import REQUIRED, OptionGroup, option, option_of
 from segmenter.config import PIXELS, DatasetConfig, ProtocolConfig, parse_encoder
 
 

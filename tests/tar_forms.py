@@ -63,3 +63,16 @@ def trees(folder: Path, out: Path) -> None:
 
 
 FORMS = {"tar of tars": tar_of_tars, "class tars": class_tars, "shards": shards, "trees": trees}
+
+
+def simple(path: Path, *names: str, **about) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            put(tar, name, name.encode(errors="surrogateescape") * 300, **about)
+    return path
+
+
+def cut(path: Path, size: int) -> None:
+    with path.open("rb+") as file:
+        file.truncate(size)

@@ -1,10 +1,8 @@
-"""The two commands of a new user, and the lock that they install."""
+"""The two commands of a new user, and the environment that they make."""
 
 import hashlib
 import http.server
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -91,61 +89,6 @@ def test_without_options_the_sample_config_is_run(options: list[str], tmp_path: 
     words = f"{ROOT}/benchmark.py --config configs/sample.yml"
     last = result.stdout.splitlines()[-1].replace(": benchmark.py", f": {ROOT}/benchmark.py")
     assert last == f"{ROOT if not options else Path.cwd()}: {words}"
-
-
-def test_the_definition_for_apptainer_does_the_dockerfiles_steps(tmp_path: Path) -> None:
-    """And holds all that runs: from what it copies the command starts as it starts there."""
-    parts = re.split(r"^%(\w+).*\n", (ROOT / "segmae.def").read_text(), flags=re.MULTILINE)
-    header, sections = parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
-    docker = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
-    assert re.findall(r"^From: (.*)", header, re.M) == re.findall(r"^FROM (.*)", docker, re.M)
-    (apt, setup) = re.findall(r"^RUN (.*)", docker, re.M)
-    steps = [*re.split(r" && +", apt), *json.loads(setup)[2].split("; ")]
-    lines = [line.strip() for line in sections["post"].splitlines() if "#" not in line]
-    assert sorted(step.strip() for step in steps) == sorted(filter(None, {*lines} - {"cd /segmae"}))
-    for files, place in map(str.split, sections["files"].strip().splitlines()):
-        assert place == "/segmae/"
-        for path in ROOT.glob(files):
-            subprocess.run(["cp", "-Lr", path, tmp_path], check=True)
-    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert rooms == {path.parent.name for path in tmp_path.glob("*/__init__.py")}
-    run = sections["runscript"].replace("/segmae/", f"{tmp_path}/")
-    done = subprocess.run(
-        ["sh", "-c", run], env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
-    )
-    assert "--mask-method" in done.stdout, done.stderr
-
-
-def test_the_lock_is_hashed_names_no_index_and_takes_headless_opencv() -> None:
-    lock = json.loads((ROOT / "Pipfile.lock").read_text())
-    assert lock["_meta"]["sources"] == []
-    packages = {**lock["default"], **lock["develop"]}
-    for name, package in packages.items():
-        assert package["hashes"], name
-        assert "index" not in package, name
-    assert "opencv-python-headless" in packages
-    assert "opencv-python" not in packages
-
-
-def test_requirements_hold_every_package_of_the_lock_with_its_version_and_hashes() -> None:
-    lock = json.loads((ROOT / "Pipfile.lock").read_text())
-    locked = {
-        name: package["version"]
-        for section in ("default", "develop")
-        for name, package in lock[section].items()
-    }
-    lines = [
-        line
-        for line in (ROOT / "requirements.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
-    required = {}
-    for line in lines:
-        match = re.match(r"([A-Za-z0-9_.-]+)(?:\[.*\])?(==[^;\s]+)", line)
-        assert match, f"not a pinned package: {line[:80]}"
-        assert "--hash=sha256:" in line, match[1]
-        required[match[1]] = match[2]
-    assert required == locked
 
 
 def put_wheel(index: Path, name: str, version: str, *needs: str) -> str:
