@@ -387,6 +387,7 @@ def test_help_lists_flags_and_commands() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_sample_writes_data_and_says_how_to_use_them(tmp_path: Path) -> None:
     done = run_benchmark("sample", tmp_path / "s")
     assert done.returncode == 0

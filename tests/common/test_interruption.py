@@ -31,6 +31,7 @@ with Interruption() as interruption:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("how", ["shielded", "plain"])
 def test_children_started_under_the_shield_survive_a_signal_to_the_group(how, number):

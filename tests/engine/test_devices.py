@@ -87,6 +87,7 @@ def test_each_gpu_is_tried_and_its_error_told(v100):
     assert (gpu["capability"], gpu["free_bytes"], gpu["bf16"]) == ((7, 0), 2**34, False)
 
 
+@pytest.mark.slow
 @NO_GPU
 def test_gpus_are_told_in_json():
     root, words = Path(__file__).resolve().parents[2], [sys.executable, "-m", "engine.devices"]

@@ -94,6 +94,7 @@ with checkpoint.Saver(None) as saver:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_it_writes_keeps_the_previous_checkpoint(tmp_path):
     path = tmp_path / "last.pth"
     done = subprocess.run([sys.executable, "-c", KILLED, path], timeout=240)

@@ -42,6 +42,7 @@ def test_every_method_trains_and_is_drawn(in1k_dir, tmp_path, mask_method, segme
             assert np.asarray(picture.convert("L")).std() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask_method", "segments_from"),
     [("segments", "blob"), ("segment_patches", "borrowed")],

@@ -69,6 +69,7 @@ def _too_large_a_scale(rank):
     update.FIRST_SCALE = 2.0**40
 
 
+@pytest.mark.slow
 def test_real_overflows_are_skipped_until_the_scale_fits(in1k_dir, tmp_path, processes):
     config = make_config(in1k_dir, tmp_path, **FP16)
     assert processes.run(config, sabotage=_too_large_a_scale) == [0]

@@ -64,6 +64,7 @@ def sabotage(steps, rank):
     killed_after(tars, steps)
 
 
+@pytest.mark.slow
 def test_weights_and_log_are_the_folders_also_killed_and_resumed(in1k_dir, in_tars, tmp_path, processes):
     whole, resumed = (make_config(at, tmp_path / at.name) for at in (in1k_dir, in_tars))
     assert processes.run(whole) == [0]
@@ -76,6 +77,7 @@ def test_weights_and_log_are_the_folders_also_killed_and_resumed(in1k_dir, in_ta
         assert_same_weights(resumed.run.output_dir / name, whole.run.output_dir / name)
 
 
+@pytest.mark.slow
 def test_two_processes_with_workers_train_the_same(in1k_dir, in_tars, tmp_path, processes):
     more = {"batch_size": 2, "workers": 1, "epochs": 2}
     both = [make_config(at, tmp_path / at.name, **more) for at in (in1k_dir, in_tars)]

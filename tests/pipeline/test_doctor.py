@@ -110,6 +110,7 @@ def test_what_to_fix_is_marked_with_its_remedy() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (cuda or "").startswith("13."), reason="torch is not the lock's, but of TORCH_INDEX")
 def test_eight_v100_with_the_locked_torch_are_told_the_cause_and_the_command(
     cards_here: Callable[..., None],

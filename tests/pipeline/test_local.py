@@ -206,6 +206,7 @@ def test_a_signal_lets_the_step_save_and_leaves_no_process(tmp_path: Path, numbe
     assert marked(f"{tmp_path}:long") == []
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_step_that_does_not_listen(tmp_path: Path) -> None:
     parent = _start_elsewhere(tmp_path, "long", seconds=0.1, behaviour="stubborn")
     for wait in (0.1, 1.2):  # a terminal and torchrun pass one request on twice

@@ -317,6 +317,7 @@ def test_other_folders_and_unfinished_evaluations_are_passed_over(tmp_path: Path
     write_all(paths)
 
 
+@pytest.mark.slow
 def test_the_report_command_writes_csv_and_page_or_says_what_is_wrong(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", methods=("patches",))
     done = run_benchmark("report", paths.root)

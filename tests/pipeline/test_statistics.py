@@ -49,6 +49,7 @@ def differences(
     return scores[0] - scores[1], drawn[0] - drawn[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize(("deviations", "delta"), [((0.1, 0.5), 0.0), ((0.1, 1.0), 0.1), ((0.3, 1.5), 0.1)])
 def test_a_95_percent_interval_holds_the_truth_in_93_to_97_percent(

@@ -196,6 +196,7 @@ def test_rates_of_transformers_fall_from_block_to_block(saved, name, dataset, tm
         assert min(scale.values()) == scale["embeddings.patch_embeddings.projection.weight"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TIMM, *HF])
 def test_each_is_probed_and_finetuned_for_two_steps(saved, name, dataset, tmp_path, command):
     init, _ = saved(name)

@@ -15,6 +15,7 @@ def own_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
 def test_finetuning_in_fp16_is_that_in_fp32_and_keeps_its_scale(dataset, tmp_path, monkeypatch, decoder):
     """From a scale that fits: at 2^16 the few tokens of so small images overflow at first."""

@@ -341,6 +341,7 @@ def pack_many_and_report(folder, out, pids_path):
     pack(folder, out, **{**WHOLE, "processes": 2})
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(sample, tmp_path, in_child):
     pids = tmp_path / "pids"
     arguments = (sample / "masks-amg-rle", tmp_path / "masks.sqlite", pids)
