@@ -103,9 +103,11 @@ def time_probing(config: ProbeConfig, dataset: DatasetDescription) -> None:
     model = start_model(config.init, config.model, config.protocol, dataset.num_classes)
     model.to(accelerator.device)
     images = WholeImages(dataset, dataset.val, config.protocol, model.interpolation)
-    some, told = partial(evaluate_some, accelerator, model, images, config.run), {}
-    told["setup_seconds"] = seconds_since_start()
-    told["evaluation_seconds"] = seconds_of_all(some, len(images), accelerator.num_processes)
+    some = partial(evaluate_some, accelerator, model, images, config.run)
+    told = {
+        "setup_seconds": seconds_since_start(),
+        "evaluation_seconds": seconds_of_all(some, len(images), accelerator.num_processes),
+    }
     if accelerator.is_main_process:
         say(json.dumps(told))
 

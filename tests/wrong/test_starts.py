@@ -13,8 +13,6 @@ NO_MATTER = (
     "a size that is negative", "a size that is not the weights'", "no settings",
     *[name for name in NO_CHECKPOINTS if "fixed set" in name],
 )  # fmt: skip
-
-
 STARTS = {name: prepare for name, prepare in NO_CHECKPOINTS.items() if name not in NO_MATTER}
 
 
