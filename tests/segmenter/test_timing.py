@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from segmenter import evaluate
+from segmenter.data import WholeImages
 from tests.segmenter.boxes import train_arguments
 
 KEYS = {
@@ -29,3 +31,13 @@ def test_a_run_that_is_there_is_left_alone(dataset, finished, command):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert command(*train_arguments(dataset, finished), "--dry-run", "time").code == 0
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_as_many_images_are_timed_as_asked_for_from_all_over_the_set(monkeypatch):
+    timed = []
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda _, __, images, ___: timed.append(images.pairs))
+    for count in (3, 30):
+        evaluate.evaluate_some(None, None, WholeImages(None, range(30), None, "bilinear"), None, count)
+    some, whole = map(list, timed)
+    assert len(some) == 3 and some[0] < 10 <= some[1] < 20 <= some[2]
+    assert whole == list(range(30))
