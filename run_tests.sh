@@ -16,13 +16,17 @@ check() {
 }
 check ruff check .
 check ruff format --check .
-check mypy
+# mypy works beside pytest, on one core; what it says is shown when it finds something.
+echo "== mypy, beside pytest"
+said=$(mktemp)
+"$python" -m mypy >"$said" 2>&1 &
+mypy=$!
+trap 'kill $mypy 2>/dev/null; rm -f "$said"' EXIT
 # A file's tests stay together, for what they share, in the order of tests/conftest.py: the long ones are not
-# the last. One process more than cores: some wait for programs. pytest itself comes last, so that the
-# summary closes the output.
+# the last. One process more than cores: some wait for programs.
 workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
 OMP_NUM_THREADS=1 check pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations 15 "$@"
-
+wait $mypy || { cat "$said" && failed+=(mypy); }
 if [ ${#failed[@]} -gt 0 ]; then
     echo "Failed: ${failed[*]}" >&2
     exit 1
