@@ -21,7 +21,7 @@ echo "== mypy, beside pytest"
 said=$(mktemp)
 "$python" -m mypy >"$said" 2>&1 &
 mypy=$!
-trap 'kill $mypy 2>/dev/null; rm -f "$said"' EXIT
+trap 'kill $mypy 2>/dev/null || true; rm -f "$said"' EXIT
 # A file's tests stay together, for what they share, in the order of tests/conftest.py: the long ones are not
 # the last. One process more than cores: some wait for programs.
 workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
