@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import pytest
@@ -28,5 +29,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="session")
 def temporary_files_in_pytests_folder(tmp_path_factory):
     """Also those that programs leave behind, such as torchrun's folders for logs."""
+    get_temp_dir()  # multiprocessing removes its own at the end, when pytest's has gone
     os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
     tempfile.tempdir = None  # it is looked up again
