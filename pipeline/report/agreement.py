@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from pipeline.report.scores import FINETUNING, MEASURES, Line, Measure
 from pipeline.report.statistics import CONFIDENCE
@@ -64,8 +63,10 @@ def agreements(lines: Sequence[Line]) -> list[Agreement]:
 
 def _agreement(one: np.ndarray, two: np.ndarray) -> tuple[Share, Share] | None:
     """Tau-b and the share of pairs ordered alike; None where one of them orders nothing."""
+    from scipy.stats import kendalltau  # slow to import
+
     signs = [np.sign(np.subtract.outer(of, of))[np.triu_indices(len(one), 1)] for of in (one, two)]
-    tau = float(stats.kendalltau(one, two).statistic)
+    tau = float(kendalltau(one, two).statistic)
     if math.isnan(tau):
         return None
     rng = np.random.default_rng(0)

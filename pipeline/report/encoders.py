@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from common.files import read_text
 from common.step_files import RESULT
@@ -125,6 +124,8 @@ def _mean_ranks(levels: Mapping[str, Mapping[str, Level]]) -> dict[str, tuple[fl
 
     The images of every dataset are drawn anew, the same for all encoders, which are ranked again.
     """
+    from scipy.stats import rankdata  # slow to import
+
     labels = [
         label for label in next(iter(levels.values())) if all(label in level for level in levels.values())
     ]

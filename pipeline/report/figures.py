@@ -391,5 +391,6 @@ def _data_uri(path: Path) -> str:
         return ""  # a running step may just be writing it
     picture.thumbnail((1000, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
     stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=80)
+    # Twice as fast as the default method, and 5 % larger.
+    picture.save(stream, "WEBP", quality=80, method=2)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.wrong.test_files import INF, NAN, NO_CHECKPOINTS, PRE, STORES, change, poison
+from tests.wrong.damage import INF, NAN, NO_CHECKPOINTS, PRE, STORES, change, poison
 from tests.wrong.world import Case, call, check, pretrain_words, probe_words, train_words
 
 # Any file of a ViT's weights will do, whatever else it holds.
