@@ -180,11 +180,12 @@ def checkout(tmp_path: Path, indexes: str) -> Checkout:
 
 @pytest.fixture(scope="module")
 def quick_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A PATH with a Python that copies an environment instead of making one, which takes seconds."""
+    """A PATH with a Python that links an environment's files instead of making it, which takes seconds."""
     made, folder = tmp_path_factory.mktemp("made") / "venv", tmp_path_factory.mktemp("bin")
     subprocess.run([sys.executable, "-m", "venv", str(made)], check=True)
     python = folder / "python3"
-    copies = f'[ "$1 $2" != "-m venv" ] || {{ cp -rT "{made}" "$3"; exec echo "# $3" >>"$3/pyvenv.cfg"; }}'
+    copies = f'cp -rlT "{made}" "$3" && cp --remove-destination "{made}/pyvenv.cfg" "$3"'
+    copies = f'[ "$1 $2" != "-m venv" ] || {{ {copies}; exec echo "# $3" >>"$3/pyvenv.cfg"; }}'
     python.write_text(f'#!/bin/bash\n{copies}\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
