@@ -23,8 +23,8 @@ said=$(mktemp)
 mypy=$!
 trap 'kill $mypy 2>/dev/null || true; rm -f "$said"' EXIT
 # A file's tests stay together, for what they share, in the order of tests/conftest.py: the long ones are not
-# the last. One process more than cores: some wait for programs.
-workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
+# the last.
+workers=$(($(nproc) < 4 ? $(nproc) : 4))
 OMP_NUM_THREADS=1 check pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations 15 "$@"
 wait $mypy || { cat "$said" && failed+=(mypy); }
 if [ ${#failed[@]} -gt 0 ]; then
