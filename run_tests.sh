@@ -27,6 +27,7 @@ trap 'kill $mypy 2>/dev/null || true; rm -f "$said"' EXIT
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
 OMP_NUM_THREADS=1 check pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations 15 "$@"
 wait $mypy || { cat "$said" && failed+=(mypy); }
+
 if [ ${#failed[@]} -gt 0 ]; then
     echo "Failed: ${failed[*]}" >&2
     exit 1

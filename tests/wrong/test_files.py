@@ -18,7 +18,7 @@ from tests.wrong.damage import (
     run_directory,
     write,
 )
-from tests.wrong.world import Case, call, check, pretrain_words
+from tests.wrong.world import INSPECT, REPORT, Case, call, check, pretrain_words
 
 EXPORT = "mae export {w}/pre/checkpoint-1.pth --plugin {w}/nano.py --out {w}/out.pth"
 DRAW = "mae reconstruct {w}/pre/checkpoint-1.pth --plugin {w}/nano.py --out {w}/out.png"
@@ -28,8 +28,6 @@ PREDICT = ("segmenter predict {w}/fine/best.pth {w}/photos --plugin {w}/nano.py 
            "--out {w}/out")  # fmt: skip
 MERGE = f"segments merge {{w}}/{STORE} --out {{w}}/joined.sqlite"
 UNPACK = f"segments unpack {{w}}/{STORE} {{w}}/out --processes 1"
-INSPECT = "segments inspect {w}/in1k/masks --processes 1 --out {w}/out"
-REPORT = "benchmark report {w}/run"
 STATUS = "benchmark status {w}/run"
 
 RESULT, RECORD = "eval_output/patches_5/result.json", ".segmae/steps/pretrain_patches_5.json"

@@ -13,8 +13,7 @@ import torch
 
 from tests.segmenter.boxes import REPOSITORY
 from tests.wrong.damage import run_directory
-from tests.wrong.test_files import INSPECT, REPORT
-from tests.wrong.world import call, pretrain_words, probe_words, train_words
+from tests.wrong.world import INSPECT, REPORT, call, pretrain_words, probe_words, train_words
 
 pytestmark = pytest.mark.slow
 

@@ -37,6 +37,8 @@ FINETUNE = {
     "crop_size": 32, "window_size": 32, "window_stride": 32, "workers": 0, "device": "cpu",
     "log_with": "none", "init": "random",
 }  # fmt: skip
+INSPECT = "segments inspect {w}/in1k/masks --processes 1 --out {w}/out"
+REPORT = "benchmark report {w}/run"
 MOST_LINES = 4
 
 
