@@ -91,6 +91,18 @@ def test_without_options_the_sample_config_is_run(options: list[str], tmp_path: 
     assert last == f"{ROOT if not options else Path.cwd()}: {words}"
 
 
+@pytest.mark.parametrize("wrong", ["", "ruff", "mypy", "pytest"])
+def test_a_check_that_fails_is_shown_and_named_and_the_others_run(wrong: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\necho "said by $2"\n[ "$2" != "{wrong}" ]\n')
+    python.chmod(0o755)
+    result = run_script("run_tests.sh", PYTHON=str(python))
+    assert result.returncode == (1 if wrong else 0), result.stderr
+    named = {word for word in result.stderr.split() if word != "Failed:"}
+    assert named == ({wrong} if wrong else set())
+    assert f"said by {wrong or 'pytest'}" in result.stdout and "said by pytest" in result.stdout
+
+
 def put_wheel(index: Path, name: str, version: str, *needs: str) -> str:
     """A package of one module that knows its version, in a simple index; returns its sha256."""
     module = name.replace("-", "_")
