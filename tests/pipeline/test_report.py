@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from common.formats import ProbeResult
 from common.step_files import LOG, PREDICTIONS, RESULT
@@ -285,6 +286,15 @@ def test_the_page_holds_its_downloads_and_its_contents_lead_somewhere(tmp_path: 
     assert files["results.csv"] == paths.results_csv.read_bytes()
     assert b"toprule" in files["scores.tex"]
     assert b"<svg" in files["forest.svg"] and b"var(" not in files["forest.svg"], "other programs know no var"
+
+
+def test_pictures_are_in_the_page_no_wider_than_it_needs(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", methods=("patches",))
+    Image.new("RGB", (3000, 30), "red").save(paths.eval_dir("patches", 10) / PREDICTIONS)
+    write_all(paths)
+    found = re.findall(r'src="data:image/webp;base64,([^"]+)"', paths.report_html.read_text())
+    shown = [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+    assert {(one.format, one.size) for one in shown} == {("WEBP", (1000, 10)), ("WEBP", (300, 100))}
 
 
 def test_the_matrix_marks_methods_by_their_verdicts(tmp_path: Path) -> None:
