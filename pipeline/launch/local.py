@@ -38,6 +38,7 @@ from pipeline.plan.step import Step
 
 MARK = "SEGMAE_STEP"  # environment variable, inherited by every descendant: which step it works for
 GRACE_SECONDS = 120.0  # between SIGTERM and SIGKILL: time to finish a step and save
+_DYING_SECONDS = 10.0  # after SIGKILL; what a driver or a dead file server holds longer runs no more code
 _PR_SET_PDEATHSIG = 1
 # Loaded here: between fork and exec, another thread's lock on the loader would never be released.
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -87,7 +88,8 @@ class LocalLauncher:
         if lacking:  # not written: the record of an earlier attempt says more
             return Record.of(step, "failed", None, message=lacking)
         mark = f"{self.paths.root}:{step.name}"
-        end_orphans(mark)
+        # The kernel asked an orphan to end when its benchmark.py died: it is saving if it still lives.
+        end_marked(mark, GRACE_SECONDS)
         for output in step.outputs:
             output.parent.mkdir(parents=True, exist_ok=True)
         # A rolling progress file of the round before would be taken for this one's.
@@ -251,7 +253,7 @@ class Child(subprocess.Popen[bytes]):
     def __init__(self, step: Step, mark: str, console_log: Path, gpus: Sequence[int] = ()):
         """Starts the step in the repository root, appending its output to `console_log`.
 
-        mark: names it for `end_orphans`. gpus: see `environment`.
+        mark: names it for `end_marked`. gpus: see `environment`.
         """
         console_log.parent.mkdir(parents=True, exist_ok=True)
         self.step, self.mark, self.console_log, self.gpus = step, mark, console_log, gpus
@@ -314,18 +316,16 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def end_marked(mark: str) -> None:
-    """Ends every process that inherited `mark` (torchrun's workers have sessions of their own)."""
-    for process in marked(mark):
-        with suppress(psutil.Error):
-            process.kill()
+def end_marked(mark: str, grace_seconds: float = 0.0) -> None:
+    """Ends every process that inherited `mark` (torchrun's workers have sessions of their own).
 
-
-def end_orphans(mark: str, grace_seconds: float = GRACE_SECONDS) -> None:
-    """Waits for the processes of a step whose benchmark.py died; after the grace, ends them."""
-    # The kernel asked them to end when benchmark.py died: they are saving if they still live.
+    Those that end by themselves within the grace are waited for; the others are killed. Returns
+    when they are gone, and what they held is free: locks, memory of GPUs.
+    """
     deadline = time.monotonic() + grace_seconds
-    while marked(mark):
-        if time.monotonic() > deadline:
-            end_marked(mark)
+    while (found := marked(mark)) and time.monotonic() < deadline + _DYING_SECONDS:
+        if time.monotonic() >= deadline:
+            for process in found:
+                with suppress(psutil.Error):
+                    process.kill()
         time.sleep(0.1)

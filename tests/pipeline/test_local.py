@@ -18,7 +18,7 @@ import benchmark
 from common.environment import PROGRESS_FILE
 from common.progress import Counter, progress_text
 from common.step_files import PROGRESS
-from pipeline.launch.local import LocalLauncher, end_orphans, failure_message, marked
+from pipeline.launch.local import LocalLauncher, end_marked, failure_message, marked
 from pipeline.plan.layout import Layout
 from pipeline.plan.records import Record, is_done, read_progress, read_record, write_record
 from pipeline.plan.settings import Settings
@@ -232,7 +232,7 @@ def test_an_orphan_that_does_not_end_is_ended_before_its_step_restarts(tmp_path:
     parent.kill()
     parent.wait(240)
     assert marked(f"{tmp_path}:long")
-    end_orphans(f"{tmp_path}:long", grace_seconds=0.2)
+    end_marked(f"{tmp_path}:long", grace_seconds=0.2)
     assert marked(f"{tmp_path}:long") == []
 
 
