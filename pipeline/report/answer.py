@@ -187,10 +187,12 @@ def _headline(
         if names := [c.first.label for c in asked if c.state == state]:
             said.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {words}")
     scratch = [c for c in comparisons if c.second.method == "scratch" and c.value is not None]
-    below = [c.first.label for c in scratch if (c.value or 0) < 0]
-    if below:
-        who = f"{_listed(below)} {'lies' if len(below) == 1 else 'lie'}"
-        said.append(f"{'all lie' if len(below) == len(scratch) > 1 else who} below scratch")
+    if below := [c for c in scratch if (c.value or 0) < 0]:
+        shown = [c.first.label for c in below if c.state in ("worse", "lower")]
+        how = f"shown for {_listed(shown)}" if shown else "not shown"
+        how = "" if len(shown) == len(below) else f" ({how})"
+        who = "all" if len(below) == len(scratch) > 1 else _listed([c.first.label for c in below])
+        said.append(f"{who} {'lies' if len(below) == 1 else 'lie'} below scratch{how}")
     if not said:
         own = [line for line in trained if line.source == OWN] or trained
         said = [f"{line.label} reaches {_score(levels[line.label], measure)}" for line in own[:_MOST_NAMES]]

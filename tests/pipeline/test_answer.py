@@ -34,6 +34,7 @@ from tests.pipeline.programs import REPO_ROOT
 from tests.pipeline.test_report import text_of
 
 THREE = (0, 1, 2)
+CERTAIN, CHANCE = (-5.0, -5.1, -4.9), (-9.0, 6.0, -1.0)  # differences of three seeds: shown, and not
 
 
 def answered(paths: Layout, measure: str = "finetuning") -> Answer:
@@ -306,12 +307,33 @@ def test_a_mean_over_other_seeds_names_no_winner_and_baselines_are_ranked(tmp_pa
     found = answered(paths)
     assert found.levels["four_channels"].score > found.levels["patches"].score + 2
     headline, *others = found.sentences
-    assert headline.endswith("no method is shown better than patches; all lie below scratch.")
+    assert headline.endswith("no method is shown better than patches; all lie below scratch (not shown).")
     assert (
         "Over the seeds 0 and 1 that all share: scratch 14.65, patches 12.15, four_channels 11.95." in others
     )
     write_all(paths)
     assert "highest" not in text_of(paths.report_html).replace("bold: the highest mean IoU", "")
+
+
+@pytest.mark.parametrize(
+    ("patches", "segments", "said"),
+    [
+        (CERTAIN, CERTAIN, "all lie below scratch."),
+        (CERTAIN, CHANCE, "all lie below scratch (shown for patches)."),
+        (CHANCE, CHANCE, "all lie below scratch (not shown)."),
+        (CHANCE, (5.0, 5.1, 4.9), "patches lies below scratch (not shown)."),
+    ],
+)
+def test_below_scratch_is_called_shown_where_it_is(
+    tmp_path: Path, patches: tuple[float, ...], segments: tuple[float, ...], said: str
+) -> None:
+    paths = write_run(tmp_path / "run", ("patches", "segments"), seeds=THREE, epochs=(10,), spread=0)
+    for seed in THREE:
+        for method, gains in (("scratch", (0, 0, 0)), ("patches", patches), ("segments", segments)):
+            run, epochs = RunId(method=method, seed=seed), 0 if method == "scratch" else 10
+            shutil.rmtree(paths.eval_dir(run.name, epochs))
+            write_evaluation(paths, run, epochs, 30 + gains[seed])
+    assert answered(paths).sentences[0].endswith(f"; {said}")
 
 
 def test_of_one_seed_no_interval_stands_where_those_of_seeds_stand(tmp_path: Path) -> None:
