@@ -188,9 +188,12 @@ def _headline(
             said.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {words}")
     scratch = [c for c in comparisons if c.second.method == "scratch" and c.value is not None]
     if below := [c for c in scratch if (c.value or 0) < 0]:
-        shown = [c.first.label for c in below if c.state in ("worse", "lower")]
-        how = f"shown for {_listed(shown)}" if shown else "not shown"
-        how = "" if len(shown) == len(below) else f" ({how})"
+        told: dict[str, list[str]] = {}
+        for c in below:
+            how = {"worse": "shown", "lower": "a hint"}.get(c.state, STATES[c.state])
+            told.setdefault(how, []).append(c.first.label)
+        each = [f"{how} for {_listed(labels)}" for how, labels in told.items()] if len(told) > 1 else [*told]
+        how = f" ({'; '.join(each)})" if each != ["shown"] else ""
         who = "all" if len(below) == len(scratch) > 1 else _listed([c.first.label for c in below])
         said.append(f"{who} {'lies' if len(below) == 1 else 'lie'} below scratch{how}")
     if not said:

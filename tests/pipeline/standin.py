@@ -68,6 +68,7 @@ def work(folder: Path, behaviour: str) -> int:
         part.write_text(json.dumps(progress))
         part.rename(folder / "progress.json")
         if stop_asked and epoch + 1 < epochs:
+            sys.stdout.write("saved\n")
             return 75
     if behaviour != "leaves-nothing":
         for name in (f"checkpoint-{epochs}.pth", f"reconstructions-{epochs}.png"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,9 @@ def test_descendants_with_their_own_session_are_ended_with_the_step(settings: Ma
     assert marked(f"{paths.root}:{steps[0].name}") == []
 
 
-def _start_elsewhere(root: Path, name: str, seconds: float, behaviour: str = "") -> subprocess.Popen:
+def _start_elsewhere(
+    root: Path, name: str, seconds: float, behaviour: str = "", save_seconds: float = 0
+) -> subprocess.Popen:
     """A benchmark.py-like parent, in a process of its own, with one long step."""
     program = f"""
 import benchmark, io, signal, sys
@@ -185,7 +188,7 @@ root = Path({str(root)!r})
 step = plan.Step(name={name!r}, kind="pretrain", what="nothing", run="patches", epochs=100,
     program=("tests.pipeline.standin",), folder=root / "x", device="cpu",
     words=("--output-dir", str(root / "x"), "--stop-after", "100", "--seconds", "{seconds}",
-        "--behaviour", {behaviour!r}),
+        "--behaviour", {behaviour!r}, "--save-seconds", "{save_seconds}"),
     outputs=(root / "x/checkpoint-100.pth",))
 launcher = local.LocalLauncher(Layout(root), overlaps=False, output=io.BytesIO())
 sys.exit(benchmark.alternate([step], launcher, keep_going=True))
@@ -225,6 +228,20 @@ def test_a_killed_parent_takes_its_step_along(tmp_path: Path) -> None:
     parent.wait(240)
     until(lambda: not marked(f"{tmp_path}:long"))
     assert len((tmp_path / "x/log.txt").read_text().splitlines()) < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_an_orphan_that_saves_is_waited_for_before_its_step_restarts(tmp_path: Path) -> None:
+    parent = _start_elsewhere(tmp_path, "long", seconds=0.1, save_seconds=1)
+    parent.kill()
+    parent.wait(240)
+    again = Step(
+        name="long", kind="pretrain", what="nothing", run="patches", epochs=100,
+        program=("tests.pipeline.standin",), folder=tmp_path / "x", device="cpu",
+        words=("--output-dir", str(tmp_path / "x")), outputs=(tmp_path / "x/checkpoint-1.pth",),
+    )  # fmt: skip
+    assert alternate([again], Layout(tmp_path)) == 0
+    assert re.fullmatch(r"started (\d+)\nsaved\nstarted (?!\1)\d+\n", again.console_log.read_text())
 
 
 def test_an_orphan_that_does_not_end_is_ended_before_its_step_restarts(tmp_path: Path) -> None:
