@@ -22,7 +22,7 @@ def _compiling(cache, rank):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     os.environ["TORCHINDUCTOR_WORKER_START"] = "subprocess"
     torch._dynamo.config.error_on_recompile = True
-    torch._inductor.config.cpp.simdlen = 1  # no vector instructions: their headers take half of the time
+    torch._inductor.config.cpp.vec_isa_ok = False  # no vector instructions: half of the time
 
 
 def test_a_signal_to_all_processes_while_compiling_stops_the_run(in1k_dir, tmp_path, processes):
