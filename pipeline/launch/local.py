@@ -320,7 +320,7 @@ def end_marked(mark: str, grace_seconds: float = 0.0) -> None:
     """Ends every process that inherited `mark` (torchrun's workers have sessions of their own).
 
     Those that end by themselves within the grace are waited for; the others are killed. Returns
-    when they are gone, and what they held is free: locks, memory of GPUs.
+    when they are gone, and what they held is free (locks, memory of GPUs), or cannot be ended.
     """
     deadline = time.monotonic() + grace_seconds
     while (found := marked(mark)) and time.monotonic() < deadline + _DYING_SECONDS:

@@ -188,12 +188,10 @@ def _headline(
             said.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {words}")
     scratch = [c for c in comparisons if c.second.method == "scratch" and c.value is not None]
     if below := [c for c in scratch if (c.value or 0) < 0]:
-        told: dict[str, list[str]] = {}
-        for c in below:
-            how = {"worse": "shown", "lower": "a hint"}.get(c.state, STATES[c.state])
-            told.setdefault(how, []).append(c.first.label)
-        each = [f"{how} for {_listed(labels)}" for how, labels in told.items()] if len(told) > 1 else [*told]
-        how = f" ({'; '.join(each)})" if each != ["shown"] else ""
+        in_words = STATES | {"worse": "shown", "lower": "a hint"}
+        told = [(in_words[c.state], c.first.label) for c in below]
+        each = _grouped(told) if len({word for word, _ in told}) > 1 else told[0][0]
+        how = "" if each == "shown" else f" ({each})"
         who = "all" if len(below) == len(scratch) > 1 else _listed([c.first.label for c in below])
         said.append(f"{who} {'lies' if len(below) == 1 else 'lie'} below scratch{how}")
     if not said:
@@ -202,13 +200,17 @@ def _headline(
     return f"{where}, {'; '.join(said)}."
 
 
+def _grouped(told: Iterable[tuple[str, str]]) -> str:
+    """What is said of labels, each once: "yes for a and b; not shown for c"."""
+    labels: dict[str, list[str]] = {}
+    for said, label in told:
+        labels.setdefault(said, []).append(label)
+    return "; ".join(f"{said} for {_listed(of)}" for said, of in labels.items())
+
+
 def _about_objects(verdicts: Sequence[Verdict]) -> list[str]:
     """What it makes that the image's own segment is hidden, by all that is asked of it."""
-    asked: dict[str, list[str]] = {}
-    for v in verdicts:
-        if v.objects.state:
-            asked.setdefault(v.objects.short, []).append(v.line.label)
-    said = "; ".join(f"{short} for {_listed(labels)}" for short, labels in asked.items())
+    said = _grouped((v.objects.short, v.line.label) for v in verdicts if v.objects.state)
     return [f"That what is hidden is an object matters: {said}."] if said else []
 
 

@@ -29,13 +29,11 @@ from pipeline.report.scores import (
     read_evaluations,
 )
 from pipeline.report.statistics import interval
-from tests.pipeline.finished_run import write_evaluation, write_probe, write_run
+from tests.pipeline.finished_run import write_evaluation, write_run
 from tests.pipeline.programs import REPO_ROOT
 from tests.pipeline.test_report import text_of
 
 THREE = (0, 1, 2)
-# Differences of three seeds: shown, not shown, shown.
-CERTAIN, CHANCE, GAINED = (-5.0, -5.1, -4.9), (-9.0, 6.0, -1.0), (5.0, 5.1, 4.9)
 
 
 def answered(paths: Layout, measure: str = "finetuning") -> Answer:
@@ -314,33 +312,6 @@ def test_a_mean_over_other_seeds_names_no_winner_and_baselines_are_ranked(tmp_pa
     )
     write_all(paths)
     assert "highest" not in text_of(paths.report_html).replace("bold: the highest mean IoU", "")
-
-
-@pytest.mark.parametrize(
-    ("patches", "segments", "finetuned", "probed"),  # a hint is all that the second measure gives
-    [
-        (CERTAIN, CERTAIN, "all lie below scratch.", "all lie below scratch (a hint)."),
-        (CERTAIN, CHANCE, "all lie below scratch (shown for patches; not shown for segments 15%).",
-         "all lie below scratch (a hint for patches; not shown for segments 15%)."),
-        (CHANCE, GAINED, *["patches lies below scratch (not shown)."] * 2),
-        (CERTAIN[:1], CERTAIN[:1], *["all lie below scratch (no verdict)."] * 2),
-    ],
-)  # fmt: skip
-def test_below_scratch_is_called_shown_where_it_is(
-    tmp_path: Path, patches: tuple[float, ...], segments: tuple[float, ...], finetuned: str, probed: str
-) -> None:
-    seeds, methods = THREE[: len(patches)], ("patches", "segments")
-    paths = write_run(tmp_path / "run", methods, seeds=seeds, epochs=(10,), spread=0, probes=True)
-    for seed in seeds:
-        for method, gains in (("scratch", (0, 0, 0)), ("patches", patches), ("segments", segments)):
-            run, epochs = RunId(method=method, seed=seed), 0 if method == "scratch" else 10
-            shutil.rmtree(paths.eval_dir(run.name, epochs))
-            shutil.rmtree(paths.probe_dir(run.name, epochs))
-            write_evaluation(paths, run, epochs, 30 + gains[seed])
-            write_probe(paths, run, epochs, 20 + gains[seed])
-    first, second, *_ = answers(make_lines([paths]))
-    assert first.sentences[0].endswith(f"; {finetuned}")
-    assert second.sentences[0].endswith(f"; {probed}")
 
 
 def test_of_one_seed_no_interval_stands_where_those_of_seeds_stand(tmp_path: Path) -> None:
